@@ -1,0 +1,35 @@
+"""Argument checks shared by the losses: they run while tracing, so they cost nothing in a compiled step."""
+
+import jax
+import jax.numpy as jnp
+
+
+def check_float(name: str, array: jax.Array, ndim: int | None = None, min_ndim: int = 0) -> None:
+    """Raises TypeError unless `array` is floating point, ValueError unless it has `ndim` (at least `min_ndim`) dimensions."""
+    if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+        raise TypeError(f"{name} must have a floating-point dtype, got {jnp.result_type(array)}")
+    shape = jnp.shape(array)
+    if ndim is not None and len(shape) != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {shape}")
+    if len(shape) < min_ndim:
+        raise ValueError(f"{name} must have at least {min_ndim} dimensions, got shape {shape}")
+
+
+def check_labels(labels: jax.Array, batch_size: int) -> None:
+    """Raises TypeError unless `labels` are integers, ValueError unless their shape is [batch_size]."""
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise TypeError(f"labels must have an integer dtype, got {jnp.result_type(labels)}")
+    if jnp.shape(labels) != (batch_size,):
+        raise ValueError(f"labels must have shape ({batch_size},) to go with the batch, got {jnp.shape(labels)}")
+
+
+def check_same_shape(**arrays: jax.Array) -> None:
+    """Raises ValueError unless all the arrays, given by name, have one shape."""
+    shapes = {name: jnp.shape(array) for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def at_least_float32(array: jax.Array) -> jax.Array:
+    """Losses are computed in float32 even when the networks compute in bfloat16; float64 stays float64."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -1,0 +1,362 @@
+"""Category structure: how samples lie around the center of their category, and how the centers lie to each other.
+
+Chen, Zheng, Shen, Zeng, Zhou, Zhao, "Improving Knowledge Distillation via Category Structure", ECCV 2020 ("the paper"
+below) and the code that its authors released ("the released code"). The two differ; both are here, by name.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
+from cskd_jax.losses.base import LossInputs, Method
+
+# variant -> default (intra_weight, inter_weight, compactness_weight). Paper, section 4.1 (beta, gamma); released code.
+VARIANT_WEIGHTS = {"paper": (0.01, 0.2, 0.0), "reference": (0.002, 0.04, 0.1)}
+
+
+class CategoryIndex(NamedTuple):
+    """Which samples of the global batch belong together.
+
+    At most K = min(global batch size, num_classes) categories can occur in a batch, so everything that is kept per
+    category has K rows ("slots") however many categories the label set has.
+
+    Attributes:
+      slots: int [B], the slot of each sample of this device, in [0, K).
+      counts: float32 [K], how many samples of the global batch lie in each slot; 0 for a slot that no category uses.
+    """
+
+    slots: jax.Array
+    counts: jax.Array
+
+    @property
+    def present(self) -> jax.Array:
+        """bool [K]: the slots that hold a category of this batch."""
+        return self.counts > 0
+
+
+def category_index(labels: jax.Array, *, num_classes: int, axis_name: str | None = None) -> CategoryIndex:
+    """Assigns the labels of a batch to at most min(global batch size, num_classes) slots.
+
+    Args:
+      labels: int [B], in [0, num_classes).
+      num_classes: the size of the label set, static.
+      axis_name: mapped axis over which the global batch is split, or None on one device.
+
+    Returns:
+      The `CategoryIndex` of the global batch.
+    """
+    global_batch = labels.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
+    num_slots = min(global_batch, num_classes)
+    slots = labels
+    if num_slots < num_classes:
+        global_labels = labels if axis_name is None else lax.all_gather(labels, axis_name, tiled=True)
+        present_labels = jnp.unique(global_labels, size=num_slots, fill_value=num_classes)
+        slots = jnp.searchsorted(present_labels, labels)
+    counts = _segment_sum(jnp.ones(labels.shape, jnp.float32), slots, num_slots, axis_name)
+    return CategoryIndex(slots, counts)
+
+
+def category_centers(
+    features: jax.Array, index: CategoryIndex, *, mask: jax.Array | None = None, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Centers of the categories of the global batch: C_i = mean of F_j over the samples j with y_j = i (paper, Eq. 6).
+
+    Args:
+      features: float [B, D].
+      index: from `category_index`.
+      mask: bool [B]; samples that are False are left out of their center. None takes all.
+      axis_name: mapped axis over which the global batch is split, or None on one device.
+
+    Returns:
+      centers [K, D], zero where no sample takes part, and counts [K], the samples that take part.
+    """
+    num_slots = index.counts.shape[0]
+    slots, counts = index.slots, index.counts
+    if mask is not None:
+        # segment_sum drops what lies past the last segment: no masked copy of the features is needed.
+        slots = jnp.where(mask, slots, num_slots)
+        counts = _segment_sum(mask.astype(counts.dtype), index.slots, num_slots, axis_name)
+    sums = _segment_sum(features, slots, num_slots, axis_name)
+    return sums / jnp.maximum(counts, 1.0).astype(features.dtype)[:, None], counts
+
+
+def intra_category_structure(features: jax.Array, centers: jax.Array, counts: jax.Array, slots: jax.Array) -> jax.Array:
+    """Deviation of each sample from the center of its category: Psi(F^i) = {F_j - C_i} (paper, Eq. 7).
+
+    The center is not differentiated. For the paper's term this changes no gradient (deviations sum to zero within a
+    category, so the center's share of the gradient vanishes); the released code detaches it as well.
+
+    Args:
+      features: float [B, D].
+      centers: float [K, D] and counts float [K], both from `category_centers`.
+      counts: see centers. A sample whose category has count 0 is its own center: its deviation is 0, but the gradient
+        flows through the sample.
+      slots: int [B].
+
+    Returns:
+      Deviations [B, D].
+    """
+    own = jnp.where((counts > 0)[slots][:, None], centers[slots], features)
+    return features - lax.stop_gradient(own)
+
+
+def inter_category_structure(centers: jax.Array) -> jax.Array:
+    """Cosine of each pair of centers: M(i, k) = <C_i, C_k> / (||C_i|| ||C_k||) (paper, Eq. 8).
+
+    Args:
+      centers: float [K, D].
+
+    Returns:
+      M [K, K], symmetric. The diagonal is 1; rows and columns of centers that are zero (absent categories among them)
+      are 0, and their gradient is 0. O(K^2 D) time, O(K^2) memory beyond the centers.
+    """
+    gram = _gram(centers)
+    squared_norms = jnp.diagonal(gram)
+    nonzero = squared_norms > 0
+    inverse_norms = jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, squared_norms, 1)), 0)
+    cosines = gram * inverse_norms[:, None] * inverse_norms[None, :]
+    # Exactly 1, not 1 up to rounding: the norm of a difference of two such matrices has a steep gradient near 0.
+    return jnp.where(jnp.eye(len(centers), dtype=bool), nonzero.astype(cosines.dtype), cosines)
+
+
+@partial(jax.jit, static_argnames=("num_classes", "variant", "filter_misclassified", "axis_name"))
+def category_structure_loss(
+    student_features: jax.Array,
+    teacher_features: jax.Array,
+    labels: jax.Array,
+    *,
+    num_classes: int,
+    student_logits: jax.Array | None = None,
+    teacher_logits: jax.Array | None = None,
+    variant: str = "paper",
+    intra_weight: float | None = None,
+    inter_weight: float | None = None,
+    compactness_weight: float | None = None,
+    filter_misclassified: bool | None = None,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Category-structure distillation loss: intra-category plus inter-category structure.
+
+    With deviations Psi (Eq. 7), cosines of centers M (Eq. 8), K categories present in the batch, f features of one
+    sample flattened to D numbers, D' = D, P the center of the sample's category and Z that of its logits z:
+
+    variant "paper" (Eq. 9; the norms are not squared)
+      intra_feature = 1/K sum_i || Psi(F^it) - Psi(F^is) ||_2      inter_feature = || M^t - M^s ||_2
+    variant "reference" (released code)
+      intra_feature = MSE(f^t - P^t, f^s - stop_gradient(P^s)) / D   inter_feature = mean (M^t - M^s)^2 / K
+      intra_logits = MSE(z^t - Z^t, z^s - stop_gradient(Z^s)) / C    inter_logits = the same as inter_feature, on z
+      compactness = MSE(z^s, stop_gradient(Z^s))
+
+    intra = intra_weight (intra_feature + intra_logits) + compactness_weight compactness
+    inter = inter_weight (inter_feature + inter_logits),      category = intra + inter, where absent terms count 0.
+
+    Time O(B D + K^2 D) and memory O(B D + K^2) with K <= min(B, num_classes): the size of the label set does not enter
+    beyond the logits themselves. Values and gradients are finite for absent categories, categories with one sample,
+    zero features, and networks that misclassify everything.
+
+    Args:
+      student_features: float [B, ..., D'], after sigma (projected to the teacher's channels).
+      teacher_features: float, the shape of student_features. Never differentiated.
+      labels: int [B], in [0, num_classes).
+      num_classes: the size of the label set. Static.
+      student_logits: float [B, C]; needed by the logit terms of "reference" and by its filter, unused by "paper".
+      teacher_logits: float [B, C], with student_logits. Never differentiated.
+      variant: "paper" or "reference". Static.
+      intra_weight: weight of the intra-category terms; None: 0.01 (beta of the paper) or 0.002.
+      inter_weight: weight of the inter-category terms; None: 0.2 (gamma of the paper) or 0.04.
+      compactness_weight: weight of compactness, of "reference" only; None: 0.1.
+      filter_misclassified: "reference" only: the centers of intra_feature use only the samples that each network
+        itself classifies correctly; a category with no such sample has each sample as its own center. None: True for
+        "reference". False allows "reference" without logits: the logit terms are then left out. Static.
+      axis_name: mapped axis (`jax.pmap`) over which the batch is split. Batch means are then of the local samples and
+        relations are of the global batch, so that the mean of the loss and of its gradients over devices equals the
+        loss and the gradient of the global batch on one device. Static.
+
+    Returns:
+      The scalar category, and a dict of scalars: the unweighted terms above, and `intra`, `inter`, `category`.
+      Computed in float32, or float64 where the inputs are.
+
+    Raises:
+      TypeError: features or logits are not floating point, labels not integer.
+      ValueError: shapes that do not fit, an unknown variant, "reference" without the logits it needs, or an argument
+        that the variant does not have.
+
+    References:
+      Chen et al., ECCV 2020, https://doi.org/10.1007/978-3-030-58604-1_13, Eq. 6 to 9.
+    """
+    filter_misclassified = _check_arguments(
+        student_features, teacher_features, labels, num_classes, student_logits, teacher_logits, variant,
+        compactness_weight, filter_misclassified,
+    )  # fmt: skip
+    defaults = VARIANT_WEIGHTS[variant]
+    given = (intra_weight, inter_weight, compactness_weight)
+    intra_weight, inter_weight, compactness_weight = (d if g is None else g for g, d in zip(given, defaults, strict=True))
+
+    index = category_index(labels, num_classes=num_classes, axis_name=axis_name)
+    student, teacher = _flatten(student_features), lax.stop_gradient(_flatten(teacher_features))
+    if variant == "paper":
+        terms = _paper_terms(student, teacher, index, axis_name)
+    else:
+        logits = None
+        if student_logits is not None:
+            logits = at_least_float32(student_logits), lax.stop_gradient(at_least_float32(teacher_logits))
+        terms = _reference_terms(student, teacher, logits, labels, index, filter_misclassified, axis_name)
+    intra = intra_weight * (terms["intra_feature"] + terms.get("intra_logits", 0.0))
+    intra += compactness_weight * terms.get("compactness", 0.0)
+    inter = inter_weight * (terms["inter_feature"] + terms.get("inter_logits", 0.0))
+    category = intra + inter
+    return category, terms | {"intra": intra, "inter": inter, "category": category}
+
+
+def _paper_terms(student, teacher, index, axis_name):
+    """Eq. 9 without its weights."""
+    centers_s, counts = category_centers(student, index, axis_name=axis_name)
+    centers_t, _ = category_centers(teacher, index, axis_name=axis_name)
+    structure_t = intra_category_structure(teacher, centers_t, counts, index.slots)
+    structure_s = intra_category_structure(student, centers_s, counts, index.slots)
+    squared = jnp.sum(jnp.square(structure_t - structure_s), axis=1)
+    # The norm of a category stacks all its samples, which may lie on several devices.
+    norms = _safe_sqrt(_segment_sum(squared, index.slots, len(counts), axis_name))
+    num_present = jnp.sum(index.present).astype(norms.dtype)
+    difference = inter_category_structure(centers_t) - inter_category_structure(centers_s)
+    return {
+        "intra_feature": jnp.sum(norms) / num_present,
+        "inter_feature": _safe_sqrt(jnp.sum(jnp.square(difference))),
+    }
+
+
+def _reference_terms(student, teacher, logits, labels, index, filter_misclassified, axis_name):
+    """The terms of the released code without their weights; `logits` is (student, teacher) or None."""
+    centers_s, centers_t = (category_centers(f, index, axis_name=axis_name)[0] for f in (student, teacher))
+    around_s = around_t = None
+    if filter_misclassified:
+        correct_s, correct_t = (jnp.argmax(z, axis=-1) == labels for z in logits)
+        around_s = category_centers(student, index, mask=correct_s, axis_name=axis_name)
+        around_t = category_centers(teacher, index, mask=correct_t, axis_name=axis_name)
+    terms = {
+        "intra_feature": _intra_mse(student, teacher, around_s or (centers_s, index.counts),
+                                    around_t or (centers_t, index.counts), index.slots),
+        "inter_feature": _inter_mse(centers_s, centers_t, index.present),
+    }  # fmt: skip
+    if logits is not None:
+        centers_zs, centers_zt = (category_centers(z, index, axis_name=axis_name)[0] for z in logits)
+        terms["intra_logits"] = _intra_mse(*logits, (centers_zs, index.counts), (centers_zt, index.counts), index.slots)
+        terms["inter_logits"] = _inter_mse(centers_zs, centers_zt, index.present)
+        deviation = intra_category_structure(logits[0], centers_zs, index.counts, index.slots)
+        terms["compactness"] = jnp.mean(jnp.square(deviation))
+    return terms
+
+
+def _intra_mse(student, teacher, around_s, around_t, slots):
+    structure_t = intra_category_structure(teacher, *around_t, slots)
+    structure_s = intra_category_structure(student, *around_s, slots)
+    return jnp.mean(jnp.square(structure_t - structure_s)) / student.shape[1]
+
+
+def _inter_mse(centers_s, centers_t, present):
+    # Rows of absent categories are zero in both matrices: the sum needs no mask, only the mean its count.
+    difference = inter_category_structure(centers_t) - inter_category_structure(centers_s)
+    num_present = jnp.sum(present).astype(difference.dtype)
+    return jnp.sum(jnp.square(difference)) / num_present**3
+
+
+def _flatten(features):
+    features = at_least_float32(features)
+    return features.reshape(features.shape[0], -1)
+
+
+def _segment_sum(values, segments, num_segments, axis_name):
+    sums = jax.ops.segment_sum(values, segments, num_segments)
+    return sums if axis_name is None else lax.psum(sums, axis_name)
+
+
+def _safe_sqrt(x):
+    """sqrt with derivative 0 at 0, where that of sqrt is infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+@jax.custom_jvp
+def _gram(x):
+    """x x^T at full precision (accelerators would otherwise multiply float32 in fewer bits)."""
+    return jnp.dot(x, x.T, precision=lax.Precision.HIGHEST)
+
+
+@_gram.defjvp
+def _gram_jvp(primals, tangents):
+    # Written through its symmetry, so that the transpose needs one product instead of two.
+    (x,), (dx,) = primals, tangents
+    half = jnp.dot(dx, x.T, precision=lax.Precision.HIGHEST)
+    return _gram(x), half + half.T
+
+
+def _check_arguments(student_features, teacher_features, labels, num_classes, student_logits, teacher_logits, variant,
+                     compactness_weight, filter_misclassified) -> bool:  # fmt: skip
+    """Checks the arguments of `category_structure_loss`; returns filter_misclassified with its default filled in."""
+    if variant not in VARIANT_WEIGHTS:
+        raise ValueError(f"variant must be one of {sorted(VARIANT_WEIGHTS)}, got {variant!r}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    check_float("student_features", student_features, min_ndim=2)
+    check_float("teacher_features", teacher_features, min_ndim=2)
+    check_same_shape(student_features=student_features, teacher_features=teacher_features)
+    check_labels(labels, student_features.shape[0])
+    if (student_logits is None) != (teacher_logits is None):
+        raise ValueError("student_logits and teacher_logits must be given together")
+    if student_logits is not None:
+        check_float("student_logits", student_logits, ndim=2)
+        check_float("teacher_logits", teacher_logits, ndim=2)
+        check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+        if student_logits.shape != (student_features.shape[0], num_classes):
+            expected = (student_features.shape[0], num_classes)
+            raise ValueError(f"logits must have shape {expected}: (batch, num_classes), got {student_logits.shape}")
+    if variant == "paper":
+        if filter_misclassified or compactness_weight is not None:
+            raise ValueError("filter_misclassified and compactness_weight belong to variant 'reference', not to 'paper'")
+        return False
+    filter_misclassified = True if filter_misclassified is None else filter_misclassified
+    if filter_misclassified and student_logits is None:
+        raise ValueError("variant 'reference' needs student_logits and teacher_logits, "
+                         "or filter_misclassified=False to leave its logit terms out")  # fmt: skip
+    return filter_misclassified
+
+
+class CategoryStructure(Method):
+    """`category_structure_loss` on the last feature maps and the logits, with the trainable projection sigma.
+
+    sigma is a 1x1 convolution without bias from the student's channels to the teacher's (paper, section 3.3).
+
+    Attributes:
+      variant: "reference" (released code) or "paper".
+      intra_weight: None: the variant's own. Likewise the other weights.
+      inter_weight: see `category_structure_loss`.
+      compactness_weight: "reference" only.
+      filter_misclassified: "reference" only.
+    """
+
+    variant: str = "reference"
+    intra_weight: float | None = None
+    inter_weight: float | None = None
+    compactness_weight: float | None = None
+    filter_misclassified: bool | None = None
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
+        if student.shape[:-1] != teacher.shape[:-1]:
+            raise ValueError(f"the last feature maps of student {student.shape} and teacher {teacher.shape} "
+                             "must have equal height and width")  # fmt: skip
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        dtype = jnp.promote_types(student.dtype, jnp.float32)
+        sigma = self.param("sigma", init, (student.shape[-1], teacher.shape[-1]), dtype)
+        return category_structure_loss(
+            student @ sigma.astype(student.dtype), teacher, inputs.labels, num_classes=self.num_classes,
+            student_logits=inputs.student.logits, teacher_logits=inputs.teacher.logits, variant=self.variant,
+            intra_weight=self.intra_weight, inter_weight=self.inter_weight, compactness_weight=self.compactness_weight,
+            filter_misclassified=self.filter_misclassified, axis_name=self.axis_name,
+        )  # fmt: skip

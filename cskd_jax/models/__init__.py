@@ -1,0 +1,36 @@
+"""Networks. `MODELS` is the table of the names that configurations may use."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cskd_jax.errors import UserError
+from cskd_jax.models.outputs import ModelOutput
+from cskd_jax.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+
+__all__ = ["MODELS", "BasicBlock", "Bottleneck", "ModelOutput", "ResNet", "count_parameters", "create_model"]
+
+# name -> constructor taking num_classes, width, dtype, axis_name
+MODELS = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+}
+
+
+def create_model(
+    name: str, *, num_classes: int, width: float = 1.0, dtype: Any = jnp.float32, axis_name: str | None = None
+) -> nn.Module:
+    """The network `name` of `MODELS`; raises UserError for a name that is not there."""
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+    return MODELS[name](num_classes=num_classes, width=width, dtype=dtype, axis_name=axis_name)
+
+
+def count_parameters(params: Any) -> int:
+    """Number of trainable scalars in a tree of arrays or ShapeDtypeStructs."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,19 @@
+"""What every network returns."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class ModelOutput(NamedTuple):
+    """Outputs of a classification network.
+
+    Attributes:
+      logits: [B, num_classes], at least float32.
+      features: the maps after each stage, [B, H_l, W_l, D_l], first stage first, in the compute dtype.
+      embedding: [B, D], the globally pooled last map that the classifier reads, in the compute dtype.
+    """
+
+    logits: jax.Array
+    features: tuple[jax.Array, ...]
+    embedding: jax.Array

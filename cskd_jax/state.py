@@ -1,0 +1,69 @@
+"""Everything that training changes, in one tree."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from cskd_jax.losses import LossInputs
+from cskd_jax.objective import Objective
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of a training run.
+
+    Attributes:
+      step: int32, optimization steps done.
+      params: {"student": parameters of the network, "methods": {name: what the method trains}}.
+      batch_stats: running statistics of the student.
+      opt_state: of the optimizer over all of params.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def student_variables(self) -> dict[str, Any]:
+        """What `student.apply` takes."""
+        return {"params": self.params["student"], "batch_stats": self.batch_stats}
+
+
+def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Fresh variables of a network for images [H, W, C]; nothing is computed but the draws."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), model.dtype)
+    return model.clone(axis_name=None).lazy_init(key, images, train=False)
+
+
+def init_state(
+    key: jax.Array,
+    student: nn.Module,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    teacher: nn.Module | None = None,
+) -> TrainState:
+    """Fresh state; `teacher` is needed (for its shapes alone) where the objective reads one."""
+    student_key, methods_key = jax.random.split(key)
+    variables = init_variables(student, student_key, image_shape)
+
+    def zeros_like_output(model):
+        def output(key):
+            model_variables = init_variables(model, key, image_shape)
+            images = jnp.zeros((2, *image_shape), model.dtype)
+            return model.clone(axis_name=None).apply(model_variables, images, train=False)
+
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(output, key))
+
+    inputs = LossInputs(
+        student=zeros_like_output(student),
+        teacher=zeros_like_output(teacher) if objective.needs_teacher else None,
+        labels=jnp.zeros((2,), jnp.int32),
+    )
+    params = {"student": variables["params"], "methods": objective.init(methods_key, inputs)}
+    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))

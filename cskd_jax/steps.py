@@ -1,0 +1,86 @@
+"""The two pure functions that everything else feeds: a training step and an evaluation step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses import LossInputs
+from cskd_jax.metrics import classification_sums
+from cskd_jax.objective import Objective
+from cskd_jax.state import TrainState
+
+Batch = dict[str, jax.Array]
+Preprocess = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def make_train_step(
+    student: nn.Module,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    preprocess: Preprocess,
+    teacher: nn.Module | None = None,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds `train_step(state, teacher_variables, batch, key) -> (state, metrics)`.
+
+    Args:
+      student: network trained, in training mode.
+      objective: the weighted methods.
+      optimizer: over the parameters of the student and of the methods.
+      preprocess: `(images, key, positions) -> images` as the networks take them; positions are in the global batch.
+      teacher: network in evaluation mode, not differentiated; None where the objective reads none.
+      axis_name: mapped axis over which the batch is split: the step then equals that of the global batch.
+
+    Returns:
+      A pure function. `batch` is {"image": [B, H, W, C], "label": int32 [B]}, `key` the key of the run (the step is
+      folded in here). metrics are scalars: `loss`, the terms of the objective, `accuracy` of the student on the batch,
+      `gradient_norm`.
+    """
+
+    def train_step(state, teacher_variables, batch, key):
+        labels = batch["label"]
+        offset = 0 if axis_name is None else lax.axis_index(axis_name) * len(labels)
+        positions = offset + jnp.arange(len(labels))
+        images = preprocess(batch["image"], jax.random.fold_in(key, state.step), positions)
+        teacher_output = None
+        if teacher is not None:
+            teacher_output = lax.stop_gradient(teacher.apply(teacher_variables, images, train=False))
+
+        def loss(params):
+            variables = {"params": params["student"], "batch_stats": state.batch_stats}
+            output, updated = student.apply(variables, images, train=True, mutable=["batch_stats"])
+            total, terms = objective(params["methods"], LossInputs(output, teacher_output, labels))
+            accuracy = jnp.mean(jnp.argmax(output.logits, axis=-1) == labels)
+            return total, (updated["batch_stats"], {"loss": total, **terms, "accuracy": accuracy})
+
+        gradients, (batch_stats, metrics) = jax.grad(loss, has_aux=True)(state.params)
+        if axis_name is not None:
+            gradients, metrics = lax.pmean((gradients, metrics), axis_name)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    model: nn.Module, *, preprocess: Callable[[jax.Array], jax.Array], axis_name: str | None = None
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Builds `eval_step(variables, batch) -> sums` (see `classification_sums`) over the global batch.
+
+    `batch` is {"image", "label", "mask"}.
+    """
+
+    def eval_step(variables, batch):
+        output = model.apply(variables, preprocess(batch["image"]), train=False)
+        sums = classification_sums(output.logits, batch["label"], batch["mask"])
+        return sums if axis_name is None else lax.psum(sums, axis_name)
+
+    return eval_step

@@ -1,0 +1,113 @@
+"""Whole training trajectories of the released code, through our step, models, optimizer and evaluation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cskd_jax.models import BasicBlock, Bottleneck, ResNet
+from cskd_jax.objective import Objective
+from cskd_jax.optim import make_optimizer
+from cskd_jax.state import TrainState
+from cskd_jax.steps import make_train_step
+from tests.torch_names import resnet_variables
+
+pytestmark = pytest.mark.usefixtures("x64")
+TOLERANCE = 1e-10
+# What the golden files record, by the names of our metrics.
+METRICS = {
+    "cross_entropy": "cross_entropy",
+    "kd": "mse_logits",
+    "total": "loss",
+    **{
+        term: f"category_structure/{term}"
+        for term in ("intra_feature", "intra_logits", "compactness", "inter_feature", "inter_logits")
+        + ("intra", "inter", "category")
+    },
+}
+
+
+class Case:
+    """A golden trajectory with our networks and variables for it."""
+
+    def __init__(self, path):
+        with np.load(path) as file:
+            self.values = dict(file)
+        self.num_classes = int(self.values["num_classes"])
+        common = {"num_classes": self.num_classes, "stage_widths": (4, 4, 8, 8), "dtype": jnp.float64}
+        self.student = ResNet(stage_sizes=(2, 1, 1, 1), block=BasicBlock, **common)
+        teacher_variables, branch = resnet_variables(self.state_dict("teacher"))
+        teacher = {"stage_sizes": (1, 1, 2, 1), "block": Bottleneck, "projection_features": branch.shape[1]}
+        self.teacher = ResNet(**teacher, **common)
+        teacher_variables["params"]["projection"] = branch[None, None]
+        self.teacher_variables = jax.tree.map(jnp.asarray, teacher_variables)
+
+    def state_dict(self, prefix):
+        return {k.removeprefix(prefix + "/"): v for k, v in self.values.items() if k.startswith(prefix + "/")}
+
+    def student_parts(self, prefix):
+        variables, branch = resnet_variables(self.state_dict(prefix))
+        params = {"student": variables["params"], "methods": {"category_structure": {"sigma": branch}}}
+        return jax.tree.map(jnp.asarray, (params, variables["batch_stats"]))
+
+    def batches(self):
+        size = int(self.values["batch_size"])
+        for order in self.values["order"]:
+            for start in range(0, len(order), size):
+                index = order[start : start + size]
+                yield {"image": self.values["images"][index], "label": self.values["labels"][index]}
+
+
+def assert_close(actual, expected, name):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, err_msg=name)
+
+
+def test_trajectory(train_file):
+    case = Case(train_file)
+    values = case.values
+    losses = {
+        "cross_entropy": {"weight": 0.9},
+        "category_structure": {"weight": 1.0, "variant": "reference"},
+        "mse_logits": {"weight": 0.1 * 1e-5},
+    }
+    objective = Objective.create(losses, num_classes=case.num_classes)
+    optimizer = make_optimizer(
+        learning_rate=float(values["learning_rate"]), momentum=float(values["momentum"]),
+        weight_decay=float(values["weight_decay"]), milestones=(), decay_factor=0.1,
+        restart_momentum=bool(values["momentum_reset_each_epoch"]),
+        steps_per_epoch=-(-values["order"].shape[1] // int(values["batch_size"])),
+    )  # fmt: skip
+    train_step = jax.jit(
+        make_train_step(case.student, objective, optimizer, preprocess=lambda images, *_: images, teacher=case.teacher)
+    )
+    params, batch_stats = case.student_parts("student_init")
+    state = TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params))
+    key = jax.random.PRNGKey(0)
+    num_steps = 0
+    for batch, expected in zip(case.batches(), values["trajectory"], strict=True):
+        state, metrics = train_step(state, case.teacher_variables, batch, key)
+        for name, value in zip(values["trajectory_keys"], expected, strict=True):
+            actual = metrics[METRICS[name]] * (1e-5 if name == "kd" else 1)
+            np.testing.assert_allclose(actual, value, rtol=TOLERANCE, err_msg=f"step {num_steps}, {name}")
+        num_steps += 1
+    assert num_steps == len(values["trajectory"]) > 0
+
+    final_params, final_stats = case.student_parts("student_final")
+    for actual, expected in ((state.params, final_params), (state.batch_stats, final_stats)):
+        jax.tree.map_with_path(lambda path, a, e: assert_close(a, e, jax.tree_util.keystr(path)), actual, expected)
+    output = case.student.apply(state.student_variables, values["eval_images"], train=False)
+    assert_close(output.logits, values["student_final_eval_logits"], "final evaluation")
+
+
+def test_evaluation_before_training(train_file):
+    case = Case(train_file)
+    images = case.values["eval_images"]
+    params, batch_stats = case.student_parts("student_init")
+    student = case.student.apply({"params": params["student"], "batch_stats": batch_stats}, images, train=False)
+    teacher = case.teacher.apply(case.teacher_variables, images, train=False)
+    assert_close(student.logits, case.values["student_eval_logits"], "student logits")
+    assert_close(teacher.logits, case.values["teacher_eval_logits"], "teacher logits")
+    sigma = params["methods"]["category_structure"]["sigma"]
+    assert_close(student.features[-1] @ sigma, case.values["student_eval_features4"], "student features")
+    assert_close(teacher.features[-1], case.values["teacher_eval_features4"], "teacher features")
