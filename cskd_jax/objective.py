@@ -42,10 +42,11 @@ class Objective:
         return any(method.needs_teacher for _, method in self.methods.values())
 
     def init(self, key: jax.Array, inputs: LossInputs) -> dict[str, Any]:
-        """Parameters of each method that has any, by name."""
+        """Parameters of each method that has any, by name; of `inputs` only shapes and dtypes are read."""
         params = {}
         for position, (name, (_, method)) in enumerate(self.methods.items()):
-            variables = method.init(jax.random.fold_in(key, position), inputs)
+            # The parameters do not depend on how the batch is split; here no axis is mapped.
+            variables = method.clone(axis_name=None).lazy_init(jax.random.fold_in(key, position), inputs)
             if "params" in variables:
                 params[name] = variables["params"]
         return params

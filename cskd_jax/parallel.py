@@ -26,7 +26,9 @@ def check_batch_size(name: str, size: int) -> None:
 
 def replicate(tree: Any) -> Any:
     """Puts a tree of host or single-device arrays on every device."""
-    return jax.pmap(lambda x: x, axis_name=AXIS, in_axes=None, out_axes=None)(tree)
+    # pmap asks for a mapped argument, to know the devices by.
+    place = jax.pmap(lambda x, _: x, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    return place(tree, np.zeros(jax.local_device_count()))
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

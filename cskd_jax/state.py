@@ -52,18 +52,18 @@ def init_state(
     student_key, methods_key = jax.random.split(key)
     variables = init_variables(student, student_key, image_shape)
 
-    def zeros_like_output(model):
+    def output_shapes(model):
         def output(key):
             model_variables = init_variables(model, key, image_shape)
             images = jnp.zeros((2, *image_shape), model.dtype)
             return model.clone(axis_name=None).apply(model_variables, images, train=False)
 
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(output, key))
+        return jax.eval_shape(output, key)
 
     inputs = LossInputs(
-        student=zeros_like_output(student),
-        teacher=zeros_like_output(teacher) if objective.needs_teacher else None,
-        labels=jnp.zeros((2,), jnp.int32),
+        student=output_shapes(student),
+        teacher=output_shapes(teacher) if objective.needs_teacher else None,
+        labels=jax.ShapeDtypeStruct((2,), jnp.int32),
     )
     params = {"student": variables["params"], "methods": objective.init(methods_key, inputs)}
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))

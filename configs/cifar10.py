@@ -1,0 +1,56 @@
+"""CIFAR-10, teacher ResNet101 (width 0.5), student ResNet18 (width 0.25): Chen et al. 2020, table 1, first row.
+
+`--config=configs/cifar10.py` is category-structure distillation as the released code has it; `:METHOD` picks another
+(configs/methods.py). `:cskd_paper` follows the paper, whose schedule and optimizer differ from the released code's.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import methods
+
+
+def get_config(method="cskd"):
+    released = method in ("cskd", "intra", "inter")
+    config = ConfigDict()
+    config.method = method  # name of the method in results and in the default workdir
+    config.seed = 0  # of the weights, the order of the images, the augmentation
+    config.batch_size = 128  # images per step, over all devices
+    config.drop_last = False  # leave out the last, smaller batch of an epoch
+    config.epochs = 200  # of the student
+    config.dtype = "float32"  # of the computation in the networks: float32 or bfloat16
+    config.log_every = 50  # steps between rows of metrics.jsonl
+    config.keep_checkpoints = 2  # newest checkpoints kept, beside the best
+
+    config.dataset = ConfigDict()
+    config.dataset.name = "cifar10"  # digits, cifar10, cifar100, image_folder, or another name of tfds
+    config.dataset.data_dir = placeholder(str)  # of tfds; None: ~/tensorflow_datasets
+    config.dataset.path = placeholder(str)  # folder with train/CLASS/* and test/CLASS/*, for image_folder
+    config.dataset.train_examples = placeholder(int)  # a balanced part of the training split; None: all
+    config.dataset.mean = (0.4914, 0.4822, 0.4465)  # per channel, of pixels in [0, 1]
+    config.dataset.std = (0.2023, 0.1994, 0.2010)
+
+    config.augment = ConfigDict()
+    config.augment.crop_padding = 4  # pixels of black around an image before it is cropped at random; 0: no crop
+    config.augment.flip = True  # mirror half of the images
+
+    config.teacher = ConfigDict()
+    config.teacher.name = "resnet101"
+    config.teacher.width = 0.5  # factor on the channels
+    config.teacher.checkpoint = placeholder(str)  # folder of a trained teacher (WORKDIR/teacher); None: train one
+    config.teacher.epochs = 200  # with cross-entropy and the student's recipe
+
+    config.student = ConfigDict()
+    config.student.name = "resnet18"
+    config.student.width = 0.25
+
+    config.losses = methods.losses(method)  # NAME.weight and the hyper-parameters of NAME
+
+    config.optimizer = ConfigDict()  # SGD
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 1e-4  # L2, on every parameter
+    config.optimizer.milestones = (80, 120) if released else (80, 120, 160)  # epochs that lower the learning rate
+    config.optimizer.decay_factor = 0.1  # by this factor
+    config.optimizer.restart_momentum = released  # start every epoch with zero momentum, as the released code does
+    return config

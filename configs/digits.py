@@ -1,0 +1,55 @@
+"""The 1,797 handwritten digits that scikit-learn carries, 8x8 pixels: the whole job in two minutes, without a download.
+
+`--config=configs/digits.py` is category-structure distillation as the released code has it; `:METHOD` picks another
+(configs/methods.py).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import methods
+
+
+def get_config(method="cskd"):
+    config = ConfigDict()
+    config.method = method  # name of the method in results and in the default workdir
+    config.seed = 0  # of the weights, the order of the images, the augmentation
+    config.batch_size = 64  # images per step, over all devices
+    config.drop_last = False  # leave out the last, smaller batch of an epoch
+    config.epochs = 20  # of the student
+    config.dtype = "float32"  # of the computation in the networks: float32 or bfloat16
+    config.log_every = 10  # steps between rows of metrics.jsonl
+    config.keep_checkpoints = 2  # newest checkpoints kept, beside the best
+
+    config.dataset = ConfigDict()
+    config.dataset.name = "digits"  # digits, cifar10, cifar100, image_folder, or another name of tfds
+    config.dataset.data_dir = placeholder(str)  # of tfds; None: ~/tensorflow_datasets
+    config.dataset.path = placeholder(str)  # folder with train/CLASS/* and test/CLASS/*, for image_folder
+    config.dataset.train_examples = placeholder(int)  # a balanced part of the training split; None: all
+    config.dataset.mean = (0.3055,)  # per channel, of pixels in [0, 1]
+    config.dataset.std = (0.3766,)
+
+    config.augment = ConfigDict()
+    config.augment.crop_padding = 1  # pixels of black around an image before it is cropped at random; 0: no crop
+    config.augment.flip = False  # mirror half of the images: a mirrored digit is another sign
+
+    config.teacher = ConfigDict()
+    config.teacher.name = "resnet18"
+    config.teacher.width = 0.25  # factor on the channels
+    config.teacher.checkpoint = placeholder(str)  # folder of a trained teacher (WORKDIR/teacher); None: train one
+    config.teacher.epochs = 20  # with cross-entropy and the student's recipe
+
+    config.student = ConfigDict()
+    config.student.name = "resnet18"
+    config.student.width = 0.125
+
+    config.losses = methods.losses(method)  # NAME.weight and the hyper-parameters of NAME
+
+    config.optimizer = ConfigDict()  # SGD
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 1e-4  # L2, on every parameter
+    config.optimizer.milestones = (10, 15)  # epochs that lower the learning rate
+    config.optimizer.decay_factor = 0.1  # by this factor
+    config.optimizer.restart_momentum = False  # start every epoch with zero momentum, as the released code does
+    return config

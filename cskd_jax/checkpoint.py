@@ -1,0 +1,185 @@
+"""Checkpoints with digests: the only file that imports Orbax.
+
+Orbax does not notice a changed byte inside an array. Every array is therefore saved with its digest, which is checked
+when it is read; a checkpoint that does not pass is set aside and the newest sound one is used.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers
+
+from cskd_jax.errors import UserError
+
+FOLDER = "checkpoints"
+_ARRAYS, _RECORD = "arrays", "record"
+
+
+class Checkpoints:
+    """The checkpoints of one phase of a run, in `directory`, by step; saving is asynchronous.
+
+    Args:
+      directory: made if missing.
+      keep: how many of the newest to keep; the one with the best score is kept besides.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int):
+        policy = checkpoint_managers.preservation_policy
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy.AnyPreservationPolicy(
+                    [
+                        policy.LatestN(keep),
+                        policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, step: int, tree: Any, record: dict[str, Any], score: float | None = None) -> None:
+        """Starts saving; returns once the arrays are on the host.
+
+        Args:
+          step: greater than that of every checkpoint there is.
+          tree: of arrays, equal on all devices.
+          record: JSON values to go with them.
+          score: the greater the better; None for a checkpoint that never counts as the best.
+        """
+        arrays = _flatten(jax.device_get(tree))
+        content = {"record": record, "digests": {name: _digest(array) for name, array in arrays.items()}}
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _ARRAYS: ocp.args.StandardSave(arrays),
+                    _RECORD: ocp.args.JsonSave(content | {"digest": _text_digest(content)}),
+                }
+            ),
+            metrics=None if score is None else {"score": score},
+        )
+        if not saved:
+            raise RuntimeError(f"Orbax refused to save step {step} into {self._directory}")
+
+    def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest sound checkpoint as (tree like `template` of numpy arrays, record); None if there is none.
+
+        Damaged checkpoints that are newer are removed with a warning: training writes those steps again.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            path = self._directory / str(step)
+            try:
+                arrays, record = _read(path)
+                return _unflatten(arrays, template), record
+            except _Damaged as damage:
+                logging.warning("checkpoint %s is damaged (%s): removed, using an older one", path, damage)
+                shutil.rmtree(path)
+                self._manager.reload()
+        return None
+
+    def wait(self) -> None:
+        """Returns once what was saved is on disk; raises if saving failed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then frees the threads."""
+        self._manager.close()
+
+
+def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Variables of the network in a finished or running phase, and the record saved with them.
+
+    Args:
+      path: the folder of a phase (`WORKDIR/teacher`), or a run's workdir, whose teacher is then meant.
+
+    Returns:
+      ({"params", "batch_stats"} of numpy arrays, record) of the newest checkpoint.
+
+    Raises:
+      UserError: no checkpoint there, or the newest is damaged.
+    """
+    root = pathlib.Path(path).expanduser()
+    folders = [root / FOLDER, root / "teacher" / FOLDER]
+    folder = next((f for f in folders if f.is_dir()), None)
+    steps = [] if folder is None else sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    if not steps:
+        raise UserError(f"teacher checkpoint {path}: no checkpoint in {' or '.join(map(str, folders))}")
+    try:
+        arrays, record = _read(folder / str(steps[-1]))
+    except _Damaged as damage:
+        raise UserError(f"teacher checkpoint {folder / str(steps[-1])} is damaged ({damage})") from None
+    tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    return {"params": tree["params"]["student"], "batch_stats": tree["batch_stats"]}, record
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _read(path):
+    """Arrays by name and record of one checkpoint; raises _Damaged."""
+    try:
+        # A checkpointer of its own: the manager keeps no handle that outlives a checkpoint which is then removed.
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            content = reader.restore(path.absolute() / _RECORD)
+        digest = content.pop("digest")
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            template = _array_template(reader.metadata(path.absolute() / _ARRAYS))
+            arrays = reader.restore(path.absolute() / _ARRAYS, args=ocp.args.StandardRestore(template))
+    except Exception as error:  # Orbax raises whatever the damage makes its parsers raise.
+        raise _Damaged(f"{type(error).__name__} while reading") from error
+    if digest != _text_digest(content):
+        raise _Damaged("the digest of its record differs")
+    if set(arrays) != set(content["digests"]):
+        raise _Damaged("arrays are missing")
+    for name, array in arrays.items():
+        if _digest(array) != content["digests"][name]:
+            raise _Damaged(f"the digest of {name} differs")
+    return arrays, content["record"]
+
+
+def _array_template(metadata):
+    """Asks Orbax for numpy arrays, wherever they were saved."""
+    tree = metadata.item_metadata.tree
+    return {name: np.empty(array.shape, array.dtype) for name, array in tree.items()}
+
+
+def _flatten(tree):
+    """{path joined by "/": numpy array} of a tree, by Flax's names for its parts."""
+    flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(tree), sep="/")
+    return {name: np.asarray(array) for name, array in flat.items()}
+
+
+def _unflatten(arrays, template):
+    target = flax.serialization.to_state_dict(template)
+    flat = flax.traverse_util.flatten_dict(target, sep="/", keep_empty_nodes=True)
+    empty = flax.traverse_util.empty_node
+    wanted = {name for name, leaf in flat.items() if leaf is not empty}
+    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    if wanted != set(arrays) or any(shapes[name] != (flat[name].shape, flat[name].dtype) for name in wanted):
+        raise UserError("the checkpoint holds other arrays than this configuration trains; use another --workdir")
+    flat |= arrays
+    return flax.serialization.from_state_dict(template, flax.traverse_util.unflatten_dict(flat, sep="/"))
+
+
+def _digest(array):
+    array = np.ascontiguousarray(array)
+    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()
+
+
+def _text_digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _score(metrics):
+    return metrics["score"]

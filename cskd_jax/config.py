@@ -1,0 +1,158 @@
+"""Validation of a configuration, before anything compiles: every error names the key, the value, what is allowed."""
+
+import difflib
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from cskd_jax.errors import UserError
+from cskd_jax.losses import LOSSES
+from cskd_jax.models import MODELS
+from cskd_jax.objective import hyperparameters
+
+
+class Rule(NamedTuple):
+    """What a value must be: an instance of `types` for which `test` holds; `allowed` says so in words."""
+
+    types: tuple[type, ...]
+    test: Callable[[Any], bool]
+    allowed: str
+
+
+def _at_least(low: int) -> Rule:
+    return Rule((int,), lambda value: value >= low, f"an integer of at least {low}")
+
+
+def _one_of(*values: str) -> Rule:
+    return Rule((str,), lambda value: value in values, "one of " + ", ".join(sorted(values)))
+
+
+def _optional(rule: Rule) -> Rule:
+    return Rule((*rule.types, type(None)), lambda value: value is None or rule.test(value), f"{rule.allowed}, or None")
+
+
+_BOOL = Rule((bool,), lambda _: True, "True or False")
+_TEXT = Rule((str,), bool, "a text")
+_POSITIVE = Rule((float, int), lambda value: 0 < value < math.inf, "a number greater than 0")
+_NOT_NEGATIVE = Rule((float, int), lambda value: 0 <= value < math.inf, "a number of at least 0")
+_FRACTION = Rule((float, int), lambda value: 0 <= value < 1, "a number in [0, 1)")
+_CHANNELS = Rule((tuple,), lambda value: value and all(isinstance(v, int | float) for v in value), "a tuple of numbers")
+_DEVIATIONS = Rule((tuple,), lambda value: _CHANNELS.test(value) and min(value) > 0, "a tuple of numbers above 0")
+_EPOCHS = Rule(
+    (tuple,),
+    lambda value: all(type(v) is int and v > 0 for v in value) and list(value) == sorted(set(value)),
+    "an increasing tuple of epochs",
+)
+
+# Every key of a configuration but those of `losses`.
+RULES = {
+    "method": _TEXT,
+    "seed": Rule((int,), lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
+    "batch_size": _at_least(1),
+    "drop_last": _BOOL,
+    "epochs": _at_least(1),
+    "dtype": _one_of("float32", "bfloat16"),
+    "log_every": _at_least(1),
+    "keep_checkpoints": _at_least(1),
+    "dataset.name": _TEXT,
+    "dataset.data_dir": _optional(_TEXT),
+    "dataset.path": _optional(_TEXT),
+    "dataset.train_examples": _optional(_at_least(1)),
+    "dataset.mean": _CHANNELS,
+    "dataset.std": _DEVIATIONS,
+    "augment.crop_padding": _at_least(0),
+    "augment.flip": _BOOL,
+    "teacher.name": _optional(_one_of(*MODELS)),
+    "teacher.width": _POSITIVE,
+    "teacher.checkpoint": _optional(_TEXT),
+    "teacher.epochs": _at_least(1),
+    "student.name": _one_of(*MODELS),
+    "student.width": _POSITIVE,
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.momentum": _FRACTION,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.milestones": _EPOCHS,
+    "optimizer.decay_factor": _POSITIVE,
+    "optimizer.restart_momentum": _BOOL,
+}
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """{"a.b": value} for every leaf."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """`flatten` with values as JSON gives them back."""
+    return json.loads(json.dumps(flatten(config)))
+
+
+def unknown_key(key: str, known: Any) -> UserError:
+    """The error for a key that is not there, with what was probably meant."""
+    close = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+    return UserError(f"unknown configuration key {key}; {hint}")
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first thing that is wrong with a configuration taken by itself."""
+    values = flatten(config)
+    losses = config.get("losses")
+    if not isinstance(losses, ml_collections.ConfigDict) or not losses:
+        raise UserError(f"config.losses must name at least one of {', '.join(sorted(LOSSES))}")
+    for key in values:
+        if key not in RULES and not key.startswith("losses."):
+            raise unknown_key(key, RULES)
+    for key, rule in RULES.items():
+        if key not in values:
+            raise UserError(f"configuration key {key} is missing; it must be {rule.allowed}")
+        _check(key, values[key], rule)
+    for name, settings in losses.items():
+        _validate_loss(name, settings)
+    needs_teacher = any(LOSSES[name].needs_teacher for name in losses)
+    if needs_teacher and config.teacher.name is None:
+        raise UserError(
+            f"method {config.method} needs a teacher: teacher.name is None, set {RULES['teacher.name'].allowed}"
+        )
+    checkpoint = config.teacher.checkpoint
+    if needs_teacher and checkpoint is not None and not pathlib.Path(checkpoint).expanduser().exists():
+        raise UserError(f"teacher.checkpoint {checkpoint} does not exist")
+    if len(config.dataset.mean) != len(config.dataset.std):
+        raise UserError(f"dataset.mean {config.dataset.mean} and dataset.std {config.dataset.std} differ in length")
+
+
+def _validate_loss(name: str, settings: Any) -> None:
+    if name not in LOSSES:
+        raise unknown_key(f"losses.{name}", [f"losses.{known}" for known in LOSSES])
+    if not isinstance(settings, ml_collections.ConfigDict) or "weight" not in settings:
+        raise UserError(f"losses.{name} must have a weight")
+    allowed = hyperparameters(name)
+    for key, value in settings.items():
+        path = f"losses.{name}.{key}"
+        if key == "weight":
+            _check(path, value, _NOT_NEGATIVE)
+        elif key not in allowed:
+            raise unknown_key(path, [f"losses.{name}.{known}" for known in ("weight", *allowed)])
+        else:
+            annotation = allowed[key].type
+            types = tuple(getattr(annotation, "__args__", None) or (annotation,))
+            types += (int,) if float in types else ()
+            wanted = getattr(annotation, "__name__", str(annotation)) if len(types) == 1 else str(annotation)
+            _check(path, value, Rule(types, lambda _: True, wanted))
+
+
+def _check(key: str, value: Any, rule: Rule) -> None:
+    # bool is an int in Python, but never means a number here.
+    right_type = isinstance(value, rule.types) and (not isinstance(value, bool) or bool in rule.types)
+    if not right_type or not rule.test(value):
+        raise UserError(f"{key} is {value!r}; it must be {rule.allowed}")

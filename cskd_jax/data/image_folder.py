@@ -1,0 +1,132 @@
+"""A folder of image files: PATH/train/CATEGORY/* and PATH/test/CATEGORY/* (or PATH/val/CATEGORY/*)."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cskd_jax.data.types import ImageDataset, Split, balanced_indices
+from cskd_jax.errors import UserError
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+
+def load(*, data_dir: str | None, path: str | None, train_examples: int | None) -> ImageDataset:
+    """Loads a folder of images.
+
+    The categories are the sorted names of the folders in train. The images of a category are its files in the order of
+    their names; other extensions, hidden files and deeper folders are ignored. Images are always converted to three
+    channels, RGB: grey is repeated, transparency is dropped. Only the images that are used are decoded.
+
+    Args:
+        data_dir: Not used.
+        path: The folder.
+        train_examples: See `balanced_indices`.
+
+    Returns:
+        The data set, with images uint8 [N, H, W, 3].
+
+    Raises:
+        UserError: Something is missing, damaged or does not fit; the message names the folder or the file.
+    """
+    del data_dir
+    if path is None:
+        raise UserError("data set image_folder needs path: a folder with train/CATEGORY/* and test/CATEGORY/*")
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: path of image_folder is one that holds train and test (or val)")
+    if not (root / "train").is_dir():
+        raise UserError(f"{root} has no folder train: image_folder reads train/CATEGORY/*")
+    test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if test_folder is None:
+        raise UserError(f"{root} has neither a folder test nor val: image_folder reads one of them")
+
+    train_files = _list_split(root / "train")
+    categories = tuple(train_files)
+    test_files = _list_split(test_folder)
+    _check_categories(categories, test_files, test_folder)
+
+    files, labels = _flatten(train_files, categories)
+    chosen = balanced_indices(labels, categories, train_examples)
+    files = [files[index] for index in chosen]
+    size = _image_size(files[0])
+    train = Split(_decode_all(files, size), labels[chosen])
+    files, labels = _flatten(test_files, categories)
+    return ImageDataset("image_folder", train, Split(_decode_all(files, size), labels), categories)
+
+
+def _list_split(folder: Path) -> dict[str, list[Path]]:
+    """Returns the image files by category, both sorted by name."""
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"{folder} has no category folders: image_folder reads {folder.name}/CATEGORY/*")
+    files = {}
+    for name in names:
+        files[name] = sorted(
+            Path(entry.path)
+            for entry in os.scandir(folder / name)
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+        )
+        if not files[name]:
+            raise UserError(f"{folder / name} has no images: allowed are files with {', '.join(EXTENSIONS)}")
+    return files
+
+
+def _check_categories(categories: Sequence[str], test_files: Mapping[str, list[Path]], test_folder: Path) -> None:
+    """Raises UserError unless the test split has the categories of the training split."""
+    for name in categories:
+        if name not in test_files:
+            raise UserError(f"{test_folder} lacks the category '{name}', which train has")
+    for name in test_files:
+        if name not in categories:
+            raise UserError(f"{test_folder} has the category '{name}', which train lacks")
+
+
+def _flatten(files: Mapping[str, list[Path]], categories: Sequence[str]) -> tuple[list[Path], np.ndarray]:
+    """Returns all files, category by category, and their labels, int32 [N]."""
+    counts = [len(files[name]) for name in categories]
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return [file for name in categories for file in files[name]], labels
+
+
+def _image_size(file: Path) -> tuple[int, int]:
+    """Returns (width, height)."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    # Pillow's decoders raise many types.
+    except Exception as error:
+        raise UserError(f"{file} is not a sound image ({error}): replace or remove it") from error
+
+
+def _decode_all(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
+    """Decodes files that all have the given (width, height); uint8 [N, height, width, 3].
+
+    A plain loop: on small images threads spend twice the time waiting for the interpreter lock.
+    """
+    width, height = size
+    images = np.empty((len(files), height, width, 3), np.uint8)
+    for index, file in enumerate(files):
+        images[index] = _decode(file, size)
+    return images
+
+
+def _decode(file: Path, size: tuple[int, int]) -> np.ndarray:
+    """Decodes one file; uint8 [height, width, 3]."""
+    try:
+        with Image.open(file) as image:
+            found, mode = image.size, image.mode
+            if found == size and not mode.startswith(("I", "F")):
+                # A palette may hold transparency, which Pillow wants to see kept before it is dropped.
+                return np.asarray((image.convert("RGBA") if mode == "P" else image).convert("RGB"))
+    # Pillow's decoders raise many types.
+    except Exception as error:
+        raise UserError(f"{file} is not a sound image ({error}): replace or remove it") from error
+    if found != size:
+        raise UserError(
+            f"{file} is {found[0]}x{found[1]} pixels where {size[0]}x{size[1]} are expected: "
+            "all images must have one size"
+        )
+    raise UserError(f"{file} has more than 8 bits per channel (Pillow mode {mode}): convert it to 8 bits")

@@ -1,0 +1,390 @@
+"""Data sets that lie on disk in the layout of tensorflow-datasets: preparing our own, reading any.
+
+Our own data sets are written as array_record, which needs no TensorFlow to write or to read. TensorFlow is asked for
+only where tensorflow-datasets itself cannot do without it: tfrecord files, and the preparation of its stock data sets.
+
+tensorflow-datasets is imported inside the functions, so that importing `cskd_jax.data` stays cheap.
+"""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cskd_jax.data.types import ImageDataset, Split, balanced_indices
+from cskd_jax.errors import UserError
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with so many channels.
+_INSTALL = "pip install 'cskd_jax[tf]'"
+
+
+class SourceSplit(NamedTuple):
+    """One split of a data set of ours, as its source holds it.
+
+    Attributes:
+        images: uint8 [N, H, W, C].
+        labels: The labels by feature name, each uint8 or int [N].
+    """
+
+    images: np.ndarray
+    labels: Mapping[str, np.ndarray]
+
+
+class Content(NamedTuple):
+    """All of a data set of ours.
+
+    Attributes:
+        splits: The splits by name: train and test.
+        label_names: The names of the labels by feature name.
+    """
+
+    splits: Mapping[str, SourceSplit]
+    label_names: Mapping[str, Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """A data set of ours, small enough to be held in memory while it is prepared.
+
+    Attributes:
+        name: Its name in tensorflow-datasets, and the name of its folder.
+        version: Its version; raise it when the same source gives other examples.
+        description: One or two sentences for dataset_info.json.
+        homepage: Where the data comes from.
+        image_shape: (H, W, C), with C one of 1, 3 and 4.
+        label_sizes: The number of categories by label feature; `label` is the one to learn.
+        read: Takes the root data folder and returns the content; called only when nothing is prepared yet.
+    """
+
+    name: str
+    version: str
+    description: str
+    homepage: str
+    image_shape: tuple[int, int, int]
+    label_sizes: Mapping[str, int]
+    read: Callable[[Path], Content]
+
+
+def load_own(
+    source: ArraySource, *, data_dir: str | None, path: str | None, train_examples: int | None
+) -> ImageDataset:
+    """Loads a data set of ours, preparing it first where that has not been done.
+
+    Args:
+        source: The data set.
+        data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
+        path: Must be None: it is an argument of image_folder.
+        train_examples: See `balanced_indices`.
+
+    Returns:
+        The data set, in source order.
+
+    Raises:
+        UserError: The source cannot be had or is damaged, or the folder cannot be written.
+    """
+    _refuse_path(source.name, path)
+    builder_class = _builder_class(source)
+    builder = _construct(source.name, data_dir, lambda: builder_class(data_dir=data_dir))
+    if not _is_prepared(builder):
+        builder.content = source.read(Path(builder.data_dir_root))
+        _prepare(builder)
+        # Built anew, because the files may be those of another process that was faster.
+        builder = builder_class(data_dir=data_dir)
+    return load_prepared(builder, source.name, train_examples)
+
+
+def load_named(
+    name: str, *, table: Sequence[str], data_dir: str | None, path: str | None, train_examples: int | None
+) -> ImageDataset:
+    """Loads any data set that tensorflow-datasets knows or finds prepared under `data_dir`.
+
+    Args:
+        name: The tensorflow-datasets name, with its configuration and version if need be ("name/config:1.0.0").
+        table: The names of the data sets that need no tensorflow-datasets name, for the message about unknown ones.
+        data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
+        path: Must be None: it is an argument of image_folder.
+        train_examples: See `balanced_indices`.
+
+    Returns:
+        The data set, in the order of its files.
+
+    Raises:
+        UserError: The name is unknown, TensorFlow is needed and not installed, the preparation failed, or the data
+            set is not one of labelled images of one size with the splits train and test (or validation).
+    """
+    import tensorflow_datasets as tfds
+
+    _refuse_path(name, path)
+    try:
+        builder = _construct(name, data_dir, lambda: tfds.builder(name, data_dir=data_dir))
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(
+            f"unknown data set '{name}': allowed are {', '.join(table)} and any tensorflow-datasets name"
+        ) from error
+    if not _is_prepared(builder):
+        _check_features(builder, name)  # Before a download that may take hours.
+        _require_tensorflow(f"data set '{name}' is not prepared in {builder.data_dir}, and preparing it")
+        _prepare(builder)
+        builder = tfds.builder(name, data_dir=data_dir)
+    return load_prepared(builder, name, train_examples)
+
+
+def load_prepared(builder: Any, name: str, train_examples: int | None) -> ImageDataset:
+    """Reads the splits train and test (or validation) of a prepared builder into memory.
+
+    Args:
+        builder: A `tfds.core.DatasetBuilder` whose files are prepared.
+        name: The name of the data set, for the result and for messages.
+        train_examples: See `balanced_indices`.
+
+    Returns:
+        The data set, in the order of its files.
+
+    Raises:
+        UserError: See `load_named`.
+    """
+    _check_features(builder, name)
+    splits = builder.info.splits
+    test_name = "test" if "test" in splits else "validation"
+    if "train" not in splits or test_name not in splits:
+        raise UserError(f"data set '{name}' needs the splits train and test (or validation): it has {sorted(splits)}")
+    categories = tuple(builder.info.features["label"].names)
+    channels = builder.info.features["image"].shape[-1]
+    encoded, labels = _read_encoded(builder, name, "train")
+    chosen = balanced_indices(labels, categories, train_examples)
+    encoded_test, test_labels = _read_encoded(builder, name, test_name)
+    train_images = _decode([encoded[index] for index in chosen], channels, None, f"data set '{name}', split train")
+    test_images = _decode(encoded_test, channels, train_images.shape[1:], f"data set '{name}', split {test_name}")
+    return ImageDataset(name, Split(train_images, labels[chosen]), Split(test_images, test_labels), categories)
+
+
+def _refuse_path(name: str, path: str | None) -> None:
+    if path is not None:
+        raise UserError(f"path='{path}' is only for image_folder: leave it out for data set '{name}' and set data_dir")
+
+
+def _builder_class(source: ArraySource) -> type:
+    """The tensorflow-datasets builder of a data set of ours; its attribute `content` is set before it prepares."""
+    import tensorflow_datasets as tfds
+
+    # Not registered, because tensorflow-datasets has stock builders of the same names.
+    class ArrayBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = source.name
+        VERSION = tfds.core.Version(source.version)
+        content: Content
+
+        def _info(self):
+            labels = {key: tfds.features.ClassLabel(num_classes=size) for key, size in source.label_sizes.items()}
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=source.description,
+                homepage=source.homepage,
+                features=tfds.features.FeaturesDict(
+                    {"id": tfds.features.Text(), "image": tfds.features.Image(shape=source.image_shape), **labels}
+                ),
+                supervised_keys=("image", "label"),
+                disable_shuffling=True,  # Keeps the order of the source.
+            )
+
+        def _split_generators(self, dl_manager):
+            for key, names in self.content.label_names.items():
+                self.info.features[key].names = list(names)
+            return {name: self._generate_examples(name, split) for name, split in self.content.splits.items()}
+
+        def _generate_examples(self, split_name, split):
+            for index, pixels in enumerate(split.images):
+                # A Pillow image, because tensorflow-datasets encodes an array with TensorFlow.
+                image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+                labels = {key: int(values[index]) for key, values in split.labels.items()}
+                yield index, {"id": f"{split_name}_{index:05d}", "image": image, **labels}
+
+    return ArrayBuilder
+
+
+def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
+    """Calls `make`, which constructs a builder; only an unknown name is left for the caller to explain."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return make()
+    except tfds.core.DatasetNotFoundError:
+        raise
+    # Everything, because builders run code of their own, and a damaged dataset_info.json raises an error of protobuf's.
+    except Exception as error:
+        if isinstance(error, ImportError) and "'tensorflow'" in str(error):
+            _require_tensorflow(f"opening data set '{name}'")
+        raise UserError(f"data set '{name}' cannot be opened in {_root(data_dir)}: {_one_line(error)}") from error
+
+
+def _is_prepared(builder: Any) -> bool:
+    """Whether the builder's folder holds a finished preparation.
+
+    tensorflow-datasets writes into a folder of another name and renames it at the end, so that what a killed
+    preparation leaves behind is never found here.
+    """
+    try:
+        if (builder.data_path / "dataset_info.json").exists():
+            return True
+        exists = builder.data_path.exists()
+    except OSError as error:
+        raise UserError(f"cannot look into {builder.data_dir}: {_one_line(error)}") from error
+    if exists:
+        # tensorflow-datasets would take the folder for a prepared one.
+        raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it anew")
+    return False
+
+
+def _prepare(builder: Any) -> None:
+    """Writes the builder's array_record files, or accepts those that another process has written in the meantime."""
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        # tensorflow-datasets announces itself on stdout, which belongs to the program's results.
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare(file_format="array_record")
+    # Everything, because a stock builder runs code of its own, which may raise anything.
+    except Exception as error:
+        # Several processes may prepare the same folder: all but the first fail when they rename theirs.
+        if not _is_prepared(builder):
+            raise UserError(
+                f"cannot prepare data set '{builder.name}' in {builder.data_dir}: {_one_line(error)}"
+            ) from error
+
+
+def _check_features(builder: Any, name: str) -> None:
+    """Raises UserError unless there are an 8-bit `image` and a ClassLabel `label`."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    image, label = found.get("image"), found.get("label")
+    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        has = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(found.items())) or "none by name"
+        raise UserError(f"data set '{name}' needs the features image (Image) and label (ClassLabel): it has {has}")
+    if image.np_dtype != np.uint8 or len(image.shape) != 3 or image.shape[-1] not in _MODES:
+        raise UserError(
+            f"data set '{name}' needs uint8 images with 1, 3 or 4 channels: "
+            f"it has {np.dtype(image.np_dtype).name} images of shape {image.shape}"
+        )
+
+
+def _read_encoded(builder: Any, name: str, split: str) -> tuple[list[bytes], np.ndarray]:
+    """Returns the encoded images of a split and its labels, int32 [N]."""
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" in formats:
+        examples = _array_record_examples(builder, split)
+    elif "tfrecord" in formats:
+        _require_tensorflow(f"data set '{name}' is prepared as tfrecord in {builder.data_dir}, and reading it")
+        examples = _tfrecord_examples(builder, split)
+    else:
+        raise UserError(f"{builder.data_dir} is prepared as {sorted(formats)}: allowed are array_record and tfrecord")
+    encoded, labels = [], []
+    try:
+        for example in examples:
+            if example["image"] is None or example["label"] is None:
+                raise ValueError(f"record {len(labels)} is empty")  # So array_record reads some truncated files.
+            encoded.append(example["image"])
+            labels.append(example["label"])
+    # The readers are C++ libraries that raise RuntimeError, ValueError, IndexError or errors of TensorFlow's own.
+    except Exception as error:
+        raise UserError(
+            f"cannot read split {split} in {builder.data_dir}: {_one_line(error)}; remove the folder to prepare it anew"
+        ) from error
+    labels = np.asarray(labels, np.int32)
+    if not encoded or labels.min() < 0:
+        raise UserError(f"data set '{name}' has no examples or unlabelled ones in its split {split}")
+    return encoded, labels
+
+
+def _array_record_examples(builder: Any, split: str) -> Iterator[Mapping[str, Any]]:
+    """Yields {image: encoded bytes, label: int} without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    source = builder.as_data_source(
+        split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    # Parsing only the two features that are used, and decoding the images here, is twice as fast as the default.
+    fields = tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("image", "label")})
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    for record in source.__getitems__(range(len(source))):
+        yield fields.deserialize_example_np(record, decoders=decoders)
+
+
+def _tfrecord_examples(builder: Any, split: str) -> Iterable[Mapping[str, Any]]:
+    """Returns an iterable of {image: encoded bytes, label: int} that reads through TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    dataset = builder.as_dataset(
+        split=split,
+        decoders=tfds.decode.PartialDecoding(
+            {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
+        ),
+        read_config=tfds.ReadConfig(interleave_cycle_length=1),  # One file after the other: the order of the files.
+    )
+    return tfds.as_numpy(dataset)
+
+
+def _decode(encoded: Sequence[bytes], channels: int, expected: tuple[int, int, int] | None, where: str) -> np.ndarray:
+    """Decodes images of one shape.
+
+    A plain loop: small images are decoded so quickly (10,000 a second) that threads only wait for each other.
+
+    Args:
+        encoded: N encoded images.
+        channels: 1, 3 or 4, to which images are converted.
+        expected: The shape that all must have; None is that of the first one.
+        where: What is decoded, for messages.
+
+    Returns:
+        uint8 [N, H, W, channels].
+    """
+    images = None if expected is None else np.empty((len(encoded), *expected), np.uint8)
+    for index, data in enumerate(encoded):
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                converted = image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+                pixels = np.asarray(converted).reshape(image.height, image.width, channels)
+        # Pillow's decoders raise many types.
+        except Exception as error:
+            raise UserError(f"{where}: example {index} is not a sound image ({_one_line(error)})") from error
+        if images is None:
+            images = np.empty((len(encoded), *pixels.shape), np.uint8)
+        if pixels.shape != images.shape[1:]:
+            raise UserError(
+                f"{where}: example {index} is {_size(pixels.shape)} pixels where {_size(images.shape[1:])} are "
+                "expected: all images must have one size"
+            )
+        images[index] = pixels
+    return images
+
+
+def _require_tensorflow(what: str) -> None:
+    """Imports TensorFlow, which `what` needs, or raises UserError."""
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise UserError(f"{what} needs TensorFlow, which is not installed: {_INSTALL}") from error
+    # TensorFlow reserves the memory of every accelerator that it sees, which JAX needs.
+    tf.config.set_visible_devices([], "GPU")
+
+
+def _root(data_dir: str | None) -> str:
+    return data_dir or "the default data_dir"
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]}x{shape[0]}"
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,94 @@
+"""What a data set is once it is loaded, and how a smaller training split is chosen."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cskd_jax.errors import UserError
+
+
+class Split(NamedTuple):
+    """Images and their labels.
+
+    Attributes:
+        images: uint8 [N, H, W, C].
+        labels: int32 [N], indices into the categories of the data set.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataset:
+    """A classification data set, decoded and held in memory.
+
+    Attributes:
+        name: The name that it was loaded by.
+        train: The training split, in source order.
+        test: The test split, in source order, with images of the same shape.
+        categories: The name of each category, by label.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    categories: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of categories, K."""
+        return len(self.categories)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape of one image, (H, W, C)."""
+        return self.train.images.shape[1:]
+
+
+def balanced_indices(labels: np.ndarray, categories: Sequence[str], train_examples: int | None) -> np.ndarray:
+    """Chooses the first examples of each category, as evenly as `train_examples` allows.
+
+    With K categories, each one gives its first `train_examples // K` examples, and the first `train_examples % K`
+    categories give one more. There is no randomness: the same data and number always give the same subset.
+
+    Args:
+        labels: int [N], the labels of the whole training split in source order.
+        categories: The K category names.
+        train_examples: The size of the subset; None keeps everything.
+
+    Returns:
+        int64 [train_examples], increasing indices into `labels`.
+
+    Raises:
+        UserError: A category holds too few examples, or `train_examples` is smaller than K.
+    """
+    if train_examples is None:
+        return np.arange(len(labels))
+    share, remainder = divmod(train_examples, len(categories))
+    if share < 1:
+        raise UserError(
+            f"train_examples={train_examples} is fewer than the {len(categories)} categories: "
+            f"allowed are {len(categories)} to {len(labels)}"
+        )
+    wanted = np.full(len(categories), share)
+    wanted[:remainder] += 1
+    available = np.bincount(labels, minlength=len(categories))
+    short = np.flatnonzero(available < wanted)
+    if short.size:
+        first = short[0]
+        raise UserError(
+            f"train_examples={train_examples} needs {wanted[first]} training examples of category "
+            f"'{categories[first]}', which has {available[first]}: at most {_largest_subset(available)} are possible"
+        )
+    chosen = [np.flatnonzero(labels == category)[:count] for category, count in enumerate(wanted)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _largest_subset(available: np.ndarray) -> int:
+    """The largest `train_examples` that the counts per category allow."""
+    smallest = int(available.min())
+    # One more from each of the first categories, up to the first that has no more to give.
+    return smallest * len(available) + int(np.argmax(available == smallest))

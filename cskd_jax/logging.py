@@ -1,0 +1,72 @@
+"""What a run tells people and files: console, progress bar, metrics.jsonl, TensorBoard."""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+
+def say(message: str) -> None:
+    """Prints a line for the person at the console, above the progress bar if one is shown."""
+    tqdm.tqdm.write(message)
+    sys.stdout.flush()
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def progress_bar(phase: str, total: int, initial: int, unit: str) -> tqdm.tqdm:
+    """A bar on standard error, shown only on a terminal; counts `unit`s and estimates the time left."""
+    return tqdm.tqdm(
+        desc=phase, total=total, initial=initial, unit=f" {unit}", unit_scale=True, disable=None, dynamic_ncols=True
+    )
+
+
+class MetricsLog:
+    """Appends rows of one phase to WORKDIR/metrics.jsonl and to TensorBoard files in WORKDIR/tensorboard/PHASE.
+
+    Args:
+      workdir: of the run.
+      phase: "teacher" or "student".
+      step: where the phase starts or resumes; rows of later steps, from a run that was cut off, are removed.
+    """
+
+    def __init__(self, workdir: pathlib.Path, phase: str, step: int):
+        self._phase = phase
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in _rows(path) if line["phase"] != phase or line["step"] <= step]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard" / phase), purge_step=step + 1)
+
+    def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Adds a row: {"phase", "split", "step", "epoch"} and the values."""
+        row = {"phase": self._phase, "split": split, "step": step, "epoch": epoch, **values}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+def _rows(path):
+    """Rows of a metrics.jsonl; a last line that was cut off in the middle is left out."""
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)

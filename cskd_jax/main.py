@@ -1,0 +1,79 @@
+"""Command line: `python -m cskd_jax.main --config=configs/digits.py[:METHOD] [--workdir=DIR] [--config.KEY=VALUE ...]`.
+
+Exit codes: 0 done, 2 something to mend in the command, the configuration or the data, 3 training diverged, 75 stopped by
+a signal with everything saved (the same command resumes).
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from cskd_jax import config as config_lib
+from cskd_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, runs, and returns the exit code."""
+    try:
+        config, workdir = _parse(argv)
+        _set_up_jax()
+        # Imported late: `--help` and mistakes in the command should not wait for everything.
+        from cskd_jax.train import train
+
+        train(config, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parse(argv):
+    """(configuration, workdir) of a command line."""
+    recipe = next((a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))), "")
+    file = pathlib.Path(recipe.split(":")[0])
+    if not file.is_file() and "--help" not in argv:
+        raise UserError(f"--config must name a recipe, such as configs/digits.py; got {recipe or 'nothing'}")
+    # A recipe may import its neighbours, wherever the command is run.
+    sys.path.append(str(file.absolute().parent.parent))
+    known = config_lib.flatten(_parse_flags([argv[0], f"--config={recipe}"])["config"].value)
+    for argument in argv[1:]:
+        key = argument.lstrip("-").split("=")[0]
+        if key.startswith("config.") and key.removeprefix("config.") not in known:
+            raise config_lib.unknown_key(key.removeprefix("config."), known)
+    values = _parse_flags(argv)
+    config = values["config"].value
+    default = pathlib.Path("runs") / file.stem / f"{config.method}-seed{config.seed}"
+    return config, pathlib.Path(values["workdir"].value or default)
+
+
+def _parse_flags(argv):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Recipe, FILE[:METHOD].", values, lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/RECIPE/METHOD-seedSEED.", values)
+    try:
+        rest = values(argv)
+    except (flags.Error, AttributeError, ValueError) as error:
+        # The last line is the message; what comes before it is a traceback through the recipe.
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    if rest[1:]:
+        raise UserError(f"arguments are given as --NAME=VALUE; got {' '.join(rest[1:])}")
+    return values
+
+
+def _set_up_jax():
+    # cuDNN and XLA would otherwise sum in an order that changes from run to run.
+    os.environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "cskd_jax"))
+    # Many small programs add up at start: keep them all.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

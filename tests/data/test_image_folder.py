@@ -1,0 +1,164 @@
+"""Folders of image files."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cskd_jax.data import image_folder, load_dataset
+from cskd_jax.errors import UserError
+
+
+def save(path, seed=0, size=(6, 4), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], len(mode))
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8)).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three images of each of two categories for training, and one of each for testing."""
+    for index, category in enumerate(("dog", "cat")):
+        for number in range(3):
+            save(tmp_path / "train" / category / f"{number}.png", seed=10 * index + number)
+        save(tmp_path / "test" / category / "0.png", seed=100 + index)
+    return tmp_path
+
+
+def load(root, **options):
+    return load_dataset("image_folder", path=str(root), **options)
+
+
+def test_sorted_categories_and_files(root):
+    dataset = load(root)
+    assert (dataset.name, dataset.categories, dataset.image_shape) == ("image_folder", ("cat", "dog"), (4, 6, 3))
+    np.testing.assert_array_equal(dataset.train.labels, [0, 0, 0, 1, 1, 1])
+    for index, name in enumerate(["cat/0", "cat/1", "cat/2", "dog/0", "dog/1", "dog/2"]):
+        np.testing.assert_array_equal(
+            dataset.train.images[index], np.asarray(Image.open(root / "train" / f"{name}.png"))
+        )
+    np.testing.assert_array_equal(dataset.test.labels, [0, 1])
+    for split in (dataset.train, dataset.test):
+        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
+
+
+def test_val_stands_in_for_test(root):
+    (root / "test").rename(root / "val")
+    assert len(load(root).test.labels) == 2
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp", "a.BMP", "a.Png"])
+def test_extensions(root, name):
+    save(root / "train" / "cat" / name)
+    assert len(load(root).train.labels) == 7
+
+
+def test_other_files_and_hidden_ones_are_ignored(root):
+    for name in (
+        "train/cat/notes.txt",
+        "train/cat/.hidden.png",
+        "train/.cache/1.png",
+        "train/cat/deeper/1.png",
+        "train/x.png",
+    ):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("no image")
+    assert len(load(root).train.labels) == 6
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_other_modes_become_rgb(root, mode):
+    save(root / "train" / "cat" / "0.png", mode=mode)
+    pixels = np.asarray(Image.open(root / "train" / "cat" / "0.png")).reshape(4, 6, -1)
+    expected = np.repeat(pixels, 3, axis=-1) if mode == "L" else pixels[..., :3]
+    np.testing.assert_array_equal(load(root).train.images[0], expected)
+
+
+def test_palette_with_transparency(root):
+    image = Image.open(root / "train" / "cat" / "0.png").convert("P")
+    image.save(root / "train" / "cat" / "0.png", transparency=bytes([0, 128]))
+    np.testing.assert_array_equal(load(root).train.images[0], np.asarray(image.convert("RGB")))
+
+
+def test_subset_decodes_only_what_it_takes(root, monkeypatch):
+    (root / "train" / "cat" / "2.png").write_bytes(b"never looked at")
+    decoded = []
+    original = image_folder._decode
+    monkeypatch.setattr(image_folder, "_decode", lambda file, size: decoded.append(file.name) or original(file, size))
+    dataset = load(root, train_examples=3)
+    np.testing.assert_array_equal(dataset.train.labels, [0, 0, 1])
+    assert decoded == ["0.png", "1.png", "0.png", "0.png", "0.png"]
+
+
+def test_subset_larger_than_a_category(root):
+    with pytest.raises(UserError, match="needs 4 training examples of category 'cat', which has 3: at most 6"):
+        load(root, train_examples=7)
+
+
+def test_no_path():
+    with pytest.raises(UserError, match="image_folder needs path"):
+        load_dataset("image_folder")
+
+
+def test_missing_path(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/nowhere is not a folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_no_train_folder(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} has no folder train"):
+        load(tmp_path)
+
+
+def test_neither_test_nor_val(root):
+    (root / "test").rename(root / "tests")
+    with pytest.raises(UserError, match="has neither a folder test nor val"):
+        load(root)
+
+
+def test_no_categories(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path}/train has no category folders"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_empty_category(root, split):
+    for file in (root / split / "dog").iterdir():
+        file.rename(file.with_suffix(".txt"))
+    with pytest.raises(UserError, match=f"{root}/{split}/dog has no images: allowed are files with .bmp, .jpeg"):
+        load(root)
+
+
+def test_test_split_lacks_a_category(root):
+    (root / "test" / "dog").rename(root / "elsewhere")
+    with pytest.raises(UserError, match=f"{root}/test lacks the category 'dog', which train has"):
+        load(root)
+
+
+def test_test_split_has_another_category(root):
+    save(root / "test" / "emu" / "0.png")
+    with pytest.raises(UserError, match=f"{root}/test has the category 'emu', which train lacks"):
+        load(root)
+
+
+@pytest.mark.parametrize("file", ["train/cat/0.png", "train/dog/1.png", "test/dog/0.png"])
+@pytest.mark.parametrize("damage", ["text", "truncated"])
+def test_corrupt_image(root, file, damage):
+    data = (root / file).read_bytes()
+    (root / file).write_bytes(b"no image" if damage == "text" else data[: len(data) // 2])
+    with pytest.raises(UserError, match=f"{root}/{file} is not a sound image"):
+        load(root)
+
+
+@pytest.mark.parametrize("file", ["train/dog/2.png", "test/cat/0.png"])
+def test_mixed_sizes(root, file):
+    save(root / file, size=(5, 7))
+    with pytest.raises(UserError, match=f"{root}/{file} is 5x7 pixels where 6x4 are expected"):
+        load(root)
+
+
+def test_more_than_eight_bits(root):
+    Image.fromarray(np.zeros((4, 6), np.uint16)).save(root / "train" / "dog" / "1.png")
+    with pytest.raises(UserError, match=f"{root}/train/dog/1.png has more than 8 bits per channel"):
+        load(root)
