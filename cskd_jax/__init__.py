@@ -1,0 +1,1 @@
+"""Knowledge distillation via category structure, and the methods it is compared with, in JAX and Flax."""

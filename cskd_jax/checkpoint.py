@@ -24,7 +24,7 @@ _ARRAYS, _RECORD = "arrays", "record"
 
 
 class Checkpoints:
-    """The checkpoints of one phase of a run, in `directory`, by step; saving is asynchronous.
+    """The checkpoints of one phase of a run, in `directory`, by step; saving is asynchronous. A context manager.
 
     Args:
       directory: made if missing.
@@ -91,8 +91,11 @@ class Checkpoints:
         """Returns once what was saved is on disk; raises if saving failed."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits, then frees the threads."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        # Waits for what is being saved, so that nothing is lost, however the block ends.
         self._manager.close()
 
 

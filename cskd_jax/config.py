@@ -66,7 +66,7 @@ RULES = {
     "dataset.std": _DEVIATIONS,
     "augment.crop_padding": _at_least(0),
     "augment.flip": _BOOL,
-    "teacher.name": _optional(_one_of(*MODELS)),
+    "teacher.name": _optional(_one_of(*MODELS, "")),
     "teacher.width": _POSITIVE,
     "teacher.checkpoint": _optional(_TEXT),
     "teacher.epochs": _at_least(1),

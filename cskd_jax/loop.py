@@ -22,7 +22,7 @@ from cskd_jax.logging import MetricsLog, progress_bar, say
 from cskd_jax.models import count_parameters, create_model
 from cskd_jax.objective import Objective
 from cskd_jax.signals import StopRequest
-from cskd_jax.state import TrainState, init_state
+from cskd_jax.state import TrainState, init_state, init_variables
 from cskd_jax.steps import make_eval_step, make_train_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -50,14 +50,6 @@ class Network:
         return {"name": self.name, "width": self.width, "num_classes": self.module.num_classes}
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A trained network and its variables, on every device."""
-
-    network: Network
-    variables: Any
-
-
 @dataclasses.dataclass
 class Progress:
     """What a phase has to remember beside its arrays; saved with every checkpoint as JSON.
@@ -76,6 +68,11 @@ class Progress:
     seconds: float = 0.0
     images: int = 0
 
+    @property
+    def images_per_second(self) -> float | None:
+        """Training speed; None before it is known."""
+        return self.images / self.seconds if self.seconds else None
+
 
 class Phase:
     """Training of one network.
@@ -88,7 +85,10 @@ class Phase:
       epochs: to train for.
       dataset: in memory.
       workdir: of the run; the phase keeps its checkpoints in WORKDIR/NAME.
-      teacher: for the losses that need one.
+      teacher: network for the losses that need one.
+
+    Raises:
+      UserError: networks, losses and data do not fit together; nothing has been compiled by then.
     """
 
     def __init__(
@@ -100,159 +100,202 @@ class Phase:
         epochs: int,
         dataset: ImageDataset,
         workdir: pathlib.Path,
-        teacher: Teacher | None = None,
+        teacher: Network | None = None,
     ):
-        self.name, self.config, self.network, self.epochs = name, config, network, epochs
-        self.dataset, self.workdir, self.teacher = dataset, workdir, teacher
-        self.sampler = UniformSampler(len(dataset.train.labels), config.batch_size, config.seed, config.drop_last)
-        _check_last_batch(self.sampler)
-        spe = self.sampler.steps_per_epoch
-        self.total_steps = epochs * spe
-        self.schedule = optim.step_schedule(
-            config.optimizer.learning_rate, config.optimizer.milestones, config.optimizer.decay_factor, spe
-        )
-        self._optimizer = optim.make_optimizer(**config.optimizer, steps_per_epoch=spe)
+        self._name, self._config, self._network, self._epochs = name, config, network, epochs
+        self._dataset, self._workdir, self._teacher = dataset, workdir, teacher
+        self._sampler = UniformSampler(len(dataset.train.labels), config.batch_size, config.seed, config.drop_last)
+        _check_last_batch(self._sampler)
+        self._total_steps = epochs * self._sampler.steps_per_epoch
         self._objective = Objective.create(losses, num_classes=dataset.num_classes, axis_name=parallel.AXIS)
-        self._teacher_module = teacher.network.module if teacher is not None else None
-        normalize = make_normalize(config.dataset.mean, config.dataset.std)
-        settings = dict(config.augment)
-        step = make_train_step(
-            network.module,
-            self._objective,
-            self._optimizer,
-            preprocess=lambda images, key, positions: normalize(augment(images, key, positions, **settings)),
-            teacher=self._teacher_module,
-            axis_name=parallel.AXIS,
-        )
-        self._train_step = parallel.parallel_train_step(step)
+        self._optimizer = optim.make_optimizer(**config.optimizer, steps_per_epoch=self._sampler.steps_per_epoch)
+        self._train_step = self._make_train_step()
         self._evaluate = Evaluation(network, config, dataset)
         # One key for the weights, one for augmentation; the same for every method of a seed, so that runs pair up.
         key = jax.random.fold_in(jax.random.PRNGKey(config.seed), name == "student")
         self._init_key, self._key = jax.random.split(key)
         self._abstract_state = self._trace()
+        self._compiled_sizes = set()
+        self._max_in_flight = parallel.max_steps_in_flight()
+
+    def _make_train_step(self):
+        normalize = make_normalize(self._config.dataset.mean, self._config.dataset.std)
+        settings = dict(self._config.augment)
+        step = make_train_step(
+            self._network.module,
+            self._objective,
+            self._optimizer,
+            preprocess=lambda images, key, positions: normalize(augment(images, key, positions, **settings)),
+            teacher=None if self._teacher is None else self._teacher.module,
+            axis_name=parallel.AXIS,
+        )
+        return parallel.parallel_train_step(step)
 
     def _new_state(self) -> TrainState:
-        return init_state(
-            self._init_key, self.network.module, self._objective, self._optimizer,
-            self.dataset.image_shape, self._teacher_module,
-        )  # fmt: skip
+        teacher = None if self._teacher is None else self._teacher.module
+        shape = self._dataset.image_shape
+        return init_state(self._init_key, self._network.module, self._objective, self._optimizer, shape, teacher)
+
+    def _new_teacher_variables(self):
+        return init_variables(self._teacher.module, self._init_key, self._dataset.image_shape)
 
     def _trace(self):
         """Shapes of the state; whatever does not fit in networks and losses shows here, before anything compiles."""
-        variables = self.teacher.variables if self.teacher is not None else None
         try:
             state = jax.eval_shape(self._new_state)
+            variables = None if self._teacher is None else jax.eval_shape(self._new_teacher_variables)
             jax.eval_shape(self._train_step, state, variables, self._batch(0), self._key)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{self.name}: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"{self._name}: {str(error).strip().splitlines()[0]}") from error
         return state
 
     def _batch(self, step):
-        index = self.sampler.indices(step)
-        split = self.dataset.train
+        index = self._sampler.indices(step)
+        split = self._dataset.train
         return parallel.shard({"image": split.images[index], "label": split.labels[index]})
 
-    def run(self, stop: StopRequest) -> tuple[Any, Progress]:
-        """Trains to the end from the newest checkpoint; returns the network's variables and what was measured."""
-        checkpoints = Checkpoints(self.workdir / self.name / FOLDER, self.config.keep_checkpoints)
-        try:
+    def run(self, stop: StopRequest, teacher_variables: Any = None) -> tuple[Any, Progress]:
+        """Trains to the end from the newest checkpoint.
+
+        Args:
+          stop: looked at after every step.
+          teacher_variables: of the teacher, `parallel.replicate`d.
+
+        Returns:
+          The variables of the trained network, and what was measured on the way.
+
+        Raises:
+          InterruptedRun: `stop` was requested; the state is saved.
+          DivergedError: a loss or gradient is not finite.
+        """
+        with Checkpoints(self._workdir / self._name / FOLDER, self._config.keep_checkpoints) as checkpoints:
             restored = checkpoints.restore(self._abstract_state)
             if restored is None:
                 state, progress = jax.jit(self._new_state)(), Progress()
             else:
                 state, progress = restored[0], Progress(**restored[1]["progress"])
             step = int(state.step)
-            if step < self.total_steps:
+            if step < self._total_steps:
                 self._announce(step)
                 state = parallel.replicate(state)
-                log = MetricsLog(self.workdir, self.name, step)
-                try:
-                    state = self._train(state, step, progress, checkpoints, log, stop)
-                finally:
-                    log.close()
-            checkpoints.wait()
-        finally:
-            checkpoints.close()
+                with Meter(
+                    self._name, self._config, self._sampler, self._total_steps, self._workdir, step, progress
+                ) as meter:
+                    while step < self._total_steps:
+                        state, step = self._train_epoch(state, teacher_variables, step, meter, stop)
+                        self._finish_epoch(state, step, meter, checkpoints, stop)
         return state.student_variables, progress
 
     def _announce(self, step):
         size = count_parameters(self._abstract_state.params["student"])
-        verb = "training" if step == 0 else f"resuming at step {step} of {self.total_steps}:"
-        say(f"{self.name}: {verb} {self.network.name}, width {self.network.width:g}, {size:,} parameters, "
-            f"{self.epochs} epochs of {self.sampler.steps_per_epoch} steps")  # fmt: skip
-
-    def _train(self, state, step, progress, checkpoints, log, stop):
-        """From `step` to the end, epoch by epoch; raises InterruptedRun once `stop` is set and the state is saved."""
-        bar = progress_bar(
-            self.name, self.total_steps * self.config.batch_size, step * self.config.batch_size, "images"
+        verb = "training" if step == 0 else f"resuming at step {step} of {self._total_steps}:"
+        say(
+            f"{self._name}: {verb} {self._network.name}, width {self._network.width:g}, {size:,} parameters, "
+            f"{self._epochs} epochs of {self._sampler.steps_per_epoch} steps"
         )
-        record = {"network": self.network.identity, "method": self.config.method}
-        with bar:
-            while step < self.total_steps:
-                state, step = self._train_epoch(state, step, progress, log, bar, stop)
-                score = None
-                end_of_epoch = step % self.sampler.steps_per_epoch == 0
-                if end_of_epoch:
-                    score = self._evaluate_epoch(state, step, progress, log)
-                checkpoints.save(step, state, record | {"progress": dataclasses.asdict(progress)}, score)
-                if stop.requested and step < self.total_steps:
-                    checkpoints.wait()
-                    raise InterruptedRun(f"stopped by {stop.name} at step {step} of the {self.name}, saved: "
-                                         "run the same command again to resume")  # fmt: skip
-        return state
 
-    def _train_epoch(self, state, step, progress, log, bar, stop):
-        """Up to the end of the epoch, or the step after which a stop was requested."""
-        variables = self.teacher.variables if self.teacher is not None else None
+    def _train_epoch(self, state, teacher_variables, step, meter, stop):
+        """From `step` to the end of its epoch, or to the step after which a stop was requested."""
         pending = deque()
-        meter = StepMeter(self, progress, log, bar)
-        end = (step // self.sampler.steps_per_epoch + 1) * self.sampler.steps_per_epoch
+        meter.start_clock()
+        end = (step // self._sampler.steps_per_epoch + 1) * self._sampler.steps_per_epoch
         while step < end and not stop.requested:
             batch = self._batch(step)
-            state, metrics = self._train_step(state, variables, batch, self._key)
+            size = batch["label"].size
+            compiles = size not in self._compiled_sizes
+            if compiles:
+                # Compiling holds up the host: steps in flight would be charged for it.
+                _drain(pending, meter)
+                self._compiled_sizes.add(size)
+            state, metrics = self._train_step(state, teacher_variables, batch, self._key)
             step += 1
-            pending.append((step, batch["label"].size, metrics))
-            while pending and (len(pending) >= parallel.max_steps_in_flight() or pending[0][2]["loss"].is_ready()):
+            pending.append((step, size, metrics, not compiles))
+            # Metrics of finished steps are read without waiting; only a step too far ahead of the devices waits.
+            while pending and (len(pending) >= self._max_in_flight or pending[0][2]["loss"].is_ready()):
                 meter.add(*pending.popleft())
-        while pending:
-            meter.add(*pending.popleft())
+        _drain(pending, meter)
         return state, step
 
-    def _evaluate_epoch(self, state, step, progress, log):
-        """Evaluates, prints and logs the line of the epoch; returns the top-1 accuracy."""
-        epoch = step // self.sampler.steps_per_epoch
-        values = self._evaluate(state.student_variables)
-        log.write("test", step, epoch, values)
-        entry = {"epoch": epoch, **values}
-        progress.evaluations["last"] = entry
-        best = progress.evaluations.get("best")
-        if best is None or values["top1"] > best["top1"]:
-            progress.evaluations["best"] = entry
-        rate = f", {progress.images / progress.seconds:,.0f} images/s" if progress.seconds else ""
-        say(f"{self.name}: epoch {epoch}/{self.epochs}, test loss {values['loss']:.4f}, "
-            f"top-1 {values['top1']:.4f}, top-5 {values['top5']:.4f}{rate}")  # fmt: skip
-        return values["top1"]
+    def _finish_epoch(self, state, step, meter, checkpoints, stop):
+        """Evaluates at the end of an epoch, saves, and raises InterruptedRun if a stop was requested before the end."""
+        score = None
+        if step % self._sampler.steps_per_epoch == 0:
+            values = self._evaluate(state.student_variables)
+            meter.end_epoch(step, values)
+            score = values["top1"]
+        progress = dataclasses.asdict(meter.progress)
+        record = {"network": self._network.identity, "method": self._config.method, "progress": progress}
+        checkpoints.save(step, state, record, score)
+        if stop.requested and step < self._total_steps:
+            checkpoints.wait()
+            raise InterruptedRun(
+                f"stopped by {stop.name}, saved at step {step} of the {self._name}: the same command resumes"
+            )
 
 
-class StepMeter:
-    """Takes the metrics of finished steps to the log and the progress bar, and stops training where they are not finite."""
+class Meter:
+    """Takes what steps and evaluations measure to the log, the progress bar and the console; a context manager.
 
-    def __init__(self, phase: Phase, progress: Progress, log: MetricsLog, bar: Any):
-        self._phase, self._progress, self._log, self._bar = phase, progress, log, bar
-        # The first step of a start compiles: its time says nothing about the speed.
-        self._clock = None
+    Args:
+      phase: "teacher" or "student".
+      config: of the run.
+      sampler: of the phase.
+      total_steps: of the phase.
+      workdir: of the run.
+      step: where the phase starts or resumes.
+      progress: of the phase, kept up to date.
+    """
 
-    def add(self, step: int, images: int, metrics: dict[str, jax.Array]) -> None:
-        """Waits for the step if it is still running."""
+    def __init__(
+        self,
+        phase: str,
+        config: ml_collections.ConfigDict,
+        sampler: UniformSampler,
+        total_steps: int,
+        workdir: pathlib.Path,
+        step: int,
+        progress: Progress,
+    ):
+        self.progress = progress
+        self._phase, self._log_every, self._steps_per_epoch = phase, config.log_every, sampler.steps_per_epoch
+        self._epochs = total_steps // sampler.steps_per_epoch
+        self._schedule = optim.step_schedule(
+            config.optimizer.learning_rate,
+            config.optimizer.milestones,
+            config.optimizer.decay_factor,
+            sampler.steps_per_epoch,
+        )
+        self._log = MetricsLog(workdir, phase, step)
+        self._bar = progress_bar(phase, total_steps * sampler.batch_size, step * sampler.batch_size, "images")
+        self._clock = 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        self._log.close()
+
+    def start_clock(self) -> None:
+        """Evaluation and saving before this do not count as training time."""
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, images: int, metrics: dict[str, jax.Array], timed: bool) -> None:
+        """Takes the metrics of a step, waiting for it if it still runs.
+
+        Args:
+          step: its number, from 1.
+          images: that it trained on.
+          metrics: scalars on the device.
+          timed: whether its time says something about the speed: not if it had to compile.
+
+        Raises:
+          DivergedError: a metric is not finite.
+        """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        wrong = [name for name, value in values.items() if not np.isfinite(value)]
-        if wrong:
-            # The total is the sum of the rest: what is named first is where it came from.
-            culprit = next((name for name in wrong if name != "loss"), "loss")
-            raise DivergedError(f"{self._phase.name}: {culprit} is {values[culprit]} at step {step}; "
-                                "the last checkpoint is kept; a lower learning rate may help")  # fmt: skip
-        now, progress = time.perf_counter(), self._progress
-        if self._clock is not None:
+        self._check_finite(step, values)
+        now, progress = time.perf_counter(), self.progress
+        if timed:
             progress.seconds += now - self._clock
             progress.images += images
         self._clock = now
@@ -261,12 +304,35 @@ class StepMeter:
         progress.count += 1
         self._bar.update(images)
         self._bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.3f}", refresh=False)
-        steps_per_epoch = self._phase.sampler.steps_per_epoch
-        if step % self._phase.config.log_every == 0 or step % steps_per_epoch == 0:
+        if step % self._log_every == 0 or step % self._steps_per_epoch == 0:
             row = {name: total / progress.count for name, total in progress.sums.items()}
-            row["learning_rate"] = float(self._phase.schedule(step - 1))
-            self._log.write("train", step, -(-step // steps_per_epoch), row)
+            row["learning_rate"] = float(self._schedule(step - 1))
+            self._log.write("train", step, -(-step // self._steps_per_epoch), row)
             progress.sums, progress.count = {}, 0
+
+    def end_epoch(self, step: int, values: dict[str, float]) -> None:
+        """Takes the evaluation after the last step of an epoch."""
+        epoch = step // self._steps_per_epoch
+        self._log.write("test", step, epoch, values)
+        entry, evaluations = {"epoch": epoch, **values}, self.progress.evaluations
+        if "best" not in evaluations or values["top1"] > evaluations["best"]["top1"]:
+            evaluations["best"] = entry
+        evaluations["last"] = entry
+        rate = self.progress.images_per_second
+        say(
+            f"{self._phase}: epoch {epoch}/{self._epochs}, test loss {values['loss']:.4f}, "
+            f"top-1 {values['top1']:.4f}, top-5 {values['top5']:.4f}" + (f", {rate:,.0f} images/s" if rate else "")
+        )
+
+    def _check_finite(self, step, values):
+        wrong = [name for name, value in values.items() if not np.isfinite(value)]
+        if wrong:
+            # The total is the sum of the others: one of those says more about where it came from.
+            culprit = next((name for name in wrong if name != "loss"), "loss")
+            raise DivergedError(
+                f"{self._phase}: {culprit} is {values[culprit]} at step {step}; the last checkpoint is kept; "
+                "a lower optimizer.learning_rate may help"
+            )
 
 
 class Evaluation:
@@ -281,21 +347,28 @@ class Evaluation:
         """{"top1", "top5": fractions of the split, "loss": mean cross-entropy}."""
         pending, totals = deque(), {}
         for start in range(0, len(self._split.labels), self._batch_size):
-            images = self._split.images[start : start + self._batch_size]
-            padding = self._batch_size - len(images)
-            batch = {
-                "image": np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0))),
-                "label": np.pad(self._split.labels[start : start + self._batch_size], (0, padding)),
-                "mask": np.arange(self._batch_size) < len(images),
-            }
-            pending.append(self._step(variables, parallel.shard(batch)))
+            pending.append(self._step(variables, self._batch(start)))
             if len(pending) >= parallel.max_steps_in_flight():
                 _add(totals, pending.popleft())
         while pending:
             _add(totals, pending.popleft())
-        count = totals.pop("count")
-        assert count == len(self._split.labels)
-        return {name: float(total) / int(count) for name, total in totals.items()}
+        count = int(totals.pop("count"))
+        return {name: float(total) / count for name, total in totals.items()}
+
+    def _batch(self, start):
+        images, labels = (x[start : start + self._batch_size] for x in self._split)
+        padding = self._batch_size - len(labels)
+        batch = {
+            "image": np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0))),
+            "label": np.pad(labels, (0, padding)),
+            "mask": np.arange(self._batch_size) < len(labels),
+        }
+        return parallel.shard(batch)
+
+
+def _drain(pending, meter):
+    while pending:
+        meter.add(*pending.popleft())
 
 
 def _add(totals, sums):
@@ -305,7 +378,8 @@ def _add(totals, sums):
 
 def _check_last_batch(sampler: UniformSampler) -> None:
     if sampler.steps_per_epoch == 0:
-        raise UserError(f"batch_size {sampler.batch_size} is more than the {sampler.num_examples} training examples "
-                        "and drop_last is set: an epoch would have no step")  # fmt: skip
-    if not sampler.drop_last:
-        parallel.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)
+        raise UserError(
+            f"batch_size {sampler.batch_size} is more than the {sampler.num_examples} training examples "
+            "and drop_last is set: an epoch would have no step"
+        )
+    parallel.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)

@@ -1,7 +1,7 @@
 """Command line: `python -m cskd_jax.main --config=configs/digits.py[:METHOD] [--workdir=DIR] [--config.KEY=VALUE ...]`.
 
-Exit codes: 0 done, 2 something to mend in the command, the configuration or the data, 3 training diverged, 75 stopped by
-a signal with everything saved (the same command resumes).
+Exit codes: 0 done, 2 something to mend in the command, the configuration or the data, 3 training diverged, 75 stopped
+by a signal with everything saved (the same command resumes).
 """
 
 import os

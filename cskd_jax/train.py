@@ -15,7 +15,7 @@ from cskd_jax.checkpoint import load_variables
 from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.errors import UserError
 from cskd_jax.logging import say, write_json
-from cskd_jax.loop import Evaluation, Network, Phase, Progress, Teacher
+from cskd_jax.loop import Evaluation, Network, Phase, Progress
 from cskd_jax.models import count_parameters
 from cskd_jax.objective import Objective
 from cskd_jax.signals import StopRequest
@@ -39,20 +39,27 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         return
     start = time.time()
     dataset = load_dataset(
-        config.dataset.name, data_dir=config.dataset.data_dir, path=config.dataset.path,
+        config.dataset.name,
+        data_dir=config.dataset.data_dir,
+        path=config.dataset.path,
         train_examples=config.dataset.train_examples,
-    )  # fmt: skip
+    )
     check_channels(config, dataset)
     devices = parallel.describe_devices()
-    say(f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images, "
-        f"{dataset.num_classes} categories; {devices['count']} {devices['kind']} device(s); workdir {workdir}")  # fmt: skip
+    say(
+        f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images, "
+        f"{dataset.num_classes} categories; {devices['count']} x {devices['kind']}; workdir {workdir}"
+    )
+    student = Network.create(config.student, dataset.num_classes, config.dtype)
+    teacher = teacher_variables = teacher_result = None
+    if needs_teacher(config):
+        teacher = Network.create(config.teacher, dataset.num_classes, config.dtype)
+    # Made before the teacher trains: what does not fit in the student's phase should not show hours later.
+    phase = Phase("student", config, student, config.losses, config.epochs, dataset, workdir, teacher)
     with StopRequest() as stop:
-        teacher, teacher_result = None, None
-        if needs_teacher(config):
-            teacher, teacher_result = make_teacher(config, dataset, workdir, stop)
-        student = Network.create(config.student, dataset.num_classes, config.dtype)
-        phase = Phase("student", config, student, config.losses, config.epochs, dataset, workdir, teacher)
-        variables, progress = phase.run(stop)
+        if teacher is not None:
+            teacher_variables, teacher_result = make_teacher(teacher, config, dataset, workdir, stop)
+        variables, progress = phase.run(stop, teacher_variables)
     results = {
         "method": config.method,
         "seed": config.seed,
@@ -77,15 +84,19 @@ def needs_teacher(config: ml_collections.ConfigDict) -> bool:
     return Objective.create(config.losses, num_classes=1).needs_teacher
 
 
-def make_teacher(config, dataset, workdir, stop) -> tuple[Teacher, dict[str, Any]]:
-    """Trains the teacher with cross-entropy and the student's recipe, or takes it from its checkpoint."""
-    network = Network.create(config.teacher, dataset.num_classes, config.dtype)
+def make_teacher(
+    network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset, workdir: pathlib.Path, stop: StopRequest
+) -> tuple[Any, dict[str, Any]]:
+    """Trains the teacher with cross-entropy and the student's recipe, or takes it from its checkpoint.
+
+    Returns:
+      Its variables on every device, and its entry in results.json.
+    """
     if config.teacher.checkpoint is None:
         losses = {"cross_entropy": {"weight": 1.0}}
         phase = Phase("teacher", config, network, losses, config.teacher.epochs, dataset, workdir)
         variables, progress = phase.run(stop)
-        variables = parallel.replicate(variables)
-        return Teacher(network, variables), describe(network, variables, progress)
+        return parallel.replicate(variables), describe(network, variables, progress)
     path = config.teacher.checkpoint
     variables, record = load_variables(path)
     if record["network"] != network.identity:
@@ -94,9 +105,11 @@ def make_teacher(config, dataset, workdir, stop) -> tuple[Teacher, dict[str, Any
         )
     variables = parallel.replicate(variables)
     values = Evaluation(network, config, dataset)(variables)
-    say(f"teacher: {network.name}, width {network.width:g}, from {path}, top-1 {values['top1']:.4f}, "
-        f"top-5 {values['top5']:.4f}")  # fmt: skip
-    return Teacher(network, variables), describe(network, variables, Progress({"last": values})) | {"checkpoint": path}
+    say(
+        f"teacher: {network.name}, width {network.width:g}, from {path}, top-1 {values['top1']:.4f}, "
+        f"top-5 {values['top5']:.4f}"
+    )
+    return variables, describe(network, variables, Progress({"last": values})) | {"checkpoint": path}
 
 
 def describe(network: Network, variables: Any, progress: Progress) -> dict[str, Any]:
@@ -106,7 +119,7 @@ def describe(network: Network, variables: Any, progress: Progress) -> dict[str, 
         "width": network.width,
         "parameters": count_parameters(variables["params"]),
         **progress.evaluations,
-        "images_per_second": progress.images / progress.seconds if progress.seconds else None,
+        "images_per_second": progress.images_per_second,
     }
 
 
@@ -117,9 +130,8 @@ def say_results(results: dict[str, Any], path: pathlib.Path, seconds: float) -> 
             entry = results[name]
             best = entry.get("best")
             best = f" (best {best['top1']:.4f}, epoch {best['epoch']}, chosen on the test split)" if best else ""
-            say(
-                f"{name}: {entry['model']}, {entry['parameters']:,} parameters, last top-1 {entry['last']['top1']:.4f}{best}"
-            )
+            size = f"{entry['model']}, width {entry['width']:g}, {entry['parameters']:,} parameters"
+            say(f"{name}: {size}, last top-1 {entry['last']['top1']:.4f}{best}")
     say(f"done in {seconds:.0f} s: {path}")
 
 
@@ -135,11 +147,15 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from None
     found = json.loads(path.read_text())
-    different = [f"{key} {found.get(key)!r} != {wanted.get(key)!r}" for key in sorted(found.keys() | wanted.keys())
-                 if found.get(key) != wanted.get(key)]  # fmt: skip
+    different = [
+        f"{key} {found.get(key)!r} != {wanted.get(key)!r}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
     if different:
-        raise UserError(f"workdir {workdir} holds a run of another configuration ({', '.join(different)}); "
-                        "use another --workdir")  # fmt: skip
+        raise UserError(
+            f"workdir {workdir} holds a run of another configuration ({', '.join(different)}); use another --workdir"
+        )
 
 
 def check_channels(config: ml_collections.ConfigDict, dataset: ImageDataset) -> None:

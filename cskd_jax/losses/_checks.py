@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def check_float(name: str, array: jax.Array, ndim: int | None = None, min_ndim: int = 0) -> None:
-    """Raises TypeError unless `array` is floating point, ValueError unless it has `ndim` (at least `min_ndim`) dimensions."""
+    """Raises TypeError unless `array` is floating point, ValueError unless it has `ndim` (at least `min_ndim`) axes."""
     if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
         raise TypeError(f"{name} must have a floating-point dtype, got {jnp.result_type(array)}")
     shape = jnp.shape(array)

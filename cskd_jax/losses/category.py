@@ -190,12 +190,21 @@ def category_structure_loss(
       Chen et al., ECCV 2020, https://doi.org/10.1007/978-3-030-58604-1_13, Eq. 6 to 9.
     """
     filter_misclassified = _check_arguments(
-        student_features, teacher_features, labels, num_classes, student_logits, teacher_logits, variant,
-        compactness_weight, filter_misclassified,
-    )  # fmt: skip
+        student_features,
+        teacher_features,
+        labels,
+        num_classes,
+        student_logits,
+        teacher_logits,
+        variant,
+        compactness_weight,
+        filter_misclassified,
+    )
     defaults = VARIANT_WEIGHTS[variant]
     given = (intra_weight, inter_weight, compactness_weight)
-    intra_weight, inter_weight, compactness_weight = (d if g is None else g for g, d in zip(given, defaults, strict=True))
+    intra_weight, inter_weight, compactness_weight = (
+        default if weight is None else weight for weight, default in zip(given, defaults, strict=True)
+    )
 
     index = category_index(labels, num_classes=num_classes, axis_name=axis_name)
     student, teacher = _flatten(student_features), lax.stop_gradient(_flatten(teacher_features))
@@ -239,10 +248,11 @@ def _reference_terms(student, teacher, logits, labels, index, filter_misclassifi
         around_s = category_centers(student, index, mask=correct_s, axis_name=axis_name)
         around_t = category_centers(teacher, index, mask=correct_t, axis_name=axis_name)
     terms = {
-        "intra_feature": _intra_mse(student, teacher, around_s or (centers_s, index.counts),
-                                    around_t or (centers_t, index.counts), index.slots),
+        "intra_feature": _intra_mse(
+            student, teacher, around_s or (centers_s, index.counts), around_t or (centers_t, index.counts), index.slots
+        ),
         "inter_feature": _inter_mse(centers_s, centers_t, index.present),
-    }  # fmt: skip
+    }
     if logits is not None:
         centers_zs, centers_zt = (category_centers(z, index, axis_name=axis_name)[0] for z in logits)
         terms["intra_logits"] = _intra_mse(*logits, (centers_zs, index.counts), (centers_zt, index.counts), index.slots)
@@ -295,8 +305,17 @@ def _gram_jvp(primals, tangents):
     return _gram(x), half + half.T
 
 
-def _check_arguments(student_features, teacher_features, labels, num_classes, student_logits, teacher_logits, variant,
-                     compactness_weight, filter_misclassified) -> bool:  # fmt: skip
+def _check_arguments(
+    student_features,
+    teacher_features,
+    labels,
+    num_classes,
+    student_logits,
+    teacher_logits,
+    variant,
+    compactness_weight,
+    filter_misclassified,
+) -> bool:
     """Checks the arguments of `category_structure_loss`; returns filter_misclassified with its default filled in."""
     if variant not in VARIANT_WEIGHTS:
         raise ValueError(f"variant must be one of {sorted(VARIANT_WEIGHTS)}, got {variant!r}")
@@ -317,12 +336,14 @@ def _check_arguments(student_features, teacher_features, labels, num_classes, st
             raise ValueError(f"logits must have shape {expected}: (batch, num_classes), got {student_logits.shape}")
     if variant == "paper":
         if filter_misclassified or compactness_weight is not None:
-            raise ValueError("filter_misclassified and compactness_weight belong to variant 'reference', not to 'paper'")
+            raise ValueError("filter_misclassified and compactness_weight belong to variant 'reference' alone")
         return False
     filter_misclassified = True if filter_misclassified is None else filter_misclassified
     if filter_misclassified and student_logits is None:
-        raise ValueError("variant 'reference' needs student_logits and teacher_logits, "
-                         "or filter_misclassified=False to leave its logit terms out")  # fmt: skip
+        raise ValueError(
+            "variant 'reference' needs student_logits and teacher_logits, "
+            "or filter_misclassified=False to leave its logit terms out"
+        )
     return filter_misclassified
 
 
@@ -349,14 +370,24 @@ class CategoryStructure(Method):
     def __call__(self, inputs: LossInputs):
         student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
         if student.shape[:-1] != teacher.shape[:-1]:
-            raise ValueError(f"the last feature maps of student {student.shape} and teacher {teacher.shape} "
-                             "must have equal height and width")  # fmt: skip
+            raise ValueError(
+                f"the last feature maps of student {student.shape} and teacher {teacher.shape} "
+                "must have equal height and width"
+            )
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         dtype = jnp.promote_types(student.dtype, jnp.float32)
         sigma = self.param("sigma", init, (student.shape[-1], teacher.shape[-1]), dtype)
         return category_structure_loss(
-            student @ sigma.astype(student.dtype), teacher, inputs.labels, num_classes=self.num_classes,
-            student_logits=inputs.student.logits, teacher_logits=inputs.teacher.logits, variant=self.variant,
-            intra_weight=self.intra_weight, inter_weight=self.inter_weight, compactness_weight=self.compactness_weight,
-            filter_misclassified=self.filter_misclassified, axis_name=self.axis_name,
-        )  # fmt: skip
+            student @ sigma.astype(student.dtype),
+            teacher,
+            inputs.labels,
+            num_classes=self.num_classes,
+            student_logits=inputs.student.logits,
+            teacher_logits=inputs.teacher.logits,
+            variant=self.variant,
+            intra_weight=self.intra_weight,
+            inter_weight=self.inter_weight,
+            compactness_weight=self.compactness_weight,
+            filter_misclassified=self.filter_misclassified,
+            axis_name=self.axis_name,
+        )

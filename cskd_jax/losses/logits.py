@@ -43,12 +43,14 @@ def kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature
 
     Raises:
       TypeError: logits are not floating point.
-      ValueError: shapes that differ.
+      ValueError: shapes that differ, or a temperature that is not positive.
 
     References:
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531.
     """
     _check_logits(student_logits, teacher_logits)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
     log_s = jax.nn.log_softmax(at_least_float32(student_logits) / temperature)
     log_t = jax.nn.log_softmax(lax.stop_gradient(at_least_float32(teacher_logits)) / temperature)
     return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=1))
