@@ -18,7 +18,7 @@ def get_config(method="cskd"):
     config.batch_size = 128  # images per step, over all devices
     config.drop_last = False  # leave out the last, smaller batch of an epoch
     config.epochs = 200  # of the student
-    config.dtype = "float32"  # of the computation in the networks: float32 or bfloat16
+    config.dtype = "float32"  # of the computation in the networks: float32, bfloat16, or float64 with JAX_ENABLE_X64=1
     config.log_every = 50  # steps between rows of metrics.jsonl
     config.keep_checkpoints = 2  # newest checkpoints kept, beside the best
 

@@ -79,7 +79,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self._directory / str(step)
             try:
-                arrays, record = _read(path)
+                arrays, record = _read(self._manager, step)
                 return _unflatten(arrays, template), record
             except _Damaged as damage:
                 logging.warning("checkpoint %s is damaged (%s): removed, using an older one", path, damage)
@@ -113,14 +113,16 @@ def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     root = pathlib.Path(path).expanduser()
     folders = [root / FOLDER, root / "teacher" / FOLDER]
-    folder = next((f for f in folders if f.is_dir()), None)
-    steps = [] if folder is None else sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
-    if not steps:
+    folder = next((f for f in folders if f.is_dir()), folders[0])
+    if not any(p.name.isdigit() for p in folder.glob("*")):
         raise UserError(f"teacher checkpoint {path}: no checkpoint in {' or '.join(map(str, folders))}")
-    try:
-        arrays, record = _read(folder / str(steps[-1]))
-    except _Damaged as damage:
-        raise UserError(f"teacher checkpoint {folder / str(steps[-1])} is damaged ({damage})") from None
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        step = manager.latest_step()
+        try:
+            arrays, record = _read(manager, step)
+        except _Damaged as damage:
+            raise UserError(f"teacher checkpoint {folder / str(step)} is damaged ({damage})") from None
     tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
     return {"params": tree["params"]["student"], "batch_stats": tree["batch_stats"]}, record
 
@@ -129,16 +131,14 @@ class _Damaged(Exception):
     pass
 
 
-def _read(path):
+def _read(manager, step):
     """Arrays by name and record of one checkpoint; raises _Damaged."""
+    parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
-        # A checkpointer of its own: the manager keeps no handle that outlives a checkpoint which is then removed.
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            content = reader.restore(path.absolute() / _RECORD)
+        restored = manager.restore(step, args=ocp.args.Composite(**parts))
+        arrays = {name: np.asarray(array) for name, array in restored[_ARRAYS].items()}
+        content = restored[_RECORD]
         digest = content.pop("digest")
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            template = _array_template(reader.metadata(path.absolute() / _ARRAYS))
-            arrays = reader.restore(path.absolute() / _ARRAYS, args=ocp.args.StandardRestore(template))
     except Exception as error:  # Orbax raises whatever the damage makes its parsers raise.
         raise _Damaged(f"{type(error).__name__} while reading") from error
     if digest != _text_digest(content):
@@ -149,12 +149,6 @@ def _read(path):
         if _digest(array) != content["digests"][name]:
             raise _Damaged(f"the digest of {name} differs")
     return arrays, content["record"]
-
-
-def _array_template(metadata):
-    """Asks Orbax for numpy arrays, wherever they were saved."""
-    tree = metadata.item_metadata.tree
-    return {name: np.empty(array.shape, array.dtype) for name, array in tree.items()}
 
 
 def _flatten(tree):

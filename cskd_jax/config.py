@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from cskd_jax.errors import UserError
@@ -55,7 +56,7 @@ RULES = {
     "batch_size": _at_least(1),
     "drop_last": _BOOL,
     "epochs": _at_least(1),
-    "dtype": _one_of("float32", "bfloat16"),
+    "dtype": _one_of("float32", "bfloat16", "float64"),
     "log_every": _at_least(1),
     "keep_checkpoints": _at_least(1),
     "dataset.name": _TEXT,
@@ -66,7 +67,7 @@ RULES = {
     "dataset.std": _DEVIATIONS,
     "augment.crop_padding": _at_least(0),
     "augment.flip": _BOOL,
-    "teacher.name": _optional(_one_of(*MODELS, "")),
+    "teacher.name": _optional(Rule((str,), lambda value: value in MODELS or not value, f"one of {', '.join(MODELS)}")),
     "teacher.width": _POSITIVE,
     "teacher.checkpoint": _optional(_TEXT),
     "teacher.epochs": _at_least(1),
@@ -119,10 +120,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _check(key, values[key], rule)
     for name, settings in losses.items():
         _validate_loss(name, settings)
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UserError("dtype is float64; it needs the environment variable JAX_ENABLE_X64=1")
     needs_teacher = any(LOSSES[name].needs_teacher for name in losses)
-    if needs_teacher and config.teacher.name is None:
+    if needs_teacher and not config.teacher.name:
         raise UserError(
-            f"method {config.method} needs a teacher: teacher.name is None, set {RULES['teacher.name'].allowed}"
+            f"method {config.method} needs a teacher: set teacher.name to one of {', '.join(sorted(MODELS))}"
         )
     checkpoint = config.teacher.checkpoint
     if needs_teacher and checkpoint is not None and not pathlib.Path(checkpoint).expanduser().exists():

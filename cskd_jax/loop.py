@@ -25,7 +25,7 @@ from cskd_jax.signals import StopRequest
 from cskd_jax.state import TrainState, init_state, init_variables
 from cskd_jax.steps import make_eval_step, make_train_step
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +182,15 @@ class Phase:
                     self._name, self._config, self._sampler, self._total_steps, self._workdir, step, progress
                 ) as meter:
                     while step < self._total_steps:
+                        begin = step
                         state, step = self._train_epoch(state, teacher_variables, step, meter, stop)
-                        self._finish_epoch(state, step, meter, checkpoints, stop)
+                        if step > begin:
+                            self._save(state, step, meter, checkpoints)
+                        if stop.requested and step < self._total_steps:
+                            raise InterruptedRun(
+                                f"stopped by {stop.name}, saved at step {step} of the {self._name}: "
+                                "the same command resumes"
+                            )
         return state.student_variables, progress
 
     def _announce(self, step):
@@ -216,8 +223,8 @@ class Phase:
         _drain(pending, meter)
         return state, step
 
-    def _finish_epoch(self, state, step, meter, checkpoints, stop):
-        """Evaluates at the end of an epoch, saves, and raises InterruptedRun if a stop was requested before the end."""
+    def _save(self, state, step, meter, checkpoints):
+        """Evaluates if an epoch has ended, and saves."""
         score = None
         if step % self._sampler.steps_per_epoch == 0:
             values = self._evaluate(state.student_variables)
@@ -226,11 +233,6 @@ class Phase:
         progress = dataclasses.asdict(meter.progress)
         record = {"network": self._network.identity, "method": self._config.method, "progress": progress}
         checkpoints.save(step, state, record, score)
-        if stop.requested and step < self._total_steps:
-            checkpoints.wait()
-            raise InterruptedRun(
-                f"stopped by {stop.name}, saved at step {step} of the {self._name}: the same command resumes"
-            )
 
 
 class Meter:
@@ -259,12 +261,11 @@ class Meter:
         self.progress = progress
         self._phase, self._log_every, self._steps_per_epoch = phase, config.log_every, sampler.steps_per_epoch
         self._epochs = total_steps // sampler.steps_per_epoch
-        self._schedule = optim.step_schedule(
-            config.optimizer.learning_rate,
-            config.optimizer.milestones,
-            config.optimizer.decay_factor,
-            sampler.steps_per_epoch,
+        settings = config.optimizer
+        schedule = optim.step_schedule(
+            settings.learning_rate, settings.milestones, settings.decay_factor, sampler.steps_per_epoch
         )
+        self._schedule = jax.jit(schedule)
         self._log = MetricsLog(workdir, phase, step)
         self._bar = progress_bar(phase, total_steps * sampler.batch_size, step * sampler.batch_size, "images")
         self._clock = 0.0

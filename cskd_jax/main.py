@@ -50,6 +50,7 @@ def _parse(argv):
 
 
 def _parse_flags(argv):
+    sys.argv = argv  # where config_flags looks for the overrides, whatever it is asked to parse
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "Recipe, FILE[:METHOD].", values, lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/RECIPE/METHOD-seedSEED.", values)

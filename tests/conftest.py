@@ -1,4 +1,4 @@
-"""Tests run on 8 fake CPU devices, with strict type promotion left to the library and the golden files at hand."""
+"""Tests run on 8 fake CPU devices; golden files and a prepared data set are at hand."""
 
 import os
 
@@ -6,9 +6,15 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
+
+from cskd_jax.data import load_dataset
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +41,49 @@ def x64():
     """64-bit types for the length of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory) -> pathlib.Path:
+    """A data_dir in which digits is prepared."""
+    path = tmp_path_factory.mktemp("data")
+    load_dataset("digits", data_dir=str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_run(digits_dir) -> list[str]:
+    """Arguments of a run that takes seconds: digits, 160 images, the narrowest networks, 1 + 3 epochs of 3 steps."""
+    return [
+        f"--config={ROOT}/configs/digits.py",
+        f"--config.dataset.data_dir={digits_dir}",
+        "--config.dataset.train_examples=160",
+        "--config.teacher.width=0.0625",
+        "--config.student.width=0.0625",
+        "--config.teacher.epochs=1",
+        "--config.epochs=3",
+    ]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """Starts the command line as a process of its own, on one device; all share a compilation cache."""
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    cache = tmp_path_factory.mktemp("cache")
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+
+    def start(arguments, cwd=ROOT):
+        command = [sys.executable, "-m", "cskd_jax.main", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=pipe, stderr=pipe)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def done(start, small_run, tmp_path_factory) -> pathlib.Path:
+    """Workdir of a finished, undisturbed run of `small_run`."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    _, error = (process := start([*small_run, f"--workdir={workdir}"])).communicate()
+    assert process.returncode == 0, error
+    return workdir

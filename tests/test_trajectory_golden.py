@@ -73,11 +73,14 @@ def test_trajectory(train_file):
     }
     objective = Objective.create(losses, num_classes=case.num_classes)
     optimizer = make_optimizer(
-        learning_rate=float(values["learning_rate"]), momentum=float(values["momentum"]),
-        weight_decay=float(values["weight_decay"]), milestones=(), decay_factor=0.1,
+        learning_rate=float(values["learning_rate"]),
+        momentum=float(values["momentum"]),
+        weight_decay=float(values["weight_decay"]),
+        milestones=(),
+        decay_factor=0.1,
         restart_momentum=bool(values["momentum_reset_each_epoch"]),
         steps_per_epoch=-(-values["order"].shape[1] // int(values["batch_size"])),
-    )  # fmt: skip
+    )
     train_step = jax.jit(
         make_train_step(case.student, objective, optimizer, preprocess=lambda images, *_: images, teacher=case.teacher)
     )

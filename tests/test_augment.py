@@ -1,0 +1,134 @@
+"""Augmentation on the device, and normalization, against what the docstrings promise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cskd_jax.data.augment import augment, make_normalize
+
+PADDING = 1
+SIZE = 3
+COUNT = 400
+
+jitted = jax.jit(augment, static_argnames=("crop_padding", "flip"))
+
+
+def make_image():
+    """[3, 3, 2] whose pixels all differ and none is black."""
+    return np.arange(1, SIZE * SIZE * 2 + 1, dtype=np.uint8).reshape(SIZE, SIZE, 2)
+
+
+def crops(image, padding):
+    """{(row, column): crop} of the zero-padded image."""
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    offsets = range(2 * padding + 1)
+    return {(row, column): padded[row : row + SIZE, column : column + SIZE] for row in offsets for column in offsets}
+
+
+@functools.cache
+def augmented(crop_padding, flip, seed=0):
+    """One image, augmented at COUNT positions."""
+    images = np.repeat(make_image()[None], COUNT, axis=0)
+    return np.asarray(jitted(images, jax.random.key(seed), jnp.arange(COUNT), crop_padding=crop_padding, flip=flip))
+
+
+def draws(images, padding):
+    """The (row, column, whether mirrored) of each image; fails for an image that is none of them."""
+    known = {}
+    for offset, crop in crops(make_image(), padding).items():
+        known[crop.tobytes()] = (*offset, False)
+        known[crop[:, ::-1].tobytes()] = (*offset, True)
+    return [known[image.tobytes()] for image in images]
+
+
+def test_images_are_mirrored_crops_of_the_padded_image():
+    # Twice 3 x 3 offsets, each with an expectation of 22: all of them occur.
+    assert len(set(draws(augmented(PADDING, True), PADDING))) == 18
+
+
+def test_crop_alone_does_not_mirror():
+    found = draws(augmented(PADDING, False), PADDING)
+    assert not any(mirrored for *_, mirrored in found)
+    assert len(set(found)) == 9
+
+
+def test_crops_are_uniform():
+    found = draws(augmented(PADDING, True), PADDING)
+    counts = np.unique([3 * row + column for row, column, _ in found], return_counts=True)[1]
+    # Expectation 44, standard deviation 6.3.
+    assert counts.min() > 44 - 4 * 6.3
+    assert counts.max() < 44 + 4 * 6.3
+
+
+def test_flip_mirrors_about_half():
+    found = draws(augmented(0, True), 0)
+    # Expectation 200, standard deviation 10.
+    assert abs(sum(mirrored for *_, mirrored in found) - COUNT / 2) < 40
+
+
+def test_flip_does_not_depend_on_the_crop():
+    found = draws(augmented(PADDING, True), PADDING)
+    mirrored = [mirrored for row, _, mirrored in found if row == 0]
+    assert 0.3 < np.mean(mirrored) < 0.7
+
+
+def test_neither_crop_nor_flip_changes_nothing():
+    np.testing.assert_array_equal(augmented(0, False), np.repeat(make_image()[None], COUNT, axis=0))
+
+
+def test_shape_and_dtype_stay():
+    images = augmented(PADDING, True)
+    assert images.shape == (COUNT, SIZE, SIZE, 2)
+    assert images.dtype == np.uint8
+
+
+def test_key_changes_the_draws():
+    assert draws(augmented(PADDING, True), PADDING) != draws(augmented(PADDING, True, seed=1), PADDING)
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_split_of_the_batch_does_not_matter(parts):
+    size = COUNT // parts
+    images = np.repeat(make_image()[None], size, axis=0)
+    split = [
+        jitted(images, jax.random.key(0), part * size + jnp.arange(size), crop_padding=PADDING, flip=True)
+        for part in range(parts)
+    ]
+    np.testing.assert_array_equal(np.concatenate(split), augmented(PADDING, True))
+
+
+def test_draw_does_not_depend_on_the_image():
+    images = np.stack([make_image(), make_image() + 100])
+    first, second = jitted(images, jax.random.key(0), jnp.array([5, 5]), crop_padding=PADDING, flip=True)
+    np.testing.assert_array_equal(np.where(first > 0, first + 100, 0), second)
+
+
+def test_not_square():
+    images = np.repeat(make_image()[None, :2], 4, axis=0)
+    assert jitted(images, jax.random.key(0), jnp.arange(4), crop_padding=2, flip=True).shape == (4, 2, 3, 2)
+
+
+def test_without_jit():
+    images = np.repeat(make_image()[None], 4, axis=0)
+    result = augment(images, jax.random.key(0), jnp.arange(4), crop_padding=PADDING, flip=True)
+    np.testing.assert_array_equal(result, augmented(PADDING, True)[:4])
+
+
+def test_normalize():
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+    result = make_normalize(mean, std)(images)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, (images / 255 - np.array(mean)) / np.array(std), rtol=1e-5, atol=1e-6)
+
+
+def test_normalize_grey():
+    images = np.array([0, 51, 255], np.uint8).reshape(1, 1, 3, 1)
+    np.testing.assert_allclose(make_normalize((0.2,), (0.5,))(images).ravel(), [-0.4, 0, 1.6], atol=1e-6)
+
+
+def test_normalize_stays_float32_with_64_bit_types(x64):
+    assert make_normalize((0.5,), (0.5,))(np.zeros((1, 2, 2, 1), np.uint8)).dtype == jnp.float32

@@ -1,0 +1,193 @@
+"""The command line: whole small runs in this process, and every kind of bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cskd_jax.main import main
+from tests.conftest import ROOT
+
+
+def test_results(done):
+    results = json.loads((done / "results.json").read_text())
+    assert (results["method"], results["seed"]) == ("cskd", 0)
+    assert results["dataset"] == {"name": "digits", "categories": 10, "train_examples": 160, "test_examples": 357}
+    for phase, epochs in (("teacher", 1), ("student", 3)):
+        entry = results[phase]
+        assert entry["last"]["epoch"] == epochs
+        assert entry["best"]["top1"] >= entry["last"]["top1"]
+        for evaluation in (entry["last"], entry["best"]):
+            # Fractions of exactly 357 images: padding counts nowhere.
+            assert (evaluation["top1"] * 357) == pytest.approx(round(evaluation["top1"] * 357), abs=1e-9)
+            assert evaluation["top1"] <= evaluation["top5"] <= 1
+    assert results["devices"]["count"] == 1
+    assert results["config"]["epochs"] == 3
+    assert results["versions"]["jax"]
+
+
+def test_metrics_rows(done):
+    rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    student = [row for row in rows if row["phase"] == "student"]
+    assert [row["step"] for row in student if row["split"] == "test"] == [3, 6, 9]
+    train = [row for row in student if row["split"] == "train"]
+    assert [row["step"] for row in train] == [3, 6, 9]
+    assert {"loss", "accuracy", "learning_rate", "gradient_norm", "category_structure/intra_feature"} <= train[0].keys()
+
+
+def test_tensorboard_files(done):
+    assert list((done / "tensorboard" / "student").glob("events*"))
+
+
+def test_checkpoints_keep_last_and_best(done):
+    steps = {int(path.name) for path in (done / "student" / "checkpoints").iterdir()}
+    best = json.loads((done / "results.json").read_text())["student"]["best"]["epoch"]
+    assert steps == {6, 9, 3 * best}
+
+
+def test_run_again_says_done(done, small_run, capsys):
+    before = (done / "results.json").read_bytes()
+    assert main(["main", *small_run, f"--workdir={done}"]) == 0
+    assert "already done" in capsys.readouterr().out
+    assert (done / "results.json").read_bytes() == before
+
+
+def test_teacher_checkpoint(done, start, small_run, tmp_path):
+    arguments = [*small_run, "--config.epochs=1", f"--config.teacher.checkpoint={done}/teacher"]
+    _, error = (process := start([*arguments, f"--workdir={tmp_path / 'run'}"])).communicate()
+    assert process.returncode == 0, error
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    expected = json.loads((done / "results.json").read_text())["teacher"]["last"]
+    assert results["teacher"]["last"]["top1"] == expected["top1"]
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_ce_trains_no_teacher_in_the_default_workdir(start, small_run, tmp_path):
+    arguments = [f"{small_run[0]}:ce", *small_run[1:], "--config.epochs=1", "--config.dtype=bfloat16"]
+    output, error = (process := start(arguments, cwd=tmp_path)).communicate()
+    assert process.returncode == 0, error
+    assert "done in" in output.splitlines()[-1]
+    workdir = tmp_path / "runs" / "digits" / "ce-seed0"
+    assert json.loads((workdir / "results.json").read_text())["teacher"] is None
+    assert not (workdir / "teacher").exists()
+
+
+def test_divergence_names_step_and_term(start, small_run, tmp_path):
+    arguments = [f"{small_run[0]}:ce", *small_run[1:], "--config.optimizer.learning_rate=1e30"]
+    _, error = (process := start([*arguments, f"--workdir={tmp_path / 'run'}"])).communicate()
+    assert process.returncode == 3
+    assert "error: student: cross_entropy is nan at step 2" in error
+    assert "Traceback" not in error
+
+
+def image_folder(root, *, classes=("cat", "dog"), size=(8, 8)):
+    """train/CLASS and test/CLASS with 16 small images each."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(16):
+                Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+def break_nothing(root):
+    return root
+
+
+def corrupt_image(root):
+    (root / "train" / "cat" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
+
+
+def empty_category(root):
+    for file in (root / "train" / "dog").iterdir():
+        file.unlink()
+
+
+def mixed_sizes(root):
+    Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(root / "train" / "dog" / "5.png")
+
+
+def category_not_in_test(root):
+    shutil.rmtree(root / "test" / "dog")
+
+
+FOLDER = ["--config.dataset.name=image_folder", "--config.dataset.path={folder}", "--config.dataset.train_examples=32"]
+CIFAR = ["--config.dataset.name=cifar100", "--config.dataset.data_dir={empty}", "--config.dataset.train_examples=100"]
+# name -> (arguments after those of `small_run`, words that the message must hold, change to the image folder)
+BAD_INPUT = {
+    "no config": (["--config="], ["--config must name a recipe"], None),
+    "missing config file": (["--config=configs/nothing.py"], ["configs/nothing.py"], None),
+    "unknown method": ([f"--config={ROOT}/configs/digits.py:cskdd"], ["cskdd", "cskd_paper"], None),
+    "unknown key": (["--config.batchsize=3"], ["batchsize", "did you mean batch_size"], None),
+    "unknown loss": (["--config.losses.crossentropy.weight=1"], ["losses.crossentropy.weight"], None),
+    "wrong type": (["--config.epochs=many"], ["epochs", "many"], None),
+    "no truth value": (["--config.augment.flip=maybe"], ["augment.flip", "maybe"], None),
+    "zero epochs": (["--config.epochs=0"], ["epochs is 0", "at least 1"], None),
+    "negative learning rate": (
+        ["--config.optimizer.learning_rate=-1"],
+        ["learning_rate is -1", "greater than 0"],
+        None,
+    ),
+    "unordered milestones": (["--config.optimizer.milestones=(9,3)"], ["milestones", "(9, 3)", "increasing"], None),
+    "unknown flag": (["--epochs=3"], ["epochs"], None),
+    "argument without dashes": (["epochs=3"], ["epochs=3", "--NAME=VALUE"], None),
+    "unknown model": (["--config.student.name=resnet19"], ["student.name is 'resnet19'", "resnet18"], None),
+    "unknown data set": (["--config.dataset.name=digitz"], ["digitz", "digits", "image_folder"], None),
+    "batch and devices": (["--config.batch_size=60"], ["batch_size is 60", "8 devices"], None),
+    "last batch and devices": (["--config.dataset.train_examples=150"], ["last batch", "22", "drop_last"], None),
+    "no step in an epoch": (["--config.batch_size=512", "--config.drop_last=True"], ["512", "160"], None),
+    "no teacher": (["--config.teacher.name="], ["needs a teacher", "resnet18"], None),
+    "no such teacher": (["--config.teacher.checkpoint=/no/such"], ["/no/such does not exist"], None),
+    "no checkpoint there": (["--config.teacher.checkpoint={empty}"], ["no checkpoint in"], None),
+    "teacher does not fit": (
+        ["--config.teacher.checkpoint={done}/teacher", "--config.teacher.width=0.125"],
+        ["0.0625", "0.125"],
+        None,
+    ),
+    "unknown variant": (["--config.losses.category_structure.variant=papr"], ["papr", "reference", "paper"], None),
+    "weight below zero": (["--config.losses.cross_entropy.weight=-1"], ["cross_entropy.weight is -1"], None),
+    "float64 without x64": (["--config.dtype=float64"], ["JAX_ENABLE_X64"], None),
+    "channels": (["--config.dataset.mean=(0.1,0.2)", "--config.dataset.std=(1.,1.)"], ["2 values", "1 channel"], None),
+    "too many examples": (["--config.dataset.train_examples=5000"], ["5000"], None),
+    "other run's workdir": (["--workdir={done}"], ["another configuration", "seed 0 != 1"], None),
+    "workdir is a file": (["--workdir={file}"], ["cannot write to workdir"], None),
+    "no path": (["--config.dataset.name=image_folder"], ["path"], None),
+    "corrupt image": (FOLDER, ["train/cat/3.png"], corrupt_image),
+    "empty category": (FOLDER, ["dog"], empty_category),
+    "mixed sizes": (FOLDER, ["train/dog/5.png"], mixed_sizes),
+    "category not in test": (FOLDER, ["dog", "test"], category_not_in_test),
+    "damaged archive": (CIFAR, ["cifar-100-binary.tar.gz"], None),
+    "image size": (
+        [*FOLDER, "--config.dataset.mean=(0.1,0.2)", "--config.dataset.std=(1.,1.)"],
+        ["3 channels"],
+        break_nothing,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, done, small_run, tmp_path, capsys):
+    arguments, words, change = BAD_INPUT[case]
+    empty, file, folder = tmp_path / "empty", tmp_path / "file", tmp_path / "folder"
+    empty.mkdir()
+    file.touch()
+    (empty / "cifar-100-binary.tar.gz").write_bytes(b"not an archive")
+    if change is not None:
+        change(image_folder(folder))
+    arguments = [a.format(done=done, empty=empty, file=file, folder=folder) for a in arguments]
+    before = {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
+    workdir = [] if any(a.startswith("--workdir") for a in arguments) else [f"--workdir={tmp_path / 'run'}"]
+    # A later --config would be the second of two: replaced instead.
+    recipe = [a for a in arguments if a.startswith("--config=")] or small_run[:1]
+    rest = [a for a in [*small_run[1:], *arguments] if not a.startswith("--config=")]
+    code = main(["main", *recipe, *rest, "--config.seed=1", *workdir])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2, error
+    assert error.startswith("error: "), error
+    for word in words:
+        assert word in error, error
+    assert before == {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}, "something was lost"

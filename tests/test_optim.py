@@ -1,0 +1,121 @@
+"""The optimizer against SGD written by hand as torch.optim.SGD computes it."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from cskd_jax.optim import make_optimizer, restart_every, step_schedule
+
+STEPS_PER_EPOCH = 3
+DEFAULTS = {
+    "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0, "milestones": (), "decay_factor": 0.1,
+    "restart_momentum": False, "steps_per_epoch": STEPS_PER_EPOCH,
+}  # fmt: skip
+
+
+def start():
+    rng = np.random.default_rng(0)
+    return {"kernel": rng.normal(size=(2, 3)), "bias": rng.normal(size=3), "scale": np.ones(3)}
+
+
+def gradients(steps):
+    rng = np.random.default_rng(1)
+    return [{name: rng.normal(size=value.shape) for name, value in start().items()} for _ in range(steps)]
+
+
+def trained(steps, **settings):
+    """Parameters after each step of `make_optimizer`."""
+    optimizer = make_optimizer(**DEFAULTS | settings)
+    update = jax.jit(optimizer.update)
+    params, history = start(), []
+    state = optimizer.init(params)
+    for gradient in gradients(steps):
+        updates, state = update(gradient, state, params)
+        params = jax.device_get(optax.apply_updates(params, updates))
+        history.append(params)
+    return history
+
+
+def by_hand(steps, **settings):
+    """The same by torch.optim.SGD and MultiStepLR, whose optimizer is rebuilt each epoch for restart_momentum."""
+    settings = DEFAULTS | settings
+    params = start()
+    buffer, history = None, []
+    for step, gradient in enumerate(gradients(steps)):
+        epoch = step // STEPS_PER_EPOCH
+        learning_rate = settings["learning_rate"]
+        for milestone in settings["milestones"]:
+            if epoch >= milestone:
+                learning_rate *= settings["decay_factor"]
+        if settings["restart_momentum"] and step % STEPS_PER_EPOCH == 0:
+            buffer = None
+        decayed = {name: gradient[name] + settings["weight_decay"] * params[name] for name in params}
+        if buffer is None:
+            buffer = decayed
+        else:
+            buffer = {name: settings["momentum"] * buffer[name] + decayed[name] for name in params}
+        params = {name: params[name] - learning_rate * buffer[name] for name in params}
+        history.append(params)
+    return history
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.0},
+        {},
+        {"weight_decay": 0.05},
+        {"milestones": (1, 3), "decay_factor": 0.3},
+        {"restart_momentum": True},
+        {"weight_decay": 0.05, "milestones": (1, 3), "restart_momentum": True},
+    ],
+    ids=["plain", "momentum", "weight_decay", "milestones", "restart", "all"],
+)
+def test_trajectory(settings, x64):
+    steps = 4 * STEPS_PER_EPOCH
+    for step, (params, expected) in enumerate(zip(trained(steps, **settings), by_hand(steps, **settings), strict=True)):
+        for name, value in expected.items():
+            # The learning rate of the schedule may be rounded to float32.
+            np.testing.assert_allclose(params[name], value, rtol=1e-6, atol=1e-7, err_msg=f"{name} at step {step}")
+
+
+@pytest.mark.parametrize("name", ["kernel", "bias", "scale"])
+def test_every_parameter_decays(name, x64):
+    plain, decayed = trained(1), trained(1, weight_decay=0.5)
+    np.testing.assert_allclose(plain[0][name] - decayed[0][name], 0.1 * 0.5 * start()[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.1), (799, 0.1), (800, 0.01), (1199, 0.01), (1200, 0.001), (5000, 0.001)]
+)
+def test_schedule_changes_at_the_first_step_of_a_milestone(step, expected):
+    schedule = step_schedule(0.1, (80, 120), 0.1, steps_per_epoch=10)
+    np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
+
+
+def test_schedule_without_milestones_is_constant():
+    assert step_schedule(0.1, (), 0.1, steps_per_epoch=10)(10_000) == 0.1
+
+
+def buffer_after(optimizer, updates, state):
+    for update in updates:
+        update, state = optimizer.update(np.float32(update), state)
+    return update, state
+
+
+def test_restart_starts_from_zero():
+    optimizer = restart_every(optax.trace(0.5), period=2)
+    outputs, state = [], optimizer.init(np.float32(0))
+    for _ in range(5):
+        output, state = optimizer.update(np.float32(1), state)
+        outputs.append(float(output))
+    assert outputs == [1, 1.5, 1, 1.5, 1]
+
+
+def test_restart_survives_saving_and_restoring_the_state():
+    optimizer = restart_every(optax.trace(0.5), period=3)
+    _, state = buffer_after(optimizer, [1, 1], optimizer.init(np.float32(0)))
+    restored = jax.tree.map(np.asarray, state)
+    outputs = [float(buffer_after(optimizer, [1] * count, restored)[0]) for count in (1, 2)]
+    assert outputs == [1.75, 1]

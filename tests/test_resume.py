@@ -1,0 +1,109 @@
+"""Runs that are killed, stopped or damaged end with the same parameters, bit for bit, as one left alone."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from cskd_jax.checkpoint import load_variables
+
+pytestmark = pytest.mark.slow
+
+
+def final_parameters(workdir, phase):
+    variables, record = load_variables(str(workdir / phase))
+    return variables, record["progress"]["evaluations"]
+
+
+def assert_same_run(actual, expected):
+    for phase in ("teacher", "student"):
+        variables, evaluations = final_parameters(actual, phase)
+        wanted_variables, wanted_evaluations = final_parameters(expected, phase)
+        assert evaluations == wanted_evaluations
+        _assert_equal(variables, wanted_variables)
+    rows, wanted = (
+        [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        for workdir in (actual, expected)
+    )
+    assert rows == wanted
+
+
+def _assert_equal(tree, expected):
+    if isinstance(tree, dict):
+        assert tree.keys() == expected.keys()
+        for key in tree:
+            _assert_equal(tree[key], expected[key])
+    else:
+        np.testing.assert_array_equal(tree, expected)
+
+
+def wait_for_row(workdir, process, phase, step):
+    """Until metrics.jsonl has reached the step."""
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and any(f'"phase": "{phase}"' in row and f'"step": {step},' in row for row in path.open()):
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+def test_killed_at_random_moments(start, small_run, done, tmp_path):
+    seed = random.randrange(1000)
+    print("seed", seed)
+    rng = random.Random(seed)
+    kills = 0
+    while True:
+        process = start([*small_run, f"--workdir={tmp_path}"])
+        try:
+            _, error = process.communicate(timeout=rng.uniform(1, 8) if kills < 6 else None)
+            assert process.returncode == 0, error
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    assert kills > 0
+    assert_same_run(tmp_path, done)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal(start, small_run, done, tmp_path, number):
+    process = start([*small_run, f"--workdir={tmp_path}"])
+    wait_for_row(tmp_path, process, "teacher", 3)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == 75, error
+    assert error.strip().splitlines()[-1].startswith(f"error: stopped by {signal.Signals(number).name}, saved at step")
+    _, error = (process := start([*small_run, f"--workdir={tmp_path}"])).communicate()
+    assert process.returncode == 0, error
+    assert_same_run(tmp_path, done)
+
+
+def test_damaged_checkpoint(start, small_run, done, tmp_path):
+    process = start([*small_run, f"--workdir={tmp_path}"])
+    folder = tmp_path / "student" / "checkpoints"
+    while process.poll() is None and not (folder / "6").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+    largest = max((folder / str(steps[0])).rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    _, error = (process := start([*small_run, f"--workdir={tmp_path}"])).communicate()
+    assert process.returncode == 0, error
+    assert f"checkpoints/{steps[0]} is damaged" in error
+    assert_same_run(tmp_path, done)
+
+
+def test_no_traceback_in_a_process(start, small_run, tmp_path):
+    (tmp_path / "file").touch()
+    _, error = (process := start([*small_run, f"--workdir={tmp_path / 'file'}"])).communicate()
+    assert process.returncode == 2
+    assert error.startswith("error: cannot write to workdir")
+    assert len(error.strip().splitlines()) == 1

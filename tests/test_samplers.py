@@ -1,0 +1,80 @@
+"""The sampler: every example once an epoch, in an order that only the seed and the epoch decide."""
+
+import numpy as np
+import pytest
+
+from cskd_jax.data.samplers import UniformSampler
+
+
+def epoch_batches(sampler, epoch):
+    first = epoch * sampler.steps_per_epoch
+    return [sampler.indices(step) for step in range(first, first + sampler.steps_per_epoch)]
+
+
+def epoch_order(sampler, epoch):
+    return np.concatenate(epoch_batches(sampler, epoch))
+
+
+@pytest.mark.parametrize("num_examples", [9, 10, 11, 3])
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_every_example_once_an_epoch(num_examples, epoch):
+    sampler = UniformSampler(num_examples, batch_size=5, seed=0)
+    assert sorted(epoch_order(sampler, epoch)) == list(range(num_examples))
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "sizes"), [(9, [5, 4]), (10, [5, 5]), (11, [5, 5, 1]), (3, [3])], ids=lambda value: str(value)
+)
+def test_last_batch_is_kept(num_examples, sizes):
+    sampler = UniformSampler(num_examples, batch_size=5, seed=0)
+    assert [len(batch) for batch in epoch_batches(sampler, 1)] == sizes
+    assert sampler.last_batch_size == sizes[-1]
+
+
+@pytest.mark.parametrize(("num_examples", "steps"), [(9, 1), (10, 2), (11, 2)])
+def test_drop_last_leaves_the_smaller_batch_out(num_examples, steps):
+    sampler = UniformSampler(num_examples, batch_size=5, seed=0, drop_last=True)
+    assert [len(batch) for batch in epoch_batches(sampler, 1)] == [5] * steps
+    assert sampler.last_batch_size == 5
+
+
+def test_dropped_examples_differ_between_epochs():
+    sampler = UniformSampler(11, batch_size=5, seed=0, drop_last=True)
+    seen = [set(epoch_order(sampler, epoch).tolist()) for epoch in range(8)]
+    assert all(len(examples) == 10 for examples in seen)
+    assert len({frozenset(examples) for examples in seen}) > 1
+
+
+def test_order_depends_on_the_epoch():
+    sampler = UniformSampler(50, batch_size=5, seed=0)
+    assert not np.array_equal(epoch_order(sampler, 0), epoch_order(sampler, 1))
+
+
+def test_order_depends_on_the_seed():
+    assert not np.array_equal(*(epoch_order(UniformSampler(50, batch_size=5, seed=seed), 0) for seed in (0, 1)))
+
+
+def test_seed_and_epoch_are_not_added_up():
+    order, other = epoch_order(UniformSampler(50, 5, seed=0), 1), epoch_order(UniformSampler(50, 5, seed=1), 0)
+    assert not np.array_equal(order, other)
+
+
+def test_order_is_shuffled():
+    assert not np.array_equal(epoch_order(UniformSampler(50, batch_size=5, seed=0), 0), np.arange(50))
+
+
+def test_order_does_not_depend_on_the_batch_size():
+    small, large = (UniformSampler(50, batch_size=size, seed=3) for size in (5, 20))
+    np.testing.assert_array_equal(epoch_order(small, 2), epoch_order(large, 2))
+
+
+def test_a_step_is_a_pure_function():
+    steps = [17, 3, 40, 3, 0, 29]
+    first = {step: UniformSampler(23, batch_size=4, seed=5).indices(step).copy() for step in sorted(set(steps))}
+    sampler = UniformSampler(23, batch_size=4, seed=5)
+    for step in steps:
+        np.testing.assert_array_equal(sampler.indices(step), first[step])
+
+
+def test_indices_are_int64():
+    assert UniformSampler(9, batch_size=5, seed=0).indices(1).dtype == np.int64
