@@ -7,17 +7,29 @@ import pytest
 from cskd_jax.losses import category_structure_loss, cross_entropy_loss, mse_logits_loss
 
 TERMS = (
-    "intra_feature", "intra_logits", "compactness", "inter_feature", "inter_logits", "intra", "inter", "category",
-)  # fmt: skip
+    "intra_feature",
+    "intra_logits",
+    "compactness",
+    "inter_feature",
+    "inter_logits",
+    "intra",
+    "inter",
+    "category",
+)
 
 
 def total_loss(student_features, student_logits, case):
     """The released code's objective: SPEC of variant `reference` with cross-entropy and MSE of logits."""
     category, terms = category_structure_loss(
-        student_features, case["teacher_features"], case["labels"], num_classes=int(case["num_classes"]),
-        student_logits=student_logits, teacher_logits=case["teacher_logits"], variant="reference",
+        student_features,
+        case["teacher_features"],
+        case["labels"],
+        num_classes=int(case["num_classes"]),
+        student_logits=student_logits,
+        teacher_logits=case["teacher_logits"],
+        variant="reference",
         filter_misclassified=bool(case["filter_misclassified"]),
-    )  # fmt: skip
+    )
     terms["cross_entropy"] = cross_entropy_loss(student_logits, case["labels"])
     terms["kd"] = 1e-5 * mse_logits_loss(student_logits, case["teacher_logits"])
     terms["total"] = 0.9 * terms["cross_entropy"] + category + 0.1 * terms["kd"]

@@ -1,0 +1,94 @@
+"""Every recipe with every method: valid, as published, and one step of it traces."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from configs.methods import METHODS
+from cskd_jax import config as config_lib
+from cskd_jax.data import ImageDataset, Split
+from cskd_jax.loop import Network, Phase
+from cskd_jax.models import create_model
+from cskd_jax.objective import Objective
+from tests.conftest import ROOT
+
+RECIPES = {"digits": (10, (8, 8, 1)), "cifar10": (10, (32, 32, 3)), "cifar100": (100, (32, 32, 3))}
+
+
+def get_config(recipe, method="cskd"):
+    spec = importlib.util.spec_from_file_location(recipe, ROOT / "configs" / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(method)
+
+
+def test_every_recipe_is_here():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "methods"}
+    assert files == RECIPES.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_step_traces(recipe, method, tmp_path):
+    config = get_config(recipe, method)
+    config_lib.validate(config)
+    num_classes, shape = RECIPES[recipe]
+    labels = np.arange(config.batch_size, dtype=np.int32) % num_classes
+    split = Split(np.zeros((config.batch_size, *shape), np.uint8), labels)
+    dataset = ImageDataset(recipe, split, split, tuple(map(str, range(num_classes))))
+    student = Network.create(config.student, num_classes, config.dtype)
+    teacher = None
+    if Objective.create(config.losses, num_classes=num_classes).needs_teacher:
+        teacher = Network.create(config.teacher, num_classes, config.dtype)
+    Phase("student", config, student, config.losses, config.epochs, dataset, tmp_path, teacher)
+
+
+@pytest.mark.parametrize("recipe", ["cifar10", "cifar100"])
+def test_published_recipes(recipe):
+    released, paper = get_config(recipe), get_config(recipe, "cskd_paper")
+    for config in (released, paper):
+        assert (config.batch_size, config.epochs, config.teacher.epochs) == (128, 200, 200)
+        assert (config.teacher.name, config.teacher.width) == ("resnet101", 0.5)
+        assert (config.student.name, config.student.width) == ("resnet18", 0.25)
+        settings = config.optimizer
+        assert (settings.learning_rate, settings.momentum, settings.weight_decay) == (0.1, 0.9, 1e-4)
+        assert dict(config.augment) == {"crop_padding": 4, "flip": True}
+        assert not config.drop_last
+    assert (released.optimizer.milestones, paper.optimizer.milestones) == ((80, 120), (80, 120, 160))
+    assert (released.optimizer.restart_momentum, paper.optimizer.restart_momentum) == (True, False)
+
+
+def test_weights_of_the_variants():
+    reference, paper = (get_config("cifar100", method).losses for method in ("cskd", "cskd_paper"))
+    structure = {"weight": 1.0, "variant": "reference", "intra_weight": 0.002, "inter_weight": 0.04}
+    structure |= {"compactness_weight": 0.1, "filter_misclassified": True}
+    assert reference.category_structure.to_dict() == structure
+    assert (reference.cross_entropy.weight, reference.mse_logits.weight) == (0.9, pytest.approx(0.1 * 1e-5))
+    structure = {"weight": 1.0, "variant": "paper", "intra_weight": 0.01, "inter_weight": 0.2}
+    assert paper.category_structure.to_dict() == structure
+    assert (paper.cross_entropy.weight, paper.mse_logits.weight) == (0.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("method", "zero"), [("intra", {"inter_weight"}), ("inter", {"intra_weight", "compactness_weight"})]
+)
+def test_ablations_leave_one_part_out(method, zero):
+    structure = get_config("cifar100", method).losses.category_structure
+    assert {key for key in structure if key.endswith("_weight") and structure[key] == 0} == zero
+
+
+def test_a_key_has_a_comment_in_every_recipe():
+    for recipe in RECIPES:
+        for line in (ROOT / "configs" / f"{recipe}.py").read_text().splitlines():
+            key = line.split("=")[0].strip()
+            if key.startswith("config.") and key.removeprefix("config.") in config_lib.RULES and recipe != "digits":
+                repeated = key.endswith(("student.name", "student.width", "teacher.name", "dataset.std"))
+                assert "  # " in line or repeated or "optimizer.learning_rate" in key or "optimizer.momentum" in key, (
+                    line
+                )
+
+
+def test_model_table_is_what_rules_allow():
+    for name in ("resnet18", "resnet152"):
+        assert create_model(name, num_classes=3).num_classes == 3
