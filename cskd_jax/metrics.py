@@ -22,7 +22,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
     rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     # A comparison with NaN is False: without this a diverged network would seem right about every image.
-    rank = jnp.where(jnp.isfinite(loss), rank, logits.shape[1])
+    rank = jnp.where(jnp.isfinite(loss), rank, jnp.iinfo(rank.dtype).max)
     return {
         "count": jnp.sum(mask, dtype=jnp.int32),
         "top1": jnp.sum(mask & (rank < 1), dtype=jnp.int32),

@@ -9,7 +9,6 @@ from configs.methods import METHODS
 from cskd_jax import config as config_lib
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.loop import Network, Phase
-from cskd_jax.models import create_model
 from cskd_jax.objective import Objective
 from tests.conftest import ROOT
 
@@ -76,19 +75,3 @@ def test_weights_of_the_variants():
 def test_ablations_leave_one_part_out(method, zero):
     structure = get_config("cifar100", method).losses.category_structure
     assert {key for key in structure if key.endswith("_weight") and structure[key] == 0} == zero
-
-
-def test_a_key_has_a_comment_in_every_recipe():
-    for recipe in RECIPES:
-        for line in (ROOT / "configs" / f"{recipe}.py").read_text().splitlines():
-            key = line.split("=")[0].strip()
-            if key.startswith("config.") and key.removeprefix("config.") in config_lib.RULES and recipe != "digits":
-                repeated = key.endswith(("student.name", "student.width", "teacher.name", "dataset.std"))
-                assert "  # " in line or repeated or "optimizer.learning_rate" in key or "optimizer.momentum" in key, (
-                    line
-                )
-
-
-def test_model_table_is_what_rules_allow():
-    for name in ("resnet18", "resnet152"):
-        assert create_model(name, num_classes=3).num_classes == 3

@@ -81,3 +81,7 @@ def test_dtypes():
 def test_no_jit():
     with jax.disable_jit():
         assert sums([[0.0, 1.0]], [1])["top1"] == 1
+
+
+def test_nan_is_wrong_with_few_categories():
+    assert sums([[np.nan] * 3], [0])["top5"] == 0

@@ -78,3 +78,8 @@ def test_a_step_is_a_pure_function():
 
 def test_indices_are_int64():
     assert UniformSampler(9, batch_size=5, seed=0).indices(1).dtype == np.int64
+
+
+def test_indices_cannot_be_overwritten():
+    with pytest.raises(ValueError, match="read-only"):
+        UniformSampler(10, 4, seed=0).indices(0)[:] = -1

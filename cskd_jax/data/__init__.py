@@ -27,21 +27,21 @@ def load_dataset(
     """Loads a data set into memory, preparing it on disk the first time.
 
     Args:
-        name: A key of `DATASETS`, or any name that tensorflow-datasets knows: its features must include `image`, of one
-            size, and `label`, and its splits train and test (or validation).
-        data_dir: The folder of prepared data sets and downloads; None is ~/tensorflow_datasets, or what the environment
-            variable TFDS_DATA_DIR says. Not used by image_folder.
-        path: The folder of image_folder; not allowed for any other data set.
-        train_examples: The size of a category-balanced subset of the training split: the first examples of each
-            category in source order; the first categories give one more where the number does not divide. The same for
-            every seed. None keeps all examples.
+      name: A key of `DATASETS`, or any name that tensorflow-datasets knows: its features must include `image`, of one
+        size, and `label`, and its splits train and test (or validation).
+      data_dir: The folder of prepared data sets and downloads; None is ~/tensorflow_datasets, or what the environment
+        variable TFDS_DATA_DIR says. Not used by image_folder.
+      path: The folder of image_folder; not allowed for any other data set.
+      train_examples: The size of a category-balanced subset of the training split: the first examples of each
+        category in source order; the first categories give one more where the number does not divide. The same for
+        every seed. None keeps all examples.
 
     Returns:
-        The data set: images uint8 [N, H, W, C], labels int32 [N].
+      The data set: images uint8 [N, H, W, C], labels int32 [N].
 
     Raises:
-        UserError: The data cannot be had, is damaged or does not fit; the message says what is wrong and what is
-            allowed.
+      UserError: The data cannot be had, is damaged or does not fit; the message says what is wrong and what is
+        allowed.
     """
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     load = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))

@@ -37,13 +37,13 @@ class Archive:
     """An original archive. A record is one byte per label, then the red, the green and the blue plane of the image.
 
     Attributes:
-        url: Where the official archive is.
-        size: Its size in bytes.
-        sha256: Its checksum.
-        stem: Its file name without the suffix.
-        splits: The binary members by split.
-        label_files: The members with the label names by label feature, in the order of the label bytes of a record.
-        label_sizes: The number of categories by label feature.
+      url: Where the official archive is.
+      size: Its size in bytes.
+      sha256: Its checksum.
+      stem: Its file name without the suffix.
+      splits: The binary members by split.
+      label_files: The members with the label names by label feature, in the order of the label bytes of a record.
+      label_sizes: The number of categories by label feature.
     """
 
     url: str
@@ -86,14 +86,14 @@ def read(archive: Archive, data_root: Path) -> Content:
     """Finds or downloads the archive, and reads it.
 
     Args:
-        archive: Which one.
-        data_root: The data folder.
+      archive: Which one.
+      data_root: The data folder.
 
     Returns:
-        The content in the order of the archive, with images uint8 [N, 32, 32, 3].
+      The content in the order of the archive, with images uint8 [N, 32, 32, 3].
 
     Raises:
-        UserError: The archive is unsound, or there is none and the download failed.
+      UserError: The archive is unsound, or there is none and the download failed.
     """
     path = find_archive(archive, data_root)
     if path is None:
@@ -117,14 +117,14 @@ def download(archive: Archive, folder: Path) -> Path:
     """Downloads the official archive.
 
     Args:
-        archive: Which one.
-        folder: Where to put it; it is created.
+      archive: Which one.
+      folder: Where to put it; it is created.
 
     Returns:
-        The path of the complete, verified file.
+      The path of the complete, verified file.
 
     Raises:
-        UserError: The download failed, or what arrived is not the official archive.
+      UserError: The download failed, or what arrived is not the official archive.
     """
     target = folder / (archive.stem + ".tar.gz")
     by_hand = f"download it by other means and put it at {target}"
@@ -172,14 +172,14 @@ def read_archive(archive: Archive, path: Path) -> Content:
     """Reads an archive and checks all of it: members, whole records, labels, label names, no empty split.
 
     Args:
-        archive: Which one it should be.
-        path: The file: a tar archive, compressed or not.
+      archive: Which one it should be.
+      path: The file: a tar archive, compressed or not.
 
     Returns:
-        The content in the order of the archive, with images uint8 [N, 32, 32, 3].
+      The content in the order of the archive, with images uint8 [N, 32, 32, 3].
 
     Raises:
-        UserError: Something is missing or damaged; the message names the archive and the member.
+      UserError: Something is missing or damaged; the message names the archive and the member.
     """
     members = _read_members(archive, path)
     names = {

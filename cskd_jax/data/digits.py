@@ -17,10 +17,10 @@ def read(data_root: Path) -> Content:
     keep the source order. The values 0..16 are scaled to 0..255 and rounded.
 
     Args:
-        data_root: Not used: the examples lie inside scikit-learn.
+      data_root: Not used: the examples lie inside scikit-learn.
 
     Returns:
-        The content, with images uint8 [N, 8, 8, 1].
+      The content, with images uint8 [N, 8, 8, 1].
     """
     del data_root
     from sklearn.datasets import load_digits  # Takes a second to import.

@@ -21,15 +21,15 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None) 
     channels, RGB: grey is repeated, transparency is dropped. Only the images that are used are decoded.
 
     Args:
-        data_dir: Not used.
-        path: The folder.
-        train_examples: See `balanced_indices`.
+      data_dir: Not used.
+      path: The folder.
+      train_examples: See `balanced_indices`.
 
     Returns:
-        The data set, with images uint8 [N, H, W, 3].
+      The data set, with images uint8 [N, H, W, 3].
 
     Raises:
-        UserError: Something is missing, damaged or does not fit; the message names the folder or the file.
+      UserError: Something is missing, damaged or does not fit; the message names the folder or the file.
     """
     del data_dir
     if path is None:

@@ -8,7 +8,9 @@ import numpy as np
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+    order = np.random.default_rng((seed, epoch)).permutation(num_examples)
+    order.setflags(write=False)  # Slices of it are handed out.
+    return order
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,8 @@ class SourceSplit(NamedTuple):
     """One split of a data set of ours, as its source holds it.
 
     Attributes:
-        images: uint8 [N, H, W, C].
-        labels: The labels by feature name, each uint8 or int [N].
+      images: uint8 [N, H, W, C].
+      labels: The labels by feature name, each uint8 or int [N].
     """
 
     images: np.ndarray
@@ -40,8 +40,8 @@ class Content(NamedTuple):
     """All of a data set of ours.
 
     Attributes:
-        splits: The splits by name: train and test.
-        label_names: The names of the labels by feature name.
+      splits: The splits by name: train and test.
+      label_names: The names of the labels by feature name.
     """
 
     splits: Mapping[str, SourceSplit]
@@ -53,13 +53,13 @@ class ArraySource:
     """A data set of ours, small enough to be held in memory while it is prepared.
 
     Attributes:
-        name: Its name in tensorflow-datasets, and the name of its folder.
-        version: Its version; raise it when the same source gives other examples.
-        description: One or two sentences for dataset_info.json.
-        homepage: Where the data comes from.
-        image_shape: (H, W, C), with C one of 1, 3 and 4.
-        label_sizes: The number of categories by label feature; `label` is the one to learn.
-        read: Takes the root data folder and returns the content; called only when nothing is prepared yet.
+      name: Its name in tensorflow-datasets, and the name of its folder.
+      version: Its version; raise it when the same source gives other examples.
+      description: One or two sentences for dataset_info.json.
+      homepage: Where the data comes from.
+      image_shape: (H, W, C), with C one of 1, 3 and 4.
+      label_sizes: The number of categories by label feature; `label` is the one to learn.
+      read: Takes the root data folder and returns the content; called only when nothing is prepared yet.
     """
 
     name: str
@@ -77,16 +77,16 @@ def load_own(
     """Loads a data set of ours, preparing it first where that has not been done.
 
     Args:
-        source: The data set.
-        data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
-        path: Must be None: it is an argument of image_folder.
-        train_examples: See `balanced_indices`.
+      source: The data set.
+      data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
+      path: Must be None: it is an argument of image_folder.
+      train_examples: See `balanced_indices`.
 
     Returns:
-        The data set, in source order.
+      The data set, in source order.
 
     Raises:
-        UserError: The source cannot be had or is damaged, or the folder cannot be written.
+      UserError: The source cannot be had or is damaged, or the folder cannot be written.
     """
     _refuse_path(source.name, path)
     builder_class = _builder_class(source)
@@ -105,18 +105,18 @@ def load_named(
     """Loads any data set that tensorflow-datasets knows or finds prepared under `data_dir`.
 
     Args:
-        name: The tensorflow-datasets name, with its configuration and version if need be ("name/config:1.0.0").
-        table: The names of the data sets that need no tensorflow-datasets name, for the message about unknown ones.
-        data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
-        path: Must be None: it is an argument of image_folder.
-        train_examples: See `balanced_indices`.
+      name: The tensorflow-datasets name, with its configuration and version if need be ("name/config:1.0.0").
+      table: The names of the data sets that need no tensorflow-datasets name, for the message about unknown ones.
+      data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
+      path: Must be None: it is an argument of image_folder.
+      train_examples: See `balanced_indices`.
 
     Returns:
-        The data set, in the order of its files.
+      The data set, in the order of its files.
 
     Raises:
-        UserError: The name is unknown, TensorFlow is needed and not installed, the preparation failed, or the data
-            set is not one of labelled images of one size with the splits train and test (or validation).
+      UserError: The name is unknown, TensorFlow is needed and not installed, the preparation failed, or the data
+        set is not one of labelled images of one size with the splits train and test (or validation).
     """
     import tensorflow_datasets as tfds
 
@@ -139,15 +139,15 @@ def load_prepared(builder: Any, name: str, train_examples: int | None) -> ImageD
     """Reads the splits train and test (or validation) of a prepared builder into memory.
 
     Args:
-        builder: A `tfds.core.DatasetBuilder` whose files are prepared.
-        name: The name of the data set, for the result and for messages.
-        train_examples: See `balanced_indices`.
+      builder: A `tfds.core.DatasetBuilder` whose files are prepared.
+      name: The name of the data set, for the result and for messages.
+      train_examples: See `balanced_indices`.
 
     Returns:
-        The data set, in the order of its files.
+      The data set, in the order of its files.
 
     Raises:
-        UserError: See `load_named`.
+      UserError: See `load_named`.
     """
     _check_features(builder, name)
     splits = builder.info.splits
@@ -338,13 +338,13 @@ def _decode(encoded: Sequence[bytes], channels: int, expected: tuple[int, int, i
     A plain loop: small images are decoded so quickly (10,000 a second) that threads only wait for each other.
 
     Args:
-        encoded: N encoded images.
-        channels: 1, 3 or 4, to which images are converted.
-        expected: The shape that all must have; None is that of the first one.
-        where: What is decoded, for messages.
+      encoded: N encoded images.
+      channels: 1, 3 or 4, to which images are converted.
+      expected: The shape that all must have; None is that of the first one.
+      where: What is decoded, for messages.
 
     Returns:
-        uint8 [N, H, W, channels].
+      uint8 [N, H, W, channels].
     """
     images = None if expected is None else np.empty((len(encoded), *expected), np.uint8)
     for index, data in enumerate(encoded):

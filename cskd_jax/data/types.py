@@ -13,8 +13,8 @@ class Split(NamedTuple):
     """Images and their labels.
 
     Attributes:
-        images: uint8 [N, H, W, C].
-        labels: int32 [N], indices into the categories of the data set.
+      images: uint8 [N, H, W, C].
+      labels: int32 [N], indices into the categories of the data set.
     """
 
     images: np.ndarray
@@ -26,10 +26,10 @@ class ImageDataset:
     """A classification data set, decoded and held in memory.
 
     Attributes:
-        name: The name that it was loaded by.
-        train: The training split, in source order.
-        test: The test split, in source order, with images of the same shape.
-        categories: The name of each category, by label.
+      name: The name that it was loaded by.
+      train: The training split, in source order.
+      test: The test split, in source order, with images of the same shape.
+      categories: The name of each category, by label.
     """
 
     name: str
@@ -55,15 +55,15 @@ def balanced_indices(labels: np.ndarray, categories: Sequence[str], train_exampl
     categories give one more. There is no randomness: the same data and number always give the same subset.
 
     Args:
-        labels: int [N], the labels of the whole training split in source order.
-        categories: The K category names.
-        train_examples: The size of the subset; None keeps everything.
+      labels: int [N], the labels of the whole training split in source order.
+      categories: The K category names.
+      train_examples: The size of the subset; None keeps everything.
 
     Returns:
-        int64 [train_examples], increasing indices into `labels`.
+      int64 [train_examples], increasing indices into `labels`.
 
     Raises:
-        UserError: A category holds too few examples, or `train_examples` is smaller than K.
+      UserError: A category holds too few examples, or `train_examples` is smaller than K.
     """
     if train_examples is None:
         return np.arange(len(labels))

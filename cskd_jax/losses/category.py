@@ -112,12 +112,13 @@ def inter_category_structure(centers: jax.Array) -> jax.Array:
       centers: float [K, D].
 
     Returns:
-      M [K, K], symmetric. The diagonal is 1; rows and columns of centers that are zero (absent categories among them)
-      are 0, and their gradient is 0. O(K^2 D) time, O(K^2) memory beyond the centers.
+      M [K, K]. The diagonal is 1; rows and columns of centers that are zero (absent categories among them) are 0, and
+      their gradient is 0. A norm so small that its derivative would overflow (4e-12 in float32) counts as zero.
+      O(K^2 D) time, O(K^2) memory beyond the centers.
     """
     gram = _gram(centers)
     squared_norms = jnp.diagonal(gram)
-    nonzero = squared_norms > 0
+    nonzero = squared_norms > float(jnp.finfo(gram.dtype).tiny) ** 0.6
     inverse_norms = jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, squared_norms, 1)), 0)
     cosines = gram * inverse_norms[:, None] * inverse_norms[None, :]
     # Exactly 1, not 1 up to rounding: the norm of a difference of two such matrices has a steep gradient near 0.

@@ -722,3 +722,11 @@ def test_method_refuses_maps_of_different_size():
     text = "the last feature maps of student (8, 4, 4, 3) and teacher (8, 2, 2, 4) must have equal height and width"
     with pytest.raises(ValueError, match=message(text)):
         CategoryStructure(num_classes=NUM_CLASSES).init(jax.random.key(0), inputs)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-14, 1e-19, 1e-30])
+def test_inter_structure_of_tiny_centers_has_finite_gradients(scale):
+    centers = scale * np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    value, gradient = jax.value_and_grad(lambda c: jnp.sum(inter_category_structure(c) ** 2))(centers)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()

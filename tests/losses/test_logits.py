@@ -158,6 +158,12 @@ def test_errors_of_losses_with_a_teacher(loss, changes, error, text):
         loss(*arguments)
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_kd_refuses_a_temperature_that_is_not_positive(temperature):
+    with pytest.raises(ValueError, match=message(f"temperature must be greater than 0, got {temperature}")):
+        kd_loss(*make_logits(), temperature=temperature)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "expected"),
     [

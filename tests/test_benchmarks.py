@@ -1,0 +1,171 @@
+"""The benchmarks run, and the PyTorch that they compare with computes the same as we do."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import category_structure, loop_part, loss_part
+from cskd_jax.models import BasicBlock, Bottleneck, ResNet
+from cskd_jax.objective import Objective
+from cskd_jax.optim import make_optimizer
+from cskd_jax.state import TrainState
+from cskd_jax.steps import make_train_step
+
+try:
+    import torch
+
+    from benchmarks import torch_reference
+except ImportError:
+    torch = None
+
+needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed: pip install 'cskd_jax[torch]'")
+by_product = pytest.mark.parametrize("by_product", [False, True], ids=["rows", "product"])
+
+
+@needs_torch
+@by_product
+def test_torch_reference_is_golden(loss_file, by_product):
+    with np.load(loss_file) as file:
+        case = dict(file)
+    tensors = {
+        f"{network}_{kind}": torch.from_numpy(case[f"{network}_{kind}"])
+        for network in ("student", "teacher")
+        for kind in ("features", "logits")
+    }
+    trained = [tensors[f"student_{kind}"].requires_grad_() for kind in ("features", "logits")]
+    labels = torch.from_numpy(case["labels"]).long()
+    cosines = torch_reference.cosines_by_product if by_product else torch_reference.cosines_by_rows
+    terms = torch_reference.reference_terms(
+        **tensors, labels=labels, filter_misclassified=bool(case["filter_misclassified"]), cosines=cosines
+    )
+    for name, value in terms.items():
+        # A squared difference of cosines that should be 0 is the square of float32's rounding in the golden file.
+        np.testing.assert_allclose(value.item(), case[name], rtol=1e-5, atol=1e-13, err_msg=name)
+    gradients = torch.autograd.grad(terms["category"], trained)
+    for gradient, kind in zip(gradients, ("features", "logits"), strict=True):
+        expected = case[f"grad_category_student_{kind}"]
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max(), err_msg=kind)
+
+
+@needs_torch
+@by_product
+@pytest.mark.parametrize("name", loss_part.CASES)
+def test_loss_in_both(monkeypatch, name, by_product):
+    monkeypatch.setattr(loss_part, "FEATURES", (2, 2, 24))
+    settings, with_logits = loss_part.CASES[name]
+    inputs = loss_part.make_inputs(100, with_logits)
+    ours = loss_part.jax_call(inputs, 100, settings)()
+    theirs = loss_part.torch_call(inputs, settings, by_product)()
+    assert set(ours[1]) == set(theirs[1])
+    loss_part.check_equal(name, ours, theirs)
+
+
+def network_variables(network):
+    """Variables of our ResNet from a torch_reference.ResNet."""
+    params, stats = {}, {}
+
+    def take(path, module):
+        target, target_stats = params, stats
+        for key in path[:-1]:
+            target, target_stats = target.setdefault(key, {}), target_stats.setdefault(key, {})
+        conv, norm = module
+        kernel = conv.weight.permute(2, 3, 1, 0)
+        target[path[-1]] = {"kernel": kernel, "scale": norm.weight, "bias": norm.bias}
+        target_stats[path[-1]] = {"mean": norm.running_mean, "var": norm.running_var}
+
+    take(["stem"], network.stem)
+    for stage, blocks in enumerate(network.stages, start=1):
+        for index, block in enumerate(blocks, start=1):
+            name = f"stage{stage}_block{index}"
+            for number, layer in enumerate(block.layers, start=1):
+                take([name, f"conv{number}"], layer)
+            if isinstance(block.downsample, torch_reference.ConvBatchNorm):
+                take([name, "downsample"], block.downsample)
+    classifier = network.classifier
+    params["classifier"] = {"kernel": classifier.weight.T, "bias": classifier.bias}
+    return jax.tree.map(lambda x: jnp.array(x.detach().numpy()), {"params": params, "batch_stats": stats})
+
+
+@needs_torch
+def test_step_in_both():
+    # Widths 4, 8, 16, 32. In evaluation mode, fresh statistics would let the features of a teacher grow without bound.
+    torch.manual_seed(0)
+    teacher = torch_reference.ResNet(10, (1, 1, 1, 1), bottleneck=True, width=1 / 16)
+    student = torch_reference.ResNet(10, (1, 1, 1, 1), bottleneck=False, width=1 / 16)
+    step = torch_reference.Step(teacher, student)
+    teacher_variables, student_variables = network_variables(teacher), network_variables(student)
+    sigma = jnp.array(step.sigma.weight.detach().numpy()[:, :, 0, 0].T.copy())
+
+    common = {"num_classes": 10, "stage_sizes": (1, 1, 1, 1), "width": 1 / 16}
+    losses = {
+        "cross_entropy": {"weight": 0.9},
+        "category_structure": {"weight": 1.0, "variant": "reference"},
+        "mse_logits": {"weight": 1e-6},
+    }
+    optimizer = make_optimizer(
+        learning_rate=0.1, momentum=0.9, weight_decay=1e-4, milestones=(), decay_factor=0.1, restart_momentum=False,
+        steps_per_epoch=10,
+    )  # fmt: skip
+    train_step = make_train_step(
+        ResNet(block=BasicBlock, **common), Objective.create(losses, num_classes=10), optimizer,
+        preprocess=lambda images, *_: images, teacher=ResNet(block=Bottleneck, **common),
+    )  # fmt: skip
+    params = {"student": student_variables["params"], "methods": {"category_structure": {"sigma": sigma}}}
+    state = TrainState(jnp.int32(0), params, student_variables["batch_stats"], optimizer.init(params))
+    train_step = jax.jit(train_step)
+
+    generator = np.random.default_rng(0)
+    for _ in range(3):
+        images = generator.standard_normal((16, 8, 8, 3), dtype=np.float32)
+        labels = generator.integers(10, size=16, dtype=np.int32)
+        state, metrics = train_step(state, teacher_variables, {"image": images, "label": labels}, jax.random.PRNGKey(0))
+        images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        total, parts = step(images, torch.from_numpy(labels).long())
+        np.testing.assert_allclose(metrics["loss"], total.item(), rtol=1e-4)
+        assert min(parts.values()) > 0
+    expected = network_variables(student)
+    actual = {"params": state.params["student"], "batch_stats": state.batch_stats}
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4), actual, expected)
+
+
+@needs_torch
+def test_parameter_counts_of_the_recipe():
+    def size(network):
+        return sum(p.numel() for p in network.parameters())
+
+    assert size(torch_reference.ResNet(100, (3, 4, 23, 3), bottleneck=True, width=0.5)) == 10_752_388
+    assert size(torch_reference.ResNet(100, (2, 2, 2, 2), bottleneck=False, width=0.25)) == 713_076
+
+
+def test_tables(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(loss_part, "FEATURES", (1, 1, 8))
+    path = tmp_path / "figures.json"
+    category_structure.main(["--parts", "loss", "--repeats", "2", "--json", str(path)])
+    assert "20,000/100" in capsys.readouterr().out
+    figures = json.loads(path.read_text())
+    assert [row["value and gradient"] for row in figures["loss"]["rows"]] == list(loss_part.CASES)
+    assert figures["environment"]["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.slow
+def test_loop(monkeypatch, capsys):
+    monkeypatch.setattr(loop_part, "CASES", {"small": (0.03, 4, 3)})
+    category_structure.main(["--parts", "loop", "--repeats", "2"])
+    assert "overhead %" in capsys.readouterr().out
+
+
+def test_without_torch(monkeypatch, capsys):
+    monkeypatch.setattr(loss_part, "FEATURES", (1, 1, 8))
+    monkeypatch.setattr(category_structure.importlib.util, "find_spec", lambda name: None)
+    category_structure.main(["--parts", "loss", "--repeats", "1"])
+    assert "pip install 'cskd_jax[torch]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument", ["--parts=nothing", "--repeats=0"])
+def test_mistakes(argument, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        category_structure.main([argument])
+    assert argument.split("=")[0] in capsys.readouterr().err or "nothing" in argument
