@@ -267,7 +267,7 @@ class Meter:
         )
         self._schedule = jax.jit(schedule)
         self._log = MetricsLog(workdir, phase, step)
-        self._bar = progress_bar(phase, total_steps * sampler.batch_size, step * sampler.batch_size, "images")
+        self._bar = progress_bar(phase, sampler.images_before(total_steps), sampler.images_before(step), "images")
         self._clock = 0.0
 
     def __enter__(self):

@@ -1,7 +1,13 @@
-"""Command line: `python -m cskd_jax.main --config=configs/digits.py[:METHOD] [--workdir=DIR] [--config.KEY=VALUE ...]`.
+"""Trains a teacher and distils a student.
 
-Exit codes: 0 done, 2 something to mend in the command, the configuration or the data, 3 training diverged, 75 stopped
-by a signal with everything saved (the same command resumes).
+python -m cskd_jax.main --config=RECIPE[:METHOD] [--workdir=DIR] [--config.KEY=VALUE ...]
+
+  --config       a file of configs/, such as configs/digits.py; METHOD is a word of configs/methods.py, such as kd
+  --workdir      folder of the run; default: runs/RECIPE/METHOD-seedSEED. The same command again resumes there.
+  --config.KEY   overrides a key of the recipe, which explains each, such as --config.epochs=10
+
+Exit codes: 0 done; 2 something to mend in the command, the configuration or the data; 3 a loss or gradient is not
+finite any more; 75 stopped by a signal with everything saved: the same command resumes.
 """
 
 import os
@@ -17,10 +23,13 @@ from cskd_jax.errors import UserError
 
 def main(argv: list[str]) -> int:
     """Parses the command line, runs, and returns the exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
     try:
         config, workdir = _parse(argv)
         _set_up_jax()
-        # Imported late: `--help` and mistakes in the command should not wait for everything.
+        # Imported late: mistakes in the command should not wait for everything.
         from cskd_jax.train import train
 
         train(config, workdir)
@@ -34,7 +43,7 @@ def _parse(argv):
     """(configuration, workdir) of a command line."""
     recipe = next((a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))), "")
     file = pathlib.Path(recipe.split(":")[0])
-    if not file.is_file() and "--help" not in argv:
+    if not file.is_file():
         raise UserError(f"--config must name a recipe, such as configs/digits.py; got {recipe or 'nothing'}")
     # A recipe may import its neighbours, wherever the command is run.
     sys.path.append(str(file.absolute().parent.parent))
@@ -53,7 +62,7 @@ def _parse_flags(argv):
     sys.argv = argv  # where config_flags looks for the overrides, whatever it is asked to parse
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "Recipe, FILE[:METHOD].", values, lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/RECIPE/METHOD-seedSEED.", values)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", values)
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, ValueError) as error:

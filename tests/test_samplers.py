@@ -83,3 +83,10 @@ def test_indices_are_int64():
 def test_indices_cannot_be_overwritten():
     with pytest.raises(ValueError, match="read-only"):
         UniformSampler(10, 4, seed=0).indices(0)[:] = -1
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_images_before_a_step(drop_last):
+    sampler = UniformSampler(10, 4, seed=0, drop_last=drop_last)
+    sizes = [len(sampler.indices(step)) for step in range(9)]
+    assert [sampler.images_before(step) for step in range(10)] == [sum(sizes[:step]) for step in range(10)]

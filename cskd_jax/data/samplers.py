@@ -41,6 +41,12 @@ class UniformSampler:
         """Size of the last batch of an epoch."""
         return self.batch_size if self.drop_last else (self.num_examples - 1) % self.batch_size + 1
 
+    def images_before(self, step: int) -> int:
+        """How many images the steps before `step` have trained on."""
+        epochs, position = divmod(step, self.steps_per_epoch)
+        per_epoch = (self.steps_per_epoch - 1) * self.batch_size + self.last_batch_size
+        return epochs * per_epoch + position * self.batch_size
+
     def indices(self, step: int) -> np.ndarray:
         """Positions in the training split of the global batch of `step`, int64 [batch_size] or [last_batch_size]."""
         epoch, position = divmod(step, self.steps_per_epoch)
