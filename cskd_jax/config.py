@@ -41,7 +41,11 @@ _TEXT = Rule((str,), bool, "a text")
 _POSITIVE = Rule((float, int), lambda value: 0 < value < math.inf, "a number greater than 0")
 _NOT_NEGATIVE = Rule((float, int), lambda value: 0 <= value < math.inf, "a number of at least 0")
 _FRACTION = Rule((float, int), lambda value: 0 <= value < 1, "a number in [0, 1)")
-_CHANNELS = Rule((tuple,), lambda value: value and all(isinstance(v, int | float) for v in value), "a tuple of numbers")
+_CHANNELS = Rule(
+    (tuple,),
+    lambda value: value and all(isinstance(v, int | float) and math.isfinite(v) for v in value),
+    "a tuple of finite numbers",
+)
 _DEVIATIONS = Rule((tuple,), lambda value: _CHANNELS.test(value) and min(value) > 0, "a tuple of numbers above 0")
 _EPOCHS = Rule(
     (tuple,),
@@ -65,7 +69,7 @@ RULES = {
     "dataset.train_examples": _optional(_at_least(1)),
     "dataset.mean": _CHANNELS,
     "dataset.std": _DEVIATIONS,
-    "augment.crop_padding": _at_least(0),
+    "augment.crop_padding": Rule((int,), lambda value: 0 <= value <= 256, "an integer in [0, 256]"),
     "augment.flip": _BOOL,
     "teacher.name": _optional(Rule((str,), lambda value: value in MODELS or not value, f"one of {', '.join(MODELS)}")),
     "teacher.width": _POSITIVE,

@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -47,7 +48,10 @@ def _parse(argv):
         raise UserError(f"--config must name a recipe, such as configs/digits.py; got {recipe or 'nothing'}")
     # A recipe may import its neighbours, wherever the command is run.
     sys.path.append(str(file.absolute().parent.parent))
-    known = config_lib.flatten(_parse_flags([argv[0], f"--config={recipe}"])["config"].value)
+    config = _parse_flags([argv[0], f"--config={recipe}"])["config"].value
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"get_config of {file} must return a ConfigDict, got {type(config).__name__}")
+    known = config_lib.flatten(config)
     for argument in argv[1:]:
         key = argument.lstrip("-").split("=")[0]
         if key.startswith("config.") and key.removeprefix("config.") not in known:
@@ -65,9 +69,10 @@ def _parse_flags(argv):
     flags.DEFINE_string("workdir", None, "Folder of the run.", values)
     try:
         rest = values(argv)
-    except (flags.Error, AttributeError, ValueError) as error:
+    except Exception as error:  # A recipe is code: it may raise anything.
         # The last line is the message; what comes before it is a traceback through the recipe.
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(lines[-1].removeprefix("ValueError: ")) from None
     if rest[1:]:
         raise UserError(f"arguments are given as --NAME=VALUE; got {' '.join(rest[1:])}")
     return values
