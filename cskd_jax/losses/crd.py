@@ -116,6 +116,7 @@ def contrastive_loss(
     check_same_batch(student_embedding=student_embedding, indices=indices, negatives=negatives)
     if not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    memory = ContrastMemory(*map(jnp.asarray, memory))
     num_negatives = negatives.shape[1]
     known_labels = memory.labels[negatives]
     allowed = (known_labels != labels[:, None]) & (negatives != indices[:, None])
@@ -176,6 +177,7 @@ def remember(
 
     def updated(bank, embedding):
         embedding = gather_batch(lax.stop_gradient(embedding), axis_name)
+        bank = jnp.asarray(bank)
         return bank.at[indices].set(normalize(momentum * bank[indices] + (1 - momentum) * embedding))
 
     student, teacher = updated(memory.student, student_embedding), updated(memory.teacher, teacher_embedding)
