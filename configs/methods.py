@@ -24,6 +24,11 @@ def category_structure(variant, *, intra=True, inter=True):
     }
 
 
+def with_cross_entropy(name, weight):
+    """Cross-entropy with weight 1 and one more method, as the field's comparison tables have it."""
+    return {"cross_entropy": {"weight": 1.0}, name: {"weight": weight}}
+
+
 METHODS = {
     "cskd": lambda: category_structure("reference"),
     "cskd_paper": lambda: category_structure("paper"),
@@ -31,6 +36,11 @@ METHODS = {
     "inter": lambda: category_structure("reference", intra=False),
     "kd": lambda: {"cross_entropy": {"weight": 0.1}, "kd": {"weight": 0.9, "temperature": 4.0}},
     "ce": lambda: {"cross_entropy": {"weight": 1.0}},
+    "cckd": lambda: with_cross_entropy("cckd", 100.0),
+    "crd": lambda: with_cross_entropy("crd", 0.8),
+    "dist": lambda: with_cross_entropy("dist", 2.0),
+    "irg": lambda: with_cross_entropy("irg", 1.0),
+    "kdgan": lambda: with_cross_entropy("kdgan", 1.0),
 }
 
 

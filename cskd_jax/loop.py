@@ -107,7 +107,12 @@ class Phase:
         self._sampler = UniformSampler(len(dataset.train.labels), config.batch_size, config.seed, config.drop_last)
         _check_last_batch(self._sampler)
         self._total_steps = epochs * self._sampler.steps_per_epoch
-        self._objective = Objective.create(losses, num_classes=dataset.num_classes, axis_name=parallel.AXIS)
+        self._objective = Objective.create(
+            losses,
+            num_classes=dataset.num_classes,
+            axis_name=parallel.AXIS,
+            num_examples=len(dataset.train.labels),
+        )
         self._optimizer = optim.make_optimizer(**config.optimizer, steps_per_epoch=self._sampler.steps_per_epoch)
         self._train_step = self._make_train_step()
         self._evaluate = Evaluation(network, config, dataset)
@@ -152,7 +157,8 @@ class Phase:
     def _batch(self, step):
         index = self._sampler.indices(step)
         split = self._dataset.train
-        return parallel.shard({"image": split.images[index], "label": split.labels[index]})
+        batch = {"image": split.images[index], "label": split.labels[index], "index": index.astype(np.int32)}
+        return parallel.shard(batch)
 
     def run(self, stop: StopRequest, teacher_variables: Any = None) -> tuple[Any, Progress]:
         """Trains to the end from the newest checkpoint.

@@ -8,7 +8,7 @@ import jax
 
 from cskd_jax.losses import LOSSES, LossInputs, Method
 
-_SET_BY_OBJECTIVE = {"num_classes", "axis_name", "parent", "name"}
+_SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "parent", "name"}
 
 
 def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
@@ -27,13 +27,21 @@ class Objective:
     methods: Mapping[str, tuple[float, Method]]
 
     @classmethod
-    def create(cls, losses: Mapping[str, Mapping[str, Any]], *, num_classes: int, axis_name: str | None = None):
+    def create(
+        cls,
+        losses: Mapping[str, Mapping[str, Any]],
+        *,
+        num_classes: int,
+        axis_name: str | None = None,
+        num_examples: int = 0,
+    ):
         """From `config.losses`: {NAME: {"weight": w, hyper-parameters of NAME}}, with the names of `LOSSES`."""
+        common = {"num_classes": num_classes, "axis_name": axis_name, "num_examples": num_examples}
         methods = {}
         for name, settings in losses.items():
             settings = dict(settings)
             weight = settings.pop("weight")
-            methods[name] = (weight, LOSSES[name](num_classes=num_classes, axis_name=axis_name, **settings))
+            methods[name] = (weight, LOSSES[name](**common, **settings))
         return cls(methods)
 
     @property
@@ -41,22 +49,29 @@ class Objective:
         """Whether any method reads the teacher's outputs."""
         return any(method.needs_teacher for _, method in self.methods.values())
 
-    def init(self, key: jax.Array, inputs: LossInputs) -> dict[str, Any]:
-        """Parameters of each method that has any, by name; of `inputs` only shapes and dtypes are read."""
-        params = {}
+    def init(self, key: jax.Array, inputs: LossInputs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(parameters, memory) of each method that has any, by name; of `inputs` only shapes and dtypes are read."""
+        params, memory = {}, {}
         for position, (name, (_, method)) in enumerate(self.methods.items()):
             # The parameters do not depend on how the batch is split; here no axis is mapped.
             variables = method.clone(axis_name=None).lazy_init(jax.random.fold_in(key, position), inputs)
             if "params" in variables:
                 params[name] = variables["params"]
-        return params
+            if "memory" in variables:
+                memory[name] = variables["memory"]
+        return params, memory
 
-    def __call__(self, params: Mapping[str, Any], inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The weighted total, and {NAME: unweighted value, NAME/TERM: value of a term} for every method."""
-        total, terms = 0.0, {}
+    def __call__(
+        self, params: Mapping[str, Any], memory: Mapping[str, Any], inputs: LossInputs
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
+        """The weighted total, {NAME: unweighted value, NAME/TERM: value of a term} for every method, the new memory."""
+        total, terms, new_memory = 0.0, {}, {}
         for name, (weight, method) in self.methods.items():
-            value, parts = method.apply({"params": params.get(name, {})}, inputs)
+            variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
+            (value, parts), updated = method.apply(variables, inputs, mutable=["memory"])
             total += weight * value
             terms[name] = value
             terms |= {f"{name}/{term}": part for term, part in parts.items()}
-        return total, terms
+            if name in memory:
+                new_memory[name] = updated["memory"]
+        return total, terms, new_memory

@@ -21,12 +21,14 @@ class TrainState:
       params: {"student": parameters of the network, "methods": {name: what the method trains}}.
       batch_stats: running statistics of the student.
       opt_state: of the optimizer over all of params.
+      memory: {name: what the method remembers from step to step without training it}; empty for most methods.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    memory: Any = flax.struct.field(default_factory=dict)
 
     @property
     def student_variables(self) -> dict[str, Any]:
@@ -64,6 +66,9 @@ def init_state(
         student=output_shapes(student),
         teacher=output_shapes(teacher) if objective.needs_teacher else None,
         labels=jax.ShapeDtypeStruct((2,), jnp.int32),
+        indices=jax.ShapeDtypeStruct((2,), jnp.int32),
+        key=jax.ShapeDtypeStruct(key.shape, key.dtype),
     )
-    params = {"student": variables["params"], "methods": objective.init(methods_key, inputs)}
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
+    methods, memory = objective.init(methods_key, inputs)
+    params = {"student": variables["params"], "methods": methods}
+    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), memory)

@@ -17,6 +17,9 @@ from cskd_jax.state import TrainState
 Batch = dict[str, jax.Array]
 Preprocess = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
+# Folded into the key of a step for the draws of the methods; what is folded in for the images are their positions.
+_METHODS = 2**31 - 1
+
 
 def make_train_step(
     student: nn.Module,
@@ -38,7 +41,8 @@ def make_train_step(
       axis_name: mapped axis over which the batch is split: the step then equals that of the global batch.
 
     Returns:
-      A pure function. `batch` is {"image": [B, H, W, C], "label": int32 [B]}, `key` the key of the run (the step is
+      A pure function. `batch` is {"image": [B, H, W, C], "label": int32 [B]} and, for the methods that keep a memory of
+      the samples, "index": int32 [B], their positions in the training split. `key` is the key of the run (the step is
       folded in here). metrics are scalars: `loss`, the terms of the objective, `accuracy` of the student on the batch,
       `gradient_norm`.
     """
@@ -47,7 +51,9 @@ def make_train_step(
         labels = batch["label"]
         offset = 0 if axis_name is None else lax.axis_index(axis_name) * len(labels)
         positions = offset + jnp.arange(len(labels))
-        images = preprocess(batch["image"], jax.random.fold_in(key, state.step), positions)
+        step_key = jax.random.fold_in(key, state.step)
+        images = preprocess(batch["image"], step_key, positions)
+        methods_key = jax.random.fold_in(step_key, _METHODS)
         teacher_output = None
         if teacher is not None:
             teacher_output = lax.stop_gradient(teacher.apply(teacher_variables, images, train=False))
@@ -55,17 +61,18 @@ def make_train_step(
         def loss(params):
             variables = {"params": params["student"], "batch_stats": state.batch_stats}
             output, updated = student.apply(variables, images, train=True, mutable=["batch_stats"])
-            total, terms = objective(params["methods"], LossInputs(output, teacher_output, labels))
+            inputs = LossInputs(output, teacher_output, labels, batch.get("index"), methods_key)
+            total, terms, memory = objective(params["methods"], state.memory, inputs)
             accuracy = jnp.mean(jnp.argmax(output.logits, axis=-1) == labels)
-            return total, (updated["batch_stats"], {"loss": total, **terms, "accuracy": accuracy})
+            return total, (updated["batch_stats"], memory, {"loss": total, **terms, "accuracy": accuracy})
 
-        gradients, (batch_stats, metrics) = jax.grad(loss, has_aux=True)(state.params)
+        gradients, (batch_stats, memory, metrics) = jax.grad(loss, has_aux=True)(state.params)
         if axis_name is not None:
             gradients, metrics = lax.pmean((gradients, metrics), axis_name)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, memory), metrics
 
     return train_step
 

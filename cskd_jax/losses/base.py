@@ -21,11 +21,15 @@ class LossInputs(NamedTuple):
       student: outputs of the student, differentiated.
       teacher: outputs of the teacher, not differentiated; None where no method of the run needs a teacher.
       labels: int32 [B].
+      indices: int32 [B], positions of the samples in the training split; None where the batch does not say.
+      key: of the random draws of this step, the same on all devices; None in uses without draws.
     """
 
     student: NetworkOutput
     teacher: NetworkOutput | None
     labels: jax.Array
+    indices: jax.Array | None = None
+    key: jax.Array | None = None
 
 
 class Method(nn.Module):
@@ -34,12 +38,19 @@ class Method(nn.Module):
     Subclasses define `__call__(inputs: LossInputs) -> (scalar, {term: scalar})` and follow the contract of the losses:
     a batch mean is of the local samples, a relation is of the global batch over `axis_name`.
 
+    What a method trains are its "params". What it has to remember from step to step without training it are its
+    variables of the collection "memory"; it assigns their new values, computed from the global batch so that they are
+    equal on all devices, in every call but that of `init`. A draw from `inputs.key` is folded with the position of
+    the sample in the global batch, so that it does not depend on the number of devices.
+
     Attributes:
       num_classes: size of the label set; set by the objective, not by configurations.
       axis_name: mapped axis over which the batch is split; set by the objective, not by configurations.
+      num_examples: size of the training split, 0 if unknown; set by the objective, not by configurations.
       needs_teacher: whether `inputs.teacher` is read.
     """
 
     num_classes: int
     axis_name: str | None = None
+    num_examples: int = 0
     needs_teacher: ClassVar[bool] = True

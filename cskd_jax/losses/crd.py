@@ -1,0 +1,252 @@
+"""Contrastive representation distillation: each sample against a memory of all the others."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._arrays import normalize
+from cskd_jax.losses._batch import gather_batch
+from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_batch, check_same_shape
+from cskd_jax.losses.base import LossInputs, Method
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what torch.nn.Linear draws its weights from.
+_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class ContrastMemory(NamedTuple):
+    """What is known of the N samples of the training split; equal on all devices.
+
+    Attributes:
+      student: float [N, D], running embeddings of the student, of norm 1; at first random directions.
+      teacher: float [N, D], likewise of the teacher.
+      labels: int32 [N], -1 until a sample has been in a batch.
+      log_normalizers: float [2], ln(Z / N) for student and teacher; -inf until the first batch has set them.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+    labels: jax.Array
+    log_normalizers: jax.Array
+
+
+def new_contrast_memory(key: jax.Array, num_examples: int, embedding_size: int, dtype=jnp.float32) -> ContrastMemory:
+    """The memory before the first step; ValueError if there are not two samples to contrast."""
+    if num_examples < 2:
+        raise ValueError(f"crd contrasts the examples of a training split: it needs at least 2, got {num_examples}")
+    student, teacher = normalize(jax.random.normal(key, (2, num_examples, embedding_size), dtype))
+    return ContrastMemory(student, teacher, jnp.full(num_examples, -1, jnp.int32), jnp.full(2, -jnp.inf, dtype))
+
+
+def draw_negatives(key: jax.Array, positions: jax.Array, num_negatives: int, num_examples: int) -> jax.Array:
+    """Uniform draws, with replacement, of samples of the training split to contrast with.
+
+    Args:
+      key: the same on all devices.
+      positions: int [B], of the samples in the global batch. A sample's draw depends on `key` and its position alone.
+      num_negatives: K.
+      num_examples: N.
+
+    Returns:
+      int32 [B, K], in [0, N).
+    """
+
+    def draw(position):
+        return jax.random.randint(jax.random.fold_in(key, position), (num_negatives,), 0, num_examples, jnp.int32)
+
+    return jax.vmap(draw)(positions)
+
+
+def contrastive_loss(
+    student_embedding: jax.Array,
+    teacher_embedding: jax.Array,
+    memory: ContrastMemory,
+    labels: jax.Array,
+    indices: jax.Array,
+    negatives: jax.Array,
+    *,
+    temperature: float = 0.07,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """Contrastive representation distillation: NCE of each network's embedding against the other's memory.
+
+    For an anchor v of sample i (the student's embedding against the teacher's memory m, and the reverse)
+      P(j) = exp(<v, m_j> / T) / Z,      h(j) = P(j) / (P(j) + K / N)
+      loss = -ln h(i) - K mean over the allowed negatives j of ln(1 - h(j))
+    with the constant Z = N mean exp(<v, m_j> / T) over the anchors, positives and negatives of the first batch. The
+    value is the sum over the two directions. A negative is allowed unless it is known to be of the sample's own
+    category: the mean times K stands for K draws from the allowed ones; with none allowed the negatives count 0.
+    Computed from ln h = -softplus(ln(K / N) - ln P), so that the small number that the field adds inside the logarithm
+    is not needed. N cancels from h.
+
+    Time O(B N D), as one matrix product with each memory, from which the scores of the negatives are picked: memory
+    O(B N) instead of the O(B K D) that collecting the embeddings of the negatives would take, on each device for its
+    own samples.
+
+    Args:
+      student_embedding: float [B, D], of norm 1. Differentiated.
+      teacher_embedding: float [B, D], of norm 1. Differentiated: its last, linear layer is trained.
+      memory: not differentiated. Its labels should know those of the global batch already.
+      labels: int [B].
+      indices: int [B], positions in the training split.
+      negatives: int [B, K], from `draw_negatives`.
+      temperature: T > 0.
+      axis_name: mapped axis (`jax.pmap`) over which the batch is split. Each device contrasts its own samples; only an
+        estimate of Z is of the global batch. Static.
+
+    Returns:
+      Scalar, mean over the local batch, at least float32; the terms `student` and `teacher`, whose anchor they are; the
+      memory's log_normalizers, estimated if they were -inf.
+
+    Raises:
+      TypeError: embeddings are not floating point or labels not integer.
+      ValueError: shapes that do not fit, or a temperature that is not positive.
+
+    References:
+      Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, https://arxiv.org/abs/1910.10699,
+      section 3 and its appendix on the memory buffer.
+    """
+    check_float("student_embedding", student_embedding, ndim=2)
+    check_same_shape(student_embedding=student_embedding, teacher_embedding=teacher_embedding)
+    check_same_shape(student_memory=memory.student, teacher_memory=memory.teacher)
+    check_labels(labels, len(student_embedding))
+    check_same_batch(student_embedding=student_embedding, indices=indices, negatives=negatives)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    memory = ContrastMemory(*map(jnp.asarray, memory))
+    num_negatives = negatives.shape[1]
+    known_labels = memory.labels[negatives]
+    allowed = (known_labels != labels[:, None]) & (negatives != indices[:, None])
+    allowed = allowed.astype(student_embedding.dtype)
+    weights = num_negatives * allowed / jnp.maximum(jnp.sum(allowed, axis=1, keepdims=True), 1)
+    terms, log_normalizers = {}, []
+    for i, (name, anchors, bank) in enumerate(
+        (("student", student_embedding, memory.teacher), ("teacher", teacher_embedding, memory.student))
+    ):
+        scores = jnp.dot(anchors, lax.stop_gradient(bank).T, precision=lax.Precision.HIGHEST) / temperature
+        positive = jnp.take_along_axis(scores, indices[:, None], axis=1)
+        negative = jnp.take_along_axis(scores, negatives, axis=1)
+        estimate = _log_mean_exp(positive, negative, weights, axis_name)
+        known = lax.stop_gradient(memory.log_normalizers[i])
+        log_normalizer = jnp.where(jnp.isneginf(known), estimate, known)
+        shift = log_normalizer + math.log(num_negatives)
+        nce = jax.nn.softplus(shift - positive[:, 0]) + jnp.sum(weights * jax.nn.softplus(negative - shift), axis=1)
+        terms[name] = jnp.mean(nce)
+        log_normalizers.append(log_normalizer)
+    return terms["student"] + terms["teacher"], terms, jnp.stack(log_normalizers)
+
+
+def _log_mean_exp(positive, negative, weights, axis_name):
+    """Logarithm of the weighted mean of the exponentials over the global batch, the positives with weight 1."""
+    scores = lax.stop_gradient(jnp.concatenate([positive, negative], axis=1))
+    weights = jnp.concatenate([jnp.ones_like(positive), weights], axis=1)
+    logarithms = jax.nn.logsumexp(scores, axis=1, b=weights) - jnp.log(jnp.sum(weights, axis=1))
+    logarithms = gather_batch(logarithms, axis_name)
+    return jax.nn.logsumexp(logarithms) - math.log(len(logarithms))
+
+
+def remember(
+    memory: ContrastMemory,
+    student_embedding: jax.Array,
+    teacher_embedding: jax.Array,
+    indices: jax.Array,
+    *,
+    momentum: float,
+    axis_name: str | None = None,
+) -> ContrastMemory:
+    """The memory with the embeddings of the global batch: m_i = normalize(momentum m_i + (1 - momentum) v_i).
+
+    Args:
+      memory: of N samples.
+      student_embedding: float [B, D], of norm 1.
+      teacher_embedding: float [B, D], of norm 1.
+      indices: int [B], distinct positions in the training split.
+      momentum: in [0, 1).
+      axis_name: mapped axis over which the batch is split. All devices write the whole global batch, so that their
+        copies stay equal.
+
+    Raises:
+      ValueError: a momentum out of range.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    indices = gather_batch(indices, axis_name)
+
+    def updated(bank, embedding):
+        embedding = gather_batch(lax.stop_gradient(embedding), axis_name)
+        bank = jnp.asarray(bank)
+        return bank.at[indices].set(normalize(momentum * bank[indices] + (1 - momentum) * embedding))
+
+    student, teacher = updated(memory.student, student_embedding), updated(memory.teacher, teacher_embedding)
+    return memory._replace(student=student, teacher=teacher)
+
+
+class CRD(Method):
+    """`contrastive_loss` on linear embeddings, both trained, of the pooled embeddings of the networks.
+
+    The memory holds `ContrastMemory`: 2 N D + N numbers, 51 MB for the 50,000 images of CIFAR and 1.3 GB for ImageNet.
+    It is stored whole on every device, and with every checkpoint, because any sample may be drawn for any other; the
+    work is split: each device contrasts its own samples. A step gathers only the global batch to update all copies.
+
+    Negatives are drawn uniformly and those known to be of the sample's category are left out, which takes no list of
+    the samples of each category: -1 marks the labels not seen yet, so that in the first epoch, and only there, a
+    negative may be of the same category.
+
+    Attributes:
+      embedding_size: D of the linear embeddings.
+      num_negatives: K; at most N - 1 are drawn.
+      temperature: see `contrastive_loss`.
+      momentum: see `remember`.
+    """
+
+    embedding_size: int = 128
+    num_negatives: int = 16384
+    temperature: float = 0.07
+    momentum: float = 0.5
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        if inputs.indices is None or inputs.key is None:
+            raise ValueError("crd keeps a memory of the samples: it needs their indices and a key")
+        student = self._embed("student", inputs.student.embedding)
+        teacher = self._embed("teacher", lax.stop_gradient(inputs.teacher.embedding))
+        variable = self.variable("memory", "contrast", self._new_memory, student.dtype)
+        labels, indices, batch_size = inputs.labels, inputs.indices, len(inputs.labels)
+        offset = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * batch_size
+        num_negatives = min(self.num_negatives, self.num_examples - 1)
+        negatives = draw_negatives(inputs.key, offset + jnp.arange(batch_size), num_negatives, self.num_examples)
+        memory = ContrastMemory(**variable.value)
+        known = gather_batch(labels, self.axis_name).astype(jnp.int32)
+        memory = memory._replace(labels=memory.labels.at[gather_batch(indices, self.axis_name)].set(known))
+        value, terms, log_normalizers = contrastive_loss(
+            student,
+            teacher,
+            memory,
+            labels,
+            indices,
+            negatives,
+            temperature=self.temperature,
+            axis_name=self.axis_name,
+        )
+        if not self.is_initializing():
+            memory = memory._replace(log_normalizers=log_normalizers)
+            memory = remember(memory, student, teacher, indices, momentum=self.momentum, axis_name=self.axis_name)
+            variable.value = memory._asdict()
+        return value, terms
+
+    def _embed(self, name, embedding):
+        embedding = at_least_float32(embedding)
+        linear = nn.Dense(
+            self.embedding_size,
+            param_dtype=embedding.dtype,
+            kernel_init=_linear_init,
+            precision=lax.Precision.HIGHEST,
+            name=name,
+        )
+        return normalize(linear(embedding))
+
+    def _new_memory(self, dtype):
+        return new_contrast_memory(self.make_rng("params"), self.num_examples, self.embedding_size, dtype)._asdict()

@@ -1,0 +1,94 @@
+"""DIST: correlations of the predictions, within a sample and within a category."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cskd_jax.losses._arrays import normalize
+from cskd_jax.losses._batch import gather_batch
+from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, check_several_samples
+from cskd_jax.losses.base import LossInputs, Method
+
+
+def dist_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 4.0,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """DIST: T^2 (beta * inter + gamma * intra), with the predictions Y = softmax(z / T) of shape [B, C].
+
+    inter = 1 - mean over the samples i of pearson(Y^s_i:, Y^t_i:): how the categories of a sample relate.
+    intra = 1 - mean over the categories c of pearson(Y^s_:c, Y^t_:c): how the samples of the global batch relate.
+
+    Time and memory O(B C), on every device.
+
+    Args:
+      student_logits: float [B, C].
+      teacher_logits: float [B, C]. Never differentiated.
+      beta: weight of inter. The default is that of the code that the authors released, as is that of gamma.
+      gamma: weight of intra.
+      temperature: T > 0. The default is that of the authors for small images (CIFAR-100); on ImageNet they use 1.
+      axis_name: mapped axis (`jax.pmap`) over which the batch is split. Inter is then the mean over the local samples;
+        for intra the predictions of the global batch are gathered, its value is the same on every device. Static.
+
+    Returns:
+      Scalar and the terms `inter` and `intra` without their weights and T^2, each in [0, 2], at least float32. A row
+      or column whose entries are all equal has correlation 0 with every other, and zero gradient.
+
+    Raises:
+      TypeError: logits are not floating point.
+      ValueError: shapes that do not fit, fewer than 2 categories, a global batch of one sample, or a temperature that
+        is not positive.
+
+    References:
+      Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022,
+      https://arxiv.org/abs/2205.10536, section 3.
+    """
+    check_float("student_logits", student_logits, ndim=2)
+    check_float("teacher_logits", teacher_logits, ndim=2)
+    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    if student_logits.shape[1] < 2:
+        raise ValueError(f"dist_loss correlates categories: it needs at least 2, got {student_logits.shape[1]}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    student = jax.nn.softmax(at_least_float32(student_logits) / temperature)
+    teacher = lax.stop_gradient(jax.nn.softmax(at_least_float32(teacher_logits) / temperature))
+    inter = 1 - jnp.mean(_pearson(student, teacher))
+    student, teacher = gather_batch(student, axis_name), gather_batch(teacher, axis_name)
+    check_several_samples("dist_loss", len(student))
+    intra = 1 - jnp.mean(_pearson(student.T, teacher.T))
+    return temperature**2 * (beta * inter + gamma * intra), {"inter": inter, "intra": intra}
+
+
+def _pearson(a, b):
+    """Correlation of each row of `a` with that of `b`: [R, N], [R, N] -> [R]."""
+    a, b = (normalize(x - jnp.mean(x, axis=1, keepdims=True)) for x in (a, b))
+    return jnp.sum(a * b, axis=1)
+
+
+class DIST(Method):
+    """`dist_loss` on the logits.
+
+    Attributes:
+      beta: see `dist_loss`.
+      gamma: see `dist_loss`.
+      temperature: see `dist_loss`.
+    """
+
+    beta: float = 1.0
+    gamma: float = 1.0
+    temperature: float = 4.0
+
+    def __call__(self, inputs: LossInputs):
+        return dist_loss(
+            inputs.student.logits,
+            inputs.teacher.logits,
+            beta=self.beta,
+            gamma=self.gamma,
+            temperature=self.temperature,
+            axis_name=self.axis_name,
+        )

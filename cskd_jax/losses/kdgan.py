@@ -1,0 +1,227 @@
+"""KDGAN: classifier, teacher and discriminator in one game."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._arrays import normalize
+from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
+from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.logits import kd_loss
+
+
+def reverse_gradient(x: jax.Array) -> jax.Array:
+    """`x` itself, whose gradient is multiplied by -1: what lies behind it ascends where the rest descends."""
+    return 2 * lax.stop_gradient(x) - x
+
+
+def sample_category(key: jax.Array, positions: jax.Array, logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+    """Draws a category from softmax(logits) by the Gumbel-max trick, differentiable straight through.
+
+    With G independent Gumbel noise the sample is onehot(argmax(z + G)), and its derivative is taken to be that of the
+    relaxed sample softmax((z + G) / temperature), a draw from the concrete distribution.
+
+    Args:
+      key: the same on all devices.
+      positions: int [B], of the samples in the global batch. A sample's noise depends on `key` and its position alone.
+      logits: float [B, C].
+      temperature: of the relaxed sample, greater than 0.
+
+    Returns:
+      [B, C], one-hot rows up to rounding, in the dtype of the logits.
+
+    Raises:
+      TypeError: logits are not floating point.
+      ValueError: logits without 2 dimensions, or a temperature that is not positive.
+
+    References:
+      Jang, Gu, Poole, "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017,
+      https://arxiv.org/abs/1611.01144.
+    """
+    check_float("logits", logits, ndim=2)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+
+    def noise(position):
+        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:], logits.dtype)
+
+    noisy = logits + jax.vmap(noise)(positions)
+    relaxed = jax.nn.softmax(noisy / temperature)
+    hard = jax.nn.one_hot(jnp.argmax(noisy, axis=1), logits.shape[1], dtype=logits.dtype)
+    return relaxed + lax.stop_gradient(hard - relaxed)
+
+
+def kdgan_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    labels: jax.Array,
+    student_sample: jax.Array,
+    teacher_sample: jax.Array,
+    discriminate: Callable[[jax.Array], jax.Array],
+    *,
+    student_share: float = 0.5,
+    student_distillation: float = 1.0,
+    teacher_distillation: float = 0.1,
+    temperature: float = 4.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """KDGAN: the game's value, and what student and teacher learn from each other.
+
+    adversarial = mean ln D(y) + alpha mean ln(1 - D(y~^s)) + (1 - alpha) mean ln(1 - D(y~^t))
+    L = adversarial + beta T^2 KL(p^t || p^s) + gamma T^2 KL(p^s || p^t)
+    with y the true category, y~ a pseudo label drawn from a network's prediction, D(y) = sigmoid(discriminate(y)) the
+    probability that a category is the true one of its sample, and p = softmax(z / T). In the first divergence only p^s
+    is differentiated, in the second only p^t. Student and teacher descend L; the discriminator is to ascend it, by
+    `reverse_gradient` of its parameters within `discriminate`.
+
+    Time and memory O(B C) beyond `discriminate`, which is called three times.
+
+    Args:
+      student_logits: float [B, C].
+      teacher_logits: float [B, C]. Differentiated: the teacher is trained jointly.
+      labels: int [B], in [0, C).
+      student_sample: float [B, C], pseudo labels of the student, from `sample_category`.
+      teacher_sample: float [B, C], pseudo labels of the teacher.
+      discriminate: categories [B, C], one-hot or relaxed, to logits [B] of being the true ones.
+      student_share: alpha in [0, 1].
+      student_distillation: beta, the weight of what the student learns from the teacher.
+      teacher_distillation: gamma, the weight of what the teacher learns from the student.
+      temperature: T > 0.
+
+    Returns:
+      Scalar and the unweighted terms `adversarial` (at most 0), `student_distillation`, `teacher_distillation`; means
+      over the batch, at least float32. Finite for any finite logits.
+
+    Raises:
+      TypeError: logits are not floating point or labels not integer.
+      ValueError: shapes that do not fit, a temperature that is not positive, or a student_share out of range.
+
+    References:
+      Wang, Zhang, Sun, Qi, "KDGAN: Knowledge Distillation with Generative Adversarial Networks", NeurIPS 2018,
+      section 3. The paper searches alpha, beta and gamma for each data set: the defaults are not from it.
+    """
+    check_float("student_logits", student_logits, ndim=2)
+    check_float("teacher_logits", teacher_logits, ndim=2)
+    check_same_shape(
+        student_logits=student_logits,
+        teacher_logits=teacher_logits,
+        student_sample=student_sample,
+        teacher_sample=teacher_sample,
+    )
+    check_labels(labels, len(student_logits))
+    if not 0 <= student_share <= 1:
+        raise ValueError(f"student_share must be in [0, 1], got {student_share}")
+    truth = jax.nn.one_hot(labels, student_logits.shape[1], dtype=student_sample.dtype)
+    adversarial = (
+        _mean_log_sigmoid(discriminate(truth))
+        + student_share * _mean_log_sigmoid(-discriminate(student_sample))
+        + (1 - student_share) * _mean_log_sigmoid(-discriminate(teacher_sample))
+    )
+    terms = {
+        "adversarial": adversarial,
+        # kd_loss does not differentiate its second argument.
+        "student_distillation": kd_loss(student_logits, teacher_logits, temperature=temperature),
+        "teacher_distillation": kd_loss(teacher_logits, student_logits, temperature=temperature),
+    }
+    total = adversarial + student_distillation * terms["student_distillation"]
+    return total + teacher_distillation * terms["teacher_distillation"], terms
+
+
+def _mean_log_sigmoid(x):
+    return jnp.mean(jax.nn.log_sigmoid(at_least_float32(x)))
+
+
+class KDGAN(Method):
+    """`kdgan_loss` with its teacher and its discriminator, trained with the student in one step.
+
+    Kept of the paper: the three players, the value of their game, pseudo labels by the Gumbel-max trick with the
+    gradient of the concrete distribution instead of a score-function estimate, and distillation in both directions.
+
+    Changed, to have one objective and one update a step:
+    - The three take their steps at once instead of in turns; the gradient of the discriminator is reversed. They share
+      the run's optimizer, its weight decay included.
+    - The trained teacher is the given network with a trained linear classifier on its pooled embedding. It is written
+      as a change, at first zero, of the given network's logits: it starts as the trained network, as the paper's
+      players start trained. The layers before stay as they are, and so does what the other methods see.
+    - The student starts untrained: give it the labels by a cross-entropy beside this method. The discriminator starts
+      untrained too.
+    - The discriminator is a network with one hidden layer on the teacher's embedding (divided by its norm; what
+      the paper calls the privileged input) and the category. A category enters linearly, so relaxed ones can.
+    - Pseudo labels are one-hot, with the straight-through gradient at a constant temperature; the paper lowers it in
+      the course of training.
+    - The divergence is KL with a temperature, one of the two forms that the paper compares.
+
+    Attributes:
+      student_share: alpha, see `kdgan_loss`.
+      student_distillation: beta, see `kdgan_loss`.
+      teacher_distillation: gamma, see `kdgan_loss`.
+      temperature: of the distillation.
+      sample_temperature: of the relaxed samples.
+      hidden_size: of the discriminator.
+    """
+
+    student_share: float = 0.5
+    student_distillation: float = 1.0
+    teacher_distillation: float = 0.1
+    temperature: float = 4.0
+    sample_temperature: float = 1.0
+    hidden_size: int = 128
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        if inputs.key is None:
+            raise ValueError("kdgan draws pseudo labels: it needs a key")
+        embedding, teacher_logits = (
+            at_least_float32(lax.stop_gradient(x)) for x in (inputs.teacher.embedding, inputs.teacher.logits)
+        )
+        student_logits = at_least_float32(inputs.student.logits)
+        head = nn.Dense(
+            teacher_logits.shape[1],
+            param_dtype=embedding.dtype,
+            kernel_init=nn.initializers.zeros,
+            precision=lax.Precision.HIGHEST,
+            name="teacher_head",
+        )
+        teacher_logits = teacher_logits + head(embedding)
+        offset = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * len(student_logits)
+        positions = offset + jnp.arange(len(student_logits))
+        student_sample, teacher_sample = (
+            sample_category(key, positions, logits, temperature=self.sample_temperature)
+            for key, logits in zip(jax.random.split(inputs.key), (student_logits, teacher_logits), strict=True)
+        )
+        return kdgan_loss(
+            student_logits,
+            teacher_logits,
+            inputs.labels,
+            student_sample,
+            teacher_sample,
+            self._discriminator(normalize(embedding), student_logits.shape[1]),
+            student_share=self.student_share,
+            student_distillation=self.student_distillation,
+            teacher_distillation=self.teacher_distillation,
+            temperature=self.temperature,
+        )
+
+    def _discriminator(self, embedding, num_classes):
+        """`discriminate` of `kdgan_loss`, of parameters that ascend; its input and hidden layer are of norm about 1."""
+        unit_norm = nn.initializers.variance_scaling(1.0, "fan_out", "normal")
+
+        def weights(name, init, *shape):
+            return reverse_gradient(self.param(f"discriminator_{name}", init, shape, embedding.dtype))
+
+        def product(x, y):
+            return jnp.dot(x, y, precision=lax.Precision.HIGHEST)
+
+        of_embedding = weights("embedding", unit_norm, embedding.shape[1], self.hidden_size)
+        of_category = weights("category", unit_norm, num_classes, self.hidden_size)
+        bias = weights("bias", nn.initializers.zeros, self.hidden_size)
+        output = weights("output", nn.initializers.lecun_normal(), self.hidden_size, 1)
+        output_bias = weights("output_bias", nn.initializers.zeros, 1)
+        shared = product(embedding, of_embedding) + bias
+
+        def discriminate(category):
+            return (product(jax.nn.relu(shared + product(category, of_category)), output) + output_bias)[:, 0]
+
+        return discriminate
