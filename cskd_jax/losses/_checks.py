@@ -1,5 +1,7 @@
 """Argument checks shared by the losses: they run while tracing, so they cost nothing in a compiled step."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +30,36 @@ def check_same_shape(**arrays: jax.Array) -> None:
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def check_same_batch(**arrays: jax.Array) -> None:
+    """Raises ValueError unless all the arrays, given by name, have one leading dimension."""
+    shapes = {name: jnp.shape(array) for name, array in arrays.items()}
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"the batch (first dimension) must be equal, got {text}")
+
+
+def check_several_samples(loss: str, global_batch: int) -> None:
+    """Raises ValueError unless the global batch has at least two samples to relate."""
+    if global_batch < 2:
+        raise ValueError(
+            f"{loss} relates samples of a batch: it needs at least 2 in the global batch, got {global_batch}"
+        )
+
+
+def pair_stages(
+    student: Sequence[jax.Array], teacher: Sequence[jax.Array], at_least: int = 1
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Stage l of the student with stage l of the teacher; ValueError unless both have equally many stages."""
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"student has {len(student)} stages and teacher {len(teacher)}: stages are paired one to one, "
+            "so the numbers must be equal"
+        )
+    if len(student) < at_least:
+        raise ValueError(f"at least {at_least} stages are needed, got {len(student)}")
+    return list(zip(student, teacher, strict=True))
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:

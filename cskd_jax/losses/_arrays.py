@@ -1,0 +1,65 @@
+"""Array functions shared by the losses: roots and norms with a gradient at 0, maps brought to one size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Vectors shorter than the root of this count as zero: the derivative of 1 / norm would leave the range of float32.
+_SMALLEST_SQUARED_NORM = 1e-24
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """sqrt with derivative 0 at 0, where that of sqrt is infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def safe_rsqrt(x: jax.Array) -> jax.Array:
+    """1 / sqrt(x), but 0 with derivative 0 for x below 1e-24."""
+    nonzero = x > _SMALLEST_SQUARED_NORM
+    return jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, x, 1)), 0)
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """Vectors along the last axis divided by their Euclidean norm; a zero vector stays zero, with zero gradient."""
+    return x * safe_rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+
+
+def average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Mean over equal cells: [B, H, W, D] -> [B, *size, D] with size of at most (H, W).
+
+    Where a size does not divide, cell i of n covers the positions from floor(i H / n) to ceil((i + 1) H / n): cells
+    overlap, as in torch's adaptive average pooling.
+    """
+    return _pool_axis(_pool_axis(x, 1, size[0]), 2, size[1])
+
+
+def _pool_axis(x, axis, size):
+    length = x.shape[axis]
+    if length == size:
+        return x
+    if length % size == 0:
+        return x.reshape(*x.shape[:axis], size, length // size, *x.shape[axis + 1 :]).mean(axis + 1)
+    weights = np.zeros((length, size))
+    for cell in range(size):
+        start, stop = cell * length // size, -(-(cell + 1) * length // size)
+        weights[start:stop, cell] = 1 / (stop - start)
+    pooled = jnp.tensordot(x, jnp.asarray(weights, x.dtype), (axis, 0), precision=lax.Precision.HIGHEST)
+    return jnp.moveaxis(pooled, -1, axis)
+
+
+def pool_to_common_size(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both maps [B, H, W, D], the larger average-pooled to the height and width of the smaller."""
+    size = min(x.shape[1], y.shape[1]), min(x.shape[2], y.shape[2])
+    return average_pool(x, size), average_pool(y, size)
+
+
+def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """[B, H, W, D] -> [B, *size, D]: averaged where `size` is smaller, nearest neighbour where it is larger."""
+    x = average_pool(x, (min(x.shape[1], size[0]), min(x.shape[2], size[1])))
+    for axis in (1, 2):
+        length, wanted = x.shape[axis], size[axis - 1]
+        if length != wanted:
+            x = jnp.take(x, np.arange(wanted) * length // wanted, axis=axis)
+    return x

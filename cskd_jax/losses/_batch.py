@@ -1,0 +1,21 @@
+"""The global batch, for losses that relate its samples to each other."""
+
+import jax
+from jax import lax
+
+
+def gather_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """The rows of all devices in the order of the global batch; `x` itself where `axis_name` is None.
+
+    A loss of the gathered rows has the same value on every device. Each device then holds the gradient of the global
+    loss with respect to its own rows times the number of devices, so that the mean over devices of the gradients of
+    shared parameters is the gradient of the global loss.
+
+    Args:
+      x: [B, ...], the rows of this device.
+      axis_name: mapped axis over which the batch is split, or None on one device.
+
+    Returns:
+      [B * devices, ...].
+    """
+    return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
