@@ -4,6 +4,8 @@ The functions take arrays and stand alone. `LOSSES` is the table of the methods:
 the outputs of student and teacher, whose fields are the hyper-parameters that `config.losses.NAME` may set.
 """
 
+from cskd_jax.losses.activation_boundary import ActivationBoundary, activation_boundary_loss
+from cskd_jax.losses.attention import AttentionTransfer, attention_map, attention_transfer_loss
 from cskd_jax.losses.base import LossInputs, Method
 from cskd_jax.losses.category import (
     CategoryIndex,
@@ -15,11 +17,22 @@ from cskd_jax.losses.category import (
     intra_category_structure,
 )
 from cskd_jax.losses.cckd import CorrelationCongruence, correlation_congruence_loss
+from cskd_jax.losses.correlation import CorrelationDelta, correlation_delta_loss
 from cskd_jax.losses.crd import CRD, ContrastMemory, contrastive_loss
 from cskd_jax.losses.dist import DIST, dist_loss
+from cskd_jax.losses.dkd import DKD, dkd_loss
+from cskd_jax.losses.factor import FactorTransfer, factor_transfer_loss
+from cskd_jax.losses.fitnet import FitNet, hint_loss
+from cskd_jax.losses.fsp import FSP, fsp_loss, fsp_matrix
 from cskd_jax.losses.irg import IRG, irg_loss
 from cskd_jax.losses.kdgan import KDGAN, kdgan_loss
 from cskd_jax.losses.logits import KD, CrossEntropy, MSELogits, cross_entropy_loss, kd_loss, mse_logits_loss
+from cskd_jax.losses.nst import NeuronSelectivityTransfer, nst_loss
+from cskd_jax.losses.pkt import PKT, pkt_loss
+from cskd_jax.losses.review import ReviewKD, hierarchical_context_loss
+from cskd_jax.losses.rkd import RKD, rkd_loss
+from cskd_jax.losses.similarity import SimilarityPreserving, similarity_preserving_loss
+from cskd_jax.losses.vid import VID, vid_loss
 
 __all__ = [
     "LOSSES",
@@ -27,29 +40,57 @@ __all__ = [
     "ContrastMemory",
     "LossInputs",
     "Method",
+    "activation_boundary_loss",
+    "attention_map",
+    "attention_transfer_loss",
     "category_centers",
     "category_index",
     "category_structure_loss",
     "contrastive_loss",
     "correlation_congruence_loss",
+    "correlation_delta_loss",
     "cross_entropy_loss",
     "dist_loss",
+    "dkd_loss",
+    "factor_transfer_loss",
+    "fsp_loss",
+    "fsp_matrix",
+    "hierarchical_context_loss",
+    "hint_loss",
     "inter_category_structure",
     "intra_category_structure",
     "irg_loss",
     "kd_loss",
     "kdgan_loss",
     "mse_logits_loss",
+    "nst_loss",
+    "pkt_loss",
+    "rkd_loss",
+    "similarity_preserving_loss",
+    "vid_loss",
 ]
 
 LOSSES: dict[str, type[Method]] = {
+    "ab": ActivationBoundary,
+    "at": AttentionTransfer,
     "category_structure": CategoryStructure,
     "cckd": CorrelationCongruence,
     "crd": CRD,
     "cross_entropy": CrossEntropy,
     "dist": DIST,
     "irg": IRG,
+    "cc": CorrelationDelta,
+    "dkd": DKD,
+    "fitnet": FitNet,
+    "fsp": FSP,
+    "ft": FactorTransfer,
     "kd": KD,
     "kdgan": KDGAN,
     "mse_logits": MSELogits,
+    "nst": NeuronSelectivityTransfer,
+    "pkt": PKT,
+    "reviewkd": ReviewKD,
+    "rkd": RKD,
+    "sp": SimilarityPreserving,
+    "vid": VID,
 }

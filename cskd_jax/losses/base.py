@@ -12,6 +12,7 @@ class NetworkOutput(Protocol):
     logits: jax.Array
     features: tuple[jax.Array, ...]
     embedding: jax.Array
+    preactivations: tuple[jax.Array, ...]
 
 
 class LossInputs(NamedTuple):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from cskd_jax.losses._arrays import safe_sqrt
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
 from cskd_jax.losses.base import LossInputs, Method
 
@@ -231,12 +232,12 @@ def _paper_terms(student, teacher, index, axis_name):
     structure_s = intra_category_structure(student, centers_s, counts, index.slots)
     squared = jnp.sum(jnp.square(structure_t - structure_s), axis=1)
     # The norm of a category stacks all its samples, which may lie on several devices.
-    norms = _safe_sqrt(_segment_sum(squared, index.slots, len(counts), axis_name))
+    norms = safe_sqrt(_segment_sum(squared, index.slots, len(counts), axis_name))
     num_present = jnp.sum(index.present).astype(norms.dtype)
     difference = inter_category_structure(centers_t) - inter_category_structure(centers_s)
     return {
         "intra_feature": jnp.sum(norms) / num_present,
-        "inter_feature": _safe_sqrt(jnp.sum(jnp.square(difference))),
+        "inter_feature": safe_sqrt(jnp.sum(jnp.square(difference))),
     }
 
 
@@ -284,12 +285,6 @@ def _flatten(features):
 def _segment_sum(values, segments, num_segments, axis_name):
     sums = jax.ops.segment_sum(values, segments, num_segments)
     return sums if axis_name is None else lax.psum(sums, axis_name)
-
-
-def _safe_sqrt(x):
-    """sqrt with derivative 0 at 0, where that of sqrt is infinite."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
 @jax.custom_jvp

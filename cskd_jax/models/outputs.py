@@ -12,8 +12,10 @@ class ModelOutput(NamedTuple):
       logits: [B, num_classes], at least float32.
       features: the maps after each stage, [B, H_l, W_l, D_l], first stage first, in the compute dtype.
       embedding: [B, D], the globally pooled last map that the classifier reads, in the compute dtype.
+      preactivations: the maps of `features` before the last ReLU of each stage, in the compute dtype.
     """
 
     logits: jax.Array
     features: tuple[jax.Array, ...]
     embedding: jax.Array
+    preactivations: tuple[jax.Array, ...]

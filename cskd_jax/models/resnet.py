@@ -12,7 +12,7 @@ from cskd_jax.models.outputs import ModelOutput
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around an identity or projection shortcut."""
+    """Two 3x3 convolutions around an identity or projection shortcut; the caller applies the last ReLU."""
 
     width: int
     stride: int
@@ -25,11 +25,14 @@ class BasicBlock(nn.Module):
         y = self.conv(self.width, 3, name="conv2")(y, train=train)
         if self.stride != 1 or x.shape[-1] != self.width:
             x = self.conv(self.width, 1, self.stride, name="downsample")(x, train=train)
-        return nn.relu(x + y)
+        return x + y
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries the stride), 1x1 with four times the channels, around a shortcut."""
+    """1x1, 3x3 (which carries the stride), 1x1 with four times the channels, around a shortcut.
+
+    The caller applies the last ReLU.
+    """
 
     width: int
     stride: int
@@ -44,7 +47,7 @@ class Bottleneck(nn.Module):
         y = self.conv(features, 1, name="conv3")(y, train=train)
         if self.stride != 1 or x.shape[-1] != features:
             x = self.conv(features, 1, self.stride, name="downsample")(x, train=train)
-        return nn.relu(x + y)
+        return x + y
 
 
 class ResNet(nn.Module):
@@ -57,7 +60,8 @@ class ResNet(nn.Module):
       width: factor on the stage widths.
       stage_widths: channels of each stage at width 1, before the block's expansion.
       projection_features: if given, a 1x1 convolution without bias maps the last stage's features to that many
-        channels before they are handed out (`branch4` of the released code's networks). Logits do not see it.
+        channels before they are handed out (`branch4` of the released code's networks). Logits and preactivations
+        do not see it.
       dtype: of the computation; parameters, batch statistics and logits are at least float32.
       axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
@@ -78,19 +82,21 @@ class ResNet(nn.Module):
         widths = [round(stage_width * self.width) for stage_width in self.stage_widths]
         x = nn.relu(conv(widths[0], 3, name="stem")(images, train=train))
         x = nn.max_pool(x, (3, 3), strides=(1, 1), padding=((1, 1), (1, 1)))
-        features = []
+        features, preactivations = [], []
         for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, widths, strict=True)):
             for index in range(num_blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                x = self.block(width, stride, conv, name=f"stage{stage + 1}_block{index + 1}")(x, train=train)
+                y = self.block(width, stride, conv, name=f"stage{stage + 1}_block{index + 1}")(x, train=train)
+                x = nn.relu(y)
             features.append(x)
+            preactivations.append(y)
         embedding = jnp.mean(x, axis=(1, 2))
         logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
         if self.projection_features is not None:
             shape = (1, 1, x.shape[-1], self.projection_features)
             kernel = self.param("projection", kaiming_normal_fan_out, shape, jnp.promote_types(self.dtype, jnp.float32))
             features[-1] = convolve(x, kernel.astype(x.dtype), 1, 0)
-        return ModelOutput(logits, tuple(features), embedding)
+        return ModelOutput(logits, tuple(features), embedding, tuple(preactivations))
 
 
 resnet18 = partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock)

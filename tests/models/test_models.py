@@ -86,6 +86,7 @@ def test_outputs_of_every_model(name):
     assert output.logits.shape == (2, 10)
     assert output.embedding.shape == (2, output.features[-1].shape[-1])
     assert all(feature.ndim == 4 and len(feature) == 2 for feature in output.features)
+    assert [x.shape for x in output.preactivations] == [x.shape for x in output.features]
     assert dtypes(output) == {jnp.dtype(jnp.float32)}
 
 
@@ -94,7 +95,7 @@ def test_bfloat16_leaves_logits_and_variables_in_float32(name):
     model = create_model(name, num_classes=7, width=0.25, dtype=jnp.bfloat16)
     variables = variable_shapes(model)
     output, updated = output_shapes(model, (2, 8, 8, 3), train=True)
-    assert dtypes((output.features, output.embedding)) == {jnp.dtype(jnp.bfloat16)}
+    assert dtypes((output.features, output.embedding, output.preactivations)) == {jnp.dtype(jnp.bfloat16)}
     assert dtypes((output.logits, variables, updated)) == {jnp.dtype(jnp.float32)}
 
 
@@ -165,6 +166,13 @@ def small_case(train):
 def test_embedding_is_the_mean_of_the_last_map():
     _, _, output, _ = small_case(train=False)
     np.testing.assert_allclose(output.embedding, output.features[-1].mean(axis=(1, 2)), rtol=1e-6)
+
+
+def test_features_are_the_positive_part_of_the_preactivations():
+    _, _, output, _ = small_case(train=False)
+    for feature, preactivation in zip(output.features, output.preactivations, strict=True):
+        np.testing.assert_array_equal(feature, np.maximum(preactivation, 0))
+        assert (np.asarray(preactivation) < 0).any()
 
 
 def test_logits_are_linear_in_the_embedding():

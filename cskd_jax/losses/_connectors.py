@@ -1,0 +1,92 @@
+"""Layers that methods train beside the student, to bring its maps to the teacher's channels.
+
+They are used in training only: normalization is by the statistics of the batch, and no running averages are kept.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what torch.nn.Linear and torch.nn.Conv2d draw their weights from.
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Pointwise(nn.Module):
+    """Linear map of the last axis (on maps: a 1x1 convolution), in at least float32.
+
+    Attributes:
+      features: output channels.
+      use_bias: whether to add a bias, which starts at 0.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., features]."""
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        kernel = self.param("kernel", torch_uniform, (x.shape[-1], self.features), dtype)
+        x = x.astype(dtype) @ kernel
+        if self.use_bias:
+            x += self.param("bias", nn.initializers.zeros, (self.features,), dtype)
+        return x
+
+
+class Convolution(nn.Module):
+    """Convolution with stride 1 that keeps the size of the map, without bias, in at least float32.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the square kernel, odd.
+      kernel_init: of the kernel.
+    """
+
+    features: int
+    kernel_size: int
+    kernel_init: Callable = torch_uniform
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, D] -> [B, H, W, features]."""
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, dtype)
+        x = x.astype(dtype)
+        if self.kernel_size == 1:
+            return x @ kernel[0, 0]
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+class Connector(nn.Module):
+    """`Convolution`, then batch normalization by the statistics of the global batch.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the square kernel.
+      axis_name: mapped axis over which the batch is split, or None.
+      kernel_init: of the kernel.
+      epsilon: added to the variance.
+    """
+
+    features: int
+    kernel_size: int = 1
+    axis_name: str | None = None
+    kernel_init: Callable = torch_uniform
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, D] -> [B, H, W, features]."""
+        x = Convolution(self.features, self.kernel_size, self.kernel_init, name="convolution")(x)
+        scale = self.param("scale", nn.initializers.ones, (self.features,), x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), x.dtype)
+        mean = self._global(jnp.mean(x, axis=(0, 1, 2)))
+        variance = self._global(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
+        return (x - mean) * (scale * lax.rsqrt(variance + self.epsilon)) + bias
+
+    def _global(self, mean):
+        return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)

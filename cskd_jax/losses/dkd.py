@@ -1,0 +1,96 @@
+"""Decoupled knowledge distillation: the target category and the others, each with a weight of its own."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
+from cskd_jax.losses.base import LossInputs, Method
+
+
+def dkd_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    labels: jax.Array,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Decoupled knowledge distillation: T^2 (alpha TCKD + beta NCKD).
+
+    With p = softmax(z / T) and y the label, TCKD = KL(b^t || b^s) of b = (p_y, 1 - p_y), and NCKD = KL(q^t || q^s) of
+    q, the softmax of z / T over the categories other than y. Computed from logarithms: finite for any finite logits.
+    Time and memory O(B C).
+
+    The paper multiplies the loss by min(epoch / 20, 1): that is a schedule of its weight, not part of the loss.
+
+    Args:
+      student_logits: float [B, C], C >= 3.
+      teacher_logits: float [B, C]. Never differentiated.
+      labels: int [B], in [0, C).
+      alpha: weight of TCKD.
+      beta: weight of NCKD.
+      temperature: T > 0.
+
+    Returns:
+      Scalar, mean over the batch of sums over the categories, at least float32, and the unweighted terms `target`
+      (T^2 TCKD) and `non_target` (T^2 NCKD).
+
+    Raises:
+      TypeError: logits are not floating point or labels not integer.
+      ValueError: shapes that do not fit, fewer than 3 categories (with 2 there is nothing among the non-targets), or a
+        temperature that is not positive.
+
+    References:
+      Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", CVPR 2022, https://arxiv.org/abs/2203.08679.
+    """
+    check_float("student_logits", student_logits, ndim=2)
+    check_float("teacher_logits", teacher_logits, ndim=2)
+    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_labels(labels, student_logits.shape[0])
+    if student_logits.shape[1] < 3:
+        raise ValueError(f"dkd needs at least 3 categories, got logits of shape {student_logits.shape}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    is_target = jnp.arange(student_logits.shape[1]) == labels[:, None]
+    target_s, others_s, among_s = _decouple(at_least_float32(student_logits) / temperature, is_target)
+    teacher = lax.stop_gradient(at_least_float32(teacher_logits))
+    target_t, others_t, among_t = _decouple(teacher / temperature, is_target)
+    binary = jnp.exp(target_t) * (target_t - target_s) + jnp.exp(others_t) * (others_t - others_s)
+    target = temperature**2 * jnp.mean(binary)
+    non_target = temperature**2 * jnp.mean(jnp.sum(jnp.exp(among_t) * (among_t - among_s), axis=1))
+    return alpha * target + beta * non_target, {"target": target, "non_target": non_target}
+
+
+def _decouple(logits, is_target):
+    """ln p_y [B], ln (1 - p_y) [B], and ln q [B, C], with 0 at the target."""
+    all_categories = jax.nn.logsumexp(logits, axis=1)
+    non_targets = jax.nn.logsumexp(jnp.where(is_target, -jnp.inf, logits), axis=1)
+    target = jnp.sum(jnp.where(is_target, logits, 0), axis=1)
+    among = jnp.where(is_target, 0, logits - non_targets[:, None])
+    return target - all_categories, non_targets - all_categories, among
+
+
+class DKD(Method):
+    """`dkd_loss` on the logits.
+
+    Attributes:
+      alpha: see `dkd_loss`. Likewise the others.
+      beta: see `dkd_loss`.
+      temperature: see `dkd_loss`.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    temperature: float = 4.0
+
+    def __call__(self, inputs: LossInputs):
+        return dkd_loss(
+            inputs.student.logits,
+            inputs.teacher.logits,
+            inputs.labels,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+        )

@@ -1,0 +1,110 @@
+"""Factor transfer: what is left of the teacher's last map when it must fit into fewer channels."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._arrays import normalize, pool_to_common_size
+from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch
+from cskd_jax.losses._connectors import Convolution
+from cskd_jax.losses.attention import attention_map
+from cskd_jax.losses.base import LossInputs, Method
+
+
+def factor_transfer_loss(
+    student_factor: jax.Array, teacher_factor: jax.Array, *, pool_channels: bool = True
+) -> jax.Array:
+    """Factor transfer: mean |n(F^s) - n(F^t)| of normalized factors.
+
+    n(F) is the mean of the squared channels at each position, flattened and scaled to Euclidean norm 1, as comparison
+    tables of the field have it; or, without `pool_channels`, the flattened factor itself scaled to norm 1, as the paper
+    has it. Where the maps differ in size, the larger is average-pooled to the smaller first. Time O(B H W K), memory
+    O(B H W K).
+
+    Args:
+      student_factor: float [B, H, W, K], from the translator.
+      teacher_factor: float [B, H', W', K'], from the paraphraser; K' = K without `pool_channels`. Never differentiated.
+      pool_channels: see above. Static.
+
+    Returns:
+      Scalar, mean over the elements of n, at least float32. A zero factor stays zero and has no gradient.
+
+    Raises:
+      TypeError: factors are not floating point.
+      ValueError: factors without 4 dimensions or of different batches, or different channels without `pool_channels`.
+
+    References:
+      Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018,
+      https://arxiv.org/abs/1802.04977.
+    """
+    check_float("student_factor", student_factor, ndim=4)
+    check_float("teacher_factor", teacher_factor, ndim=4)
+    check_same_batch(student_factor=student_factor, teacher_factor=teacher_factor)
+    if not pool_channels and student_factor.shape[-1] != teacher_factor.shape[-1]:
+        raise ValueError(
+            "factors must have equally many channels without pool_channels, "
+            f"got student {student_factor.shape}, teacher {teacher_factor.shape}"
+        )
+    student, teacher = pool_to_common_size(at_least_float32(student_factor), at_least_float32(teacher_factor))
+    if pool_channels:
+        student, teacher = attention_map(student), attention_map(teacher)
+    else:
+        student, teacher = (normalize(factor.reshape(len(factor), -1)) for factor in (student, teacher))
+    return jnp.mean(jnp.abs(student - lax.stop_gradient(teacher)))
+
+
+class ConvolutionStack(nn.Module):
+    """3x3 convolutions with bias, each followed by a leaky ReLU of slope 0.1.
+
+    Attributes:
+      widths: output channels of each convolution.
+    """
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, D] -> [B, H, W, widths[-1]]."""
+        for layer, width in enumerate(self.widths, start=1):
+            x = Convolution(width, 3, name=f"layer{layer}")(x)
+            x = nn.leaky_relu(x + self.param(f"bias{layer}", nn.initializers.zeros, (width,), x.dtype), 0.1)
+        return x
+
+
+class FactorTransfer(Method):
+    """`factor_transfer_loss` on the last stage, with a trainable paraphraser and translator.
+
+    The paraphraser is an autoencoder of the teacher's last map: three 3x3 convolutions to rate * channels (the factor)
+    and three back. The translator is three convolutions from the student's last map to as many channels. The paper
+    trains the paraphraser first and then keeps it; here it is trained at the same time, by its own reconstruction loss,
+    so that one phase is enough. No gradient of the transfer reaches the paraphraser, none of the reconstruction the
+    student: only the size of the paraphraser's steps depends on `reconstruction_weight`.
+
+    The method is transfer + reconstruction_weight * reconstruction, and these two its terms.
+
+    Attributes:
+      rate: channels of the factor as a fraction of the teacher's.
+      pool_channels: see `factor_transfer_loss`.
+      reconstruction_weight: relative to the transfer. The default, 1/200, makes it 1 in all under the usual weight of
+        this method, 200.
+    """
+
+    rate: float = 0.5
+    pool_channels: bool = True
+    reconstruction_weight: float = 0.005
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        student, teacher = inputs.student.features[-1], lax.stop_gradient(inputs.teacher.features[-1])
+        channels = teacher.shape[-1]
+        width = int(channels * self.rate)
+        if width < 1:
+            raise ValueError(f"rate {self.rate} leaves no channel of the teacher's {channels}")
+        factor = ConvolutionStack((channels, width, width), name="encoder")(teacher)
+        reconstructed = ConvolutionStack((width, channels, channels), name="decoder")(factor)
+        reconstruction = jnp.mean(jnp.square(reconstructed - teacher.astype(reconstructed.dtype)))
+        translated = ConvolutionStack((student.shape[-1], width, width), name="translator")(student)
+        transfer = factor_transfer_loss(translated, factor, pool_channels=self.pool_channels)
+        terms = {"transfer": transfer, "reconstruction": reconstruction}
+        return transfer + self.reconstruction_weight * reconstruction, terms

@@ -1,0 +1,59 @@
+"""Hints: the maps of a middle stage themselves."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._arrays import pool_to_common_size
+from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, pair_stages
+from cskd_jax.losses._connectors import Connector
+from cskd_jax.losses.base import LossInputs, Method
+
+
+def hint_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
+    """Hint of FitNets: mean squared difference between the regressed map of the student and the teacher's.
+
+    Time O(B H W D), no memory beyond the arguments.
+
+    Args:
+      student_features: float [B, ..., D], after the regressor.
+      teacher_features: float, the shape of student_features. Never differentiated.
+
+    Returns:
+      Scalar, mean over all elements, at least float32.
+
+    Raises:
+      TypeError: features are not floating point.
+      ValueError: shapes that differ.
+
+    References:
+      Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, https://arxiv.org/abs/1412.6550, Eq. 3 (with the
+      mean instead of half the squared norm, as comparison tables of the field have it).
+    """
+    check_float("student_features", student_features, min_ndim=2)
+    check_float("teacher_features", teacher_features, min_ndim=2)
+    check_same_shape(student_features=student_features, teacher_features=teacher_features)
+    difference = at_least_float32(student_features) - lax.stop_gradient(at_least_float32(teacher_features))
+    return jnp.mean(jnp.square(difference))
+
+
+class FitNet(Method):
+    """`hint_loss` at one stage, through a trainable regressor: 1x1 convolution, batch normalization, ReLU.
+
+    Where the maps differ in size, the larger is average-pooled to the smaller.
+
+    Attributes:
+      stage: of student and teacher, counted from 1.
+    """
+
+    stage: int = 2
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        pairs = pair_stages(inputs.student.features, inputs.teacher.features)
+        if not 1 <= self.stage <= len(pairs):
+            raise ValueError(f"stage must be from 1 to {len(pairs)}, the number of stages, got {self.stage}")
+        student, teacher = pool_to_common_size(*pairs[self.stage - 1])
+        regressor = Connector(teacher.shape[-1], axis_name=self.axis_name, name="regressor")
+        return hint_loss(nn.relu(regressor(student)), teacher), {}

@@ -1,0 +1,84 @@
+"""Flow of solution procedure: how the channels of one stage go with those of the next."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._arrays import pool_to_common_size
+from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch, pair_stages
+from cskd_jax.losses._connectors import Pointwise
+from cskd_jax.losses.base import LossInputs, Method
+
+
+def fsp_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
+    """G = mean over the positions of f_l (x) f_{l+1}; the larger of the two maps is average-pooled to the smaller.
+
+    Args:
+      first: float [B, H, W, D].
+      second: float [B, H', W', D'].
+
+    Returns:
+      [B, D, D'].
+    """
+    first, second = pool_to_common_size(first, second)
+    positions = first.shape[1] * first.shape[2]
+    return jnp.einsum("bhwi,bhwj->bij", first, second, precision=lax.Precision.HIGHEST) / positions
+
+
+def fsp_loss(student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.Array]) -> jax.Array:
+    """Flow of solution procedure: sum over consecutive stages l, l + 1 of the mean of (G_l^s - G_l^t)^2.
+
+    G is `fsp_matrix`. Time O(B H W D D') and memory O(B D D') for each pair of stages.
+
+    Args:
+      student_stages: float [B, H_l, W_l, D_l] for at least two stages, first stage first.
+      teacher_stages: equally many stages [B, H'_l, W'_l, D_l]: the same numbers of channels, maps of any size. Never
+        differentiated.
+
+    Returns:
+      Scalar; the mean is over the B D_l D_{l+1} elements of a matrix. At least float32.
+
+    Raises:
+      TypeError: a stage is not floating point.
+      ValueError: stages without 4 dimensions, of different batches, different or fewer than two in number, or with
+        different numbers of channels in student and teacher.
+
+    References:
+      Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation", CVPR 2017,
+      https://doi.org/10.1109/CVPR.2017.754, Eq. 1 and 2.
+    """
+    for stage, (student, teacher) in enumerate(pair_stages(student_stages, teacher_stages, at_least=2), start=1):
+        check_float(f"student stage {stage}", student, ndim=4)
+        check_float(f"teacher stage {stage}", teacher, ndim=4)
+        check_same_batch(student=student, teacher=teacher)
+        if student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(
+                f"stage {stage} must have equally many channels in student and teacher, "
+                f"got student {student.shape}, teacher {teacher.shape}"
+            )
+    student_stages = [at_least_float32(stage) for stage in student_stages]
+    teacher_stages = [lax.stop_gradient(at_least_float32(stage)) for stage in teacher_stages]
+    pairs = zip(pairwise(student_stages), pairwise(teacher_stages), strict=True)
+    return sum(jnp.mean(jnp.square(fsp_matrix(*student) - fsp_matrix(*teacher))) for student, teacher in pairs)
+
+
+class FSP(Method):
+    """`fsp_loss` over all pairs of consecutive stages.
+
+    A stage of the student whose channels are not as many as the teacher's is first projected to them by a trainable
+    1x1 convolution without bias; the paper only has networks with equal channels.
+    """
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        stages = []
+        pairs = pair_stages(inputs.student.features, inputs.teacher.features)
+        for stage, (student, teacher) in enumerate(pairs, start=1):
+            if student.shape[-1] != teacher.shape[-1]:
+                student = Pointwise(teacher.shape[-1], name=f"projection{stage}")(student)
+            stages.append(student)
+        return fsp_loss(stages, inputs.teacher.features), {}

@@ -1,0 +1,67 @@
+"""Neuron selectivity transfer: the distribution of the channels' activation patterns."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cskd_jax.losses._arrays import normalize, pool_to_common_size
+from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch, pair_stages
+from cskd_jax.losses.base import LossInputs, Method
+
+
+def nst_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
+    """Neuron selectivity transfer at one stage: squared maximum mean discrepancy between channels.
+
+    mean k(t, t) + mean k(s, s) - 2 mean k(s, t), with k(a, b) = <a, b>^2 of the patterns of two channels: the channel
+    over all positions of a sample, scaled to Euclidean norm 1 (zero where the channel is zero). The means are over
+    the samples and the pairs of channels.
+
+    Where the maps differ in size, the larger is average-pooled to the smaller first. With P positions each kernel
+    takes time O(B P D D') and memory O(B min(P^2, D D')).
+
+    Args:
+      student_features: float [B, H, W, D].
+      teacher_features: float [B, H', W', D'], any size and number of channels. Never differentiated.
+
+    Returns:
+      Scalar, mean over the batch, at least float32.
+
+    Raises:
+      TypeError: features are not floating point.
+      ValueError: features without 4 dimensions, or of different batches.
+
+    References:
+      Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
+      https://arxiv.org/abs/1707.01219, with the polynomial kernel of degree 2 and offset 0.
+    """
+    check_float("student_features", student_features, ndim=4)
+    check_float("teacher_features", teacher_features, ndim=4)
+    check_same_batch(student_features=student_features, teacher_features=teacher_features)
+    student, teacher = pool_to_common_size(at_least_float32(student_features), at_least_float32(teacher_features))
+    student, teacher = _patterns(student), lax.stop_gradient(_patterns(teacher))
+    return _mean_kernel(teacher, teacher) + _mean_kernel(student, student) - 2 * _mean_kernel(student, teacher)
+
+
+def _patterns(features):
+    """[B, H, W, D] -> unit rows [B, D, H W]."""
+    batch, _, _, channels = features.shape
+    return normalize(jnp.swapaxes(features.reshape(batch, -1, channels), 1, 2))
+
+
+def _mean_kernel(a, b):
+    """Mean of <a_c, b_d>^2 over the samples and the pairs of channels."""
+    pairs, positions = a.shape[1] * b.shape[1], a.shape[2]
+    highest = lax.Precision.HIGHEST
+    if positions**2 > pairs:
+        return jnp.mean(jnp.square(jnp.einsum("bcp,bdp->bcd", a, b, precision=highest)))
+    # sum over c, d of <a_c, b_d>^2 is the inner product of a^T a and b^T b: smaller where channels are many.
+    a, b = (jnp.einsum("bcp,bcq->bpq", x, x, precision=highest) for x in (a, b))
+    return jnp.sum(jnp.mean(a * b, axis=0)) / pairs
+
+
+class NeuronSelectivityTransfer(Method):
+    """Sum of `nst_loss` over all stages."""
+
+    def __call__(self, inputs: LossInputs):
+        stages = pair_stages(inputs.student.features, inputs.teacher.features)
+        return sum(nst_loss(student, teacher) for student, teacher in stages), {}

@@ -1,0 +1,109 @@
+"""Knowledge review: late stages of the student, fused into earlier ones, learn from the teacher's stages."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._arrays import average_pool, resize
+from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, pair_stages
+from cskd_jax.losses._connectors import Connector, Pointwise
+from cskd_jax.losses.base import LossInputs, Method
+
+# Sides of the maps that are compared beside the full size; each has half the weight of the one before.
+_POOLED_SIZES = (4, 2, 1)
+
+
+def hierarchical_context_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
+    """Hierarchical context loss (HCL) at one stage: mean squared errors at several sizes of the maps.
+
+    MSE at full size with weight 1, and of the maps average-pooled to 4x4, 2x2 and 1x1, as far as these are smaller than
+    the map, with weights 1/2, 1/4 and so on in turn; divided by the sum of the weights. Time and memory O(B H W D).
+
+    Args:
+      student_features: float [B, H, W, D], fused and brought to the teacher's channels.
+      teacher_features: float, the shape of student_features. Never differentiated.
+
+    Returns:
+      Scalar, mean over the elements of each size, at least float32.
+
+    Raises:
+      TypeError: features are not floating point.
+      ValueError: features without 4 dimensions, or of different shapes.
+
+    References:
+      Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021, https://arxiv.org/abs/2104.09044.
+    """
+    check_float("student_features", student_features, ndim=4)
+    check_float("teacher_features", teacher_features, ndim=4)
+    check_same_shape(student_features=student_features, teacher_features=teacher_features)
+    difference = at_least_float32(student_features) - lax.stop_gradient(at_least_float32(teacher_features))
+    total, weight, weights = jnp.mean(jnp.square(difference)), 1.0, 1.0
+    for size in _POOLED_SIZES:
+        if size < min(difference.shape[1:3]):
+            weight /= 2
+            weights += weight
+            # Pooling is linear: that of the difference is the difference of the pooled maps.
+            total += weight * jnp.mean(jnp.square(average_pool(difference, (size, size))))
+    return total / weights
+
+
+class AttentionFusion(nn.Module):
+    """Fuses a stage with what later stages gave (attention based fusion, ABF).
+
+    The stage goes through a 1x1 convolution with batch normalization to `mid_channels`, and to the size of the
+    teacher's map. Two attention maps, from a 1x1 convolution of both and a sigmoid, weigh it and the later stages
+    (enlarged by nearest neighbour). A 3x3 convolution with batch normalization gives the output.
+
+    Attributes:
+      mid_channels: of what is fused.
+      features: output channels.
+      axis_name: mapped axis over which the batch is split, or None.
+    """
+
+    mid_channels: int
+    features: int
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, later: jax.Array | None, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        """x [B, H, W, D], later [B, H', W', mid_channels] or None -> (output [B, *size, features], fused stage)."""
+        # torch's kaiming_uniform_(a=1)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        x = Connector(self.mid_channels, axis_name=self.axis_name, kernel_init=init, name="reduce")(x)
+        x = resize(x, size)
+        if later is not None:
+            later = resize(later, size)
+            weights = nn.sigmoid(Pointwise(2, use_bias=True, name="attention")(jnp.concatenate([x, later], axis=-1)))
+            x = x * weights[..., :1] + later * weights[..., 1:]
+        output = Connector(self.features, 3, axis_name=self.axis_name, kernel_init=init, name="output")(x)
+        return output, x
+
+
+class ReviewKD(Method):
+    """Sum of `hierarchical_context_loss` over all stages, each fused with the later ones of the student.
+
+    Stages are their pre-activations, as in the code that the paper's authors released. The pooled embedding, a map of
+    size 1x1, is the last stage of all. The paper lets the loss grow over the first 20 epochs: that is a schedule of its
+    weight, not part of the loss.
+
+    Attributes:
+      mid_channels: of what is fused; None: those of the student's last stage, at most 512.
+      with_embedding: whether the pooled embedding is a stage.
+    """
+
+    mid_channels: int | None = None
+    with_embedding: bool = True
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        pairs = pair_stages(inputs.student.preactivations, inputs.teacher.preactivations)
+        if self.with_embedding:
+            pairs.append(tuple(output.embedding[:, None, None, :] for output in (inputs.student, inputs.teacher)))
+        mid_channels = self.mid_channels or min(512, pairs[-1][0].shape[-1])
+        total, fused = 0.0, None
+        for stage, (student, teacher) in reversed(list(enumerate(pairs, start=1))):
+            fusion = AttentionFusion(mid_channels, teacher.shape[-1], self.axis_name, name=f"fusion{stage}")
+            output, fused = fusion(student, fused, teacher.shape[1:3])
+            total += hierarchical_context_loss(output, teacher)
+        return total, {}

@@ -1,0 +1,97 @@
+"""Variational information distillation: how well the student's maps predict the teacher's."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._arrays import pool_to_common_size
+from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, pair_stages
+from cskd_jax.losses._connectors import Pointwise
+from cskd_jax.losses.base import LossInputs, Method
+
+# Added to every variance, so that none vanishes.
+MIN_VARIANCE = 1e-5
+
+
+def vid_loss(mean: jax.Array, teacher_features: jax.Array, log_scale: jax.Array) -> jax.Array:
+    """Variational information distillation at one stage: Gaussian negative log-likelihood, without its constant.
+
+    mean of ((t - mu(s))^2 / v_c + ln v_c) / 2 with one variance per channel, v = softplus(rho) + 1e-5. Time and memory
+    O(B H W D).
+
+    Args:
+      mean: float [B, ..., D], mu(s): the teacher's map as predicted from the student's.
+      teacher_features: float, the shape of mean. Never differentiated.
+      log_scale: float [D], rho. Trained with the rest.
+
+    Returns:
+      Scalar, mean over all elements, at least float32. It can be negative.
+
+    Raises:
+      TypeError: an argument is not floating point.
+      ValueError: shapes that do not fit.
+
+    References:
+      Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation for Knowledge Transfer", CVPR 2019,
+      https://arxiv.org/abs/1904.05835.
+    """
+    check_float("mean", mean, min_ndim=2)
+    check_float("teacher_features", teacher_features, min_ndim=2)
+    check_same_shape(mean=mean, teacher_features=teacher_features)
+    check_float("log_scale", log_scale)
+    if jnp.shape(log_scale) != mean.shape[-1:]:
+        raise ValueError(f"log_scale must have shape {mean.shape[-1:]}: (channels,), got {jnp.shape(log_scale)}")
+    variance = jax.nn.softplus(at_least_float32(log_scale)) + MIN_VARIANCE
+    difference = at_least_float32(mean) - lax.stop_gradient(at_least_float32(teacher_features))
+    return jnp.mean(jnp.square(difference) / variance + jnp.log(variance)) / 2
+
+
+class MeanNetwork(nn.Module):
+    """mu of `vid_loss`: three 1x1 convolutions without bias, with ReLU in between.
+
+    Attributes:
+      features: output channels.
+      hidden: channels in between; None: as many.
+    """
+
+    features: int
+    hidden: int | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., features]."""
+        hidden = self.hidden or self.features
+        x = nn.relu(Pointwise(hidden, name="layer1")(x))
+        x = nn.relu(Pointwise(hidden, name="layer2")(x))
+        return Pointwise(self.features, name="layer3")(x)
+
+
+class VID(Method):
+    """Sum of `vid_loss` over all stages, with trainable `MeanNetwork`s and variances.
+
+    Where maps differ in size, the larger is average-pooled to the smaller before the `MeanNetwork`.
+
+    Attributes:
+      initial_variance: of every channel, greater than 1e-5.
+    """
+
+    initial_variance: float = 5.0
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        if not self.initial_variance > MIN_VARIANCE:
+            raise ValueError(f"initial_variance must be greater than {MIN_VARIANCE}, got {self.initial_variance}")
+        # Inverse of softplus; not log(expm1(v)), which overflows for large v.
+        excess = self.initial_variance - MIN_VARIANCE
+        start = nn.initializers.constant(excess + math.log(-math.expm1(-excess)))
+        total = 0.0
+        pairs = pair_stages(inputs.student.features, inputs.teacher.features)
+        for stage, (student, teacher) in enumerate(pairs, start=1):
+            student, teacher = pool_to_common_size(student, teacher)
+            mean = MeanNetwork(teacher.shape[-1], name=f"mean{stage}")(student)
+            log_scale = self.param(f"log_scale{stage}", start, teacher.shape[-1:], mean.dtype)
+            total += vid_loss(mean, teacher, log_scale)
+        return total, {}
