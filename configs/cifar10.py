@@ -44,7 +44,7 @@ def get_config(method="cskd"):
     config.student.name = "resnet18"
     config.student.width = 0.25
 
-    config.losses = methods.losses(method)  # NAME.weight and the hyper-parameters of NAME
+    config.losses = methods.losses(method)  # NAME.weight, its schedule, and the hyper-parameters of NAME
 
     config.optimizer = ConfigDict()  # SGD
     config.optimizer.learning_rate = 0.1

@@ -43,7 +43,8 @@ def get_config(method="cskd"):
     config.student.name = "resnet18"
     config.student.width = 0.125
 
-    config.losses = methods.losses(method)  # NAME.weight and the hyper-parameters of NAME
+    # NAME.weight, its schedule, and the hyper-parameters of NAME
+    config.losses = methods.losses(method, init_epochs=4, warmup_epochs=5)
 
     config.optimizer = ConfigDict()  # SGD
     config.optimizer.learning_rate = 0.05

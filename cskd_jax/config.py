@@ -85,6 +85,14 @@ RULES = {
     "optimizer.restart_momentum": _BOOL,
 }
 
+# The keys of every loss beside its hyper-parameters: the fields of `objective.Weight`.
+WEIGHT_RULES = {
+    "weight": _NOT_NEGATIVE,
+    "start_epoch": _at_least(0),
+    "end_epoch": _optional(_at_least(1)),
+    "warmup_epochs": _at_least(0),
+}
+
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """{"a.b": value} for every leaf."""
@@ -146,16 +154,19 @@ def _validate_loss(name: str, settings: Any) -> None:
     allowed = hyperparameters(name)
     for key, value in settings.items():
         path = f"losses.{name}.{key}"
-        if key == "weight":
-            _check(path, value, _NOT_NEGATIVE)
+        if key in WEIGHT_RULES:
+            _check(path, value, WEIGHT_RULES[key])
         elif key not in allowed:
-            raise unknown_key(path, [f"losses.{name}.{known}" for known in ("weight", *allowed)])
+            raise unknown_key(path, [f"losses.{name}.{known}" for known in (*WEIGHT_RULES, *allowed)])
         else:
             annotation = allowed[key].type
             types = tuple(getattr(annotation, "__args__", None) or (annotation,))
             types += (int,) if float in types else ()
             wanted = getattr(annotation, "__name__", str(annotation)) if len(types) == 1 else str(annotation)
             _check(path, value, Rule(types, lambda _: True, wanted))
+    end, start = settings.get("end_epoch"), settings.get("start_epoch", 0)
+    if end is not None and end <= start:
+        raise UserError(f"losses.{name}.end_epoch is {end}; it must be more than start_epoch, {start}")
 
 
 def _check(key: str, value: Any, rule: Rule) -> None:

@@ -112,6 +112,7 @@ class Phase:
             num_classes=dataset.num_classes,
             axis_name=parallel.AXIS,
             num_examples=len(dataset.train.labels),
+            steps_per_epoch=self._sampler.steps_per_epoch,
         )
         self._optimizer = optim.make_optimizer(**config.optimizer, steps_per_epoch=self._sampler.steps_per_epoch)
         self._train_step = self._make_train_step()

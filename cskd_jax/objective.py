@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from cskd_jax.losses import LOSSES, LossInputs, Method
 
@@ -12,8 +13,35 @@ _SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "parent", "name
 
 
 def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
-    """The fields of method `name` of `LOSSES` that `config.losses.NAME` may set, besides `weight`."""
+    """The fields of method `name` of `LOSSES` that `config.losses.NAME` may set, besides those of `Weight`."""
     return {f.name: f for f in dataclasses.fields(LOSSES[name]) if f.name not in _SET_BY_OBJECTIVE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Weight of a method over the epochs of a run; epochs are counted from 0.
+
+    Attributes:
+      weight: where the method is fully on.
+      start_epoch: the first epoch with the method.
+      end_epoch: the first epoch without it; None: on to the end.
+      warmup_epochs: the weight grows linearly over so many epochs: 1/n of it in the first, all of it in the n-th.
+    """
+
+    weight: float
+    start_epoch: int = 0
+    end_epoch: int | None = None
+    warmup_epochs: int = 0
+
+    def at(self, epoch: jax.Array) -> jax.Array | float:
+        """The weight in `epoch`, an integer scalar."""
+        weight = self.weight
+        if self.warmup_epochs:
+            weight = weight * jnp.minimum((epoch - self.start_epoch + 1) / self.warmup_epochs, 1)
+        if self.start_epoch or self.end_epoch is not None:
+            before_end = True if self.end_epoch is None else epoch < self.end_epoch
+            weight = jnp.where((epoch >= self.start_epoch) & before_end, weight, 0)
+        return weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +50,11 @@ class Objective:
 
     Attributes:
       methods: {name: (weight, module)}.
+      steps_per_epoch: for weights that change.
     """
 
-    methods: Mapping[str, tuple[float, Method]]
+    methods: Mapping[str, tuple[Weight, Method]]
+    steps_per_epoch: int = 1
 
     @classmethod
     def create(
@@ -34,15 +64,17 @@ class Objective:
         num_classes: int,
         axis_name: str | None = None,
         num_examples: int = 0,
+        steps_per_epoch: int = 1,
     ):
-        """From `config.losses`: {NAME: {"weight": w, hyper-parameters of NAME}}, with the names of `LOSSES`."""
+        """From `config.losses`: {NAME: {fields of `Weight`, hyper-parameters of NAME}}, with the names of `LOSSES`."""
         common = {"num_classes": num_classes, "axis_name": axis_name, "num_examples": num_examples}
+        fields = {field.name for field in dataclasses.fields(Weight)}
         methods = {}
         for name, settings in losses.items():
-            settings = dict(settings)
-            weight = settings.pop("weight")
-            methods[name] = (weight, LOSSES[name](**common, **settings))
-        return cls(methods)
+            weight = Weight(**{key: value for key, value in settings.items() if key in fields})
+            hyper = {key: value for key, value in settings.items() if key not in fields}
+            methods[name] = (weight, LOSSES[name](**common, **hyper))
+        return cls(methods, steps_per_epoch)
 
     @property
     def needs_teacher(self) -> bool:
@@ -62,14 +94,24 @@ class Objective:
         return params, memory
 
     def __call__(
-        self, params: Mapping[str, Any], memory: Mapping[str, Any], inputs: LossInputs
+        self, params: Mapping[str, Any], memory: Mapping[str, Any], inputs: LossInputs, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
-        """The weighted total, {NAME: unweighted value, NAME/TERM: value of a term} for every method, the new memory."""
+        """Evaluates the methods on one batch.
+
+        Args:
+          params: {name: what the method trains}, from `init`.
+          memory: {name: what it remembers}, from `init` or the step before.
+          inputs: the batch.
+          step: int32, optimization steps done.
+
+        Returns:
+          The weighted total; {NAME: unweighted value, NAME/TERM: value of a term} for every method; the new memory.
+        """
         total, terms, new_memory = 0.0, {}, {}
         for name, (weight, method) in self.methods.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             (value, parts), updated = method.apply(variables, inputs, mutable=["memory"])
-            total += weight * value
+            total += weight.at(step // self.steps_per_epoch) * value
             terms[name] = value
             terms |= {f"{name}/{term}": part for term, part in parts.items()}
             if name in memory:

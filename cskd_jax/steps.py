@@ -62,7 +62,7 @@ def make_train_step(
             variables = {"params": params["student"], "batch_stats": state.batch_stats}
             output, updated = student.apply(variables, images, train=True, mutable=["batch_stats"])
             inputs = LossInputs(output, teacher_output, labels, batch.get("index"), methods_key)
-            total, terms, memory = objective(params["methods"], state.memory, inputs)
+            total, terms, memory = objective(params["methods"], state.memory, inputs, state.step)
             accuracy = jnp.mean(jnp.argmax(output.logits, axis=-1) == labels)
             return total, (updated["batch_stats"], memory, {"loss": total, **terms, "accuracy": accuracy})
 
