@@ -85,13 +85,14 @@ class FactorTransfer(Method):
 
     Attributes:
       rate: channels of the factor as a fraction of the teacher's.
-      pool_channels: see `factor_transfer_loss`.
+      pool_channels: see `factor_transfer_loss`; None: True, but False where the maps are 1x1: a single position
+        scaled to norm 1 is always 1, so that nothing would be transferred.
       reconstruction_weight: relative to the transfer. The default, 1/200, makes it 1 in all under the usual weight of
         this method, 200.
     """
 
     rate: float = 0.5
-    pool_channels: bool = True
+    pool_channels: bool | None = None
     reconstruction_weight: float = 0.005
 
     @nn.compact
@@ -105,6 +106,9 @@ class FactorTransfer(Method):
         reconstructed = ConvolutionStack((width, channels, channels), name="decoder")(factor)
         reconstruction = jnp.mean(jnp.square(reconstructed - teacher.astype(reconstructed.dtype)))
         translated = ConvolutionStack((student.shape[-1], width, width), name="translator")(student)
-        transfer = factor_transfer_loss(translated, factor, pool_channels=self.pool_channels)
+        pool_channels = self.pool_channels
+        if pool_channels is None:
+            pool_channels = min(student.shape[1], teacher.shape[1]) * min(student.shape[2], teacher.shape[2]) > 1
+        transfer = factor_transfer_loss(translated, factor, pool_channels=pool_channels)
         terms = {"transfer": transfer, "reconstruction": reconstruction}
         return transfer + self.reconstruction_weight * reconstruction, terms

@@ -26,7 +26,7 @@ def similarity_preserving_loss(
 
     Returns:
       Scalar, mean over the B^2 pairs of the global batch, at least float32. The row of a sample whose features are all
-      zero is zero, and so is its gradient.
+      zero is zero and contributes no gradient.
 
     Raises:
       TypeError: features are not floating point.
