@@ -1,7 +1,7 @@
 """The objective: a weighted sum of the methods that a configuration names."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,11 @@ _SET_BY_OBJECTIVE = {"num_classes", "axis_name", "parent", "name"}
 def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
     """The fields of method `name` of `LOSSES` that `config.losses.NAME` may set, besides `weight`."""
     return {f.name: f for f in dataclasses.fields(LOSSES[name]) if f.name not in _SET_BY_OBJECTIVE}
+
+
+def needs_teacher(losses: Iterable[str]) -> bool:
+    """Whether any of these methods of `LOSSES` reads the outputs of a teacher."""
+    return any(LOSSES[name].needs_teacher for name in losses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +40,6 @@ class Objective:
             weight = settings.pop("weight")
             methods[name] = (weight, LOSSES[name](num_classes=num_classes, axis_name=axis_name, **settings))
         return cls(methods)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any method reads the teacher's outputs."""
-        return any(method.needs_teacher for _, method in self.methods.values())
 
     def init(self, key: jax.Array, inputs: LossInputs) -> dict[str, Any]:
         """Parameters of each method that has any, by name; of `inputs` only shapes and dtypes are read."""
