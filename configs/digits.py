@@ -16,7 +16,7 @@ def get_config(method="cskd"):
     config.seed = 0  # of the weights, the order of the images, the augmentation
     config.batch_size = 64  # images per step, over all devices
     config.drop_last = False  # leave out the last, smaller batch of an epoch
-    config.epochs = 20  # of the student
+    config.epochs = 30  # of the student
     config.dtype = "float32"  # of the computation in the networks: float32, bfloat16, or float64 with JAX_ENABLE_X64=1
     config.log_every = 10  # steps between rows of metrics.jsonl
     config.keep_checkpoints = 2  # newest checkpoints kept, beside the best
@@ -37,7 +37,7 @@ def get_config(method="cskd"):
     config.teacher.name = "resnet18"
     config.teacher.width = 0.25  # factor on the channels
     config.teacher.checkpoint = placeholder(str)  # folder of a trained teacher (WORKDIR/teacher); None: train one
-    config.teacher.epochs = 20  # with cross-entropy and the student's recipe
+    config.teacher.epochs = 30  # with cross-entropy and the student's recipe
 
     config.student = ConfigDict()
     config.student.name = "resnet18"
@@ -50,7 +50,8 @@ def get_config(method="cskd"):
     config.optimizer.learning_rate = 0.05
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 1e-4  # L2, on every parameter
-    config.optimizer.milestones = (10, 15)  # epochs that lower the learning rate
+    config.optimizer.milestones = (15, 25)  # epochs that lower the learning rate
     config.optimizer.decay_factor = 0.1  # by this factor
-    config.optimizer.restart_momentum = False  # start every epoch with zero momentum, as the released code does
+    # Start every epoch with zero momentum, as the released code does.
+    config.optimizer.restart_momentum = method != "cskd_paper"
     return config

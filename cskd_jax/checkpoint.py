@@ -1,9 +1,10 @@
 """Checkpoints with digests: the only file that imports Orbax.
 
 Orbax does not notice a changed byte inside an array. Every array is therefore saved with its digest, which is checked
-when it is read; a checkpoint that does not pass is set aside and the newest sound one is used.
+when it is read; a checkpoint that does not pass is renamed to STEP.damaged and the newest sound one is used.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -43,6 +44,8 @@ class Checkpoints:
                         policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
                     ]
                 ),
+                # Without it the scores are not written to disk, and a resumed run would not know the best.
+                best_fn=_score,
                 cleanup_tmp_directories=True,
             ),
         )
@@ -58,45 +61,60 @@ class Checkpoints:
         """
         arrays = _flatten(jax.device_get(tree))
         content = {"record": record, "digests": {name: _digest(array) for name, array in arrays.items()}}
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    _ARRAYS: ocp.args.StandardSave(arrays),
-                    _RECORD: ocp.args.JsonSave(content | {"digest": _text_digest(content)}),
-                }
-            ),
-            metrics=None if score is None else {"score": score},
-        )
+        parts = {
+            _ARRAYS: ocp.args.StandardSave(arrays),
+            _RECORD: ocp.args.JsonSave(content | {"digest": _text_digest(content)}),
+        }
+        metrics = None if score is None else {"score": score, "step": step}
+        with self._saving():
+            saved = self._manager.save(step, args=ocp.args.Composite(**parts), metrics=metrics)
         if not saved:
             raise RuntimeError(f"Orbax refused to save step {step} into {self._directory}")
 
     def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest sound checkpoint as (tree like `template` of numpy arrays, record); None if there is none.
 
-        Damaged checkpoints that are newer are removed with a warning: training writes those steps again.
+        Damaged checkpoints that are newer are renamed, with a warning: training writes those steps again.
+
+        Raises:
+          UserError: there are checkpoints but none is sound, or they hold other arrays than `template`.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
             path = self._directory / str(step)
             try:
                 arrays, record = _read(self._manager, step)
                 return _unflatten(arrays, template), record
             except _Damaged as damage:
-                logging.warning("checkpoint %s is damaged (%s): removed, using an older one", path, damage)
-                shutil.rmtree(path)
+                aside = path.with_name(f"{step}.damaged")
+                logging.warning(
+                    "checkpoint %s is damaged (%s): renamed to %s, looking for an older one", path, damage, aside.name
+                )
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
                 self._manager.reload()
+        if steps:
+            raise UserError(f"no checkpoint in {self._directory} is sound; remove the folder to start anew")
         return None
-
-    def wait(self) -> None:
-        """Returns once what was saved is on disk; raises if saving failed."""
-        self._manager.wait_until_finished()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         # Waits for what is being saved, so that nothing is lost, however the block ends.
-        self._manager.close()
+        with self._saving():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self):
+        """Saving is asynchronous: what goes wrong, such as a full disk, may show in any later call."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise errors of many kinds.
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"cannot save a checkpoint in {self._directory}: {line[:300]}; the checkpoints before it are untouched"
+            ) from error
 
 
 def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,7 +124,8 @@ def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
       path: the folder of a phase (`WORKDIR/teacher`), or a run's workdir, whose teacher is then meant.
 
     Returns:
-      ({"params", "batch_stats"} of numpy arrays, record) of the newest checkpoint.
+      ({"params", "batch_stats"} of numpy arrays, record) of the newest checkpoint. The record has besides what was
+      saved the `step` and a `digest` of the whole.
 
     Raises:
       UserError: no checkpoint there, or the newest is damaged.
@@ -124,6 +143,7 @@ def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         except _Damaged as damage:
             raise UserError(f"teacher checkpoint {folder / str(step)} is damaged ({damage})") from None
     tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    record = record | {"step": step, "digest": _text_digest({name: _digest(array) for name, array in arrays.items()})}
     return {"params": tree["params"]["student"], "batch_stats": tree["batch_stats"]}, record
 
 
@@ -139,6 +159,8 @@ def _read(manager, step):
         arrays = {name: np.asarray(array) for name, array in restored[_ARRAYS].items()}
         content = restored[_RECORD]
         digest = content.pop("digest")
+    except PermissionError as error:
+        raise UserError(f"cannot read checkpoint {step} of {manager.directory}: {error}") from None
     except Exception as error:  # Orbax raises whatever the damage makes its parsers raise.
         raise _Damaged(f"{type(error).__name__} while reading") from error
     if digest != _text_digest(content):
@@ -179,4 +201,5 @@ def _text_digest(content):
 
 
 def _score(metrics):
-    return metrics["score"]
+    # Of equal scores the earliest is the best, as in the results.
+    return metrics["score"], -metrics["step"]

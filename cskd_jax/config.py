@@ -13,7 +13,7 @@ import ml_collections
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS
-from cskd_jax.objective import hyperparameters
+from cskd_jax.objective import hyperparameters, needs_teacher
 
 
 class Rule(NamedTuple):
@@ -24,8 +24,8 @@ class Rule(NamedTuple):
     allowed: str
 
 
-def _at_least(low: int) -> Rule:
-    return Rule((int,), lambda value: value >= low, f"an integer of at least {low}")
+def _integer(low: int, high: int = 10**6) -> Rule:
+    return Rule((int,), lambda value: low <= value <= high, f"an integer from {low} to {high}")
 
 
 def _one_of(*values: str) -> Rule:
@@ -40,6 +40,7 @@ _BOOL = Rule((bool,), lambda _: True, "True or False")
 _TEXT = Rule((str,), bool, "a text")
 _POSITIVE = Rule((float, int), lambda value: 0 < value < math.inf, "a number greater than 0")
 _NOT_NEGATIVE = Rule((float, int), lambda value: 0 <= value < math.inf, "a number of at least 0")
+_WIDTH = Rule((float, int), lambda value: 0 < value <= 64, "a number above 0, up to 64")
 _FRACTION = Rule((float, int), lambda value: 0 <= value < 1, "a number in [0, 1)")
 _CHANNELS = Rule(
     (tuple,),
@@ -49,34 +50,34 @@ _CHANNELS = Rule(
 _DEVIATIONS = Rule((tuple,), lambda value: _CHANNELS.test(value) and min(value) > 0, "a tuple of numbers above 0")
 _EPOCHS = Rule(
     (tuple,),
-    lambda value: all(type(v) is int and v > 0 for v in value) and list(value) == sorted(set(value)),
-    "an increasing tuple of epochs",
+    lambda value: all(type(v) is int and 0 < v <= 10**6 for v in value) and list(value) == sorted(set(value)),
+    "an increasing tuple of epochs up to 1000000",
 )
 
 # Every key of a configuration but those of `losses`.
 RULES = {
     "method": _TEXT,
-    "seed": Rule((int,), lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
-    "batch_size": _at_least(1),
+    "seed": _integer(0, 2**32 - 1),
+    "batch_size": _integer(1),
     "drop_last": _BOOL,
-    "epochs": _at_least(1),
+    "epochs": _integer(1),
     "dtype": _one_of("float32", "bfloat16", "float64"),
-    "log_every": _at_least(1),
-    "keep_checkpoints": _at_least(1),
+    "log_every": _integer(1),
+    "keep_checkpoints": _integer(1),
     "dataset.name": _TEXT,
     "dataset.data_dir": _optional(_TEXT),
     "dataset.path": _optional(_TEXT),
-    "dataset.train_examples": _optional(_at_least(1)),
+    "dataset.train_examples": _optional(_integer(1, 10**9)),
     "dataset.mean": _CHANNELS,
     "dataset.std": _DEVIATIONS,
-    "augment.crop_padding": Rule((int,), lambda value: 0 <= value <= 256, "an integer in [0, 256]"),
+    "augment.crop_padding": _integer(0, 256),
     "augment.flip": _BOOL,
     "teacher.name": _optional(Rule((str,), lambda value: value in MODELS or not value, f"one of {', '.join(MODELS)}")),
-    "teacher.width": _POSITIVE,
+    "teacher.width": _WIDTH,
     "teacher.checkpoint": _optional(_TEXT),
-    "teacher.epochs": _at_least(1),
+    "teacher.epochs": _integer(1),
     "student.name": _one_of(*MODELS),
-    "student.width": _POSITIVE,
+    "student.width": _WIDTH,
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.momentum": _FRACTION,
     "optimizer.weight_decay": _NOT_NEGATIVE,
@@ -112,6 +113,10 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def unknown_key(key: str, known: Any) -> UserError:
     """The error for a key that is not there, with what was probably meant."""
+    loss = key.split(".")[1] if key.startswith("losses.") else ""
+    present = sorted({k.split(".")[1] for k in known if k.startswith("losses.")})
+    if loss in LOSSES and loss not in present:
+        return UserError(f"{key}: this method has no {loss}, only {', '.join(present)}; see configs/methods.py")
     close = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
     return UserError(f"unknown configuration key {key}; {hint}")
@@ -134,13 +139,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _validate_loss(name, settings)
     if config.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("dtype is float64; it needs the environment variable JAX_ENABLE_X64=1")
-    needs_teacher = any(LOSSES[name].needs_teacher for name in losses)
-    if needs_teacher and not config.teacher.name:
+    if needs_teacher(losses) and not config.teacher.name:
         raise UserError(
             f"method {config.method} needs a teacher: set teacher.name to one of {', '.join(sorted(MODELS))}"
         )
     checkpoint = config.teacher.checkpoint
-    if needs_teacher and checkpoint is not None and not pathlib.Path(checkpoint).expanduser().exists():
+    if needs_teacher(losses) and checkpoint is not None and not pathlib.Path(checkpoint).expanduser().exists():
         raise UserError(f"teacher.checkpoint {checkpoint} does not exist")
     if len(config.dataset.mean) != len(config.dataset.std):
         raise UserError(f"dataset.mean {config.dataset.mean} and dataset.std {config.dataset.std} differ in length")
@@ -163,10 +167,15 @@ def _validate_loss(name: str, settings: Any) -> None:
             types = tuple(getattr(annotation, "__args__", None) or (annotation,))
             types += (int,) if float in types else ()
             wanted = getattr(annotation, "__name__", str(annotation)) if len(types) == 1 else str(annotation)
-            _check(path, value, Rule(types, lambda _: True, wanted))
+            _check(path, value, Rule(types, _is_sensible, f"of type {wanted}, a number finite and at least 0"))
     end, start = settings.get("end_epoch"), settings.get("start_epoch", 0)
     if end is not None and end <= start:
         raise UserError(f"losses.{name}.end_epoch is {end}; it must be more than start_epoch, {start}")
+
+
+def _is_sensible(value):
+    """No hyper-parameter of a loss is a negative or infinite number."""
+    return not isinstance(value, int | float) or 0 <= value < math.inf
 
 
 def _check(key: str, value: Any, rule: Rule) -> None:

@@ -20,7 +20,10 @@ def say(message: str) -> None:
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes JSON so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    with temporary.open("w") as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -65,8 +68,10 @@ class MetricsLog:
 
 
 def _rows(path):
-    """Rows of a metrics.jsonl; a last line that was cut off in the middle is left out."""
+    """Rows of a metrics.jsonl; lines that are none, such as one that was cut off, are left out."""
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+                row = json.loads(line)
+                if isinstance(row, dict) and {"phase", "step"} <= row.keys():
+                    yield row

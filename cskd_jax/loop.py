@@ -47,7 +47,7 @@ class Network:
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be this network."""
-        return {"name": self.name, "width": self.width, "num_classes": self.module.num_classes}
+        return {"name": self.name, "width": self.width}
 
 
 @dataclasses.dataclass
@@ -105,7 +105,7 @@ class Phase:
         self._name, self._config, self._network, self._epochs = name, config, network, epochs
         self._dataset, self._workdir, self._teacher = dataset, workdir, teacher
         self._sampler = UniformSampler(len(dataset.train.labels), config.batch_size, config.seed, config.drop_last)
-        _check_last_batch(self._sampler)
+        _check_batches(self._sampler)
         self._total_steps = epochs * self._sampler.steps_per_epoch
         self._objective = Objective.create(
             losses,
@@ -151,7 +151,7 @@ class Phase:
             state = jax.eval_shape(self._new_state)
             variables = None if self._teacher is None else jax.eval_shape(self._new_teacher_variables)
             jax.eval_shape(self._train_step, state, variables, self._batch(0), self._key)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{self._name}: {str(error).strip().splitlines()[0]}") from error
         return state
 
@@ -237,8 +237,14 @@ class Phase:
             values = self._evaluate(state.student_variables)
             meter.end_epoch(step, values)
             score = values["top1"]
-        progress = dataclasses.asdict(meter.progress)
-        record = {"network": self._network.identity, "method": self._config.method, "progress": progress}
+        record = {
+            "network": self._network.identity,
+            "channels": self._dataset.image_shape[-1],
+            "categories": self._dataset.categories,
+            "method": self._config.method,
+            "finished": step == self._total_steps,
+            "progress": dataclasses.asdict(meter.progress),
+        }
         checkpoints.save(step, state, record, score)
 
 
@@ -268,11 +274,7 @@ class Meter:
         self.progress = progress
         self._phase, self._log_every, self._steps_per_epoch = phase, config.log_every, sampler.steps_per_epoch
         self._epochs = total_steps // sampler.steps_per_epoch
-        settings = config.optimizer
-        schedule = optim.step_schedule(
-            settings.learning_rate, settings.milestones, settings.decay_factor, sampler.steps_per_epoch
-        )
-        self._schedule = jax.jit(schedule)
+        self._optimizer = config.optimizer
         self._log = MetricsLog(workdir, phase, step)
         self._bar = progress_bar(phase, sampler.images_before(total_steps), sampler.images_before(step), "images")
         self._clock = 0.0
@@ -314,12 +316,13 @@ class Meter:
         self._bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.3f}", refresh=False)
         if step % self._log_every == 0 or step % self._steps_per_epoch == 0:
             row = {name: total / progress.count for name, total in progress.sums.items()}
-            row["learning_rate"] = float(self._schedule(step - 1))
+            row["learning_rate"] = self._learning_rate(step)
             self._log.write("train", step, -(-step // self._steps_per_epoch), row)
             progress.sums, progress.count = {}, 0
 
     def end_epoch(self, step: int, values: dict[str, float]) -> None:
         """Takes the evaluation after the last step of an epoch."""
+        self._check_finite(step, {f"test {name}": value for name, value in values.items()})
         epoch = step // self._steps_per_epoch
         self._log.write("test", step, epoch, values)
         entry, evaluations = {"epoch": epoch, **values}, self.progress.evaluations
@@ -332,11 +335,17 @@ class Meter:
             f"top-1 {values['top1']:.4f}, top-5 {values['top5']:.4f}" + (f", {rate:,.0f} images/s" if rate else "")
         )
 
+    def _learning_rate(self, step):
+        """Of a step, computed on the host: on a device it would queue behind the steps in flight."""
+        epoch = (step - 1) // self._steps_per_epoch
+        passed = sum(milestone <= epoch for milestone in self._optimizer.milestones)
+        return self._optimizer.learning_rate * self._optimizer.decay_factor**passed
+
     def _check_finite(self, step, values):
         wrong = [name for name, value in values.items() if not np.isfinite(value)]
         if wrong:
-            # The total is the sum of the others: one of those says more about where it came from.
-            culprit = next((name for name in wrong if name != "loss"), "loss")
+            # Terms (METHOD/TERM) say more about where it came from than methods, and these more than the total.
+            culprit = max(wrong, key=lambda name: (name.count("/"), name != "loss"))
             raise DivergedError(
                 f"{self._phase}: {culprit} is {values[culprit]} at step {step}; the last checkpoint is kept; "
                 "a lower optimizer.learning_rate may help"
@@ -349,7 +358,9 @@ class Evaluation:
     def __init__(self, network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset):
         normalize = make_normalize(config.dataset.mean, config.dataset.std)
         step = make_eval_step(network.module, preprocess=normalize, axis_name=parallel.AXIS)
-        self._step, self._split, self._batch_size = parallel.parallel_eval_step(step), dataset.test, config.batch_size
+        self._step, self._split = parallel.parallel_eval_step(step), dataset.test
+        # No larger than the split needs: what is padded is computed too.
+        self._batch_size = min(config.batch_size, parallel.round_up_to_devices(len(self._split.labels)))
 
     def __call__(self, variables: Any) -> dict[str, float]:
         """{"top1", "top5": fractions of the split, "loss": mean cross-entropy}."""
@@ -384,10 +395,9 @@ def _add(totals, sums):
         totals[name] = totals.get(name, 0) + value
 
 
-def _check_last_batch(sampler: UniformSampler) -> None:
-    if sampler.steps_per_epoch == 0:
+def _check_batches(sampler: UniformSampler) -> None:
+    if sampler.batch_size > sampler.num_examples:
         raise UserError(
-            f"batch_size {sampler.batch_size} is more than the {sampler.num_examples} training examples "
-            "and drop_last is set: an epoch would have no step"
+            f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
         )
     parallel.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)

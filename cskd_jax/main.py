@@ -37,6 +37,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return UserError.exit_code
     return 0
 
 
@@ -44,22 +47,30 @@ def _parse(argv):
     """(configuration, workdir) of a command line."""
     recipe = next((a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))), "")
     file = pathlib.Path(recipe.split(":")[0])
-    if not file.is_file():
-        raise UserError(f"--config must name a recipe, such as configs/digits.py; got {recipe or 'nothing'}")
+    if not recipe or not file.is_file():
+        raise UserError(f"--config=RECIPE must name a file such as configs/digits.py; got {recipe or 'none'}")
     # A recipe may import its neighbours, wherever the command is run.
     sys.path.append(str(file.absolute().parent.parent))
     config = _parse_flags([argv[0], f"--config={recipe}"])["config"].value
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"get_config of {file} must return a ConfigDict, got {type(config).__name__}")
-    known = config_lib.flatten(config)
-    for argument in argv[1:]:
-        key = argument.lstrip("-").split("=")[0]
-        if key.startswith("config.") and key.removeprefix("config.") not in known:
-            raise config_lib.unknown_key(key.removeprefix("config."), known)
+    if not isinstance(config, ml_collections.ConfigDict) or not {"method", "seed"} <= set(config):
+        raise UserError(f"get_config of {file} must return a ConfigDict with all the keys of configs/digits.py")
+    _check_overrides(argv, config_lib.flatten(config))
     values = _parse_flags(argv)
     config = values["config"].value
     default = pathlib.Path("runs") / file.stem / f"{config.method}-seed{config.seed}"
     return config, pathlib.Path(values["workdir"].value or default)
+
+
+def _check_overrides(argv, known):
+    for argument in argv[1:]:
+        key = argument.lstrip("-").split("=")[0]
+        if not key.startswith("config."):
+            continue
+        key = key.removeprefix("config.")
+        if key == "method":
+            raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")
+        if key not in known:
+            raise config_lib.unknown_key(key, known)
 
 
 def _parse_flags(argv):
@@ -69,10 +80,11 @@ def _parse_flags(argv):
     flags.DEFINE_string("workdir", None, "Folder of the run.", values)
     try:
         rest = values(argv)
-    except Exception as error:  # A recipe is code: it may raise anything.
+    except flags.Error as error:
         # The last line is the message; what comes before it is a traceback through the recipe.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(lines[-1].removeprefix("ValueError: ")) from None
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except Exception as error:  # A recipe is code: it may raise anything.
+        raise UserError(f"{argv[1]}: {type(error).__name__}: {str(error).strip()}") from None
     if rest[1:]:
         raise UserError(f"arguments are given as --NAME=VALUE; got {' '.join(rest[1:])}")
     return values

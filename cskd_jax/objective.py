@@ -1,7 +1,7 @@
 """The objective: a weighted sum of the methods that a configuration names."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,11 @@ _SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "parent", "name
 def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
     """The fields of method `name` of `LOSSES` that `config.losses.NAME` may set, besides those of `Weight`."""
     return {f.name: f for f in dataclasses.fields(LOSSES[name]) if f.name not in _SET_BY_OBJECTIVE}
+
+
+def needs_teacher(losses: Iterable[str]) -> bool:
+    """Whether any of these methods of `LOSSES` reads the outputs of a teacher."""
+    return any(LOSSES[name].needs_teacher for name in losses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +80,6 @@ class Objective:
             hyper = {key: value for key, value in settings.items() if key not in fields}
             methods[name] = (weight, LOSSES[name](**common, **hyper))
         return cls(methods, steps_per_epoch)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any method reads the teacher's outputs."""
-        return any(method.needs_teacher for _, method in self.methods.values())
 
     def init(self, key: jax.Array, inputs: LossInputs) -> tuple[dict[str, Any], dict[str, Any]]:
         """(parameters, memory) of each method that has any, by name; of `inputs` only shapes and dtypes are read."""

@@ -24,6 +24,11 @@ def check_batch_size(name: str, size: int) -> None:
         raise UserError(f"{name} is {size}, which does not divide by the {jax.device_count()} devices")
 
 
+def round_up_to_devices(size: int) -> int:
+    """The smallest multiple of the number of devices that is not below `size`."""
+    return -(-size // jax.device_count()) * jax.device_count()
+
+
 def replicate(tree: Any) -> Any:
     """Puts a tree of host or single-device arrays on every device."""
     # pmap asks for a mapped argument, to know the devices by.

@@ -9,7 +9,7 @@ import optax
 from flax import linen as nn
 
 from cskd_jax.losses import LossInputs
-from cskd_jax.objective import Objective
+from cskd_jax.objective import Objective, needs_teacher
 
 
 @flax.struct.dataclass
@@ -64,7 +64,7 @@ def init_state(
 
     inputs = LossInputs(
         student=output_shapes(student),
-        teacher=output_shapes(teacher) if objective.needs_teacher else None,
+        teacher=output_shapes(teacher) if needs_teacher(objective.methods) else None,
         labels=jax.ShapeDtypeStruct((2,), jnp.int32),
         indices=jax.ShapeDtypeStruct((2,), jnp.int32),
         key=jax.ShapeDtypeStruct(key.shape, key.dtype),

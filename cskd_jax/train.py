@@ -1,5 +1,6 @@
 """A run: a teacher phase (unless a checkpoint is given), a student phase, and the results."""
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -11,13 +12,13 @@ import ml_collections
 
 from cskd_jax import config as config_lib
 from cskd_jax import parallel
-from cskd_jax.checkpoint import load_variables
+from cskd_jax.checkpoint import FOLDER, load_variables
 from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.errors import UserError
 from cskd_jax.logging import say, write_json
 from cskd_jax.loop import Evaluation, Network, Phase, Progress
 from cskd_jax.models import count_parameters
-from cskd_jax.objective import Objective
+from cskd_jax.objective import needs_teacher
 from cskd_jax.signals import StopRequest
 
 # Packages whose versions decide the numbers.
@@ -32,12 +33,17 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """
     config_lib.validate(config)
     parallel.check_batch_size("batch_size", config.batch_size)
-    claim(workdir, config)
+    identity, given_teacher = config_lib.plain(config), None
+    if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
+        given_teacher = GivenTeacher.load(config)
+        # A resumed run must not go on with another teacher.
+        identity["teacher.checkpoint digest"] = given_teacher.record["digest"]
+    check_workdir(workdir, identity)
     results_path = workdir / "results.json"
     if results_path.exists():
         say(f"already done: {results_path}")
         return
-    start = time.time()
+    start, versions, devices = time.time(), read_versions(), parallel.describe_devices()
     dataset = load_dataset(
         config.dataset.name,
         data_dir=config.dataset.data_dir,
@@ -45,21 +51,30 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         train_examples=config.dataset.train_examples,
     )
     check_channels(config, dataset)
-    devices = parallel.describe_devices()
+    # All phases are made before the first runs: what does not fit in the last should not show hours later.
+    student = Network.create(config.student, dataset.num_classes, config.dtype)
+    teacher = teacher_phase = None
+    if needs_teacher(config.losses):
+        teacher = Network.create(config.teacher, dataset.num_classes, config.dtype)
+        if given_teacher is None:
+            losses = {"cross_entropy": {"weight": 1.0}}
+            teacher_phase = Phase("teacher", config, teacher, losses, config.teacher.epochs, dataset, workdir)
+        else:
+            given_teacher.check_dataset(dataset)
+    student_phase = Phase("student", config, student, config.losses, config.epochs, dataset, workdir, teacher)
+    claim(workdir, identity)
     say(
         f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images, "
         f"{dataset.num_classes} categories; {devices['count']} x {devices['kind']}; workdir {workdir}"
     )
-    student = Network.create(config.student, dataset.num_classes, config.dtype)
-    teacher = teacher_variables = teacher_result = None
-    if needs_teacher(config):
-        teacher = Network.create(config.teacher, dataset.num_classes, config.dtype)
-    # Made before the teacher trains: what does not fit in the student's phase should not show hours later.
-    phase = Phase("student", config, student, config.losses, config.epochs, dataset, workdir, teacher)
+    teacher_variables = teacher_result = None
     with StopRequest() as stop:
-        if teacher is not None:
-            teacher_variables, teacher_result = make_teacher(teacher, config, dataset, workdir, stop)
-        variables, progress = phase.run(stop, teacher_variables)
+        if teacher_phase is not None:
+            variables, progress = teacher_phase.run(stop)
+            teacher_variables, teacher_result = parallel.replicate(variables), describe(teacher, variables, progress)
+        elif given_teacher is not None:
+            teacher_variables, teacher_result = given_teacher.evaluate(teacher, config, dataset)
+        variables, progress = student_phase.run(stop, teacher_variables)
     results = {
         "method": config.method,
         "seed": config.seed,
@@ -72,44 +87,70 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             "test_examples": len(dataset.test.labels),
         },
         "devices": devices,
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "versions": versions,
         "config": config_lib.plain(config),
     }
     write_json(results_path, results)
     say_results(results, results_path, time.time() - start)
 
 
-def needs_teacher(config: ml_collections.ConfigDict) -> bool:
-    """Whether any of the losses reads a teacher."""
-    return Objective.create(config.losses, num_classes=1).needs_teacher
+@dataclasses.dataclass(frozen=True)
+class GivenTeacher:
+    """A teacher from `config.teacher.checkpoint`.
 
-
-def make_teacher(
-    network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset, workdir: pathlib.Path, stop: StopRequest
-) -> tuple[Any, dict[str, Any]]:
-    """Trains the teacher with cross-entropy and the student's recipe, or takes it from its checkpoint.
-
-    Returns:
-      Its variables on every device, and its entry in results.json.
+    Attributes:
+      path: as configured.
+      variables: of the network, numpy arrays.
+      record: saved with them.
     """
-    if config.teacher.checkpoint is None:
-        losses = {"cross_entropy": {"weight": 1.0}}
-        phase = Phase("teacher", config, network, losses, config.teacher.epochs, dataset, workdir)
-        variables, progress = phase.run(stop)
-        return parallel.replicate(variables), describe(network, variables, progress)
-    path = config.teacher.checkpoint
-    variables, record = load_variables(path)
-    if record["network"] != network.identity:
-        raise UserError(
-            f"teacher.checkpoint {path} holds {record['network']}, the configuration asks for {network.identity}"
+
+    path: str
+    variables: Any
+    record: dict[str, Any]
+
+    @classmethod
+    def load(cls, config: ml_collections.ConfigDict):
+        """Reads it; raises UserError unless it is the network that the configuration names, trained to the end."""
+        path = config.teacher.checkpoint
+        variables, record = load_variables(path)
+        wanted = {"name": config.teacher.name, "width": float(config.teacher.width)}
+        if record["network"] != wanted:
+            raise UserError(f"teacher.checkpoint {path} holds {record['network']}, the configuration asks for {wanted}")
+        if not record["finished"]:
+            raise UserError(f"teacher.checkpoint {path} is not trained to its end: run its own command again first")
+        return cls(path, variables, record)
+
+    def check_dataset(self, dataset: ImageDataset) -> None:
+        """Raises UserError unless it was trained on such images and the same categories."""
+        channels = dataset.image_shape[-1]
+        if self.record["channels"] != channels:
+            raise UserError(
+                f"teacher.checkpoint {self.path} takes images with {self.record['channels']} channels, "
+                f"those of {dataset.name} have {channels}"
+            )
+        ours, theirs = list(dataset.categories), list(self.record["categories"])
+        if ours != theirs:
+            raise UserError(
+                f"teacher.checkpoint {self.path} knows {len(theirs)} categories ({', '.join(theirs[:3])}, ...), "
+                f"{dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
+            )
+
+    def evaluate(self, network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset):
+        """Its variables on every device, and its entry in results.json."""
+        variables = parallel.replicate(self.variables)
+        values = Evaluation(network, config, dataset)(variables)
+        say(
+            f"teacher: {network.name}, width {network.width:g}, from {self.path}, top-1 {values['top1']:.4f}, "
+            f"top-5 {values['top5']:.4f}"
         )
-    variables = parallel.replicate(variables)
-    values = Evaluation(network, config, dataset)(variables)
-    say(
-        f"teacher: {network.name}, width {network.width:g}, from {path}, top-1 {values['top1']:.4f}, "
-        f"top-5 {values['top5']:.4f}"
-    )
-    return variables, describe(network, variables, Progress({"last": values})) | {"checkpoint": path}
+        entry = describe(network, variables, Progress({"last": values}))
+        source = {"checkpoint": self.path, "step": self.record["step"], "digest": self.record["digest"]}
+        return variables, entry | source
+
+
+def read_versions() -> dict[str, str]:
+    """Of Python and the packages that decide the numbers."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def describe(network: Network, variables: Any, progress: Progress) -> dict[str, Any]:
@@ -135,27 +176,34 @@ def say_results(results: dict[str, Any], path: pathlib.Path, seconds: float) -> 
     say(f"done in {seconds:.0f} s: {path}")
 
 
-def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Makes the workdir this configuration's; raises UserError if it is another's."""
+def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+    """Raises UserError if the workdir holds checkpoints of another configuration, or cannot be one."""
     path = workdir / "config.json"
-    wanted = config_lib.plain(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_json(path, wanted)
-            return
+        found = json.loads(path.read_text()) if path.exists() else identity
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from None
-    found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged; use another --workdir")
     different = [
-        f"{key} {found.get(key)!r} != {wanted.get(key)!r}"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
+        f"{key} {found.get(key)!r} != {identity.get(key)!r}"
+        for key in sorted(found.keys() | identity.keys())
+        if found.get(key) != identity.get(key)
     ]
-    if different:
+    if different and any(workdir.glob(f"*/{FOLDER}/*")):
         raise UserError(
             f"workdir {workdir} holds a run of another configuration ({', '.join(different)}); use another --workdir"
         )
+
+
+def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+    """Makes the workdir this configuration's, dropping what one that never came to a checkpoint has logged."""
+    if not any(workdir.glob(f"*/{FOLDER}/*")):
+        (workdir / "metrics.jsonl").unlink(missing_ok=True)
+    write_json(workdir / "config.json", identity)
 
 
 def check_channels(config: ml_collections.ConfigDict, dataset: ImageDataset) -> None:

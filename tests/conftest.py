@@ -72,10 +72,10 @@ def start(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
-    def start(arguments, cwd=ROOT):
+    def start(arguments, cwd=ROOT, **variables):
         command = [sys.executable, "-m", "cskd_jax.main", *arguments]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=pipe, stderr=pipe)
+        return subprocess.Popen(command, cwd=cwd, env=environment | variables, text=True, stdout=pipe, stderr=pipe)
 
     return start
 

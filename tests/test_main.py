@@ -79,6 +79,15 @@ def test_divergence_names_step_and_term(start, small_run, tmp_path):
     _, error = (process := start([*arguments, f"--workdir={tmp_path / 'run'}"])).communicate()
     assert process.returncode == 3
     assert "error: student: cross_entropy is nan at step 2" in error
+
+
+def test_divergence_in_the_last_step_of_an_epoch_saves_nothing(start, small_run, tmp_path):
+    arguments = [f"{small_run[0]}:ce", *small_run[1:], "--config.optimizer.learning_rate=1e30"]
+    arguments += ["--config.dataset.train_examples=64"]
+    _, error = (process := start([*arguments, f"--workdir={tmp_path / 'run'}"])).communicate()
+    assert process.returncode == 3
+    assert "error: student: test loss is" in error
+    assert not list((tmp_path / "run" / "student" / "checkpoints").glob("[0-9]*"))
     assert "Traceback" not in error
 
 
@@ -119,14 +128,14 @@ FOLDER = ["--config.dataset.name=image_folder", "--config.dataset.path={folder}"
 CIFAR = ["--config.dataset.name=cifar100", "--config.dataset.data_dir={empty}", "--config.dataset.train_examples=100"]
 # name -> (arguments after those of `small_run`, words that the message must hold, change to the image folder)
 BAD_INPUT = {
-    "no config": (["--config="], ["--config must name a recipe"], None),
+    "no config": (["--config="], ["--config=RECIPE must name a file"], None),
     "missing config file": (["--config=configs/nothing.py"], ["configs/nothing.py"], None),
     "unknown method": ([f"--config={ROOT}/configs/digits.py:cskdd"], ["cskdd", "cskd_paper"], None),
     "unknown key": (["--config.batchsize=3"], ["batchsize", "did you mean batch_size"], None),
     "unknown loss": (["--config.losses.crossentropy.weight=1"], ["losses.crossentropy.weight"], None),
     "wrong type": (["--config.epochs=many"], ["epochs", "many"], None),
     "no truth value": (["--config.augment.flip=maybe"], ["augment.flip", "maybe"], None),
-    "zero epochs": (["--config.epochs=0"], ["epochs is 0", "at least 1"], None),
+    "zero epochs": (["--config.epochs=0"], ["epochs is 0", "from 1"], None),
     "negative learning rate": (
         ["--config.optimizer.learning_rate=-1"],
         ["learning_rate is -1", "greater than 0"],
@@ -139,10 +148,24 @@ BAD_INPUT = {
     "unknown data set": (["--config.dataset.name=digitz"], ["digitz", "digits", "image_folder"], None),
     "batch and devices": (["--config.batch_size=60"], ["batch_size is 60", "8 devices"], None),
     "last batch and devices": (["--config.dataset.train_examples=150"], ["last batch", "22", "drop_last"], None),
-    "no step in an epoch": (["--config.batch_size=512", "--config.drop_last=True"], ["512", "160"], None),
+    "batch larger than the data": (["--config.batch_size=512"], ["512", "160"], None),
+    "method as a key": (["--config.method=kd"], ["--config=RECIPE:METHOD"], None),
+    "loss of another method": (["--config.losses.kd.weight=1"], ["no kd", "category_structure"], None),
+    "weight that is no number": (
+        ["--config.losses.category_structure.inter_weight=nan"],
+        ["inter_weight", "nan"],
+        None,
+    ),
+    "width without channels": (["--config.student.width=0.001"], ["width 0.001"], None),
+    "overlong path": (["--config.teacher.checkpoint=/tmp/" + 300 * "x"], ["name too long"], None),
     "no teacher": (["--config.teacher.name="], ["needs a teacher", "resnet18"], None),
     "no such teacher": (["--config.teacher.checkpoint=/no/such"], ["/no/such does not exist"], None),
     "no checkpoint there": (["--config.teacher.checkpoint={empty}"], ["no checkpoint in"], None),
+    "teacher of other data": (
+        [*FOLDER, "--config.teacher.checkpoint={done}/teacher", "--config.dataset.mean=(0.1,)"],
+        ["3"],
+        break_nothing,
+    ),
     "teacher does not fit": (
         ["--config.teacher.checkpoint={done}/teacher", "--config.teacher.width=0.125"],
         ["0.0625", "0.125"],

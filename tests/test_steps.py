@@ -9,7 +9,7 @@ import pytest
 
 from cskd_jax.data.augment import augment, make_normalize
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
-from cskd_jax.objective import Objective
+from cskd_jax.objective import Objective, needs_teacher
 from cskd_jax.optim import make_optimizer
 from cskd_jax.parallel import AXIS
 from cskd_jax.state import init_state, init_variables
@@ -99,7 +99,7 @@ def plain_step(losses):
         learning_rate=0.1, momentum=0.9, weight_decay=1e-4, milestones=(), decay_factor=0.1,
         restart_momentum=False, steps_per_epoch=3,
     )  # fmt: skip
-    teacher = teacher if objective.needs_teacher else None
+    teacher = teacher if needs_teacher(losses) else None
     step = make_train_step(student, objective, optimizer, preprocess=lambda images, *_: images, teacher=teacher)
     return jax.jit(step), *initial(student, objective, optimizer, teacher)
 

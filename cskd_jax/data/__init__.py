@@ -7,8 +7,11 @@ import functools
 import os
 from collections.abc import Callable
 
+import numpy as np
+
 from cskd_jax.data import cifar, digits, image_folder, tfds_source
 from cskd_jax.data.types import ImageDataset, Split
+from cskd_jax.errors import UserError
 
 __all__ = ["DATASETS", "ImageDataset", "Split", "load_dataset"]
 
@@ -45,4 +48,16 @@ def load_dataset(
     """
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     load = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))
-    return load(data_dir=data_dir, path=path, train_examples=train_examples)
+    dataset = load(data_dir=data_dir, path=path, train_examples=train_examples)
+    _check_categories(dataset)
+    return dataset
+
+
+def _check_categories(dataset: ImageDataset) -> None:
+    if dataset.num_classes < 2:
+        raise UserError(f"data set '{dataset.name}' has {dataset.num_classes} category: classification needs two")
+    for split_name, split in (("train", dataset.train), ("test", dataset.test)):
+        missing = np.setdiff1d(np.arange(dataset.num_classes), split.labels)
+        if len(missing):
+            names = ", ".join(dataset.categories[label] for label in missing[:5])
+            raise UserError(f"data set '{dataset.name}' has no image of {names} in its split {split_name}")

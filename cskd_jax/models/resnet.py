@@ -17,7 +17,6 @@ class BasicBlock(nn.Module):
     width: int
     stride: int
     conv: Any
-    expansion = 1
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -80,6 +79,8 @@ class ResNet(nn.Module):
         """Images [B, H, W, C], normalized, floating point -> ModelOutput with four stage maps."""
         conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
         widths = [round(stage_width * self.width) for stage_width in self.stage_widths]
+        if min(widths) < 1:
+            raise ValueError(f"width {self.width} leaves a stage without channels")
         x = nn.relu(conv(widths[0], 3, name="stem")(images, train=train))
         x = nn.max_pool(x, (3, 3), strides=(1, 1), padding=((1, 1), (1, 1)))
         features, preactivations = [], []

@@ -41,7 +41,7 @@ def members_100():
 
 def members_10():
     members = {
-        f"cifar-10-batches-bin/data_batch_{number}.bin": records(number, np.arange(4) + number).tobytes()
+        f"cifar-10-batches-bin/data_batch_{number}.bin": records(number, (np.arange(4) + 2 * number) % 10).tobytes()
         for number in range(1, 6)
     }
     members["cifar-10-batches-bin/test_batch.bin"] = records(6, np.arange(10)).tobytes()
@@ -98,8 +98,22 @@ def test_cifar10_byte_exact_without_network(tmp_path, no_network):
     dataset = load_dataset("cifar10", data_dir=str(tmp_path))
     batches = b"".join(members[f"cifar-10-batches-bin/data_batch_{number}.bin"] for number in range(1, 6))
     np.testing.assert_array_equal(dataset.train.images, expected_images(batches, 1))
-    np.testing.assert_array_equal(dataset.train.labels, [1, 2, 3, 4, 2, 3, 4, 5, 3, 4, 5, 6, 4, 5, 6, 7, 5, 6, 7, 8])
+    np.testing.assert_array_equal(dataset.train.labels, [2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 8, 9, 8, 9, 0, 1, 0, 1, 2, 3])
     assert dataset.categories == tuple(NAMES_10)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_category_without_images_is_named(tmp_path, split):
+    members = members_100()
+    name = f"cifar-100-binary/{split}.bin"
+    members[name] = b"".join(
+        members[name][start : start + 3074]
+        for start in range(0, len(members[name]), 3074)
+        if members[name][start + 1] != 7
+    )
+    write_archive(tmp_path / "cifar-100-binary.tar.gz", members)
+    with pytest.raises(UserError, match=f"no image of {FINE[7]} in its split {split}"):
+        load_dataset("cifar100", data_dir=str(tmp_path))
 
 
 def test_prepared_features_are_those_of_the_stock_builder(tmp_path):

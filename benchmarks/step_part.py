@@ -1,0 +1,107 @@
+"""One whole training step of the CIFAR-100 recipe against PyTorch."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.measuring import MISSING_TORCH, Part, milliseconds
+from configs import cifar100
+from cskd_jax import optim, parallel
+from cskd_jax.data.augment import augment, make_normalize
+from cskd_jax.models import create_model
+from cskd_jax.objective import Objective
+from cskd_jax.state import init_state, init_variables
+from cskd_jax.steps import make_train_step
+
+NUM_CLASSES = 100
+IMAGE_SHAPE = (32, 32, 3)
+_STEPS_PER_EPOCH = 391
+
+
+def make_batch(batch_size: int) -> dict[str, np.ndarray]:
+    """Random images and labels."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(256, size=(batch_size, *IMAGE_SHAPE), dtype=np.uint8)
+    return {"image": images, "label": generator.integers(NUM_CLASSES, size=batch_size, dtype=np.int32)}
+
+
+def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
+    """A function that takes one step, from uint8 images to the new state, and the seconds of its first call."""
+    config = cifar100.get_config()
+    settings = {"num_classes": NUM_CLASSES, "axis_name": parallel.AXIS}
+    student = create_model(config.student.name, width=config.student.width, **settings)
+    teacher = create_model(config.teacher.name, width=config.teacher.width, **settings)
+    objective = Objective.create(config.losses, **settings)
+    optimizer = optim.make_optimizer(**config.optimizer, steps_per_epoch=_STEPS_PER_EPOCH)
+    normalize = make_normalize(config.dataset.mean, config.dataset.std)
+
+    def preprocess(images, key, positions):
+        return normalize(augment(images, key, positions, **config.augment))
+
+    step = make_train_step(
+        student, objective, optimizer, preprocess=preprocess, teacher=teacher, axis_name=parallel.AXIS
+    )
+    step = parallel.parallel_train_step(step)
+    key = jax.random.PRNGKey(0)
+    variables = parallel.replicate(jax.jit(lambda key: init_variables(teacher, key, IMAGE_SHAPE))(key))
+    state = jax.jit(lambda key: init_state(key, student, objective, optimizer, IMAGE_SHAPE, teacher))(key)
+    state, batch = parallel.replicate(state), parallel.shard(batch)
+
+    def call():
+        nonlocal state
+        # The old state is donated to the new one.
+        state, metrics = step(state, variables, batch, key)
+        return state, metrics
+
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return call, time.perf_counter() - start
+
+
+def torch_call(batch: dict[str, np.ndarray]) -> Callable[[], dict[str, float]]:
+    """A function that takes one step in PyTorch, from normalized images, and returns the milliseconds of its parts."""
+    import torch
+
+    from benchmarks import torch_reference
+
+    device = torch_reference.pick_device(jax.default_backend())
+    teacher = torch_reference.ResNet(NUM_CLASSES, (3, 4, 23, 3), bottleneck=True, width=0.5)
+    student = torch_reference.ResNet(NUM_CLASSES, (2, 2, 2, 2), bottleneck=False, width=0.25)
+    step = torch_reference.Step(teacher, student, device)
+    config = cifar100.get_config()
+    images = (batch["image"] / 255 - config.dataset.mean) / config.dataset.std
+    images = torch.from_numpy(images.astype(np.float32).transpose(0, 3, 1, 2).copy()).to(device)
+    labels = torch.from_numpy(batch["label"]).long().to(device)
+    return lambda: step(images, labels)[1]
+
+
+def measure(repeats: int, with_torch: bool) -> Part:
+    """Median times of the parts in PyTorch and of the whole step in both."""
+    batch = make_batch(cifar100.get_config().batch_size)
+    repeats = max(3, repeats // 2)
+    ours, compile_seconds = jax_call(batch)
+    ours_ms = statistics.median(milliseconds(ours) for _ in range(repeats))
+    rows = []
+    if with_torch:
+        theirs = torch_call(batch)
+        theirs()
+        steps = [theirs() for _ in range(repeats)]
+        rows = [
+            {"part": part, "PyTorch ms": statistics.median(step[part] for step in steps), "JAX ms": None, "ratio": None}
+            for part in steps[0]
+        ]
+    total = {"part": "whole step", "PyTorch ms": None, "JAX ms": ours_ms, "ratio": None}
+    if with_torch:
+        total["PyTorch ms"] = statistics.median(sum(step.values()) for step in steps)
+        total["ratio"] = total["PyTorch ms"] / ours_ms
+    notes = [
+        "Teacher ResNet101 (width 0.5) in evaluation mode, student ResNet18 (width 0.25) with sigma, variant "
+        "reference, SGD. The step in JAX is one program; it also crops, mirrors and normalizes, PyTorch does not.",
+        f"The first step in JAX took {compile_seconds:.0f} s: it is traced and compiled.",
+    ]
+    notes.append("PyTorch: eager, the loss with loops over samples and categories." if with_torch else MISSING_TORCH)
+    return Part(f"Training step: batch {len(batch['label'])} of 32x32 images, 100 categories", rows + [total], notes)
