@@ -38,7 +38,7 @@ METHODS = {
     "ce": lambda: {"cross_entropy": {"weight": 1.0}},
     "cckd": lambda: with_cross_entropy("cckd", 100.0),
     "crd": lambda: with_cross_entropy("crd", 0.8),
-    "dist": lambda: with_cross_entropy("dist", 2.0),
+    "dist": lambda: with_cross_entropy("dist", 1.0),
     "irg": lambda: with_cross_entropy("irg", 1.0),
     "kdgan": lambda: with_cross_entropy("kdgan", 1.0),
 }
