@@ -59,11 +59,11 @@ def table(init_epochs, warmup_epochs):
         "sp": with_cross_entropy("sp", 3000.0),
         "pkt": with_cross_entropy("pkt", 30000.0, epsilon=1e-7),
         "vid": with_cross_entropy("vid", 1.0, initial_variance=5.0),
-        "ft": with_cross_entropy("ft", 200.0, rate=0.5, pool_channels=True, reconstruction_weight=0.005),
+        "ft": with_cross_entropy("ft", 200.0, rate=0.5, pool_channels=placeholder(bool), reconstruction_weight=0.005),
         "crd": with_cross_entropy("crd", 0.8, **crd),
         "dkd": with_cross_entropy("dkd", 1.0, warmup_epochs=warmup_epochs, alpha=1.0, beta=8.0, temperature=4.0),
         "reviewkd": with_cross_entropy("reviewkd", 1.0, mid_channels=placeholder(int), with_embedding=True),
-        "dist": with_cross_entropy("dist", 2.0, beta=1.0, gamma=1.0, temperature=4.0),
+        "dist": with_cross_entropy("dist", 1.0, beta=1.0, gamma=1.0, temperature=4.0),
         "kdgan": with_cross_entropy("kdgan", 1.0, **kdgan),
     }
 
