@@ -89,9 +89,9 @@ RULES = {
 # The keys of every loss beside its hyper-parameters: the fields of `objective.Weight`.
 WEIGHT_RULES = {
     "weight": _NOT_NEGATIVE,
-    "start_epoch": _at_least(0),
-    "end_epoch": _optional(_at_least(1)),
-    "warmup_epochs": _at_least(0),
+    "start_epoch": _integer(0),
+    "end_epoch": _optional(_integer(1)),
+    "warmup_epochs": _integer(0),
 }
 
 

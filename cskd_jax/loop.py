@@ -400,4 +400,8 @@ def _check_batches(sampler: UniformSampler) -> None:
         raise UserError(
             f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
         )
+    if sampler.last_batch_size == 1:
+        raise UserError(
+            "the last batch of an epoch holds one image, which has nothing to relate to: set drop_last=True"
+        )
     parallel.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)
