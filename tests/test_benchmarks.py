@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarks import category_structure, loop_part, loss_part
 
+from benchmarks import category_structure, loop_part, loss_part
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.objective import Objective
 from cskd_jax.optim import make_optimizer
@@ -16,6 +16,7 @@ from cskd_jax.steps import make_train_step
 
 try:
     import torch
+
     from benchmarks import torch_reference
 except ImportError:
     torch = None
