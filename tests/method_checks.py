@@ -26,7 +26,8 @@ def make_output(seed, batch=BATCH, channels=(3, 4, 6), dtype=np.float64, num_cla
     sizes = (6, 4, 2)
     features = tuple(rng.normal(size=(batch, n, n, c)).astype(dtype) for n, c in zip(sizes, channels, strict=True))
     embedding = np.abs(rng.normal(size=(batch, channels[-1]))).astype(dtype)
-    return ModelOutput((2 * rng.normal(size=(batch, num_classes))).astype(dtype), features, embedding)
+    logits = (2 * rng.normal(size=(batch, num_classes))).astype(dtype)
+    return ModelOutput(logits, features, embedding, preactivations=features)
 
 
 def make_inputs(batch=BATCH, dtype=np.float64):
@@ -136,7 +137,8 @@ class SmallNetwork(nn.Module):
         for channels in (4, 6, 8):
             features.append(nn.relu(nn.Dense(channels, param_dtype=self.dtype)(features[-1])))
         embedding = features[-1].mean((1, 2))
-        return ModelOutput(nn.Dense(NUM_CLASSES, param_dtype=self.dtype)(embedding), tuple(features[1:]), embedding)
+        logits = nn.Dense(NUM_CLASSES, param_dtype=self.dtype)(embedding)
+        return ModelOutput(logits, tuple(features[1:]), embedding, preactivations=tuple(features[1:]))
 
 
 def train(losses, *, num_devices=None, steps=3, dtype=jnp.float64):

@@ -261,7 +261,7 @@ def test_the_memory_is_saved_with_the_state(tmp_path):
     state = on_one_device()[0][-1]
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(4, state, {})
-        checkpoints.wait()
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         restored, _ = checkpoints.restore(jax.eval_shape(lambda: state))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
