@@ -73,6 +73,7 @@ def train(losses, num_devices, *, steps=5, batch_size=16, num_classes=NUM_CLASSE
     return state, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", "paper"])
 @pytest.mark.usefixtures("x64")
 def test_same_run_on_any_number_of_devices(name):
