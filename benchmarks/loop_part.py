@@ -17,7 +17,7 @@ from cskd_jax import parallel
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.loop import Network, Phase
 from cskd_jax.signals import StopRequest
-from cskd_jax.state import init_variables
+from cskd_jax.state import init_network
 
 NUM_CLASSES = 100
 # name -> (width of the ResNet18s, side of the images, steps in an epoch)
@@ -54,7 +54,9 @@ class Runner:
         config = make_config(width, steps)
         dataset = make_dataset(config.batch_size * steps, side)
         teacher, student = (Network.create(c, NUM_CLASSES, config.dtype) for c in (config.teacher, config.student))
-        variables = jax.jit(lambda key: init_variables(teacher.module, key, dataset.image_shape))(jax.random.PRNGKey(0))
+        variables = jax.jit(lambda key: init_network(teacher.module, key, dataset.image_shape)[0])(
+            jax.random.PRNGKey(0)
+        )
         self._teacher_variables = parallel.replicate(variables)
         self._phase = Phase("student", config, student, config.losses, config.epochs, dataset, folder, teacher)
         self.loop(), self.bare()
@@ -72,11 +74,12 @@ class Runner:
     def bare(self) -> float:
         """Milliseconds per step of as many calls of the compiled step, on one batch."""
         phase = self._phase
-        state, batch = parallel.replicate(phase._new_state()), phase._batch(0)
+        state, batch = parallel.replicate(phase._lowered_state.compile()()), phase._batch(0)
+        (step,) = phase._compiled.values()
         jax.block_until_ready(state)
         start = time.perf_counter()
         for _ in range(self._steps):
-            state, metrics = phase._train_step(state, self._teacher_variables, batch, phase._key)
+            state, metrics = step(state, self._teacher_variables, batch, phase._key)
         jax.block_until_ready((state, metrics))
         return 1e3 * (time.perf_counter() - start) / self._steps
 

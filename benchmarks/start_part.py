@@ -1,6 +1,5 @@
 """Seconds from starting a run to its first training step, without and with a compilation cache."""
 
-import json
 import os
 import pathlib
 import statistics
@@ -16,7 +15,6 @@ from benchmarks.measuring import Part
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM_CLASSES = 100
-_TIMEOUT_SECONDS = 1800
 
 
 def make_images(folder: pathlib.Path) -> None:
@@ -31,64 +29,62 @@ def make_images(folder: pathlib.Path) -> None:
                 Image.fromarray(image).save(path / f"{index}.png")
 
 
-def first_steps(images: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path) -> dict[str, float]:
-    """Starts the CIFAR-100 recipe on `images`, and ends it after the first step of the student.
+def seconds_to_first_steps(phases: tuple[str, ...], workdir: pathlib.Path, *arguments: str) -> dict[str, float]:
+    """Starts a run, and kills it once the last of `phases` has compiled its step.
+
+    Args:
+      phases: "teacher", "student" or both.
+      workdir: of the run; made.
+      arguments: of `python -m cskd_jax.main`; JAX keeps what it compiles in a folder beside `workdir`.
 
     Returns:
-      {"teacher", "student": seconds from the start to the first training step of either}. The student's comes after an
-      epoch of the teacher, of one step, with its evaluation.
+      {phase: seconds from the start to its first step}.
     """
-    command = [sys.executable, "-m", "cskd_jax.main", "--config=configs/cifar100.py", f"--workdir={workdir}"]
-    command += ["--config.dataset.name=image_folder", f"--config.dataset.path={images}"]
-    command += ["--config.teacher.epochs=1", "--config.log_every=1", "--config.drop_last=True"]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment["XDG_CACHE_HOME"] = str(cache)
-    workdir.mkdir()
-    seconds, start = {}, time.perf_counter()
-    with (workdir / "output.txt").open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            while "student" not in seconds:
-                time.sleep(0.01)
-                now = time.perf_counter() - start
-                for phase in _phases_begun(workdir / "metrics.jsonl"):
-                    seconds.setdefault(phase, now)
-                if process.poll() is not None or now > _TIMEOUT_SECONDS:
-                    text = (workdir / "output.txt").read_text()
-                    raise RuntimeError(f"no first step of the student after {now:.0f} s:\n{text}")
-        finally:
-            process.kill()
-            process.wait()
-    return seconds
-
-
-def _phases_begun(path):
-    """The phases that have a row of training in a metrics.jsonl that is perhaps just being written."""
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                row = json.loads(line)
-                if row["split"] == "train":
-                    yield row["phase"]
+    environment["XDG_CACHE_HOME"] = str(workdir.parent / "cache")
+    command = [sys.executable, "-m", "cskd_jax.main", f"--workdir={workdir}", *arguments]
+    seconds, lines, start = {}, [], time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            for phase in phases:
+                if line.startswith(f"{phase}: compiled"):
+                    seconds[phase] = time.perf_counter() - start
+            if len(seconds) == len(phases):
+                return seconds
+    finally:
+        process.kill()
+        process.wait()
+    raise RuntimeError("the run ended before its first step:\n" + "".join(lines))
 
 
 def measure(repeats: int, with_torch: bool) -> Part:
     """Seconds to the first steps with an empty cache, and with the one that this leaves behind."""
     del with_torch
+    rows, warm_runs = [], min(repeats, 3)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         make_images(folder / "images")
-        runs = []
-        for index in range(1 + min(repeats, 3)):
-            runs.append(first_steps(folder / "images", folder / f"run{index}", folder / "cache"))
-    rows = []
-    for phase in ("teacher", "student"):
-        cold, warm = runs[0][phase], statistics.median(run[phase] for run in runs[1:])
-        rows.append({"first training step of": phase, "cold s": cold, "warm s": warm, "cold/warm": cold / warm})
+        small = ["--config=configs/digits.py", "--config.teacher.epochs=1"]
+        large = ["--config=configs/cifar100.py", "--config.dataset.name=image_folder"]
+        large += [f"--config.dataset.path={folder / 'images'}", "--config.drop_last=True", "--config.teacher.epochs=1"]
+        for recipe, arguments in (("digits", small), ("cifar100", large)):
+            (folder / recipe).mkdir()
+            phases = ("teacher", "student")
+            cold, *warm = (
+                seconds_to_first_steps(phases, folder / recipe / f"run{index}", *arguments)
+                for index in range(1 + warm_runs)
+            )
+            for phase in phases:
+                median = statistics.median(run[phase] for run in warm)
+                row = {"recipe": recipe, "first step of": phase, "cold s": cold[phase], "warm s": median}
+                rows.append(row | {"cold/warm": cold[phase] / median})
     notes = [
-        "Seconds from starting `python -m cskd_jax.main --config=configs/cifar100.py` on images in a folder, every run "
-        "in a new workdir. Cold: empty compilation cache, one run. Warm: median of "
-        f"{len(runs) - 1} runs with the cache that it left.",
-        "The teacher (ResNet101, width 0.5) is trained for one step and evaluated; the student's first step follows.",
+        "Seconds from starting `python -m cskd_jax.main` in a new workdir until the first training step is compiled "
+        "and can begin; cifar100 on random images. That of the student comes after an epoch of the teacher.",
+        f"Cold: empty compilation cache, one run. Warm: with the cache that it left, median of {warm_runs} runs.",
     ]
     return Part("Start: from the command to the first training step", rows, notes)

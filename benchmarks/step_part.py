@@ -14,7 +14,7 @@ from cskd_jax import optim, parallel
 from cskd_jax.data.augment import augment, make_normalize
 from cskd_jax.models import create_model
 from cskd_jax.objective import Objective
-from cskd_jax.state import init_state, init_variables
+from cskd_jax.state import init_network, init_state
 from cskd_jax.steps import make_train_step
 
 NUM_CLASSES = 100
@@ -47,9 +47,13 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
     )
     step = parallel.parallel_train_step(step)
     key = jax.random.PRNGKey(0)
-    variables = parallel.replicate(jax.jit(lambda key: init_variables(teacher, key, IMAGE_SHAPE))(key))
-    state = jax.jit(lambda key: init_state(key, student, objective, optimizer, IMAGE_SHAPE, teacher))(key)
-    state, batch = parallel.replicate(state), parallel.shard(batch)
+
+    def init(key):
+        variables, output = init_network(teacher, key, IMAGE_SHAPE)
+        return init_state(key, student, objective, optimizer, IMAGE_SHAPE, output), variables
+
+    state, variables = parallel.replicate(jax.jit(init)(key))
+    batch = parallel.shard(batch)
 
     def call():
         nonlocal state

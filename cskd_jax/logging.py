@@ -7,7 +7,6 @@ import pathlib
 import sys
 from typing import Any
 
-import tensorboardX
 import tqdm
 
 
@@ -51,20 +50,26 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
         self._file = path.open("a")
-        self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard" / phase), purge_step=step + 1)
+        self._tensorboard, self._folder, self._purge_step = None, str(workdir / "tensorboard" / phase), step + 1
 
     def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Adds a row: {"phase", "split", "step", "epoch"} and the values."""
         row = {"phase": self._phase, "split": split, "step": step, "epoch": epoch, **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        if self._tensorboard is None:
+            # Imports all of PyTorch where it is installed: here, while the devices have steps to do.
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(self._folder, purge_step=self._purge_step)
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def _rows(path):

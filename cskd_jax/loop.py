@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from cskd_jax.logging import MetricsLog, progress_bar, say
 from cskd_jax.models import count_parameters, create_model
 from cskd_jax.objective import Objective
 from cskd_jax.signals import StopRequest
-from cskd_jax.state import TrainState, init_state, init_variables
+from cskd_jax.state import TrainState, init_network, init_state
 from cskd_jax.steps import make_eval_step, make_train_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -120,8 +121,7 @@ class Phase:
         # One key for the weights, one for augmentation; the same for every method of a seed, so that runs pair up.
         key = jax.random.fold_in(jax.random.PRNGKey(config.seed), name == "student")
         self._init_key, self._key = jax.random.split(key)
-        self._abstract_state = self._trace()
-        self._compiled_sizes = set()
+        self._lower()
         self._max_in_flight = parallel.max_steps_in_flight()
 
     def _make_train_step(self):
@@ -137,23 +137,27 @@ class Phase:
         )
         return parallel.parallel_train_step(step)
 
-    def _new_state(self) -> TrainState:
-        teacher = None if self._teacher is None else self._teacher.module
-        shape = self._dataset.image_shape
-        return init_state(self._init_key, self._network.module, self._objective, self._optimizer, shape, teacher)
-
-    def _new_teacher_variables(self):
-        return init_variables(self._teacher.module, self._init_key, self._dataset.image_shape)
-
-    def _trace(self):
-        """Shapes of the state; whatever does not fit in networks and losses shows here, before anything compiles."""
+    def _lower(self):
+        """Traces a new state and a step; what does not fit together shows here, before anything compiles."""
         try:
-            state = jax.eval_shape(self._new_state)
-            variables = None if self._teacher is None else jax.eval_shape(self._new_teacher_variables)
-            jax.eval_shape(self._train_step, state, variables, self._batch(0), self._key)
+            self._teacher_variables, teacher_output = None, None
+            if self._teacher is not None:
+                self._teacher_variables, teacher_output = jax.eval_shape(
+                    lambda: init_network(self._teacher.module, self._init_key, self._dataset.image_shape)
+                )
+
+            def new_state():
+                model, shape = self._network.module, self._dataset.image_shape
+                return init_state(self._init_key, model, self._objective, self._optimizer, shape, teacher_output)
+
+            self._lowered_state = jax.jit(new_state).lower()
+            self._abstract_state: TrainState = self._lowered_state.out_info
+            self._lowered_step = self._lower_step(self._batch(0))
         except (TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{self._name}: {str(error).strip().splitlines()[0]}") from error
-        return state
+
+    def _lower_step(self, batch):
+        return self._train_step.lower(self._abstract_state, self._teacher_variables, batch, self._key)
 
     def _batch(self, step):
         index = self._sampler.indices(step)
@@ -176,15 +180,12 @@ class Phase:
           DivergedError: a loss or gradient is not finite.
         """
         with Checkpoints(self._workdir / self._name / FOLDER, self._config.keep_checkpoints) as checkpoints:
-            restored = checkpoints.restore(self._abstract_state)
-            if restored is None:
-                state, progress = jax.jit(self._new_state)(), Progress()
-            else:
-                state, progress = restored[0], Progress(**restored[1]["progress"])
-            step = int(state.step)
+            state, record = checkpoints.restore(self._abstract_state) or (None, {"progress": {}})
+            progress = Progress(**record["progress"])
+            step = 0 if state is None else int(state.step)
             if step < self._total_steps:
                 self._announce(step)
-                state = parallel.replicate(state)
+                state = parallel.replicate(self._compile(state))
                 with Meter(
                     self._name, self._config, self._sampler, self._total_steps, self._workdir, step, progress
                 ) as meter:
@@ -208,6 +209,18 @@ class Phase:
             f"{self._epochs} epochs of {self._sampler.steps_per_epoch} steps"
         )
 
+    def _compile(self, state):
+        """Compiles the step and, where `state` is None, makes a new one meanwhile; returns the state."""
+        start = time.perf_counter()
+        with ThreadPoolExecutor() as pool:
+            step = pool.submit(self._lowered_step.compile)
+            if state is None:
+                state = self._lowered_state.compile()()
+            # By batch size: the last batch of an epoch may be smaller.
+            self._compiled = {self._config.batch_size: step.result()}
+        say(f"{self._name}: compiled in {time.perf_counter() - start:.1f} s")
+        return state
+
     def _train_epoch(self, state, teacher_variables, step, meter, stop):
         """From `step` to the end of its epoch, or to the step after which a stop was requested."""
         pending = deque()
@@ -216,14 +229,14 @@ class Phase:
         while step < end and not stop.requested:
             batch = self._batch(step)
             size = batch["label"].size
-            compiles = size not in self._compiled_sizes
-            if compiles:
-                # Compiling holds up the host: steps in flight would be charged for it.
+            if size not in self._compiled:
+                # Compiling holds up the host: it should not count as time of the steps in flight, or of the next.
                 _drain(pending, meter)
-                self._compiled_sizes.add(size)
-            state, metrics = self._train_step(state, teacher_variables, batch, self._key)
+                self._compiled[size] = self._lower_step(batch).compile()
+                meter.start_clock()
+            state, metrics = self._compiled[size](state, teacher_variables, batch, self._key)
             step += 1
-            pending.append((step, size, metrics, not compiles))
+            pending.append((step, size, metrics))
             # Metrics of finished steps are read without waiting; only a step too far ahead of the devices waits.
             while pending and (len(pending) >= self._max_in_flight or pending[0][2]["loss"].is_ready()):
                 meter.add(*pending.popleft())
@@ -287,17 +300,16 @@ class Meter:
         self._log.close()
 
     def start_clock(self) -> None:
-        """Evaluation and saving before this do not count as training time."""
+        """Evaluation, saving and compilation before this do not count as training time."""
         self._clock = time.perf_counter()
 
-    def add(self, step: int, images: int, metrics: dict[str, jax.Array], timed: bool) -> None:
+    def add(self, step: int, images: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step, waiting for it if it still runs.
 
         Args:
           step: its number, from 1.
           images: that it trained on.
           metrics: scalars on the device.
-          timed: whether its time says something about the speed: not if it had to compile.
 
         Raises:
           DivergedError: a metric is not finite.
@@ -305,9 +317,8 @@ class Meter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._check_finite(step, values)
         now, progress = time.perf_counter(), self.progress
-        if timed:
-            progress.seconds += now - self._clock
-            progress.images += images
+        progress.seconds += now - self._clock
+        progress.images += images
         self._clock = now
         for name, value in values.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value

@@ -1,5 +1,6 @@
 """Everything that training changes, in one tree."""
 
+from functools import partial
 from typing import Any
 
 import flax
@@ -9,7 +10,8 @@ import optax
 from flax import linen as nn
 
 from cskd_jax.losses import LossInputs
-from cskd_jax.objective import Objective, needs_teacher
+from cskd_jax.models import ModelOutput
+from cskd_jax.objective import Objective
 
 
 @flax.struct.dataclass
@@ -36,10 +38,16 @@ class TrainState:
         return {"params": self.params["student"], "batch_stats": self.batch_stats}
 
 
-def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Fresh variables of a network for images [H, W, C]; nothing is computed but the draws."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), model.dtype)
-    return model.clone(axis_name=None).lazy_init(key, images, train=False)
+@partial(jax.jit, static_argnames=("model", "image_shape"))
+def init_network(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[dict[str, Any], ModelOutput]:
+    """Fresh variables of a network for images [H, W, C], and its output for two black ones.
+
+    Meant for use within jit or eval_shape: an output of which only the shapes are used then costs nothing. Jitted
+    itself only so that a network is traced once, whoever asks.
+    """
+    images = jnp.zeros((2, *image_shape), model.dtype)
+    output, variables = model.clone(axis_name=None).init_with_output(key, images, train=False)
+    return variables, output
 
 
 def init_state(
@@ -48,23 +56,14 @@ def init_state(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
-    teacher: nn.Module | None = None,
+    teacher_output: ModelOutput | None = None,
 ) -> TrainState:
-    """Fresh state; `teacher` is needed (for its shapes alone) where the objective reads one."""
+    """Fresh state; `teacher_output` (its shapes, from `init_network`) is needed where the objective reads a teacher."""
     student_key, methods_key = jax.random.split(key)
-    variables = init_variables(student, student_key, image_shape)
-
-    def output_shapes(model):
-        def output(key):
-            model_variables = init_variables(model, key, image_shape)
-            images = jnp.zeros((2, *image_shape), model.dtype)
-            return model.clone(axis_name=None).apply(model_variables, images, train=False)
-
-        return jax.eval_shape(output, key)
-
+    variables, student_output = init_network(student, student_key, image_shape)
     inputs = LossInputs(
-        student=output_shapes(student),
-        teacher=output_shapes(teacher) if needs_teacher(objective.methods) else None,
+        student=student_output,
+        teacher=teacher_output,
         labels=jax.ShapeDtypeStruct((2,), jnp.int32),
         indices=jax.ShapeDtypeStruct((2,), jnp.int32),
         key=jax.ShapeDtypeStruct(key.shape, key.dtype),

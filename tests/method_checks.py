@@ -13,7 +13,7 @@ from cskd_jax.models import ModelOutput
 from cskd_jax.objective import Objective
 from cskd_jax.optim import make_optimizer
 from cskd_jax.parallel import AXIS
-from cskd_jax.state import init_state, init_variables
+from cskd_jax.state import init_network, init_state
 from cskd_jax.steps import make_train_step
 
 NUM_CLASSES, NUM_EXAMPLES, BATCH = 5, 24, 8
@@ -155,8 +155,8 @@ def train(losses, *, num_devices=None, steps=3, dtype=jnp.float64):
     )
 
     def init(key):
-        teacher = init_variables(network, jax.random.fold_in(key, 1), IMAGE)
-        return init_state(key, network, objective, optimizer, IMAGE, network), teacher
+        teacher, output = init_network(network, jax.random.fold_in(key, 1), IMAGE)
+        return init_state(key, network, objective, optimizer, IMAGE, output), teacher
 
     state, teacher_variables = jax.jit(init)(jax.random.PRNGKey(0))
     if num_devices is None:

@@ -13,9 +13,9 @@ LAYERS = (
     ("train",),
     ("loop",),
     ("config", "steps"),
-    ("checkpoint", "data", "logging", "models", "optim", "parallel", "signals", "state"),
+    ("checkpoint", "data", "logging", "optim", "parallel", "signals", "state"),
     ("metrics", "objective"),
-    ("losses",),
+    ("losses", "models"),
     ("errors",),
 )
 LAYER = {component: number for number, components in enumerate(LAYERS) for component in components}

@@ -12,7 +12,7 @@ from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.objective import Objective, needs_teacher
 from cskd_jax.optim import make_optimizer
 from cskd_jax.parallel import AXIS
-from cskd_jax.state import init_state, init_variables
+from cskd_jax.state import init_network, init_state
 from cskd_jax.steps import make_eval_step, make_train_step
 
 NUM_CLASSES, IMAGE = 6, (8, 8, 3)
@@ -38,8 +38,8 @@ def initial(student, objective, optimizer, teacher):
     """State of the training and variables of the teacher; compiled, because op by op it takes longer."""
 
     def init(key):
-        variables = init_variables(teacher, key, IMAGE) if teacher else None
-        return init_state(key, student, objective, optimizer, IMAGE, teacher), variables
+        variables, output = init_network(teacher, key, IMAGE) if teacher else (None, None)
+        return init_state(key, student, objective, optimizer, IMAGE, output), variables
 
     return jax.jit(init)(jax.random.PRNGKey(0))
 
@@ -156,7 +156,7 @@ def test_bfloat16_trains_with_float32_state():
 
 def test_evaluation_counts_every_image_once_on_any_number_of_devices():
     student, _ = networks(AXIS, jnp.float32)
-    variables = jax.jit(lambda key: init_variables(student, key, IMAGE))(jax.random.PRNGKey(0))
+    variables = jax.jit(lambda key: init_network(student, key, IMAGE)[0])(jax.random.PRNGKey(0))
     step = make_eval_step(student, preprocess=lambda images: images, axis_name=AXIS)
     full = batch(16) | {"mask": np.arange(16) < 13}
     sums = []

@@ -56,8 +56,9 @@ def category_index(labels: jax.Array, *, num_classes: int, axis_name: str | None
     slots = labels
     if num_slots < num_classes:
         global_labels = labels if axis_name is None else lax.all_gather(labels, axis_name, tiled=True)
-        present_labels = jnp.unique(global_labels, size=num_slots, fill_value=num_classes)
-        slots = jnp.searchsorted(present_labels, labels)
+        # A category takes the slot of its first sample in the batch.
+        same = labels[:, None] == global_labels
+        slots = jnp.min(jnp.where(same, jnp.arange(num_slots), num_slots), axis=1)
     counts = _segment_sum(jnp.ones(labels.shape, jnp.float32), slots, num_slots, axis_name)
     return CategoryIndex(slots, counts)
 
@@ -76,14 +77,23 @@ def category_centers(
     Returns:
       centers [K, D], zero where no sample takes part, and counts [K], the samples that take part.
     """
+    sums, counts = _category_sums(features, index, mask=mask, axis_name=axis_name)
+    return _means(sums, counts), counts
+
+
+def _category_sums(features, index, *, mask=None, axis_name=None):
+    """Like `category_centers`, before the division."""
     num_slots = index.counts.shape[0]
     slots, counts = index.slots, index.counts
     if mask is not None:
-        # segment_sum drops what lies past the last segment: no masked copy of the features is needed.
+        # What lies past the last slot is dropped: no masked copy of the features is needed.
         slots = jnp.where(mask, slots, num_slots)
         counts = _segment_sum(mask.astype(counts.dtype), index.slots, num_slots, axis_name)
-    sums = _segment_sum(features, slots, num_slots, axis_name)
-    return sums / jnp.maximum(counts, 1.0).astype(features.dtype)[:, None], counts
+    return _segment_sum(features, slots, num_slots, axis_name), counts
+
+
+def _means(sums, counts):
+    return sums / jnp.maximum(counts, 1.0).astype(sums.dtype)[:, None]
 
 
 def intra_category_structure(features: jax.Array, centers: jax.Array, counts: jax.Array, slots: jax.Array) -> jax.Array:
@@ -226,55 +236,70 @@ def category_structure_loss(
 
 def _paper_terms(student, teacher, index, axis_name):
     """Eq. 9 without its weights."""
-    centers_s, counts = category_centers(student, index, axis_name=axis_name)
-    centers_t, _ = category_centers(teacher, index, axis_name=axis_name)
-    structure_t = intra_category_structure(teacher, centers_t, counts, index.slots)
-    structure_s = intra_category_structure(student, centers_s, counts, index.slots)
-    squared = jnp.sum(jnp.square(structure_t - structure_s), axis=1)
+    sums_s, sums_t = (_category_sums(f, index, axis_name=axis_name)[0] for f in (student, teacher))
+    squared = jnp.sum(jnp.square(_intra_difference(student, teacher, sums_s, sums_t, index)), axis=1)
     # The norm of a category stacks all its samples, which may lie on several devices.
-    norms = safe_sqrt(_segment_sum(squared, index.slots, len(counts), axis_name))
+    norms = safe_sqrt(_segment_sum(squared, index.slots, len(index.counts), axis_name))
     num_present = jnp.sum(index.present).astype(norms.dtype)
-    difference = inter_category_structure(centers_t) - inter_category_structure(centers_s)
     return {
         "intra_feature": jnp.sum(norms) / num_present,
-        "inter_feature": safe_sqrt(jnp.sum(jnp.square(difference))),
+        "inter_feature": safe_sqrt(jnp.sum(jnp.square(_inter_difference(sums_s, sums_t)))),
     }
 
 
 def _reference_terms(student, teacher, logits, labels, index, filter_misclassified, axis_name):
     """The terms of the released code without their weights; `logits` is (student, teacher) or None."""
-    centers_s, centers_t = (category_centers(f, index, axis_name=axis_name)[0] for f in (student, teacher))
-    around_s = around_t = None
+    sums_s, sums_t = (_category_sums(f, index, axis_name=axis_name)[0] for f in (student, teacher))
     if filter_misclassified:
-        correct_s, correct_t = (jnp.argmax(z, axis=-1) == labels for z in logits)
-        around_s = category_centers(student, index, mask=correct_s, axis_name=axis_name)
-        around_t = category_centers(teacher, index, mask=correct_t, axis_name=axis_name)
+        structure_s, structure_t = (
+            intra_category_structure(
+                features,
+                *category_centers(features, index, mask=_is_correct(z, labels), axis_name=axis_name),
+                index.slots,
+            )
+            for features, z in zip((student, teacher), logits, strict=True)
+        )
+        difference = structure_t - structure_s
+    else:
+        difference = _intra_difference(student, teacher, sums_s, sums_t, index)
     terms = {
-        "intra_feature": _intra_mse(
-            student, teacher, around_s or (centers_s, index.counts), around_t or (centers_t, index.counts), index.slots
-        ),
-        "inter_feature": _inter_mse(centers_s, centers_t, index.present),
+        "intra_feature": jnp.mean(jnp.square(difference)) / student.shape[1],
+        "inter_feature": _inter_mse(sums_s, sums_t, index.present),
     }
     if logits is not None:
-        centers_zs, centers_zt = (category_centers(z, index, axis_name=axis_name)[0] for z in logits)
-        terms["intra_logits"] = _intra_mse(*logits, (centers_zs, index.counts), (centers_zt, index.counts), index.slots)
-        terms["inter_logits"] = _inter_mse(centers_zs, centers_zt, index.present)
-        deviation = intra_category_structure(logits[0], centers_zs, index.counts, index.slots)
+        logits_s, logits_t = logits
+        sums_s, sums_t = (_category_sums(z, index, axis_name=axis_name)[0] for z in logits)
+        difference = _intra_difference(logits_s, logits_t, sums_s, sums_t, index)
+        terms["intra_logits"] = jnp.mean(jnp.square(difference)) / logits_s.shape[1]
+        terms["inter_logits"] = _inter_mse(sums_s, sums_t, index.present)
+        deviation = intra_category_structure(logits_s, _means(sums_s, index.counts), index.counts, index.slots)
         terms["compactness"] = jnp.mean(jnp.square(deviation))
     return terms
 
 
-def _intra_mse(student, teacher, around_s, around_t, slots):
-    structure_t = intra_category_structure(teacher, *around_t, slots)
-    structure_s = intra_category_structure(student, *around_s, slots)
-    return jnp.mean(jnp.square(structure_t - structure_s)) / student.shape[1]
+def _intra_difference(student, teacher, sums_s, sums_t, index):
+    """Psi(F^t) - Psi(F^s) of the whole batch [B, D]; Psi is linear, so it is the structure of the difference."""
+    centers = _means(sums_t - sums_s, index.counts)
+    return intra_category_structure(teacher - student, centers, index.counts, index.slots)
 
 
-def _inter_mse(centers_s, centers_t, present):
+def _inter_difference(sums_s, sums_t):
+    """M^t - M^s [K, K]; cosines do not depend on lengths, so the sums do as well as the centers."""
+    return inter_category_structure(sums_t) - inter_category_structure(sums_s)
+
+
+def _inter_mse(sums_s, sums_t, present):
     # Rows of absent categories are zero in both matrices: the sum needs no mask, only the mean its count.
-    difference = inter_category_structure(centers_t) - inter_category_structure(centers_s)
+    difference = _inter_difference(sums_s, sums_t)
     num_present = jnp.sum(present).astype(difference.dtype)
     return jnp.sum(jnp.square(difference)) / num_present**3
+
+
+def _is_correct(logits, labels):
+    """bool [B]: argmax(logits) == labels, said so that it vectorizes: no category comes before the label."""
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = jnp.arange(logits.shape[1]) < labels[:, None]
+    return ~jnp.any((logits > own) | (earlier & (logits == own)), axis=1)
 
 
 def _flatten(features):
@@ -283,7 +308,16 @@ def _flatten(features):
 
 
 def _segment_sum(values, segments, num_segments, axis_name):
-    sums = jax.ops.segment_sum(values, segments, num_segments)
+    """jax.ops.segment_sum over the global batch; values [B] or [B, D]."""
+    # Written as the scatter that XLA makes of segment_sum, but with windows [1, D]: XLA reads these where they lie, and
+    # copies all values first otherwise.
+    windows = values.reshape(len(values), 1, -1)
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
+    )
+    zeros = jnp.zeros((num_segments, windows.shape[2]), values.dtype)
+    sums = lax.scatter_add(zeros, segments[:, None], windows, dimensions, mode="drop")
+    sums = sums.reshape(num_segments, *values.shape[1:])
     return sums if axis_name is None else lax.psum(sums, axis_name)
 
 
