@@ -62,7 +62,9 @@ def table(init_epochs, warmup_epochs):
         "ft": with_cross_entropy("ft", 200.0, rate=0.5, pool_channels=placeholder(bool), reconstruction_weight=0.005),
         "crd": with_cross_entropy("crd", 0.8, **crd),
         "dkd": with_cross_entropy("dkd", 1.0, warmup_epochs=warmup_epochs, alpha=1.0, beta=8.0, temperature=4.0),
-        "reviewkd": with_cross_entropy("reviewkd", 1.0, mid_channels=placeholder(int), with_embedding=True),
+        "reviewkd": with_cross_entropy(
+            "reviewkd", 1.0, warmup_epochs=warmup_epochs, mid_channels=placeholder(int), with_embedding=True
+        ),
         "dist": with_cross_entropy("dist", 1.0, beta=1.0, gamma=1.0, temperature=4.0),
         "kdgan": with_cross_entropy("kdgan", 1.0, **kdgan),
     }
@@ -77,7 +79,7 @@ def losses(method, *, init_epochs=30, warmup_epochs=20):
     Args:
       method: of METHODS; ValueError names them.
       init_epochs: length of the first phase of the methods that have one (fitnet, fsp, ab).
-      warmup_epochs: over which the weight of dkd grows.
+      warmup_epochs: over which the weights of dkd and reviewkd grow.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r} after the ':' of --config; known: {', '.join(METHODS)}")

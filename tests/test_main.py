@@ -54,6 +54,7 @@ def test_run_again_says_done(done, small_run, capsys):
     assert (done / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_teacher_checkpoint(done, start, small_run, tmp_path):
     arguments = [*small_run, "--config.epochs=1", f"--config.teacher.checkpoint={done}/teacher"]
     _, error = (process := start([*arguments, f"--workdir={tmp_path / 'run'}"])).communicate()
@@ -64,6 +65,7 @@ def test_teacher_checkpoint(done, start, small_run, tmp_path):
     assert not (tmp_path / "run" / "teacher").exists()
 
 
+@pytest.mark.slow
 def test_ce_trains_no_teacher_in_the_default_workdir(start, small_run, tmp_path):
     arguments = [f"{small_run[0]}:ce", *small_run[1:], "--config.epochs=1", "--config.dtype=bfloat16"]
     output, error = (process := start(arguments, cwd=tmp_path)).communicate()
@@ -74,6 +76,7 @@ def test_ce_trains_no_teacher_in_the_default_workdir(start, small_run, tmp_path)
     assert not (workdir / "teacher").exists()
 
 
+@pytest.mark.slow
 def test_divergence_names_step_and_term(start, small_run, tmp_path):
     arguments = [f"{small_run[0]}:ce", *small_run[1:], "--config.optimizer.learning_rate=1e30"]
     _, error = (process := start([*arguments, f"--workdir={tmp_path / 'run'}"])).communicate()
@@ -81,6 +84,7 @@ def test_divergence_names_step_and_term(start, small_run, tmp_path):
     assert "error: student: cross_entropy is nan at step 2" in error
 
 
+@pytest.mark.slow
 def test_divergence_in_the_last_step_of_an_epoch_saves_nothing(start, small_run, tmp_path):
     arguments = [f"{small_run[0]}:ce", *small_run[1:], "--config.optimizer.learning_rate=1e30"]
     arguments += ["--config.dataset.train_examples=64"]

@@ -83,6 +83,7 @@ def test_same_run_on_any_number_of_devices(name):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_devices_hold_equal_replicas():
     state, _ = train(OBJECTIVES["reference"], 4, steps=2)
@@ -118,6 +119,7 @@ def test_total_is_the_weighted_sum_of_its_methods():
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_learns_a_batch():
     step, state, variables = plain_step(OBJECTIVES["reference"])
     losses = []

@@ -84,8 +84,8 @@ class ReviewKD(Method):
     """Sum of `hierarchical_context_loss` over all stages, each fused with the later ones of the student.
 
     Stages are their pre-activations, as in the code that the paper's authors released. The pooled embedding, a map of
-    size 1x1, is the last stage of all. The paper lets the loss grow over the first 20 epochs: that is a schedule of its
-    weight, not part of the loss.
+    size 1x1, is the last stage of all. That the loss grows over the first 20 epochs, as in the field's recipes, is a
+    schedule of its weight, not part of the loss.
 
     Attributes:
       mid_channels: of what is fused; None: those of the student's last stage, at most 512.
