@@ -37,7 +37,9 @@ def restart_every(inner: optax.GradientTransformation, period: int) -> optax.Gra
 def step_schedule(learning_rate: float, milestones: Sequence[int], decay_factor: float, steps_per_epoch: int):
     """Learning rate by step: `learning_rate` times `decay_factor` for each epoch of `milestones` that has begun."""
     boundaries = {epoch * steps_per_epoch: decay_factor for epoch in milestones}
-    return optax.piecewise_constant_schedule(learning_rate, boundaries)
+    schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
+    # Optax multiplies a float by whether the count has passed: under strict promotion it takes a float count alone.
+    return lambda count: schedule(jnp.asarray(count, float))
 
 
 def make_optimizer(

@@ -14,6 +14,8 @@ import pytest
 
 from cskd_jax.data import load_dataset
 
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 

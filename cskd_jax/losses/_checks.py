@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_float(name: str, array: jax.Array, ndim: int | None = None, min_ndim: int = 0) -> None:
@@ -64,4 +65,4 @@ def pair_stages(
 
 def at_least_float32(array: jax.Array) -> jax.Array:
     """Losses are computed in float32 even when the networks compute in bfloat16; float64 stays float64."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(np.promote_types(array.dtype, np.float32))

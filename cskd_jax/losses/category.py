@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -405,7 +406,7 @@ class CategoryStructure(Method):
                 "must have equal height and width"
             )
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        dtype = jnp.promote_types(student.dtype, jnp.float32)
+        dtype = np.promote_types(student.dtype, np.float32)
         sigma = self.param("sigma", init, (student.shape[-1], teacher.shape[-1]), dtype)
         return category_structure_loss(
             student @ sigma.astype(student.dtype),

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -59,7 +60,7 @@ class ConvBatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """x [B, H, W, C] -> [B, H', W', features]; padding keeps H and W at stride 1."""
-        stats_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        stats_dtype = np.promote_types(self.dtype, np.float32)
         size = self.kernel_size
         kernel = self.param("kernel", kaiming_normal_fan_out, (size, size, x.shape[-1], self.features), stats_dtype)
         scale = self.param("scale", nn.initializers.ones, (self.features,), stats_dtype)
@@ -104,7 +105,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = np.promote_types(self.dtype, np.float32)
         init = torch_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), dtype)
         bias = self.param("bias", init, (self.num_classes,), dtype)

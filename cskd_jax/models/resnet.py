@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from cskd_jax.models.layers import Classifier, ConvBatchNorm, convolve, kaiming_normal_fan_out
@@ -95,7 +96,7 @@ class ResNet(nn.Module):
         logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
         if self.projection_features is not None:
             shape = (1, 1, x.shape[-1], self.projection_features)
-            kernel = self.param("projection", kaiming_normal_fan_out, shape, jnp.promote_types(self.dtype, jnp.float32))
+            kernel = self.param("projection", kaiming_normal_fan_out, shape, np.promote_types(self.dtype, np.float32))
             features[-1] = convolve(x, kernel.astype(x.dtype), 1, 0)
         return ModelOutput(logits, tuple(features), embedding, tuple(preactivations))
 
