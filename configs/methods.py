@@ -47,6 +47,7 @@ def table(init_epochs, warmup_epochs):
         "inter": category_structure("reference", intra=False),
         "ce": {"cross_entropy": {"weight": 1.0}},
         "kd": {"cross_entropy": {"weight": 0.1}, "kd": {"weight": 0.9, "temperature": 4.0}},
+        "lskd": {"cross_entropy": {"weight": 0.1}, "lskd": {"weight": 9.0, "temperature": 2.0}},
         "fitnet": with_cross_entropy("fitnet", 100.0, **init, stage=2),
         "at": with_cross_entropy("at", 1000.0),
         "nst": with_cross_entropy("nst", 50.0),

@@ -32,6 +32,7 @@ from cskd_jax.losses.pkt import PKT, pkt_loss
 from cskd_jax.losses.review import ReviewKD, hierarchical_context_loss
 from cskd_jax.losses.rkd import RKD, rkd_loss
 from cskd_jax.losses.similarity import SimilarityPreserving, similarity_preserving_loss
+from cskd_jax.losses.standardization import StandardizedKD, standardized_kd_loss
 from cskd_jax.losses.vid import VID, vid_loss
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "pkt_loss",
     "rkd_loss",
     "similarity_preserving_loss",
+    "standardized_kd_loss",
     "vid_loss",
 ]
 
@@ -86,6 +88,7 @@ LOSSES: dict[str, type[Method]] = {
     "ft": FactorTransfer,
     "kd": KD,
     "kdgan": KDGAN,
+    "lskd": StandardizedKD,
     "mse_logits": MSELogits,
     "nst": NeuronSelectivityTransfer,
     "pkt": PKT,
