@@ -7,6 +7,7 @@ when it is read; a checkpoint that does not pass is renamed to STEP.damaged and 
 import contextlib
 import hashlib
 import json
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -41,7 +42,7 @@ class Checkpoints:
                 preservation_policy=policy.AnyPreservationPolicy(
                     [
                         policy.LatestN(keep),
-                        policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+                        policy.BestN(get_metric_fn=_score, n=1),
                     ]
                 ),
                 # Without it the scores are not written to disk, and a resumed run would not know the best.
@@ -50,14 +51,14 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, tree: Any, record: dict[str, Any], score: float | None = None) -> None:
+    def save(self, step: int, tree: Any, record: dict[str, Any], score: float = -math.inf) -> None:
         """Starts saving; returns once the arrays are on the host.
 
         Args:
           step: greater than that of every checkpoint there is.
           tree: of arrays, equal on all devices.
           record: JSON values to go with them.
-          score: the greater the better; None for a checkpoint that never counts as the best.
+          score: the greater the better.
         """
         arrays = _flatten(jax.device_get(tree))
         content = {"record": record, "digests": {name: _digest(array) for name, array in arrays.items()}}
@@ -65,9 +66,8 @@ class Checkpoints:
             _ARRAYS: ocp.args.StandardSave(arrays),
             _RECORD: ocp.args.JsonSave(content | {"digest": _text_digest(content)}),
         }
-        metrics = None if score is None else {"score": score, "step": step}
         with self._saving():
-            saved = self._manager.save(step, args=ocp.args.Composite(**parts), metrics=metrics)
+            saved = self._manager.save(step, args=ocp.args.Composite(**parts), metrics={"score": score, "step": step})
         if not saved:
             raise RuntimeError(f"Orbax refused to save step {step} into {self._directory}")
 

@@ -1,6 +1,7 @@
 """The loop: trains one network to the end of its epochs, evaluates, logs, saves, resumes."""
 
 import dataclasses
+import math
 import pathlib
 import time
 from collections import deque
@@ -245,7 +246,7 @@ class Phase:
 
     def _save(self, state, step, meter, checkpoints):
         """Evaluates if an epoch has ended, and saves."""
-        score = None
+        score = -math.inf  # what is saved in the middle of an epoch is never the best
         if step % self._sampler.steps_per_epoch == 0:
             values = self._evaluate(state.student_variables)
             meter.end_epoch(step, values)

@@ -106,6 +106,32 @@ def test_damaged_checkpoint(start, small_run, done, tmp_path):
     assert_same_run(tmp_path, done)
 
 
+@pytest.mark.parametrize("method", ["crd", "kdgan"])
+def test_memories_and_further_networks_resume(start, small_run, done, tmp_path, method):
+    """Parameters, memories and optimizer of methods with a state of their own, by the digests saved with them."""
+    arguments = [f"{small_run[0]}:{method}", *small_run[1:], f"--config.teacher.checkpoint={done}/teacher"]
+    digests = {}
+    for name in ("undisturbed", "killed"):
+        workdir = tmp_path / name
+        process = start([*arguments, f"--workdir={workdir}"])
+        if name == "killed":
+            while process.poll() is None and not (workdir / "student" / "checkpoints" / "3").exists():
+                time.sleep(0.01)
+            process.kill()
+            process.communicate()
+            assert not (workdir / "results.json").exists()
+            process = start([*arguments, f"--workdir={workdir}"])
+        output, error = process.communicate()
+        assert process.returncode == 0, error
+        assert ("resuming at step" in output) == (name == "killed")
+        record = json.loads((workdir / "student" / "checkpoints" / "9" / "record" / "metadata").read_text())
+        digests[name] = record["digests"]
+    assert any(
+        key.startswith({"crd": "memory/crd", "kdgan": "params/methods/kdgan"}[method]) for key in digests["killed"]
+    )
+    assert digests["killed"] == digests["undisturbed"]
+
+
 def test_two_devices_end_where_one_does(start, small_run, done, tmp_path):
     """Through the whole loop; rounding differs, and a few steps of training enlarge it."""
     flags = "--xla_force_host_platform_device_count=2"

@@ -54,12 +54,12 @@ def category_index(labels: jax.Array, *, num_classes: int, axis_name: str | None
     """
     global_batch = labels.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
     num_slots = min(global_batch, num_classes)
-    slots = labels
+    slots = labels = labels.astype(jnp.int32)  # a narrower type may not hold the number of slots
     if num_slots < num_classes:
         global_labels = labels if axis_name is None else lax.all_gather(labels, axis_name, tiled=True)
         # A category takes the slot of its first sample in the batch.
         same = labels[:, None] == global_labels
-        slots = jnp.min(jnp.where(same, jnp.arange(num_slots), num_slots), axis=1)
+        slots = jnp.min(jnp.where(same, jnp.arange(num_slots, dtype=jnp.int32), num_slots), axis=1)
     counts = _segment_sum(jnp.ones(labels.shape, jnp.float32), slots, num_slots, axis_name)
     return CategoryIndex(slots, counts)
 
@@ -299,7 +299,7 @@ def _inter_mse(sums_s, sums_t, present):
 def _is_correct(logits, labels):
     """bool [B]: argmax(logits) == labels, said so that it vectorizes: no category comes before the label."""
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(logits.shape[1]) < labels[:, None]
+    earlier = jnp.arange(logits.shape[1], dtype=jnp.int32) < labels.astype(jnp.int32)[:, None]
     return ~jnp.any((logits > own) | (earlier & (logits == own)), axis=1)
 
 

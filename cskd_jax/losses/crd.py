@@ -10,11 +10,9 @@ from jax import lax
 
 from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._batch import gather_batch
-from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_batch, check_same_shape
+from cskd_jax.losses._checks import check_float, check_labels, check_same_batch, check_same_shape
+from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import LossInputs, Method
-
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what torch.nn.Linear draws its weights from.
-_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class ContrastMemory(NamedTuple):
@@ -238,15 +236,7 @@ class CRD(Method):
         return value, terms
 
     def _embed(self, name, embedding):
-        embedding = at_least_float32(embedding)
-        linear = nn.Dense(
-            self.embedding_size,
-            param_dtype=embedding.dtype,
-            kernel_init=_linear_init,
-            precision=lax.Precision.HIGHEST,
-            name=name,
-        )
-        return normalize(linear(embedding))
+        return normalize(Pointwise(self.embedding_size, use_bias=True, name=name)(embedding))
 
     def _new_memory(self, dtype):
         return new_contrast_memory(self.make_rng("params"), self.num_examples, self.embedding_size, dtype)._asdict()

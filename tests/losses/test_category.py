@@ -518,6 +518,19 @@ def test_index_has_no_more_slots_than_samples():
     assert index.present.tolist() == [True, True, False, True]
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_narrow_labels(dtype):
+    features = jax.random.normal(jax.random.key(0), (300, 4))
+    logits = jax.random.normal(jax.random.key(1), (300, 1000))
+    labels = jnp.arange(300) % 100
+
+    def terms(labels):
+        arguments = {"num_classes": 1000, "student_logits": logits, "teacher_logits": 2 * logits}
+        return category_structure_loss(features, 2 * features, labels, variant="reference", **arguments)[1]
+
+    assert jax.tree.map(float, terms(labels.astype(dtype))) == jax.tree.map(float, terms(labels))
+
+
 def test_centers():
     index = category_index(jnp.array([0, 2, 0]), num_classes=3)
     centers, counts = category_centers(jnp.array([[1.0, 2.0], [5.0, 6.0], [3.0, 8.0]]), index)
