@@ -222,13 +222,12 @@ def category_structure_loss(
 class RunningCenters(NamedTuple):
     """Exponential moving averages of the centers of all categories; equal on all devices.
 
-    They start at zero; divided by `weights`, as `Adam` divides its moments, they are averages of the batches that had
-    the category, however few these were.
+    Without bias, as the moments of Adam: averages of the batches that had the category, however few these were.
 
     Attributes:
-      student: float [C, D], of the student's centers.
-      teacher: float [C, D], of the teacher's.
-      weights: float [C], what the average of ones is by now; 0 for a category not seen yet.
+      student: float [C, D], the student's centers; 0 for a category not seen yet.
+      teacher: float [C, D], the teacher's.
+      weights: float [C], what a moving average of ones that starts at 0 has come to.
     """
 
     student: jax.Array
@@ -264,10 +263,10 @@ def running_category_structure_loss(
 
     With a uniform batch many a sample is the only one of its category: it is its own center then and says nothing
     about the structure within the category. Here the features of a category i of the batch lie around
-      R_i <- momentum R_i + (1 - momentum) C_i,   w_i <- momentum w_i + (1 - momentum),   center R_i / w_i,
-    with C_i the center of the batch (Eq. 6) and R, w zero at first: the center of a category that is seen for the first
-    time is that of the batch. With momentum 0 the loss is that of `category_structure_loss` without the filter.
-    The inter-category part differentiates C_i within R_i / w_i. The terms of the logits use the centers of the batch.
+      R_i <- (1 - a) R_i + a C_i,   a = (1 - momentum) / w_i,   w_i <- momentum w_i + (1 - momentum),
+    with C_i the center of the batch (Eq. 6) and w zero at first: a category that is seen for the first time has a = 1
+    and the center of the batch. With momentum 0 the loss is that of `category_structure_loss` without the filter.
+    The inter-category part differentiates C_i within R_i. The terms of the logits use the centers of the batch.
 
     Time as `category_structure_loss`; memory O(num_classes D) for `running` on every device.
 
@@ -335,7 +334,8 @@ def _category_structure(
     counts = index.counts
     if running is not None:
         _check_running(running, num_classes, student.shape[1], momentum)
-        sums, counts, running = _mix_running(running, momentum, sums, index)
+        sums, running = _mix_running(running, momentum, sums, index)
+        counts = index.present.astype(counts.dtype)
     if variant == "paper":
         terms = _paper_terms(student, teacher, sums, counts, index, axis_name)
     else:
@@ -348,25 +348,23 @@ def _category_structure(
 
 
 def _mix_running(running, momentum, sums, index):
-    """The batch within the running averages: sums [K, D] of student and teacher, their weights [K], what to keep."""
+    """The batch within the running averages: centers [K, D] of student and teacher, zero if absent; what to keep."""
     running = RunningCenters(*map(lax.stop_gradient, running))
     present = index.present
-    kept = jnp.where(present, momentum, 0).astype(running.weights.dtype)
-    added = jnp.where(present, 1 - momentum, 0).astype(running.weights.dtype)
-    weights = kept * running.weights[index.categories] + added
+    weights = momentum * running.weights[index.categories] + (1 - momentum)
+    share = ((1 - momentum) / weights)[:, None]
     mixed = tuple(
-        kept[:, None] * old[index.categories] + added[:, None] * _means(batch, index.counts).astype(old.dtype)
-        for old, batch in zip(running[:2], sums, strict=True)
+        # Not old + share (new - old): where the share is 1, the center must be that of the batch to the last digit.
+        jnp.where(present[:, None], (1 - share) * old[index.categories] + share * _means(new, index.counts), 0)
+        for old, new in zip(running[:2], sums, strict=True)
     )
     # What lies past the last category is dropped: the slots that no category uses.
     rows = jnp.where(present, index.categories, len(running.weights))
-    new = RunningCenters(
-        *(
-            old.at[rows].set(lax.stop_gradient(x), mode="drop")
-            for old, x in zip(running, (*mixed, weights), strict=True)
-        )
+    kept = (
+        old.at[rows].set(lax.stop_gradient(new), mode="drop")
+        for old, new in zip(running, (*mixed, weights), strict=True)
     )
-    return mixed, weights, new
+    return mixed, RunningCenters(*kept)
 
 
 def _paper_terms(student, teacher, sums, counts, index, axis_name):
