@@ -1,0 +1,30 @@
+"""Words for pairs of networks and a method, such as R152_0.5/R34_0.25/cckd behind the recipe: the rows and columns of
+the published tables."""
+
+import re
+
+
+def split_word(word, teacher, student, small_images=True):
+    """(teacher, student, method) of METHOD or TEACHER/STUDENT/METHOD, each network as (name, width).
+
+    Args:
+      word: what stands behind the colon; letters may be large, as in the tables. A network is a name of MODELS, with a
+        hyphen for an underscore as it may be, and R18 to R152 for the ResNets, with `_WIDTH` behind it unless it is 1.
+      teacher: of the recipe, for a METHOD alone.
+      student: likewise.
+      small_images: whether R18 means resnet18 or resnet18_224.
+    """
+    parts = word.split("/")
+    if len(parts) == 1:
+        return teacher, student, word.lower()
+    if len(parts) != 3:
+        raise ValueError(f"{word!r} after the ':' of --config must be METHOD or TEACHER/STUDENT/METHOD")
+    return network(parts[0], small_images), network(parts[1], small_images), parts[2].lower()
+
+
+def network(word, small_images=True):
+    """(name, width) of a network, such as ("resnet34", 0.25) of R34_0.25."""
+    name, width = re.fullmatch(r"(.*?)(?:_(\d*\.\d+))?", word.lower().replace("-", "_")).groups()
+    if match := re.fullmatch(r"r(?:esnet)?(18|34|50|101|152)", name):
+        name = f"resnet{match[1]}" if small_images else f"resnet{match[1]}_224"
+    return name, float(width or 1)
