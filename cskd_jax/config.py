@@ -70,6 +70,7 @@ RULES = {
     "dataset.train_examples": _optional(_integer(1, 10**9)),
     "dataset.mean": _CHANNELS,
     "dataset.std": _DEVIATIONS,
+    "augment.resize": _integer(0, 1024),
     "augment.crop_padding": _integer(0, 256),
     "augment.flip": _BOOL,
     "teacher.name": _optional(Rule((str,), lambda value: value in MODELS or not value, f"one of {', '.join(MODELS)}")),
