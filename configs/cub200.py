@@ -31,6 +31,10 @@ def get_config(method="cskd"):
     config.dataset.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]; those of ImageNet
     config.dataset.std = (0.229, 0.224, 0.225)
 
+    config.sampler = ConfigDict()
+    config.sampler.name = "uniform"  # uniform: every image once an epoch; balanced: as many of each category in a batch
+    config.sampler.samples_per_category = 4  # of balanced: images of a category in a batch, a divisor of batch_size
+
     config.augment = ConfigDict()
     config.augment.resize = 256  # pixels of the shorter side, to which an image is enlarged before the crop; 0: none
     config.augment.crop_padding = 0  # pixels of black around an image before it is cropped at random

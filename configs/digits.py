@@ -29,6 +29,10 @@ def get_config(method="cskd"):
     config.dataset.mean = (0.3055,)  # per channel, of pixels in [0, 1]
     config.dataset.std = (0.3766,)
 
+    config.sampler = ConfigDict()
+    config.sampler.name = "uniform"  # uniform: every image once an epoch; balanced: as many of each category in a batch
+    config.sampler.samples_per_category = 4  # of balanced: images of a category in a batch, a divisor of batch_size
+
     config.augment = ConfigDict()
     config.augment.resize = 0  # pixels of the shorter side, to which an image is enlarged before the crop; 0: as it is
     config.augment.crop_padding = 1  # pixels of black around an image before it is cropped at random; 0: no crop

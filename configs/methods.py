@@ -11,7 +11,8 @@ from ml_collections.config_dict import placeholder
 
 def category_structure(variant, *, intra=True, inter=True):
     """Objective of Chen et al. 2020, or with one of its two parts only (their table 4)."""
-    structure = {"weight": 1.0, "variant": variant}
+    # center_momentum: of centers that remember earlier batches; None: the centers of the batch alone
+    structure = {"weight": 1.0, "variant": variant, "center_momentum": placeholder(float)}
     if variant == "paper":
         cross_entropy, mse = 0.1, 0.9  # alpha and 1 - alpha, Eq. 10
         structure |= {"intra_weight": 0.01, "inter_weight": 0.2}  # beta and gamma, Eq. 9

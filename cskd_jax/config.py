@@ -70,6 +70,8 @@ RULES = {
     "dataset.train_examples": _optional(_integer(1, 10**9)),
     "dataset.mean": _CHANNELS,
     "dataset.std": _DEVIATIONS,
+    "sampler.name": _one_of("uniform", "balanced"),
+    "sampler.samples_per_category": _integer(1),
     "augment.resize": _integer(0, 1024),
     "augment.crop_padding": _integer(0, 256),
     "augment.flip": _BOOL,

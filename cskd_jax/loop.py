@@ -18,7 +18,7 @@ from cskd_jax import optim, parallel
 from cskd_jax.checkpoint import FOLDER, Checkpoints
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import augment, make_normalize
-from cskd_jax.data.samplers import UniformSampler
+from cskd_jax.data.samplers import BalancedSampler, UniformSampler
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
 from cskd_jax.logging import MetricsLog, progress_bar, say
 from cskd_jax.models import count_parameters, create_model
@@ -28,6 +28,16 @@ from cskd_jax.state import TrainState, init_network, init_state
 from cskd_jax.steps import make_eval_step, make_train_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+Sampler = UniformSampler | BalancedSampler
+
+
+def make_sampler(config: ml_collections.ConfigDict, labels: np.ndarray) -> Sampler:
+    """The sampler that `config.sampler` describes; UserError where the labels do not allow it."""
+    if config.sampler.name == "balanced":
+        return BalancedSampler(labels, config.batch_size, config.sampler.samples_per_category, config.seed)
+    return UniformSampler(len(labels), config.batch_size, config.seed, config.drop_last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +116,7 @@ class Phase:
     ):
         self._name, self._config, self._network, self._epochs = name, config, network, epochs
         self._dataset, self._workdir, self._teacher = dataset, workdir, teacher
-        self._sampler = UniformSampler(len(dataset.train.labels), config.batch_size, config.seed, config.drop_last)
+        self._sampler = make_sampler(config, dataset.train.labels)
         _check_batches(self._sampler)
         self._total_steps = epochs * self._sampler.steps_per_epoch
         self._objective = Objective.create(
@@ -279,7 +289,7 @@ class Meter:
         self,
         phase: str,
         config: ml_collections.ConfigDict,
-        sampler: UniformSampler,
+        sampler: Sampler,
         total_steps: int,
         workdir: pathlib.Path,
         step: int,
@@ -407,7 +417,7 @@ def _add(totals, sums):
         totals[name] = totals.get(name, 0) + value
 
 
-def _check_batches(sampler: UniformSampler) -> None:
+def _check_batches(sampler: Sampler) -> None:
     if sampler.batch_size > sampler.num_examples:
         raise UserError(
             f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"

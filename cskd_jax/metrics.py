@@ -18,7 +18,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
       equal scores in the order of the categories), and `loss`, the summed cross-entropy.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
+    earlier = jnp.arange(logits.shape[1], dtype=labels.dtype) < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     # A comparison with NaN is False: without this a diverged network would seem right about every image.

@@ -50,7 +50,7 @@ def make_train_step(
     def train_step(state, teacher_variables, batch, key):
         labels = batch["label"]
         offset = 0 if axis_name is None else lax.axis_index(axis_name) * len(labels)
-        positions = offset + jnp.arange(len(labels))
+        positions = offset + jnp.arange(len(labels), dtype=jnp.int32)
         step_key = jax.random.fold_in(key, state.step)
         images = preprocess(batch["image"], step_key, positions)
         methods_key = jax.random.fold_in(step_key, _METHODS)
@@ -63,7 +63,7 @@ def make_train_step(
             output, updated = student.apply(variables, images, train=True, mutable=["batch_stats"])
             inputs = LossInputs(output, teacher_output, labels, batch.get("index"), methods_key)
             total, terms, memory = objective(params["methods"], state.memory, inputs, state.step)
-            accuracy = jnp.mean(jnp.argmax(output.logits, axis=-1) == labels)
+            accuracy = jnp.mean(jnp.argmax(output.logits, axis=-1).astype(labels.dtype) == labels)
             return total, (updated["batch_stats"], memory, {"loss": total, **terms, "accuracy": accuracy})
 
         gradients, (batch_stats, memory, metrics) = jax.grad(loss, has_aux=True)(state.params)

@@ -50,7 +50,9 @@ def wait_for_row(workdir, process, phase, step):
     """Until metrics.jsonl has reached the step."""
     path = workdir / "metrics.jsonl"
     while process.poll() is None:
-        if path.exists() and any(f'"phase": "{phase}"' in row and f'"step": {step},' in row for row in path.open()):
+        if path.exists() and any(
+            f'"phase": "{phase}"' in row and f'"step": {step},' in row for row in path.read_text().splitlines()
+        ):
             return
         time.sleep(0.01)
     raise AssertionError(process.communicate())

@@ -1,9 +1,10 @@
-"""The sampler: every example once an epoch, in an order that only the seed and the epoch decide."""
+"""The samplers: batches that only the seed and the step decide."""
 
 import numpy as np
 import pytest
 
-from cskd_jax.data.samplers import UniformSampler
+from cskd_jax.data.samplers import BalancedSampler, UniformSampler
+from cskd_jax.errors import UserError
 
 
 def epoch_batches(sampler, epoch):
@@ -90,3 +91,71 @@ def test_images_before_a_step(drop_last):
     sampler = UniformSampler(10, 4, seed=0, drop_last=drop_last)
     sizes = [len(sampler.indices(step)) for step in range(9)]
     assert [sampler.images_before(step) for step in range(10)] == [sum(sizes[:step]) for step in range(10)]
+
+
+def unbalanced_labels():
+    """Categories of 3 to 40 examples, shuffled."""
+    labels = np.repeat(np.arange(9), [40, 3, 12, 13, 8, 21, 4, 9, 17])
+    return np.random.default_rng(0).permutation(labels)
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(12, 4), (20, 4), (9, 3), (8, 8), (6, 1)])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_balanced_batches_have_as_many_of_each_category(batch_size, size, epoch):
+    labels = unbalanced_labels()
+    sampler = BalancedSampler(labels, batch_size, size, seed=0)
+    batches = epoch_batches(sampler, epoch)
+    for batch in batches:
+        categories, counts = np.unique(labels[batch], return_counts=True)
+        assert len(categories) == batch_size // size
+        assert set(counts) == {size}
+    used = np.concatenate(batches)
+    assert len(set(used.tolist())) == len(used)
+
+
+@pytest.mark.parametrize(
+    ("counts", "steps"),
+    [([8] * 6, 6), ([8, 8, 8], 3), ([40, 8, 8], 4), ([40, 8, 3], 2), ([4, 4], 1), ([9, 9, 11], 3)],
+    ids=str,
+)
+def test_balanced_epochs_are_as_long_as_can_be(counts, steps):
+    """Groups of 4, two categories a batch: the steps that the groups allow, counted by hand."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    sampler = BalancedSampler(labels, 8, 4, seed=0)
+    assert sampler.steps_per_epoch == steps
+    assert sampler.images_before(3) == 24
+    assert len(np.unique(np.concatenate(epoch_batches(sampler, 0)))) == 8 * sampler.steps_per_epoch
+
+
+def test_balanced_epochs_use_everything_in_the_long_run():
+    labels = unbalanced_labels()
+    sampler = BalancedSampler(labels, 12, 4, seed=0)
+    used = np.concatenate([np.concatenate(epoch_batches(sampler, epoch)) for epoch in range(60)])
+    # The category of 3 examples never fills a group of 4.
+    assert set(used.tolist()) == set(np.flatnonzero(labels != 1).tolist())
+
+
+def test_balanced_batches_depend_on_seed_and_step_alone():
+    labels = unbalanced_labels()
+    one, same, other = (BalancedSampler(labels, 12, 4, seed=seed) for seed in (5, 5, 6))
+    for step in (7, 0, 25, 7):
+        np.testing.assert_array_equal(one.indices(step), same.indices(step))
+    assert not np.array_equal(one.indices(0), other.indices(0))
+    assert not np.array_equal(one.indices(0), one.indices(one.steps_per_epoch))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "size", "text"),
+    [
+        (10, 4, "batch_size 10 does not divide by sampler.samples_per_category 4"),
+        (40, 4, "needs 10 categories of so many examples, the training split has 8"),
+        (40, 20, None),
+        (60, 20, "needs 3 categories of so many examples, the training split has 2"),
+    ],
+)
+def test_balanced_errors(batch_size, size, text):
+    if text is None:
+        assert BalancedSampler(unbalanced_labels(), batch_size, size, seed=0).steps_per_epoch == 1
+    else:
+        with pytest.raises(UserError, match=text):
+            BalancedSampler(unbalanced_labels(), batch_size, size, seed=0)

@@ -5,6 +5,8 @@ import functools
 
 import numpy as np
 
+from cskd_jax.errors import UserError
+
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
@@ -52,3 +54,76 @@ class UniformSampler:
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.seed, epoch, self.num_examples)
         return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+
+class BalancedSampler:
+    """Batches of P categories with K examples of each, P times K being the batch size.
+
+    A uniform batch of 128 over 100 categories leaves some 36 examples alone in their category, where they say nothing
+    about the structure within it. Here every example has K - 1 others of its category beside it.
+
+    In each epoch the examples of every category are shuffled and dealt into groups of K, and each batch takes the
+    groups of P different categories: those with the most groups left, drawn at random among equals. An epoch ends when
+    no such batch is left; what is left over then (fewer than K examples of a category, or groups of too few categories)
+    differs from epoch to epoch, so that all examples are used in the long run.
+
+    Args:
+      labels: int [N], of the training split.
+      batch_size: of the global batch.
+      samples_per_category: K, a divisor of batch_size.
+      seed: of all draws.
+
+    Attributes:
+      num_examples: N.
+      batch_size: P times K.
+      steps_per_epoch: the most batches that an epoch can have.
+      last_batch_size: equal to batch_size.
+
+    Raises:
+      UserError: K does not divide the batch size, or fewer than P categories have K examples.
+    """
+
+    def __init__(self, labels: np.ndarray, batch_size: int, samples_per_category: int, seed: int):
+        self.num_examples, self.batch_size, self.last_batch_size = len(labels), batch_size, batch_size
+        self._size, self._seed = samples_per_category, seed
+        self._categories_per_batch, rest = divmod(batch_size, samples_per_category)
+        if rest:
+            raise UserError(f"batch_size {batch_size} does not divide by sampler.samples_per_category {self._size}")
+        self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        groups = np.array([len(members) // self._size for members in self._members])
+        if np.count_nonzero(groups) < self._categories_per_batch:
+            raise UserError(
+                f"a batch of {batch_size} with {self._size} examples a category needs {self._categories_per_batch} "
+                f"categories of so many examples, the training split has {np.count_nonzero(groups)}"
+            )
+        # S batches can be filled if and only if the groups do, where a category counts at most S: once a batch.
+        steps = np.arange(1, groups.sum() // self._categories_per_batch + 1)
+        filled = [np.minimum(groups, step).sum() >= step * self._categories_per_batch for step in steps]
+        self.steps_per_epoch = int(steps[filled][-1])
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def images_before(self, step: int) -> int:
+        """How many images the steps before `step` have trained on."""
+        return step * self.batch_size
+
+    def indices(self, step: int) -> np.ndarray:
+        """Positions in the training split of the global batch of `step`, int64 [batch_size], shuffled."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[position]
+
+    def _make_epoch(self, epoch):
+        generator = np.random.default_rng((self._seed, epoch))
+        groups = []
+        for members in self._members:
+            count = len(members) // self._size
+            groups.append(generator.permutation(members)[: count * self._size].reshape(count, self._size))
+        left = np.array([len(group) for group in groups])
+        batches = np.empty((self.steps_per_epoch, self.batch_size), np.int64)
+        for batch in batches:
+            # lexsort: by the groups left, most first; equals in random order.
+            chosen = np.lexsort((generator.random(len(left)), -left))[: self._categories_per_batch]
+            left[chosen] -= 1
+            # Shuffled, so that the devices that share the batch get samples of all its categories.
+            batch[:] = generator.permutation(np.concatenate([groups[c][left[c]] for c in chosen]))
+        batches.setflags(write=False)
+        return batches

@@ -10,11 +10,13 @@ from cskd_jax.losses.base import LossInputs, Method
 from cskd_jax.losses.category import (
     CategoryIndex,
     CategoryStructure,
+    RunningCenters,
     category_centers,
     category_index,
     category_structure_loss,
     inter_category_structure,
     intra_category_structure,
+    running_category_structure_loss,
 )
 from cskd_jax.losses.cckd import CorrelationCongruence, correlation_congruence_loss
 from cskd_jax.losses.correlation import CorrelationDelta, correlation_delta_loss
@@ -41,6 +43,7 @@ __all__ = [
     "ContrastMemory",
     "LossInputs",
     "Method",
+    "RunningCenters",
     "activation_boundary_loss",
     "attention_map",
     "attention_transfer_loss",
@@ -67,6 +70,7 @@ __all__ = [
     "nst_loss",
     "pkt_loss",
     "rkd_loss",
+    "running_category_structure_loss",
     "similarity_preserving_loss",
     "standardized_kd_loss",
     "vid_loss",

@@ -1,6 +1,7 @@
 """The global batch, for losses that relate its samples to each other."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -19,3 +20,9 @@ def gather_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
       [B * devices, ...].
     """
     return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
+
+
+def batch_positions(batch_size: int, axis_name: str | None) -> jax.Array:
+    """int32 [B]: the positions in the global batch of the `batch_size` samples of this device."""
+    offset = 0 if axis_name is None else lax.axis_index(axis_name) * batch_size
+    return offset + jnp.arange(batch_size, dtype=jnp.int32)

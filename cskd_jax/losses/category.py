@@ -28,12 +28,14 @@ class CategoryIndex(NamedTuple):
     category has K rows ("slots") however many categories the label set has.
 
     Attributes:
-      slots: int [B], the slot of each sample of this device, in [0, K).
+      slots: int32 [B], the slot of each sample of this device, in [0, K).
       counts: float32 [K], how many samples of the global batch lie in each slot; 0 for a slot that no category uses.
+      categories: int32 [K], the category of each slot; of no meaning for a slot that no category uses.
     """
 
     slots: jax.Array
     counts: jax.Array
+    categories: jax.Array
 
     @property
     def present(self) -> jax.Array:
@@ -54,14 +56,15 @@ def category_index(labels: jax.Array, *, num_classes: int, axis_name: str | None
     """
     global_batch = labels.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
     num_slots = min(global_batch, num_classes)
-    slots = labels = labels.astype(jnp.int32)  # a narrower type may not hold the number of slots
+    labels = labels.astype(jnp.int32)  # a narrower type may not hold the number of slots
+    slots, categories = labels, jnp.arange(num_slots, dtype=jnp.int32)
     if num_slots < num_classes:
-        global_labels = labels if axis_name is None else lax.all_gather(labels, axis_name, tiled=True)
         # A category takes the slot of its first sample in the batch.
-        same = labels[:, None] == global_labels
+        categories = labels if axis_name is None else lax.all_gather(labels, axis_name, tiled=True)
+        same = labels[:, None] == categories
         slots = jnp.min(jnp.where(same, jnp.arange(num_slots, dtype=jnp.int32), num_slots), axis=1)
     counts = _segment_sum(jnp.ones(labels.shape, jnp.float32), slots, num_slots, axis_name)
-    return CategoryIndex(slots, counts)
+    return CategoryIndex(slots, counts, categories)
 
 
 def category_centers(
@@ -94,7 +97,7 @@ def _category_sums(features, index, *, mask=None, axis_name=None):
 
 
 def _means(sums, counts):
-    return sums / jnp.maximum(counts, 1.0).astype(sums.dtype)[:, None]
+    return sums / jnp.where(counts > 0, counts, 1).astype(sums.dtype)[:, None]
 
 
 def intra_category_structure(features: jax.Array, centers: jax.Array, counts: jax.Array, slots: jax.Array) -> jax.Array:
@@ -202,55 +205,187 @@ def category_structure_loss(
     References:
       Chen et al., ECCV 2020, https://doi.org/10.1007/978-3-030-58604-1_13, Eq. 6 to 9.
     """
-    filter_misclassified = _check_arguments(
+    value, terms, _ = _category_structure(
         student_features,
         teacher_features,
         labels,
-        num_classes,
-        student_logits,
-        teacher_logits,
-        variant,
-        compactness_weight,
-        filter_misclassified,
+        num_classes=num_classes,
+        logits=(student_logits, teacher_logits),
+        variant=variant,
+        weights=(intra_weight, inter_weight, compactness_weight),
+        filter_misclassified=filter_misclassified,
+        axis_name=axis_name,
     )
-    defaults = VARIANT_WEIGHTS[variant]
-    given = (intra_weight, inter_weight, compactness_weight)
-    intra_weight, inter_weight, compactness_weight = (
-        default if weight is None else weight for weight, default in zip(given, defaults, strict=True)
+    return value, terms
+
+
+class RunningCenters(NamedTuple):
+    """Exponential moving averages of the centers of all categories; equal on all devices.
+
+    They start at zero; divided by `weights`, as `Adam` divides its moments, they are averages of the batches that had
+    the category, however few these were.
+
+    Attributes:
+      student: float [C, D], of the student's centers.
+      teacher: float [C, D], of the teacher's.
+      weights: float [C], what the average of ones is by now; 0 for a category not seen yet.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+    weights: jax.Array
+
+    @classmethod
+    def zeros(cls, num_classes: int, size: int, dtype=jnp.float32):
+        """Those of `num_classes` categories and flattened features of `size` numbers, before the first batch."""
+        return cls(
+            jnp.zeros((num_classes, size), dtype), jnp.zeros((num_classes, size), dtype), jnp.zeros(num_classes, dtype)
+        )
+
+
+@partial(jax.jit, static_argnames=("num_classes", "momentum", "variant", "axis_name"))
+def running_category_structure_loss(
+    student_features: jax.Array,
+    teacher_features: jax.Array,
+    labels: jax.Array,
+    running: RunningCenters,
+    *,
+    momentum: float,
+    num_classes: int,
+    student_logits: jax.Array | None = None,
+    teacher_logits: jax.Array | None = None,
+    variant: str = "paper",
+    intra_weight: float | None = None,
+    inter_weight: float | None = None,
+    compactness_weight: float | None = None,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array], RunningCenters]:
+    """`category_structure_loss` around centers that remember earlier batches.
+
+    With a uniform batch many a sample is the only one of its category: it is its own center then and says nothing
+    about the structure within the category. Here the features of a category i of the batch lie around
+      R_i <- momentum R_i + (1 - momentum) C_i,   w_i <- momentum w_i + (1 - momentum),   center R_i / w_i,
+    with C_i the center of the batch (Eq. 6) and R, w zero at first: the center of a category that is seen for the first
+    time is that of the batch. With momentum 0 the loss is that of `category_structure_loss` without the filter.
+    The inter-category part differentiates C_i within R_i / w_i. The terms of the logits use the centers of the batch.
+
+    Time as `category_structure_loss`; memory O(num_classes D) for `running` on every device.
+
+    Args:
+      student_features: see `category_structure_loss`, as all that is not said here.
+      teacher_features: see there.
+      labels: see there.
+      running: from the last batch, or `RunningCenters.zeros`. Never differentiated.
+      momentum: in [0, 1). Static.
+      num_classes: see there.
+      student_logits: see there; for the logit terms of "reference", which are left out without.
+      teacher_logits: see there.
+      variant: see there.
+      intra_weight: see there.
+      inter_weight: see there.
+      compactness_weight: see there.
+      axis_name: see there.
+
+    Returns:
+      The scalar category, the terms, and the new running centers (without gradient).
+
+    Raises:
+      TypeError: as `category_structure_loss`.
+      ValueError: as there, or running centers of other shapes, or a momentum out of range.
+    """
+    return _category_structure(
+        student_features,
+        teacher_features,
+        labels,
+        num_classes=num_classes,
+        logits=(student_logits, teacher_logits),
+        variant=variant,
+        weights=(intra_weight, inter_weight, compactness_weight),
+        filter_misclassified=None if variant == "paper" else False,
+        axis_name=axis_name,
+        running=running,
+        momentum=momentum,
     )
 
+
+def _category_structure(
+    student_features,
+    teacher_features,
+    labels,
+    *,
+    num_classes,
+    logits,
+    variant,
+    weights,
+    filter_misclassified,
+    axis_name,
+    running=None,
+    momentum=0.0,
+):
+    """(category, terms, new running centers or None): what both public losses compute."""
+    filter_misclassified = _check_arguments(
+        student_features, teacher_features, labels, num_classes, *logits, variant, weights[2], filter_misclassified
+    )
+    intra_weight, inter_weight, compactness_weight = (
+        default if weight is None else weight for weight, default in zip(weights, VARIANT_WEIGHTS[variant], strict=True)
+    )
     index = category_index(labels, num_classes=num_classes, axis_name=axis_name)
     student, teacher = _flatten(student_features), lax.stop_gradient(_flatten(teacher_features))
+    sums = tuple(_category_sums(f, index, axis_name=axis_name)[0] for f in (student, teacher))
+    counts = index.counts
+    if running is not None:
+        _check_running(running, num_classes, student.shape[1], momentum)
+        sums, counts, running = _mix_running(running, momentum, sums, index)
     if variant == "paper":
-        terms = _paper_terms(student, teacher, index, axis_name)
+        terms = _paper_terms(student, teacher, sums, counts, index, axis_name)
     else:
-        logits = None
-        if student_logits is not None:
-            logits = at_least_float32(student_logits), lax.stop_gradient(at_least_float32(teacher_logits))
-        terms = _reference_terms(student, teacher, logits, labels, index, filter_misclassified, axis_name)
+        terms = _reference_terms(student, teacher, sums, counts, logits, labels, index, filter_misclassified, axis_name)
     intra = intra_weight * (terms["intra_feature"] + terms.get("intra_logits", 0.0))
     intra += compactness_weight * terms.get("compactness", 0.0)
     inter = inter_weight * (terms["inter_feature"] + terms.get("inter_logits", 0.0))
     category = intra + inter
-    return category, terms | {"intra": intra, "inter": inter, "category": category}
+    return category, terms | {"intra": intra, "inter": inter, "category": category}, running
 
 
-def _paper_terms(student, teacher, index, axis_name):
-    """Eq. 9 without its weights."""
-    sums_s, sums_t = (_category_sums(f, index, axis_name=axis_name)[0] for f in (student, teacher))
-    squared = jnp.sum(jnp.square(_intra_difference(student, teacher, sums_s, sums_t, index)), axis=1)
+def _mix_running(running, momentum, sums, index):
+    """The batch within the running averages: sums [K, D] of student and teacher, their weights [K], what to keep."""
+    running = RunningCenters(*map(lax.stop_gradient, running))
+    present = index.present
+    kept = jnp.where(present, momentum, 0).astype(running.weights.dtype)
+    added = jnp.where(present, 1 - momentum, 0).astype(running.weights.dtype)
+    weights = kept * running.weights[index.categories] + added
+    mixed = tuple(
+        kept[:, None] * old[index.categories] + added[:, None] * _means(batch, index.counts).astype(old.dtype)
+        for old, batch in zip(running[:2], sums, strict=True)
+    )
+    # What lies past the last category is dropped: the slots that no category uses.
+    rows = jnp.where(present, index.categories, len(running.weights))
+    new = RunningCenters(
+        *(
+            old.at[rows].set(lax.stop_gradient(x), mode="drop")
+            for old, x in zip(running, (*mixed, weights), strict=True)
+        )
+    )
+    return mixed, weights, new
+
+
+def _paper_terms(student, teacher, sums, counts, index, axis_name):
+    """Eq. 9 without its weights; `sums` is (student, teacher)."""
+    squared = jnp.sum(jnp.square(_intra_difference(student, teacher, sums, counts, index.slots)), axis=1)
     # The norm of a category stacks all its samples, which may lie on several devices.
-    norms = safe_sqrt(_segment_sum(squared, index.slots, len(index.counts), axis_name))
+    norms = safe_sqrt(_segment_sum(squared, index.slots, len(counts), axis_name))
     num_present = jnp.sum(index.present).astype(norms.dtype)
     return {
         "intra_feature": jnp.sum(norms) / num_present,
-        "inter_feature": safe_sqrt(jnp.sum(jnp.square(_inter_difference(sums_s, sums_t)))),
+        "inter_feature": safe_sqrt(jnp.sum(jnp.square(_inter_difference(sums)))),
     }
 
 
-def _reference_terms(student, teacher, logits, labels, index, filter_misclassified, axis_name):
-    """The terms of the released code without their weights; `logits` is (student, teacher) or None."""
-    sums_s, sums_t = (_category_sums(f, index, axis_name=axis_name)[0] for f in (student, teacher))
+def _reference_terms(student, teacher, sums, counts, logits, labels, index, filter_misclassified, axis_name):
+    """The terms of the released code without their weights; `sums` and `logits` are (student, teacher)."""
+    with_logits = logits[0] is not None
+    if with_logits:
+        logits = at_least_float32(logits[0]), lax.stop_gradient(at_least_float32(logits[1]))
     if filter_misclassified:
         structure_s, structure_t = (
             intra_category_structure(
@@ -262,36 +397,36 @@ def _reference_terms(student, teacher, logits, labels, index, filter_misclassifi
         )
         difference = structure_t - structure_s
     else:
-        difference = _intra_difference(student, teacher, sums_s, sums_t, index)
+        difference = _intra_difference(student, teacher, sums, counts, index.slots)
     terms = {
         "intra_feature": jnp.mean(jnp.square(difference)) / student.shape[1],
-        "inter_feature": _inter_mse(sums_s, sums_t, index.present),
+        "inter_feature": _inter_mse(sums, index.present),
     }
-    if logits is not None:
-        logits_s, logits_t = logits
-        sums_s, sums_t = (_category_sums(z, index, axis_name=axis_name)[0] for z in logits)
-        difference = _intra_difference(logits_s, logits_t, sums_s, sums_t, index)
-        terms["intra_logits"] = jnp.mean(jnp.square(difference)) / logits_s.shape[1]
-        terms["inter_logits"] = _inter_mse(sums_s, sums_t, index.present)
-        deviation = intra_category_structure(logits_s, _means(sums_s, index.counts), index.counts, index.slots)
+    if with_logits:
+        sums = tuple(_category_sums(z, index, axis_name=axis_name)[0] for z in logits)
+        difference = _intra_difference(*logits, sums, index.counts, index.slots)
+        terms["intra_logits"] = jnp.mean(jnp.square(difference)) / difference.shape[1]
+        terms["inter_logits"] = _inter_mse(sums, index.present)
+        deviation = intra_category_structure(logits[0], _means(sums[0], index.counts), index.counts, index.slots)
         terms["compactness"] = jnp.mean(jnp.square(deviation))
     return terms
 
 
-def _intra_difference(student, teacher, sums_s, sums_t, index):
+def _intra_difference(student, teacher, sums, counts, slots):
     """Psi(F^t) - Psi(F^s) of the whole batch [B, D]; Psi is linear, so it is the structure of the difference."""
-    centers = _means(sums_t - sums_s, index.counts)
-    return intra_category_structure(teacher - student, centers, index.counts, index.slots)
+    sums_s, sums_t = sums
+    return intra_category_structure(teacher - student, _means(sums_t - sums_s, counts), counts, slots)
 
 
-def _inter_difference(sums_s, sums_t):
+def _inter_difference(sums):
     """M^t - M^s [K, K]; cosines do not depend on lengths, so the sums do as well as the centers."""
+    sums_s, sums_t = sums
     return inter_category_structure(sums_t) - inter_category_structure(sums_s)
 
 
-def _inter_mse(sums_s, sums_t, present):
+def _inter_mse(sums, present):
     # Rows of absent categories are zero in both matrices: the sum needs no mask, only the mean its count.
-    difference = _inter_difference(sums_s, sums_t)
+    difference = _inter_difference(sums)
     num_present = jnp.sum(present).astype(difference.dtype)
     return jnp.sum(jnp.square(difference)) / num_present**3
 
@@ -378,6 +513,15 @@ def _check_arguments(
     return filter_misclassified
 
 
+def _check_running(running, num_classes, size, momentum):
+    shapes = tuple(jnp.shape(x) for x in running)
+    expected = ((num_classes, size), (num_classes, size), (num_classes,))
+    if shapes != expected:
+        raise ValueError(f"running centers must have shapes {expected}: (categories, features), got {shapes}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+
+
 class CategoryStructure(Method):
     """`category_structure_loss` on the last feature maps and the logits, with the trainable projection sigma.
 
@@ -389,6 +533,8 @@ class CategoryStructure(Method):
       inter_weight: see `category_structure_loss`.
       compactness_weight: "reference" only.
       filter_misclassified: "reference" only.
+      center_momentum: of `running_category_structure_loss`, which needs filter_misclassified=False; None: the centers
+        are those of the batch alone.
     """
 
     variant: str = "reference"
@@ -396,6 +542,7 @@ class CategoryStructure(Method):
     inter_weight: float | None = None
     compactness_weight: float | None = None
     filter_misclassified: bool | None = None
+    center_momentum: float | None = None
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
@@ -408,17 +555,34 @@ class CategoryStructure(Method):
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         dtype = np.promote_types(student.dtype, np.float32)
         sigma = self.param("sigma", init, (student.shape[-1], teacher.shape[-1]), dtype)
-        return category_structure_loss(
-            student @ sigma.astype(student.dtype),
+        student = student @ sigma.astype(student.dtype)
+        settings = {
+            "num_classes": self.num_classes,
+            "student_logits": inputs.student.logits,
+            "teacher_logits": inputs.teacher.logits,
+            "variant": self.variant,
+            "intra_weight": self.intra_weight,
+            "inter_weight": self.inter_weight,
+            "compactness_weight": self.compactness_weight,
+            "axis_name": self.axis_name,
+        }
+        if self.center_momentum is None:
+            settings["filter_misclassified"] = self.filter_misclassified
+            return category_structure_loss(student, teacher, inputs.labels, **settings)
+        if self.filter_misclassified:
+            raise ValueError("center_momentum goes with filter_misclassified=False: running centers are of all samples")
+        size = student.size // len(student)
+        memory = self.variable(
+            "memory", "centers", lambda: RunningCenters.zeros(self.num_classes, size, dtype)._asdict()
+        )
+        value, terms, running = running_category_structure_loss(
+            student,
             teacher,
             inputs.labels,
-            num_classes=self.num_classes,
-            student_logits=inputs.student.logits,
-            teacher_logits=inputs.teacher.logits,
-            variant=self.variant,
-            intra_weight=self.intra_weight,
-            inter_weight=self.inter_weight,
-            compactness_weight=self.compactness_weight,
-            filter_misclassified=self.filter_misclassified,
-            axis_name=self.axis_name,
+            RunningCenters(**memory.value),
+            momentum=self.center_momentum,
+            **settings,
         )
+        if not self.is_initializing():
+            memory.value = running._asdict()
+        return value, terms

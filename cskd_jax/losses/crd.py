@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 
 from cskd_jax.losses._arrays import normalize
-from cskd_jax.losses._batch import gather_batch
+from cskd_jax.losses._batch import batch_positions, gather_batch
 from cskd_jax.losses._checks import check_float, check_labels, check_same_batch, check_same_shape
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import LossInputs, Method
@@ -213,9 +213,10 @@ class CRD(Method):
         teacher = self._embed("teacher", lax.stop_gradient(inputs.teacher.embedding))
         variable = self.variable("memory", "contrast", self._new_memory, student.dtype)
         labels, indices, batch_size = inputs.labels, inputs.indices, len(inputs.labels)
-        offset = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * batch_size
         num_negatives = min(self.num_negatives, self.num_examples - 1)
-        negatives = draw_negatives(inputs.key, offset + jnp.arange(batch_size), num_negatives, self.num_examples)
+        negatives = draw_negatives(
+            inputs.key, batch_positions(batch_size, self.axis_name), num_negatives, self.num_examples
+        )
         memory = ContrastMemory(**variable.value)
         known = gather_batch(labels, self.axis_name).astype(jnp.int32)
         memory = memory._replace(labels=memory.labels.at[gather_batch(indices, self.axis_name)].set(known))

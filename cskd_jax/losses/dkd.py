@@ -53,7 +53,7 @@ def dkd_loss(
         raise ValueError(f"dkd needs at least 3 categories, got logits of shape {student_logits.shape}")
     if not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
-    is_target = jnp.arange(student_logits.shape[1]) == labels[:, None]
+    is_target = jnp.arange(student_logits.shape[1], dtype=jnp.int32) == labels.astype(jnp.int32)[:, None]
     target_s, others_s, among_s = _decouple(at_least_float32(student_logits) / temperature, is_target)
     teacher = lax.stop_gradient(at_least_float32(teacher_logits))
     target_t, others_t, among_t = _decouple(teacher / temperature, is_target)

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import lax
 
 from cskd_jax.losses._arrays import normalize
+from cskd_jax.losses._batch import batch_positions
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
 from cskd_jax.losses.base import LossInputs, Method
 from cskd_jax.losses.logits import kd_loss
@@ -185,8 +186,7 @@ class KDGAN(Method):
             name="teacher_head",
         )
         teacher_logits = teacher_logits + head(embedding)
-        offset = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * len(student_logits)
-        positions = offset + jnp.arange(len(student_logits))
+        positions = batch_positions(len(student_logits), self.axis_name)
         student_sample, teacher_sample = (
             sample_category(key, positions, logits, temperature=self.sample_temperature)
             for key, logits in zip(jax.random.split(inputs.key), (student_logits, teacher_logits), strict=True)

@@ -81,7 +81,7 @@ class ConvBatchNorm(nn.Module):
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * unbiased
         gain = scale * lax.rsqrt(batch_var + self.epsilon)
-        return (x * gain + (bias - batch_mean * gain)).astype(self.dtype)
+        return (x.astype(stats_dtype) * gain + (bias - batch_mean * gain)).astype(self.dtype)
 
     def _batch_statistics(self, x):
         """Mean and biased variance per channel over the global batch, and the number of values they are over."""
