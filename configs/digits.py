@@ -22,7 +22,7 @@ def get_config(method="cskd"):
     config.keep_checkpoints = 2  # newest checkpoints kept, beside the best
 
     config.dataset = ConfigDict()
-    config.dataset.name = "digits"  # digits, cifar10, cifar100, image_folder, or another name of tfds
+    config.dataset.name = "digits"  # digits, cifar10, cifar100, tiny_imagenet, cub200, image_folder, or another of tfds
     config.dataset.data_dir = placeholder(str)  # of tfds; None: ~/tensorflow_datasets
     config.dataset.path = placeholder(str)  # folder with train/CLASS/* and test/CLASS/*, for image_folder
     config.dataset.train_examples = placeholder(int)  # a balanced part of the training split; None: all
@@ -34,6 +34,7 @@ def get_config(method="cskd"):
     config.sampler.samples_per_category = 4  # of balanced: images of a category in a batch, a divisor of batch_size
 
     config.augment = ConfigDict()
+    config.augment.resize = 0  # pixels of the shorter side, to which an image is enlarged before the crop; 0: as it is
     config.augment.crop_padding = 1  # pixels of black around an image before it is cropped at random; 0: no crop
     config.augment.flip = False  # mirror half of the images: a mirrored digit is another sign
 

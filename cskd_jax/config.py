@@ -72,6 +72,7 @@ RULES = {
     "dataset.std": _DEVIATIONS,
     "sampler.name": _one_of("uniform", "balanced"),
     "sampler.samples_per_category": _integer(1),
+    "augment.resize": _integer(0, 1024),
     "augment.crop_padding": _integer(0, 256),
     "augment.flip": _BOOL,
     "teacher.name": _optional(Rule((str,), lambda value: value in MODELS or not value, f"one of {', '.join(MODELS)}")),

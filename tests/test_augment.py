@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from cskd_jax.data.augment import augment, make_normalize
+from cskd_jax.data.augment import augment, enlarge, make_normalize
 
 PADDING = 1
 SIZE = 3
 COUNT = 400
 
-jitted = jax.jit(augment, static_argnames=("crop_padding", "flip"))
+jitted = jax.jit(augment, static_argnames=("resize", "crop_padding", "flip"))
 
 
 def make_image():
@@ -115,6 +116,81 @@ def test_without_jit():
     images = np.repeat(make_image()[None], 4, axis=0)
     result = augment(images, jax.random.key(0), jnp.arange(4), crop_padding=PADDING, flip=True)
     np.testing.assert_array_equal(result, augmented(PADDING, True)[:4])
+
+
+def bilinear(image, height, width):
+    """[H, W, C] enlarged in float64, straight from the definition: exact values, not yet rounded."""
+
+    def weights(size, new_size):
+        middle = np.clip((np.arange(new_size) + 0.5) * size / new_size - 0.5, 0, size - 1)
+        return np.maximum(0, 1 - np.abs(middle[:, None] - np.arange(size)))
+
+    rows, columns = weights(image.shape[0], height), weights(image.shape[1], width)
+    return np.einsum("ah,bw,hwc->abc", rows, columns, image.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("shape", "side", "new_shape"),
+    [((64, 64, 3), 72, (72, 72)), ((224, 224, 3), 256, (256, 256)), ((4, 6, 1), 10, (10, 15)), ((5, 3, 2), 3, (5, 3))],
+)
+def test_enlarge_is_bilinear(shape, side, new_shape):
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    result = np.asarray(enlarge(image[None], side))[0]
+    assert (result.shape, result.dtype) == ((*new_shape, shape[2]), np.uint8)
+    assert np.abs(result - bilinear(image, *new_shape)).max() <= 0.5 + 1e-9
+    if shape[2] == 3:  # Pillow rounds twice, once after each direction.
+        other = np.asarray(Image.fromarray(image).resize(new_shape[::-1], Image.Resampling.BILINEAR))
+        assert np.abs(result.astype(int) - other).max() <= 1
+
+
+def test_enlarge_with_64_bit_types(x64):
+    image = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
+    assert enlarge(image, 9).dtype == np.uint8
+    with jax.enable_x64(False):
+        expected = np.asarray(enlarge(image, 9))
+    np.testing.assert_array_equal(enlarge(image, 9), expected)
+
+
+def test_enlarge_at_the_limit_of_its_integers():
+    image = np.full((1, 2, 2, 1), 255, np.uint8)
+    np.testing.assert_array_equal(enlarge(image, 1448), np.full((1, 1448, 1448, 1), 255))
+    with pytest.raises(ValueError, match="resize is 1449: 1449x1449 pixels are too many"):
+        enlarge(image, 1449)
+
+
+def test_enlarge_does_not_make_smaller():
+    with pytest.raises(ValueError, match="resize is 63; images of 80x64 pixels can only be enlarged"):
+        enlarge(np.zeros((1, 64, 80, 3), np.uint8), 63)
+
+
+def resized(positions, crop_padding=0):
+    images = np.repeat(make_image()[None], len(positions), axis=0)
+    settings = {"resize": SIZE + 1, "crop_padding": crop_padding, "flip": True}
+    return np.asarray(jitted(images, jax.random.key(0), jnp.asarray(positions), **settings))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_resized_images_are_mirrored_crops_of_the_enlarged_image(padding):
+    enlarged = np.asarray(enlarge(make_image()[None], SIZE + 1))[0]
+    enlarged = np.pad(enlarged, ((padding, padding), (padding, padding), (0, 0)))
+    offsets = range(2 + 2 * padding)
+    cut = [enlarged[row : row + SIZE, column : column + SIZE] for row in offsets for column in offsets]
+    possible = {crop.tobytes() for crop in cut} | {crop[:, ::-1].tobytes() for crop in cut}
+    found = {image.tobytes() for image in resized(np.arange(COUNT), padding)}
+    assert len(possible) == 2 * (2 + 2 * padding) ** 2
+    assert found == possible
+
+
+def test_resized_images_depend_on_the_position_alone():
+    whole = resized(np.arange(64))
+    np.testing.assert_array_equal(np.concatenate([resized(np.arange(8) + start) for start in range(0, 64, 8)]), whole)
+    np.testing.assert_array_equal(resized(np.arange(64)[::-1]), whole[::-1])
+
+
+def test_resize_alone_without_jit():
+    images = np.repeat(make_image()[None], 8, axis=0)
+    settings = {"resize": SIZE + 1, "crop_padding": 0, "flip": True}
+    np.testing.assert_array_equal(augment(images, jax.random.key(0), jnp.arange(8), **settings), resized(np.arange(8)))
 
 
 def test_normalize():

@@ -7,12 +7,18 @@ import pytest
 
 from configs.methods import METHODS
 from cskd_jax import config as config_lib
-from cskd_jax.data import ImageDataset, Split
+from cskd_jax.data import DATASETS, ImageDataset, Split
 from cskd_jax.loop import Network, Phase
 from cskd_jax.objective import hyperparameters, needs_teacher
 from tests.conftest import ROOT
 
-RECIPES = {"digits": (10, (8, 8, 1)), "cifar10": (10, (32, 32, 3)), "cifar100": (100, (32, 32, 3))}
+RECIPES = {
+    "digits": (10, (8, 8, 1)),
+    "cifar10": (10, (32, 32, 3)),
+    "cifar100": (100, (32, 32, 3)),
+    "tiny_imagenet": (200, (64, 64, 3)),
+    "cub200": (200, (224, 224, 3)),
+}
 
 
 def get_config(recipe, method="cskd"):
@@ -54,10 +60,31 @@ def test_published_recipes(recipe):
         assert (config.student.name, config.student.width) == ("resnet18", 0.25)
         settings = config.optimizer
         assert (settings.learning_rate, settings.momentum, settings.weight_decay) == (0.1, 0.9, 1e-4)
-        assert dict(config.augment) == {"crop_padding": 4, "flip": True}
+        assert dict(config.augment) == {"resize": 0, "crop_padding": 4, "flip": True}
         assert not config.drop_last
     assert (released.optimizer.milestones, paper.optimizer.milestones) == ((80, 120), (80, 120, 160))
     assert (released.optimizer.restart_momentum, paper.optimizer.restart_momentum) == (True, False)
+
+
+@pytest.mark.parametrize("method", ["cskd", "cskd_paper", "kd"])
+def test_published_recipe_of_tiny_imagenet(method):
+    config = get_config("tiny_imagenet", method)
+    assert (config.batch_size, config.epochs, config.teacher.epochs) == (200, 200, 200)
+    assert (config.teacher.name, config.teacher.width) == ("resnet152", 1)
+    assert (config.student.name, config.student.width) == ("resnet18", 0.25)
+    settings = config.optimizer
+    assert (settings.learning_rate, settings.momentum, settings.weight_decay) == (0.1, 0.9, 5e-4)
+    assert (settings.milestones, settings.decay_factor, settings.restart_momentum) == ((50, 100, 150), 0.1, False)
+    assert dict(config.augment) == {"resize": 72, "crop_padding": 0, "flip": True}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_data_set_of_a_recipe(recipe):
+    config = get_config(recipe)
+    config_lib.validate(config)
+    assert config.dataset.name == recipe
+    assert recipe in DATASETS
+    assert len(config.dataset.mean) == RECIPES[recipe][1][2]
 
 
 def test_weights_of_the_variants():

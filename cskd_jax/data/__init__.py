@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cskd_jax.data import cifar, digits, image_folder, tfds_source
+from cskd_jax.data import cifar, cub200, digits, image_folder, tfds_source, tiny_imagenet
 from cskd_jax.data.types import ImageDataset, Split
 from cskd_jax.errors import UserError
 
@@ -20,6 +20,8 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": functools.partial(tfds_source.load_own, digits.SOURCE),
     "cifar10": functools.partial(tfds_source.load_own, cifar.CIFAR10),
     "cifar100": functools.partial(tfds_source.load_own, cifar.CIFAR100),
+    "tiny_imagenet": functools.partial(tfds_source.load_own, tiny_imagenet.SOURCE),
+    "cub200": functools.partial(tfds_source.load_own, cub200.SOURCE),
     "image_folder": image_folder.load,
 }
 

@@ -1,4 +1,4 @@
-"""Image preprocessing on the device, inside the step: random shift, flip, normalization."""
+"""Image preprocessing on the device, inside the step: resizing, random crop, flip, normalization."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,8 +15,10 @@ def make_normalize(mean: Sequence[float], std: Sequence[float]) -> Callable[[jax
     return lambda images: images.astype(jnp.float32) * scale + shift
 
 
-def augment(images: jax.Array, key: jax.Array, positions: jax.Array, *, crop_padding: int, flip: bool) -> jax.Array:
-    """Pads with zeros (black), crops at random back to the size, and mirrors half of the images.
+def augment(
+    images: jax.Array, key: jax.Array, positions: jax.Array, *, resize: int = 0, crop_padding: int, flip: bool
+) -> jax.Array:
+    """Enlarges, pads with zeros (black), crops at random back to the size, and mirrors half of the images.
 
     The draw of an image depends on `key` and its position in the global batch alone, not on how the batch is split.
 
@@ -24,21 +26,67 @@ def augment(images: jax.Array, key: jax.Array, positions: jax.Array, *, crop_pad
       images: uint8 [B, H, W, C].
       key: of the step.
       positions: int32 [B], positions in the global batch.
-      crop_padding: pixels of zeros on each side; 0 for no crop.
+      resize: pixels of the shorter side after enlarging; 0 to leave the images as they are.
+      crop_padding: pixels of zeros on each side, added after that; 0 for none.
       flip: whether to mirror horizontally with probability 1/2.
 
     Returns:
       uint8 [B, H, W, C].
+
+    Raises:
+      ValueError: `resize` would make the images smaller.
     """
+    shape = images.shape[1:]
+    if resize:
+        images = enlarge(images, resize)
+    pad = (crop_padding, crop_padding)
+    margin = np.array(images.shape[1:3], np.int32) + np.int32(2 * crop_padding) - np.array(shape[:2], np.int32)
 
     def one(image, position):
         crop_key, flip_key = jax.random.split(jax.random.fold_in(key, position))
-        if crop_padding:
-            pad = (crop_padding, crop_padding)
-            offset = jax.random.randint(crop_key, (2,), 0, 2 * crop_padding + 1)
-            image = lax.dynamic_slice(jnp.pad(image, (pad, pad, (0, 0))), (*offset, 0), image.shape)
+        if margin.any():
+            offset = jax.random.randint(crop_key, (2,), 0, margin + 1)
+            image = lax.dynamic_slice(jnp.pad(image, (pad, pad, (0, 0))), (*offset, 0), shape)
         if flip:
             image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
         return image
 
     return jax.vmap(one)(images, positions)
+
+
+def enlarge(images: jax.Array, shorter_side: int) -> jax.Array:
+    """Enlarges images bilinearly, rounding to the nearest value.
+
+    Computed in integers, and so exactly: the same on every device and however the batch is split.
+
+    Args:
+      images: uint8 [B, H, W, C].
+      shorter_side: pixels of the shorter side of the result; at least those of the images.
+
+    Returns:
+      uint8 [B, H', W', C] with the proportions of the images.
+
+    Raises:
+      ValueError: The result would be smaller than the images, or have more than 2 million pixels.
+    """
+    height, width = images.shape[1:3]
+    if shorter_side < min(height, width):
+        raise ValueError(f"resize is {shorter_side}; images of {width}x{height} pixels can only be enlarged")
+    new_height, new_width = (round(side * shorter_side / min(height, width)) for side in (height, width))
+    if new_height * new_width > 2**21:
+        raise ValueError(f"resize is {shorter_side}: {new_width}x{new_height} pixels are too many for 32-bit integers")
+    rows = _interpolate(images.astype(jnp.int32), 1, new_height)
+    total = 4 * new_height * new_width  # of the weights
+    return ((_interpolate(rows, 2, new_width) + total // 2) // total).astype(jnp.uint8)
+
+
+def _interpolate(values: jax.Array, axis: int, new_size: int) -> jax.Array:
+    """Linear interpolation of int32 values along an axis, times 2 * new_size."""
+    size, scale = values.shape[axis], 2 * new_size
+    # Pixel i of the result has its middle at (i + 1/2) * size / new_size - 1/2 in the old pixels, here times `scale`.
+    middle = np.clip((2 * np.arange(new_size) + 1) * size - new_size, 0, (size - 1) * scale)
+    low, weight = np.divmod(middle, scale)
+    weight = np.expand_dims(weight, [other for other in range(values.ndim) if other != axis]).astype(np.int32)
+    below = jnp.take(values, low, axis)
+    above = jnp.take(values, np.minimum(low + 1, size - 1), axis)
+    return below * (scale - weight) + above * weight

@@ -1,65 +1,41 @@
-"""CIFAR-10 and CIFAR-100 from their original binary archives, without TensorFlow.
-
-The archive is looked for in the data folder and in its subfolder downloads, and downloaded where it is in neither. Its
-members are read in memory; nothing is extracted to a path that an archive names.
-"""
+"""CIFAR-10 and CIFAR-100 from their original binary archives, without TensorFlow."""
 
 import dataclasses
 import functools
-import hashlib
-import http.client
-import lzma
-import os
-import posixpath
-import sys
-import tarfile
-import urllib.request
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import logging
-from tqdm import tqdm
 
+from cskd_jax.data.archives import TAR_SUFFIXES, Archive, check_names, locate, read_tar, require_members, text_lines
 from cskd_jax.data.tfds_source import ArraySource, Content, SourceSplit
 from cskd_jax.errors import UserError
 
 _IMAGE_SHAPE = (32, 32, 3)
 _IMAGE_BYTES = 32 * 32 * 3
-_SUFFIXES = (".tar.gz", ".tar", ".tar.xz")
-_TIMEOUT_SECONDS = 30
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Archive:
+class CifarArchive(Archive):
     """An original archive. A record is one byte per label, then the red, the green and the blue plane of the image.
 
     Attributes:
-      url: Where the official archive is.
-      size: Its size in bytes.
-      sha256: Its checksum.
-      stem: Its file name without the suffix.
       splits: The binary members by split.
       label_files: The members with the label names by label feature, in the order of the label bytes of a record.
       label_sizes: The number of categories by label feature.
     """
 
-    url: str
-    size: int
-    sha256: str
-    stem: str
     splits: Mapping[str, Sequence[str]]
     label_files: Mapping[str, str]
     label_sizes: Mapping[str, int]
 
 
-ARCHIVE_10 = Archive(
+ARCHIVE_10 = CifarArchive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     size=170052171,
     sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     stem="cifar-10-binary",
+    suffixes=TAR_SUFFIXES,
     splits={
         "train": [f"cifar-10-batches-bin/data_batch_{number}.bin" for number in range(1, 6)],
         "test": ["cifar-10-batches-bin/test_batch.bin"],
@@ -68,11 +44,12 @@ ARCHIVE_10 = Archive(
     label_sizes={"label": 10},
 )
 
-ARCHIVE_100 = Archive(
+ARCHIVE_100 = CifarArchive(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
     size=168513733,
     sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
     stem="cifar-100-binary",
+    suffixes=TAR_SUFFIXES,
     splits={"train": ["cifar-100-binary/train.bin"], "test": ["cifar-100-binary/test.bin"]},
     label_files={
         "coarse_label": "cifar-100-binary/coarse_label_names.txt",
@@ -82,7 +59,7 @@ ARCHIVE_100 = Archive(
 )
 
 
-def read(archive: Archive, data_root: Path) -> Content:
+def read(archive: CifarArchive, data_root: Path) -> Content:
     """Finds or downloads the archive, and reads it.
 
     Args:
@@ -95,80 +72,10 @@ def read(archive: Archive, data_root: Path) -> Content:
     Raises:
       UserError: The archive is unsound, or there is none and the download failed.
     """
-    path = find_archive(archive, data_root)
-    if path is None:
-        path = download(archive, data_root / "downloads")
-    elif _sha256(path) != archive.sha256:
-        logging.warning("%s is not the official %s: its contents are checked and used.", path, archive.url)
-    return read_archive(archive, path)
+    return read_archive(archive, locate(archive, data_root))
 
 
-def find_archive(archive: Archive, data_root: Path) -> Path | None:
-    """Returns the archive that lies in the data folder or in its subfolder downloads; None if there is none."""
-    for folder in (data_root, data_root / "downloads"):
-        for suffix in _SUFFIXES:
-            path = folder / (archive.stem + suffix)
-            if path.is_file():
-                return path
-    return None
-
-
-def download(archive: Archive, folder: Path) -> Path:
-    """Downloads the official archive.
-
-    Args:
-      archive: Which one.
-      folder: Where to put it; it is created.
-
-    Returns:
-      The path of the complete, verified file.
-
-    Raises:
-      UserError: The download failed, or what arrived is not the official archive.
-    """
-    target = folder / (archive.stem + ".tar.gz")
-    by_hand = f"download it by other means and put it at {target}"
-    # A name of its own per process: several may download at once, and the last rename wins with the same bytes.
-    part = folder / f"{target.name}.{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            digest = _stream(archive, part)
-            if digest != archive.sha256:
-                raise UserError(f"{archive.url} gave a file with checksum {digest}, not {archive.sha256}: {by_hand}")
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {archive.url} ({error}): {by_hand}") from error
-    return target
-
-
-def _stream(archive: Archive, part: Path) -> str:
-    """Writes what the URL gives to `part` and returns its SHA-256."""
-    digest = hashlib.sha256()
-    logging.info("Downloading %s", archive.url)
-    with (
-        urllib.request.urlopen(archive.url, timeout=_TIMEOUT_SECONDS) as response,
-        part.open("wb") as file,
-        tqdm(total=archive.size, unit="B", unit_scale=True, desc=archive.stem, disable=not sys.stderr.isatty()) as bar,
-    ):
-        while chunk := response.read(_CHUNK_BYTES):
-            file.write(chunk)
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def read_archive(archive: Archive, path: Path) -> Content:
+def read_archive(archive: CifarArchive, path: Path) -> Content:
     """Reads an archive and checks all of it: members, whole records, labels, label names, no empty split.
 
     Args:
@@ -181,11 +88,12 @@ def read_archive(archive: Archive, path: Path) -> Content:
     Raises:
       UserError: Something is missing or damaged; the message names the archive and the member.
     """
-    members = _read_members(archive, path)
-    names = {
-        key: _label_names(path, file, members[file], archive.label_sizes[key])
-        for key, file in archive.label_files.items()
-    }
+    wanted = [*archive.label_files.values(), *(file for files in archive.splits.values() for file in files)]
+    members = dict(read_tar(archive, path, wanted.__contains__))
+    require_members(archive, path, wanted, members)
+    names = {key: text_lines(members[file]) for key, file in archive.label_files.items()}
+    for key, file in archive.label_files.items():
+        check_names(path, file, names[key], archive.label_sizes[key])
     splits = {}
     for split, files in archive.splits.items():
         records = np.concatenate([_records(archive, path, file, members[file]) for file in files])
@@ -197,37 +105,7 @@ def read_archive(archive: Archive, path: Path) -> Content:
     return Content(splits, names)
 
 
-def _read_members(archive: Archive, path: Path) -> dict[str, bytes]:
-    """Returns the bytes of every member that is needed."""
-    wanted = [*archive.label_files.values(), *(file for files in archive.splits.values() for file in files)]
-    members = {}
-    try:
-        with tarfile.open(path, "r:*") as tar:
-            for member in tar:
-                name = posixpath.normpath(member.name)  # Repacked archives often say "./".
-                if name in wanted and member.isfile():
-                    members[name] = tar.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged or no tar archive ({reason}): replace it by {archive.url}") from error
-    missing = [name for name in wanted if name not in members]
-    if missing:
-        raise UserError(f"{path} lacks the member {', '.join(missing)}: replace it by {archive.url}")
-    return members
-
-
-def _label_names(path: Path, member: str, data: bytes, expected: int) -> list[str]:
-    """Returns the names, one a line, of `expected` categories."""
-    names = [line.strip() for line in data.decode("utf-8", errors="replace").splitlines() if line.strip()]
-    if len(names) != expected or len(set(names)) != expected:
-        raise UserError(
-            f"{path}: member {member} should hold {expected} different label names, one a line: "
-            f"it has {len(names)} lines, {len(set(names))} of them different"
-        )
-    return names
-
-
-def _records(archive: Archive, path: Path, member: str, data: bytes) -> np.ndarray:
+def _records(archive: CifarArchive, path: Path, member: str, data: bytes) -> np.ndarray:
     """Returns the records of a member, uint8 [N, labels + 3072], with every label in range."""
     size = len(archive.label_files) + _IMAGE_BYTES
     if len(data) % size:
@@ -243,7 +121,7 @@ def _records(archive: Archive, path: Path, member: str, data: bytes) -> np.ndarr
     return records
 
 
-def _source(name: str, archive: Archive, description: str) -> ArraySource:
+def _source(name: str, archive: CifarArchive, description: str) -> ArraySource:
     return ArraySource(
         name=name,
         version="3.0.2",  # That of the stock builder, whose features and folder these are.

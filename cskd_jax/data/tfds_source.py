@@ -21,6 +21,7 @@ from cskd_jax.data.types import ImageDataset, Split, balanced_indices
 from cskd_jax.errors import UserError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with so many channels.
+_RECORDS_AT_ONCE = 4096  # Read in one go: quicker than one by one, without holding all of them twice.
 _INSTALL = "pip install 'cskd_jax[tf]'"
 
 
@@ -28,11 +29,12 @@ class SourceSplit(NamedTuple):
     """One split of a data set of ours, as its source holds it.
 
     Attributes:
-      images: uint8 [N, H, W, C].
+      images: N images, each uint8 [H, W, C] or the bytes of an image file that decodes to that. A source whose images
+        would not fit in memory gives an iterable that decodes as it goes, and raises UserError where one is damaged.
       labels: The labels by feature name, each uint8 or int [N].
     """
 
-    images: np.ndarray
+    images: Iterable[np.ndarray | bytes]
     labels: Mapping[str, np.ndarray]
 
 
@@ -50,7 +52,7 @@ class Content(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """A data set of ours, small enough to be held in memory while it is prepared.
+    """A data set of ours, prepared from its original archive or from another package.
 
     Attributes:
       name: Its name in tensorflow-datasets, and the name of its folder.
@@ -94,7 +96,7 @@ def load_own(
     if not _is_prepared(builder):
         builder.content = source.read(Path(builder.data_dir_root))
         _prepare(builder)
-        # Built anew, because the files may be those of another process that was faster.
+        # Built anew, because the files may be those of another process that was faster, and to let go of the content.
         builder = builder_class(data_dir=data_dir)
     return load_prepared(builder, source.name, train_examples)
 
@@ -158,9 +160,10 @@ def load_prepared(builder: Any, name: str, train_examples: int | None) -> ImageD
     channels = builder.info.features["image"].shape[-1]
     encoded, labels = _read_encoded(builder, name, "train")
     chosen = balanced_indices(labels, categories, train_examples)
-    encoded_test, test_labels = _read_encoded(builder, name, test_name)
-    train_images = _decode([encoded[index] for index in chosen], channels, None, f"data set '{name}', split train")
-    test_images = _decode(encoded_test, channels, train_images.shape[1:], f"data set '{name}', split {test_name}")
+    encoded = [encoded[index] for index in chosen]
+    train_images = _decode(encoded, channels, None, f"data set '{name}', split train")
+    encoded, test_labels = _read_encoded(builder, name, test_name)
+    test_images = _decode(encoded, channels, train_images.shape[1:], f"data set '{name}', split {test_name}")
     return ImageDataset(name, Split(train_images, labels[chosen]), Split(test_images, test_labels), categories)
 
 
@@ -198,9 +201,10 @@ def _builder_class(source: ArraySource) -> type:
             return {name: self._generate_examples(name, split) for name, split in self.content.splits.items()}
 
         def _generate_examples(self, split_name, split):
-            for index, pixels in enumerate(split.images):
-                # A Pillow image, because tensorflow-datasets encodes an array with TensorFlow.
-                image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            for index, image in enumerate(split.images):
+                if isinstance(image, np.ndarray):
+                    # A Pillow image, because tensorflow-datasets encodes an array with TensorFlow.
+                    image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
                 labels = {key: int(values[index]) for key, values in split.labels.items()}
                 yield index, {"id": f"{split_name}_{index:05d}", "image": image, **labels}
 
@@ -250,6 +254,8 @@ def _prepare(builder: Any) -> None:
         # tensorflow-datasets announces itself on stdout, which belongs to the program's results.
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare(file_format="array_record")
+    except UserError:
+        raise  # A damaged image, found on the way; the message names it.
     # Everything, because a stock builder runs code of its own, which may raise anything.
     except Exception as error:
         # Several processes may prepare the same folder: all but the first fail when they rename theirs.
@@ -314,8 +320,9 @@ def _array_record_examples(builder: Any, split: str) -> Iterator[Mapping[str, An
     # Parsing only the two features that are used, and decoding the images here, is twice as fast as the default.
     fields = tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("image", "label")})
     decoders = {"image": tfds.decode.SkipDecoding()}
-    for record in source.__getitems__(range(len(source))):
-        yield fields.deserialize_example_np(record, decoders=decoders)
+    for start in range(0, len(source), _RECORDS_AT_ONCE):
+        for record in source.__getitems__(range(start, min(start + _RECORDS_AT_ONCE, len(source)))):
+            yield fields.deserialize_example_np(record, decoders=decoders)
 
 
 def _tfrecord_examples(builder: Any, split: str) -> Iterable[Mapping[str, Any]]:
@@ -332,13 +339,13 @@ def _tfrecord_examples(builder: Any, split: str) -> Iterable[Mapping[str, Any]]:
     return tfds.as_numpy(dataset)
 
 
-def _decode(encoded: Sequence[bytes], channels: int, expected: tuple[int, int, int] | None, where: str) -> np.ndarray:
+def _decode(encoded: list[bytes], channels: int, expected: tuple[int, int, int] | None, where: str) -> np.ndarray:
     """Decodes images of one shape.
 
     A plain loop: small images are decoded so quickly (10,000 a second) that threads only wait for each other.
 
     Args:
-      encoded: N encoded images.
+      encoded: N encoded images; emptied on the way, so that memory holds an image encoded or decoded, not both.
       channels: 1, 3 or 4, to which images are converted.
       expected: The shape that all must have; None is that of the first one.
       where: What is decoded, for messages.
@@ -346,8 +353,11 @@ def _decode(encoded: Sequence[bytes], channels: int, expected: tuple[int, int, i
     Returns:
       uint8 [N, H, W, channels].
     """
-    images = None if expected is None else np.empty((len(encoded), *expected), np.uint8)
-    for index, data in enumerate(encoded):
+    count = len(encoded)
+    images = None if expected is None else np.empty((count, *expected), np.uint8)
+    encoded.reverse()
+    for index in range(count):
+        data = encoded.pop()
         try:
             with Image.open(io.BytesIO(data)) as image:
                 converted = image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
@@ -356,7 +366,7 @@ def _decode(encoded: Sequence[bytes], channels: int, expected: tuple[int, int, i
         except Exception as error:
             raise UserError(f"{where}: example {index} is not a sound image ({_one_line(error)})") from error
         if images is None:
-            images = np.empty((len(encoded), *pixels.shape), np.uint8)
+            images = np.empty((count, *pixels.shape), np.uint8)
         if pixels.shape != images.shape[1:]:
             raise UserError(
                 f"{where}: example {index} is {_size(pixels.shape)} pixels where {_size(images.shape[1:])} are "

@@ -1,21 +1,18 @@
 """CIFAR from archives in the original format, made here, small, and put where a person would put them."""
 
 import dataclasses
-import http.server
-import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
-import threading
 
 import numpy as np
 import pytest
 
-from cskd_jax.data import cifar, load_dataset
+from cskd_jax.data import archives, cifar, load_dataset
 from cskd_jax.errors import UserError
+from tests.archive_files import write_tar
 
 COARSE = [f"group{number}" for number in range(20)]
 FINE = [f"fine{number:02d}" for number in range(100)]
@@ -49,18 +46,6 @@ def members_10():
     return members
 
 
-def write_archive(path, members, prefix=""):
-    """Writes a tar archive, compressed as its suffix says."""
-    mode = {".gz": "w:gz", ".xz": "w:xz", ".tar": "w"}[path.suffix]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(prefix + name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def expected_images(data, labels):
     return (
         np.frombuffer(data, np.uint8)
@@ -70,18 +55,9 @@ def expected_images(data, labels):
     )
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*args, **kwargs):
-        pytest.fail(f"tried to use the network: {args}")
-
-    monkeypatch.setattr(socket.socket, "connect", fail)
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-
-
 def test_cifar100_byte_exact_without_network(tmp_path, no_network):
     members = members_100()
-    write_archive(tmp_path / "cifar-100-binary.tar.gz", members)
+    write_tar(tmp_path / "cifar-100-binary.tar.gz", members)
     dataset = load_dataset("cifar100", data_dir=str(tmp_path))
     train, test = members["cifar-100-binary/train.bin"], members["cifar-100-binary/test.bin"]
     np.testing.assert_array_equal(dataset.train.images, expected_images(train, 2))
@@ -94,7 +70,7 @@ def test_cifar100_byte_exact_without_network(tmp_path, no_network):
 
 def test_cifar10_byte_exact_without_network(tmp_path, no_network):
     members = members_10()
-    write_archive(tmp_path / "cifar-10-binary.tar.gz", members)
+    write_tar(tmp_path / "cifar-10-binary.tar.gz", members)
     dataset = load_dataset("cifar10", data_dir=str(tmp_path))
     batches = b"".join(members[f"cifar-10-batches-bin/data_batch_{number}.bin"] for number in range(1, 6))
     np.testing.assert_array_equal(dataset.train.images, expected_images(batches, 1))
@@ -111,7 +87,7 @@ def test_category_without_images_is_named(tmp_path, split):
         for start in range(0, len(members[name]), 3074)
         if members[name][start + 1] != 7
     )
-    write_archive(tmp_path / "cifar-100-binary.tar.gz", members)
+    write_tar(tmp_path / "cifar-100-binary.tar.gz", members)
     with pytest.raises(UserError, match=f"no image of {FINE[7]} in its split {split}"):
         load_dataset("cifar100", data_dir=str(tmp_path))
 
@@ -119,7 +95,7 @@ def test_category_without_images_is_named(tmp_path, split):
 def test_prepared_features_are_those_of_the_stock_builder(tmp_path):
     import tensorflow_datasets as tfds
 
-    write_archive(tmp_path / "cifar-100-binary.tar.gz", members_100())
+    write_tar(tmp_path / "cifar-100-binary.tar.gz", members_100())
     load_dataset("cifar100", data_dir=str(tmp_path))
     builder = tfds.builder("cifar100", data_dir=str(tmp_path))
     example = builder.as_data_source("train")[7]
@@ -130,21 +106,21 @@ def test_prepared_features_are_those_of_the_stock_builder(tmp_path):
 
 @pytest.mark.parametrize("file", ["cifar-100-binary.tar", "downloads/cifar-100-binary.tar.xz"])
 def test_other_places_and_suffixes(tmp_path, no_network, file):
-    write_archive(tmp_path / file, members_100(), prefix="./")
+    write_tar(tmp_path / file, members_100(), prefix="./")
     assert len(load_dataset("cifar100", data_dir=str(tmp_path)).train.labels) == 200
 
 
 def test_another_checksum_is_accepted_with_a_warning(tmp_path, caplog):
-    write_archive(tmp_path / "cifar-100-binary.tar.gz", members_100())
+    write_tar(tmp_path / "cifar-100-binary.tar.gz", members_100())
     with caplog.at_level("WARNING", logger="absl"):
         cifar.read(cifar.ARCHIVE_100, tmp_path)
     assert "cifar-100-binary.tar.gz is not the official" in caplog.text
 
 
 def test_no_warning_about_the_official_checksum(tmp_path, caplog):
-    path = write_archive(tmp_path / "cifar-100-binary.tar.gz", members_100())
+    path = write_tar(tmp_path / "cifar-100-binary.tar.gz", members_100())
     with caplog.at_level("WARNING", logger="absl"):
-        cifar.read(dataclasses.replace(cifar.ARCHIVE_100, sha256=cifar._sha256(path)), tmp_path)
+        cifar.read(dataclasses.replace(cifar.ARCHIVE_100, sha256=archives.sha256(path)), tmp_path)
     assert not caplog.text
 
 
@@ -178,7 +154,7 @@ def without(member):
     ],
 )
 def test_unsound_contents(tmp_path, members, message):
-    path = write_archive(tmp_path / "cifar-100-binary.tar", members)
+    path = write_tar(tmp_path / "cifar-100-binary.tar", members)
     with pytest.raises(UserError, match=message) as error:
         load_dataset("cifar100", data_dir=str(tmp_path))
     assert str(path) in str(error.value)
@@ -188,7 +164,7 @@ def test_unsound_contents(tmp_path, members, message):
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tar.xz", ".tar"])
 def test_truncated_archive(tmp_path, suffix):
-    path = write_archive(tmp_path / f"cifar-100-binary{suffix}", members_100())
+    path = write_tar(tmp_path / f"cifar-100-binary{suffix}", members_100())
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=f"cifar-100-binary{suffix} (is damaged or no tar|lacks the member)"):
         load_dataset("cifar100", data_dir=str(tmp_path))
@@ -203,7 +179,7 @@ def test_not_an_archive(tmp_path, data):
 
 
 def test_a_link_is_no_member(tmp_path):
-    path = write_archive(tmp_path / "cifar-100-binary.tar", without("test.bin"))
+    path = write_tar(tmp_path / "cifar-100-binary.tar", without("test.bin"))
     with tarfile.open(path, "a") as tar:
         link = tarfile.TarInfo("cifar-100-binary/test.bin")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -212,30 +188,9 @@ def test_a_link_is_no_member(tmp_path):
         cifar.read_archive(cifar.ARCHIVE_100, path)
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A local web server of the folder tmp_path/web; yields its address."""
-    folder = tmp_path / "web"
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(folder))
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-        thread.join()
-
-
 def test_download(tmp_path, server):
-    path = write_archive(tmp_path / "web" / "cifar-100-binary.tar.gz", members_100())
-    archive = dataclasses.replace(cifar.ARCHIVE_100, url=f"{server}/{path.name}", sha256=cifar._sha256(path))
+    path = write_tar(tmp_path / "web" / "cifar-100-binary.tar.gz", members_100())
+    archive = dataclasses.replace(cifar.ARCHIVE_100, url=f"{server}/{path.name}", sha256=archives.sha256(path))
     content = cifar.read(archive, tmp_path / "data")
     assert len(content.splits["train"].images) == 200
     downloads = tmp_path / "data" / "downloads"
@@ -244,7 +199,7 @@ def test_download(tmp_path, server):
 
 
 def test_a_download_with_a_wrong_checksum_is_refused(tmp_path, server):
-    path = write_archive(tmp_path / "web" / "cifar-100-binary.tar.gz", members_100())
+    path = write_tar(tmp_path / "web" / "cifar-100-binary.tar.gz", members_100())
     archive = dataclasses.replace(cifar.ARCHIVE_100, url=f"{server}/{path.name}")
     with pytest.raises(UserError, match=f"{archive.url} gave a file with checksum .*, not {archive.sha256}"):
         cifar.read(archive, tmp_path / "data")
@@ -266,7 +221,7 @@ def test_a_data_dir_that_cannot_be_written(tmp_path):
 
 
 def test_a_killed_preparation_is_not_taken_for_a_finished_one(tmp_path):
-    write_archive(tmp_path / "cifar-100-binary.tar", members_100())
+    write_tar(tmp_path / "cifar-100-binary.tar", members_100())
     script = """
 import os, signal, sys
 from PIL import Image
@@ -292,7 +247,7 @@ def test_the_loser_of_a_race_uses_what_the_winner_prepared(tmp_path, monkeypatch
     """Runs a whole second preparation in the middle of the first."""
     from cskd_jax.data import tfds_source
 
-    write_archive(tmp_path / "cifar-100-binary.tar", members_100())
+    write_tar(tmp_path / "cifar-100-binary.tar", members_100())
     winners = []
     original = tfds_source.Image.fromarray
 

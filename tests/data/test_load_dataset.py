@@ -17,7 +17,7 @@ def run(script, **environment):
 
 
 def test_names():
-    assert list(DATASETS) == ["digits", "cifar10", "cifar100", "image_folder"]
+    assert list(DATASETS) == ["digits", "cifar10", "cifar100", "tiny_imagenet", "cub200", "image_folder"]
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "mnist"])

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cskd_jax.data import cifar, load_dataset, tfds_source
+from cskd_jax.data import DATASETS, cifar, load_dataset, tfds_source
 from cskd_jax.errors import UserError
 
 INSTALL = r"pip install 'cskd_jax\[tf\]'"
@@ -200,9 +200,7 @@ def test_preparing_keeps_stdout_free(tmp_path, capsys):
 
 
 def test_unknown_name(tmp_path):
-    message = (
-        "unknown data set 'digitz': allowed are digits, cifar10, cifar100, image_folder and any tensorflow-datasets"
-    )
+    message = f"unknown data set 'digitz': allowed are {', '.join(DATASETS)} and any tensorflow-datasets name"
     with pytest.raises(UserError, match=message):
         load_dataset("digitz", data_dir=str(tmp_path))
 

@@ -1,0 +1,144 @@
+"""CUB-200-2011, photographs of birds, from its original archive, without TensorFlow.
+
+The photographs have many sizes. They are stored as squares of 224 pixels: the shorter side is resized to 256 pixels,
+and the middle is cut out, which is how the field evaluates on them.
+"""
+
+import functools
+import posixpath
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cskd_jax.data.archives import (
+    TAR_SUFFIXES,
+    Archive,
+    check_categories,
+    check_names,
+    decode,
+    locate,
+    read_tar,
+    require_members,
+    text_lines,
+)
+from cskd_jax.data.tfds_source import ArraySource, Content, SourceSplit
+from cskd_jax.errors import UserError
+
+NUM_CLASSES = 200
+_SHORT_SIDE = 256
+_SIDE = 224
+_ROOT = "CUB_200_2011/"
+_CLASSES = _ROOT + "classes.txt"
+_IMAGES = _ROOT + "images.txt"
+_LABELS = _ROOT + "image_class_labels.txt"
+_SPLIT = _ROOT + "train_test_split.txt"
+_TABLES = (_CLASSES, _IMAGES, _LABELS, _SPLIT)
+_IMAGE_FOLDER = _ROOT + "images/"
+
+ARCHIVE = Archive(
+    url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+    size=1150585339,
+    sha256="0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
+    stem="CUB_200_2011",
+    suffixes=(".tgz", *TAR_SUFFIXES),
+)
+
+
+def read(archive: Archive, data_root: Path) -> Content:
+    """Finds or downloads the archive, and reads it.
+
+    Args:
+      archive: `ARCHIVE`, or one of another address and checksum.
+      data_root: The data folder.
+
+    Returns:
+      The content in the order of images.txt, with images uint8 [224, 224, 3].
+
+    Raises:
+      UserError: The archive is unsound, or there is none and the download failed.
+    """
+    return read_archive(archive, locate(archive, data_root))
+
+
+def read_archive(archive: Archive, path: Path) -> Content:
+    """Reads an archive and checks all of it: the tables, and that every image is there and sound.
+
+    Args:
+      archive: Which one it should be, for messages.
+      path: The file: a tar archive, compressed or not.
+
+    Returns:
+      See `read`.
+
+    Raises:
+      UserError: Something is missing or damaged; the message names the archive and the member.
+    """
+    texts, pixels = {}, {}
+    # In one pass, because the archive cannot be read from the middle; the images are kept as small as they will be.
+    for member, data in read_tar(archive, path, lambda name: name in _TABLES or name.startswith(_IMAGE_FOLDER)):
+        if member in _TABLES:
+            texts[member] = text_lines(data)
+        elif member.endswith(".jpg") and not posixpath.basename(member).startswith("."):
+            pixels[member] = middle_square(decode(path, member, data))
+    require_members(archive, path, _TABLES, texts)
+    classes, files, class_of, is_training = (_table(path, member, texts[member]) for member in _TABLES)
+    names = list(classes.values())
+    check_names(path, _CLASSES, names, NUM_CLASSES)
+    label_of = {identifier: label for label, identifier in enumerate(classes)}
+    _check_values(path, _LABELS, files, class_of, label_of)
+    _check_values(path, _SPLIT, files, is_training, ("0", "1"))
+    require_members(archive, path, (_IMAGE_FOLDER + file for file in files.values()), pixels)
+    splits = {}
+    for split, flag in (("train", "1"), ("test", "0")):
+        chosen = [image for image in files if is_training[image] == flag]
+        labels = np.array([label_of[class_of[image]] for image in chosen], np.int32)
+        check_categories(path, split, names, labels)
+        splits[split] = SourceSplit([pixels[_IMAGE_FOLDER + files[image]] for image in chosen], {"label": labels})
+    return Content(splits, {"label": names})
+
+
+def middle_square(image: Image.Image) -> np.ndarray:
+    """Resizes the shorter side to 256 pixels, bilinearly, and cuts out the middle: uint8 [224, 224, 3], in RGB."""
+    scale = _SHORT_SIDE / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    left, top = (width - _SIDE) // 2, (height - _SIDE) // 2
+    # Some photographs are grey. Converted first: the modes that Pillow knows are not all resized bilinearly.
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized.crop((left, top, left + _SIDE, top + _SIDE)))
+
+
+def _table(path: Path, member: str, lines: Sequence[str]) -> dict[str, str]:
+    """Returns {identifier: value} of lines "IDENTIFIER VALUE"."""
+    table = {}
+    for number, line in enumerate(lines, 1):
+        identifier, _, value = line.partition(" ")
+        if not value or identifier in table:
+            raise UserError(
+                f"{path}: member {member}, line {number} is '{line}': allowed are a new number and a value, "
+                "separated by a space"
+            )
+        table[identifier] = value
+    return table
+
+
+def _check_values(
+    path: Path, member: str, files: Mapping[str, str], table: Mapping[str, str], allowed: Container[str]
+) -> None:
+    """Raises UserError unless the table gives every image one of the allowed values."""
+    for image, file in files.items():
+        if table.get(image) not in allowed:
+            found = f"says '{table[image]}' of" if image in table else "says nothing of"
+            raise UserError(f"{path}: member {member} {found} image {image}, {file}")
+
+
+SOURCE = ArraySource(
+    name="cub200",
+    version="1.0.0",
+    description="Photographs of birds in 200 categories, as squares of 224x224 pixels.",
+    homepage="https://www.vision.caltech.edu/datasets/cub_200_2011/",
+    image_shape=(_SIDE, _SIDE, 3),
+    label_sizes={"label": NUM_CLASSES},
+    read=functools.partial(read, ARCHIVE),
+)

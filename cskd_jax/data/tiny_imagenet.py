@@ -1,0 +1,190 @@
+"""Tiny ImageNet from its original archive, without TensorFlow.
+
+The categories are the WordNet ids of wnids.txt, in its order; words.txt, which gives their English names, is not used:
+several of its names are long lists of synonyms. The images of val, whose labels are known, are for evaluation; those of
+test, whose labels are not, are left out.
+"""
+
+import dataclasses
+import functools
+import posixpath
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cskd_jax.data.archives import Archive, check_categories, check_names, decode, locate, require_members, text_lines
+from cskd_jax.data.tfds_source import ArraySource, Content, SourceSplit
+from cskd_jax.errors import UserError
+
+NUM_CLASSES = 200
+_SIDE = 64
+_ROOT = "tiny-imagenet-200/"
+_NAMES = _ROOT + "wnids.txt"
+_ANNOTATIONS = _ROOT + "val/val_annotations.txt"
+_EXTENSION = ".JPEG"
+
+ARCHIVE = Archive(
+    url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    size=248100043,
+    sha256="6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
+    stem="tiny-imagenet-200",
+    suffixes=(".zip",),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZippedImages:
+    """An iterable over images that lie in a zip archive: decoded one by one, so that they need no memory together.
+
+    Attributes:
+      archive: Which one it should be, for messages.
+      path: The file.
+      members: The members with the images, in the order to give them.
+    """
+
+    archive: Archive
+    path: Path
+    members: Sequence[zipfile.ZipInfo]
+
+    def __iter__(self) -> Iterator[np.ndarray | bytes]:
+        """Yields the file where it is in RGB, and otherwise its pixels converted to RGB, uint8 [64, 64, 3].
+
+        Raises:
+          UserError: An image is damaged or of another size; the message names the archive and the member.
+        """
+        with _open(self.archive, self.path) as file:
+            for member in self.members:
+                data = _read_member(self.archive, self.path, file, member)
+                image = decode(self.path, member.filename, data)
+                if image.size != (_SIDE, _SIDE):
+                    width, height = image.size
+                    raise UserError(
+                        f"{self.path}: member {member.filename} is {width}x{height} pixels where {_SIDE}x{_SIDE} are "
+                        "expected"
+                    )
+                # Some are grey.
+                yield data if image.mode == "RGB" else np.asarray(image.convert("RGB"))
+
+
+def read(archive: Archive, data_root: Path) -> Content:
+    """Finds or downloads the archive, and reads it.
+
+    Args:
+      archive: `ARCHIVE`, or one of another address and checksum.
+      data_root: The data folder.
+
+    Returns:
+      The content: train by category and then by file name, validation in the order of its annotations.
+
+    Raises:
+      UserError: The archive is unsound, or there is none and the download failed.
+    """
+    return read_archive(archive, locate(archive, data_root))
+
+
+def read_archive(archive: Archive, path: Path) -> Content:
+    """Reads an archive and checks all of it but the images, which are checked when they are decoded.
+
+    Args:
+      archive: Which one it should be, for messages.
+      path: The file: a zip archive.
+
+    Returns:
+      See `read`.
+
+    Raises:
+      UserError: Something is missing or damaged; the message names the archive and the member.
+    """
+    with _open(archive, path) as file:
+        # Repacked archives may say "./".
+        members = {posixpath.normpath(member.filename): member for member in file.infolist() if not member.is_dir()}
+        require_members(archive, path, (_NAMES, _ANNOTATIONS), members)
+        names, annotations = (
+            text_lines(_read_member(archive, path, file, members[name])) for name in (_NAMES, _ANNOTATIONS)
+        )
+    check_names(path, _NAMES, names, NUM_CLASSES)
+    labels = {name: label for label, name in enumerate(names)}
+    splits = {}
+    for split, labelled in (
+        ("train", _train_labels(path, members, labels)),
+        ("validation", _validation_labels(archive, path, members, labels, annotations)),
+    ):
+        label_values = np.fromiter(labelled.values(), np.int32)
+        check_categories(path, split, names, label_values)
+        images = ZippedImages(archive, path, [members[name] for name in labelled])
+        splits[split] = SourceSplit(images, {"label": label_values})
+    return Content(splits, {"label": names})
+
+
+def _train_labels(path: Path, members: Mapping[str, zipfile.ZipInfo], labels: Mapping[str, int]) -> dict[str, int]:
+    """Returns {member: label} of train/WNID/images/*.JPEG, by category and then by name."""
+    found = {}
+    for member in members:
+        folder, file = posixpath.split(member)
+        category = posixpath.basename(posixpath.dirname(folder))
+        if folder == f"{_ROOT}train/{category}/images" and _is_image(file):
+            if category not in labels:
+                raise UserError(f"{path}: member {member} is of the category {category}, which {_NAMES} does not name")
+            found[member] = labels[category]
+    return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
+
+
+def _validation_labels(
+    archive: Archive,
+    path: Path,
+    members: Mapping[str, zipfile.ZipInfo],
+    labels: Mapping[str, int],
+    annotations: Sequence[str],
+) -> dict[str, int]:
+    """Returns {member: label} of val/images/*.JPEG, in the order of the annotations: file, category, bounding box."""
+    found = {}
+    for line in annotations:
+        file, category, *_ = (*line.split(), "")
+        member = f"{_ROOT}val/images/{file}"
+        if category not in labels:
+            raise UserError(f"{path}: member {_ANNOTATIONS} says '{category}' of {file}: {_NAMES} has no such category")
+        if member in found:
+            raise UserError(f"{path}: member {_ANNOTATIONS} names {file} twice")
+        found[member] = labels[category]
+    require_members(archive, path, found, members)
+    for member in members:
+        folder, file = posixpath.split(member)
+        if folder == f"{_ROOT}val/images" and _is_image(file) and member not in found:
+            raise UserError(f"{path}: member {_ANNOTATIONS} has no annotation of {file}")
+    return found
+
+
+def _is_image(file: str) -> bool:
+    return file.endswith(_EXTENSION) and not file.startswith(".")
+
+
+def _open(archive: Archive, path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no zip archive ({error}): replace it by {archive.url}") from error
+
+
+def _read_member(archive: Archive, path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Returns the bytes of a member, whose checksum zipfile compares."""
+    try:
+        return file.read(member)
+    # RuntimeError for encrypted members, NotImplementedError for other compressions.
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"{path}: member {member.filename} is damaged ({error}): replace the archive by {archive.url}"
+        ) from error
+
+
+SOURCE = ArraySource(
+    name="tiny_imagenet",
+    version="1.0.0",
+    description="Colour images of 64x64 pixels in 200 categories of ImageNet.",
+    homepage="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    image_shape=(_SIDE, _SIDE, 3),
+    label_sizes={"label": NUM_CLASSES},
+    read=functools.partial(read, ARCHIVE),
+)
