@@ -77,7 +77,7 @@ class Mixed(nn.Module):
     def _branch(self, x, number, train):
         for index, (kind, *settings) in enumerate(self.branches[number - 1], start=1):
             name = f"branch{number}_conv{index}"
-            # Idempotent on what a ReLU or a pool of it gave: only what a convolution gave changes.
+            # Between layers; it does nothing to what a ReLU or a pool of it gave.
             x = nn.relu(x) if index > 1 else x
             if kind == "average":
                 x = average_pool(x, 1)
@@ -98,9 +98,9 @@ class Mixed(nn.Module):
 class InceptionV3(nn.Module):
     """Inception-v3 for images of side 32: 3 convolutions, then Mixed 5, 6 and 7, in stages with strides 1, 2, 2, 2.
 
-    The first two of the five halvings of the network for ImageNet are left out (the first convolution, and the second
+    Two of the five halvings of the network for ImageNet are left out (the stride of the first convolution, the second
     max-pool), and every convolution and pool pads, so that the maps of an image of side 32 have sides 32, 16, 8 and 4,
-    as those of ResNet. No parameter changes by that. Without the auxiliary classifier and without dropout.
+    as those of ResNet. That changes no parameter. No auxiliary classifier, no dropout.
 
     Attributes:
       num_classes: size of the output.

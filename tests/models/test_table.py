@@ -159,10 +159,10 @@ def test_one_gradient_step(name):
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        if path[-1].key == "kernel":
-            values = rng.normal(0, (2 / math.prod(leaf.shape[:-1])) ** 0.5, leaf.shape)
-        else:
+        if path[-1].key in ("scale", "var"):
             values = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            values = rng.normal(0, (2 / math.prod(leaf.shape[:-1])) ** 0.5, leaf.shape)
         return values.astype(np.float32)
 
     images = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
