@@ -7,19 +7,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cskd_jax.errors import UserError
+from cskd_jax.models.inception import INCEPTIONS
+from cskd_jax.models.mobilenet import MOBILENETS
 from cskd_jax.models.outputs import ModelOutput
-from cskd_jax.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from cskd_jax.models.resnet import RESNETS, BasicBlock, Bottleneck, ResNet
+from cskd_jax.models.shufflenet import SHUFFLENETS
+from cskd_jax.models.vgg import VGGS
+from cskd_jax.models.wide_resnet import WIDE_RESNETS
 
 __all__ = ["MODELS", "BasicBlock", "Bottleneck", "ModelOutput", "ResNet", "count_parameters", "create_model"]
 
 # name -> constructor taking num_classes, width, dtype, axis_name
-MODELS = {
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
-}
+MODELS = {**RESNETS, **WIDE_RESNETS, **VGGS, **MOBILENETS, **SHUFFLENETS, **INCEPTIONS}
 
 
 def create_model(

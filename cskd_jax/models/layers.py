@@ -1,7 +1,7 @@
 """Layers shared by the networks: convolution with batch normalization as PyTorch computes it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,35 +23,83 @@ def torch_uniform(fan_in: int) -> Callable:
     return init
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """2-D convolution of NHWC `x` with an HWIO `kernel`; a 1x1 kernel becomes a matrix product, which is faster."""
-    if kernel.shape[:2] == (1, 1) and padding == 0:
+def scale_width(channels: int, width: float, multiple: int = 1) -> int:
+    """`channels` times the factor `width`, rounded to a multiple of `multiple`."""
+    scaled = round(channels * width / multiple) * multiple
+    if scaled < 1:
+        raise ValueError(f"width {width} leaves a stage without channels")
+    return scaled
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: int | tuple[int, int], groups: int = 1
+) -> jax.Array:
+    """2-D convolution of NHWC `x` with an HWIO `kernel`; a 1x1 kernel becomes a matrix product, which is faster.
+
+    `padding` is of both sides, or (of rows, of columns). With `groups`, I is the channels of one group.
+    """
+    rows, columns = (padding, padding) if isinstance(padding, int) else padding
+    if kernel.shape[:2] == (1, 1) and rows == columns == 0 and groups == 1:
         return x[:, ::stride, ::stride, :] @ kernel[0, 0]
-    pads = ((padding, padding), (padding, padding))
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((rows, rows), (columns, columns)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
-class ConvBatchNorm(nn.Module):
-    """Convolution without bias followed by batch normalization.
+def max_pool(x: jax.Array, stride: int) -> jax.Array:
+    """3x3 max-pool of [B, H, W, C]; the side becomes ceil(side / stride)."""
+    return nn.max_pool(x, (3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)))
 
-    One module, so that evaluation mode can fold the normalization into the kernel: one pass over the activations less.
-    The statistics are those of the global batch when `axis_name` is given. Matches torch.nn.BatchNorm2d: biased
-    variance to normalize, unbiased variance in the running average. Parameters and statistics are float32 (float64 if
-    `dtype` is), statistics are computed in that precision whatever `dtype` is.
+
+def average_pool(x: jax.Array, stride: int) -> jax.Array:
+    """3x3 average-pool of [B, H, W, C]; what pads the border counts as zeros, as in torch.nn.AvgPool2d."""
+    pads = ((0, 0), (1, 1), (1, 1), (0, 0))
+    total = lax.reduce_window(x, np.zeros((), x.dtype), lax.add, (1, 3, 3, 1), (1, stride, stride, 1), pads)
+    return total / 9
+
+
+class Convolution(nn.Module):
+    """Convolution without bias; the kernel is at least float32.
 
     Attributes:
       features: output channels.
       kernel_size: side of the square kernel.
       stride: of the convolution.
       dtype: of the computation.
-      axis_name: mapped axis over which the batch is split, or None.
-      momentum: of the running averages, new = momentum * old + (1 - momentum) * batch (torch's is 1 - momentum).
-      epsilon: added to the variance.
     """
 
     features: int
     kernel_size: int = 3
     stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, C] -> [B, H', W', features]; padding keeps H and W at stride 1."""
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", kaiming_normal_fan_out, shape, np.promote_types(self.dtype, np.float32))
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.kernel_size // 2)
+
+
+class BatchNorm(nn.Module, kw_only=True):
+    """Batch normalization.
+
+    The statistics are those of the global batch when `axis_name` is given. Matches torch.nn.BatchNorm2d: biased
+    variance to normalize, unbiased variance in the running average. Parameters and statistics are float32 (float64 if
+    `dtype` is), statistics are computed in that precision whatever `dtype` is.
+
+    Attributes:
+      dtype: of the computation.
+      axis_name: mapped axis over which the batch is split, or None.
+      momentum: of the running averages, new = momentum * old + (1 - momentum) * batch (torch's is 1 - momentum).
+      epsilon: added to the variance.
+    """
+
     dtype: Any = jnp.float32
     axis_name: str | None = None
     momentum: float = 0.9
@@ -59,29 +107,37 @@ class ConvBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [B, H, W, C] -> [B, H', W', features]; padding keeps H and W at stride 1."""
-        stats_dtype = np.promote_types(self.dtype, np.float32)
-        size = self.kernel_size
-        kernel = self.param("kernel", kaiming_normal_fan_out, (size, size, x.shape[-1], self.features), stats_dtype)
-        scale = self.param("scale", nn.initializers.ones, (self.features,), stats_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), stats_dtype)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, (self.features,), stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, (self.features,), stats_dtype)
+        """x [B, H, W, C] -> the same shape."""
+        x, norm = x.astype(self.dtype), self._variables(x.shape[-1])
+        if train:
+            return self._by_batch(x, norm)
+        gain, shift = self._by_averages(norm)
+        return x * gain.astype(self.dtype) + shift.astype(self.dtype)
 
-        x = x.astype(self.dtype)
-        if not train:
-            gain = scale * lax.rsqrt(var.value + self.epsilon)
-            x = convolve(x, (kernel * gain).astype(self.dtype), self.stride, size // 2)
-            return x + (bias - mean.value * gain).astype(self.dtype)
+    def _variables(self, features):
+        dtype = np.promote_types(self.dtype, np.float32)
+        return _NormVariables(
+            self.param("scale", nn.initializers.ones, (features,), dtype),
+            self.param("bias", nn.initializers.zeros, (features,), dtype),
+            self.variable("batch_stats", "mean", jnp.zeros, (features,), dtype),
+            self.variable("batch_stats", "var", jnp.ones, (features,), dtype),
+        )
 
-        x = convolve(x, kernel.astype(self.dtype), self.stride, size // 2)
-        batch_mean, batch_var, count = self._batch_statistics(x.astype(stats_dtype))
+    def _by_averages(self, norm):
+        """(gain, shift) that normalize by the running averages."""
+        gain = norm.scale * lax.rsqrt(norm.var.value + self.epsilon)
+        return gain, norm.bias - norm.mean.value * gain
+
+    def _by_batch(self, x, norm):
+        """x, normalized by the statistics of the batch, which enter the running averages."""
+        x = x.astype(norm.scale.dtype)
+        mean, var, count = self._batch_statistics(x)
         if not self.is_initializing():
-            unbiased = batch_var * (count / max(count - 1, 1))
-            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
-            var.value = self.momentum * var.value + (1 - self.momentum) * unbiased
-        gain = scale * lax.rsqrt(batch_var + self.epsilon)
-        return (x.astype(stats_dtype) * gain + (bias - batch_mean * gain)).astype(self.dtype)
+            unbiased = var * (count / max(count - 1, 1))
+            norm.mean.value = self.momentum * norm.mean.value + (1 - self.momentum) * mean
+            norm.var.value = self.momentum * norm.var.value + (1 - self.momentum) * unbiased
+        gain = norm.scale * lax.rsqrt(var + self.epsilon)
+        return (x * gain + (norm.bias - mean * gain)).astype(self.dtype)
 
     def _batch_statistics(self, x):
         """Mean and biased variance per channel over the global batch, and the number of values they are over."""
@@ -95,6 +151,55 @@ class ConvBatchNorm(nn.Module):
         if self.axis_name is not None:
             var = lax.pmean(var, self.axis_name)
         return mean, var, count
+
+
+class _NormVariables(NamedTuple):
+    scale: jax.Array
+    bias: jax.Array
+    mean: nn.Variable
+    var: nn.Variable
+
+
+class ConvBatchNorm(BatchNorm):
+    """Convolution followed by batch normalization.
+
+    One module, so that evaluation mode can fold the normalization into the kernel: one pass over the activations less.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the square kernel, or its (height, width); odd.
+      stride: of the convolution.
+      groups: into which the channels are split, each convolved by itself; as many as channels: depthwise.
+      use_bias: whether the convolution has a bias of its own. The mean of the batch takes it out again, so that it
+        gets no gradient: some networks have it nevertheless.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int] = 3
+    stride: int = 1
+    groups: int = 1
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """x [B, H, W, C] -> [B, H', W', features]; padding keeps H and W at stride 1."""
+        size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
+        shape = (*size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", kaiming_normal_fan_out, shape, np.promote_types(self.dtype, np.float32))
+        norm = self._variables(self.features)
+        offset = 0
+        if self.use_bias:
+            offset = self.param("conv_bias", nn.initializers.zeros, (self.features,), kernel.dtype)
+        x, padding = x.astype(self.dtype), (size[0] // 2, size[1] // 2)
+
+        if not train:
+            gain, shift = self._by_averages(norm)
+            x = convolve(x, (kernel * gain).astype(self.dtype), self.stride, padding, self.groups)
+            return x + (shift + offset * gain).astype(self.dtype)
+        x = convolve(x, kernel.astype(self.dtype), self.stride, padding, self.groups)
+        if self.use_bias:
+            x += offset.astype(self.dtype)
+        return self._by_batch(x, norm)
 
 
 class Classifier(nn.Module):

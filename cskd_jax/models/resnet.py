@@ -1,4 +1,9 @@
-"""Residual networks for small images (He et al. 2016, with a 3x3 stem), 18 to 152 layers, with a width factor."""
+"""Residual networks (He et al. 2016) with a width factor, in three forms.
+
+`resnet18` to `resnet152` are for small images: 3x3 stem, four stages. The same with `_224` are those of ImageNet: 7x7
+stem, the maps of four stages have 1/4 to 1/32 of the side of the image. `resnet8` to `resnet110`, `resnet8x4` and
+`resnet32x4` are those of the comparison tables of the field for CIFAR: three stages, narrow or four times as wide.
+"""
 
 from functools import partial
 from typing import Any
@@ -8,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cskd_jax.models.layers import Classifier, ConvBatchNorm, convolve, kaiming_normal_fan_out
+from cskd_jax.models.layers import (
+    Classifier,
+    ConvBatchNorm,
+    convolve,
+    kaiming_normal_fan_out,
+    max_pool,
+    scale_width,
+)
 from cskd_jax.models.outputs import ModelOutput
 
 
@@ -51,14 +63,18 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network: 3x3 stem, 3x3 max-pool with stride 1, four stages with strides 1, 2, 2, 2.
+    """Residual network: stem, 3x3 max-pool, stages of which each but the first halves the side of the maps.
 
     Attributes:
       num_classes: size of the output.
       stage_sizes: blocks per stage.
       block: BasicBlock or Bottleneck.
-      width: factor on the stage widths.
+      width: factor on the widths of stem and stages.
       stage_widths: channels of each stage at width 1, before the block's expansion.
+      stem_width: channels of the stem at width 1; None: those of the first stage.
+      stem_kernel_size: side of the stem's kernel.
+      stem_stride: stride of the stem.
+      pool_stride: stride of the max-pool; None: no max-pool.
       projection_features: if given, a 1x1 convolution without bias maps the last stage's features to that many
         channels before they are handed out (`branch4` of the released code's networks). Logits and preactivations
         do not see it.
@@ -71,19 +87,23 @@ class ResNet(nn.Module):
     block: type[nn.Module]
     width: float = 1.0
     stage_widths: tuple[int, ...] = (64, 128, 256, 512)
+    stem_width: int | None = None
+    stem_kernel_size: int = 3
+    stem_stride: int = 1
+    pool_stride: int | None = 1
     projection_features: int | None = None
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
-        """Images [B, H, W, C], normalized, floating point -> ModelOutput with four stage maps."""
+        """Images [B, H, W, C], normalized, floating point -> ModelOutput with a map per stage."""
         conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
-        widths = [round(stage_width * self.width) for stage_width in self.stage_widths]
-        if min(widths) < 1:
-            raise ValueError(f"width {self.width} leaves a stage without channels")
-        x = nn.relu(conv(widths[0], 3, name="stem")(images, train=train))
-        x = nn.max_pool(x, (3, 3), strides=(1, 1), padding=((1, 1), (1, 1)))
+        stem_width = scale_width(self.stem_width or self.stage_widths[0], self.width)
+        widths = [scale_width(stage_width, self.width) for stage_width in self.stage_widths]
+        x = nn.relu(conv(stem_width, self.stem_kernel_size, self.stem_stride, name="stem")(images, train=train))
+        if self.pool_stride is not None:
+            x = max_pool(x, self.pool_stride)
         features, preactivations = [], []
         for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, widths, strict=True)):
             for index in range(num_blocks):
@@ -101,8 +121,29 @@ class ResNet(nn.Module):
         return ModelOutput(logits, tuple(features), embedding, tuple(preactivations))
 
 
-resnet18 = partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock)
-resnet34 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
-resnet50 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
-resnet101 = partial(ResNet, stage_sizes=(3, 4, 23, 3), block=Bottleneck)
-resnet152 = partial(ResNet, stage_sizes=(3, 8, 36, 3), block=Bottleneck)
+_SIZES = {
+    "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock),
+    "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock),
+    "resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck),
+    "resnet101": partial(ResNet, stage_sizes=(3, 4, 23, 3), block=Bottleneck),
+    "resnet152": partial(ResNet, stage_sizes=(3, 8, 36, 3), block=Bottleneck),
+}
+
+
+def _comparison(depth, stage_widths=(16, 32, 64), stem_width=16):
+    """Three stages of basic blocks: 6 n + 2 layers with n blocks a stage."""
+    sizes = ((depth - 2) // 6,) * 3
+    return partial(
+        ResNet, stage_sizes=sizes, block=BasicBlock, stage_widths=stage_widths, stem_width=stem_width, pool_stride=None
+    )
+
+
+RESNETS = {
+    **_SIZES,
+    **{
+        f"{name}_224": partial(small, stem_kernel_size=7, stem_stride=2, pool_stride=2)
+        for name, small in _SIZES.items()
+    },
+    **{f"resnet{depth}": _comparison(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": _comparison(depth, (64, 128, 256), 32) for depth in (8, 32)},
+}

@@ -1,4 +1,4 @@
-"""Sizes, shapes and dtypes of every network, and its layers against formulas written out."""
+"""ResNets, and the layers of all networks against formulas written out."""
 
 import functools
 import math
@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 from cskd_jax.errors import UserError
-from cskd_jax.models import MODELS, BasicBlock, Bottleneck, ResNet, count_parameters, create_model
-from cskd_jax.models.layers import Classifier, ConvBatchNorm, convolve
+from cskd_jax.models import BasicBlock, Bottleneck, ResNet, count_parameters, create_model
+from cskd_jax.models.layers import BatchNorm, Classifier, ConvBatchNorm, average_pool, convolve, max_pool, scale_width
 
 # name -> width -> trainable parameters with 10, 100, 200 categories
 PARAMETER_COUNTS = {
@@ -62,7 +62,7 @@ def dtypes(tree):
     return {leaf.dtype for leaf in jax.tree.leaves(tree)}
 
 
-# The table of networks.
+# Every width and number of categories.
 
 
 @pytest.mark.parametrize(
@@ -76,20 +76,6 @@ def test_parameter_counts(name, width):
     assert counts == PARAMETER_COUNTS[name][width]
 
 
-def test_every_model_has_a_row_of_parameter_counts():
-    assert set(PARAMETER_COUNTS) == set(MODELS)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_outputs_of_every_model(name):
-    output, _ = output_shapes(create_model(name, num_classes=10, width=0.25), (2, 32, 32, 3))
-    assert output.logits.shape == (2, 10)
-    assert output.embedding.shape == (2, output.features[-1].shape[-1])
-    assert all(feature.ndim == 4 and len(feature) == 2 for feature in output.features)
-    assert [x.shape for x in output.preactivations] == [x.shape for x in output.features]
-    assert dtypes(output) == {jnp.dtype(jnp.float32)}
-
-
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_bfloat16_leaves_logits_and_variables_in_float32(name):
     model = create_model(name, num_classes=7, width=0.25, dtype=jnp.bfloat16)
@@ -101,7 +87,7 @@ def test_bfloat16_leaves_logits_and_variables_in_float32(name):
 
 @pytest.mark.parametrize("name", ["resnet19", "ResNet18", "", "__init__"])
 def test_unknown_name(name):
-    known = "resnet101, resnet152, resnet18, resnet34, resnet50"
+    known = "resnet18, resnet18_224, resnet20, resnet32"
     with pytest.raises(UserError, match=f"^unknown model {name!r}; known: .*{known}"):
         create_model(name, num_classes=10)
 
@@ -262,6 +248,51 @@ def test_3x3_convolution(stride, x64):
     np.testing.assert_allclose(convolve(x, kernel, stride, 1), expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_grouped_convolution_is_one_convolution_per_group(stride, x64):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 6, 7, 6)), rng.normal(size=(3, 3, 2, 9))
+    groups = [convolve(x[..., 2 * i : 2 * i + 2], kernel[..., 3 * i : 3 * i + 3], stride, 1) for i in range(3)]
+    found = convolve(x, kernel, stride, 1, groups=3)
+    np.testing.assert_allclose(found, np.concatenate(groups, axis=-1), rtol=1e-12, atol=1e-14)
+
+
+def test_1x1_convolution_in_groups_is_not_a_matrix_product(x64):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 5, 5, 4)), rng.normal(size=(1, 1, 2, 6))
+    expected = np.concatenate([x[..., :2] @ kernel[0, 0, :, :3], x[..., 2:] @ kernel[0, 0, :, 3:]], axis=-1)
+    np.testing.assert_allclose(convolve(x, kernel, 1, 0, groups=2), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 7), (7, 1)])
+def test_convolution_that_is_not_square(height, width, x64):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(height, width, 3, 4))
+    rows, columns = height // 2, width // 2
+    padded = np.pad(x, ((0, 0), (rows, rows), (columns, columns), (0, 0)))
+    shifted = [padded[:, i : i + 5, j : j + 6] @ kernel[i, j] for i in range(height) for j in range(width)]
+    np.testing.assert_allclose(convolve(x, kernel, 1, (rows, columns)), np.sum(shifted, axis=0), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pools(stride, x64):
+    x = np.random.default_rng(0).normal(size=(2, 6, 7, 3))
+
+    def windows(fill):
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=fill)
+        return np.stack([padded[:, i : i + 6 : stride, j : j + 7 : stride] for i in range(3) for j in range(3)])
+
+    np.testing.assert_array_equal(max_pool(x, stride), windows(-np.inf).max(axis=0))
+    np.testing.assert_allclose(average_pool(x, stride), windows(0).mean(axis=0), rtol=1e-12, atol=1e-14)
+
+
+def test_scaled_widths():
+    assert [scale_width(64, width) for width in (0.25, 0.5, 1, 2)] == [16, 32, 64, 128]
+    assert [scale_width(240, width, 3) for width in (0.01, 0.25, 1)] == [3, 60, 240]
+    with pytest.raises(ValueError, match=r"width 0\.001 leaves a stage without channels"):
+        scale_width(64, 0.001)
+
+
 # Batch normalization.
 
 
@@ -328,6 +359,32 @@ def test_evaluation_folded_into_the_kernel_is_the_plain_formula(kernel_size, str
     expected = (plain - running["mean"]) / np.sqrt(running["var"] + 1e-5) * params["scale"] + params["bias"]
     np.testing.assert_allclose(output, expected, rtol=1e-12, atol=1e-12)
     jax.tree.map(np.testing.assert_array_equal, stats, running)
+
+
+@pytest.mark.parametrize(("groups", "use_bias", "kernel_size"), [(3, True, 3), (3, False, (1, 3)), (1, True, (3, 1))])
+def test_evaluation_is_training_with_the_same_statistics(groups, use_bias, kernel_size, x64):
+    rng = np.random.default_rng(0)
+    x = rng.normal(2, 3, size=(8, 4, 4, 3))
+    module = ConvBatchNorm(6, kernel_size, groups=groups, use_bias=use_bias, dtype=x.dtype, momentum=0.0)
+    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), module.init(jax.random.key(0), x, train=True))
+    assert ("conv_bias" in variables["params"]) == use_bias
+    expected, updated = module.apply(variables, x, train=True, mutable=["batch_stats"])
+    stats = updated["batch_stats"]
+    # Of 8 * 4 * 4 values: training normalizes by the biased variance and remembers the unbiased one.
+    variables |= {"batch_stats": {"mean": stats["mean"], "var": stats["var"] * (127 / 128)}}
+    np.testing.assert_allclose(module.apply(variables, x, train=False), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_normalization_by_itself_is_that_after_a_convolution(train, x64):
+    variables, x = batch_norm_case()
+    expected, stats = apply_batch_norm(variables, x, train=train)
+    params = {name: variables["params"][name] for name in ("scale", "bias")}
+    output, updated = BatchNorm(dtype=x.dtype).apply(
+        variables | {"params": params}, x, train=train, mutable=["batch_stats"]
+    )
+    np.testing.assert_allclose(output, expected, rtol=1e-12, atol=1e-12)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), updated["batch_stats"], stats)
 
 
 def test_initialization_leaves_the_statistics_alone():

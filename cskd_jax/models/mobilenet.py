@@ -1,0 +1,95 @@
+"""MobileNetV2 (Sandler et al. 2018) for small images."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cskd_jax.models.layers import Classifier, ConvBatchNorm, scale_width
+from cskd_jax.models.outputs import ModelOutput
+
+
+def _blocks(expansion, channels, number, stride):
+    return ((expansion, channels, stride),) + ((expansion, channels, 1),) * (number - 1)
+
+
+# stage -> its blocks (expansion, channels, stride)
+_STAGES = (
+    _blocks(1, 16, 1, 1) + _blocks(6, 24, 2, 1),
+    _blocks(6, 32, 3, 2),
+    _blocks(6, 64, 4, 2) + _blocks(6, 96, 3, 1),
+    _blocks(6, 160, 3, 2) + _blocks(6, 320, 1, 1),
+)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, 3x3 depthwise, linear 1x1 projection; an identity shortcut where shapes allow it.
+
+    The expansion is there even where it expands by 1, as in the field's networks for CIFAR.
+    """
+
+    features: int
+    expansion: int
+    stride: int
+    conv: Any
+    activation: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        hidden = x.shape[-1] * self.expansion
+        y = self.activation(self.conv(hidden, 1, name="expand")(x, train=train))
+        y = self.activation(self.conv(hidden, 3, self.stride, groups=hidden, name="depthwise")(y, train=train))
+        y = self.conv(self.features, 1, name="project")(y, train=train)
+        return x + y if y.shape == x.shape else y
+
+
+class MobileNetV2(nn.Module):
+    """3x3 stem, inverted residuals in four stages with strides 1, 2, 2, 2, 1x1 head, of which the last stage ends.
+
+    Blocks end linearly. So `features` and `preactivations` of the first three stages are the same maps, of both signs.
+    Those of the last stage are the head's, after and before its activation: its features are what the pool reads.
+
+    Attributes:
+      num_classes: size of the output.
+      width: factor on the widths of stem, stages and, above 1, head.
+      stem_stride: stride of the stem.
+      activation: after every convolution but the linear ones.
+      dtype: of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+    """
+
+    num_classes: int
+    width: float = 1.0
+    stem_stride: int = 1
+    activation: Callable[[jax.Array], jax.Array] = nn.relu6
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
+        """Images [B, H, W, C], normalized, floating point -> ModelOutput with four stage maps."""
+        conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
+        x = conv(scale_width(32, self.width), 3, self.stem_stride, name="stem")(images, train=train)
+        x, features = self.activation(x), []
+        for stage, blocks in enumerate(_STAGES, start=1):
+            for index, (expansion, channels, stride) in enumerate(blocks, start=1):
+                width = scale_width(channels, self.width)
+                name = f"stage{stage}_block{index}"
+                x = InvertedResidual(width, expansion, stride, conv, self.activation, name=name)(x, train=train)
+            features.append(x)
+        head = conv(scale_width(1280, max(self.width, 1)), 1, name="head")(x, train=train)
+        x = self.activation(head)
+        embedding = jnp.mean(x, axis=(1, 2))
+        logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
+        return ModelOutput(logits, (*features[:-1], x), embedding, (*features[:-1], head))
+
+
+MOBILENETS = {
+    # ReLU6 as in the paper; the last map of an image of side 32 has side 4, as that of ResNet, VGG and Inception.
+    "mobilenet_v2": MobileNetV2,
+    # As in the field's comparison tables, there with width 0.5: plain ReLU, and the stem halves the side.
+    "mobilenet_v2_crd": partial(MobileNetV2, stem_stride=2, activation=nn.relu),
+}

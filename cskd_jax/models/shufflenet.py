@@ -1,0 +1,128 @@
+"""ShuffleNet v1 (Zhang et al. 2018) and v2 (Ma et al. 2018) for small images, as in the field's comparison tables."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cskd_jax.models.layers import Classifier, ConvBatchNorm, average_pool, scale_width
+from cskd_jax.models.outputs import ModelOutput
+
+
+def shuffle_channels(x: jax.Array, groups: int) -> jax.Array:
+    """[..., D] -> [..., D]: the first channel of every group, then the second of every group, and so on."""
+    grouped = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    return jnp.swapaxes(grouped, -1, -2).reshape(x.shape)
+
+
+class ShuffleBlockV1(nn.Module):
+    """1x1 in groups, shuffle, 3x3 depthwise, 1x1 in groups; added to the input, or beside its average-pool.
+
+    The caller applies the last ReLU. There is one after the depthwise convolution too, which the paper does without.
+    """
+
+    features: int
+    stride: int
+    first_groups: int
+    groups: int
+    conv: Any
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        features = self.features if self.stride == 1 else self.features - x.shape[-1]
+        hidden = scale_width(features, 0.25, self.groups)
+        y = nn.relu(self.conv(hidden, 1, groups=self.first_groups, name="conv1")(x, train=train))
+        y = shuffle_channels(y, self.first_groups)
+        y = nn.relu(self.conv(hidden, 3, self.stride, groups=hidden, name="depthwise")(y, train=train))
+        y = self.conv(features, 1, groups=self.groups, name="conv2")(y, train=train)
+        if self.stride == 1:
+            return x + y
+        return jnp.concatenate([y, average_pool(x, self.stride)], axis=-1)
+
+
+class ShuffleBlockV2(nn.Module):
+    """Two branches, then a shuffle of their channels; at stride 1 one branch is half of the input, as it is.
+
+    The caller applies the last ReLU, which leaves that half, a ReLU's output itself, as it is.
+    """
+
+    features: int
+    stride: int
+    conv: Any
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        half = self.features // 2
+        if self.stride == 1:
+            left, x = x[..., :half], x[..., half:]
+        else:
+            left = self.conv(x.shape[-1], 3, self.stride, groups=x.shape[-1], name="left_depthwise")(x, train=train)
+            left = self.conv(half, 1, name="left_conv")(left, train=train)
+        y = nn.relu(self.conv(half, 1, name="conv1")(x, train=train))
+        y = self.conv(half, 3, self.stride, groups=half, name="depthwise")(y, train=train)
+        y = self.conv(half, 1, name="conv2")(y, train=train)
+        return shuffle_channels(jnp.concatenate([left, y], axis=-1), 2)
+
+
+class ShuffleNet(nn.Module):
+    """1x1 stem, three stages of which each begins with stride 2, and in v2 a 1x1 head, with which the last stage ends.
+
+    Attributes:
+      num_classes: size of the output.
+      version: 1 or 2, of the blocks.
+      stage_sizes: blocks per stage.
+      stage_widths: channels of each stage at width 1.
+      head_width: channels of the head at width 1; None: no head.
+      groups: of the 1x1 convolutions of version 1.
+      width: factor on the widths of stem, stages and, above 1, head.
+      dtype: of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+    """
+
+    num_classes: int
+    version: int
+    stage_sizes: tuple[int, ...]
+    stage_widths: tuple[int, ...]
+    head_width: int | None = None
+    groups: int = 2
+    width: float = 1.0
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
+        """Images [B, H, W, C], normalized, floating point -> ModelOutput with three stage maps."""
+        conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
+        x = nn.relu(conv(scale_width(24, self.width, self.groups), 1, name="stem")(images, train=train))
+        features, preactivations = [], []
+        for stage, (num_blocks, stage_width) in enumerate(zip(self.stage_sizes, self.stage_widths, strict=True)):
+            width = scale_width(stage_width, self.width, self.groups)
+            for index in range(num_blocks):
+                name, stride = f"stage{stage + 1}_block{index + 1}", 2 if index == 0 else 1
+                if self.version == 1:
+                    # The few channels of the stem are not split.
+                    first_groups = 1 if stage == index == 0 else self.groups
+                    block = ShuffleBlockV1(width, stride, first_groups, self.groups, conv, name=name)
+                else:
+                    block = ShuffleBlockV2(width, stride, conv, name=name)
+                y = block(x, train=train)
+                x = nn.relu(y)
+            features.append(x)
+            preactivations.append(y)
+        if self.head_width is not None:
+            width = scale_width(self.head_width, max(self.width, 1))
+            preactivations[-1] = conv(width, 1, name="head")(x, train=train)
+            features[-1] = nn.relu(preactivations[-1])
+        embedding = jnp.mean(features[-1], axis=(1, 2))
+        logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
+        return ModelOutput(logits, tuple(features), embedding, tuple(preactivations))
+
+
+SHUFFLENETS = {
+    "shufflenet_v1": partial(ShuffleNet, version=1, stage_sizes=(4, 8, 4), stage_widths=(240, 480, 960), groups=3),
+    "shufflenet_v2": partial(
+        ShuffleNet, version=2, stage_sizes=(4, 8, 4), stage_widths=(116, 232, 464), head_width=1024
+    ),
+}

@@ -1,0 +1,64 @@
+"""VGG (Simonyan and Zisserman 2015) with batch normalization for small images, as in the field's comparison tables."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cskd_jax.models.layers import Classifier, ConvBatchNorm, scale_width
+from cskd_jax.models.outputs import ModelOutput
+
+
+class VGG(nn.Module):
+    """Plain 3x3 convolutions: a stem and four stages, of which each but the last begins with a 2x2 max-pool.
+
+    The stem is what other descriptions of VGG call its first block. So the maps of an image of side 32 have sides 16,
+    8, 4, 4, and are paired with the four stages of the other networks. One linear layer classifies.
+
+    Attributes:
+      num_classes: size of the output.
+      stem_size: convolutions of the stem.
+      stage_sizes: convolutions per stage.
+      width: factor on the widths of stem and stages.
+      stage_widths: channels of the stem and of each stage at width 1.
+      dtype: of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+    """
+
+    num_classes: int
+    stem_size: int
+    stage_sizes: tuple[int, ...]
+    width: float = 1.0
+    stage_widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
+        """Images [B, H, W, C], normalized, floating point, H and W at least 8 -> ModelOutput with four stage maps."""
+        conv = partial(ConvBatchNorm, use_bias=True, dtype=self.dtype, axis_name=self.axis_name)
+        x, features, preactivations = images, [], []
+        sizes = (self.stem_size, *self.stage_sizes)
+        for stage, (num_layers, stage_width) in enumerate(zip(sizes, self.stage_widths, strict=True)):
+            if 0 < stage < len(sizes) - 1:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            for index in range(num_layers):
+                name = f"stage{stage}_conv{index + 1}" if stage else f"stem_conv{index + 1}"
+                y = conv(scale_width(stage_width, self.width), name=name)(x, train=train)
+                x = nn.relu(y)
+            features.append(x)
+            preactivations.append(y)
+        embedding = jnp.mean(x, axis=(1, 2))
+        logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
+        return ModelOutput(logits, tuple(features[1:]), embedding, tuple(preactivations[1:]))
+
+
+VGGS = {
+    "vgg8": partial(VGG, stem_size=1, stage_sizes=(1, 1, 1, 1)),
+    "vgg11": partial(VGG, stem_size=1, stage_sizes=(1, 2, 2, 2)),
+    "vgg13": partial(VGG, stem_size=2, stage_sizes=(2, 2, 2, 2)),
+    "vgg16": partial(VGG, stem_size=2, stage_sizes=(2, 3, 3, 3)),
+    "vgg19": partial(VGG, stem_size=2, stage_sizes=(2, 4, 4, 4)),
+}

@@ -1,0 +1,70 @@
+"""Wide residual networks (Zagoruyko and Komodakis 2016) for small images, as in the field's comparison tables."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cskd_jax.models.layers import BatchNorm, Classifier, ConvBatchNorm, Convolution, scale_width
+from cskd_jax.models.outputs import ModelOutput
+
+
+class WideResNet(nn.Module):
+    """Residual network with normalization and ReLU before the convolutions, in three stages with strides 1, 2, 2.
+
+    A stage's sum is normalized by what comes after it, the next stage or the classifier: `preactivations` are that
+    normalized sum, `features` its positive part.
+
+    Attributes:
+      num_classes: size of the output.
+      depth: number of layers, 6 n + 4 with n blocks a stage.
+      widening: factor k on the stage widths (not on the stem's).
+      width: factor on the widths of stem and stages.
+      stage_widths: channels of each stage at widening and width 1; the stem has those of the first.
+      dtype: of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+    """
+
+    num_classes: int
+    depth: int
+    widening: int
+    width: float = 1.0
+    stage_widths: tuple[int, ...] = (16, 32, 64)
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
+        """Images [B, H, W, C], normalized, floating point -> ModelOutput with three stage maps."""
+        normalize = partial(BatchNorm, dtype=self.dtype, axis_name=self.axis_name)
+        conv = partial(Convolution, dtype=self.dtype)
+        conv_normalize = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
+        x = conv(scale_width(self.stage_widths[0], self.width), name="stem")(images)
+        features, preactivations = [], []
+        for stage, stage_width in enumerate(self.stage_widths):
+            width = scale_width(stage_width * self.widening, self.width)
+            for index in range((self.depth - 4) // 6):
+                name = f"stage{stage + 1}_block{index + 1}"
+                preactivation = normalize(name=f"{name}_norm")(x, train=train)
+                y = nn.relu(preactivation)
+                if index == 0 and stage > 0:
+                    features.append(y)
+                    preactivations.append(preactivation)
+                stride = 2 if index == 0 and stage > 0 else 1
+                if y.shape[-1] != width or stride != 1:
+                    x = conv(width, 1, stride, name=f"{name}_shortcut")(y)
+                y = nn.relu(conv_normalize(width, 3, stride, name=f"{name}_conv1")(y, train=train))
+                x = x + conv(width, name=f"{name}_conv2")(y)
+        preactivations.append(normalize(name="norm")(x, train=train))
+        features.append(nn.relu(preactivations[-1]))
+        embedding = jnp.mean(features[-1], axis=(1, 2))
+        logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
+        return ModelOutput(logits, tuple(features), embedding, tuple(preactivations))
+
+
+WIDE_RESNETS = {
+    f"wrn_{depth}_{widening}": partial(WideResNet, depth=depth, widening=widening)
+    for depth, widening in ((16, 1), (16, 2), (40, 1), (40, 2))
+}

@@ -1,0 +1,209 @@
+"""Every network that a configuration may name: parameters, shapes, one gradient step."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cskd_jax.models import MODELS, count_parameters, create_model
+from cskd_jax.models.shufflenet import shuffle_channels
+
+
+class Row(NamedTuple):
+    """What a network of width `width` is: `stages` are (side, channels) of the maps of an image of side `side`."""
+
+    parameters: int
+    stages: tuple[tuple[int, int], ...]
+    num_classes: int = 100
+    width: float = 1.0
+    side: int = 32
+    # Of the network that takes a gradient step.
+    step_width: float = 0.125
+
+
+def small(parameters, expansion=1):
+    channels = [expansion * width for width in (64, 128, 256, 512)]
+    return Row(parameters, tuple(zip((32, 16, 8, 4), channels, strict=True)), step_width=0.0625)
+
+
+def imagenet(parameters, expansion=1):
+    channels = [expansion * width for width in (64, 128, 256, 512)]
+    stages = tuple(zip((56, 28, 14, 7), channels, strict=True))
+    return Row(parameters, stages, num_classes=1000, side=224, step_width=0.0625)
+
+
+def cifar(parameters, widening=1):
+    channels = [widening * width for width in (16, 32, 64)]
+    return Row(parameters, tuple(zip((32, 16, 8), channels, strict=True)), step_width=0.25)
+
+
+def vgg(parameters):
+    return Row(parameters, ((16, 128), (8, 256), (4, 512), (4, 512)), step_width=0.0625)
+
+
+# One more block in each of three stages of 16, 32, 64 channels: two 3x3 kernels with normalization.
+BLOCK_OF_EACH_STAGE = sum(2 * (9 * width * width + 2 * width) for width in (16, 32, 64))
+# What 100 categories rather than 1000 take off a linear layer.
+FEWER_CATEGORIES = {channels: 900 * (channels + 1) for channels in (1280, 2048)}
+
+
+def vgg_parameters(*widths):
+    """3x3 kernels with bias, scale and shift from the image through `widths`, and a linear layer with 100 outputs."""
+    pairs = zip((3, *widths[:-1]), widths, strict=True)
+    return sum(9 * before * after + 3 * after for before, after in pairs) + (widths[-1] + 1) * 100
+
+
+# Numbers without a remark: the paper's tables, torchvision (224), the comparison tables of the field.
+TABLE = {
+    "resnet18": small(11220132),
+    "resnet34": small(21328292),
+    "resnet50": small(23705252, 4),
+    "resnet101": small(42697380, 4),
+    "resnet152": small(58341028, 4),
+    "resnet18_224": imagenet(11689512),
+    "resnet34_224": imagenet(21797672),
+    "resnet50_224": imagenet(25557032, 4),
+    "resnet101_224": imagenet(44549160, 4),
+    "resnet152_224": imagenet(60192808, 4),
+    "resnet8": cifar(83892),
+    "resnet14": cifar(181108),  # see test_numbers_that_follow_from_others, as for every remark "follows"
+    "resnet20": cifar(278324),
+    "resnet32": cifar(472756),
+    "resnet44": cifar(667188),  # follows
+    "resnet56": cifar(861620),
+    "resnet110": cifar(1736564),
+    "resnet8x4": cifar(1233540, 4),
+    "resnet32x4": cifar(7433860, 4),
+    "wrn_16_1": cifar(180916),  # follows
+    "wrn_16_2": cifar(703284, 2),
+    "wrn_40_1": cifar(569780),
+    "wrn_40_2": cifar(2255156, 2),
+    "vgg8": vgg(3965028),
+    "vgg11": vgg(9277284),  # follows
+    "vgg13": vgg(9462180),
+    "vgg16": vgg(14774436),  # follows
+    "vgg19": vgg(20086692),  # follows
+    "mobilenet_v2": Row(2353060, ((32, 24), (16, 32), (8, 96), (4, 1280))),  # follows
+    "mobilenet_v2_crd": Row(812836, ((16, 12), (8, 16), (4, 48), (2, 1280)), width=0.5),
+    "shufflenet_v1": Row(949258, ((16, 240), (8, 480), (4, 960))),
+    "shufflenet_v2": Row(1355528, ((16, 116), (8, 232), (4, 1024))),
+    "inception_v3": Row(21990468, ((32, 64), (16, 288), (8, 768), (4, 2048)), step_width=0.0625),  # follows
+}
+# Their gradient step compiles in seconds.
+FAST = ("resnet8", "wrn_16_1", "vgg8")
+
+
+def test_every_model_has_a_row():
+    assert TABLE.keys() == MODELS.keys()
+
+
+def test_numbers_that_follow_from_others():
+    rows = {name: row.parameters for name, row in TABLE.items()}
+    assert rows["resnet14"] == rows["resnet8"] + BLOCK_OF_EACH_STAGE
+    assert rows["resnet44"] == rows["resnet32"] + 2 * BLOCK_OF_EACH_STAGE
+    assert rows["wrn_16_1"] == rows["wrn_40_1"] - 4 * BLOCK_OF_EACH_STAGE
+    for name, sizes in {
+        "vgg8": (1, 1, 1, 1, 1),
+        "vgg11": (1, 1, 2, 2, 2),
+        "vgg13": (2, 2, 2, 2, 2),
+        "vgg16": (2, 2, 3, 3, 3),
+        "vgg19": (2, 2, 4, 4, 4),
+    }.items():
+        widths = np.repeat((64, 128, 256, 512, 512), sizes).tolist()
+        assert rows[name] == vgg_parameters(*widths)
+    # torchvision's, and the expansion of the first block from 32 to 32 channels that it leaves out.
+    assert rows["mobilenet_v2"] == 3504872 + (32 * 32 + 2 * 32) - FEWER_CATEGORIES[1280]
+    # torchvision's without the auxiliary classifier.
+    assert rows["inception_v3"] == 27161264 - 3326696 - FEWER_CATEGORIES[2048]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_parameters_and_shapes(name):
+    row = TABLE[name]
+    model = create_model(name, num_classes=row.num_classes, width=row.width)
+    images = jnp.zeros((2, row.side, row.side, 3))
+    init = functools.partial(model.init_with_output, train=False)
+    output, variables = jax.eval_shape(lambda key: init(key, images), jax.random.key(0))
+    assert count_parameters(variables["params"]) == row.parameters
+    assert output.logits.shape == (2, row.num_classes)
+    assert [x.shape for x in output.features] == [(2, side, side, channels) for side, channels in row.stages]
+    assert [x.shape for x in output.preactivations] == [x.shape for x in output.features]
+    assert output.embedding.shape == (2, row.stages[-1][1])
+    assert {leaf.dtype for leaf in jax.tree.leaves((output, variables))} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("name", ["wrn_16_2", "vgg8", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "inception_v3"])
+def test_narrow_networks_in_bfloat16(name):
+    model = create_model(name, num_classes=7, width=0.125, dtype=jnp.bfloat16)
+    images = jnp.zeros((2, 9, 14, 3))
+    init = functools.partial(model.init_with_output, train=True)
+    output, variables = jax.eval_shape(lambda key: init(key, images), jax.random.key(0))
+    halves = (output.features, output.embedding, output.preactivations)
+    assert {leaf.dtype for leaf in jax.tree.leaves(halves)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((output.logits, variables))} == {jnp.dtype(jnp.float32)}
+
+
+def compile_fast(function, *arguments):
+    """Compiled with few optimizations: a step is taken once."""
+    options = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function).lower(*arguments).compile(compiler_options=options)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in TABLE])
+def test_one_gradient_step(name):
+    model = create_model(name, num_classes=3, width=TABLE[name].step_width)
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path[-1].key in ("scale", "var"):
+            values = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            values = rng.normal(0, (2 / math.prod(leaf.shape[:-1])) ** 0.5, leaf.shape)
+        return values.astype(np.float32)
+
+    images = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
+    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
+    variables = jax.tree.map_with_path(draw, shapes)
+
+    def loss(params, images):
+        state = variables | {"params": params}
+        output, updated = model.apply(state, images, train=True, mutable=["batch_stats"])
+        return -jnp.mean(jax.nn.log_softmax(output.logits)[:, 1]), (output, updated)
+
+    step = compile_fast(jax.grad(loss, has_aux=True), variables["params"], images)
+    gradients, (output, updated) = step(variables["params"], images)
+
+    for path, gradient in jax.tree.leaves_with_path(gradients):
+        assert np.isfinite(gradient).all(), path
+        if path[-1].key == "conv_bias":
+            np.testing.assert_allclose(gradient, 0, atol=1e-4, err_msg=str(path))
+        else:
+            assert np.any(gradient), path
+    for (path, old), new in zip(
+        jax.tree.leaves_with_path(variables["batch_stats"]), jax.tree.leaves(updated["batch_stats"]), strict=True
+    ):
+        assert np.isfinite(new).all(), path
+        assert np.any(old != new), path
+    check_stages(name, output)
+
+
+def check_stages(name, output):
+    """Features are the activation of the pre-activations, the embedding the mean of the last map."""
+    for stage, (feature, preactivation) in enumerate(zip(output.features, output.preactivations, strict=True), start=1):
+        assert preactivation.min() < 0
+        if name.startswith("mobilenet") and stage < 4:
+            expected = preactivation
+        else:
+            expected = np.clip(preactivation, 0, 6 if name == "mobilenet_v2" else None)
+        np.testing.assert_allclose(feature, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(output.embedding, output.features[-1].mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_shuffled_channels_come_from_every_group_in_turn():
+    np.testing.assert_array_equal(
+        shuffle_channels(jnp.arange(12).reshape(1, 12), 3)[0], np.arange(12).reshape(3, 4).T.flatten()
+    )
