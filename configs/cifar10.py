@@ -8,10 +8,11 @@ once more and keeps the momentum from epoch to epoch.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import methods
+from configs import methods, networks
 
 
-def get_config(method="cskd"):
+def get_config(word="cskd"):
+    teacher, student, method = networks.split_word(word, ("resnet101", 0.5), ("resnet18", 0.25))
     released = method != "cskd_paper"  # one optimizer for all methods that are compared with the released code's
     config = ConfigDict()
     config.method = method  # name of the method in results and in the default workdir
@@ -43,14 +44,12 @@ def get_config(method="cskd"):
     config.augment.flip = True  # mirror half of the images
 
     config.teacher = ConfigDict()
-    config.teacher.name = "resnet101"
-    config.teacher.width = 0.5  # factor on the channels
+    config.teacher.name, config.teacher.width = teacher  # docs/networks.md; factor on the channels
     config.teacher.checkpoint = placeholder(str)  # folder of a trained teacher (WORKDIR/teacher); None: train one
     config.teacher.epochs = 200  # with cross-entropy and the student's recipe
 
     config.student = ConfigDict()
-    config.student.name = "resnet18"
-    config.student.width = 0.25
+    config.student.name, config.student.width = student
 
     config.losses = methods.losses(method)  # NAME.weight, its schedule, and the hyper-parameters of NAME
 

@@ -8,10 +8,13 @@ the optimizer are the paper's for Tiny ImageNet, which has as many categories.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import methods
+from configs import methods, networks
 
 
-def get_config(method="cskd"):
+def get_config(word="cskd"):
+    teacher, student, method = networks.split_word(
+        word, ("resnet50_224", 1.0), ("resnet18_224", 0.5), small_images=False
+    )
     config = ConfigDict()
     config.method = method  # name of the method in results and in the default workdir
     config.seed = 0  # of the weights, the order of the images, the augmentation
@@ -41,14 +44,12 @@ def get_config(method="cskd"):
     config.augment.flip = True  # mirror half of the images
 
     config.teacher = ConfigDict()
-    config.teacher.name = "resnet50"
-    config.teacher.width = 1.0  # factor on the channels
+    config.teacher.name, config.teacher.width = teacher  # docs/networks.md; factor on the channels
     config.teacher.checkpoint = placeholder(str)  # folder of a trained teacher (WORKDIR/teacher); None: train one
     config.teacher.epochs = 200  # with cross-entropy and the student's recipe
 
     config.student = ConfigDict()
-    config.student.name = "resnet18"
-    config.student.width = 0.5
+    config.student.name, config.student.width = student
 
     config.losses = methods.losses(method)  # NAME.weight, its schedule, and the hyper-parameters of NAME
 

@@ -7,10 +7,11 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import methods
+from configs import methods, networks
 
 
-def get_config(method="cskd"):
+def get_config(word="cskd"):
+    teacher, student, method = networks.split_word(word, ("resnet18", 0.25), ("resnet18", 0.125))
     config = ConfigDict()
     config.method = method  # name of the method in results and in the default workdir
     config.seed = 0  # of the weights, the order of the images, the augmentation
@@ -39,14 +40,12 @@ def get_config(method="cskd"):
     config.augment.flip = False  # mirror half of the images: a mirrored digit is another sign
 
     config.teacher = ConfigDict()
-    config.teacher.name = "resnet18"
-    config.teacher.width = 0.25  # factor on the channels
+    config.teacher.name, config.teacher.width = teacher  # docs/networks.md; factor on the channels
     config.teacher.checkpoint = placeholder(str)  # folder of a trained teacher (WORKDIR/teacher); None: train one
     config.teacher.epochs = 30  # with cross-entropy and the student's recipe
 
     config.student = ConfigDict()
-    config.student.name = "resnet18"
-    config.student.width = 0.125
+    config.student.name, config.student.width = student
 
     # NAME.weight, its schedule, and the hyper-parameters of NAME
     config.losses = methods.losses(method, init_epochs=4, warmup_epochs=5)

@@ -1,9 +1,10 @@
 """Trains a teacher and distils a student.
 
-python -m cskd_jax.main --config=RECIPE[:METHOD] [--workdir=DIR] [--config.KEY=VALUE ...]
+python -m cskd_jax.main --config=RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VALUE ...]
 
-  --config       a file of configs/, such as configs/digits.py; METHOD is a word of configs/methods.py, such as kd
-  --workdir      folder of the run; default: runs/RECIPE/METHOD-seedSEED. The same command again resumes there.
+  --config       a file of configs/, such as configs/digits.py; WORD is a method of docs/methods.md such as
+                 kd, or networks and a method such as R152_0.5/R34_0.25/kd
+  --workdir      folder of the run; default: runs/RECIPE/WORD-seedSEED. The same command again resumes there.
   --config.KEY   overrides a key of the recipe, which explains each, such as --config.epochs=10
 
 Exit codes: 0 done; 2 something to mend in the command, the configuration or the data; 3 a loss or gradient is not
@@ -57,7 +58,8 @@ def _parse(argv):
     _check_overrides(argv, config_lib.flatten(config))
     values = _parse_flags(argv)
     config = values["config"].value
-    default = pathlib.Path("runs") / file.stem / f"{config.method}-seed{config.seed}"
+    word = recipe.partition(":")[2] or config.method
+    default = pathlib.Path("runs") / file.stem / f"{word}-seed{config.seed}"
     return config, pathlib.Path(values["workdir"].value or default)
 
 

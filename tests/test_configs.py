@@ -1,15 +1,21 @@
-"""Every recipe with every method: valid, as published, and one step of it traces."""
+"""Every recipe with every method, every published value: valid, as published, and one step of it traces."""
 
 import importlib.util
+import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.methods import METHODS
+from configs.networks import network
 from cskd_jax import config as config_lib
 from cskd_jax.data import DATASETS, ImageDataset, Split
 from cskd_jax.loop import Network, Phase
-from cskd_jax.objective import hyperparameters, needs_teacher
+from cskd_jax.losses import LossInputs
+from cskd_jax.objective import Objective, hyperparameters, needs_teacher
+from cskd_jax.state import init_network
 from tests.conftest import ROOT
 
 RECIPES = {
@@ -29,17 +35,18 @@ def get_config(recipe, method="cskd"):
 
 
 def test_every_recipe_is_here():
-    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "methods"}
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "methods", "networks"}
     assert files == RECIPES.keys()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[] if name == "digits" else pytest.mark.slow) for name in RECIPES]
-)
-def test_one_step_traces(recipe, method, tmp_path):
-    config = get_config(recipe, method)
-    config_lib.validate(config)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_method_is_valid(recipe):
+    for method in METHODS:
+        config_lib.validate(get_config(recipe, method))
+
+
+def trace_one_step(recipe, config, folder):
+    """Fails unless the student's step can be traced, with its teacher, on images of the recipe's shape."""
     num_classes, shape = RECIPES[recipe]
     labels = np.arange(config.batch_size, dtype=np.int32) % num_classes
     split = Split(np.zeros((config.batch_size, *shape), np.uint8), labels)
@@ -48,7 +55,82 @@ def test_one_step_traces(recipe, method, tmp_path):
     teacher = None
     if needs_teacher(config.losses):
         teacher = Network.create(config.teacher, num_classes, config.dtype)
-    Phase("student", config, student, config.losses, config.epochs, dataset, tmp_path, teacher)
+    Phase("student", config, student, config.losses, config.epochs, dataset, folder, teacher)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recipe", ["digits", pytest.param("cifar100", marks=pytest.mark.slow)])
+def test_one_step_of_every_method_traces(recipe, method, tmp_path):
+    trace_one_step(recipe, get_config(recipe, method), tmp_path)
+
+
+def published_cells():
+    """{(recipe, word)} of every value of the published tables."""
+    words = {"both": "cskd", "neither": "kd", "teacher": "ce", "CSKD run 1": "cskd", "CSKD run 2": "cskd"}
+    recipes = {"cub200_2011": "cub200"}
+    return {
+        (
+            recipes.get(table["dataset"], table["dataset"]),
+            f"{row['teacher']}/{row['student']}/{words.get(column, column)}",
+        )
+        for table in json.loads((ROOT / "tests" / "golden" / "published.json").read_text())["tables"]
+        for row in table["rows"]
+        for column in table["columns"]
+    }
+
+
+def test_there_are_published_cells():
+    assert len(published_cells()) == 122
+
+
+@pytest.mark.parametrize(("recipe", "word"), sorted(published_cells()), ids=str)
+def test_published_cell(recipe, word):
+    """Every value of the published tables has a recipe: valid, with those networks, and its loss traces."""
+    config = get_config(recipe, word)
+    config_lib.validate(config)
+    num_classes, shape = RECIPES[recipe]
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    modules = [Network.create(settings, num_classes, "float32").module for settings in (config.teacher, config.student)]
+    teacher, student = (jax.eval_shape(init_network, module, key, shape)[1] for module in modules)
+    indices = jax.ShapeDtypeStruct((2,), jnp.int32)
+    inputs = LossInputs(student, teacher, indices, indices, key)
+    objective = Objective.create(config.losses, num_classes=num_classes, num_examples=50_000)
+
+    def loss(key, inputs):
+        params, memory = objective.init(key, inputs)
+        return objective(params, memory, inputs, 0)[0]
+
+    assert jax.eval_shape(loss, key, inputs).shape == ()
+    assert student.features[-1].shape[:3] == teacher.features[-1].shape[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "word"), sorted(cell for cell in published_cells() if cell[1].endswith("/cskd")))
+def test_one_step_of_every_published_pair_traces(recipe, word, tmp_path):
+    trace_one_step(recipe, get_config(recipe, word), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("R101_0.5", ("resnet101", 0.5)),
+        ("r152", ("resnet152", 1.0)),
+        ("ResNet50_0.25", ("resnet50", 0.25)),
+        ("Inception-v3", ("inception_v3", 1.0)),
+        ("mobilenet_v2_0.5", ("mobilenet_v2", 0.5)),
+        ("wrn_40_2", ("wrn_40_2", 1.0)),
+        ("resnet8x4", ("resnet8x4", 1.0)),
+    ],
+)
+def test_words_of_networks(word, expected):
+    assert network(word) == expected
+    assert network("R50_0.5", small_images=False) == ("resnet50_224", 0.5)
+
+
+@pytest.mark.parametrize("word", ["R50/kd", "kd/", "R50/R18/kd/kd", "R50/R18/nothing"])
+def test_wrong_words(word):
+    with pytest.raises(ValueError, match=":' of --config"):
+        get_config("digits", word)
 
 
 @pytest.mark.parametrize("recipe", ["cifar10", "cifar100"])
