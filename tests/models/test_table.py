@@ -57,7 +57,8 @@ def vgg_parameters(*widths):
     return sum(9 * before * after + 3 * after for before, after in pairs) + (widths[-1] + 1) * 100
 
 
-# Numbers without a remark: the paper's tables, torchvision (224), the comparison tables of the field.
+# Numbers are those of torchvision (224) and of the comparison tables of the field (MobileNetV2 of width 0.5); what
+# "follows" is derived in test_numbers_that_follow_from_others.
 TABLE = {
     "resnet18": small(11220132),
     "resnet34": small(21328292),
@@ -70,7 +71,7 @@ TABLE = {
     "resnet101_224": imagenet(44549160, 4),
     "resnet152_224": imagenet(60192808, 4),
     "resnet8": cifar(83892),
-    "resnet14": cifar(181108),  # see test_numbers_that_follow_from_others, as for every remark "follows"
+    "resnet14": cifar(181108),  # follows
     "resnet20": cifar(278324),
     "resnet32": cifar(472756),
     "resnet44": cifar(667188),  # follows
@@ -91,7 +92,7 @@ TABLE = {
     "mobilenet_v2_crd": Row(812836, ((16, 12), (8, 16), (4, 48), (2, 1280)), width=0.5),
     "shufflenet_v1": Row(949258, ((16, 240), (8, 480), (4, 960))),
     "shufflenet_v2": Row(1355528, ((16, 116), (8, 232), (4, 1024))),
-    "inception_v3": Row(21990468, ((32, 64), (16, 288), (8, 768), (4, 2048)), step_width=0.0625),  # follows
+    "inception_v3": Row(21990468, ((32, 64), (16, 288), (8, 768), (4, 2048))),  # follows
 }
 # Their gradient step compiles in seconds.
 FAST = ("resnet8", "wrn_16_1", "vgg8")
