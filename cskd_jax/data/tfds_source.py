@@ -96,7 +96,9 @@ def load_own(
     if not _is_prepared(builder):
         builder.content = source.read(Path(builder.data_dir_root))
         _prepare(builder)
-        # Built anew, because the files may be those of another process that was faster, and to let go of the content.
+        # The builder is part of a cycle of references, which would keep gigabytes until Python happens to look for one.
+        del builder.content
+        # Built anew, because the files may be those of another process that was faster.
         builder = builder_class(data_dir=data_dir)
     return load_prepared(builder, source.name, train_examples)
 
