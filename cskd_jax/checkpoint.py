@@ -83,7 +83,7 @@ class Checkpoints:
         for step in steps:
             path = self._directory / str(step)
             try:
-                arrays, record = _read(self._manager, step)
+                arrays, record = _read(path)
                 return _unflatten(arrays, template), record
             except _Damaged as damage:
                 aside = path.with_name(f"{step}.damaged")
@@ -135,13 +135,11 @@ def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = next((f for f in folders if f.is_dir()), folders[0])
     if not any(p.name.isdigit() for p in folder.glob("*")):
         raise UserError(f"teacher checkpoint {path}: no checkpoint in {' or '.join(map(str, folders))}")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
-        step = manager.latest_step()
-        try:
-            arrays, record = _read(manager, step)
-        except _Damaged as damage:
-            raise UserError(f"teacher checkpoint {folder / str(step)} is damaged ({damage})") from None
+    step = max(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+    try:
+        arrays, record = _read(folder / str(step))
+    except _Damaged as damage:
+        raise UserError(f"teacher checkpoint {folder / str(step)} is damaged ({damage})") from None
     tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
     record = record | {"step": step, "digest": _text_digest({name: _digest(array) for name, array in arrays.items()})}
     return {"params": tree["params"]["student"], "batch_stats": tree["batch_stats"]}, record
@@ -151,16 +149,17 @@ class _Damaged(Exception):
     pass
 
 
-def _read(manager, step):
+def _read(path):
     """Arrays by name and record of one checkpoint; raises _Damaged."""
     parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
-        restored = manager.restore(step, args=ocp.args.Composite(**parts))
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**parts))
         arrays = {name: np.asarray(array) for name, array in restored[_ARRAYS].items()}
         content = restored[_RECORD]
         digest = content.pop("digest")
     except PermissionError as error:
-        raise UserError(f"cannot read checkpoint {step} of {manager.directory}: {error}") from None
+        raise UserError(f"cannot read checkpoint {path}: {error}") from None
     except Exception as error:  # Orbax raises whatever the damage makes its parsers raise.
         raise _Damaged(f"{type(error).__name__} while reading") from error
     if digest != _text_digest(content):
