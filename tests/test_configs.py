@@ -5,14 +5,21 @@ import importlib.util
 import numpy as np
 import pytest
 
-from configs.methods import METHODS
+from configs.methods import METHODS, MULTILABEL_METHODS
 from cskd_jax import config as config_lib
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.loop import Network, Phase
 from cskd_jax.objective import hyperparameters, needs_teacher
 from tests.conftest import ROOT
 
-RECIPES = {"digits": (10, (8, 8, 1)), "cifar10": (10, (32, 32, 3)), "cifar100": (100, (32, 32, 3))}
+RECIPES = {
+    "digits": (10, (8, 8, 1)),
+    "digit_pairs": (10, (16, 16, 1)),
+    "cifar10": (10, (32, 32, 3)),
+    "cifar100": (100, (32, 32, 3)),
+}
+MULTILABEL = {"digit_pairs"}
+EVERY_METHOD = METHODS + MULTILABEL_METHODS
 
 
 def get_config(recipe, method="cskd"):
@@ -22,20 +29,30 @@ def get_config(recipe, method="cskd"):
     return module.get_config(method)
 
 
+def recipe_of(method):
+    return "digits" if method in METHODS else "digit_pairs"
+
+
 def test_every_recipe_is_here():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "methods"}
     assert files == RECIPES.keys()
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[] if name == "digits" else pytest.mark.slow) for name in RECIPES]
+    ("recipe", "method"),
+    [
+        pytest.param(name, method, marks=[] if name.startswith("digit") else pytest.mark.slow)
+        for name in RECIPES
+        for method in (MULTILABEL_METHODS if name in MULTILABEL else METHODS)
+    ],
 )
 def test_one_step_traces(recipe, method, tmp_path):
     config = get_config(recipe, method)
     config_lib.validate(config)
     num_classes, shape = RECIPES[recipe]
     labels = np.arange(config.batch_size, dtype=np.int32) % num_classes
+    if recipe in MULTILABEL:
+        labels = np.eye(num_classes, dtype=np.float32)[labels]
     split = Split(np.zeros((config.batch_size, *shape), np.uint8), labels)
     dataset = ImageDataset(recipe, split, split, tuple(map(str, range(num_classes))))
     student = Network.create(config.student, num_classes, config.dtype)
@@ -84,13 +101,22 @@ def test_methods_document_lists_every_word_with_its_weight():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     assert {len(row) for row in rows} == {6}
     names = {"ce": "cross_entropy"} | dict.fromkeys(("cskd", "cskd_paper", "intra", "inter"), "category_structure")
-    weights = {word: get_config("cifar100", word).losses[names.get(word, word)].weight for word in METHODS}
+    names |= {"bce": "binary_cross_entropy", "bkd": "binary_kd"}
+    names |= dict.fromkeys(("mlcskd", "mlcskd_reference"), "multilabel_category_structure")
+    weights = {word: get_config(recipe_of(word), word).losses[names.get(word, word)].weight for word in EVERY_METHOD}
     assert {row[0].strip("`"): float(row[2]) for row in rows} == weights
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_words_are_of_one_kind_of_data():
+    assert not set(METHODS) & set(MULTILABEL_METHODS)
+    for recipe, word in (("digit_pairs", "cskd"), ("digits", "bce")):
+        with pytest.raises(ValueError, match=f"unknown method '{word}' after the ':' of --config; known: "):
+            get_config(recipe, word)
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_setting_of_a_method_is_in_its_recipe(method):
-    for name, settings in get_config("digits", method).losses.items():
+    for name, settings in get_config(recipe_of(method), method).losses.items():
         assert set(settings) >= set(config_lib.WEIGHT_RULES)
         optional = {"compactness_weight", "filter_misclassified"} if settings.get("variant") == "paper" else set()
         assert set(hyperparameters(name)) - optional == set(settings) - set(config_lib.WEIGHT_RULES)

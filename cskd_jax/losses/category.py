@@ -5,7 +5,7 @@ below) and the code that its authors released ("the released code"). The two dif
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -378,10 +378,28 @@ def _check_arguments(
     return filter_misclassified
 
 
+def project_student(method: Method, inputs: LossInputs) -> tuple[jax.Array, jax.Array]:
+    """The last feature maps of student and teacher, the student's through sigma, a parameter of `method`.
+
+    sigma is a 1x1 convolution without bias from the student's channels to the teacher's (paper, section 3.3). To be
+    called from the compact `__call__` of the method.
+    """
+    student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"the last feature maps of student {student.shape} and teacher {teacher.shape} "
+            "must have equal height and width"
+        )
+    init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    dtype = np.promote_types(student.dtype, np.float32)
+    sigma = method.param("sigma", init, (student.shape[-1], teacher.shape[-1]), dtype)
+    return student @ sigma.astype(student.dtype), teacher
+
+
 class CategoryStructure(Method):
     """`category_structure_loss` on the last feature maps and the logits, with the trainable projection sigma.
 
-    sigma is a 1x1 convolution without bias from the student's channels to the teacher's (paper, section 3.3).
+    sigma is that of `project_student`.
 
     Attributes:
       variant: "reference" (released code) or "paper".
@@ -396,20 +414,13 @@ class CategoryStructure(Method):
     inter_weight: float | None = None
     compactness_weight: float | None = None
     filter_misclassified: bool | None = None
+    multilabel: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
-        student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
-        if student.shape[:-1] != teacher.shape[:-1]:
-            raise ValueError(
-                f"the last feature maps of student {student.shape} and teacher {teacher.shape} "
-                "must have equal height and width"
-            )
-        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        dtype = np.promote_types(student.dtype, np.float32)
-        sigma = self.param("sigma", init, (student.shape[-1], teacher.shape[-1]), dtype)
+        student, teacher = project_student(self, inputs)
         return category_structure_loss(
-            student @ sigma.astype(student.dtype),
+            student,
             teacher,
             inputs.labels,
             num_classes=self.num_classes,
