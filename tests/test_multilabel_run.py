@@ -122,4 +122,4 @@ def test_digits_recipe_with_multilabel_data(start, small_run, tmp_path):
     arguments = [*small_run, "--config.dataset.name=digit_pairs", f"--workdir={tmp_path}"]
     _, error = (process := start(arguments)).communicate()
     assert process.returncode == 2
-    assert error.splitlines()[-1].startswith("error: losses.cross_entropy does not fit data set 'digit_pairs'")
+    assert error.splitlines()[-1].startswith("error: losses.category_structure does not fit data set 'digit_pairs'")

@@ -200,9 +200,7 @@ def test_preparing_keeps_stdout_free(tmp_path, capsys):
 
 
 def test_unknown_name(tmp_path):
-    message = (
-        "unknown data set 'digitz': allowed are digits, cifar10, cifar100, image_folder and any tensorflow-datasets"
-    )
+    message = "unknown data set 'digitz': allowed are digits, digit_pairs, cifar10, cifar100, image_folder and any "
     with pytest.raises(UserError, match=message):
         load_dataset("digitz", data_dir=str(tmp_path))
 
