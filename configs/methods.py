@@ -72,20 +72,37 @@ def table(init_epochs, warmup_epochs):
     }
 
 
-METHODS = tuple(table(1, 1))
+def multilabel_table():
+    """{method: its losses} for data whose images have any number of categories."""
+    supervised = {"binary_cross_entropy": {"weight": 1.0}}
+    # Binary cross-entropy is a mean over categories, a tenth of their sum: 0.1 brings the other methods to its scale.
+    distilled = supervised | {"binary_kd": {"weight": 0.1, "temperature": 4.0}}
+    paper = {"weight": 0.1, "variant": "paper", "intra_weight": 0.01, "inter_weight": 0.2}
+    reference = {"weight": 0.1, "variant": "reference", "intra_weight": 0.002, "inter_weight": 0.04}
+    return {
+        "mlcskd": distilled | {"multilabel_category_structure": paper},
+        "mlcskd_reference": distilled | {"multilabel_category_structure": reference},
+        "bkd": distilled,
+        "bce": supervised,
+    }
 
 
-def losses(method, *, init_epochs=30, warmup_epochs=20):
+METHODS, MULTILABEL_METHODS = tuple(table(1, 1)), tuple(multilabel_table())
+
+
+def losses(method, *, init_epochs=30, warmup_epochs=20, multilabel=False):
     """`config.losses` of a method.
 
     Args:
-      method: of METHODS; ValueError names them.
+      method: of METHODS, or of MULTILABEL_METHODS; ValueError names them.
       init_epochs: length of the first phase of the methods that have one (fitnet, fsp, ab).
       warmup_epochs: over which the weights of dkd and reviewkd grow.
+      multilabel: whether the images of the recipe have any number of categories instead of one.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r} after the ':' of --config; known: {', '.join(METHODS)}")
-    entries = table(init_epochs, warmup_epochs)[method]
+    known = multilabel_table() if multilabel else table(init_epochs, warmup_epochs)
+    if method not in known:
+        raise ValueError(f"unknown method {method!r} after the ':' of --config; known: {', '.join(known)}")
+    entries = known[method]
     # A placeholder for each: a shared one would be set for all at once.
     always = [{"start_epoch": 0, "end_epoch": placeholder(int), "warmup_epochs": 0} for _ in entries]
     return ConfigDict({name: keys | entries[name] for name, keys in zip(entries, always, strict=True)})

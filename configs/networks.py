@@ -1,8 +1,6 @@
 """Words for pairs of networks and a method, such as R152_0.5/R34_0.25/cckd behind the recipe: the rows and columns of
 the published tables."""
 
-import re
-
 
 def split_word(word, teacher, student, small_images=True):
     """(teacher, student, method) of METHOD or TEACHER/STUDENT/METHOD, each network as (name, width).
@@ -24,7 +22,11 @@ def split_word(word, teacher, student, small_images=True):
 
 def network(word, small_images=True):
     """(name, width) of a network, such as ("resnet34", 0.25) of R34_0.25."""
-    name, width = re.fullmatch(r"(.*?)(?:_(\d*\.\d+))?", word.lower().replace("-", "_")).groups()
-    if match := re.fullmatch(r"r(?:esnet)?(18|34|50|101|152)", name):
-        name = f"resnet{match[1]}" if small_images else f"resnet{match[1]}_224"
-    return name, float(width or 1)
+    name, width = word.lower().replace("-", "_"), 1.0
+    before, _, last = name.rpartition("_")
+    if "." in last:
+        name, width = before, float(last)
+    depth = name.removeprefix("resnet").removeprefix("r")
+    if depth in ("18", "34", "50", "101", "152"):
+        name = f"resnet{depth}" if small_images else f"resnet{depth}_224"
+    return name, width

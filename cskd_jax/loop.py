@@ -21,6 +21,8 @@ from cskd_jax.data.augment import augment, make_normalize
 from cskd_jax.data.samplers import BalancedSampler, UniformSampler
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
 from cskd_jax.logging import MetricsLog, progress_bar, say
+from cskd_jax.losses import LOSSES
+from cskd_jax.metrics import Task, task_of
 from cskd_jax.models import count_parameters, create_model
 from cskd_jax.objective import Objective
 from cskd_jax.signals import StopRequest
@@ -33,11 +35,14 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float
 Sampler = UniformSampler | BalancedSampler
 
 
-def make_sampler(config: ml_collections.ConfigDict, labels: np.ndarray) -> Sampler:
+def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> Sampler:
     """The sampler that `config.sampler` describes; UserError where the labels do not allow it."""
-    if config.sampler.name == "balanced":
-        return BalancedSampler(labels, config.batch_size, config.sampler.samples_per_category, config.seed)
-    return UniformSampler(len(labels), config.batch_size, config.seed, config.drop_last)
+    labels = dataset.train.labels
+    if config.sampler.name == "uniform":
+        return UniformSampler(len(labels), config.batch_size, config.seed, config.drop_last)
+    if dataset.multilabel:
+        raise UserError(f"sampler.name is balanced, which does not fit the multi-label data set '{dataset.name}'")
+    return BalancedSampler(labels, config.batch_size, config.sampler.samples_per_category, config.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Progress:
     """What a phase has to remember beside its arrays; saved with every checkpoint as JSON.
 
     Attributes:
-      evaluations: {"last": ..., "best": ...}, each {"epoch", "top1", "top5", "loss"}; empty before the first.
+      evaluations: {"last": ..., "best": ...}, each {"epoch", the metrics of the task, "loss"}; empty before the first.
       sums: of the training metrics since the last row of the log.
       count: steps in `sums`.
       seconds: spent in training steps, over all the starts of the run, without compilation.
@@ -116,7 +121,9 @@ class Phase:
     ):
         self._name, self._config, self._network, self._epochs = name, config, network, epochs
         self._dataset, self._workdir, self._teacher = dataset, workdir, teacher
-        self._sampler = make_sampler(config, dataset.train.labels)
+        self._task = task_of(dataset.multilabel)
+        _check_methods(losses, dataset)
+        self._sampler = make_sampler(config, dataset)
         _check_batches(self._sampler)
         self._total_steps = epochs * self._sampler.steps_per_epoch
         self._objective = Objective.create(
@@ -145,6 +152,7 @@ class Phase:
             preprocess=lambda images, key, positions: normalize(augment(images, key, positions, **settings)),
             teacher=None if self._teacher is None else self._teacher.module,
             axis_name=parallel.AXIS,
+            task=self._task,
         )
         return parallel.parallel_train_step(step)
 
@@ -158,8 +166,9 @@ class Phase:
                 )
 
             def new_state():
-                model, shape = self._network.module, self._dataset.image_shape
-                return init_state(self._init_key, model, self._objective, self._optimizer, shape, teacher_output)
+                model, shape, labels = self._network.module, self._dataset.image_shape, self._dataset.train.labels
+                label = jax.ShapeDtypeStruct(labels.shape[1:], labels.dtype)
+                return init_state(self._init_key, model, self._objective, self._optimizer, shape, teacher_output, label)
 
             self._lowered_state = jax.jit(new_state).lower()
             self._abstract_state: TrainState = self._lowered_state.out_info
@@ -198,7 +207,14 @@ class Phase:
                 self._announce(step)
                 state = parallel.replicate(self._compile(state))
                 with Meter(
-                    self._name, self._config, self._sampler, self._total_steps, self._workdir, step, progress
+                    self._name,
+                    self._config,
+                    self._task,
+                    self._sampler,
+                    self._total_steps,
+                    self._workdir,
+                    step,
+                    progress,
                 ) as meter:
                     while step < self._total_steps:
                         begin = step
@@ -239,7 +255,7 @@ class Phase:
         end = (step // self._sampler.steps_per_epoch + 1) * self._sampler.steps_per_epoch
         while step < end and not stop.requested:
             batch = self._batch(step)
-            size = batch["label"].size
+            size = batch["index"].size
             if size not in self._compiled:
                 # Compiling holds up the host: it should not count as time of the steps in flight, or of the next.
                 _drain(pending, meter)
@@ -260,11 +276,12 @@ class Phase:
         if step % self._sampler.steps_per_epoch == 0:
             values = self._evaluate(state.student_variables)
             meter.end_epoch(step, values)
-            score = values["top1"]
+            score = values[self._task.score]
         record = {
             "network": self._network.identity,
             "channels": self._dataset.image_shape[-1],
             "categories": self._dataset.categories,
+            "multilabel": self._dataset.multilabel,
             "method": self._config.method,
             "finished": step == self._total_steps,
             "progress": dataclasses.asdict(meter.progress),
@@ -278,6 +295,7 @@ class Meter:
     Args:
       phase: "teacher" or "student".
       config: of the run.
+      task: says which metrics are shown, and which epoch is best.
       sampler: of the phase.
       total_steps: of the phase.
       workdir: of the run.
@@ -289,6 +307,7 @@ class Meter:
         self,
         phase: str,
         config: ml_collections.ConfigDict,
+        task: Task,
         sampler: Sampler,
         total_steps: int,
         workdir: pathlib.Path,
@@ -297,6 +316,7 @@ class Meter:
     ):
         self.progress = progress
         self._phase, self._log_every, self._steps_per_epoch = phase, config.log_every, sampler.steps_per_epoch
+        self._task = task
         self._epochs = total_steps // sampler.steps_per_epoch
         self._optimizer = config.optimizer
         self._log = MetricsLog(workdir, phase, step)
@@ -335,7 +355,8 @@ class Meter:
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         progress.count += 1
         self._bar.update(images)
-        self._bar.set_postfix(loss=f"{values['loss']:.3f}", accuracy=f"{values['accuracy']:.3f}", refresh=False)
+        shown = {name: f"{values[name]:.3f}" for name in ("loss", self._task.step_metric)}
+        self._bar.set_postfix(shown, refresh=False)
         if step % self._log_every == 0 or step % self._steps_per_epoch == 0:
             row = {name: total / progress.count for name, total in progress.sums.items()}
             row["learning_rate"] = self._learning_rate(step)
@@ -348,13 +369,14 @@ class Meter:
         epoch = step // self._steps_per_epoch
         self._log.write("test", step, epoch, values)
         entry, evaluations = {"epoch": epoch, **values}, self.progress.evaluations
-        if "best" not in evaluations or values["top1"] > evaluations["best"]["top1"]:
+        score = self._task.score
+        if "best" not in evaluations or values[score] > evaluations["best"][score]:
             evaluations["best"] = entry
         evaluations["last"] = entry
         rate = self.progress.images_per_second
         say(
             f"{self._phase}: epoch {epoch}/{self._epochs}, test loss {values['loss']:.4f}, "
-            f"top-1 {values['top1']:.4f}, top-5 {values['top5']:.4f}" + (f", {rate:,.0f} images/s" if rate else "")
+            f"{self._task.describe(values)}" + (f", {rate:,.0f} images/s" if rate else "")
         )
 
     def _learning_rate(self, step):
@@ -379,29 +401,28 @@ class Evaluation:
 
     def __init__(self, network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset):
         normalize = make_normalize(config.dataset.mean, config.dataset.std)
-        step = make_eval_step(network.module, preprocess=normalize, axis_name=parallel.AXIS)
+        self._task = task_of(dataset.multilabel)
+        step = make_eval_step(network.module, preprocess=normalize, axis_name=parallel.AXIS, task=self._task)
         self._step, self._split = parallel.parallel_eval_step(step), dataset.test
         # No larger than the split needs: what is padded is computed too.
         self._batch_size = min(config.batch_size, parallel.round_up_to_devices(len(self._split.labels)))
 
     def __call__(self, variables: Any) -> dict[str, float]:
-        """{"top1", "top5": fractions of the split, "loss": mean cross-entropy}."""
-        pending, totals = deque(), {}
+        """The metrics of the task over the whole split, each image counted once, and the mean "loss"."""
+        pending, measured = deque(), []
         for start in range(0, len(self._split.labels), self._batch_size):
             pending.append(self._step(variables, self._batch(start)))
             if len(pending) >= parallel.max_steps_in_flight():
-                _add(totals, pending.popleft())
-        while pending:
-            _add(totals, pending.popleft())
-        count = int(totals.pop("count"))
-        return {name: float(total) / count for name, total in totals.items()}
+                measured.append(jax.device_get(pending.popleft()))
+        measured += jax.device_get(list(pending))
+        return self._task.summarize(measured, self._split.labels)
 
     def _batch(self, start):
         images, labels = (x[start : start + self._batch_size] for x in self._split)
         padding = self._batch_size - len(labels)
         batch = {
-            "image": np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0))),
-            "label": np.pad(labels, (0, padding)),
+            "image": _pad(images, padding),
+            "label": _pad(labels, padding),
             "mask": np.arange(self._batch_size) < len(labels),
         }
         return parallel.shard(batch)
@@ -412,9 +433,20 @@ def _drain(pending, meter):
         meter.add(*pending.popleft())
 
 
-def _add(totals, sums):
-    for name, value in jax.device_get(sums).items():
-        totals[name] = totals.get(name, 0) + value
+def _pad(x, rows):
+    return np.pad(x, [(0, rows)] + [(0, 0)] * (x.ndim - 1))
+
+
+def _check_methods(losses, dataset: ImageDataset) -> None:
+    """Raises UserError for a method that reads another kind of labels than the data set has."""
+    wrong = [name for name in losses if LOSSES[name].multilabel not in (None, dataset.multilabel)]
+    if wrong:
+        fitting = [name for name, method in LOSSES.items() if method.multilabel == dataset.multilabel]
+        kind = "any number of categories (multi-label)" if dataset.multilabel else "one category"
+        raise UserError(
+            f"losses.{wrong[0]} does not fit data set '{dataset.name}', whose images have {kind} each: of the methods "
+            f"that read labels, those for it are {', '.join(sorted(fitting))}"
+        )
 
 
 def _check_batches(sampler: Sampler) -> None:

@@ -1,8 +1,13 @@
-"""Pure metrics of classification."""
+"""Metrics of classification: with one category per image, and with any number of them (multi-label)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -29,3 +34,128 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
         "top5": jnp.sum(mask & (rank < 5), dtype=jnp.int32),
         "loss": jnp.sum(jnp.where(mask, loss, 0)),
     }
+
+
+def mean_average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean over the categories of the average precision of their ranking of the samples.
+
+    The average precision of a category is the mean, over its samples j, of the precision among the samples that score
+    at least as high as j: that of scikit-learn's average_precision_score. Categories without samples are left out.
+
+    Time O(N C log N), memory O(N C).
+
+    Args:
+      scores: float [N, C], higher for a surer yes.
+      labels: [N, C], above 0 where a sample is of a category.
+
+    Returns:
+      Scalar in [0, 1], at least float32; 0 where no category has a sample.
+    """
+    order = jnp.argsort(-scores, axis=0)
+    scores = jnp.take_along_axis(scores, order, axis=0)
+    positive = jnp.take_along_axis(labels > 0, order, axis=0)
+    # Samples of equal score share a threshold: what counts are the samples up to the last of them.
+    position = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
+    is_last = jnp.concatenate([scores[:-1] != scores[1:], jnp.ones_like(positive[:1])])
+    last = lax.cummin(jnp.where(is_last, position, len(scores) - 1), axis=0, reverse=True)
+    hits = jnp.take_along_axis(jnp.cumsum(positive, axis=0, dtype=jnp.int32), last, axis=0)
+    dtype = np.promote_types(scores.dtype, np.float32)
+    precision = hits.astype(dtype) / (last + 1).astype(dtype)
+    count = jnp.sum(positive, axis=0).astype(dtype)
+    average_precision = jnp.sum(jnp.where(positive, precision, 0), axis=0) / jnp.maximum(count, 1)
+    return jnp.sum(average_precision) / jnp.maximum(jnp.sum(count > 0), 1).astype(dtype)
+
+
+class Task(NamedTuple):
+    """What follows from the labels of a data set: how a network learns from them alone, and how it is judged.
+
+    Attributes:
+      supervision: the method of `LOSSES` that a teacher is trained with.
+      score: the metric of a split that says which epoch is best; greater is better.
+      names: {metric of a split: its name for people}, without the loss.
+      step_metric: the metric of a training step that the progress bar shows.
+      measure_step: (logits, labels, axis_name) -> {`step_metric`: scalar}; the mean over devices is that of the global
+        batch.
+      measure_batch: (logits, labels, mask, axis_name) -> what `summarize` takes of a batch, equal on all devices.
+      summarize: (what `measure_batch` gave of each batch of a split, in order, on the host; the labels of the split)
+        -> {metric: value}, `loss` among them.
+    """
+
+    supervision: str
+    score: str
+    names: dict[str, str]
+    step_metric: str
+    measure_step: Callable[[jax.Array, jax.Array, str | None], dict[str, jax.Array]]
+    measure_batch: Callable[[jax.Array, jax.Array, jax.Array, str | None], Any]
+    summarize: Callable[[Sequence[Any], np.ndarray], dict[str, float]]
+
+    def describe(self, values: dict[str, float]) -> str:
+        """Metrics of a split for people, without the loss."""
+        return ", ".join(f"{name} {values[metric]:.4f}" for metric, name in self.names.items())
+
+
+def task_of(multilabel: bool) -> Task:
+    """The task of a data set: with images of several categories, or of one each."""
+    return MULTI_LABEL if multilabel else SINGLE_LABEL
+
+
+def _accuracy(logits, labels, axis_name):
+    del axis_name
+    return {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels)}
+
+
+def _classification_sums(logits, labels, mask, axis_name):
+    sums = classification_sums(logits, labels, mask)
+    return sums if axis_name is None else lax.psum(sums, axis_name)
+
+
+def _divide_sums(batches, labels):
+    del labels
+    totals = {name: sum(batch[name] for batch in batches) for name in batches[0]}
+    count = int(totals.pop("count"))
+    return {name: float(total) / count for name, total in totals.items()}
+
+
+def _batch_average_precision(logits, labels, axis_name):
+    logits, labels = (_gather(x, axis_name) for x in (lax.stop_gradient(logits), labels))
+    return {"mean_average_precision": mean_average_precision(logits, labels)}
+
+
+def _logits(logits, labels, mask, axis_name):
+    del labels, mask
+    return _gather(logits, axis_name)
+
+
+def _summarize_logits(batches, labels):
+    # Padding lies behind the last image of the split.
+    return jax.tree.map(float, _multilabel_metrics(np.concatenate(batches)[: len(labels)], labels))
+
+
+@jax.jit
+def _multilabel_metrics(logits, labels):
+    loss = jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype)))
+    return {"mean_average_precision": mean_average_precision(logits, labels), "loss": loss}
+
+
+def _gather(x, axis_name):
+    return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
+
+
+SINGLE_LABEL = Task(
+    supervision="cross_entropy",
+    score="top1",
+    names={"top1": "top-1", "top5": "top-5"},
+    step_metric="accuracy",
+    measure_step=_accuracy,
+    measure_batch=_classification_sums,
+    summarize=_divide_sums,
+)
+MULTI_LABEL = Task(
+    supervision="binary_cross_entropy",
+    score="mean_average_precision",
+    names={"mean_average_precision": "mean average precision"},
+    step_metric="mean_average_precision",
+    measure_step=_batch_average_precision,
+    measure_batch=_logits,
+    summarize=_summarize_logits,
+)

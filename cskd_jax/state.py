@@ -13,6 +13,8 @@ from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
 from cskd_jax.objective import Objective
 
+_ONE_CATEGORY = jax.ShapeDtypeStruct((), jnp.int32)
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -57,14 +59,25 @@ def init_state(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     teacher_output: ModelOutput | None = None,
+    label: jax.ShapeDtypeStruct = _ONE_CATEGORY,
 ) -> TrainState:
-    """Fresh state; `teacher_output` (its shapes, from `init_network`) is needed where the objective reads a teacher."""
+    """Fresh state.
+
+    Args:
+      key: of the random draws.
+      student: network to train.
+      objective: the weighted methods.
+      optimizer: over the parameters of the student and of the methods.
+      image_shape: of one image, (H, W, C).
+      teacher_output: its shapes, from `init_network`; needed where the objective reads a teacher.
+      label: of one image: int32 [] or float32 [K].
+    """
     student_key, methods_key = jax.random.split(key)
     variables, student_output = init_network(student, student_key, image_shape)
     inputs = LossInputs(
         student=student_output,
         teacher=teacher_output,
-        labels=jax.ShapeDtypeStruct((2,), jnp.int32),
+        labels=jax.ShapeDtypeStruct((2, *label.shape), label.dtype),
         indices=jax.ShapeDtypeStruct((2,), jnp.int32),
         key=jax.ShapeDtypeStruct(key.shape, key.dtype),
     )

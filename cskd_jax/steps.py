@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from cskd_jax.losses import LossInputs
-from cskd_jax.metrics import classification_sums
+from cskd_jax.metrics import SINGLE_LABEL, Task
 from cskd_jax.objective import Objective
 from cskd_jax.state import TrainState
 
@@ -29,6 +29,7 @@ def make_train_step(
     preprocess: Preprocess,
     teacher: nn.Module | None = None,
     axis_name: str | None = None,
+    task: Task = SINGLE_LABEL,
 ) -> Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds `train_step(state, teacher_variables, batch, key) -> (state, metrics)`.
 
@@ -39,12 +40,13 @@ def make_train_step(
       preprocess: `(images, key, positions) -> images` as the networks take them; positions are in the global batch.
       teacher: network in evaluation mode, not differentiated; None where the objective reads none.
       axis_name: mapped axis over which the batch is split: the step then equals that of the global batch.
+      task: says what is measured on the batch.
 
     Returns:
-      A pure function. `batch` is {"image": [B, H, W, C], "label": int32 [B]} and, for the methods that keep a memory of
-      the samples, "index": int32 [B], their positions in the training split. `key` is the key of the run (the step is
-      folded in here). metrics are scalars: `loss`, the terms of the objective, `accuracy` of the student on the batch,
-      `gradient_norm`.
+      A pure function. `batch` is {"image": [B, H, W, C], "label": int32 [B] or float32 [B, K]} and, for the methods
+      that keep a memory of the samples, "index": int32 [B], their positions in the training split. `key` is the key of
+      the run (the step is folded in here). metrics are scalars: `loss`, the terms of the objective, `task.step_metric`
+      of the student on the batch, `gradient_norm`.
     """
 
     def train_step(state, teacher_variables, batch, key):
@@ -63,8 +65,8 @@ def make_train_step(
             output, updated = student.apply(variables, images, train=True, mutable=["batch_stats"])
             inputs = LossInputs(output, teacher_output, labels, batch.get("index"), methods_key)
             total, terms, memory = objective(params["methods"], state.memory, inputs, state.step)
-            accuracy = jnp.mean(jnp.argmax(output.logits, axis=-1).astype(labels.dtype) == labels)
-            return total, (updated["batch_stats"], memory, {"loss": total, **terms, "accuracy": accuracy})
+            measured = task.measure_step(output.logits, labels, axis_name)
+            return total, (updated["batch_stats"], memory, {"loss": total, **terms, **measured})
 
         gradients, (batch_stats, memory, metrics) = jax.grad(loss, has_aux=True)(state.params)
         if axis_name is not None:
@@ -78,16 +80,19 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nn.Module, *, preprocess: Callable[[jax.Array], jax.Array], axis_name: str | None = None
-) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """Builds `eval_step(variables, batch) -> sums` (see `classification_sums`) over the global batch.
+    model: nn.Module,
+    *,
+    preprocess: Callable[[jax.Array], jax.Array],
+    axis_name: str | None = None,
+    task: Task = SINGLE_LABEL,
+) -> Callable[[Any, Batch], Any]:
+    """Builds `eval_step(variables, batch) -> measured` (see `Task.measure_batch`) over the global batch.
 
     `batch` is {"image", "label", "mask"}.
     """
 
     def eval_step(variables, batch):
         output = model.apply(variables, preprocess(batch["image"]), train=False)
-        sums = classification_sums(output.logits, batch["label"], batch["mask"])
-        return sums if axis_name is None else lax.psum(sums, axis_name)
+        return task.measure_batch(output.logits, batch["label"], batch["mask"], axis_name)
 
     return eval_step

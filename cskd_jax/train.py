@@ -17,6 +17,7 @@ from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.errors import UserError
 from cskd_jax.logging import say, write_json
 from cskd_jax.loop import Evaluation, Network, Phase, Progress
+from cskd_jax.metrics import Task, task_of
 from cskd_jax.models import count_parameters
 from cskd_jax.objective import needs_teacher
 from cskd_jax.signals import StopRequest
@@ -57,7 +58,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if needs_teacher(config.losses):
         teacher = Network.create(config.teacher, dataset.num_classes, config.dtype)
         if given_teacher is None:
-            losses = {"cross_entropy": {"weight": 1.0}}
+            losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
             teacher_phase = Phase("teacher", config, teacher, losses, config.teacher.epochs, dataset, workdir)
         else:
             given_teacher.check_dataset(dataset)
@@ -91,7 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         "config": config_lib.plain(config),
     }
     write_json(results_path, results)
-    say_results(results, results_path, time.time() - start)
+    say_results(results, task_of(dataset.multilabel), results_path, time.time() - start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +122,18 @@ class GivenTeacher:
         return cls(path, variables, record)
 
     def check_dataset(self, dataset: ImageDataset) -> None:
-        """Raises UserError unless it was trained on such images and the same categories."""
+        """Raises UserError unless it was trained on such images, such labels, and the same categories."""
         channels = dataset.image_shape[-1]
         if self.record["channels"] != channels:
             raise UserError(
                 f"teacher.checkpoint {self.path} takes images with {self.record['channels']} channels, "
                 f"those of {dataset.name} have {channels}"
+            )
+        if self.record.get("multilabel", False) != dataset.multilabel:
+            one, several = "one category per image", "several categories per image"
+            raise UserError(
+                f"teacher.checkpoint {self.path} was trained with {one if dataset.multilabel else several}, "
+                f"{dataset.name} has {several if dataset.multilabel else one}"
             )
         ours, theirs = list(dataset.categories), list(self.record["categories"])
         if ours != theirs:
@@ -140,8 +147,8 @@ class GivenTeacher:
         variables = parallel.replicate(self.variables)
         values = Evaluation(network, config, dataset)(variables)
         say(
-            f"teacher: {network.name}, width {network.width:g}, from {self.path}, top-1 {values['top1']:.4f}, "
-            f"top-5 {values['top5']:.4f}"
+            f"teacher: {network.name}, width {network.width:g}, from {self.path}, "
+            f"{task_of(dataset.multilabel).describe(values)}"
         )
         entry = describe(network, variables, Progress({"last": values}))
         source = {"checkpoint": self.path, "step": self.record["step"], "digest": self.record["digest"]}
@@ -164,15 +171,16 @@ def describe(network: Network, variables: Any, progress: Progress) -> dict[str, 
     }
 
 
-def say_results(results: dict[str, Any], path: pathlib.Path, seconds: float) -> None:
+def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds: float) -> None:
     """Prints the end of a run."""
+    score, score_name = task.score, task.names[task.score]
     for name in ("teacher", "student"):
         if results[name] is not None:
             entry = results[name]
             best = entry.get("best")
-            best = f" (best {best['top1']:.4f}, epoch {best['epoch']}, chosen on the test split)" if best else ""
+            best = f" (best {best[score]:.4f}, epoch {best['epoch']}, chosen on the test split)" if best else ""
             size = f"{entry['model']}, width {entry['width']:g}, {entry['parameters']:,} parameters"
-            say(f"{name}: {size}, last top-1 {entry['last']['top1']:.4f}{best}")
+            say(f"{name}: {size}, last {score_name} {entry['last'][score]:.4f}{best}")
     say(f"done in {seconds:.0f} s: {path}")
 
 

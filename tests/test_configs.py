@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.methods import METHODS
+from configs.methods import METHODS, MULTILABEL_METHODS
 from configs.networks import network
 from cskd_jax import config as config_lib
 from cskd_jax.data import DATASETS, ImageDataset, Split
@@ -20,11 +20,14 @@ from tests.conftest import ROOT
 
 RECIPES = {
     "digits": (10, (8, 8, 1)),
+    "digit_pairs": (10, (16, 16, 1)),
     "cifar10": (10, (32, 32, 3)),
     "cifar100": (100, (32, 32, 3)),
     "tiny_imagenet": (200, (64, 64, 3)),
     "cub200": (200, (224, 224, 3)),
 }
+MULTILABEL = {"digit_pairs"}
+EVERY_METHOD = METHODS + MULTILABEL_METHODS
 
 
 def get_config(recipe, method="cskd"):
@@ -34,6 +37,10 @@ def get_config(recipe, method="cskd"):
     return module.get_config(method)
 
 
+def recipe_of(method):
+    return "digits" if method in METHODS else "digit_pairs"
+
+
 def test_every_recipe_is_here():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "methods", "networks"}
     assert files == RECIPES.keys()
@@ -41,7 +48,7 @@ def test_every_recipe_is_here():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_method_is_valid(recipe):
-    for method in METHODS:
+    for method in MULTILABEL_METHODS if recipe in MULTILABEL else METHODS:
         config_lib.validate(get_config(recipe, method))
 
 
@@ -49,6 +56,8 @@ def trace_one_step(recipe, config, folder):
     """Fails unless the student's step can be traced, with its teacher, on images of the recipe's shape."""
     num_classes, shape = RECIPES[recipe]
     labels = np.arange(config.batch_size, dtype=np.int32) % num_classes
+    if recipe in MULTILABEL:
+        labels = np.eye(num_classes, dtype=np.float32)[labels]
     split = Split(np.zeros((config.batch_size, *shape), np.uint8), labels)
     dataset = ImageDataset(recipe, split, split, tuple(map(str, range(num_classes))))
     student = Network.create(config.student, num_classes, config.dtype)
@@ -58,8 +67,12 @@ def trace_one_step(recipe, config, folder):
     Phase("student", config, student, config.losses, config.epochs, dataset, folder, teacher)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("recipe", ["digits", pytest.param("cifar100", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    [("digits", method) for method in METHODS]
+    + [("digit_pairs", method) for method in MULTILABEL_METHODS]
+    + [pytest.param("cifar100", method, marks=pytest.mark.slow) for method in METHODS],
+)
 def test_one_step_of_every_method_traces(recipe, method, tmp_path):
     trace_one_step(recipe, get_config(recipe, method), tmp_path)
 
@@ -80,7 +93,7 @@ def published_cells():
 
 
 def test_there_are_published_cells():
-    assert len(published_cells()) == 122
+    assert len(published_cells()) == 137
 
 
 @pytest.mark.parametrize(("recipe", "word"), sorted(published_cells()), ids=str)
@@ -193,13 +206,22 @@ def test_methods_document_lists_every_word_with_its_weight():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     assert {len(row) for row in rows} == {6}
     names = {"ce": "cross_entropy"} | dict.fromkeys(("cskd", "cskd_paper", "intra", "inter"), "category_structure")
-    weights = {word: get_config("cifar100", word).losses[names.get(word, word)].weight for word in METHODS}
+    names |= {"bce": "binary_cross_entropy", "bkd": "binary_kd"}
+    names |= dict.fromkeys(("mlcskd", "mlcskd_reference"), "multilabel_category_structure")
+    weights = {word: get_config(recipe_of(word), word).losses[names.get(word, word)].weight for word in EVERY_METHOD}
     assert {row[0].strip("`"): float(row[2]) for row in rows} == weights
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_words_are_of_one_kind_of_data():
+    assert not set(METHODS) & set(MULTILABEL_METHODS)
+    for recipe, word in (("digit_pairs", "cskd"), ("digits", "bce")):
+        with pytest.raises(ValueError, match=f"unknown method '{word}' after the ':' of --config; known: "):
+            get_config(recipe, word)
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_setting_of_a_method_is_in_its_recipe(method):
-    for name, settings in get_config("digits", method).losses.items():
+    for name, settings in get_config(recipe_of(method), method).losses.items():
         assert set(settings) >= set(config_lib.WEIGHT_RULES)
         optional = {"compactness_weight", "filter_misclassified"} if settings.get("variant") == "paper" else set()
         assert set(hyperparameters(name)) - optional == set(settings) - set(config_lib.WEIGHT_RULES)

@@ -1,11 +1,15 @@
-"""Ranks, masks and ties of the classification metrics."""
+"""Ranks, masks and ties of the classification metrics; mean average precision against scikit-learn."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
-from cskd_jax.metrics import classification_sums
+from cskd_jax.losses import LOSSES
+from cskd_jax.metrics import MULTI_LABEL, classification_sums, mean_average_precision, task_of
 
 
 def sums(logits, labels, mask=None):
@@ -85,3 +89,75 @@ def test_no_jit():
 
 def test_nan_is_wrong_with_few_categories():
     assert sums([[np.nan] * 3], [0])["top5"] == 0
+
+
+def average_precision(scores, labels):
+    """By scikit-learn, category by category; those without samples are left out."""
+    return np.mean([average_precision_score(y, s) for y, s in zip(labels.T, scores.T, strict=True) if y.any()])
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 50])
+@pytest.mark.usefixtures("x64")
+def test_mean_average_precision_is_that_of_scikit_learn(num_samples):
+    rng = np.random.default_rng(num_samples)
+    scores = rng.normal(size=(num_samples, 8))
+    scores[:, :4] = np.rint(2 * scores[:, :4])  # ties
+    labels = rng.integers(0, 2, (num_samples, 8)).astype(np.float32)
+    labels[:, 2], labels[:, 3], labels[0, 5] = 0, 1, 1
+    value = jax.jit(mean_average_precision)(scores, labels)
+    np.testing.assert_allclose(value, average_precision(scores, labels), rtol=1e-12)
+
+
+def test_equal_scores_share_a_threshold():
+    assert mean_average_precision(jnp.zeros((4, 1)), jnp.array([[1.0], [0], [0], [0]])) == 0.25
+
+
+def test_mean_average_precision_without_any_label_is_zero():
+    assert mean_average_precision(jnp.zeros((4, 3)), jnp.zeros((4, 3))) == 0
+
+
+@pytest.mark.parametrize("num_devices", [None, 1, 2, 8])
+def test_multilabel_split_counts_every_image_once(num_devices):
+    """Two batches of 16, the second with 5 images and padding that would change both metrics."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(32, 4)).astype(np.float32), rng.integers(0, 2, (32, 4)).astype(np.float32)
+    logits[21:], labels[21:], mask = 50, 0, np.arange(32) < 21
+
+    def measure(*batch, axis_name=None):
+        return MULTI_LABEL.measure_batch(*batch, axis_name)
+
+    if num_devices is not None:
+        devices = jax.devices()[:num_devices]
+        measure = jax.pmap(functools.partial(measure, axis_name="d"), "d", out_axes=None, devices=devices)
+    measured = []
+    for rows in (slice(16), slice(16, 32)):
+        batch = logits[rows], labels[rows], mask[rows]
+        if num_devices is not None:
+            batch = [x.reshape(num_devices, -1, *x.shape[1:]) for x in batch]
+        measured.append(jax.device_get(measure(*batch)))
+    values = MULTI_LABEL.summarize(measured, labels[:21])
+    assert values.keys() == {"mean_average_precision", "loss"}
+    np.testing.assert_allclose(values["mean_average_precision"], average_precision(logits[:21], labels[:21]), rtol=1e-6)
+    expected = np.log1p(np.exp(logits[:21])) - labels[:21] * logits[:21]
+    np.testing.assert_allclose(values["loss"], expected.mean(), rtol=1e-5)
+
+
+def test_multilabel_step_measures_the_global_batch():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(16, 4)).astype(np.float32), rng.integers(0, 2, (16, 4)).astype(np.float32)
+    measure = jax.pmap(lambda *batch: MULTI_LABEL.measure_step(*batch, "d"), "d", devices=jax.devices()[:4])
+    values = measure(scores.reshape(4, 4, 4), labels.reshape(4, 4, 4))[MULTI_LABEL.step_metric]
+    np.testing.assert_allclose(values, average_precision(scores, labels), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_multilabel_loss_of_a_diverged_network_is_not_finite(value):
+    assert not np.isfinite(MULTI_LABEL.summarize([np.full((3, 2), value, np.float32)], np.eye(3, 2))["loss"])
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_tasks_name_methods_and_metrics(multilabel):
+    task = task_of(multilabel)
+    assert LOSSES[task.supervision].multilabel is multilabel
+    assert task.score in task.names
+    assert task.describe(dict.fromkeys(task.names, 0.5)).endswith(" 0.5000")

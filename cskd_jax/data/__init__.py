@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cskd_jax.data import cifar, cub200, digits, image_folder, tfds_source, tiny_imagenet
+from cskd_jax.data import cifar, cub200, digit_pairs, digits, image_folder, tfds_source, tiny_imagenet
 from cskd_jax.data.types import ImageDataset, Split
 from cskd_jax.errors import UserError
 
@@ -18,6 +18,7 @@ __all__ = ["DATASETS", "ImageDataset", "Split", "load_dataset"]
 # A loader takes data_dir, path and train_examples by keyword. Any other name is one of tensorflow-datasets.
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": functools.partial(tfds_source.load_own, digits.SOURCE),
+    "digit_pairs": digit_pairs.load,
     "cifar10": functools.partial(tfds_source.load_own, cifar.CIFAR10),
     "cifar100": functools.partial(tfds_source.load_own, cifar.CIFAR100),
     "tiny_imagenet": functools.partial(tfds_source.load_own, tiny_imagenet.SOURCE),
@@ -38,11 +39,11 @@ def load_dataset(
         variable TFDS_DATA_DIR says. Not used by image_folder.
       path: The folder of image_folder; not allowed for any other data set.
       train_examples: The size of a category-balanced subset of the training split: the first examples of each
-        category in source order; the first categories give one more where the number does not divide. The same for
-        every seed. None keeps all examples.
+        category in source order; the first categories give one more where the number does not divide. Of multi-label
+        data the first examples. The same for every seed. None keeps all examples.
 
     Returns:
-      The data set: images uint8 [N, H, W, C], labels int32 [N].
+      The data set: images uint8 [N, H, W, C], labels int32 [N], or float32 [N, K] of multi-label data.
 
     Raises:
       UserError: The data cannot be had, is damaged or does not fit; the message says what is wrong and what is
@@ -59,7 +60,8 @@ def _check_categories(dataset: ImageDataset) -> None:
     if dataset.num_classes < 2:
         raise UserError(f"data set '{dataset.name}' has {dataset.num_classes} category: classification needs two")
     for split_name, split in (("train", dataset.train), ("test", dataset.test)):
-        missing = np.setdiff1d(np.arange(dataset.num_classes), split.labels)
+        found = np.flatnonzero(split.labels.any(axis=0)) if dataset.multilabel else split.labels
+        missing = np.setdiff1d(np.arange(dataset.num_classes), found)
         if len(missing):
             names = ", ".join(dataset.categories[label] for label in missing[:5])
             raise UserError(f"data set '{dataset.name}' has no image of {names} in its split {split_name}")

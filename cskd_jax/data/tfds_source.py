@@ -90,7 +90,7 @@ def load_own(
     Raises:
       UserError: The source cannot be had or is damaged, or the folder cannot be written.
     """
-    _refuse_path(source.name, path)
+    refuse_path(source.name, path)
     builder_class = _builder_class(source)
     builder = _construct(source.name, data_dir, lambda: builder_class(data_dir=data_dir))
     if not _is_prepared(builder):
@@ -124,7 +124,7 @@ def load_named(
     """
     import tensorflow_datasets as tfds
 
-    _refuse_path(name, path)
+    refuse_path(name, path)
     try:
         builder = _construct(name, data_dir, lambda: tfds.builder(name, data_dir=data_dir))
     except tfds.core.DatasetNotFoundError as error:
@@ -169,7 +169,8 @@ def load_prepared(builder: Any, name: str, train_examples: int | None) -> ImageD
     return ImageDataset(name, Split(train_images, labels[chosen]), Split(test_images, test_labels), categories)
 
 
-def _refuse_path(name: str, path: str | None) -> None:
+def refuse_path(name: str, path: str | None) -> None:
+    """Raises UserError if a path is given for a data set that has none."""
     if path is not None:
         raise UserError(f"path='{path}' is only for image_folder: leave it out for data set '{name}' and set data_dir")
 

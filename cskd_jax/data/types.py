@@ -14,7 +14,8 @@ class Split(NamedTuple):
 
     Attributes:
       images: uint8 [N, H, W, C].
-      labels: int32 [N], indices into the categories of the data set.
+      labels: int32 [N], indices into the categories of the data set; or, where an image has any number of categories
+        (multi-label), float32 [N, K], 1 for each category of an image and 0 for the others.
     """
 
     images: np.ndarray
@@ -43,6 +44,11 @@ class ImageDataset:
         return len(self.categories)
 
     @property
+    def multilabel(self) -> bool:
+        """Whether an image has any number of categories instead of one."""
+        return self.train.labels.ndim == 2
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """The shape of one image, (H, W, C)."""
         return self.train.images.shape[1:]
@@ -52,10 +58,11 @@ def balanced_indices(labels: np.ndarray, categories: Sequence[str], train_exampl
     """Chooses the first examples of each category, as evenly as `train_examples` allows.
 
     With K categories, each one gives its first `train_examples // K` examples, and the first `train_examples % K`
-    categories give one more. There is no randomness: the same data and number always give the same subset.
+    categories give one more. There is no randomness: the same data and number always give the same subset. Examples of
+    several categories cannot be balanced like that: of multi-label data the first `train_examples` are taken.
 
     Args:
-      labels: int [N], the labels of the whole training split in source order.
+      labels: int [N] or float [N, K], the labels of the whole training split in source order.
       categories: The K category names.
       train_examples: The size of the subset; None keeps everything.
 
@@ -67,6 +74,10 @@ def balanced_indices(labels: np.ndarray, categories: Sequence[str], train_exampl
     """
     if train_examples is None:
         return np.arange(len(labels))
+    if labels.ndim == 2:
+        if not 1 <= train_examples <= len(labels):
+            raise UserError(f"train_examples={train_examples} is out of range: allowed are 1 to {len(labels)}")
+        return np.arange(train_examples)
     share, remainder = divmod(train_examples, len(categories))
     if share < 1:
         raise UserError(

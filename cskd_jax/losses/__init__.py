@@ -7,6 +7,7 @@ the outputs of student and teacher, whose fields are the hyper-parameters that `
 from cskd_jax.losses.activation_boundary import ActivationBoundary, activation_boundary_loss
 from cskd_jax.losses.attention import AttentionTransfer, attention_map, attention_transfer_loss
 from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.binary import BinaryCrossEntropy, BinaryKD, binary_cross_entropy_loss, binary_kd_loss
 from cskd_jax.losses.category import (
     CategoryIndex,
     CategoryStructure,
@@ -29,6 +30,7 @@ from cskd_jax.losses.fsp import FSP, fsp_loss, fsp_matrix
 from cskd_jax.losses.irg import IRG, irg_loss
 from cskd_jax.losses.kdgan import KDGAN, kdgan_loss
 from cskd_jax.losses.logits import KD, CrossEntropy, MSELogits, cross_entropy_loss, kd_loss, mse_logits_loss
+from cskd_jax.losses.multilabel import MultilabelCategoryStructure, multilabel_category_structure_loss
 from cskd_jax.losses.nst import NeuronSelectivityTransfer, nst_loss
 from cskd_jax.losses.pkt import PKT, pkt_loss
 from cskd_jax.losses.review import ReviewKD, hierarchical_context_loss
@@ -47,6 +49,8 @@ __all__ = [
     "activation_boundary_loss",
     "attention_map",
     "attention_transfer_loss",
+    "binary_cross_entropy_loss",
+    "binary_kd_loss",
     "category_centers",
     "category_index",
     "category_structure_loss",
@@ -67,6 +71,7 @@ __all__ = [
     "kd_loss",
     "kdgan_loss",
     "mse_logits_loss",
+    "multilabel_category_structure_loss",
     "nst_loss",
     "pkt_loss",
     "rkd_loss",
@@ -79,6 +84,8 @@ __all__ = [
 LOSSES: dict[str, type[Method]] = {
     "ab": ActivationBoundary,
     "at": AttentionTransfer,
+    "binary_cross_entropy": BinaryCrossEntropy,
+    "binary_kd": BinaryKD,
     "category_structure": CategoryStructure,
     "cckd": CorrelationCongruence,
     "crd": CRD,
@@ -94,6 +101,7 @@ LOSSES: dict[str, type[Method]] = {
     "kdgan": KDGAN,
     "lskd": StandardizedKD,
     "mse_logits": MSELogits,
+    "multilabel_category_structure": MultilabelCategoryStructure,
     "nst": NeuronSelectivityTransfer,
     "pkt": PKT,
     "reviewkd": ReviewKD,

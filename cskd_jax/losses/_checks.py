@@ -26,6 +26,16 @@ def check_labels(labels: jax.Array, batch_size: int) -> None:
         raise ValueError(f"labels must have shape ({batch_size},) to go with the batch, got {jnp.shape(labels)}")
 
 
+def check_multilabels(labels: jax.Array, batch_size: int, num_classes: int | None = None) -> None:
+    """Raises TypeError unless `labels` are floating point or bool, ValueError unless [batch_size, num_classes]."""
+    dtype, shape = jnp.result_type(labels), jnp.shape(labels)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.bool_)):
+        raise TypeError(f"multi-label labels must have a floating-point dtype or be bool, got {dtype}")
+    if len(shape) != 2 or shape[0] != batch_size or num_classes not in (None, shape[1]):
+        wanted = f"({batch_size}, {'categories' if num_classes is None else num_classes})"
+        raise ValueError(f"multi-label labels must have shape {wanted} to go with the batch, got {shape}")
+
+
 def check_same_shape(**arrays: jax.Array) -> None:
     """Raises ValueError unless all the arrays, given by name, have one shape."""
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}

@@ -21,7 +21,7 @@ class LossInputs(NamedTuple):
     Attributes:
       student: outputs of the student, differentiated.
       teacher: outputs of the teacher, not differentiated; None where no method of the run needs a teacher.
-      labels: int32 [B].
+      labels: int32 [B], or float32 [B, C] where images have several categories (multi-label).
       indices: int32 [B], positions of the samples in the training split; None where the batch does not say.
       key: of the random draws of this step, the same on all devices; None in uses without draws.
     """
@@ -49,9 +49,11 @@ class Method(nn.Module):
       axis_name: mapped axis over which the batch is split; set by the objective, not by configurations.
       num_examples: size of the training split, 0 if unknown; set by the objective, not by configurations.
       needs_teacher: whether `inputs.teacher` is read.
+      multilabel: which labels the method is for: True [B, C], False [B]; None: it reads none and takes both.
     """
 
     num_classes: int
     axis_name: str | None = None
     num_examples: int = 0
     needs_teacher: ClassVar[bool] = True
+    multilabel: ClassVar[bool | None] = None

@@ -5,7 +5,7 @@ below) and the code that its authors released ("the released code"). The two dif
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -520,10 +520,28 @@ def _check_running(running, num_classes, size, momentum):
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
 
 
+def project_student(method: Method, inputs: LossInputs) -> tuple[jax.Array, jax.Array]:
+    """The last feature maps of student and teacher, the student's through sigma, a parameter of `method`.
+
+    sigma is a 1x1 convolution without bias from the student's channels to the teacher's (paper, section 3.3). To be
+    called from the compact `__call__` of the method.
+    """
+    student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"the last feature maps of student {student.shape} and teacher {teacher.shape} "
+            "must have equal height and width"
+        )
+    init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    dtype = np.promote_types(student.dtype, np.float32)
+    sigma = method.param("sigma", init, (student.shape[-1], teacher.shape[-1]), dtype)
+    return student @ sigma.astype(student.dtype), teacher
+
+
 class CategoryStructure(Method):
     """`category_structure_loss` on the last feature maps and the logits, with the trainable projection sigma.
 
-    sigma is a 1x1 convolution without bias from the student's channels to the teacher's (paper, section 3.3).
+    sigma is that of `project_student`.
 
     Attributes:
       variant: "reference" (released code) or "paper".
@@ -541,19 +559,11 @@ class CategoryStructure(Method):
     compactness_weight: float | None = None
     filter_misclassified: bool | None = None
     center_momentum: float | None = None
+    multilabel: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
-        student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
-        if student.shape[:-1] != teacher.shape[:-1]:
-            raise ValueError(
-                f"the last feature maps of student {student.shape} and teacher {teacher.shape} "
-                "must have equal height and width"
-            )
-        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        dtype = np.promote_types(student.dtype, np.float32)
-        sigma = self.param("sigma", init, (student.shape[-1], teacher.shape[-1]), dtype)
-        student = student @ sigma.astype(student.dtype)
+        student, teacher = project_student(self, inputs)
         settings = {
             "num_classes": self.num_classes,
             "student_logits": inputs.student.logits,
@@ -569,7 +579,7 @@ class CategoryStructure(Method):
             return category_structure_loss(student, teacher, inputs.labels, **settings)
         if self.filter_misclassified:
             raise ValueError("center_momentum goes with filter_misclassified=False: running centers are of all samples")
-        size = student.size // len(student)
+        size, dtype = student.size // len(student), np.promote_types(student.dtype, np.float32)
         memory = self.variable(
             "memory", "centers", lambda: RunningCenters.zeros(self.num_classes, size, dtype)._asdict()
         )

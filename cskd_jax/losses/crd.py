@@ -1,7 +1,7 @@
 """Contrastive representation distillation: each sample against a memory of all the others."""
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +204,7 @@ class CRD(Method):
     num_negatives: int = 16384
     temperature: float = 0.07
     momentum: float = 0.5
+    multilabel: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, inputs: LossInputs):

@@ -1,5 +1,7 @@
 """Decoupled knowledge distillation: the target category and the others, each with a weight of its own."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -84,6 +86,7 @@ class DKD(Method):
     alpha: float = 1.0
     beta: float = 8.0
     temperature: float = 4.0
+    multilabel: ClassVar[bool] = False
 
     def __call__(self, inputs: LossInputs):
         return dkd_loss(

@@ -1,6 +1,7 @@
 """KDGAN: classifier, teacher and discriminator in one game."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,7 @@ class KDGAN(Method):
     temperature: float = 4.0
     sample_temperature: float = 1.0
     hidden_size: int = 128
+    multilabel: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, inputs: LossInputs):

@@ -84,6 +84,7 @@ class CrossEntropy(Method):
     """`cross_entropy_loss` of the student with the labels."""
 
     needs_teacher: ClassVar[bool] = False
+    multilabel: ClassVar[bool] = False
 
     def __call__(self, inputs: LossInputs):
         return cross_entropy_loss(inputs.student.logits, inputs.labels), {}

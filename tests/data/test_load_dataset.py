@@ -17,10 +17,11 @@ def run(script, **environment):
 
 
 def test_names():
-    assert list(DATASETS) == ["digits", "cifar10", "cifar100", "tiny_imagenet", "cub200", "image_folder"]
+    names = ["digits", "digit_pairs", "cifar10", "cifar100", "tiny_imagenet", "cub200", "image_folder"]
+    assert list(DATASETS) == names
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "mnist"])
+@pytest.mark.parametrize("name", ["digits", "digit_pairs", "cifar10", "mnist"])
 def test_path_is_only_for_image_folder(name, tmp_path):
     with pytest.raises(UserError, match=f"path='/images' is only for image_folder: leave it out for data set '{name}'"):
         load_dataset(name, data_dir=str(tmp_path), path="/images")

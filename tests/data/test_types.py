@@ -52,3 +52,19 @@ def test_properties_of_a_dataset():
     dataset = ImageDataset("zeros", split, split, CATEGORIES)
     assert dataset.num_classes == 3
     assert dataset.image_shape == (4, 6, 3)
+    assert not dataset.multilabel
+    split = Split(np.zeros((5, 4, 6, 3), np.uint8), np.zeros((5, 3), np.float32))
+    assert ImageDataset("zeros", split, split, CATEGORIES).multilabel
+
+
+def test_first_examples_of_multilabel_data():
+    labels = np.eye(3, dtype=np.float32)[LABELS]
+    np.testing.assert_array_equal(balanced_indices(labels, CATEGORIES, None), np.arange(10))
+    np.testing.assert_array_equal(balanced_indices(labels, CATEGORIES, 4), np.arange(4))
+
+
+@pytest.mark.parametrize("number", [-1, 0, 11])
+def test_number_of_multilabel_examples_out_of_range(number):
+    labels = np.eye(3, dtype=np.float32)[LABELS]
+    with pytest.raises(UserError, match=f"train_examples={number} is out of range: allowed are 1 to 10"):
+        balanced_indices(labels, CATEGORIES, number)

@@ -1,0 +1,160 @@
+"""Category structure for samples that belong to several categories, or to none.
+
+The loss of `cskd_jax.losses.category` with a row of weights per sample in the place of one label; where every row is
+one-hot, both are equal.
+"""
+
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._arrays import safe_sqrt
+from cskd_jax.losses._checks import at_least_float32, check_float, check_multilabels, check_same_shape
+from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.category import VARIANT_WEIGHTS, inter_category_structure, project_student
+
+
+@partial(jax.jit, static_argnames=("variant", "axis_name"))
+def multilabel_category_structure_loss(
+    student_features: jax.Array,
+    teacher_features: jax.Array,
+    labels: jax.Array,
+    *,
+    variant: str = "paper",
+    intra_weight: float | None = None,
+    inter_weight: float | None = None,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Category-structure distillation loss of samples that may belong to several categories.
+
+    With weights y_ji (sample j, category i), features F_j flattened to D numbers, centers
+    C_i = sum_j y_ji F_j / sum_j y_ji, deviations Psi_ji = F_j - C_i, cosines of centers M (Chen et al., Eq. 8), and K
+    categories with a sample in the batch (sum_j y_ji > 0):
+
+    variant "paper" (Eq. 9; the norms are not squared)
+      intra_feature = 1/K sum_i sqrt(sum_j y_ji ||Psi^t_ji - Psi^s_ji||^2)     inter_feature = || M^t - M^s ||_2
+    variant "reference" (released code, without its filter, its terms on logits, and compactness)
+      intra_feature = sum_ji y_ji ||Psi^t_ji - Psi^s_ji||^2 / (D sum_ji y_ji) / D
+      inter_feature = mean (M^t - M^s)^2 / K
+
+    intra = intra_weight intra_feature,      inter = inter_weight inter_feature,      category = intra + inter.
+
+    A sample of several categories lies in the structure of each. Where every row of the labels is one-hot this is
+    `category_structure_loss` (for "reference": with filter_misclassified=False and without logits). The student's
+    center is not differentiated in the intra term; weighted deviations sum to zero, so this changes no gradient.
+
+    Time O(B C D + C^2 D). Memory O(B D + C D + B C + C^2), gradient included: one category after the other is
+    compared with the batch. Values and gradients are finite for categories without samples, samples without
+    categories, and zero features; a category with one sample adds exactly 0 to the intra term, whatever its weight.
+
+    Args:
+      student_features: float [B, ..., D'], after sigma (projected to the teacher's channels).
+      teacher_features: float, the shape of student_features. Never differentiated.
+      labels: float or bool [B, C]: 0 or 1, or weights of at least 0 (not checked). Never differentiated.
+      variant: "paper" or "reference". Static.
+      intra_weight: weight of the intra-category term; None: 0.01 (beta of the paper) or 0.002.
+      inter_weight: weight of the inter-category term; None: 0.2 (gamma of the paper) or 0.04.
+      axis_name: mapped axis (`jax.pmap`) over which the batch is split. All terms are then of the global batch, and the
+        mean over devices of the gradients equals the gradient of the global batch on one device. Static.
+
+    Returns:
+      The scalar category, and a dict of scalars: the unweighted terms above, and `intra`, `inter`, `category`.
+      Computed in float32, or float64 where the inputs are.
+
+    Raises:
+      TypeError: features are not floating point, labels neither that nor bool.
+      ValueError: shapes that do not fit, or an unknown variant.
+
+    References:
+      Chen et al., ECCV 2020, https://doi.org/10.1007/978-3-030-58604-1_13, Eq. 6 to 9, for one category per sample.
+    """
+    if variant not in VARIANT_WEIGHTS:
+        raise ValueError(f"variant must be one of {sorted(VARIANT_WEIGHTS)}, got {variant!r}")
+    check_float("student_features", student_features, min_ndim=2)
+    check_float("teacher_features", teacher_features, min_ndim=2)
+    check_same_shape(student_features=student_features, teacher_features=teacher_features)
+    check_multilabels(labels, student_features.shape[0])
+    default_intra, default_inter, _ = VARIANT_WEIGHTS[variant]
+    intra_weight = default_intra if intra_weight is None else intra_weight
+    inter_weight = default_inter if inter_weight is None else inter_weight
+
+    student, teacher = (at_least_float32(f).reshape(len(f), -1) for f in (student_features, teacher_features))
+    teacher, labels = lax.stop_gradient(teacher), lax.stop_gradient(labels.astype(student.dtype))
+    counts = _global_sum(jnp.sum(labels, axis=0), axis_name)
+    centers_s, centers_t = (_centers(f, labels, counts, axis_name) for f in (student, teacher))
+    # Psi is linear: the difference of the structures is the structure of the difference.
+    center = lax.stop_gradient(centers_t - centers_s)
+    squares = _global_sum(_squared_deviations(teacher - student, center, labels), axis_name)
+    cosines = inter_category_structure(centers_t) - inter_category_structure(centers_s)
+    num_present = jnp.maximum(jnp.sum(counts > 0), 1).astype(squares.dtype)
+    if variant == "paper":
+        intra_feature = jnp.sum(safe_sqrt(squares)) / num_present
+        inter_feature = safe_sqrt(jnp.sum(jnp.square(cosines)))
+    else:
+        intra_feature = jnp.sum(squares) / _or_one(jnp.sum(counts)) / student.shape[1] ** 2
+        # Rows of absent categories are zero in both matrices: the sum needs no mask, only the mean its count.
+        inter_feature = jnp.sum(jnp.square(cosines)) / num_present**3
+    intra, inter = intra_weight * intra_feature, inter_weight * inter_feature
+    category = intra + inter
+    terms = {"intra_feature": intra_feature, "inter_feature": inter_feature}
+    return category, terms | {"intra": intra, "inter": inter, "category": category}
+
+
+def _centers(features, labels, counts, axis_name):
+    """[C, D], zero for categories without samples."""
+    # A weight divided by itself is exactly 1: so a category with one sample has it, to the last bit, as its center.
+    shares = labels / _or_one(counts)
+    return _global_sum(jnp.dot(shares.T, features, precision=lax.Precision.HIGHEST), axis_name)
+
+
+def _squared_deviations(features, centers, labels):
+    """[C]: sum over the samples j of this device of y_ji ||F_j - C_i||^2, without the cancellation of its expansion."""
+
+    @jax.checkpoint  # Or the deviations from every center would be kept for the gradient.
+    def of_category(category):
+        center, weights = category
+        return jnp.sum(weights * jnp.sum(jnp.square(features - center), axis=1))
+
+    return lax.map(of_category, (centers, labels.T))
+
+
+def _global_sum(values, axis_name):
+    return values if axis_name is None else lax.psum(values, axis_name)
+
+
+def _or_one(counts):
+    return jnp.where(counts > 0, counts, 1)
+
+
+class MultilabelCategoryStructure(Method):
+    """`multilabel_category_structure_loss` on the last feature maps, with the trainable projection sigma.
+
+    sigma is that of `project_student`.
+
+    Attributes:
+      variant: "paper" or "reference".
+      intra_weight: None: the variant's own.
+      inter_weight: None: the variant's own.
+    """
+
+    variant: str = "paper"
+    intra_weight: float | None = None
+    inter_weight: float | None = None
+    multilabel: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        student, teacher = project_student(self, inputs)
+        return multilabel_category_structure_loss(
+            student,
+            teacher,
+            inputs.labels,
+            variant=self.variant,
+            intra_weight=self.intra_weight,
+            inter_weight=self.inter_weight,
+            axis_name=self.axis_name,
+        )

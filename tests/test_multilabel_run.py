@@ -1,0 +1,125 @@
+"""Multi-label runs: what does not fit is an error before anything compiles; a whole small run and its results."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+from cskd_jax import parallel
+from cskd_jax.checkpoint import load_variables
+from cskd_jax.data import ImageDataset, Split, load_dataset
+from cskd_jax.data.augment import make_normalize
+from cskd_jax.errors import UserError
+from cskd_jax.loop import Evaluation, Network, Phase
+from cskd_jax.losses import LOSSES
+from cskd_jax.train import GivenTeacher
+from tests.conftest import ROOT
+
+SMALL = ["--config.dataset.train_examples=128", "--config.teacher.width=0.0625", "--config.teacher.epochs=1"]
+
+
+def get_config(recipe):
+    spec = importlib.util.spec_from_file_location(recipe, ROOT / "configs" / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def black(multilabel, count=64):
+    labels = np.arange(count, dtype=np.int32) % 10
+    split = Split(np.zeros((count, 8, 8, 1), np.uint8), np.eye(10, dtype=np.float32)[labels] if multilabel else labels)
+    return ImageDataset("black", split, split, tuple("0123456789"))
+
+
+@pytest.mark.parametrize("name", [name for name, method in LOSSES.items() if method.multilabel is not None])
+def test_methods_for_other_labels(name, tmp_path):
+    config, multilabel = get_config("digits"), not LOSSES[name].multilabel
+    network = Network.create(config.student, 10, config.dtype)
+    kind = r"any number of categories \(multi-label\)" if multilabel else "one category"
+    supervision = "binary_cross_entropy, binary_kd" if multilabel else "category_structure, crd, cross_entropy"
+    text = f"^losses.{name} does not fit data set 'black', whose images have {kind} each: .* for it are {supervision}"
+    losses = {"mse_logits": {"weight": 1.0}, name: {"weight": 1.0}}
+    with pytest.raises(UserError, match=text):
+        Phase("student", config, network, losses, 1, black(multilabel), tmp_path, network)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_teacher_of_other_labels(multilabel):
+    record = {"channels": 1, "categories": list("0123456789")}
+    if not multilabel:  # Checkpoints that do not say are of one category per image.
+        record["multilabel"] = True
+    teacher = GivenTeacher("runs/teacher", None, record)
+    one, several = "one category per image", "several categories per image"
+    trained, needed = (one, several) if multilabel else (several, one)
+    with pytest.raises(UserError, match=f"runs/teacher was trained with {trained}, black has {needed}"):
+        teacher.check_dataset(black(multilabel))
+    record["multilabel"] = multilabel
+    teacher.check_dataset(black(multilabel))
+
+
+@pytest.fixture(scope="module")
+def done(start, tmp_path_factory):
+    """Workdir of a finished run."""
+    workdir = tmp_path_factory.mktemp("multilabel") / "run"
+    arguments = [f"--config={ROOT}/configs/digit_pairs.py", *SMALL, "--config.epochs=3", f"--workdir={workdir}"]
+    output, error = (process := start(arguments)).communicate()
+    assert process.returncode == 0, error
+    assert "last mean average precision 0." in output.splitlines()[-2]
+    assert "top-1" not in output
+    return workdir
+
+
+@pytest.mark.slow
+def test_results(done):
+    results = json.loads((done / "results.json").read_text())
+    for phase in ("teacher", "student"):
+        last, best = (results[phase][name] for name in ("last", "best"))
+        assert last.keys() == {"epoch", "mean_average_precision", "loss"}
+        assert best["mean_average_precision"] >= last["mean_average_precision"]
+    rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["phase"] == "student" and row["split"] == "train"]
+    names = {"mean_average_precision", "binary_kd", "multilabel_category_structure/intra_feature", "learning_rate"}
+    assert names <= train[0].keys()
+    assert "accuracy" not in train[0]
+
+
+@pytest.mark.slow
+def test_evaluation_on_eight_devices_is_that_of_scikit_learn(done):
+    """The run evaluated on one device; the number of test images does not divide by the batch."""
+    config, dataset = get_config("digit_pairs"), load_dataset("digit_pairs")
+    variables, _ = load_variables(str(done / "student"))
+    network = Network.create(config.student, 10, config.dtype)
+    values = Evaluation(network, config, dataset)(parallel.replicate(variables))
+    expected = json.loads((done / "results.json").read_text())["student"]["last"]
+    for name in ("mean_average_precision", "loss"):
+        np.testing.assert_allclose(values[name], expected[name], rtol=1e-4)
+    images = make_normalize(config.dataset.mean, config.dataset.std)(dataset.test.images)
+    logits = network.module.clone(axis_name=None).apply(variables, images, train=False).logits
+    np.testing.assert_allclose(
+        values["mean_average_precision"],
+        average_precision_score(dataset.test.labels, logits, average="macro"),
+        rtol=1e-3,
+    )
+
+
+@pytest.mark.slow
+def test_teacher_checkpoint_and_a_run_without_a_teacher(done, start, tmp_path):
+    for word, teacher in (("bkd", [f"--config.teacher.checkpoint={done}/teacher"]), ("bce", [])):
+        arguments = [f"--config={ROOT}/configs/digit_pairs.py:{word}", *SMALL, *teacher, "--config.epochs=1"]
+        _, error = (process := start([*arguments, f"--workdir={tmp_path / word}"])).communicate()
+        assert process.returncode == 0, error
+        results = json.loads((tmp_path / word / "results.json").read_text())
+        assert (results["teacher"] is None) == (word == "bce")
+        if teacher:
+            expected = json.loads((done / "results.json").read_text())["teacher"]["last"]
+            assert results["teacher"]["last"]["mean_average_precision"] == expected["mean_average_precision"]
+
+
+@pytest.mark.slow
+def test_digits_recipe_with_multilabel_data(start, small_run, tmp_path):
+    arguments = [*small_run, "--config.dataset.name=digit_pairs", f"--workdir={tmp_path}"]
+    _, error = (process := start(arguments)).communicate()
+    assert process.returncode == 2
+    assert error.splitlines()[-1].startswith("error: losses.category_structure does not fit data set 'digit_pairs'")
