@@ -175,7 +175,7 @@ def test_published_recipe_of_tiny_imagenet(method):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_data_set_of_a_recipe(recipe):
-    config = get_config(recipe)
+    config = get_config(recipe, "mlcskd" if recipe in MULTILABEL else "cskd")
     config_lib.validate(config)
     assert config.dataset.name == recipe
     assert recipe in DATASETS
