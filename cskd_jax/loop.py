@@ -228,6 +228,10 @@ class Phase:
                             )
         return state.student_variables, progress
 
+    def by_category(self, variables: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """Scores and confusions of the network on the test split, see `Task.by_category`."""
+        return self._evaluate.by_category(parallel.replicate(variables))
+
     def _announce(self, step):
         size = count_parameters(self._abstract_state.params["student"])
         verb = "training" if step == 0 else f"resuming at step {step} of {self._total_steps}:"
@@ -404,18 +408,25 @@ class Evaluation:
         self._task = task_of(dataset.multilabel)
         step = make_eval_step(network.module, preprocess=normalize, axis_name=parallel.AXIS, task=self._task)
         self._step, self._split = parallel.parallel_eval_step(step), dataset.test
+        self._num_classes = dataset.num_classes
         # No larger than the split needs: what is padded is computed too.
         self._batch_size = min(config.batch_size, parallel.round_up_to_devices(len(self._split.labels)))
 
     def __call__(self, variables: Any) -> dict[str, float]:
         """The metrics of the task over the whole split, each image counted once, and the mean "loss"."""
+        return self._task.summarize(self._measure(variables), self._split.labels)
+
+    def by_category(self, variables: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `Task.by_category`."""
+        return self._task.by_category(self._measure(variables), self._split.labels, self._num_classes)
+
+    def _measure(self, variables):
         pending, measured = deque(), []
         for start in range(0, len(self._split.labels), self._batch_size):
             pending.append(self._step(variables, self._batch(start)))
             if len(pending) >= parallel.max_steps_in_flight():
                 measured.append(jax.device_get(pending.popleft()))
-        measured += jax.device_get(list(pending))
-        return self._task.summarize(measured, self._split.labels)
+        return measured + jax.device_get(list(pending))
 
     def _batch(self, start):
         images, labels = (x[start : start + self._batch_size] for x in self._split)

@@ -37,19 +37,24 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
 
 
 def mean_average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean over the categories of the average precision of their ranking of the samples.
+    """Mean of `average_precision` over the categories that have samples: scalar in [0, 1]; 0 where none has."""
+    has_samples = jnp.any(labels > 0, axis=0)
+    values = average_precision(scores, labels)
+    return jnp.sum(values) / jnp.maximum(jnp.sum(has_samples), 1).astype(values.dtype)
 
-    The average precision of a category is the mean, over its samples j, of the precision among the samples that score
-    at least as high as j: that of scikit-learn's average_precision_score. Categories without samples are left out.
 
-    Time O(N C log N), memory O(N C).
+def average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
+    """Average precision of the ranking of the samples by each category.
+
+    That of a category is the mean, over its samples j, of the precision among the samples that score at least as high
+    as j: that of scikit-learn's average_precision_score. Time O(N C log N), memory O(N C).
 
     Args:
       scores: float [N, C], higher for a surer yes.
       labels: [N, C], above 0 where a sample is of a category.
 
     Returns:
-      Scalar in [0, 1], at least float32; 0 where no category has a sample.
+      [C] in [0, 1], at least float32; 0 for a category without samples.
     """
     order = jnp.argsort(-scores, axis=0)
     scores = jnp.take_along_axis(scores, order, axis=0)
@@ -62,8 +67,7 @@ def mean_average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
     dtype = np.promote_types(scores.dtype, np.float32)
     precision = hits.astype(dtype) / (last + 1).astype(dtype)
     count = jnp.sum(positive, axis=0).astype(dtype)
-    average_precision = jnp.sum(jnp.where(positive, precision, 0), axis=0) / jnp.maximum(count, 1)
-    return jnp.sum(average_precision) / jnp.maximum(jnp.sum(count > 0), 1).astype(dtype)
+    return jnp.sum(jnp.where(positive, precision, 0), axis=0) / jnp.maximum(count, 1)
 
 
 class Task(NamedTuple):
@@ -79,6 +83,8 @@ class Task(NamedTuple):
       measure_batch: (logits, labels, mask, axis_name) -> what `summarize` takes of a batch, equal on all devices.
       summarize: (what `measure_batch` gave of each batch of a split, in order, on the host; the labels of the split)
         -> {metric: value}, `loss` among them.
+      by_category: (the same two, C) -> the score of each category, float [C], and the confusion matrix, int [C, C]:
+        images of a category (row) by what they were taken for; None where it has no meaning.
     """
 
     supervision: str
@@ -88,6 +94,7 @@ class Task(NamedTuple):
     measure_step: Callable[[jax.Array, jax.Array, str | None], dict[str, jax.Array]]
     measure_batch: Callable[[jax.Array, jax.Array, jax.Array, str | None], Any]
     summarize: Callable[[Sequence[Any], np.ndarray], dict[str, float]]
+    by_category: Callable[[Sequence[Any], np.ndarray, int], tuple[np.ndarray, np.ndarray | None]]
 
     def describe(self, values: dict[str, float]) -> str:
         """Metrics of a split for people, without the loss."""
@@ -106,14 +113,23 @@ def _accuracy(logits, labels, axis_name):
 
 def _classification_sums(logits, labels, mask, axis_name):
     sums = classification_sums(logits, labels, mask)
-    return sums if axis_name is None else lax.psum(sums, axis_name)
+    predicted = _gather(jnp.argmax(logits, axis=-1).astype(jnp.int32), axis_name)
+    return (sums if axis_name is None else lax.psum(sums, axis_name)), predicted
 
 
 def _divide_sums(batches, labels):
     del labels
-    totals = {name: sum(batch[name] for batch in batches) for name in batches[0]}
+    totals = {name: sum(sums[name] for sums, _ in batches) for name in batches[0][0]}
     count = int(totals.pop("count"))
     return {name: float(total) / count for name, total in totals.items()}
+
+
+def _confusions(batches, labels, num_classes):
+    # Padding lies behind the last image of the split.
+    predicted = np.concatenate([of_batch for _, of_batch in batches])[: len(labels)]
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(matrix, (labels, predicted), 1)
+    return np.diagonal(matrix) / np.maximum(matrix.sum(axis=1), 1), matrix
 
 
 def _batch_average_precision(logits, labels, axis_name):
@@ -129,6 +145,11 @@ def _logits(logits, labels, mask, axis_name):
 def _summarize_logits(batches, labels):
     # Padding lies behind the last image of the split.
     return jax.tree.map(float, _multilabel_metrics(np.concatenate(batches)[: len(labels)], labels))
+
+
+def _average_precisions(batches, labels, num_classes):
+    del num_classes
+    return np.asarray(average_precision(np.concatenate(batches)[: len(labels)], labels)), None
 
 
 @jax.jit
@@ -149,6 +170,7 @@ SINGLE_LABEL = Task(
     measure_step=_accuracy,
     measure_batch=_classification_sums,
     summarize=_divide_sums,
+    by_category=_confusions,
 )
 MULTI_LABEL = Task(
     supervision="binary_cross_entropy",
@@ -158,4 +180,5 @@ MULTI_LABEL = Task(
     measure_step=_batch_average_precision,
     measure_batch=_logits,
     summarize=_summarize_logits,
+    by_category=_average_precisions,
 )

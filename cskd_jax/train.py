@@ -1,14 +1,17 @@
 """A run: a teacher phase (unless a checkpoint is given), a student phase, and the results."""
 
+import csv
 import dataclasses
 import importlib.metadata
 import json
 import pathlib
 import platform
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from cskd_jax import config as config_lib
 from cskd_jax import parallel
@@ -76,11 +79,15 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         elif given_teacher is not None:
             teacher_variables, teacher_result = given_teacher.evaluate(teacher, config, dataset)
         variables, progress = student_phase.run(stop, teacher_variables)
+    scores, confusions = student_phase.by_category(variables)
+    if confusions is not None:
+        write_confusions(workdir / "confusion_matrix.csv", dataset.categories, confusions)
+    by_category = dict(zip(dataset.categories, scores.tolist(), strict=True))
     results = {
         "method": config.method,
         "seed": config.seed,
         "teacher": teacher_result,
-        "student": describe(student, variables, progress),
+        "student": describe(student, variables, progress) | {"by_category": by_category},
         "dataset": {
             "name": dataset.name,
             "categories": dataset.num_classes,
@@ -169,6 +176,14 @@ def describe(network: Network, variables: Any, progress: Progress) -> dict[str, 
         **progress.evaluations,
         "images_per_second": progress.images_per_second,
     }
+
+
+def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
+    """Writes the matrix with the categories as header and as first column."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["category \\ taken for", *categories])
+        writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
 
 
 def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds: float) -> None:

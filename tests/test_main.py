@@ -28,6 +28,20 @@ def test_results(done):
     assert results["versions"]["jax"]
 
 
+def test_confusion_matrix(done):
+    rows = [line.split(",") for line in (done / "confusion_matrix.csv").read_text().splitlines()]
+    student = json.loads((done / "results.json").read_text())["student"]
+    categories = list(student["by_category"])
+    assert rows[0][1:] == categories == [row[0] for row in rows[1:]]
+    counts = [[int(value) for value in row[1:]] for row in rows[1:]]
+    right = [row[i] for i, row in enumerate(counts)]
+    assert sum(map(sum, counts)) == 357
+    assert sum(right) / 357 == pytest.approx(student["last"]["top1"])
+    assert [hit / sum(row) for hit, row in zip(right, counts, strict=True)] == pytest.approx(
+        list(student["by_category"].values())
+    )
+
+
 def test_metrics_rows(done):
     rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     student = [row for row in rows if row["phase"] == "student"]

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from cskd_jax.losses import LOSSES
-from cskd_jax.metrics import MULTI_LABEL, classification_sums, mean_average_precision, task_of
+from cskd_jax.metrics import MULTI_LABEL, SINGLE_LABEL, classification_sums, mean_average_precision, task_of
 
 
 def sums(logits, labels, mask=None):
@@ -161,3 +161,18 @@ def test_tasks_name_methods_and_metrics(multilabel):
     assert LOSSES[task.supervision].multilabel is multilabel
     assert task.score in task.names
     assert task.describe(dict.fromkeys(task.names, 0.5)).endswith(" 0.5000")
+
+
+def test_confusions_by_category():
+    labels = np.array([0, 1, 1, 2, 1])
+    batches = [({}, np.array([0, 1])), ({}, np.array([2, 0, 1, 0, 0]))]  # the last two are padding
+    scores, matrix = SINGLE_LABEL.by_category(batches, labels, 4)
+    assert matrix.tolist() == [[1, 0, 0, 0], [0, 2, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(scores, [1, 2 / 3, 0, 0])
+
+
+def test_average_precision_by_category():
+    scores, labels = np.array([[0.9, 0.1], [0.8, 0.7], [0.1, 0.2]], np.float32), np.array([[0, 1], [1, 1], [0, 0]])
+    values, matrix = MULTI_LABEL.by_category([scores, scores], labels, 2)
+    assert matrix is None
+    np.testing.assert_allclose(values, [1 / 2, (1 + 2 / 3) / 2])

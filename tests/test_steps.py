@@ -161,12 +161,15 @@ def test_evaluation_counts_every_image_once_on_any_number_of_devices():
     variables = jax.jit(lambda key: init_network(student, key, IMAGE)[0])(jax.random.PRNGKey(0))
     step = make_eval_step(student, preprocess=lambda images: images, axis_name=AXIS)
     full = batch(16) | {"mask": np.arange(16) < 13}
-    sums = []
+    sums, predicted = [], []
     for num_devices in (1, 8):
         mapped = jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=jax.devices()[:num_devices])
         split = {name: x.reshape(num_devices, -1, *x.shape[1:]) for name, x in full.items()}
-        sums.append(jax.device_get(mapped(variables, split)))
+        for collected, found in zip((sums, predicted), jax.device_get(mapped(variables, split)), strict=True):
+            collected.append(found)
     assert sums[0]["count"] == sums[1]["count"] == 13
     assert sums[0]["top1"] == sums[1]["top1"]
     logits = student.clone(axis_name=None).apply(variables, full["image"][:13], train=False).logits
     assert sums[0]["top1"] == (np.argmax(logits, axis=1) == full["label"][:13]).sum()
+    for found in predicted:
+        np.testing.assert_array_equal(found[:13], np.argmax(logits, axis=1))
