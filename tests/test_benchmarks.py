@@ -151,7 +151,6 @@ def test_tables(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_loop(monkeypatch, capsys):
     monkeypatch.setattr(loop_part, "CASES", {"small": (0.03, 4, 3)})
     category_structure.main(["--parts", "loop", "--repeats", "2"])

@@ -96,6 +96,7 @@ def test_there_are_published_cells():
     assert len(published_cells()) == 137
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "word"), sorted(published_cells()), ids=str)
 def test_published_cell(recipe, word):
     """Every value of the published tables has a recipe: valid, with those networks, and its loss traces."""
