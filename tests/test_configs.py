@@ -118,12 +118,6 @@ def test_published_cell(recipe, word):
     assert student.features[-1].shape[:3] == teacher.features[-1].shape[:3]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "word"), sorted(cell for cell in published_cells() if cell[1].endswith("/cskd")))
-def test_one_step_of_every_published_pair_traces(recipe, word, tmp_path):
-    trace_one_step(recipe, get_config(recipe, word), tmp_path)
-
-
 @pytest.mark.parametrize(
     ("word", "expected"),
     [

@@ -98,15 +98,19 @@ TABLE = {
 FAST = ("resnet8", "wrn_16_1", "vgg8")
 # More of the same blocks as a network that takes its gradient step: theirs is traced, not compiled.
 DEEP = tuple(name for name in TABLE if name.removesuffix("_224") in ("resnet34", "resnet101", "resnet152")) + (
+    "resnet50_224",
     "resnet14",
     "resnet20",
     "resnet32",
     "resnet44",
     "resnet56",
     "resnet110",
+    "resnet8x4",
     "resnet32x4",
+    "wrn_16_2",
     "wrn_40_1",
     "wrn_40_2",
+    "vgg11",
     "vgg13",
     "vgg16",
     "vgg19",
