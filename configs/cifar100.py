@@ -25,9 +25,8 @@ def get_config(word="cskd"):
     config.keep_checkpoints = 2  # newest checkpoints kept, beside the best
 
     config.dataset = ConfigDict()
-    config.dataset.name = (
-        "cifar100"  # digits, cifar10, cifar100, tiny_imagenet, cub200, image_folder, or another of tfds
-    )
+    # digits, cifar10, cifar100, tiny_imagenet, cub200, image_folder, or another of tfds
+    config.dataset.name = "cifar100"
     config.dataset.data_dir = placeholder(str)  # of tfds; None: ~/tensorflow_datasets
     config.dataset.path = placeholder(str)  # folder with train/CLASS/* and test/CLASS/*, for image_folder
     config.dataset.train_examples = placeholder(int)  # a balanced part of the training split; None: all

@@ -133,9 +133,10 @@ def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     root = pathlib.Path(path).expanduser()
     folders = [root / FOLDER, root / "teacher" / FOLDER]
     folder = next((f for f in folders if f.is_dir()), folders[0])
-    if not any(p.name.isdigit() for p in folder.glob("*")):
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    if not steps:
         raise UserError(f"teacher checkpoint {path}: no checkpoint in {' or '.join(map(str, folders))}")
-    step = max(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+    step = max(steps)
     try:
         arrays, record = _read(folder / str(step))
     except _Damaged as damage:

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 from jax import lax
 
+from cskd_jax.losses import gather_batch, sum_batch
+
 
 def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Sums over a batch from which accuracies and the mean loss of a split are made.
@@ -113,8 +115,8 @@ def _accuracy(logits, labels, axis_name):
 
 def _classification_sums(logits, labels, mask, axis_name):
     sums = classification_sums(logits, labels, mask)
-    predicted = _gather(jnp.argmax(logits, axis=-1).astype(jnp.int32), axis_name)
-    return (sums if axis_name is None else lax.psum(sums, axis_name)), predicted
+    predicted = gather_batch(jnp.argmax(logits, axis=-1).astype(jnp.int32), axis_name)
+    return sum_batch(sums, axis_name), predicted
 
 
 def _divide_sums(batches, labels):
@@ -133,13 +135,13 @@ def _confusions(batches, labels, num_classes):
 
 
 def _batch_average_precision(logits, labels, axis_name):
-    logits, labels = (_gather(x, axis_name) for x in (lax.stop_gradient(logits), labels))
+    logits, labels = (gather_batch(x, axis_name) for x in (lax.stop_gradient(logits), labels))
     return {"mean_average_precision": mean_average_precision(logits, labels)}
 
 
 def _logits(logits, labels, mask, axis_name):
     del labels, mask
-    return _gather(logits, axis_name)
+    return gather_batch(logits, axis_name)
 
 
 def _summarize_logits(batches, labels):
@@ -156,10 +158,6 @@ def _average_precisions(batches, labels, num_classes):
 def _multilabel_metrics(logits, labels):
     loss = jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype)))
     return {"mean_average_precision": mean_average_precision(logits, labels), "loss": loss}
-
-
-def _gather(x, axis_name):
-    return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
 
 
 SINGLE_LABEL = Task(

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses import LossInputs
+from cskd_jax.losses import LossInputs, batch_positions
 from cskd_jax.metrics import SINGLE_LABEL, Task
 from cskd_jax.objective import Objective
 from cskd_jax.state import TrainState
@@ -51,8 +50,7 @@ def make_train_step(
 
     def train_step(state, teacher_variables, batch, key):
         labels = batch["label"]
-        offset = 0 if axis_name is None else lax.axis_index(axis_name) * len(labels)
-        positions = offset + jnp.arange(len(labels), dtype=jnp.int32)
+        positions = batch_positions(len(labels), axis_name)
         step_key = jax.random.fold_in(key, state.step)
         images = preprocess(batch["image"], step_key, positions)
         methods_key = jax.random.fold_in(step_key, _METHODS)

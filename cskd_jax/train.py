@@ -88,12 +88,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         "seed": config.seed,
         "teacher": teacher_result,
         "student": describe(student, variables, progress) | {"by_category": by_category},
-        "dataset": {
-            "name": dataset.name,
-            "categories": dataset.num_classes,
-            "train_examples": len(dataset.train.labels),
-            "test_examples": len(dataset.test.labels),
-        },
+        "dataset": describe_dataset(dataset),
         "devices": devices,
         "versions": versions,
         "config": config_lib.plain(config),
@@ -175,6 +170,16 @@ def describe(network: Network, variables: Any, progress: Progress) -> dict[str, 
         "parameters": count_parameters(variables["params"]),
         **progress.evaluations,
         "images_per_second": progress.images_per_second,
+    }
+
+
+def describe_dataset(dataset: ImageDataset) -> dict[str, Any]:
+    """The entry of the data in results.json."""
+    return {
+        "name": dataset.name,
+        "categories": dataset.num_classes,
+        "train_examples": len(dataset.train.labels),
+        "test_examples": len(dataset.test.labels),
     }
 
 

@@ -4,6 +4,7 @@ The functions take arrays and stand alone. `LOSSES` is the table of the methods:
 the outputs of student and teacher, whose fields are the hyper-parameters that `config.losses.NAME` may set.
 """
 
+from cskd_jax.losses._batch import batch_positions, gather_batch, sum_batch
 from cskd_jax.losses.activation_boundary import ActivationBoundary, activation_boundary_loss
 from cskd_jax.losses.attention import AttentionTransfer, attention_map, attention_transfer_loss
 from cskd_jax.losses.base import LossInputs, Method
@@ -49,6 +50,7 @@ __all__ = [
     "activation_boundary_loss",
     "attention_map",
     "attention_transfer_loss",
+    "batch_positions",
     "binary_cross_entropy_loss",
     "binary_kd_loss",
     "category_centers",
@@ -63,6 +65,7 @@ __all__ = [
     "factor_transfer_loss",
     "fsp_loss",
     "fsp_matrix",
+    "gather_batch",
     "hierarchical_context_loss",
     "hint_loss",
     "inter_category_structure",
@@ -78,6 +81,7 @@ __all__ = [
     "running_category_structure_loss",
     "similarity_preserving_loss",
     "standardized_kd_loss",
+    "sum_batch",
     "vid_loss",
 ]
 

@@ -1,4 +1,6 @@
-"""The global batch, for losses that relate its samples to each other."""
+"""The global batch, for what relates, sums or counts its samples when it is split over devices."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,11 @@ def gather_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
       [B * devices, ...].
     """
     return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
+
+
+def sum_batch(x: Any, axis_name: str | None) -> Any:
+    """Sums of the global batch from those of this device, a tree of arrays; `x` itself where `axis_name` is None."""
+    return x if axis_name is None else lax.psum(x, axis_name)
 
 
 def batch_positions(batch_size: int, axis_name: str | None) -> jax.Array:

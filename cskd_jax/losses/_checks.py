@@ -43,6 +43,19 @@ def check_same_shape(**arrays: jax.Array) -> None:
         raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
+def check_logits(student_logits: jax.Array, teacher_logits: jax.Array) -> None:
+    """Raises TypeError unless both are floating point, ValueError unless both are [B, C] of one shape."""
+    check_float("student_logits", student_logits, ndim=2)
+    check_float("teacher_logits", teacher_logits, ndim=2)
+    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless `temperature` is greater than 0."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+
+
 def check_same_batch(**arrays: jax.Array) -> None:
     """Raises ValueError unless all the arrays, given by name, have one leading dimension."""
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cskd_jax.losses._checks import at_least_float32, check_float, check_multilabels, check_same_shape
+from cskd_jax.losses._checks import at_least_float32, check_float, check_logits, check_multilabels, check_temperature
 from cskd_jax.losses.base import LossInputs, Method
 
 
@@ -53,11 +53,8 @@ def binary_kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temp
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531, for
       one category per sample.
     """
-    check_float("student_logits", student_logits, ndim=2)
-    check_float("teacher_logits", teacher_logits, ndim=2)
-    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    check_logits(student_logits, teacher_logits)
+    check_temperature(temperature)
     student = at_least_float32(student_logits) / temperature
     teacher = lax.stop_gradient(at_least_float32(teacher_logits)) / temperature
     divergence = 0.0

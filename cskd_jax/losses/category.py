@@ -14,7 +14,8 @@ from flax import linen as nn
 from jax import lax
 
 from cskd_jax.losses._arrays import safe_sqrt
-from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
+from cskd_jax.losses._batch import gather_batch, sum_batch
+from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_same_shape
 from cskd_jax.losses.base import LossInputs, Method
 
 # variant -> default (intra_weight, inter_weight, compactness_weight). Paper, section 4.1 (beta, gamma); released code.
@@ -60,7 +61,7 @@ def category_index(labels: jax.Array, *, num_classes: int, axis_name: str | None
     slots, categories = labels, jnp.arange(num_slots, dtype=jnp.int32)
     if num_slots < num_classes:
         # A category takes the slot of its first sample in the batch.
-        categories = labels if axis_name is None else lax.all_gather(labels, axis_name, tiled=True)
+        categories = gather_batch(labels, axis_name)
         same = labels[:, None] == categories
         slots = jnp.min(jnp.where(same, jnp.arange(num_slots, dtype=jnp.int32), num_slots), axis=1)
     counts = _segment_sum(jnp.ones(labels.shape, jnp.float32), slots, num_slots, axis_name)
@@ -451,8 +452,7 @@ def _segment_sum(values, segments, num_segments, axis_name):
     )
     zeros = jnp.zeros((num_segments, windows.shape[2]), values.dtype)
     sums = lax.scatter_add(zeros, segments[:, None], windows, dimensions, mode="drop")
-    sums = sums.reshape(num_segments, *values.shape[1:])
-    return sums if axis_name is None else lax.psum(sums, axis_name)
+    return sum_batch(sums.reshape(num_segments, *values.shape[1:]), axis_name)
 
 
 @jax.custom_jvp
@@ -492,9 +492,7 @@ def _check_arguments(
     if (student_logits is None) != (teacher_logits is None):
         raise ValueError("student_logits and teacher_logits must be given together")
     if student_logits is not None:
-        check_float("student_logits", student_logits, ndim=2)
-        check_float("teacher_logits", teacher_logits, ndim=2)
-        check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+        check_logits(student_logits, teacher_logits)
         if student_logits.shape != (student_features.shape[0], num_classes):
             expected = (student_features.shape[0], num_classes)
             raise ValueError(f"logits must have shape {expected}: (batch, num_classes), got {student_logits.shape}")

@@ -10,7 +10,7 @@ from jax import lax
 
 from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._batch import batch_positions, gather_batch
-from cskd_jax.losses._checks import check_float, check_labels, check_same_batch, check_same_shape
+from cskd_jax.losses._checks import check_float, check_labels, check_same_batch, check_same_shape, check_temperature
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import LossInputs, Method
 
@@ -112,8 +112,7 @@ def contrastive_loss(
     check_same_shape(student_memory=memory.student, teacher_memory=memory.teacher)
     check_labels(labels, len(student_embedding))
     check_same_batch(student_embedding=student_embedding, indices=indices, negatives=negatives)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    check_temperature(temperature)
     memory = ContrastMemory(*map(jnp.asarray, memory))
     num_negatives = negatives.shape[1]
     known_labels = memory.labels[negatives]

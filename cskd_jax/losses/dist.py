@@ -6,7 +6,7 @@ from jax import lax
 
 from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._batch import gather_batch
-from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, check_several_samples
+from cskd_jax.losses._checks import at_least_float32, check_logits, check_several_samples, check_temperature
 from cskd_jax.losses.base import LossInputs, Method
 
 
@@ -48,13 +48,10 @@ def dist_loss(
       Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022,
       https://arxiv.org/abs/2205.10536, section 3.
     """
-    check_float("student_logits", student_logits, ndim=2)
-    check_float("teacher_logits", teacher_logits, ndim=2)
-    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_logits(student_logits, teacher_logits)
     if student_logits.shape[1] < 2:
         raise ValueError(f"dist_loss correlates categories: it needs at least 2, got {student_logits.shape[1]}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    check_temperature(temperature)
     student = jax.nn.softmax(at_least_float32(student_logits) / temperature)
     teacher = lax.stop_gradient(jax.nn.softmax(at_least_float32(teacher_logits) / temperature))
     inter = 1 - jnp.mean(_pearson(student, teacher))

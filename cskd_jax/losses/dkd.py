@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
+from cskd_jax.losses._checks import at_least_float32, check_labels, check_logits, check_temperature
 from cskd_jax.losses.base import LossInputs, Method
 
 
@@ -47,14 +47,11 @@ def dkd_loss(
     References:
       Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", CVPR 2022, https://arxiv.org/abs/2203.08679.
     """
-    check_float("student_logits", student_logits, ndim=2)
-    check_float("teacher_logits", teacher_logits, ndim=2)
-    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_logits(student_logits, teacher_logits)
     check_labels(labels, student_logits.shape[0])
     if student_logits.shape[1] < 3:
         raise ValueError(f"dkd needs at least 3 categories, got logits of shape {student_logits.shape}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    check_temperature(temperature)
     is_target = jnp.arange(student_logits.shape[1], dtype=jnp.int32) == labels.astype(jnp.int32)[:, None]
     target_s, others_s, among_s = _decouple(at_least_float32(student_logits) / temperature, is_target)
     teacher = lax.stop_gradient(at_least_float32(teacher_logits))

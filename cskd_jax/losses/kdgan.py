@@ -10,7 +10,7 @@ from jax import lax
 
 from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._batch import batch_positions
-from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
+from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape, check_temperature
 from cskd_jax.losses.base import LossInputs, Method
 from cskd_jax.losses.logits import kd_loss
 
@@ -44,8 +44,7 @@ def sample_category(key: jax.Array, positions: jax.Array, logits: jax.Array, *, 
       https://arxiv.org/abs/1611.01144.
     """
     check_float("logits", logits, ndim=2)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    check_temperature(temperature)
 
     def noise(position):
         return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:], logits.dtype)

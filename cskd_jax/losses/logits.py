@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
+from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_temperature
 from cskd_jax.losses.base import LossInputs, Method
 
 
@@ -48,9 +48,8 @@ def kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature
     References:
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531.
     """
-    _check_logits(student_logits, teacher_logits)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    check_logits(student_logits, teacher_logits)
+    check_temperature(temperature)
     log_s = jax.nn.log_softmax(at_least_float32(student_logits) / temperature)
     log_t = jax.nn.log_softmax(lax.stop_gradient(at_least_float32(teacher_logits)) / temperature)
     return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=1))
@@ -70,14 +69,8 @@ def mse_logits_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax
       TypeError: logits are not floating point.
       ValueError: shapes that differ.
     """
-    _check_logits(student_logits, teacher_logits)
+    check_logits(student_logits, teacher_logits)
     return jnp.mean(jnp.square(at_least_float32(student_logits) - lax.stop_gradient(at_least_float32(teacher_logits))))
-
-
-def _check_logits(student_logits, teacher_logits):
-    check_float("student_logits", student_logits, ndim=2)
-    check_float("teacher_logits", teacher_logits, ndim=2)
-    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
 
 
 class CrossEntropy(Method):

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax import lax
 
 from cskd_jax.losses._arrays import safe_sqrt
+from cskd_jax.losses._batch import sum_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_multilabels, check_same_shape
 from cskd_jax.losses.base import LossInputs, Method
 from cskd_jax.losses.category import VARIANT_WEIGHTS, inter_category_structure, project_student
@@ -84,11 +85,11 @@ def multilabel_category_structure_loss(
 
     student, teacher = (at_least_float32(f).reshape(len(f), -1) for f in (student_features, teacher_features))
     teacher, labels = lax.stop_gradient(teacher), lax.stop_gradient(labels.astype(student.dtype))
-    counts = _global_sum(jnp.sum(labels, axis=0), axis_name)
+    counts = sum_batch(jnp.sum(labels, axis=0), axis_name)
     centers_s, centers_t = (_centers(f, labels, counts, axis_name) for f in (student, teacher))
     # Psi is linear: the difference of the structures is the structure of the difference.
     center = lax.stop_gradient(centers_t - centers_s)
-    squares = _global_sum(_squared_deviations(teacher - student, center, labels), axis_name)
+    squares = sum_batch(_squared_deviations(teacher - student, center, labels), axis_name)
     cosines = inter_category_structure(centers_t) - inter_category_structure(centers_s)
     num_present = jnp.maximum(jnp.sum(counts > 0), 1).astype(squares.dtype)
     if variant == "paper":
@@ -108,7 +109,7 @@ def _centers(features, labels, counts, axis_name):
     """[C, D], zero for categories without samples."""
     # A weight divided by itself is exactly 1: so a category with one sample has it, to the last bit, as its center.
     shares = labels / _or_one(counts)
-    return _global_sum(jnp.dot(shares.T, features, precision=lax.Precision.HIGHEST), axis_name)
+    return sum_batch(jnp.dot(shares.T, features, precision=lax.Precision.HIGHEST), axis_name)
 
 
 def _squared_deviations(features, centers, labels):
@@ -120,10 +121,6 @@ def _squared_deviations(features, centers, labels):
         return jnp.sum(weights * jnp.sum(jnp.square(features - center), axis=1))
 
     return lax.map(of_category, (centers, labels.T))
-
-
-def _global_sum(values, axis_name):
-    return values if axis_name is None else lax.psum(values, axis_name)
 
 
 def _or_one(counts):

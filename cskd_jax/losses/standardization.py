@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cskd_jax.losses._arrays import normalize
-from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape
+from cskd_jax.losses._checks import at_least_float32, check_logits
 from cskd_jax.losses.base import LossInputs, Method
 from cskd_jax.losses.logits import kd_loss
 
@@ -37,9 +37,7 @@ def standardized_kd_loss(
       Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024,
       https://arxiv.org/abs/2403.01993, with the deviation over all C categories (their code divides by C - 1).
     """
-    check_float("student_logits", student_logits, ndim=2)
-    check_float("teacher_logits", teacher_logits, ndim=2)
-    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_logits(student_logits, teacher_logits)
     if student_logits.shape[1] < 2:
         raise ValueError(f"standardized_kd_loss needs at least 2 categories, got {student_logits.shape[1]}")
     return kd_loss(
