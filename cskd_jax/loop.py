@@ -228,9 +228,10 @@ class Phase:
                             )
         return state.student_variables, progress
 
-    def by_category(self, variables: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        """Scores and confusions of the network on the test split, see `Task.by_category`."""
-        return self._evaluate.by_category(parallel.replicate(variables))
+    def by_category(self, variables: Any) -> tuple[dict[str, float], np.ndarray | None]:
+        """{category: score} and confusions of the network on the test split, see `Task.by_category`."""
+        scores, confusions = self._evaluate.by_category(parallel.replicate(variables))
+        return dict(zip(self._dataset.categories, scores.tolist(), strict=True)), confusions
 
     def _announce(self, step):
         size = count_parameters(self._abstract_state.params["student"])

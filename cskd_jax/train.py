@@ -48,13 +48,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         say(f"already done: {results_path}")
         return
     start, versions, devices = time.time(), read_versions(), parallel.describe_devices()
-    dataset = load_dataset(
-        config.dataset.name,
-        data_dir=config.dataset.data_dir,
-        path=config.dataset.path,
-        train_examples=config.dataset.train_examples,
-    )
-    check_channels(config, dataset)
+    dataset = load_data(config)
     # All phases are made before the first runs: what does not fit in the last should not show hours later.
     student = Network.create(config.student, dataset.num_classes, config.dtype)
     teacher = teacher_phase = None
@@ -82,12 +76,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     scores, confusions = student_phase.by_category(variables)
     if confusions is not None:
         write_confusions(workdir / "confusion_matrix.csv", dataset.categories, confusions)
-    by_category = dict(zip(dataset.categories, scores.tolist(), strict=True))
     results = {
         "method": config.method,
         "seed": config.seed,
         "teacher": teacher_result,
-        "student": describe(student, variables, progress) | {"by_category": by_category},
+        "student": describe(student, variables, progress) | {"by_category": scores},
         "dataset": describe_dataset(dataset),
         "devices": devices,
         "versions": versions,
@@ -234,10 +227,17 @@ def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     write_json(workdir / "config.json", identity)
 
 
-def check_channels(config: ml_collections.ConfigDict, dataset: ImageDataset) -> None:
-    """Raises UserError unless mean and deviation are per channel of the images, or one for all."""
+def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
+    """The data set of `config`; UserError unless mean and deviation are per channel of its images, or one for all."""
+    dataset = load_dataset(
+        config.dataset.name,
+        data_dir=config.dataset.data_dir,
+        path=config.dataset.path,
+        train_examples=config.dataset.train_examples,
+    )
     channels = dataset.image_shape[-1]
     if len(config.dataset.mean) not in (1, channels):
         raise UserError(
             f"dataset.mean has {len(config.dataset.mean)} values, the images of {dataset.name} have {channels} channels"
         )
+    return dataset
