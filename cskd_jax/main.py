@@ -11,6 +11,7 @@ Exit codes: 0 done; 2 something to mend in the command, the configuration or the
 finite any more; 75 stopped by a signal with everything saved: the same command resumes.
 """
 
+import gc
 import os
 import pathlib
 import sys
@@ -102,6 +103,8 @@ def _set_up_jax():
         jax.config.update("jax_compilation_cache_dir", str(cache / "cskd_jax"))
     # Many small programs add up at start: keep them all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Tracing makes millions of objects that stay: searching them for cycles so often took a quarter of its time.
+    gc.set_threshold(100_000)
 
 
 if __name__ == "__main__":

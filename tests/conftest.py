@@ -5,6 +5,7 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import gc
 import pathlib
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from cskd_jax.data import load_dataset
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+gc.set_threshold(100_000)  # As in main: most of the quick tests' time is tracing.
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -1,6 +1,7 @@
 """Layers shared by the networks: convolution with batch normalization as PyTorch computes it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -130,27 +131,32 @@ class BatchNorm(nn.Module, kw_only=True):
 
     def _by_batch(self, x, norm):
         """x, normalized by the statistics of the batch, which enter the running averages."""
-        x = x.astype(norm.scale.dtype)
-        mean, var, count = self._batch_statistics(x)
+        y, mean, unbiased = normalize_by_batch(
+            x.astype(norm.scale.dtype), norm.scale, norm.bias, epsilon=self.epsilon, axis_name=self.axis_name
+        )
         if not self.is_initializing():
-            unbiased = var * (count / max(count - 1, 1))
             norm.mean.value = self.momentum * norm.mean.value + (1 - self.momentum) * mean
             norm.var.value = self.momentum * norm.var.value + (1 - self.momentum) * unbiased
-        gain = norm.scale * lax.rsqrt(var + self.epsilon)
-        return (x * gain + (norm.bias - mean * gain)).astype(self.dtype)
+        return y.astype(self.dtype)
 
-    def _batch_statistics(self, x):
-        """Mean and biased variance per channel over the global batch, and the number of values they are over."""
-        count = x.size // x.shape[-1]
-        mean = jnp.mean(x, axis=(0, 1, 2))
-        if self.axis_name is not None:
-            count *= lax.axis_size(self.axis_name)
-            mean = lax.pmean(mean, self.axis_name)
-        # Around the mean, not E[x^2] - E[x]^2: that one loses its digits where the mean is large.
-        var = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
-        if self.axis_name is not None:
-            var = lax.pmean(var, self.axis_name)
-        return mean, var, count
+
+# Jitted so that a network traces and lowers it once for all its layers of a shape, not once a layer.
+@partial(jax.jit, static_argnames=("epsilon", "axis_name"))
+def normalize_by_batch(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, axis_name: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x [B, H, W, C] normalized over the global batch, its mean [C], its unbiased variance [C])."""
+    count = x.size // x.shape[-1]
+    mean = jnp.mean(x, axis=(0, 1, 2))
+    if axis_name is not None:
+        count *= lax.axis_size(axis_name)
+        mean = lax.pmean(mean, axis_name)
+    # Around the mean, not E[x^2] - E[x]^2: that one loses its digits where the mean is large.
+    var = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
+    if axis_name is not None:
+        var = lax.pmean(var, axis_name)
+    gain = scale * lax.rsqrt(var + epsilon)
+    return x * gain + (bias - mean * gain), mean, var * (count / max(count - 1, 1))
 
 
 class _NormVariables(NamedTuple):
