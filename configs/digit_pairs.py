@@ -28,6 +28,9 @@ def get_config(word="mlcskd"):
     config.dataset.data_dir = placeholder(str)  # not used by digit_pairs
     config.dataset.path = placeholder(str)  # not used by digit_pairs
     config.dataset.train_examples = placeholder(int)  # the first so many training images; None: all
+    config.dataset.image_size = placeholder(int)  # side of the square to which images are cut; None: as they are
+    config.dataset.streaming = placeholder(bool)  # decode batch by batch; None: only what would fill the memory
+    config.dataset.workers = placeholder(int)  # processes that decode what is streamed; None: one a processor
     config.dataset.mean = (0.1528,)  # per channel, of pixels in [0, 1]
     config.dataset.std = (0.3067,)
 

@@ -27,6 +27,9 @@ def get_config(word="cskd"):
     config.dataset.data_dir = placeholder(str)  # of tfds; None: ~/tensorflow_datasets
     config.dataset.path = placeholder(str)  # folder with train/CLASS/* and test/CLASS/*, for image_folder
     config.dataset.train_examples = placeholder(int)  # a balanced part of the training split; None: all
+    config.dataset.image_size = placeholder(int)  # side of the square to which images are cut; None: as they are
+    config.dataset.streaming = placeholder(bool)  # decode batch by batch; None: only what would fill the memory
+    config.dataset.workers = placeholder(int)  # processes that decode what is streamed; None: one a processor
     config.dataset.mean = (0.3055,)  # per channel, of pixels in [0, 1]
     config.dataset.std = (0.3766,)
 

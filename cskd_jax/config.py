@@ -68,6 +68,9 @@ RULES = {
     "dataset.data_dir": _optional(_TEXT),
     "dataset.path": _optional(_TEXT),
     "dataset.train_examples": _optional(_integer(1, 10**9)),
+    "dataset.image_size": _optional(_integer(1, 4096)),
+    "dataset.streaming": _optional(_BOOL),
+    "dataset.workers": _optional(_integer(1, 1024)),
     "dataset.mean": _CHANNELS,
     "dataset.std": _DEVIATIONS,
     "sampler.name": _one_of("uniform", "balanced"),
@@ -88,6 +91,8 @@ RULES = {
     "optimizer.decay_factor": _POSITIVE,
     "optimizer.restart_momentum": _BOOL,
 }
+
+_INDIFFERENT = ("dataset.streaming", "dataset.workers")
 
 # The keys of every loss beside its hyper-parameters: the fields of `objective.Weight`.
 WEIGHT_RULES = {
@@ -112,6 +117,11 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """`flatten` with values as JSON gives them back."""
     return json.loads(json.dumps(flatten(config)))
+
+
+def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """`plain` without what makes no difference to the results: a run may be resumed with other values of that."""
+    return {key: value for key, value in plain(config).items() if key not in _INDIFFERENT}
 
 
 def unknown_key(key: str, known: Any) -> UserError:

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from cskd_jax import optim, parallel
 from cskd_jax.checkpoint import FOLDER, Checkpoints
-from cskd_jax.data import ImageDataset
+from cskd_jax.data import ImageDataset, read_batches
 from cskd_jax.data.augment import augment, make_normalize
 from cskd_jax.data.samplers import BalancedSampler, UniformSampler
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
@@ -100,7 +100,7 @@ class Phase:
       network: to train.
       losses: as `config.losses`.
       epochs: to train for.
-      dataset: in memory.
+      dataset: loaded.
       workdir: of the run; the phase keeps its checkpoints in WORKDIR/NAME.
       teacher: network for the losses that need one.
 
@@ -172,18 +172,26 @@ class Phase:
 
             self._lowered_state = jax.jit(new_state).lower()
             self._abstract_state: TrainState = self._lowered_state.out_info
-            self._lowered_step = self._lower_step(self._batch(0))
+            self._lowered_step = self._lower_step(self._config.batch_size)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{self._name}: {str(error).strip().splitlines()[0]}") from error
 
-    def _lower_step(self, batch):
-        return self._train_step.lower(self._abstract_state, self._teacher_variables, batch, self._key)
-
-    def _batch(self, step):
-        index = self._sampler.indices(step)
+    def _lower_step(self, size):
         split = self._dataset.train
-        batch = {"image": split.images[index], "label": split.labels[index], "index": index.astype(np.int32)}
-        return parallel.shard(batch)
+        batch = {
+            "image": np.zeros((size, *self._dataset.image_shape), np.uint8),
+            "label": np.zeros((size, *split.labels.shape[1:]), split.labels.dtype),
+            "index": np.zeros(size, np.int32),
+        }
+        return self._train_step.lower(self._abstract_state, self._teacher_variables, parallel.shard(batch), self._key)
+
+    def _batches(self, step):
+        """(size, batch) of each step from `step` on."""
+        split, steps = self._dataset.train, range(step, self._total_steps)
+        for step, images in zip(steps, read_batches(split.images, map(self._sampler.indices, steps)), strict=True):
+            index = self._sampler.indices(step)
+            batch = {"image": images, "label": split.labels[index], "index": index.astype(np.int32)}
+            yield len(index), parallel.shard(batch)
 
     def run(self, stop: StopRequest, teacher_variables: Any = None) -> tuple[Any, Progress]:
         """Trains to the end from the newest checkpoint.
@@ -216,9 +224,10 @@ class Phase:
                     step,
                     progress,
                 ) as meter:
+                    batches = self._batches(step)
                     while step < self._total_steps:
                         begin = step
-                        state, step = self._train_epoch(state, teacher_variables, step, meter, stop)
+                        state, step = self._train_epoch(state, teacher_variables, step, batches, meter, stop)
                         if step > begin:
                             self._save(state, step, meter, checkpoints)
                         if stop.requested and step < self._total_steps:
@@ -253,18 +262,17 @@ class Phase:
         say(f"{self._name}: compiled in {time.perf_counter() - start:.1f} s")
         return state
 
-    def _train_epoch(self, state, teacher_variables, step, meter, stop):
+    def _train_epoch(self, state, teacher_variables, step, batches, meter, stop):
         """From `step` to the end of its epoch, or to the step after which a stop was requested."""
         pending = deque()
         meter.start_clock()
         end = (step // self._sampler.steps_per_epoch + 1) * self._sampler.steps_per_epoch
         while step < end and not stop.requested:
-            batch = self._batch(step)
-            size = batch["index"].size
+            size, batch = next(batches)
             if size not in self._compiled:
                 # Compiling holds up the host: it should not count as time of the steps in flight, or of the next.
                 _drain(pending, meter)
-                self._compiled[size] = self._lower_step(batch).compile()
+                self._compiled[size] = self._lower_step(size).compile()
                 meter.start_clock()
             state, metrics = self._compiled[size](state, teacher_variables, batch, self._key)
             step += 1
@@ -423,21 +431,23 @@ class Evaluation:
 
     def _measure(self, variables):
         pending, measured = deque(), []
-        for start in range(0, len(self._split.labels), self._batch_size):
-            pending.append(self._step(variables, self._batch(start)))
+        for batch in self._batches():
+            pending.append(self._step(variables, batch))
             if len(pending) >= parallel.max_steps_in_flight():
                 measured.append(jax.device_get(pending.popleft()))
         return measured + jax.device_get(list(pending))
 
-    def _batch(self, start):
-        images, labels = (x[start : start + self._batch_size] for x in self._split)
-        padding = self._batch_size - len(labels)
-        batch = {
-            "image": _pad(images, padding),
-            "label": _pad(labels, padding),
-            "mask": np.arange(self._batch_size) < len(labels),
-        }
-        return parallel.shard(batch)
+    def _batches(self):
+        rows = np.arange(len(self._split.labels))
+        indices = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
+        for index, images in zip(indices, read_batches(self._split.images, indices), strict=True):
+            padding = self._batch_size - len(index)
+            batch = {
+                "image": _pad(images, padding),
+                "label": _pad(self._split.labels[index], padding),
+                "mask": np.arange(self._batch_size) < len(index),
+            }
+            yield parallel.shard(batch)
 
 
 def _drain(pending, meter):

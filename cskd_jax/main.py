@@ -20,7 +20,6 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from cskd_jax import config as config_lib
 from cskd_jax.errors import UserError
 
 
@@ -47,6 +46,9 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv):
     """(configuration, workdir) of a command line."""
+    # Imported here: the processes that decode images import this module too, and have no use for JAX.
+    from cskd_jax import config as config_lib
+
     recipe = next((a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))), "")
     file = pathlib.Path(recipe.split(":")[0])
     if not recipe or not file.is_file():
@@ -56,7 +58,7 @@ def _parse(argv):
     config = _parse_flags([argv[0], f"--config={recipe}"])["config"].value
     if not isinstance(config, ml_collections.ConfigDict) or not {"method", "seed"} <= set(config):
         raise UserError(f"get_config of {file} must return a ConfigDict with all the keys of configs/digits.py")
-    _check_overrides(argv, config_lib.flatten(config))
+    _check_overrides(argv, config_lib.flatten(config), config_lib.unknown_key)
     values = _parse_flags(argv)
     config = values["config"].value
     word = recipe.partition(":")[2] or config.method
@@ -64,7 +66,7 @@ def _parse(argv):
     return config, pathlib.Path(values["workdir"].value or default)
 
 
-def _check_overrides(argv, known):
+def _check_overrides(argv, known, unknown_key):
     for argument in argv[1:]:
         key = argument.lstrip("-").split("=")[0]
         if not key.startswith("config."):
@@ -73,7 +75,7 @@ def _check_overrides(argv, known):
         if key == "method":
             raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")
         if key not in known:
-            raise config_lib.unknown_key(key, known)
+            raise unknown_key(key, known)
 
 
 def _parse_flags(argv):

@@ -37,7 +37,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """
     config_lib.validate(config)
     parallel.check_batch_size("batch_size", config.batch_size)
-    identity, given_teacher = config_lib.plain(config), None
+    identity, given_teacher = config_lib.identity(config), None
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
         given_teacher = GivenTeacher.load(config)
         # A resumed run must not go on with another teacher.
@@ -234,6 +234,9 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
         data_dir=config.dataset.data_dir,
         path=config.dataset.path,
         train_examples=config.dataset.train_examples,
+        image_size=config.dataset.image_size,
+        streaming=config.dataset.streaming,
+        workers=config.dataset.workers,
     )
     channels = dataset.image_shape[-1]
     if len(config.dataset.mean) not in (1, channels):

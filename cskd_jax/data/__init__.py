@@ -1,21 +1,24 @@
-"""Image data sets, decoded once and held in memory.
+"""Image data sets, decoded once and held in memory or, where they would not fit, streamed.
 
 `load_dataset` loads one by name. Importing this package imports neither tensorflow-datasets nor TensorFlow.
 """
 
+import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 
 import numpy as np
 
 from cskd_jax.data import cifar, cub200, digit_pairs, digits, image_folder, tfds_source, tiny_imagenet
+from cskd_jax.data.streaming import ImageStream, Workers, read_batches
 from cskd_jax.data.types import ImageDataset, Split
 from cskd_jax.errors import UserError
 
-__all__ = ["DATASETS", "ImageDataset", "Split", "load_dataset"]
+__all__ = ["DATASETS", "ImageDataset", "Split", "load_dataset", "read_batches"]
 
-# A loader takes data_dir, path and train_examples by keyword. Any other name is one of tensorflow-datasets.
+# A loader takes data_dir, path, train_examples and image_size by keyword. Any other name is one of tensorflow-datasets.
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": functools.partial(tfds_source.load_own, digits.SOURCE),
     "digit_pairs": digit_pairs.load,
@@ -28,22 +31,35 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
 
 
 def load_dataset(
-    name: str, *, data_dir: str | None = None, path: str | None = None, train_examples: int | None = None
+    name: str,
+    *,
+    data_dir: str | None = None,
+    path: str | None = None,
+    train_examples: int | None = None,
+    image_size: int | None = None,
+    streaming: bool | None = None,
+    workers: int | None = None,
 ) -> ImageDataset:
-    """Loads a data set into memory, preparing it on disk the first time.
+    """Loads a data set, preparing it on disk the first time.
 
     Args:
-      name: A key of `DATASETS`, or any name that tensorflow-datasets knows: its features must include `image`, of one
-        size, and `label`, and its splits train and test (or validation).
+      name: A key of `DATASETS`, or any name that tensorflow-datasets knows: its features must include `image` and
+        `label`, and its splits train and test (or validation).
       data_dir: The folder of prepared data sets and downloads; None is ~/tensorflow_datasets, or what the environment
         variable TFDS_DATA_DIR says. Not used by image_folder.
       path: The folder of image_folder; not allowed for any other data set.
       train_examples: The size of a category-balanced subset of the training split: the first examples of each
         category in source order; the first categories give one more where the number does not divide. Of multi-label
         data the first examples. The same for every seed. None keeps all examples.
+      image_size: Images of any size become squares of this side (`images.middle_square`); None: they stay as they are,
+        and must all have one size.
+      streaming: Whether the images are decoded batch by batch instead of once into memory, to the same bytes; None:
+        if they would take more than a quarter of the machine's memory.
+      workers: Processes that decode what is streamed; None: one for each processor.
 
     Returns:
-      The data set: images uint8 [N, H, W, C], labels int32 [N], or float32 [N, K] of multi-label data.
+      The data set: images uint8 [N, H, W, C], an array or an `ImageStream`; labels int32 [N], or float32 [N, K] of
+      multi-label data.
 
     Raises:
       UserError: The data cannot be had, is damaged or does not fit; the message says what is wrong and what is
@@ -51,9 +67,26 @@ def load_dataset(
     """
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     load = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))
-    dataset = load(data_dir=data_dir, path=path, train_examples=train_examples)
+    dataset = load(data_dir=data_dir, path=path, train_examples=train_examples, image_size=image_size)
     _check_categories(dataset)
-    return dataset
+    return _decode(dataset, streaming, workers or len(os.sched_getaffinity(0)))
+
+
+def _decode(dataset: ImageDataset, streaming: bool | None, workers: int) -> ImageDataset:
+    """The data set with arrays or streams in the place of readers."""
+    splits = dataset.train, dataset.test
+    if any(isinstance(split.images, np.ndarray) for split in splits):
+        if streaming:
+            raise UserError(f"data set '{dataset.name}' cannot be streamed: only image files and array_record can")
+        return dataset
+    size = sum(math.prod(split.images.shape) for split in splits)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if streaming or (streaming is None and size > memory / 4):
+        pool = Workers([split.images for split in splits], workers)
+        train, test = (Split(ImageStream(split.images, pool), split.labels) for split in splits)
+    else:
+        train, test = (Split(split.images.read(np.arange(len(split.labels))), split.labels) for split in splits)
+    return dataclasses.replace(dataset, train=train, test=test)
 
 
 def _check_categories(dataset: ImageDataset) -> None:

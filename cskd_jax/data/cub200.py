@@ -10,7 +10,6 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from cskd_jax.data.archives import (
     TAR_SUFFIXES,
@@ -23,11 +22,11 @@ from cskd_jax.data.archives import (
     require_members,
     text_lines,
 )
+from cskd_jax.data.images import middle_square
 from cskd_jax.data.tfds_source import ArraySource, Content, SourceSplit
 from cskd_jax.errors import UserError
 
 NUM_CLASSES = 200
-_SHORT_SIDE = 256
 _SIDE = 224
 _ROOT = "CUB_200_2011/"
 _CLASSES = _ROOT + "classes.txt"
@@ -81,7 +80,8 @@ def read_archive(archive: Archive, path: Path) -> Content:
         if member in _TABLES:
             texts[member] = text_lines(data)
         elif member.endswith(".jpg") and not posixpath.basename(member).startswith("."):
-            pixels[member] = middle_square(decode(path, member, data))
+            # Some are grey. Converted first: the modes that Pillow knows are not all resized bilinearly.
+            pixels[member] = np.asarray(middle_square(decode(path, member, data).convert("RGB"), _SIDE))
     require_members(archive, path, _TABLES, texts)
     classes, files, class_of, is_training = (_table(path, member, texts[member]) for member in _TABLES)
     names = list(classes.values())
@@ -97,16 +97,6 @@ def read_archive(archive: Archive, path: Path) -> Content:
         check_categories(path, split, names, labels)
         splits[split] = SourceSplit([pixels[_IMAGE_FOLDER + files[image]] for image in chosen], {"label": labels})
     return Content(splits, {"label": names})
-
-
-def middle_square(image: Image.Image) -> np.ndarray:
-    """Resizes the shorter side to 256 pixels, bilinearly, and cuts out the middle: uint8 [224, 224, 3], in RGB."""
-    scale = _SHORT_SIDE / min(image.size)
-    width, height = (round(side * scale) for side in image.size)
-    left, top = (width - _SIDE) // 2, (height - _SIDE) // 2
-    # Some photographs are grey. Converted first: the modes that Pillow knows are not all resized bilinearly.
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized.crop((left, top, left + _SIDE, top + _SIDE)))
 
 
 def _table(path: Path, member: str, lines: Sequence[str]) -> dict[str, str]:

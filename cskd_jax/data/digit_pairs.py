@@ -6,13 +6,14 @@ import numpy as np
 
 from cskd_jax.data import digits, tfds_source
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
+from cskd_jax.errors import UserError
 
 CATEGORIES = tuple("0123456789")
 SIZE = 16  # Height and width of an image; a digit has 8 of each.
 ROUNDS = {"train": 1, "test": 4}
 
 
-def load(*, data_dir: str | None, path: str | None, train_examples: int | None) -> ImageDataset:
+def load(*, data_dir: str | None, path: str | None, train_examples: int | None, image_size: int | None) -> ImageDataset:
     """Makes the images: two digits side by side, each at a random height.
 
     An image of the categories a and b is labelled 1 at a and at b and 0 elsewhere; one with a digit twice, only there.
@@ -24,12 +25,15 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None) 
       data_dir: Not used: the digits lie inside scikit-learn, and making the images takes less time than reading them.
       path: Must be None: it is an argument of image_folder.
       train_examples: See `balanced_indices`.
+      image_size: Must be None.
 
     Returns:
       The data set, with images uint8 [N, 16, 16, 1] and labels float32 [N, 10].
     """
     del data_dir
     tfds_source.refuse_path("digit_pairs", path)
+    if image_size is not None:
+        raise UserError(f"image_size={image_size} is for data sets that are read from files, not for digit_pairs")
     sources = digits.read(Path()).splits
     splits = {}
     for seed, (name, rounds) in enumerate(ROUNDS.items()):

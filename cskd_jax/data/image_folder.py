@@ -5,28 +5,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from cskd_jax.data.images import check_size, read_image
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
 from cskd_jax.errors import UserError
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_CHANNELS = 3
 
 
-def load(*, data_dir: str | None, path: str | None, train_examples: int | None) -> ImageDataset:
-    """Loads a folder of images.
+def load(*, data_dir: str | None, path: str | None, train_examples: int | None, image_size: int | None) -> ImageDataset:
+    """Finds the images of a folder.
 
     The categories are the sorted names of the folders in train. The images of a category are its files in the order of
     their names; other extensions, hidden files and deeper folders are ignored. Images are always converted to three
-    channels, RGB: grey is repeated, transparency is dropped. Only the images that are used are decoded.
+    channels, RGB: grey is repeated, transparency is dropped.
 
     Args:
       data_dir: Not used.
       path: The folder.
       train_examples: See `balanced_indices`.
+      image_size: See `read_image`; None: all images must have the size of the first.
 
     Returns:
-      The data set, with images uint8 [N, H, W, 3].
+      The data set, with readers of images uint8 [N, H, W, 3].
 
     Raises:
       UserError: Something is missing, damaged or does not fit; the message names the folder or the file.
@@ -51,10 +53,10 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None) 
     files, labels = _flatten(train_files, categories)
     chosen = balanced_indices(labels, categories, train_examples)
     files = [files[index] for index in chosen]
-    size = _image_size(files[0])
-    train = Split(_decode_all(files, size), labels[chosen])
+    image_shape = read_image(files[0], str(files[0]), _CHANNELS, image_size).shape
+    train = Split(FileImages(files, image_shape, image_size), labels[chosen])
     files, labels = _flatten(test_files, categories)
-    return ImageDataset("image_folder", train, Split(_decode_all(files, size), labels), categories)
+    return ImageDataset("image_folder", train, Split(FileImages(files, image_shape, image_size), labels), categories)
 
 
 def _list_split(folder: Path) -> dict[str, list[Path]]:
@@ -91,42 +93,25 @@ def _flatten(files: Mapping[str, list[Path]], categories: Sequence[str]) -> tupl
     return [file for name in categories for file in files[name]], labels
 
 
-def _image_size(file: Path) -> tuple[int, int]:
-    """Returns (width, height)."""
-    try:
-        with Image.open(file) as image:
-            return image.size
-    # Pillow's decoders raise many types.
-    except Exception as error:
-        raise UserError(f"{file} is not a sound image ({error}): replace or remove it") from error
+class FileImages:
+    """Reads image files; see `Reader`.
 
-
-def _decode_all(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
-    """Decodes files that all have the given (width, height); uint8 [N, height, width, 3].
-
-    A plain loop: on small images threads spend twice the time waiting for the interpreter lock.
+    Args:
+      files: their paths.
+      image_shape: (H, W, C) that each must have.
+      image_size: see `read_image`.
     """
-    width, height = size
-    images = np.empty((len(files), height, width, 3), np.uint8)
-    for index, file in enumerate(files):
-        images[index] = _decode(file, size)
-    return images
 
+    def __init__(self, files: Sequence[Path], image_shape: tuple[int, int, int], image_size: int | None):
+        self.shape = (len(files), *image_shape)
+        self._files, self._image_size = files, image_size
 
-def _decode(file: Path, size: tuple[int, int]) -> np.ndarray:
-    """Decodes one file; uint8 [height, width, 3]."""
-    try:
-        with Image.open(file) as image:
-            found, mode = image.size, image.mode
-            if found == size and not mode.startswith(("I", "F")):
-                # A palette may hold transparency, which Pillow wants to see kept before it is dropped.
-                return np.asarray((image.convert("RGBA") if mode == "P" else image).convert("RGB"))
-    # Pillow's decoders raise many types.
-    except Exception as error:
-        raise UserError(f"{file} is not a sound image ({error}): replace or remove it") from error
-    if found != size:
-        raise UserError(
-            f"{file} is {found[0]}x{found[1]} pixels where {size[0]}x{size[1]} are expected: "
-            "all images must have one size"
-        )
-    raise UserError(f"{file} has more than 8 bits per channel (Pillow mode {mode}): convert it to 8 bits")
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """See `Reader.read`."""
+        images = np.empty((len(index), *self.shape[1:]), np.uint8)
+        for row, position in enumerate(index):
+            file = self._files[position]
+            image = read_image(file, str(file), _CHANNELS, self._image_size)
+            check_size(str(file), image.shape, self.shape[1:])
+            images[row] = image
+        return images

@@ -8,8 +8,11 @@ tensorflow-datasets is imported inside the functions, so that importing `cskd_ja
 
 import contextlib
 import dataclasses
+import functools
 import io
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from cskd_jax.data.images import MODES, check_size, read_image
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
 from cskd_jax.errors import UserError
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with so many channels.
-_RECORDS_AT_ONCE = 4096  # Read in one go: quicker than one by one, without holding all of them twice.
+_RECORDS_AT_ONCE = 4096  # Read in one go: quicker than one by one, without holding all of them encoded.
 _INSTALL = "pip install 'cskd_jax[tf]'"
 
 
@@ -74,18 +77,24 @@ class ArraySource:
 
 
 def load_own(
-    source: ArraySource, *, data_dir: str | None, path: str | None, train_examples: int | None
+    source: ArraySource,
+    *,
+    data_dir: str | None,
+    path: str | None,
+    train_examples: int | None,
+    image_size: int | None,
 ) -> ImageDataset:
-    """Loads a data set of ours, preparing it first where that has not been done.
+    """Opens a data set of ours, preparing it first where that has not been done.
 
     Args:
       source: The data set.
       data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
       path: Must be None: it is an argument of image_folder.
       train_examples: See `balanced_indices`.
+      image_size: See `images.read_image`.
 
     Returns:
-      The data set, in source order.
+      The data set, in source order, with readers of its images.
 
     Raises:
       UserError: The source cannot be had or is damaged, or the folder cannot be written.
@@ -100,13 +109,19 @@ def load_own(
         del builder.content
         # Built anew, because the files may be those of another process that was faster.
         builder = builder_class(data_dir=data_dir)
-    return load_prepared(builder, source.name, train_examples)
+    return load_prepared(builder, source.name, train_examples, image_size)
 
 
 def load_named(
-    name: str, *, table: Sequence[str], data_dir: str | None, path: str | None, train_examples: int | None
+    name: str,
+    *,
+    table: Sequence[str],
+    data_dir: str | None,
+    path: str | None,
+    train_examples: int | None,
+    image_size: int | None,
 ) -> ImageDataset:
-    """Loads any data set that tensorflow-datasets knows or finds prepared under `data_dir`.
+    """Opens any data set that tensorflow-datasets knows or finds prepared under `data_dir`.
 
     Args:
       name: The tensorflow-datasets name, with its configuration and version if need be ("name/config:1.0.0").
@@ -114,13 +129,14 @@ def load_named(
       data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
       path: Must be None: it is an argument of image_folder.
       train_examples: See `balanced_indices`.
+      image_size: See `images.read_image`.
 
     Returns:
-      The data set, in the order of its files.
+      See `load_prepared`.
 
     Raises:
       UserError: The name is unknown, TensorFlow is needed and not installed, the preparation failed, or the data
-        set is not one of labelled images of one size with the splits train and test (or validation).
+        set is not one of labelled images with the splits train and test (or validation).
     """
     import tensorflow_datasets as tfds
 
@@ -136,19 +152,21 @@ def load_named(
         _require_tensorflow(f"data set '{name}' is not prepared in {builder.data_dir}, and preparing it")
         _prepare(builder)
         builder = tfds.builder(name, data_dir=data_dir)
-    return load_prepared(builder, name, train_examples)
+    return load_prepared(builder, name, train_examples, image_size)
 
 
-def load_prepared(builder: Any, name: str, train_examples: int | None) -> ImageDataset:
-    """Reads the splits train and test (or validation) of a prepared builder into memory.
+def load_prepared(builder: Any, name: str, train_examples: int | None, image_size: int | None) -> ImageDataset:
+    """Opens the splits train and test (or validation) of a prepared builder.
 
     Args:
       builder: A `tfds.core.DatasetBuilder` whose files are prepared.
       name: The name of the data set, for the result and for messages.
       train_examples: See `balanced_indices`.
+      image_size: See `images.read_image`; None: all images must have the size of the first.
 
     Returns:
-      The data set, in the order of its files.
+      The data set, in the order of its files. Its images are readers; those prepared as tfrecord, which can only be
+      read from front to back, are arrays.
 
     Raises:
       UserError: See `load_named`.
@@ -159,14 +177,163 @@ def load_prepared(builder: Any, name: str, train_examples: int | None) -> ImageD
     if "train" not in splits or test_name not in splits:
         raise UserError(f"data set '{name}' needs the splits train and test (or validation): it has {sorted(splits)}")
     categories = tuple(builder.info.features["label"].names)
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" in formats:
+        records = {split: ArrayRecords(builder.data_dir, split) for split in ("train", test_name)}
+    elif "tfrecord" in formats:
+        _require_tensorflow(f"data set '{name}' is prepared as tfrecord in {builder.data_dir}, and reading it")
+        records = {split: TfRecords(builder, split) for split in ("train", test_name)}
+    else:
+        raise UserError(f"{builder.data_dir} is prepared as {sorted(formats)}: allowed are array_record and tfrecord")
+    labels = {split: _labels(source, name) for split, source in records.items()}
+    chosen = {
+        "train": balanced_indices(labels["train"], categories, train_examples),
+        test_name: np.arange(len(labels[test_name])),
+    }
     channels = builder.info.features["image"].shape[-1]
-    encoded, labels = _read_encoded(builder, name, "train")
-    chosen = balanced_indices(labels, categories, train_examples)
-    encoded = [encoded[index] for index in chosen]
-    train_images = _decode(encoded, channels, None, f"data set '{name}', split train")
-    encoded, test_labels = _read_encoded(builder, name, test_name)
-    test_images = _decode(encoded, channels, train_images.shape[1:], f"data set '{name}', split {test_name}")
-    return ImageDataset(name, Split(train_images, labels[chosen]), Split(test_images, test_labels), categories)
+    image_shape, opened = None, []
+    for split, source in records.items():
+        where = f"data set '{name}', split {split}"
+        reader = RecordImages(source, chosen[split], where, channels, image_size, image_shape)
+        image_shape = reader.shape[1:]
+        images = reader if isinstance(source, ArrayRecords) else reader.read(np.arange(len(chosen[split])))
+        opened.append(Split(images, labels[split][chosen[split]]))
+    return ImageDataset(name, *opened, categories)
+
+
+class ArrayRecords:
+    """The records of a split that is prepared as array_record, read at random and without TensorFlow.
+
+    Args:
+      directory: Of the prepared data set.
+      split: One of its splits.
+    """
+
+    def __init__(self, directory: str, split: str):
+        self.directory, self.split = directory, split
+
+    def labels(self) -> np.ndarray:
+        """int32 [N]; kept in a file beside the records, because to read through all of them may take long."""
+        path = Path(self.directory) / f"labels-{self.split}.npy"
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            labels = np.load(path)
+            if labels.shape == (len(self._source),):
+                return labels
+        labels = np.array([label for _, label in self.examples(range(len(self._source)))], np.int32)
+        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as file:
+            np.save(file, labels)
+            file.flush()
+            os.link(file.name, path)  # Whole or not at all; an older one that does not fit stays, and is not used.
+        return labels
+
+    def examples(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+        """Yields (encoded image, label) of the records at `indices`."""
+        import tensorflow_datasets as tfds
+
+        with _unreadable(self.directory, self.split):
+            for start in range(0, len(indices), _RECORDS_AT_ONCE):
+                for record in self._source.__getitems__(indices[start : start + _RECORDS_AT_ONCE]):
+                    example = self._fields.deserialize_example_np(
+                        record, decoders={"image": tfds.decode.SkipDecoding()}
+                    )
+                    if example["image"] is None or example["label"] is None:
+                        raise ValueError("a record is empty")  # So array_record reads some truncated files.
+                    yield example["image"], example["label"]
+
+    def __getstate__(self):
+        return {"directory": self.directory, "split": self.split}
+
+    @functools.cached_property
+    def _builder(self):
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(self.directory)
+
+    @functools.cached_property
+    def _source(self):
+        import tensorflow_datasets as tfds
+
+        return self._builder.as_data_source(
+            self.split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+
+    @functools.cached_property
+    def _fields(self):
+        import tensorflow_datasets as tfds
+
+        # Parsing only the two features that are used, and decoding the images here, is twice as fast as the default.
+        return tfds.features.FeaturesDict({key: self._builder.info.features[key] for key in ("image", "label")})
+
+
+class TfRecords:
+    """The records of a split that is prepared as tfrecord, read once through TensorFlow and kept, encoded."""
+
+    def __init__(self, builder: Any, split: str):
+        import tensorflow_datasets as tfds
+
+        dataset = builder.as_dataset(
+            split=split,
+            decoders=tfds.decode.PartialDecoding(
+                {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
+            ),
+            read_config=tfds.ReadConfig(interleave_cycle_length=1),  # One file after the other: the files' order.
+        )
+        self.directory, self.split = builder.data_dir, split
+        with _unreadable(self.directory, split):
+            self._examples = [(example["image"], example["label"]) for example in tfds.as_numpy(dataset)]
+
+    def labels(self) -> np.ndarray:
+        """int32 [N]."""
+        return np.array([label for _, label in self._examples], np.int32)
+
+    def examples(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+        """Yields (encoded image, label) of the records at `indices`."""
+        return (self._examples[index] for index in indices)
+
+
+class RecordImages:
+    """Reads the images of records; see `images.Reader`.
+
+    Args:
+      records: Of a split.
+      chosen: The positions of the examples in the split.
+      where: What is read, for messages.
+      channels: 1, 3 or 4, to which images are converted.
+      image_size: See `images.read_image`.
+      image_shape: (H, W, C) that all must have; None is that of the first one.
+    """
+
+    def __init__(
+        self,
+        records: ArrayRecords | TfRecords,
+        chosen: np.ndarray,
+        where: str,
+        channels: int,
+        image_size: int | None,
+        image_shape: tuple[int, int, int] | None,
+    ):
+        self._records, self._chosen, self._where = records, chosen, where
+        self._channels, self._image_size = channels, image_size
+        if image_shape is None:
+            image_shape = next(self._images(chosen[:1]))[1].shape
+        self.shape = (len(chosen), *image_shape)
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """See `images.Reader.read`.
+
+        A plain loop: small images are decoded so quickly (10,000 a second) that threads only wait for each other.
+        """
+        images = np.empty((len(index), *self.shape[1:]), np.uint8)
+        for row, (name, image) in enumerate(self._images(self._chosen[index])):
+            check_size(name, image.shape, self.shape[1:])
+            images[row] = image
+        return images
+
+    def _images(self, positions):
+        positions = positions.tolist()
+        for position, (encoded, _) in zip(positions, self._records.examples(positions), strict=True):
+            name = f"{self._where}: example {position}"
+            yield name, read_image(io.BytesIO(encoded), name, self._channels, self._image_size)
 
 
 def refuse_path(name: str, path: str | None) -> None:
@@ -206,12 +373,18 @@ def _builder_class(source: ArraySource) -> type:
         def _generate_examples(self, split_name, split):
             for index, image in enumerate(split.images):
                 if isinstance(image, np.ndarray):
-                    # A Pillow image, because tensorflow-datasets encodes an array with TensorFlow.
-                    image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+                    image = _encode(image)
                 labels = {key: int(values[index]) for key, values in split.labels.items()}
                 yield index, {"id": f"{split_name}_{index:05d}", "image": image, **labels}
 
     return ArrayBuilder
+
+
+def _encode(image: np.ndarray) -> bytes:
+    """A PNG file; tensorflow-datasets would use TensorFlow, and a compression that takes four times as long."""
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
@@ -278,105 +451,33 @@ def _check_features(builder: Any, name: str) -> None:
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         has = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(found.items())) or "none by name"
         raise UserError(f"data set '{name}' needs the features image (Image) and label (ClassLabel): it has {has}")
-    if image.np_dtype != np.uint8 or len(image.shape) != 3 or image.shape[-1] not in _MODES:
+    if image.np_dtype != np.uint8 or len(image.shape) != 3 or image.shape[-1] not in MODES:
         raise UserError(
             f"data set '{name}' needs uint8 images with 1, 3 or 4 channels: "
             f"it has {np.dtype(image.np_dtype).name} images of shape {image.shape}"
         )
 
 
-def _read_encoded(builder: Any, name: str, split: str) -> tuple[list[bytes], np.ndarray]:
-    """Returns the encoded images of a split and its labels, int32 [N]."""
-    formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if "array_record" in formats:
-        examples = _array_record_examples(builder, split)
-    elif "tfrecord" in formats:
-        _require_tensorflow(f"data set '{name}' is prepared as tfrecord in {builder.data_dir}, and reading it")
-        examples = _tfrecord_examples(builder, split)
-    else:
-        raise UserError(f"{builder.data_dir} is prepared as {sorted(formats)}: allowed are array_record and tfrecord")
-    encoded, labels = [], []
+def _labels(records: ArrayRecords | TfRecords, name: str) -> np.ndarray:
+    """The labels of a split, int32 [N]; UserError if there are none."""
+    labels = records.labels()
+    if not len(labels) or labels.min() < 0:
+        raise UserError(f"data set '{name}' has no examples or unlabelled ones in its split {records.split}")
+    return labels
+
+
+@contextlib.contextmanager
+def _unreadable(directory: str, split: str) -> Iterator[None]:
+    """Turns what the readers raise into UserError."""
     try:
-        for example in examples:
-            if example["image"] is None or example["label"] is None:
-                raise ValueError(f"record {len(labels)} is empty")  # So array_record reads some truncated files.
-            encoded.append(example["image"])
-            labels.append(example["label"])
-    # The readers are C++ libraries that raise RuntimeError, ValueError, IndexError or errors of TensorFlow's own.
+        yield
+    except UserError:
+        raise
+    # They are C++ libraries that raise RuntimeError, ValueError, IndexError or errors of TensorFlow's own.
     except Exception as error:
         raise UserError(
-            f"cannot read split {split} in {builder.data_dir}: {_one_line(error)}; remove the folder to prepare it anew"
+            f"cannot read split {split} in {directory}: {_one_line(error)}; remove the folder to prepare it anew"
         ) from error
-    labels = np.asarray(labels, np.int32)
-    if not encoded or labels.min() < 0:
-        raise UserError(f"data set '{name}' has no examples or unlabelled ones in its split {split}")
-    return encoded, labels
-
-
-def _array_record_examples(builder: Any, split: str) -> Iterator[Mapping[str, Any]]:
-    """Yields {image: encoded bytes, label: int} without TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    source = builder.as_data_source(
-        split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-    # Parsing only the two features that are used, and decoding the images here, is twice as fast as the default.
-    fields = tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("image", "label")})
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    for start in range(0, len(source), _RECORDS_AT_ONCE):
-        for record in source.__getitems__(range(start, min(start + _RECORDS_AT_ONCE, len(source)))):
-            yield fields.deserialize_example_np(record, decoders=decoders)
-
-
-def _tfrecord_examples(builder: Any, split: str) -> Iterable[Mapping[str, Any]]:
-    """Returns an iterable of {image: encoded bytes, label: int} that reads through TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    dataset = builder.as_dataset(
-        split=split,
-        decoders=tfds.decode.PartialDecoding(
-            {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
-        ),
-        read_config=tfds.ReadConfig(interleave_cycle_length=1),  # One file after the other: the order of the files.
-    )
-    return tfds.as_numpy(dataset)
-
-
-def _decode(encoded: list[bytes], channels: int, expected: tuple[int, int, int] | None, where: str) -> np.ndarray:
-    """Decodes images of one shape.
-
-    A plain loop: small images are decoded so quickly (10,000 a second) that threads only wait for each other.
-
-    Args:
-      encoded: N encoded images; emptied on the way, so that memory holds an image encoded or decoded, not both.
-      channels: 1, 3 or 4, to which images are converted.
-      expected: The shape that all must have; None is that of the first one.
-      where: What is decoded, for messages.
-
-    Returns:
-      uint8 [N, H, W, channels].
-    """
-    count = len(encoded)
-    images = None if expected is None else np.empty((count, *expected), np.uint8)
-    encoded.reverse()
-    for index in range(count):
-        data = encoded.pop()
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                converted = image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
-                pixels = np.asarray(converted).reshape(image.height, image.width, channels)
-        # Pillow's decoders raise many types.
-        except Exception as error:
-            raise UserError(f"{where}: example {index} is not a sound image ({_one_line(error)})") from error
-        if images is None:
-            images = np.empty((count, *pixels.shape), np.uint8)
-        if pixels.shape != images.shape[1:]:
-            raise UserError(
-                f"{where}: example {index} is {_size(pixels.shape)} pixels where {_size(images.shape[1:])} are "
-                "expected: all images must have one size"
-            )
-        images[index] = pixels
-    return images
 
 
 def _require_tensorflow(what: str) -> None:
@@ -391,10 +492,6 @@ def _require_tensorflow(what: str) -> None:
 
 def _root(data_dir: str | None) -> str:
     return data_dir or "the default data_dir"
-
-
-def _size(shape: Sequence[int]) -> str:
-    return f"{shape[1]}x{shape[0]}"
 
 
 def _one_line(error: BaseException) -> str:

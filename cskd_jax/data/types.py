@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cskd_jax.data.images import Reader
+from cskd_jax.data.streaming import ImageStream
 from cskd_jax.errors import UserError
 
 
@@ -13,18 +15,19 @@ class Split(NamedTuple):
     """Images and their labels.
 
     Attributes:
-      images: uint8 [N, H, W, C].
+      images: uint8 [N, H, W, C]: an array, what decodes them when they are asked for (`images.Reader`), or, once it is
+        loaded, a stream of them (`streaming.ImageStream`).
       labels: int32 [N], indices into the categories of the data set; or, where an image has any number of categories
         (multi-label), float32 [N, K], 1 for each category of an image and 0 for the others.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Reader | ImageStream
     labels: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageDataset:
-    """A classification data set, decoded and held in memory.
+    """A classification data set.
 
     Attributes:
       name: The name that it was loaded by.

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cskd_jax.data import archives, cub200, load_dataset
+from cskd_jax.data.images import middle_square
 from cskd_jax.errors import UserError
 from tests.archive_files import photograph, write_tar
 
@@ -59,7 +60,7 @@ def test_prepared(prepared):
         np.testing.assert_array_equal(split.labels, np.arange(200))
         for label in range(200):
             with Image.open(io.BytesIO(MEMBERS[f"{ROOT}images/{image_files()[2 * label + number]}"])) as image:
-                np.testing.assert_array_equal(split.images[label], cub200.middle_square(image))
+                np.testing.assert_array_equal(split.images[label], middle_square(image.convert("RGB"), 224))
     assert (folder / "cub200" / "1.0.0" / "dataset_info.json").is_file()
 
 
@@ -78,29 +79,6 @@ def test_the_same_when_prepared_twice(tmp_path, prepared, no_network):
         for split in ("train", "test"):
             for one, two in zip(getattr(first, split), getattr(other, split), strict=True):
                 np.testing.assert_array_equal(one, two)
-
-
-@pytest.mark.parametrize("size", [(512, 256), (256, 384), (500, 333), (224, 224), (1, 3)])
-def test_middle_square(size):
-    """Columns and rows that count up stay in order, and the middle stays the middle."""
-    width, height = size
-    ramp = np.zeros((height, width, 3), np.uint8)
-    ramp[..., 0] = np.rint(np.linspace(0, 255, width))
-    ramp[..., 1] = np.rint(np.linspace(0, 255, height))[:, None]
-    square = cub200.middle_square(Image.fromarray(ramp)).astype(int)
-    assert square.shape == (224, 224, 3)
-    for axis, channel, side in ((1, 0, width), (0, 1, height)):
-        assert (np.diff(square[..., channel], axis=axis) >= 0).all()
-        first, last = square[..., channel].min(), square[..., channel].max()
-        if min(size) > 3:
-            assert abs(first + last - 255) <= 2
-            # The part of the side that is seen: 224 of 256 resized pixels of the shorter one.
-            assert (last - first) / 255 == pytest.approx(224 / 256 * min(size) / side, abs=0.02)
-
-
-def test_middle_square_copies_the_middle_of_an_image_of_the_right_size():
-    pixels = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
-    np.testing.assert_array_equal(cub200.middle_square(Image.fromarray(pixels)), pixels[16:240, 38:262])
 
 
 def test_another_checksum_is_accepted_with_a_warning(tmp_path, caplog):

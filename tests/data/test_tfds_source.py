@@ -142,13 +142,13 @@ def test_sixteen_bit_images(tmp_path):
 
 def test_mixed_sizes_in_one_split(tmp_path):
     rows = [*examples(2), *examples(1, size=(5, 4))]
-    write(tmp_path, {"train": rows, "test": examples(1)}, shape=(None, None, 3))
+    write(tmp_path, {"train": rows, "test": examples(2)}, shape=(None, None, 3))
     with pytest.raises(UserError, match="'shapes', split train: example 2 is 5x4 pixels where 6x4 are expected"):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
 def test_mixed_sizes_between_splits(tmp_path):
-    write(tmp_path, {"train": examples(2), "test": examples(1, size=(6, 7))}, shape=(None, None, 3))
+    write(tmp_path, {"train": examples(2), "test": examples(2, size=(6, 7))}, shape=(None, None, 3))
     with pytest.raises(UserError, match="'shapes', split test: example 0 is 6x7 pixels where 6x4 are expected"):
         load_dataset("shapes", data_dir=str(tmp_path))
 
@@ -160,13 +160,13 @@ def test_unlabelled_test_split(tmp_path):
 
 
 def test_record_that_is_no_image(tmp_path):
-    write(tmp_path, {"train": [*examples(1), {"image": b"nonsense", "label": 0}], "test": examples(1)})
+    write(tmp_path, {"train": [*examples(1), {"image": b"nonsense", "label": 1}], "test": examples(2)})
     with pytest.raises(UserError, match="'shapes', split train: example 1 is not a sound image"):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
 def test_truncated_record_file(tmp_path):
-    folder = write(tmp_path, {"train": examples(200), "test": examples(1)})
+    folder = write(tmp_path, {"train": examples(200), "test": examples(2)})
     (file,) = folder.glob("*train*")
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(
