@@ -57,13 +57,15 @@ def digits_dir(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def small_run(digits_dir) -> list[str]:
-    """Arguments of a run that takes seconds: digits, 160 images, the narrowest networks, 1 + 3 epochs of 3 steps."""
+    """Arguments of a run that takes seconds: digits, 160 images, small networks, 1 + 3 epochs of 3 steps."""
     return [
         f"--config={ROOT}/configs/digits.py",
         f"--config.dataset.data_dir={digits_dir}",
         "--config.dataset.train_examples=160",
-        "--config.teacher.width=0.0625",
-        "--config.student.width=0.0625",
+        "--config.teacher.name=resnet8",
+        "--config.teacher.width=0.25",
+        "--config.student.name=resnet8",
+        "--config.student.width=0.25",
         "--config.teacher.epochs=1",
         "--config.epochs=3",
     ]

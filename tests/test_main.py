@@ -186,7 +186,7 @@ BAD_INPUT = {
     ),
     "teacher does not fit": (
         ["--config.teacher.checkpoint={done}/teacher", "--config.teacher.width=0.125"],
-        ["0.0625", "0.125"],
+        ["0.25", "0.125"],
         None,
     ),
     "unknown variant": (["--config.losses.category_structure.variant=papr"], ["papr", "reference", "paper"], None),

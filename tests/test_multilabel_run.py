@@ -17,7 +17,14 @@ from cskd_jax.losses import LOSSES
 from cskd_jax.train import GivenTeacher
 from tests.conftest import ROOT
 
-SMALL = ["--config.dataset.train_examples=128", "--config.teacher.width=0.0625", "--config.teacher.epochs=1"]
+SMALL = [
+    "--config.dataset.train_examples=128",
+    "--config.teacher.name=resnet8",
+    "--config.teacher.width=0.25",
+    "--config.teacher.epochs=1",
+    "--config.student.name=resnet8",
+    "--config.student.width=0.25",
+]
 
 
 def get_config(recipe):
