@@ -12,7 +12,7 @@ LAYERS = (
     ("main",),
     ("train",),
     ("loop",),
-    ("config", "steps"),
+    ("config", "interop", "steps"),
     ("checkpoint", "data", "logging", "optim", "parallel", "signals", "state"),
     ("metrics", "objective"),
     ("losses", "models"),
