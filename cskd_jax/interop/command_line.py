@@ -34,6 +34,12 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def numbers(kind: type, low: float, high: float) -> Callable[[str], list[float]]:
+    """Parses ints or floats from `low` to `high` with commas between them."""
+    parse = number(kind, low, high)
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
 def check_new(folder: pathlib.Path) -> None:
     """Raises UserError if there is something at `folder` already: nothing is overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,4 +1,4 @@
-"""Writes a trained network for PyTorch and for programs that have jax alone.
+"""Writes a trained network for PyTorch and for programs that have jax alone (and flatbuffers, which jax.export needs).
 
 python -m cskd_jax.interop.export WORKDIR --out=DIR [--network=teacher]
 
@@ -8,7 +8,7 @@ WORKDIR is the folder of a run, or of an imported network. DIR then holds
   the network as torchvision, the released code or the field's comparison tables define it. That network takes images
   [B, C, H, W] that are scaled to [0, 1] and normalized by the mean and deviation of network.json;
 - network.jax_export: the network in evaluation mode, normalization included, from uint8 images [B, H, W, C] of any
-  number B to logits [B, number of categories]. With jax alone:
+  number B to logits [B, number of categories]. In an environment with jax and flatbuffers, nothing else:
       network = jax.export.deserialize(bytearray(open(PATH, "rb").read()))
       logits = network.call(images)
 - network.json: name, width, categories in the order of the logits, size of the images, mean and deviation.
@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from cskd_jax.errors import UserError, run_command
-from cskd_jax.interop.command_line import Parser, check_new, number
+from cskd_jax.interop.command_line import Parser, check_new, numbers
 
 WEIGHTS, FUNCTION, DESCRIPTION = "weights.safetensors", "network.jax_export", "network.json"
 # What the function runs on, wherever it is exported.
@@ -38,9 +38,10 @@ def _parse(argv):
     parser.add_argument("--network", choices=("student", "teacher"), default="student", help="default: student")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="new folder")
     images = parser.add_argument_group("images", "of an imported network, which does not know them")
-    images.add_argument("--image_size", type=number(int, 1, 10**5), nargs=2, metavar=("HEIGHT", "WIDTH"))
-    images.add_argument("--mean", type=number(float, -1e6, 1e6), nargs="+", help="per channel, of pixels in [0, 1]")
-    images.add_argument("--std", type=number(float, 1e-6, 1e6), nargs="+", help="per channel, of pixels in [0, 1]")
+    images.add_argument("--size", type=numbers(int, 1, 10**5), metavar="HEIGHT,WIDTH", help="in pixels")
+    channels = {"metavar": "X,...", "help": "per channel, or one for all, of pixels in [0, 1]"}
+    images.add_argument("--mean", type=numbers(float, -1e6, 1e6), **channels)
+    images.add_argument("--std", type=numbers(float, 1e-6, 1e6), **channels)
     return parser.parse_args(argv[1:])
 
 
@@ -71,7 +72,7 @@ def _run(argv):
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     # What reads such files for PyTorch wants to be told that they are meant for it.
-    safetensors.numpy.save_file(state_dict, arguments.out / WEIGHTS, metadata={"format": "pt"})
+    (arguments.out / WEIGHTS).write_bytes(safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
     (arguments.out / FUNCTION).write_bytes(function)
     (arguments.out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     trained = "" if record["finished"] else ", not trained to its end"
@@ -84,17 +85,17 @@ def _run(argv):
 
 def _images(arguments, record) -> dict[str, Any]:
     """{"size", "mean", "std"} of the images, as trained on or as given."""
-    given = {"size": arguments.image_size, "mean": arguments.mean, "std": arguments.std}
+    given = {"size": arguments.size, "mean": arguments.mean, "std": arguments.std}
     if "images" in record:
         wrong = [name for name, value in given.items() if value is not None]
         if wrong:
-            raise UserError(f"{arguments.workdir} knows the images it was trained on: leave {', '.join(wrong)} out")
+            raise UserError(f"{arguments.workdir} knows the images it was trained on: leave --{', --'.join(wrong)} out")
         return record["images"]
     if None in given.values():
-        raise UserError(f"{arguments.workdir} does not know its images: give --image_size, --mean and --std")
-    for name in ("mean", "std"):
-        if len(given[name]) not in (1, record["channels"]):
-            raise UserError(f"--{name} has {len(given[name])} values, the network takes {record['channels']} channels")
+        raise UserError(f"{arguments.workdir} does not know its images: give --size, --mean and --std")
+    for name, allowed in (("size", (2,)), ("mean", (1, record["channels"])), ("std", (1, record["channels"]))):
+        if len(given[name]) not in allowed:
+            raise UserError(f"--{name} has {len(given[name])} values; it must have {' or '.join(map(str, allowed))}")
     return given
 
 
