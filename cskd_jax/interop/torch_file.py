@@ -6,7 +6,9 @@ holds before anything is read.
 """
 
 import io
+import math
 import pathlib
+import pickle
 import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -128,6 +130,8 @@ def _read_pickles(data: bytes) -> tuple[Any, Callable[[Storage], bytes]]:
 
     Five pickles: a number, a version, the byte order, the content, the keys of the storages. Then the storages.
     """
+    if not data.startswith(pickle.PROTO):
+        raise UserError("is neither an archive nor a pickle: torch.save did not write it")
     stream = io.BytesIO(data)
     magic, _ = unpickle.load(stream)
     if magic != _MAGIC:
@@ -214,16 +218,16 @@ def _arrays(tensors: dict[str, Tensor], read: Callable[[Storage], bytes]) -> dic
     arrays = {}
     for name, tensor in tensors.items():
         dtype, data = _dtype(tensor.storage), read(tensor.storage)
-        sizes = zip(tensor.shape, tensor.strides, strict=False)
-        end = tensor.offset + 1 + sum((size - 1) * stride for size, stride in sizes)
         if len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > 8:
             raise UserError(f"{shown(name)} has {len(tensor.shape)} sizes and {len(tensor.strides)} strides")
-        if 0 in tensor.shape or end * dtype.itemsize > len(data):
-            raise UserError(
-                f"{shown(name)} of shape {tensor.shape} reaches beyond the {len(data)} bytes of its storage"
-            )
+        # Along an axis of size 1 nothing is ever stepped, whatever the stride.
+        strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.strides, strict=True)]
+        steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+        needed = max(math.prod(tensor.shape), tensor.offset + steps + 1) * dtype.itemsize
+        if 0 in tensor.shape or needed > len(data):
+            raise UserError(f"{shown(name)} of shape {tensor.shape} does not fit the {len(data)} bytes of its storage")
         values = np.frombuffer(data, dtype, count=len(data) // dtype.itemsize)[tensor.offset :]
-        strides = tuple(dtype.itemsize * stride for stride in tensor.strides)
+        strides = tuple(dtype.itemsize * stride for stride in strides)
         arrays[name] = np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
     return arrays
 

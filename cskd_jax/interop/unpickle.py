@@ -117,12 +117,12 @@ class TorchUnpickler(pickle.Unpickler):
         self.storages[key] = storage
         return storage
 
-    @staticmethod
-    def _dictionary(*_):
+    # Methods, because a pickle can set attributes of what it gets, but none of a method.
+
+    def _dictionary(self, *_):
         return {}
 
-    @staticmethod
-    def _tensor(storage, offset, shape, strides, *_):
+    def _tensor(self, storage, offset, shape, strides, *_):
         if not isinstance(storage, Storage):
             raise UserError("holds a tensor without a storage")
         numbers = (storage.start, offset, *shape, *strides)
@@ -130,8 +130,7 @@ class TorchUnpickler(pickle.Unpickler):
             raise UserError("holds a tensor whose sizes are no sizes")
         return Tensor(storage, storage.start + offset, tuple(shape), tuple(strides))
 
-    @staticmethod
-    def _parameter(tensor, *_):
+    def _parameter(self, tensor, *_):
         return tensor
 
 
