@@ -6,11 +6,10 @@ pickled network gives its tensors although its code is nowhere.
 """
 
 import collections
-import dataclasses
 import io
 import pickle
 import pickletools
-from typing import Any
+from typing import Any, NamedTuple
 
 from cskd_jax.errors import UserError
 
@@ -21,6 +20,7 @@ _MAX_TUPLES = 30_000
 # Called by harmless files, with a result that nothing here reads: a Placeholder stands for it.
 _INERT_CALLS = (
     "torch.device",
+    "torch.nn.backends.thnn._get_thnn_function_backend",  # in every module before 1.2
     "functools.partial",
     "_codecs.encode",
     "numpy.dtype",
@@ -28,8 +28,10 @@ _INERT_CALLS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Storage:
+# Tuples, because a pickle can change whatever has attributes or a state, but no tuple.
+
+
+class Storage(NamedTuple):
     """Where the values of tensors lie.
 
     Attributes:
@@ -45,8 +47,7 @@ class Storage:
     start: int = 0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A tensor whose values are not read yet; offset and strides in values."""
 
     storage: Storage
@@ -93,6 +94,7 @@ class TorchUnpickler(pickle.Unpickler):
             "torch.Size": tuple,
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch.nn.parameter.Parameter": self._parameter,
             "torch._utils._rebuild_parameter": self._parameter,
             "torch._utils._rebuild_parameter_with_state": self._parameter,
         }

@@ -19,7 +19,18 @@ from cskd_jax.interop.torch_file import read_state_dict
 from cskd_jax.models import create_model
 from tests.interop import torch_files
 from tests.interop.test_names import random_variables
-from tests.interop.torch_files import Call, Global, Instance, Outside, Raw, network, pickled, write_pickles, write_zip
+from tests.interop.torch_files import (
+    Call,
+    Global,
+    Instance,
+    Outside,
+    Raw,
+    network,
+    operations,
+    pickled,
+    write_pickles,
+    write_zip,
+)
 
 MODULE = create_model("resnet8", num_classes=7, width=0.25)
 
@@ -175,7 +186,7 @@ def _flip(path):
 
 def _zip_bomb(path, arrays, _):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(200_000_000))
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
 
 
 def _overlapping_zip(path, arrays, _):
@@ -238,6 +249,12 @@ BAD_FILES = {
     "defaults for an allowed function": (
         _content(lambda t, c: {**t, "x": Raw(b"ctorch._utils\n_rebuild_parameter\nN}U\x0c__defaults__)s\x86b")}),
         ["no sound pickle", "__defaults__"],
+    ),
+    "state for a tensor": (
+        _content(
+            lambda t, c: {**t, "fc.bias": Raw(operations(t["fc.bias"]) + operations([None, -1000, (7,), (1,)]) + b"b")}
+        ),
+        ["no sound pickle"],
     ),
     "tensor beyond its storage": (_content(_with("fc.bias", offset=4)), ["fc.bias", "does not fit the 28 bytes"]),
     "tensor before its storage": (_content(_with("fc.bias", offset=-1)), ["no sizes"]),

@@ -42,19 +42,20 @@ class Raw(NamedTuple):
 
 def pickled(value):
     """The pickle of protocol 2 of a value made of the classes above and of Python's own."""
-    return b"\x80\x02" + _operations(value) + b"."
+    return b"\x80\x02" + operations(value) + b"."
 
 
-def _operations(value):
+def operations(value):
+    """Those that put a value onto the stack."""
     match value:
         case Raw(code):
             return code
         case Global(module, name):
             return f"c{module}\n{name}\n".encode()
         case Call(function, arguments):
-            return _operations(function) + _sequence(arguments) + b"R"
+            return operations(function) + _sequence(arguments) + b"R"
         case Instance(kind, state):
-            return _operations(kind) + b")\x81" + _operations(state) + b"b"
+            return operations(kind) + b")\x81" + operations(state) + b"b"
         case Outside(key):
             return _sequence(key) + b"Q"
         case None | bool():
@@ -69,13 +70,13 @@ def _operations(value):
         case tuple():
             return _sequence(value)
         case list():
-            return b"](" + b"".join(map(_operations, value)) + b"e"
+            return b"](" + b"".join(map(operations, value)) + b"e"
         case dict():
-            return b"}(" + b"".join(map(_operations, (part for item in value.items() for part in item))) + b"u"
+            return b"}(" + b"".join(map(operations, (part for item in value.items() for part in item))) + b"u"
 
 
 def _sequence(values):
-    return b"(" + b"".join(map(_operations, values)) + b"t"
+    return b"(" + b"".join(map(operations, values)) + b"t"
 
 
 ORDERED = Global("collections", "OrderedDict")
@@ -116,9 +117,11 @@ def network(tensors):
             own[name] = value
     buffers = {name: value for name, value in own.items() if name.startswith(("running", "num_batches"))}
     rebuild = Global("torch._utils", "_rebuild_parameter")
+    backend = Call(Global("torch.nn.backends.thnn", "_get_thnn_function_backend"), ())  # as before version 1.2
     parameters = {name: Call(rebuild, (own[name], True, ordered({}))) for name in own.keys() - buffers.keys()}
     state = {
         "training": False,
+        "_backend": backend,
         "_parameters": ordered({**parameters, "not_there": None}),
         "_buffers": ordered(buffers),
         "_non_persistent_buffers_set": Call(Global("__builtin__", "set"), ([],)),
