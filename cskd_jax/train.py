@@ -132,7 +132,7 @@ class GivenTeacher:
             )
         ours, theirs = list(dataset.categories), self.record["categories"]
         # An imported teacher may not know their names.
-        number = len(self.variables["params"]["classifier"]["bias"])
+        number = len(self.variables["params"]["classifier"]["bias"] if theirs is None else theirs)
         if number != len(ours) or theirs not in (None, ours):
             names = "" if theirs is None else f" ({', '.join(theirs[:3])}, ...)"
             raise UserError(

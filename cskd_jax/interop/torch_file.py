@@ -49,8 +49,8 @@ _SAFETENSORS_DTYPES = {
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 # A network that holds itself would have no end.
 _MAX_MODULES = 20_000
-# Wrappers that put the network into an attribute of theirs: DataParallel, torch.compile.
-_WRAPPERS = ("module.", "_orig_mod.")
+# Wrappers that put the network into an attribute of theirs, one into the other: torch.compile, DataParallel.
+_WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 
 
 def read_state_dict(path: pathlib.Path, key: str | None = None) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.interop import export, import_torch
 from cskd_jax.models import create_model
 from cskd_jax.train import GivenTeacher
-from tests.interop.torch_files import flattened
+from tests.torch_files import assert_same_variables
 
 TEACHER = ["--model=resnet18", "--width=0.0625", "--num_classes=10", "--channels=1"]
 
@@ -74,10 +74,7 @@ print("equal")
 
 
 def test_out_and_in_is_the_identity(returned, done):
-    ours, theirs = (flattened(load_variables(str(path))[0]) for path in (done / "teacher", returned))
-    assert ours.keys() == theirs.keys()
-    for path, array in ours.items():
-        np.testing.assert_array_equal(theirs[path], array, err_msg=path)
+    assert_same_variables(load_variables(str(returned))[0], load_variables(str(done / "teacher"))[0])
 
 
 def test_imported_teacher_is_taken(returned, digits_dir):

@@ -2,7 +2,7 @@
 
 import io
 import json
-import shutil
+import pickle
 import struct
 import tarfile
 import zipfile
@@ -17,9 +17,8 @@ from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.names import to_torch
 from cskd_jax.interop.torch_file import read_state_dict
 from cskd_jax.models import create_model
-from tests.interop import torch_files
-from tests.interop.test_names import random_variables
-from tests.interop.torch_files import (
+from tests import torch_files
+from tests.torch_files import (
     Call,
     Global,
     Instance,
@@ -28,6 +27,7 @@ from tests.interop.torch_files import (
     network,
     operations,
     pickled,
+    random_variables,
     write_pickles,
     write_zip,
 )
@@ -116,10 +116,7 @@ def test_checkpoint_is_written(variables, arrays, tmp_path, capsys):
     assert run(file, tmp_path / "teacher", f"--categories={names}") == 0
     assert "47 tensors used, 0 missing, 10 not needed" in capsys.readouterr().out
     loaded, record = load_variables(str(tmp_path / "teacher"))
-    expected, actual = torch_files.flattened(variables), torch_files.flattened(loaded)
-    assert expected.keys() == actual.keys()
-    for path, array in expected.items():
-        np.testing.assert_array_equal(actual[path], array, err_msg=path)
+    torch_files.assert_same_variables(loaded, variables)
     assert record["network"] == {"name": "resnet8", "width": 0.25}
     assert (record["channels"], record["finished"], record["categories"][6]) == (3, True, "category 6")
     report = json.loads((tmp_path / "teacher" / "import.json").read_text())
@@ -132,7 +129,6 @@ def canary(path):
     return (f"touch {path}",)
 
 
-# name -> (function of (path, arrays, canary) that writes the file, words of the message)
 def _content(make, write=write_zip):
     """Writes what `make` makes of tensors and canary, beside sound storages."""
 
@@ -224,6 +220,7 @@ def _vgg(path, *_):
     safetensors.numpy.save_file(to_torch(module, random_variables(module), 1), path)
 
 
+# name -> (function of (path, arrays, canary) that writes the file, words of the message)
 BAD_FILES = {
     "os.system": (_content(lambda t, c: {"net": t, "x": system(c)}), ["asks to call posix.system"]),
     "os.system, old format": (_content(lambda t, c: {**t, "x": system(c)}, write_pickles), ["posix.system"]),
@@ -331,8 +328,6 @@ def test_bad_file(case, arrays, tmp_path, capsys):
 
 def test_the_canary_sings(tmp_path):
     # What the hostile files ask for leaves a file where it is executed.
-    import pickle
-
     for number, call in enumerate((system, evaluate)):
         pickle.loads(pickled(call(tmp_path / str(number))))
         assert (tmp_path / str(number)).exists()
@@ -373,4 +368,3 @@ def test_bad_arguments(case, arrays, tmp_path, capsys):
 def test_missing_file(tmp_path, capsys):
     assert run(tmp_path / "none.pth", tmp_path / "out") == 2
     assert "No such file" in capsys.readouterr().err
-    shutil.rmtree(tmp_path)

@@ -3,26 +3,17 @@
 import json
 import pathlib
 
-import flax
-import jax
 import numpy as np
 import pytest
 
 from cskd_jax.errors import UserError
 from cskd_jax.interop.names import from_torch, to_torch
 from cskd_jax.models import MODELS, create_model
-from cskd_jax.state import init_network
+from tests.torch_files import assert_same_variables, random_variables
 
 # {model: {name: shape}} of torchvision's networks (resnet*_224, inception_v3; 1000 categories) and of those that the
 # field's comparison tables use (100 categories).
 REFERENCE = json.loads((pathlib.Path(__file__).parent / "torch_names.json").read_text())
-
-
-def random_variables(module):
-    """Variables of a network without compiling it."""
-    shapes, _ = jax.eval_shape(lambda: init_network(module, jax.random.PRNGKey(0), (32, 32, 3)))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.random(leaf.shape, leaf.dtype), shapes)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -31,14 +22,9 @@ def test_out_and_in_is_the_identity(name):
     variables = random_variables(module)
     state_dict = to_torch(module, variables, batches=5)
     back, used, unused = from_torch(module, 3, state_dict)
-    before, after = (flax.traverse_util.flatten_dict(tree) for tree in (variables, back))
-    assert before.keys() == after.keys()
-    for path, array in before.items():
-        assert after[path].dtype == array.dtype
-        np.testing.assert_array_equal(after[path], array, err_msg=str(path))
+    assert_same_variables(back, variables)
     # Nothing is lost on the way out, and what is not needed on the way in is only the count of the batches.
     assert used.keys() | set(unused) == state_dict.keys()
-    assert len(used) == len(before)
     assert {(name.rsplit(".")[-1], int(state_dict[name])) for name in unused} == {("num_batches_tracked", 5)}
     assert all(array.flags.c_contiguous for array in state_dict.values())
 

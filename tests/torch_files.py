@@ -1,10 +1,13 @@
-"""Files as PyTorch writes them, sound and hostile, made without PyTorch."""
+"""Files as PyTorch writes them, sound and hostile, made without PyTorch; and variables to put into them."""
 
 import struct
 import zipfile
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+
+from cskd_jax.state import init_network
 
 
 class Global(NamedTuple):
@@ -150,15 +153,17 @@ def write_pickles(path, content, storages):
     return path
 
 
-def flattened(variables):
-    """Arrays of a tree by path, for comparison."""
-    leaves = {}
-    for collection, tree in variables.items():
-        pending = [((collection,), tree)]
-        while pending:
-            path, node = pending.pop()
-            if isinstance(node, dict):
-                pending += [((*path, name), inner) for name, inner in node.items()]
-            else:
-                leaves["/".join(path)] = np.asarray(node)
-    return leaves
+def random_variables(module):
+    """Variables of a network without compiling it."""
+    shapes, _ = jax.eval_shape(lambda: init_network(module, jax.random.PRNGKey(0), (32, 32, 3)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.random(leaf.shape, leaf.dtype), shapes)
+
+
+def assert_same_variables(actual, expected):
+    """The same names, shapes, types and values."""
+
+    def same(path, ours, theirs):
+        np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path), strict=True)
+
+    jax.tree.map_with_path(same, actual, expected)
