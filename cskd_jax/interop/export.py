@@ -2,7 +2,7 @@
 
 python -m cskd_jax.interop.export WORKDIR --out=DIR [--network=teacher]
 
-WORKDIR is the folder of a run, or of an imported network. DIR then holds
+WORKDIR is the folder of a run, of one of its networks (WORKDIR/teacher), or of an imported one. DIR then holds
 
 - weights.safetensors: the state dict by PyTorch's names, for `load_state_dict(safetensors.torch.load_file(PATH))` of
   the network as torchvision, the released code or the field's comparison tables define it. That network takes images
@@ -51,12 +51,13 @@ def _run(argv):
     # Imported late: mistakes in the command should not wait for everything.
     import safetensors.numpy
 
-    from cskd_jax.checkpoint import load_variables
+    from cskd_jax.checkpoint import FOLDER, load_variables
     from cskd_jax.interop.names import to_torch
     from cskd_jax.models import count_parameters, create_model
 
-    phase = arguments.workdir / arguments.network
-    variables, record = load_variables(str(phase if phase.is_dir() else arguments.workdir))
+    has_phases = not (arguments.workdir / FOLDER).is_dir()
+    path = arguments.workdir / arguments.network if has_phases else arguments.workdir
+    variables, record = load_variables(str(path))
     images = _images(arguments, record)
     classes = len(variables["params"]["classifier"]["bias"])
     module = create_model(**record["network"], num_classes=classes)

@@ -94,6 +94,7 @@ def test_imported_teacher_is_taken(returned, digits_dir):
         (["{done}", "--out={done}"], ["exists already"]),
         (["{done}/none", "--out={out}"], ["no checkpoint in"]),
         (["{done}", "--network=assistant", "--out={out}"], ["--network", "assistant", "student"]),
+        (["{half}", "--out={out}"], ["no checkpoint in", "half/student"]),
         (["{done}", "--mean=0.5", "--out={out}"], ["knows the images", "leave --mean out"]),
         (["{returned}", "--out={out}"], ["does not know its images", "--size"]),
         (["{returned}", "--out={out}", "--size=8,8", "--mean=0.3,0.3", "--std=1"], ["--mean has 2 values", "1"]),
@@ -101,8 +102,11 @@ def test_imported_teacher_is_taken(returned, digits_dir):
     ],
 )
 def test_bad_arguments(arguments, words, done, returned, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert export.main(["export", *(text.format(done=done, returned=returned, out=out) for text in arguments)]) == 2
+    out, half = tmp_path / "out", tmp_path / "half"
+    half.mkdir()
+    (half / "teacher").symlink_to(done / "teacher")  # a run that has not come to its student
+    names = {"done": done, "returned": returned, "half": half, "out": out}
+    assert export.main(["export", *(text.format(**names) for text in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     for word in words:
