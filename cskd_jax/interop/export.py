@@ -11,7 +11,8 @@ WORKDIR is the folder of a run, of one of its networks (WORKDIR/teacher), or of 
   number B to logits [B, number of categories]. In an environment with jax and flatbuffers, nothing else:
       network = jax.export.deserialize(bytearray(open(PATH, "rb").read()))
       logits = network.call(images)
-- network.json: name, width, categories in the order of the logits, size of the images, mean and deviation.
+- network.json: name, width, categories in the order of the logits (null if an import did not name them), size of the
+  images, mean and deviation.
 """
 
 import json
@@ -65,7 +66,8 @@ def _run(argv):
     state_dict = to_torch(module, variables, batches=record["step"])
     description = {
         **record["network"],
-        "categories": record["categories"] or classes,
+        "num_classes": classes,
+        "categories": record["categories"],
         "channels": record["channels"],
         "images": images,
         "step": record["step"],
