@@ -1,4 +1,8 @@
-"""Exceptions that `cskd_jax.main` shows as one line, each with its exit code."""
+"""Exceptions that the commands show as one line, each with its exit code."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
 
 
 class UserError(Exception):
@@ -20,3 +24,16 @@ class InterruptedRun(UserError):
     """A signal asked the run to stop and its state is saved: the same command resumes it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def run_command(command: Callable[..., None], *arguments: Any) -> int:
+    """Runs a command and returns the exit code; what the user can mend becomes one line on standard error."""
+    try:
+        command(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return UserError.exit_code
+    return 0

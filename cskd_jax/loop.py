@@ -293,6 +293,11 @@ class Phase:
         record = {
             "network": self._network.identity,
             "channels": self._dataset.image_shape[-1],
+            "images": {
+                "size": self._dataset.image_shape[:2],
+                "mean": self._config.dataset.mean,
+                "std": self._config.dataset.std,
+            },
             "categories": self._dataset.categories,
             "multilabel": self._dataset.multilabel,
             "method": self._config.method,

@@ -20,7 +20,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, run_command
 
 
 def main(argv: list[str]) -> int:
@@ -28,20 +28,16 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    try:
-        config, workdir = _parse(argv)
-        _set_up_jax()
-        # Imported late: mistakes in the command should not wait for everything.
-        from cskd_jax.train import train
+    return run_command(_run, argv)
 
-        train(config, workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return UserError.exit_code
-    return 0
+
+def _run(argv):
+    config, workdir = _parse(argv)
+    _set_up_jax()
+    # Imported late: mistakes in the command should not wait for everything.
+    from cskd_jax.train import train
+
+    train(config, workdir)
 
 
 def _parse(argv):

@@ -130,10 +130,13 @@ class GivenTeacher:
                 f"teacher.checkpoint {self.path} was trained with {one if dataset.multilabel else several}, "
                 f"{dataset.name} has {several if dataset.multilabel else one}"
             )
-        ours, theirs = list(dataset.categories), list(self.record["categories"])
-        if ours != theirs:
+        ours, theirs = list(dataset.categories), self.record["categories"]
+        # An imported teacher may not know their names.
+        number = len(self.variables["params"]["classifier"]["bias"] if theirs is None else theirs)
+        if number != len(ours) or theirs not in (None, ours):
+            names = "" if theirs is None else f" ({', '.join(theirs[:3])}, ...)"
             raise UserError(
-                f"teacher.checkpoint {self.path} knows {len(theirs)} categories ({', '.join(theirs[:3])}, ...), "
+                f"teacher.checkpoint {self.path} knows {number} categories{names}, "
                 f"{dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
             )
 

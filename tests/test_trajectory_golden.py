@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cskd_jax.interop.names import from_torch
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.objective import Objective
 from cskd_jax.optim import make_optimizer
 from cskd_jax.state import TrainState
 from cskd_jax.steps import make_train_step
-from tests.torch_names import resnet_variables
 
 pytestmark = pytest.mark.usefixtures("x64")
 TOLERANCE = 1e-10
@@ -36,18 +36,20 @@ class Case:
         self.num_classes = int(self.values["num_classes"])
         common = {"num_classes": self.num_classes, "stage_widths": (4, 4, 8, 8), "dtype": jnp.float64}
         self.student = ResNet(stage_sizes=(2, 1, 1, 1), block=BasicBlock, **common)
-        teacher_variables, branch = resnet_variables(self.state_dict("teacher"))
-        teacher = {"stage_sizes": (1, 1, 2, 1), "block": Bottleneck, "projection_features": branch.shape[1]}
-        self.teacher = ResNet(**teacher, **common)
-        teacher_variables["params"]["projection"] = branch[None, None]
-        self.teacher_variables = jax.tree.map(jnp.asarray, teacher_variables)
+        self.teacher = ResNet(stage_sizes=(1, 1, 2, 1), block=Bottleneck, projection_features=24, **common)
+        variables, _, unused = from_torch(self.teacher, 3, self.state_dict("teacher"))
+        # Nothing reads the branches of the other stages.
+        assert {name for name in unused if "num_batches" not in name} == {f"branch{n}.weight" for n in (1, 2, 3)}
+        self.teacher_variables = jax.tree.map(jnp.asarray, variables)
 
     def state_dict(self, prefix):
         return {k.removeprefix(prefix + "/"): v for k, v in self.values.items() if k.startswith(prefix + "/")}
 
     def student_parts(self, prefix):
-        variables, branch = resnet_variables(self.state_dict(prefix))
-        params = {"student": variables["params"], "methods": {"category_structure": {"sigma": branch}}}
+        state_dict = self.state_dict(prefix)
+        variables, *_ = from_torch(self.student, 3, state_dict)
+        sigma = state_dict["branch4.weight"][:, :, 0, 0].T
+        params = {"student": variables["params"], "methods": {"category_structure": {"sigma": sigma}}}
         return jax.tree.map(jnp.asarray, (params, variables["batch_stats"]))
 
     def batches(self):

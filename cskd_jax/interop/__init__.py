@@ -1,0 +1,1 @@
+"""PyTorch weights in and out: `import_torch` and `export` are commands."""

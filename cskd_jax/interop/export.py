@@ -1,0 +1,130 @@
+"""Writes a trained network for PyTorch and for programs that have jax alone (and flatbuffers, which jax.export needs).
+
+python -m cskd_jax.interop.export WORKDIR --out=DIR [--network=teacher]
+
+WORKDIR is the folder of a run, of one of its networks (WORKDIR/teacher), or of an imported one. DIR then holds
+
+- weights.safetensors: the state dict by PyTorch's names, for `load_state_dict(safetensors.torch.load_file(PATH))` of
+  the network as torchvision, the released code or the field's comparison tables define it. That network takes images
+  [B, C, H, W] that are scaled to [0, 1] and normalized by the mean and deviation of network.json;
+- network.jax_export: the network in evaluation mode, normalization included, from uint8 images [B, H, W, C] of any
+  number B to logits [B, number of categories]. In an environment with jax and flatbuffers, nothing else:
+      network = jax.export.deserialize(bytearray(open(PATH, "rb").read()))
+      logits = network.call(images)
+- network.json: name, width, categories in the order of the logits (null if an import did not name them), size of the
+  images, mean and deviation.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from cskd_jax.errors import UserError, run_command
+from cskd_jax.interop.command_line import Parser, check_new, numbers
+
+WEIGHTS, FUNCTION, DESCRIPTION = "weights.safetensors", "network.jax_export", "network.json"
+# What the function runs on, wherever it is exported.
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, exports, and returns the exit code."""
+    return run_command(_run, argv)
+
+
+def _parse(argv):
+    parser = Parser(__doc__)
+    parser.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
+    parser.add_argument("--network", choices=("student", "teacher"), default="student", help="default: student")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="new folder")
+    images = parser.add_argument_group("images", "of an imported network, which does not know them")
+    images.add_argument("--size", type=numbers(int, 1, 10**5), metavar="HEIGHT,WIDTH", help="in pixels")
+    channels = {"metavar": "X,...", "help": "per channel, or one for all, of pixels in [0, 1]"}
+    images.add_argument("--mean", type=numbers(float, -1e6, 1e6), **channels)
+    images.add_argument("--std", type=numbers(float, 1e-6, 1e6), **channels)
+    return parser.parse_args(argv[1:])
+
+
+def _run(argv):
+    arguments = _parse(argv)
+    check_new(arguments.out)
+    # Imported late: mistakes in the command should not wait for everything.
+    import safetensors.numpy
+
+    from cskd_jax.checkpoint import FOLDER, load_variables
+    from cskd_jax.interop.names import to_torch
+    from cskd_jax.models import count_parameters, create_model
+
+    has_phases = not (arguments.workdir / FOLDER).is_dir()
+    path = arguments.workdir / arguments.network if has_phases else arguments.workdir
+    variables, record = load_variables(str(path))
+    images = _images(arguments, record)
+    classes = len(variables["params"]["classifier"]["bias"])
+    module = create_model(**record["network"], num_classes=classes)
+    function = export_function(module, variables, record["channels"], **images)
+    state_dict = to_torch(module, variables, batches=record["step"])
+    description = {
+        **record["network"],
+        "num_classes": classes,
+        "categories": record["categories"],
+        "channels": record["channels"],
+        "images": images,
+        "step": record["step"],
+        "finished": record["finished"],
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    # What reads such files for PyTorch wants to be told that they are meant for it.
+    (arguments.out / WEIGHTS).write_bytes(safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
+    (arguments.out / FUNCTION).write_bytes(function)
+    (arguments.out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    trained = "" if record["finished"] else ", not trained to its end"
+    print(
+        f"{record['network']['name']}, width {record['network']['width']:g}, "
+        f"{count_parameters(variables['params']):,} parameters, step {record['step']}{trained}: "
+        f"{', '.join(str(arguments.out / name) for name in (WEIGHTS, FUNCTION, DESCRIPTION))}"
+    )
+
+
+def _images(arguments, record) -> dict[str, Any]:
+    """{"size", "mean", "std"} of the images, as trained on or as given."""
+    given = {"size": arguments.size, "mean": arguments.mean, "std": arguments.std}
+    if "images" in record:
+        wrong = [name for name, value in given.items() if value is not None]
+        if wrong:
+            raise UserError(f"{arguments.workdir} knows the images it was trained on: leave --{', --'.join(wrong)} out")
+        return record["images"]
+    if None in given.values():
+        raise UserError(f"{arguments.workdir} does not know its images: give --size, --mean and --std")
+    for name, allowed in (("size", (2,)), ("mean", (1, record["channels"])), ("std", (1, record["channels"]))):
+        if len(given[name]) not in allowed:
+            raise UserError(f"--{name} has {len(given[name])} values; it must have {' or '.join(map(str, allowed))}")
+    return given
+
+
+def export_function(module: Any, variables: Any, channels: int, *, size: Any, mean: Any, std: Any) -> bytes:
+    """The serialized `jax.export` of uint8 images [B, H, W, C] -> logits [B, K], B left open.
+
+    Args:
+      module: the network, without `axis_name`.
+      variables: its {"params", "batch_stats"}, which become constants.
+      channels: C.
+      size: (H, W).
+      mean: per channel or one for all, of pixels in [0, 1].
+      std: likewise.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from cskd_jax.data.augment import make_normalize
+
+    normalize = make_normalize(mean, std)
+    variables = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), variables)
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8)
+    logits = jax.jit(lambda images: module.apply(variables, normalize(images), train=False).logits)
+    return bytes(jax.export.export(logits, platforms=_PLATFORMS)(images).serialize())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,109 @@
+"""Makes a teacher's checkpoint of a file that PyTorch wrote. Nothing in the file is executed; PyTorch is not needed.
+
+python -m cskd_jax.interop.import_torch FILE --model=resnet101 --width=0.5 --num_classes=100 --out=DIR
+
+FILE is a state dict, a dictionary that holds one (such as {"epoch", "model", "optimizer"}), or a whole pickled network,
+in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of
+torchvision or the released code (ResNets), of torchvision (Inception), or of the field's comparison tables (all
+others; cskd_jax/interop/names.py). What a file cannot tell is up to you:
+
+- Categories are numbers in it: their ORDER must be that of the data set. That is the alphabetical order of the
+  names for CIFAR-10, CIFAR-100 and image folders. With --categories the names are checked when a run uses the teacher.
+- The images it was trained on must have been normalized by the run's dataset.mean and dataset.std.
+- mobilenet_v2 and mobilenet_v2_crd have the same tensors, but not the same activations and strides. inception_v3 has
+  those of torchvision, but pads, and halves the side of an image less often: it computes something else.
+
+DIR is then what --config.teacher.checkpoint takes, with the same --config.teacher.name and --config.teacher.width.
+"""
+
+import hashlib
+import json
+import pathlib
+import sys
+
+from cskd_jax.errors import UserError, run_command
+from cskd_jax.interop.command_line import Parser, check_new, number
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, imports, and returns the exit code."""
+    return run_command(_run, argv)
+
+
+def _parse(argv):
+    parser = Parser(__doc__)
+    parser.add_argument("file", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--model", required=True, help="a name of docs/networks.md")
+    parser.add_argument("--width", type=number(float, 1e-3, 64), default=1.0, help="factor on the channels; default 1")
+    parser.add_argument("--num_classes", type=number(int, 2, 10**6), required=True, help="number of categories")
+    parser.add_argument("--channels", type=number(int, 1, 1024), default=3, help="of the images; default 3")
+    parser.add_argument("--categories", type=pathlib.Path, metavar="NAMES", help="file of their names, one a line")
+    parser.add_argument("--multilabel", action="store_true", help="an image has any number of categories")
+    parser.add_argument("--key", help="of the network, in a dictionary that holds several")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="new folder of the checkpoint")
+    return parser.parse_args(argv[1:])
+
+
+def _run(argv):
+    arguments = _parse(argv)
+    check_new(arguments.out)
+    categories = _read_categories(arguments)
+    # Imported late: mistakes in the command should not wait for everything.
+    from cskd_jax.checkpoint import FOLDER, Checkpoints
+    from cskd_jax.interop.names import from_torch
+    from cskd_jax.interop.torch_file import read_state_dict
+    from cskd_jax.models import create_model
+
+    module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width)
+    state_dict = read_state_dict(arguments.file, arguments.key)
+    network = f"{arguments.model} of width {arguments.width:g} with {arguments.num_classes} categories"
+    try:
+        variables, used, unused = from_torch(module, arguments.channels, state_dict)
+    except (UserError, ValueError) as error:
+        raise UserError(f"{arguments.file} as {network}: {error}") from None
+    record = {
+        "network": {"name": arguments.model, "width": arguments.width},
+        "channels": arguments.channels,
+        "categories": categories,
+        "multilabel": arguments.multilabel,
+        "method": "imported",
+        "finished": True,
+        "progress": {},
+    }
+    tree = {"params": {"student": variables["params"]}, "batch_stats": variables["batch_stats"]}
+    with Checkpoints(arguments.out / FOLDER, keep=1) as checkpoints:
+        checkpoints.save(0, tree, record)
+    report = {
+        "file": str(arguments.file),
+        "sha256": hashlib.sha256(arguments.file.read_bytes()).hexdigest(),
+        "used": used,
+        "unused": unused,
+    }
+    report_path = arguments.out / "import.json"
+    report_path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{arguments.file}: {network}")
+    print(f"{len(used)} tensors used, 0 missing, {len(unused)} not needed (by name in {report_path})")
+    print(
+        f"checkpoint {arguments.out}: --config.teacher.checkpoint={arguments.out} "
+        f"--config.teacher.name={arguments.model} --config.teacher.width={arguments.width:g}"
+    )
+
+
+def _read_categories(arguments):
+    """Their names, or None."""
+    if arguments.categories is None:
+        return None
+    try:
+        names = arguments.categories.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{arguments.categories} is no text") from None
+    if len(names) != arguments.num_classes or len(set(names)) != len(names):
+        raise UserError(
+            f"{arguments.categories} holds {len(names)} names, {len(set(names))} different; "
+            f"it must hold {arguments.num_classes} different ones, one a line, as --num_classes says"
+        )
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

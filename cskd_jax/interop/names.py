@@ -1,0 +1,309 @@
+"""Names and layouts of PyTorch: one table of rules for both directions.
+
+A rule turns the path of one of our modules into the names that its layer (convolution or linear) and its normalization
+have in a PyTorch state dict. ResNets are named as in torchvision and in the released code, whose `branch1` to
+`branch4` besides; Inception as in torchvision; the others as in the field's comparison tables for CIFAR (RepDistiller).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from cskd_jax.errors import UserError
+from cskd_jax.models.inception import InceptionV3
+from cskd_jax.models.mobilenet import MobileNetV2
+from cskd_jax.models.resnet import ResNet
+from cskd_jax.models.shufflenet import ShuffleNet
+from cskd_jax.models.vgg import VGG
+from cskd_jax.models.wide_resnet import WideResNet
+from cskd_jax.state import init_network
+
+# Of one module: the names of its layer and of its normalization.
+_Pair = tuple[str, str]
+
+
+class Family(NamedTuple):
+    """How the networks of a class are named in PyTorch.
+
+    Attributes:
+      rules: regular expression of a module's path -> function of its groups, numbers as int, to the pair of names.
+      unused: regular expression of the names that a file may hold besides, and that our network has no use for.
+    """
+
+    rules: dict[str, Callable[..., _Pair]]
+    unused: str = r"(?!)"
+
+
+def _same(name):
+    return lambda: (name, name)
+
+
+def _numbered(stage, block, number):
+    """Layer `number` of a block in the networks that call stages layers."""
+    return f"layer{stage}.{block - 1}.conv{number}", f"layer{stage}.{block - 1}.bn{number}"
+
+
+def _downsample(stage, block):
+    return f"layer{stage}.{block - 1}.downsample.0", f"layer{stage}.{block - 1}.downsample.1"
+
+
+def _shuffle_layer(stage, block, layer):
+    return _numbered(stage, block, ("conv1", "depthwise", "conv2").index(layer) + 1)
+
+
+def _two_sided_shuffle_layer(stage, layer):
+    """Of the first block of a stage of version 2, where those of the left branch are counted first."""
+    return _numbered(stage, 1, ("left_depthwise", "left_conv", "conv1", "depthwise", "conv2").index(layer) + 1)
+
+
+def _wide_layer(suffix):
+    return lambda stage, block: (f"block{stage}.layer.{block - 1}.{suffix}",) * 2
+
+
+def _vgg_layer(stage, number):
+    return f"block{stage}.{3 * (number - 1)}", f"block{stage}.{3 * (number - 1) + 1}"
+
+
+# Stage -> the first of its groups, a row of the paper's table, and the blocks of that; the others are in the next one.
+_MOBILE_GROUPS = {1: (0, 1), 2: (2, 3), 3: (3, 4), 4: (5, 3)}
+
+
+def _mobile_layer(stage, block, layer):
+    group, size = _MOBILE_GROUPS[stage]
+    block -= 1
+    if block >= size:
+        group, block = group + 1, block - size
+    index = {"expand": 0, "depthwise": 3, "project": 6}[layer]
+    return f"blocks.{group}.{block}.conv.{index}", f"blocks.{group}.{block}.conv.{index + 1}"
+
+
+# BRANCH_LAYER of ours -> name in the block; a pool, which has no name, is counted as a layer of its branch.
+_DOUBLE_3X3 = {f"3_{number}": f"branch3x3dbl_{number}" for number in (1, 2, 3)}
+_MIXED_5 = {"1_1": "branch1x1", "2_1": "branch5x5_1", "2_2": "branch5x5_2", **_DOUBLE_3X3, "4_2": "branch_pool"}
+_MIXED_6 = {
+    "1_1": "branch1x1",
+    **{f"2_{number}": f"branch7x7_{number}" for number in (1, 2, 3)},
+    **{f"3_{number}": f"branch7x7dbl_{number}" for number in (1, 2, 3, 4, 5)},
+    "4_2": "branch_pool",
+}
+_MIXED_7 = {
+    "1_1": "branch1x1",
+    "2_1": "branch3x3_1",
+    "2_2_row": "branch3x3_2a",
+    "2_2_column": "branch3x3_2b",
+    "3_1": "branch3x3dbl_1",
+    "3_2": "branch3x3dbl_2",
+    "3_3_row": "branch3x3dbl_3a",
+    "3_3_column": "branch3x3dbl_3b",
+    "4_2": "branch_pool",
+}
+# (stage, block) -> prefix of the block, names in it
+_INCEPTION_BLOCKS = {
+    (1, 1): ("", {"1_1": "Conv2d_1a_3x3", "1_2": "Conv2d_2a_3x3", "1_3": "Conv2d_2b_3x3"}),
+    (2, 1): ("", {"1_2": "Conv2d_3b_1x1", "1_3": "Conv2d_4a_3x3"}),
+    **{(2, block): (f"Mixed_5{letter}.", _MIXED_5) for block, letter in ((2, "b"), (3, "c"), (4, "d"))},
+    (3, 1): (
+        "Mixed_6a.",
+        {"1_1": "branch3x3", **{f"2_{number}": f"branch3x3dbl_{number}" for number in (1, 2, 3)}},
+    ),
+    **{(3, block): (f"Mixed_6{letter}.", _MIXED_6) for block, letter in ((2, "b"), (3, "c"), (4, "d"), (5, "e"))},
+    (4, 1): (
+        "Mixed_7a.",
+        {
+            **{f"1_{number}": f"branch3x3_{number}" for number in (1, 2)},
+            **{f"2_{number}": f"branch7x7x3_{number}" for number in (1, 2, 3, 4)},
+        },
+    ),
+    **{(4, block): (f"Mixed_7{letter}.", _MIXED_7) for block, letter in ((2, "b"), (3, "c"))},
+}
+
+
+def _inception_layer(stage, block, branch, layer):
+    prefix, names = _INCEPTION_BLOCKS[stage, block]
+    name = prefix + names[f"{branch}_{layer}"]
+    return f"{name}.conv", f"{name}.bn"
+
+
+_STEM = {"stem": lambda: ("conv1", "bn1")}
+_BLOCK = r"stage(\d+)_block(\d+)"
+
+_SHUFFLE = {**_STEM, "classifier": _same("linear")}
+
+# (class of the network, its version if it has one) -> names. A parameter of the network itself has the path "".
+FAMILIES = {
+    (ResNet, None): Family(
+        {
+            **_STEM,
+            rf"{_BLOCK}/conv(\d+)": _numbered,
+            rf"{_BLOCK}/downsample": _downsample,
+            "": _same("branch4"),
+            "classifier": _same("fc"),
+        },
+        unused=r"branch\d+\.weight",
+    ),
+    (WideResNet, None): Family(
+        {
+            **_STEM,
+            rf"{_BLOCK}_norm": _wide_layer("bn1"),
+            rf"{_BLOCK}_conv1": lambda stage, block: tuple(
+                f"block{stage}.layer.{block - 1}.{layer}" for layer in ("conv1", "bn2")
+            ),
+            rf"{_BLOCK}_conv2": _wide_layer("conv2"),
+            rf"{_BLOCK}_shortcut": _wide_layer("convShortcut"),
+            "norm": _same("bn1"),
+            "classifier": _same("fc"),
+        }
+    ),
+    (VGG, None): Family(
+        {
+            r"stem_conv(\d+)": lambda number: _vgg_layer(0, number),
+            r"stage(\d+)_conv(\d+)": _vgg_layer,
+            "classifier": _same("classifier"),
+        }
+    ),
+    (MobileNetV2, None): Family(
+        {
+            "stem": lambda: ("conv1.0", "conv1.1"),
+            rf"{_BLOCK}/(\w+)": _mobile_layer,
+            "head": lambda: ("conv2.0", "conv2.1"),
+            "classifier": _same("classifier.0"),
+        }
+    ),
+    (ShuffleNet, 1): Family({**_SHUFFLE, rf"{_BLOCK}/(\w+)": _shuffle_layer}),
+    (ShuffleNet, 2): Family(
+        {
+            **_SHUFFLE,
+            r"stage(\d+)_block1/(\w+)": _two_sided_shuffle_layer,
+            rf"{_BLOCK}/(\w+)": _shuffle_layer,
+            "head": lambda: ("conv2", "bn2"),
+        }
+    ),
+    (InceptionV3, None): Family(
+        {rf"{_BLOCK}/branch(\d+)_conv(\w+)": _inception_layer, "classifier": _same("fc")},
+        unused=r"AuxLogits\..*",
+    ),
+}
+
+# Our name of an array -> whether it belongs to the layer or to the normalization, and its name there.
+_ARRAYS = {
+    "kernel": (0, "weight"),
+    "projection": (0, "weight"),
+    "conv_bias": (0, "bias"),
+    "scale": (1, "weight"),
+    "bias": (1, "bias"),
+    "mean": (1, "running_mean"),
+    "var": (1, "running_var"),
+}
+# PyTorch counts the batches of a normalization; nothing reads the count.
+_COUNT = "num_batches_tracked"
+# Names that an error lists of each kind.
+_LISTED = 6
+
+
+def from_torch(
+    module: nn.Module, channels: int, state_dict: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """The variables of a network from its PyTorch state dict.
+
+    Args:
+      module: the network.
+      channels: of its images.
+      state_dict: floating-point arrays by name, in PyTorch's layout.
+
+    Returns:
+      ({"params", "batch_stats"} of numpy arrays in the dtypes of the network,
+      {name in `state_dict`: path of ours} of what was used, names of what was not needed).
+
+    Raises:
+      UserError: tensors are missing, unknown, of another shape, not floating-point, or not finite.
+    """
+    family, wanted = _family(module), _abstract_variables(module, channels)
+    sources = {path: _torch_name(family, path) for path in wanted}
+    missing = {name: _torch_shape(wanted[path].shape) for path, name in sources.items() if name not in state_dict}
+    other = [name for name in state_dict if name not in set(sources.values())]
+    unused = [name for name in other if name.endswith(f".{_COUNT}") or re.fullmatch(family.unused, name)]
+    unknown = {name: state_dict[name].shape for name in other if name not in unused}
+    found = {path: state_dict[name] for path, name in sources.items() if name in state_dict}
+    reshaped = {
+        sources[path]: f"{array.shape} instead of {_torch_shape(wanted[path].shape)}"
+        for path, array in found.items()
+        if array.shape != _torch_shape(wanted[path].shape)
+    }
+    typed = {
+        sources[path]: array.dtype for path, array in found.items() if not jnp.issubdtype(array.dtype, np.floating)
+    }
+    problems = {"missing": missing, "unknown": unknown, "of another shape": reshaped, "not floating-point": typed}
+    _refuse(problems)
+    arrays = {path: _from_torch_layout(array, wanted[path].dtype) for path, array in found.items()}
+    _refuse({"not finite": {sources[path]: "" for path, array in arrays.items() if not np.isfinite(array).all()}})
+    used = {name: "/".join(path) for path, name in sources.items()}
+    return flax.traverse_util.unflatten_dict(arrays), used, unused
+
+
+def to_torch(module: nn.Module, variables: Mapping[str, Any], batches: int) -> dict[str, np.ndarray]:
+    """The PyTorch state dict of a network: contiguous arrays by name.
+
+    Args:
+      module: the network.
+      variables: its {"params", "batch_stats"}.
+      batches: the network was trained on, which PyTorch keeps with every normalization.
+    """
+    family, state_dict = _family(module), {}
+    for path, array in flax.traverse_util.flatten_dict(dict(variables)).items():
+        name = _torch_name(family, path)
+        state_dict[name] = np.ascontiguousarray(_transpose(np.asarray(array), (3, 2, 0, 1)))
+        if path[-1] == "mean":
+            state_dict[name.replace("running_mean", _COUNT)] = np.asarray(batches, np.int64)
+    return state_dict
+
+
+def _family(module):
+    return FAMILIES[type(module), getattr(module, "version", None)]
+
+
+def _abstract_variables(module, channels):
+    """{path: shape and dtype}; they do not depend on the size of the images."""
+    variables, _ = jax.eval_shape(lambda: init_network(module, jax.random.PRNGKey(0), (32, 32, channels)))
+    return flax.traverse_util.flatten_dict(variables)
+
+
+def _torch_name(family, path):
+    """PyTorch's name of the array at (collection, module, ..., name)."""
+    which, suffix = _ARRAYS[path[-1]]
+    for pattern, names in family.rules.items():
+        if match := re.fullmatch(pattern, "/".join(path[1:-1])):
+            groups = (int(group) if group.isdigit() else group for group in match.groups())
+            return f"{names(*groups)[which]}.{suffix}"
+    raise ValueError(f"no rule names {'/'.join(path)} in PyTorch")
+
+
+def _transpose(array, kernel_axes):
+    """Kernels by `kernel_axes`, matrices, and what has one axis."""
+    return array.transpose(kernel_axes) if array.ndim == 4 else array.T
+
+
+def _from_torch_layout(array, dtype):
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        return np.ascontiguousarray(_transpose(array, (2, 3, 1, 0))).astype(dtype)
+
+
+def _torch_shape(shape):
+    return tuple(shape[axis] for axis in (3, 2, 0, 1)) if len(shape) == 4 else tuple(reversed(shape))
+
+
+def _refuse(problems):
+    """Raises UserError if there are any: {kind: {name: what there is to say}}."""
+    lines = []
+    for kind, names in problems.items():
+        shown = [f"{name} {text}".strip() for name, text in list(names.items())[:_LISTED]]
+        rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        if names:
+            lines.append(f"{kind}: {', '.join(shown)}{rest}")
+    if lines:
+        raise UserError("the tensors do not fit the network; " + "; ".join(lines))

@@ -1,0 +1,370 @@
+"""Files of PyTorch become checkpoints: every format, and nothing that a file asks for is executed."""
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from cskd_jax.checkpoint import load_variables
+from cskd_jax.interop.import_torch import main
+from cskd_jax.interop.names import to_torch
+from cskd_jax.interop.torch_file import read_state_dict
+from cskd_jax.models import create_model
+from tests import torch_files
+from tests.torch_files import (
+    Call,
+    Global,
+    Instance,
+    Outside,
+    Raw,
+    network,
+    operations,
+    pickled,
+    random_variables,
+    write_pickles,
+    write_zip,
+)
+
+MODULE = create_model("resnet8", num_classes=7, width=0.25)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return random_variables(MODULE)
+
+
+@pytest.fixture(scope="module")
+def arrays(variables):
+    return to_torch(MODULE, variables, batches=3)
+
+
+def run(file, out, *arguments):
+    return main(
+        ["import_torch", str(file), "--model=resnet8", "--width=0.25", "--num_classes=7", *arguments, f"--out={out}"]
+    )
+
+
+# name -> content of the file from the tensors by name
+CONTENTS = {
+    "state dict": dict,
+    "checkpoint": lambda tensors: {"epoch": 3, "best": 0.5, "model": tensors, "optimizer": {"state": {}}},
+    "of DataParallel": lambda tensors: {f"module.{name}": value for name, value in tensors.items()},
+    "network": network,
+    "network of DataParallel": lambda tensors: Instance(
+        Global("torch.nn.parallel.data_parallel", "DataParallel"),
+        {"_modules": {"module": network(tensors)}, "src_device_obj": Call(Global("torch", "device"), ("cuda", 0))},
+    ),
+    "network with its source": lambda tensors: network(tensors)._replace(
+        kind=Outside(("module", Global("resnet", "ResNet"), "resnet.py", "raise RuntimeError"))
+    ),
+    "checkpoint with a network": lambda tensors: {
+        "net": network(tensors),
+        "accuracy": Call(
+            Global("numpy.core.multiarray", "scalar"), (Call(Global("numpy", "dtype"), ("f8",)), "12345678")
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("write", [write_zip, write_pickles])
+def test_formats(write, content, arrays, tmp_path):
+    tensors, storages = torch_files.state_dict(arrays)
+    read = read_state_dict(write(tmp_path / "file.pth", CONTENTS[content](tensors), storages))
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array, err_msg=name)
+
+
+def test_views_and_types(tmp_path):
+    values = np.arange(24, dtype=np.float64).reshape(4, 6)
+    content = {
+        "transposed": torch_files.tensor("a", values, shape=(6, 4), strides=(1, 6)),
+        "part": torch_files.tensor("a", values, offset=8, shape=(2, 3), strides=(6, 1)),
+        "half": torch_files.tensor("b", np.array([0.5, -3], np.float16)),
+        "scalar": torch_files.tensor("c", np.array(7, np.int64)),
+    }
+    storages = {"a": values, "b": np.array([0.5, -3], np.float16), "c": np.array(7, np.int64)}
+    read = read_state_dict(write_pickles(tmp_path / "file.pth", content, storages))
+    np.testing.assert_array_equal(read["transposed"], values.T)
+    np.testing.assert_array_equal(read["part"], values[1:3, 2:5])
+    assert (read["half"].dtype, read["half"].tolist(), read["scalar"][()]) == (np.float16, [0.5, -3], 7)
+    safe = {"x": values, "y": values.astype(jnp.bfloat16)}
+    header = {
+        name: {"dtype": kind, "shape": [4, 6], "data_offsets": [start, end]}
+        for name, kind, start, end in (("x", "F64", 0, 192), ("y", "BF16", 192, 240))
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + safe["x"].tobytes() + safe["y"].tobytes())
+    read = read_state_dict(path)
+    np.testing.assert_array_equal(read["x"], values)
+    np.testing.assert_array_equal(read["y"].astype(np.float64), values)
+
+
+def test_checkpoint_is_written(variables, arrays, tmp_path, capsys):
+    file, names = tmp_path / "weights.safetensors", tmp_path / "names.txt"
+    safetensors.numpy.save_file(arrays | {"branch4.weight": np.ones((24, 16, 1, 1), np.float32)}, file)
+    names.write_text("".join(f"category {n}\n" for n in range(7)))
+    assert run(file, tmp_path / "teacher", f"--categories={names}") == 0
+    assert "47 tensors used, 0 missing, 10 not needed" in capsys.readouterr().out
+    loaded, record = load_variables(str(tmp_path / "teacher"))
+    torch_files.assert_same_variables(loaded, variables)
+    assert record["network"] == {"name": "resnet8", "width": 0.25}
+    assert (record["channels"], record["finished"], record["categories"][6]) == (3, True, "category 6")
+    report = json.loads((tmp_path / "teacher" / "import.json").read_text())
+    assert report["used"]["layer2.0.downsample.1.running_var"] == "batch_stats/stage2_block1/downsample/var"
+    assert "branch4.weight" in report["unused"]
+
+
+def canary(path):
+    """Arguments of a call that leaves a file, in any shell."""
+    return (f"touch {path}",)
+
+
+def _content(make, write=write_zip):
+    """Writes what `make` makes of tensors and canary, beside sound storages."""
+
+    def write_file(path, arrays, canary_path):
+        tensors, storages = torch_files.state_dict(arrays)
+        write(path, make(tensors, canary_path), storages)
+
+    return write_file
+
+
+def _bytes(make):
+    return lambda path, arrays, canary_path: path.write_bytes(make(canary_path))
+
+
+def _changed(change):
+    def write_file(path, arrays, _):
+        tensors, storages = torch_files.state_dict(arrays)
+        write_zip(path, tensors, storages)
+        change(path)
+
+    return write_file
+
+
+def _with(name, **settings):
+    """The sound tensors, one of them with another description."""
+
+    def make(tensors, _):
+        number = str(list(tensors).index(name))
+        return tensors | {name: torch_files.tensor(number, np.ones(7, np.float32), **settings)}
+
+    return make
+
+
+def system(canary_path):
+    return Call(Global("posix", "system"), canary(canary_path))
+
+
+def evaluate(canary_path):
+    return Call(Global("builtins", "eval"), (f"open({str(canary_path)!r}, 'w').close()",))
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[data.index(b"archive/data/0") + 20] ^= 1
+    path.write_bytes(data)
+
+
+def _zip_bomb(path, arrays, _):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+
+
+def _overlapping_zip(path, arrays, _):
+    """Many members that are all the same bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1_000_000))
+        archive.filelist += [archive.filelist[0]] * 1000
+
+
+def _tar(path, *_):
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"), io.BytesIO())
+
+
+def _safetensors(header, data=b""):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def _itself(tensors, _):
+    """A network that is a part of itself: remembered as 0, then put into its parts."""
+    return Raw(b"cresnet\nNet\n)\x81q\x00}X\x08\x00\x00\x00_modules}X\x01\x00\x00\x00ah\x00ssb")
+
+
+def _nested(tensors, _):
+    return Raw(b"}N" + 200_000 * b"\x85" + b"Ns")
+
+
+def _renamed(tensors, _):
+    return {name.replace("layer", "stage"): value for name, value in tensors.items()}
+
+
+def _vgg(path, *_):
+    module = create_model("vgg8", num_classes=7, width=0.0625)
+    safetensors.numpy.save_file(to_torch(module, random_variables(module), 1), path)
+
+
+# name -> (function of (path, arrays, canary) that writes the file, words of the message)
+BAD_FILES = {
+    "os.system": (_content(lambda t, c: {"net": t, "x": system(c)}), ["asks to call posix.system"]),
+    "os.system, old format": (_content(lambda t, c: {**t, "x": system(c)}, write_pickles), ["posix.system"]),
+    "a pickle alone": (_bytes(lambda c: pickled(system(c))), ["posix.system"]),
+    "eval in a state": (
+        _content(lambda t, c: Instance(Global("resnet", "Net"), {"x": evaluate(c)})),
+        ["asks to call builtins.eval"],
+    ),
+    "call by INST": (_bytes(lambda c: b"\x80\x02(S'touch %s'\niposix\nsystem\n." % str(c).encode()), ["posix.system"]),
+    "call by OBJ": (_bytes(lambda c: b"\x80\x02(cposix\nsystem\nS'touch %s'\no." % str(c).encode()), ["posix.system"]),
+    "call through getattr": (
+        _content(lambda t, c: Call(Call(Global("builtins", "getattr"), (Global("os", "x"), "system")), canary(c))),
+        ["builtins.getattr"],
+    ),
+    "dotted name": (
+        _bytes(lambda c: b"\x80\x04\x8c\x05torch\x8c\x0a_C.os.exec\x93(\x8c\x01atR."),
+        ["torch._C.os.exec"],
+    ),
+    "call by a class that is known": (
+        _content(lambda t, c: Call(Global("torch.nn", "Module"), canary(c))),
+        ["torch.nn.Module"],
+    ),
+    "defaults for an allowed function": (
+        _content(lambda t, c: {**t, "x": Raw(b"ctorch._utils\n_rebuild_parameter\nN}U\x0c__defaults__)s\x86b")}),
+        ["no sound pickle", "__defaults__"],
+    ),
+    "state for a tensor": (
+        _content(
+            lambda t, c: {**t, "fc.bias": Raw(operations(t["fc.bias"]) + operations([None, -1000, (7,), (1,)]) + b"b")}
+        ),
+        ["no sound pickle"],
+    ),
+    "tensor beyond its storage": (_content(_with("fc.bias", offset=4)), ["fc.bias", "does not fit the 28 bytes"]),
+    "tensor before its storage": (_content(_with("fc.bias", offset=-1)), ["no sizes"]),
+    "storage beyond the file": (
+        _content(_with("fc.bias", shape=(10**12,), strides=(1,))),
+        ["fc.bias", "does not fit the 28 bytes"],
+    ),
+    "same value a million million times": (
+        _content(_with("fc.bias", shape=(10**12,), strides=(0,))),
+        ["fc.bias", "does not fit the 28 bytes"],
+    ),
+    "network within itself": (_content(_itself), ["more than 20000 modules"]),
+    "deeply nested": (_content(_nested), ["beyond measure"]),
+    "room for a thousand million objects": (_bytes(lambda c: b"\x80\x02Nr\xff\xff\xff\x3f."), ["beyond measure"]),
+    "text of a declared size": (
+        _bytes(lambda c: b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"a."),
+        ["no sound pickle"],
+    ),
+    "zip bomb": (_zip_bomb, ["unpacks to more than it holds"]),
+    "overlapping zip": (_overlapping_zip, ["unpacks to more than it holds"]),
+    "truncated": (_changed(_truncate), ["damaged archive"]),
+    "flipped bit": (_changed(_flip), ["damaged archive", "CRC"]),
+    "truncated, old format": (
+        lambda path, arrays, c: (_content(lambda t, c: t, write_pickles)(path, arrays, c), _truncate(path)),
+        ["in the middle of storage"],
+    ),
+    "no storage": (
+        lambda path, arrays, c: write_zip(path, torch_files.state_dict(arrays)[0], {}),
+        ["data/", "is missing"],
+    ),
+    "TorchScript": (lambda path, arrays, c: write_zip(path, {}, {}, **{"constants.pkl": b""}), ["TorchScript"]),
+    "another zip": (lambda path, arrays, c: zipfile.ZipFile(path, "w").close() or _add(path), ["without data.pkl"]),
+    "tar": (_tar, ["neither an archive nor a pickle"]),
+    "text": (_bytes(lambda c: b"import os\n"), ["neither an archive nor a pickle"]),
+    "picture": (_bytes(lambda c: b"\x89PNG\r\n\x1a\n" + bytes(100)), ["neither an archive nor a pickle"]),
+    "empty": (_bytes(lambda c: b""), ["neither an archive nor a pickle"]),
+    "some other pickle": (_bytes(lambda c: pickled({"a": 1})), ["none of torch.save"]),
+    "no tensors": (_content(lambda t, c: {"epoch": 3}), ["no tensors of a network", "epoch"]),
+    "several networks": (_content(lambda t, c: {"model": t, "ema": t}), ["--key", "model, ema"]),
+    "renamed tensors": (_content(_renamed), ["missing: ", "unknown: stage1"]),
+    "safetensors that are none": (_bytes(lambda c: b"\xff" * 100), ["safetensors"]),
+    "safetensors beyond the file": (
+        _bytes(lambda c: _safetensors({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}})),
+        ["safetensors"],
+    ),
+    "another network": (_vgg, ["missing: ", "unknown: "]),
+    "unknown type": (
+        _bytes(lambda c: _safetensors({"x": {"dtype": "U64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8))),
+        ["x is U64", "BF16"],
+    ),
+}
+
+
+def _add(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file(case, arrays, tmp_path, capsys):
+    write, words = BAD_FILES[case]
+    safe = "safetensors" in case or write is _vgg or case == "unknown type"
+    file, canary_path = tmp_path / ("file.safetensors" if safe else "file.pth"), tmp_path / "canary"
+    write(file, arrays, canary_path)
+    assert run(file, tmp_path / "out") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: {file}"), line
+    for word in words:
+        assert word in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name], "something was executed or written"
+
+
+def test_the_canary_sings(tmp_path):
+    # What the hostile files ask for leaves a file where it is executed.
+    for number, call in enumerate((system, evaluate)):
+        pickle.loads(pickled(call(tmp_path / str(number))))
+        assert (tmp_path / str(number)).exists()
+
+
+# arguments after those of `run`, words of the message
+BAD_ARGUMENTS = {
+    "unknown model": (["--model=resnet19"], ["unknown model 'resnet19'", "resnet8"]),
+    "width": (["--width=many"], ["--width", "'many'", "0.001 to 64"]),
+    "classes": (["--num_classes=8"], ["fc.bias (7,) instead of (8,)", "8 categories"]),
+    "channels": (["--channels=1"], ["conv1.weight (4, 3, 3, 3) instead of (4, 1, 3, 3)"]),
+    "width without channels": (["--width=0.001"], ["width 0.001 leaves"]),
+    "key": (["--key=ema"], ["no network under the key ema", "none"]),
+    "unknown argument": (["--classes=7"], ["--classes=7"]),
+    "out exists": (["--out={full}"], ["exists already"]),
+    "no categories file": (["--categories={full}/none"], ["none", "No such file"]),
+    "number of categories": (["--categories={full}/two"], ["2 names", "must hold 7"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments(case, arrays, tmp_path, capsys):
+    arguments, words = BAD_ARGUMENTS[case]
+    file = write_zip(tmp_path / "file.pth", *torch_files.state_dict(arrays))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "two").write_text("cat\ndog\n")
+    base = {"--model": "resnet8", "--width": "0.25", "--num_classes": "7", "--out": str(tmp_path / "out")}
+    base |= dict(argument.format(full=full).split("=") for argument in arguments)
+    assert main(["import_torch", str(file), *(f"{name}={value}" for name, value in base.items())]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_file(tmp_path, capsys):
+    assert run(tmp_path / "none.pth", tmp_path / "out") == 2
+    assert "No such file" in capsys.readouterr().err
