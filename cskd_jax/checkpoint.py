@@ -135,12 +135,12 @@ def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = next((f for f in folders if f.is_dir()), folders[0])
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
     if not steps:
-        raise UserError(f"teacher checkpoint {path}: no checkpoint in {' or '.join(map(str, folders))}")
+        raise UserError(f"checkpoint {path}: no checkpoint in {' or '.join(map(str, folders))}")
     step = max(steps)
     try:
         arrays, record = _read(folder / str(step))
     except _Damaged as damage:
-        raise UserError(f"teacher checkpoint {folder / str(step)} is damaged ({damage})") from None
+        raise UserError(f"checkpoint {folder / str(step)} is damaged ({damage})") from None
     tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
     record = record | {"step": step, "digest": _text_digest({name: _digest(array) for name, array in arrays.items()})}
     return {"params": tree["params"]["student"], "batch_stats": tree["batch_stats"]}, record
