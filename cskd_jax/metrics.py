@@ -112,6 +112,11 @@ def task_of(multilabel: bool) -> Task:
     return MULTI_LABEL if multilabel else SINGLE_LABEL
 
 
+def task_that_measured(values: dict[str, float]) -> Task:
+    """The task that has given these metrics of a split."""
+    return task_of(MULTI_LABEL.score in values)
+
+
 def _accuracy(logits, labels, axis_name):
     del axis_name
     return {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels)}

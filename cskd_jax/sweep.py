@@ -39,6 +39,7 @@ from cskd_jax import config as config_lib
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.logging import say
 from cskd_jax.losses import LOSSES
+from cskd_jax.metrics import task_that_measured
 from cskd_jax.objective import needs_teacher
 from cskd_jax.signals import StopRequest
 from cskd_jax.train import check_workdir
@@ -308,7 +309,7 @@ def _failure(run, code):
 
 def _score(run):
     last = read_json(run.workdir / "results.json")["student"]["last"]
-    return ", ".join(f"last {name} {value:.4f}" for name, value in last.items() if name not in ("epoch", "loss"))
+    return f"last {task_that_measured(last).describe(last)}"
 
 
 if __name__ == "__main__":
