@@ -20,7 +20,7 @@ from absl import flags
 from cskd_jax import command_line
 from cskd_jax.errors import UserError
 from cskd_jax.logging import say
-from cskd_jax.report import markdown, page, tables
+from cskd_jax.report import markdown, page, published, tables
 from cskd_jax.report.runs import Comparison, Row, compare, find_runs
 from cskd_jax.report.svg import Curve
 
@@ -39,7 +39,7 @@ def _run(argv):
     if command.recipe or command.overrides:
         raise UserError("a report takes folders of runs; the recipe is in their results: leave out --config")
     if values.published:
-        print(markdown.render(tables.published_tables()))
+        print(markdown.render("Published results", published.MEANING, tables.published_tables()))
         return
     if not command.rest:
         raise UserError("name the folders of the runs, such as runs/sweep/digits")
@@ -62,12 +62,12 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
     sections, texts = [], []
     for comparison in comparisons:
         parts, tables_of = _comparison(comparison, data_dir)
-        sections += [page.heading(comparison.title), *parts]
-        texts += tables_of
+        sections += [page.heading(comparison.title), page.note(tables.recipe(comparison)), *parts]
+        texts.append(markdown.render(comparison.title, tables.recipe(comparison), tables_of))
     count = sum(len(comparison.runs) for comparison in comparisons)
     lead = f"{count} runs on {', '.join(sorted({c.dataset for c in comparisons}))}; {_made_with(comparisons)}."
     (out / "report.html").write_text(page.render("Knowledge distillation: comparison of runs", lead, sections))
-    (out / "report.md").write_text(markdown.render(texts))
+    (out / "report.md").write_text("\n".join(texts))
     say(f"{count} runs: {out / 'report.html'}, {out / 'report.md'}")
 
 
@@ -90,15 +90,14 @@ def _comparison(comparison, data_dir):
     task = comparison.runs[0].task
     lines = [curve for row in comparison.rows if (curve := mean_curve(row)) is not None]
     if lines:
-        title = f"Training curves, {comparison.title}"
-        sections.append(page.training_curves(lines, task.names[task.score], title))
+        sections.append(page.training_curves(lines, task.names[task.score]))
     try:
         measured = embedding.measure(comparison, data_dir)
     except UserError as error:
         say(f"{comparison.title}: no embeddings: {error}")
         return [*sections, page.note(f"Embeddings and tightness are left out: {error}.")], shown
     tightness = tables.tightness(comparison, measured)
-    pictures = page.embeddings(measured, f"Embeddings, {comparison.title}")
+    pictures = page.embeddings(measured)
     return [*sections, pictures, page.table(tightness)], [*shown, tightness]
 
 

@@ -8,6 +8,8 @@ from cskd_jax.report import svg
 from cskd_jax.report.embedding import Embeddings
 from cskd_jax.report.tables import Table
 
+# As many columns fit on a phone.
+_NARROW = 4
 # Columns of words rather than numbers.
 _WORDS = {"source", "what it shows", "model", "method", "parts"}
 
@@ -50,7 +52,7 @@ def note(text: str) -> str:
 
 
 def table(content: Table) -> str:
-    """A table that turns into cards on a narrow screen."""
+    """A table; one of many columns turns into cards on a narrow screen."""
     classes = ["text" if name in _WORDS else "" for name in content.header]
     header = "".join(_cell("th", name, style) for name, style in zip(content.header, classes, strict=True))
     rows = "".join(
@@ -58,8 +60,9 @@ def table(content: Table) -> str:
         for row in content.rows
     )
     title = f"<h3>{html.escape(content.title)}</h3>\n"
+    wide = ' class="wide"' if len(content.header) > _NARROW else ""
     notes = "".join(map(note, content.notes))
-    return f"{title}<table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n{notes}"
+    return f"{title}<table{wide}>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n{notes}"
 
 
 def _cell(kind: str, text: str, style: str, label: str = "") -> str:
@@ -68,15 +71,16 @@ def _cell(kind: str, text: str, style: str, label: str = "") -> str:
     return f"<{kind}{attributes}>{html.escape(text)}</{kind}>"
 
 
-def training_curves(lines: Sequence[svg.Curve], score: str, title: str) -> str:
+def training_curves(lines: Sequence[svg.Curve], score: str) -> str:
     """The chart of the scores by epoch."""
-    chart = svg.curves(lines, "epoch", f"{score} on the test split, %", title)
+    title = "Training curves"
+    chart = svg.curves(lines, "epoch", f"{score} on the test split, %", f"{title}: {', '.join(c.label for c in lines)}")
     legend = _legend((svg.line_key(number), line.label) for number, line in enumerate(lines))
     caption = "Mean over the seeds; the band is one standard deviation to each side."
-    return f"<h3>{html.escape(title)}</h3>\n<figure>\n{chart}\n{legend}<figcaption>{caption}</figcaption>\n</figure>\n"
+    return f"<h3>{title}</h3>\n<figure>\n{chart}\n{legend}<figcaption>{caption}</figcaption>\n</figure>\n"
 
 
-def embeddings(content: Embeddings, title: str) -> str:
+def embeddings(content: Embeddings) -> str:
     """The panels of the embeddings."""
     panels = "".join(
         f"<figure>{svg.scatter(panel.points, content.labels, content.categories, panel.title)}\n"
@@ -89,7 +93,7 @@ def embeddings(content: Embeddings, title: str) -> str:
         "embedding that the classifier reads, after the last epoch, projected by t-SNE. Which points are neighbors "
         "means something; sizes of clusters and distances between them do not: those are measured in the next table."
     )
-    return f'<h3>{html.escape(title)}</h3>\n<div class="panels">\n{panels}</div>\n{legend}{note(text)}'
+    return f'<h3>Embeddings</h3>\n<div class="panels">\n{panels}</div>\n{legend}{note(text)}'
 
 
 def _legend(entries):

@@ -109,7 +109,7 @@ class Comparison:
     @property
     def title(self) -> str:
         """Data set and networks."""
-        return f"{self.dataset}: {self.teacher} to {self.student}"
+        return f"{self.dataset}: {self.teacher} → {self.student}"
 
     def row(self, method: str) -> Row | None:
         """The first row of a method."""

@@ -88,7 +88,7 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: Mapping[int, str], ti
       names: {label: text}, written at the middle of the label's points; its order decides colors and marks.
       title: for who cannot see it.
     """
-    side, margin = 300, 12
+    side, margin = 240, 10
     places = margin + points * (side - 2 * margin)
     parts = [f'<svg class="chart" viewBox="0 0 {side} {side}" role="img" aria-label="{html.escape(title)}">']
     for number, label in enumerate(names):

@@ -29,6 +29,15 @@ class Table(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def recipe(comparison: Comparison) -> str:
+    """How all runs were trained."""
+    config, data = comparison.runs[0].config, comparison.runs[0].results["dataset"]
+    return (
+        f"{config['epochs']} epochs, {data['train_examples']:,} training and {data['test_examples']:,} test images, "
+        f"{data['categories']} categories."
+    )
+
+
 def results(comparison: Comparison) -> Table:
     """Scores of every row, beside the published ones where there are any."""
     rows = [_teacher(comparison)] if comparison.distilled else []
@@ -36,7 +45,7 @@ def results(comparison: Comparison) -> Table:
         best, last = row.summary("best"), row.summary("last")
         beside = _beside(comparison, row.method, last, best)
         rows.append((row.label, str(last.count), summary(last), summary(best), *beside))
-    table = _without_empty(Table(f"Results, {comparison.title}", ("method", "seeds", *_scores(comparison)), rows))
+    table = _without_empty(Table("Results", ("method", "seeds", *_scores(comparison)), rows))
     notes = [
         "Mean ± sample standard deviation over the seeds. The best epoch is chosen on the test split by its own score, "
         "so it is optimistic: compare methods by the last epoch."
@@ -121,7 +130,7 @@ def differences(comparison: Comparison) -> Table | None:
         f"interval is Student's t, by itself for each line: of twenty such lines, one will exclude zero by chance. "
         f"{_teachers(comparison)}",
     )
-    return Table(f"Differences after the last epoch, {comparison.title}", header, rows, notes)
+    return Table("Differences after the last epoch", header, rows, notes)
 
 
 def _teachers(comparison):
@@ -149,7 +158,7 @@ def ablation(comparison: Comparison) -> Table | None:
             rows.append((parts, method, str(last.count), summary(last), summary(best), *beside))
     header = ("parts", "method", "seeds", *_scores(comparison))
     notes = ("As in table 4 of the paper, whose value for neither part is that of KD in its table 3.",)
-    return _without_empty(Table(f"Ablation, {comparison.title}", header, rows, notes))
+    return _without_empty(Table("Ablation", header, rows, notes))
 
 
 def sizes(comparison: Comparison) -> Table:
@@ -162,7 +171,7 @@ def sizes(comparison: Comparison) -> Table:
             ("teacher", comparison.teacher, f"{teacher:,}", _NONE),
             ("student", comparison.student, f"{student:,}", f"{teacher / student:.2f} times smaller"),
         ]
-    return Table(f"Size, {comparison.title}", ("network", "model", "parameters", "compression"), rows)
+    return Table("Size", ("network", "model", "parameters", "compression"), rows)
 
 
 def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
@@ -173,7 +182,7 @@ def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
         f"Mean distance of an embedding from the center of its category, over the mean distance between two centers; "
         f"{embeddings.images:,} test images, the same for all networks. Smaller: tighter categories, further apart.",
     )
-    return Table(f"Tightness of the categories, {comparison.title}", header, rows, notes)
+    return Table("Tightness of the categories", header, rows, notes)
 
 
 def published_tables() -> list[Table]:
