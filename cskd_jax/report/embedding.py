@@ -1,6 +1,7 @@
 """How the networks lay out the categories: embeddings of the same test images, their tightness, and 2-D pictures."""
 
 import functools
+import itertools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ import ml_collections
 import numpy as np
 from flax import linen as nn
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from cskd_jax import config as config_lib
+from cskd_jax.checkpoint import FOLDER
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import make_normalize
 from cskd_jax.errors import UserError
@@ -80,6 +83,10 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
     Raises:
       UserError: data or checkpoints are not there, or images have several categories.
     """
+    networks = _networks(comparison)
+    for _, folder in itertools.chain(*networks.values()):
+        if not (folder / FOLDER).is_dir():
+            raise UserError(f"there are no checkpoints in {folder}")
     config = config_lib.restore(comparison.runs[0].config, str(comparison.runs[0].folder))
     if data_dir is not None:
         config.dataset.data_dir = data_dir
@@ -91,7 +98,7 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
     images, labels = dataset.test.images[chosen], dataset.test.labels[chosen]
     shown = np.flatnonzero(np.isin(labels, np.unique(labels)[:_SHOWN_CATEGORIES]))[:_SHOWN]
     ratios, panels = {}, []
-    for label, folders in _networks(comparison).items():
+    for label, folders in networks.items():
         values = []
         for position, (title, folder) in enumerate(folders):
             embeddings = embed_images(folder, config, dataset, images)
@@ -163,6 +170,8 @@ def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
 def project(embeddings: np.ndarray) -> np.ndarray:
     """t-SNE of embeddings [N, D] into the unit square, [N, 2]; equal input gives equal output."""
     perplexity = min(30, (len(embeddings) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings)
+    # So few points gain nothing from threads, which on a busy machine wait for each other for minutes.
+    with threadpool_limits(1):
+        points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings)
     low, high = points.min(axis=0), points.max(axis=0)
     return (points - (low + high) / 2) / max(high - low) + 0.5

@@ -29,6 +29,7 @@ def render(title: str, lead: str, sections: Iterable[str]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
 <title>{html.escape(title)}</title>
 <style>
 {style}</style>

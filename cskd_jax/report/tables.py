@@ -169,7 +169,7 @@ def sizes(comparison: Comparison) -> Table:
         teacher = comparison.distilled[0].results["teacher"]["parameters"]
         rows = [
             ("teacher", comparison.teacher, f"{teacher:,}", _NONE),
-            ("student", comparison.student, f"{student:,}", f"{teacher / student:.2f} times smaller"),
+            ("student", comparison.student, f"{student:,}", f"{teacher / student:.2f}x"),
         ]
     return Table("Size", ("network", "model", "parameters", "compression"), rows)
 
