@@ -61,16 +61,23 @@ class Run:
     """One run of the grid.
 
     Attributes:
-      workdir: of the run; its name is that of the run.
+      sweep: folder of the sweep.
+      name: of the run, and of its folder in that of the sweep.
       recipe: FILE:WORD.
       overrides: arguments --config.KEY=VALUE.
       teacher: the run that trains the teacher, or None.
     """
 
-    workdir: pathlib.Path
+    sweep: pathlib.Path
+    name: str
     recipe: str
     overrides: tuple[str, ...]
     teacher: "Run | None" = None
+
+    @property
+    def workdir(self) -> pathlib.Path:
+        """Folder of the run."""
+        return self.sweep / self.name
 
     @property
     def arguments(self) -> list[str]:
@@ -161,8 +168,8 @@ def make_grid(
                 teacher = _teacher_run(file, config, overrides, workdir)
                 # In the runs' configurations, and with it in what they may be compared by, stands the same path.
                 settings.append(f"--config.teacher.checkpoint={teacher.workdir / 'student'}")
-                teachers.setdefault(teacher.workdir.name, teacher)
-            runs.append(Run(workdir / f"{word}-seed{seed}", f"{file}:{word}", tuple(settings), teacher))
+                teachers.setdefault(teacher.name, teacher)
+            runs.append(Run(workdir, f"{word}-seed{seed}", f"{file}:{word}", tuple(settings), teacher))
     return [*teachers.values(), *runs]
 
 
@@ -180,7 +187,7 @@ def _teacher_run(file, config, overrides, workdir):
     kept = [o for o in overrides if not (command_line.override_key(o) + ".").startswith((*replaced, "epochs."))]
     network = [f"--config.student.name={teacher.name}", f"--config.student.width={teacher.width}"]
     name = f"teacher-{teacher.name}_{teacher.width:g}"
-    return Run(workdir / name, f"{file}:{word}", (*kept, *network, f"--config.epochs={teacher.epochs}"))
+    return Run(workdir, name, f"{file}:{word}", (*kept, *network, f"--config.epochs={teacher.epochs}"))
 
 
 def check(runs: Sequence[Run]) -> None:
@@ -232,7 +239,7 @@ def sweep(runs: Sequence[Run], jobs: int) -> None:
 
     def report(run, outcome):
         over = sum(r.done for r in runs) + len(failed)
-        say(f"[{over}/{total}] {run.workdir.name}: {outcome}")
+        say(f"[{over}/{total}] {run.name}: {outcome}")
 
     with StopRequest() as stop:
         while waiting or running:
@@ -252,12 +259,12 @@ def sweep(runs: Sequence[Run], jobs: int) -> None:
                     report(run, failed.get(run) or f"{_score(run)}, {time.time() - start:.0f} s")
             for run in [run for run in waiting if run.teacher in failed]:
                 waiting.remove(run)
-                failed[run] = f"not started: {run.teacher.workdir.name} failed"
+                failed[run] = f"not started: {run.teacher.name} failed"
                 report(run, failed[run])
     if failed:
-        names = ", ".join(run.workdir.name for run in failed)
+        names = ", ".join(run.name for run in failed)
         raise FailedRunsError(f"{len(failed)} of {total} runs failed: {names}; the same command tries them again")
-    say(f"all {total} runs done: python -m cskd_jax.report {runs[0].workdir.parent}")
+    say(f"all {total} runs done: python -m cskd_jax.report {runs[0].sweep}")
 
 
 def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> dict[str, str]:

@@ -121,10 +121,10 @@ def _networks(comparison: Comparison) -> dict[str, list[tuple[str, pathlib.Path]
 
 
 def _found_teacher(run: Run) -> pathlib.Path:
-    """The folder of the teacher; beside the run's own where the runs have been moved together."""
+    """The folder of the teacher; where the runs have been moved together, near the run's own."""
     folder = run.teacher_folder
-    beside = run.folder.parent.joinpath(*folder.parts[-2:])
-    return folder if folder.exists() or not beside.exists() else beside
+    near = (parent.joinpath(*folder.parts[-2:]) for parent in run.folder.absolute().parents)
+    return next((path for path in (folder, *near) if path.is_dir()), folder)
 
 
 def embed_images(
