@@ -144,11 +144,11 @@ def _types(key: str) -> tuple[type, ...]:
     if not key.startswith("losses."):
         return RULES[key].types if key in RULES else ()
     _, name, setting = [*key.split("."), "", ""][:3]
-    if setting in WEIGHT_RULES:
+    if name in LOSSES and setting in WEIGHT_RULES:
         return WEIGHT_RULES[setting].types
-    if name not in LOSSES or setting not in hyperparameters(name):
-        return ()
-    return _field_types(hyperparameters(name)[setting])
+    if name in LOSSES and setting in hyperparameters(name):
+        return _field_types(hyperparameters(name)[setting])
+    return ()
 
 
 def _field_types(field: dataclasses.Field) -> tuple[type, ...]:
