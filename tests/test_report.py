@@ -89,7 +89,7 @@ def test_report_of_a_grid(grid, capsys):
     assert rows["cskd"][5:7] == ["-0.97", "-1.47"]
     assert "paper, Table 2, CSKD" in rows["cskd"][7]
     assert "issue 2" in rows["cskd"][7]
-    assert rows["teacher"][1:5] == ["1", "70.00", "-", "71.77"]
+    assert rows["teacher"][1:6] == ["1", "70.00", "70.50", "71.77", "-1.27"]
     assert rows["kd - ce"][1:] == ["3", "+4.00", "-", "the same difference in every seed, interval unknown: no claim"]
     expected = stats.ttest_rel(TOP1["cskd"], TOP1["ce"]).confidence_interval(0.95)
     assert rows["cskd - ce"][3] == f"{100 * expected.low:+.2f} to {100 * expected.high:+.2f}"

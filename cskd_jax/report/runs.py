@@ -27,10 +27,12 @@ class Run:
     Attributes:
       folder: its workdir.
       results: results.json.
+      teacher_run: the run that trained its teacher, where it is among those read.
     """
 
     folder: pathlib.Path
     results: dict[str, Any]
+    teacher_run: "Run | None" = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -45,6 +47,13 @@ class Run:
     def score(self, epoch: str) -> float:
         """Of the student, in percent, after the "last" or the "best" epoch."""
         return 100 * self.results["student"][epoch][self.task.score]
+
+    def teacher_score(self, epoch: str) -> float | None:
+        """Of the teacher, likewise; None where it is not known, as the best epoch of a teacher brought along."""
+        entry = self.results["teacher"]
+        if epoch not in entry and self.teacher_run is not None:
+            return self.teacher_run.score(epoch)
+        return 100 * entry[epoch][self.task.score] if epoch in entry else None
 
     def curve(self) -> list[tuple[int, float]]:
         """(epoch, score of the student in percent) of every evaluation."""
@@ -138,8 +147,10 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
             raise UserError(f"{folder} holds no finished run: there is no results.json in it or below")
         runs |= {path.resolve(): Run(path.parent, _read_results(path)) for path in paths}
     # By the last two parts: a sweep's folder may have moved since.
-    teachers = {run.teacher_folder.parts[-2:] for run in runs.values() if run.teacher_folder is not None}
-    return [run for run in runs.values() if (run.folder.resolve().name, "student") not in teachers]
+    trained = {(run.folder.resolve().name, "student"): run for run in runs.values()}
+    teachers = {run: trained.get(run.teacher_folder.parts[-2:]) for run in runs.values() if run.teacher_folder}
+    others = [run for run in runs.values() if run not in teachers.values()]
+    return [dataclasses.replace(run, teacher_run=teachers.get(run)) for run in others]
 
 
 def _read_results(path):

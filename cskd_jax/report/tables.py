@@ -74,17 +74,14 @@ def _without_empty(table):
 
 
 def _teacher(comparison):
-    """The row of the teacher: its last epoch, and the best one of teachers that were trained within their run."""
-    task, entries = comparison.runs[0].task, [run.results["teacher"] for run in comparison.distilled]
+    """The row of the teacher."""
     last, best = (
-        _summary_of([100 * e[epoch][task.score] for e in entries if epoch in e]) for epoch in ("last", "best")
+        [score for run in comparison.distilled if (score := run.teacher_score(epoch)) is not None]
+        for epoch in ("last", "best")
     )
+    last, best = summarize(last), summarize(best) if best else None
     values = summary(last), _NONE if best is None else summary(best)
-    return ("teacher", str(len(entries)), *values, *_beside(comparison, "teacher", last, best))
-
-
-def _summary_of(values):
-    return summarize(values) if values else None
+    return ("teacher", str(last.count), *values, *_beside(comparison, "teacher", last, best))
 
 
 def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | None) -> tuple[str, str, str, str]:
