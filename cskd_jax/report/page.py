@@ -11,7 +11,7 @@ from cskd_jax.report.tables import Table
 # As many columns fit on a phone.
 _NARROW = 4
 # Columns of words rather than numbers.
-_WORDS = {"source", "what it shows", "model", "method", "parts"}
+_WORDS = {"source", "what it shows", "method", "parts"}
 
 
 def render(title: str, lead: str, sections: Iterable[str]) -> str:

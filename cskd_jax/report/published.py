@@ -10,7 +10,8 @@ EPOCHS = 200
 MEANING = (
     "Published values are of one run or of an unstated number of runs, without a deviation. The paper does not say "
     "which epoch they are of; the released code reports the best test accuracy over the epochs, so that the best epoch "
-    "is the like-for-like comparison, and the last epoch the one without choice on the test split."
+    "is the like-for-like comparison, and the last epoch the one without choice on the test split. Where there are "
+    "several values, the differences are to the first."
 )
 # Of table 4, "neither" has the value that table 3 gives for KD.
 _METHODS = {"neither": "kd", "both": "cskd", "CSKD run 1": "cskd", "CSKD run 2": "cskd"}

@@ -161,14 +161,14 @@ def ablation(comparison: Comparison) -> Table | None:
 def sizes(comparison: Comparison) -> Table:
     """Parameters of teacher and student."""
     student = comparison.runs[0].results["student"]["parameters"]
-    rows = [("student", comparison.student, f"{student:,}", _NONE)]
+    rows = [(f"student {comparison.student}", f"{student:,}", _NONE)]
     if comparison.distilled:
         teacher = comparison.distilled[0].results["teacher"]["parameters"]
         rows = [
-            ("teacher", comparison.teacher, f"{teacher:,}", _NONE),
-            ("student", comparison.student, f"{student:,}", f"{teacher / student:.2f}x"),
+            (f"teacher {comparison.teacher}", f"{teacher:,}", _NONE),
+            (f"student {comparison.student}", f"{student:,}", f"{teacher / student:.2f}x"),
         ]
-    return Table("Size", ("network", "model", "parameters", "compression"), rows)
+    return Table("Size", ("network", "parameters", "compression"), rows)
 
 
 def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
