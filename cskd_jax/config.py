@@ -1,5 +1,6 @@
 """Validation of a configuration, before anything compiles: every error names the key, the value, what is allowed."""
 
+import dataclasses
 import difflib
 import json
 import math
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from flax import traverse_util
+from ml_collections import config_dict
 
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
@@ -92,7 +95,8 @@ RULES = {
     "optimizer.restart_momentum": _BOOL,
 }
 
-_INDIFFERENT = ("dataset.streaming", "dataset.workers")
+# What makes no difference to the results: a run may be resumed with other values.
+INDIFFERENT = ("dataset.streaming", "dataset.workers")
 
 # The keys of every loss beside its hyper-parameters: the fields of `objective.Weight`.
 WEIGHT_RULES = {
@@ -119,9 +123,43 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(flatten(config)))
 
 
-def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """`plain` without what makes no difference to the results: a run may be resumed with other values of that."""
-    return {key: value for key, value in plain(config).items() if key not in _INDIFFERENT}
+def restore(flat: dict[str, Any], source: str) -> ml_collections.ConfigDict:
+    """The configuration that `plain` gave `flat` of; not validated.
+
+    Args:
+      flat: {"a.b": JSON value}.
+      source: where it comes from, for the message.
+
+    Raises:
+      UserError: a key is not one of a configuration.
+    """
+    values = {}
+    for key, value in flat.items():
+        types = _types(key)
+        if not types:
+            raise UserError(f"{source} holds an unknown configuration key {key}")
+        if value is None:
+            # Not plain None: an override could not be converted to the right type.
+            value = config_dict.placeholder(types[0])
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return ml_collections.ConfigDict(traverse_util.unflatten_dict(values, sep="."))
+
+
+def _types(key: str) -> tuple[type, ...]:
+    """What the value of a key may be; empty for a key that is none."""
+    if not key.startswith("losses."):
+        return RULES[key].types if key in RULES else ()
+    _, name, setting = [*key.split("."), "", ""][:3]
+    if name in LOSSES and setting in WEIGHT_RULES:
+        return WEIGHT_RULES[setting].types
+    if name in LOSSES and setting in hyperparameters(name):
+        return _field_types(hyperparameters(name)[setting])
+    return ()
+
+
+def _field_types(field: dataclasses.Field) -> tuple[type, ...]:
+    """The types of a hyper-parameter, None among them where it is optional."""
+    return tuple(getattr(field.type, "__args__", None) or (field.type,))
 
 
 def unknown_key(key: str, known: Any) -> UserError:
@@ -176,8 +214,7 @@ def _validate_loss(name: str, settings: Any) -> None:
         elif key not in allowed:
             raise unknown_key(path, [f"losses.{name}.{known}" for known in (*WEIGHT_RULES, *allowed)])
         else:
-            annotation = allowed[key].type
-            types = tuple(getattr(annotation, "__args__", None) or (annotation,))
+            annotation, types = allowed[key].type, _field_types(allowed[key])
             types += (int,) if float in types else ()
             wanted = getattr(annotation, "__name__", str(annotation)) if len(types) == 1 else str(annotation)
             _check(path, value, Rule(types, _is_sensible, f"of type {wanted}, a number finite and at least 0"))

@@ -428,13 +428,14 @@ class Evaluation:
 
     def __call__(self, variables: Any) -> dict[str, float]:
         """The metrics of the task over the whole split, each image counted once, and the mean "loss"."""
-        return self._task.summarize(self._measure(variables), self._split.labels)
+        return self._task.summarize(self.measure(variables), self._split.labels)
 
     def by_category(self, variables: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Task.by_category`."""
-        return self._task.by_category(self._measure(variables), self._split.labels, self._num_classes)
+        return self._task.by_category(self.measure(variables), self._split.labels, self._num_classes)
 
-    def _measure(self, variables):
+    def measure(self, variables: Any) -> list[Any]:
+        """What the task measures of each batch of the split, in order, on the host."""
         pending, measured = deque(), []
         for batch in self._batches():
             pending.append(self._step(variables, batch))

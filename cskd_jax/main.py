@@ -11,98 +11,35 @@ Exit codes: 0 done; 2 something to mend in the command, the configuration or the
 finite any more; 75 stopped by a signal with everything saved: the same command resumes.
 """
 
-import gc
-import os
 import pathlib
 import sys
 
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
-
-from cskd_jax.errors import UserError, run_command
 
 
 def main(argv: list[str]) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    return run_command(_run, argv)
+    # Imported here: the processes that decode images import this module too, and have no use for JAX.
+    from cskd_jax import command_line
+
+    return command_line.run_program(_run, __doc__, argv)
 
 
 def _run(argv):
-    config, workdir = _parse(argv)
-    _set_up_jax()
+    from cskd_jax import command_line
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Folder of the run.", values)
+    command = command_line.parse(argv, values)
+    command_line.refuse_rest(command)
+    config = command_line.load_recipe(command.recipe, command.overrides)
+    word = command.recipe.partition(":")[2] or config.method
+    default = pathlib.Path("runs") / command_line.recipe_file(command.recipe).stem / f"{word}-seed{config.seed}"
+    command_line.set_up_jax()
     # Imported late: mistakes in the command should not wait for everything.
     from cskd_jax.train import train
 
-    train(config, workdir)
-
-
-def _parse(argv):
-    """(configuration, workdir) of a command line."""
-    # Imported here: the processes that decode images import this module too, and have no use for JAX.
-    from cskd_jax import config as config_lib
-
-    recipe = next((a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))), "")
-    file = pathlib.Path(recipe.split(":")[0])
-    if not recipe or not file.is_file():
-        raise UserError(f"--config=RECIPE must name a file such as configs/digits.py; got {recipe or 'none'}")
-    # A recipe may import its neighbours, wherever the command is run.
-    sys.path.append(str(file.absolute().parent.parent))
-    config = _parse_flags([argv[0], f"--config={recipe}"])["config"].value
-    if not isinstance(config, ml_collections.ConfigDict) or not {"method", "seed"} <= set(config):
-        raise UserError(f"get_config of {file} must return a ConfigDict with all the keys of configs/digits.py")
-    _check_overrides(argv, config_lib.flatten(config), config_lib.unknown_key)
-    values = _parse_flags(argv)
-    config = values["config"].value
-    word = recipe.partition(":")[2] or config.method
-    default = pathlib.Path("runs") / file.stem / f"{word}-seed{config.seed}"
-    return config, pathlib.Path(values["workdir"].value or default)
-
-
-def _check_overrides(argv, known, unknown_key):
-    for argument in argv[1:]:
-        key = argument.lstrip("-").split("=")[0]
-        if not key.startswith("config."):
-            continue
-        key = key.removeprefix("config.")
-        if key == "method":
-            raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")
-        if key not in known:
-            raise unknown_key(key, known)
-
-
-def _parse_flags(argv):
-    sys.argv = argv  # where config_flags looks for the overrides, whatever it is asked to parse
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Recipe, FILE[:METHOD].", values, lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of the run.", values)
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        # The last line is the message; what comes before it is a traceback through the recipe.
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-    except Exception as error:  # A recipe is code: it may raise anything.
-        raise UserError(f"{argv[1]}: {type(error).__name__}: {str(error).strip()}") from None
-    if rest[1:]:
-        raise UserError(f"arguments are given as --NAME=VALUE; got {' '.join(rest[1:])}")
-    return values
-
-
-def _set_up_jax():
-    # cuDNN and XLA would otherwise sum in an order that changes from run to run.
-    os.environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "cskd_jax"))
-    # Many small programs add up at start: keep them all.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # Tracing makes millions of objects that stay: searching them for cycles so often took a quarter of its time.
-    gc.set_threshold(100_000)
+    train(config, pathlib.Path(values.workdir or default))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from jax import lax
 
 from cskd_jax.losses import gather_batch, sum_batch
 
+# Of no more categories than this, nearly everything is among the five most likely ones: top-5 says nothing.
+_FEW_CATEGORIES = 10
+
 
 def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Sums over a batch from which accuracies and the mean loss of a split are made.
@@ -78,7 +81,8 @@ class Task(NamedTuple):
     Attributes:
       supervision: the method of `LOSSES` that a teacher is trained with.
       score: the metric of a split that says which epoch is best; greater is better.
-      names: {metric of a split: its name for people}, without the loss.
+      names: {metric of a split: its name for people}, without the loss; top-5 is measured only of more than ten
+        categories.
       step_metric: the metric of a training step that the progress bar shows.
       measure_step: (logits, labels, axis_name) -> {`step_metric`: scalar}; the mean over devices is that of the global
         batch.
@@ -100,12 +104,17 @@ class Task(NamedTuple):
 
     def describe(self, values: dict[str, float]) -> str:
         """Metrics of a split for people, without the loss."""
-        return ", ".join(f"{name} {values[metric]:.4f}" for metric, name in self.names.items())
+        return ", ".join(f"{name} {values[metric]:.4f}" for metric, name in self.names.items() if metric in values)
 
 
 def task_of(multilabel: bool) -> Task:
     """The task of a data set: with images of several categories, or of one each."""
     return MULTI_LABEL if multilabel else SINGLE_LABEL
+
+
+def task_that_measured(values: dict[str, float]) -> Task:
+    """The task that has given these metrics of a split."""
+    return task_of(MULTI_LABEL.score in values)
 
 
 def _accuracy(logits, labels, axis_name):
@@ -115,6 +124,8 @@ def _accuracy(logits, labels, axis_name):
 
 def _classification_sums(logits, labels, mask, axis_name):
     sums = classification_sums(logits, labels, mask)
+    if logits.shape[1] <= _FEW_CATEGORIES:
+        del sums["top5"]
     predicted = gather_batch(jnp.argmax(logits, axis=-1).astype(jnp.int32), axis_name)
     return sum_batch(sums, axis_name), predicted
 

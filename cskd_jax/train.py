@@ -16,7 +16,7 @@ import numpy as np
 from cskd_jax import config as config_lib
 from cskd_jax import parallel
 from cskd_jax.checkpoint import FOLDER, load_variables
-from cskd_jax.data import ImageDataset, load_dataset
+from cskd_jax.data import ImageDataset
 from cskd_jax.errors import UserError
 from cskd_jax.logging import say, write_json
 from cskd_jax.loop import Evaluation, Network, Phase, Progress
@@ -24,6 +24,7 @@ from cskd_jax.metrics import Task, task_of
 from cskd_jax.models import count_parameters
 from cskd_jax.objective import needs_teacher
 from cskd_jax.signals import StopRequest
+from cskd_jax.trained import TEACHER_DIGEST, check_dataset, load_data
 
 # Packages whose versions decide the numbers.
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -37,11 +38,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """
     config_lib.validate(config)
     parallel.check_batch_size("batch_size", config.batch_size)
-    identity, given_teacher = config_lib.identity(config), None
+    identity, given_teacher = config_lib.plain(config), None
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
         given_teacher = GivenTeacher.load(config)
         # A resumed run must not go on with another teacher.
-        identity["teacher.checkpoint digest"] = given_teacher.record["digest"]
+        identity[TEACHER_DIGEST] = given_teacher.record["digest"]
     check_workdir(workdir, identity)
     results_path = workdir / "results.json"
     if results_path.exists():
@@ -118,27 +119,7 @@ class GivenTeacher:
 
     def check_dataset(self, dataset: ImageDataset) -> None:
         """Raises UserError unless it was trained on such images, such labels, and the same categories."""
-        channels = dataset.image_shape[-1]
-        if self.record["channels"] != channels:
-            raise UserError(
-                f"teacher.checkpoint {self.path} takes images with {self.record['channels']} channels, "
-                f"those of {dataset.name} have {channels}"
-            )
-        if self.record.get("multilabel", False) != dataset.multilabel:
-            one, several = "one category per image", "several categories per image"
-            raise UserError(
-                f"teacher.checkpoint {self.path} was trained with {one if dataset.multilabel else several}, "
-                f"{dataset.name} has {several if dataset.multilabel else one}"
-            )
-        ours, theirs = list(dataset.categories), self.record["categories"]
-        # An imported teacher may not know their names.
-        number = len(self.variables["params"]["classifier"]["bias"] if theirs is None else theirs)
-        if number != len(ours) or theirs not in (None, ours):
-            names = "" if theirs is None else f" ({', '.join(theirs[:3])}, ...)"
-            raise UserError(
-                f"teacher.checkpoint {self.path} knows {number} categories{names}, "
-                f"{dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
-            )
+        check_dataset(f"teacher.checkpoint {self.path}", self.variables, self.record, dataset)
 
     def evaluate(self, network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset):
         """Its variables on every device, and its entry in results.json."""
@@ -215,7 +196,7 @@ def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     different = [
         f"{key} {found.get(key)!r} != {identity.get(key)!r}"
         for key in sorted(found.keys() | identity.keys())
-        if found.get(key) != identity.get(key)
+        if found.get(key) != identity.get(key) and key not in config_lib.INDIFFERENT
     ]
     if different and any(workdir.glob(f"*/{FOLDER}/*")):
         raise UserError(
@@ -228,22 +209,3 @@ def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     if not any(workdir.glob(f"*/{FOLDER}/*")):
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
     write_json(workdir / "config.json", identity)
-
-
-def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
-    """The data set of `config`; UserError unless mean and deviation are per channel of its images, or one for all."""
-    dataset = load_dataset(
-        config.dataset.name,
-        data_dir=config.dataset.data_dir,
-        path=config.dataset.path,
-        train_examples=config.dataset.train_examples,
-        image_size=config.dataset.image_size,
-        streaming=config.dataset.streaming,
-        workers=config.dataset.workers,
-    )
-    channels = dataset.image_shape[-1]
-    if len(config.dataset.mean) not in (1, channels):
-        raise UserError(
-            f"dataset.mean has {len(config.dataset.mean)} values, the images of {dataset.name} have {channels} channels"
-        )
-    return dataset

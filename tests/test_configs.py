@@ -1,7 +1,6 @@
 """Every recipe with every method, every published value: valid, as published, and one step of it traces."""
 
 import importlib.util
-import json
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from cskd_jax.data import DATASETS, ImageDataset, Split
 from cskd_jax.loop import Network, Phase
 from cskd_jax.losses import LossInputs
 from cskd_jax.objective import Objective, hyperparameters, needs_teacher
+from cskd_jax.report import published
 from cskd_jax.state import init_network
 from tests.conftest import ROOT
 
@@ -86,7 +86,7 @@ def published_cells():
             recipes.get(table["dataset"], table["dataset"]),
             f"{row['teacher']}/{row['student']}/{words.get(column, column)}",
         )
-        for table in json.loads((ROOT / "tests" / "golden" / "published.json").read_text())["tables"]
+        for table in published.tables()
         for row in table["rows"]
         for column in table["columns"]
     }

@@ -9,8 +9,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Modules and packages of cskd_jax, highest first: each may import what stands on a line below its own.
 LAYERS = (
-    ("interop", "main"),
-    ("train",),
+    ("evaluate", "interop", "main", "report", "sweep"),
+    ("command_line", "train"),
+    ("trained",),
     ("loop",),
     ("config", "steps"),
     ("checkpoint", "data", "logging", "optim", "parallel", "signals", "state"),

@@ -22,7 +22,7 @@ def test_results(done):
         for evaluation in (entry["last"], entry["best"]):
             # Fractions of exactly 357 images: padding counts nowhere.
             assert (evaluation["top1"] * 357) == pytest.approx(round(evaluation["top1"] * 357), abs=1e-9)
-            assert evaluation["top1"] <= evaluation["top5"] <= 1
+            assert evaluation.keys() == {"epoch", "top1", "loss"}, "top-5 of ten categories says nothing"
     assert results["devices"]["count"] == 1
     assert results["config"]["epochs"] == 3
     assert results["versions"]["jax"]

@@ -1,0 +1,177 @@
+"""How the networks lay out the categories: embeddings of the same test images, their tightness, and 2-D pictures."""
+
+import functools
+import itertools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from flax import linen as nn
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+
+from cskd_jax import config as config_lib
+from cskd_jax.checkpoint import FOLDER
+from cskd_jax.data import ImageDataset
+from cskd_jax.data.augment import make_normalize
+from cskd_jax.errors import UserError
+from cskd_jax.report.runs import Comparison, Run
+from cskd_jax.report.statistics import Summary, summarize
+from cskd_jax.trained import load_data, load_trained
+
+_MEASURED = 2000  # test images whose embeddings are measured
+_SHOWN, _SHOWN_CATEGORIES = 400, 10  # of them, test images in a picture and categories they are of
+_BATCH = 100
+
+
+class Tightness(NamedTuple):
+    """Distances between embeddings.
+
+    Attributes:
+      within: mean distance of a sample from the center of its category.
+      between: mean distance between the centers of two categories.
+    """
+
+    within: float
+    between: float
+
+    @property
+    def ratio(self) -> float:
+        """Within over between: the smaller, the tighter and further apart are the categories."""
+        return self.within / self.between
+
+
+class Panel(NamedTuple):
+    """A picture of one network.
+
+    Attributes:
+      title: method and seed.
+      points: float [N, 2], in the unit square.
+    """
+
+    title: str
+    points: np.ndarray
+
+
+class Embeddings(NamedTuple):
+    """What is measured of the networks of a comparison, on the same test images.
+
+    Attributes:
+      images: how many were measured.
+      ratios: {row label or "teacher": `Tightness.ratio` over its runs}.
+      labels: int [N], categories of the points of every panel.
+      categories: {label: name} of those.
+      panels: the teacher and the first run of every row.
+    """
+
+    images: int
+    ratios: dict[str, Summary]
+    labels: np.ndarray
+    categories: dict[int, str]
+    panels: list[Panel]
+
+
+def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
+    """Embeds test images with the networks of all runs.
+
+    Args:
+      comparison: of runs with their checkpoints.
+      data_dir: in the place of the runs' own `dataset.data_dir`, where not None.
+
+    Raises:
+      UserError: data or checkpoints are not there, or images have several categories.
+    """
+    networks = _networks(comparison)
+    for _, folder in itertools.chain(*networks.values()):
+        if not (folder / FOLDER).is_dir():
+            raise UserError(f"there are no checkpoints in {folder}")
+    config = config_lib.restore(comparison.runs[0].config, str(comparison.runs[0].folder))
+    if data_dir is not None:
+        config.dataset.data_dir = data_dir
+    dataset = load_data(config)
+    if dataset.multilabel:
+        raise UserError("images have several categories each, so that embeddings have no one center to be near to")
+    # The same images for every network, and for every report on this data set.
+    chosen = np.sort(np.random.default_rng(0).permutation(len(dataset.test.labels))[:_MEASURED])
+    images, labels = dataset.test.images[chosen], dataset.test.labels[chosen]
+    shown = np.flatnonzero(np.isin(labels, np.unique(labels)[:_SHOWN_CATEGORIES]))[:_SHOWN]
+    ratios, panels = {}, []
+    for label, folders in networks.items():
+        values = []
+        for position, (title, folder) in enumerate(folders):
+            embeddings = embed_images(folder, config, dataset, images)
+            values.append(tightness(embeddings, labels).ratio)
+            if position == 0:
+                panels.append(Panel(title, project(embeddings[shown])))
+        ratios[label] = summarize(values)
+    categories = {int(label): dataset.categories[label] for label in np.unique(labels[shown])}
+    return Embeddings(len(images), ratios, labels[shown], categories, panels)
+
+
+def _networks(comparison: Comparison) -> dict[str, list[tuple[str, pathlib.Path]]]:
+    """{row label or "teacher": [(title, folder of its checkpoints)]}."""
+    networks = {}
+    if comparison.distilled:
+        networks["teacher"] = [(f"teacher {comparison.teacher}", _found_teacher(run)) for run in comparison.distilled]
+    for row in comparison.rows:
+        networks[row.label] = [(f"{row.label}, seed {r.results['seed']}", r.folder / "student") for r in row.runs]
+    return networks
+
+
+def _found_teacher(run: Run) -> pathlib.Path:
+    """The folder of the teacher; where the runs have been moved together, near the run's own."""
+    folder = run.teacher_folder
+    near = (parent.joinpath(*folder.parts[-2:]) for parent in run.folder.absolute().parents)
+    return next((path for path in (folder, *near) if path.is_dir()), folder)
+
+
+def embed_images(
+    folder: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset, images: np.ndarray
+) -> np.ndarray:
+    """Embeddings of images by the network of a phase.
+
+    Args:
+      folder: of the phase.
+      config: of its run.
+      dataset: that the images are of.
+      images: uint8 [N, H, W, C].
+
+    Returns:
+      float64 [N, D].
+    """
+    trained = load_trained(folder, config.dtype, dataset)
+    variables = jax.device_put(trained.variables)
+    embedded = []
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+        padded = np.pad(batch, [(0, _BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
+        output = _embed(trained.network.module, config.dataset.mean, config.dataset.std, variables, padded)
+        embedded.append(np.asarray(output, np.float64)[: len(batch)])
+    return np.concatenate(embedded)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "mean", "std"))
+def _embed(module: nn.Module, mean: Any, std: Any, variables: Any, images: jax.Array) -> jax.Array:
+    return module.apply(variables, make_normalize(mean, std)(images), train=False).embedding
+
+
+def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
+    """Of embeddings [N, D] with labels int [N] of at least two categories."""
+    present, index = np.unique(labels, return_inverse=True)
+    members = index == np.arange(len(present))[:, None]
+    centers = members @ embeddings / members.sum(axis=1, keepdims=True)
+    within = np.linalg.norm(embeddings - centers[index], axis=1).mean()
+    distances = np.linalg.norm(centers[:, None] - centers, axis=2)
+    return Tightness(float(within), float(distances.sum() / (len(present) * (len(present) - 1))))
+
+
+def project(embeddings: np.ndarray) -> np.ndarray:
+    """t-SNE of embeddings [N, D] into the unit square, [N, 2]; equal input gives equal output."""
+    perplexity = min(30, (len(embeddings) - 1) / 3)
+    # So few points gain nothing from threads, which on a busy machine wait for each other for minutes.
+    with threadpool_limits(1):
+        points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings)
+    low, high = points.min(axis=0), points.max(axis=0)
+    return (points - (low + high) / 2) / max(high - low) + 0.5

@@ -1,0 +1,102 @@
+"""The report as one HTML page that needs nothing else: no script, no font, no request."""
+
+import html
+import importlib.resources
+from collections.abc import Iterable, Sequence
+
+from cskd_jax.report import svg
+from cskd_jax.report.embedding import Embeddings
+from cskd_jax.report.tables import Table
+
+# As many columns fit on a phone.
+_NARROW = 4
+# Columns of words rather than numbers.
+_WORDS = {"source", "what it shows", "method", "parts"}
+
+
+def render(title: str, lead: str, sections: Iterable[str]) -> str:
+    """The page.
+
+    Args:
+      title: plain text.
+      lead: plain text below it.
+      sections: HTML.
+    """
+    style = importlib.resources.files(__package__).joinpath("style.css").read_text()
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>{html.escape(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p class="lead">{html.escape(lead)}</p>
+{"".join(sections)}</body>
+</html>
+"""
+
+
+def heading(text: str) -> str:
+    """Of a section."""
+    return f"<h2>{html.escape(text)}</h2>\n"
+
+
+def note(text: str) -> str:
+    """A sentence in small print."""
+    return f'<p class="note">{html.escape(text)}</p>\n'
+
+
+def table(content: Table) -> str:
+    """A table; one of many columns turns into cards on a narrow screen."""
+    classes = ["text" if name in _WORDS else "" for name in content.header]
+    header = "".join(_cell("th", name, style) for name, style in zip(content.header, classes, strict=True))
+    rows = "".join(
+        "<tr>" + "".join(_cell("td", *cell) for cell in zip(row, classes, content.header, strict=True)) + "</tr>\n"
+        for row in content.rows
+    )
+    title = f"<h3>{html.escape(content.title)}</h3>\n"
+    wide = ' class="wide"' if len(content.header) > _NARROW else ""
+    notes = "".join(map(note, content.notes))
+    return f"{title}<table{wide}>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n{notes}"
+
+
+def _cell(kind: str, text: str, style: str, label: str = "") -> str:
+    attributes = f' class="{style}"' if style else ""
+    attributes += f' data-label="{html.escape(label)}"' if label else ""
+    return f"<{kind}{attributes}>{html.escape(text)}</{kind}>"
+
+
+def training_curves(lines: Sequence[svg.Curve], score: str) -> str:
+    """The chart of the scores by epoch."""
+    title = "Training curves"
+    chart = svg.curves(lines, "epoch", f"{score} on the test split, %", f"{title}: {', '.join(c.label for c in lines)}")
+    legend = _legend((svg.line_key(number), line.label) for number, line in enumerate(lines))
+    caption = "Mean over the seeds; the band is one standard deviation to each side."
+    return f"<h3>{title}</h3>\n<figure>\n{chart}\n{legend}<figcaption>{caption}</figcaption>\n</figure>\n"
+
+
+def embeddings(content: Embeddings) -> str:
+    """The panels of the embeddings."""
+    panels = "".join(
+        f"<figure>{svg.scatter(panel.points, content.labels, content.categories, panel.title)}\n"
+        f"<figcaption>{html.escape(panel.title)}</figcaption></figure>\n"
+        for panel in content.panels
+    )
+    legend = _legend((svg.mark_key(number), name) for number, name in enumerate(content.categories.values()))
+    text = (
+        f"The same {len(content.labels)} test images in every panel, a point each, as in figure 4 of the paper: the "
+        "embedding that the classifier reads, after the last epoch, projected by t-SNE. Which points are neighbors "
+        "means something; sizes of clusters and distances between them do not: those are measured in the next table."
+    )
+    return f'<h3>Embeddings</h3>\n<div class="panels">\n{panels}</div>\n{legend}{note(text)}'
+
+
+def _legend(entries):
+    items = "".join(f"<li>{key}{html.escape(text)}</li>\n" for key, text in entries)
+    return f'<ul class="legend">\n{items}</ul>\n'

@@ -1,0 +1,63 @@
+"""What a few seeds say: mean and deviation, and differences of runs that share a seed."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+class Summary(NamedTuple):
+    """Mean over runs, their sample standard deviation (None for a single run), and how many they are."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+class PairedDifference(NamedTuple):
+    """Mean difference of runs with the same seed.
+
+    Attributes:
+      mean: over the seeds that both have.
+      margin: half the width of Student's t interval at `CONFIDENCE`; None where it cannot be estimated: for a single
+        seed, and where the differences are all the same, as happens on small test splits.
+      count: of seeds.
+    """
+
+    mean: float
+    margin: float | None
+    count: int
+
+    @property
+    def verdict(self) -> str:
+        """What may be claimed, in words."""
+        if self.count == 1:
+            return "one seed: no claim"
+        if self.margin is None:
+            return "the same difference in every seed, interval unknown: no claim"
+        if abs(self.mean) <= self.margin:
+            return f"no difference shown by {self.count} seeds"
+        return f"{'higher' if self.mean > 0 else 'lower'}, {self.count} seeds"
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Of at least one value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Summary(statistics.fmean(values), deviation, len(values))
+
+
+def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
+    """Ours minus the baseline's, each {seed: value}, over the seeds of both; None where they share none."""
+    differences = [ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys())]
+    if not differences:
+        return None
+    mean, deviation, count = summarize(differences)
+    margin = None
+    # Differences of fractions that are equal but for rounding.
+    if deviation is not None and deviation > 1e-9:
+        margin = deviation / math.sqrt(count) * float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return PairedDifference(mean, margin, count)

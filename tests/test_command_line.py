@@ -1,0 +1,33 @@
+"""A configuration that a run has written down comes back as it was, with overrides of the right type."""
+
+import pytest
+
+from cskd_jax import config as config_lib
+from cskd_jax.command_line import load_recipe, override
+from cskd_jax.errors import UserError
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("word", ["digits.py:cskd", "digits.py:reviewkd", "digit_pairs.py:mlcskd", "cifar100.py:ft"])
+def test_configuration_comes_back(word):
+    config = load_recipe(f"{ROOT}/configs/{word}", ["--config.epochs=3"])
+    restored = config_lib.restore(config_lib.plain(config), "config.json")
+    config_lib.validate(restored)
+    assert config_lib.flatten(restored) == config_lib.flatten(config)
+
+
+def test_overrides_of_a_restored_configuration():
+    flat = config_lib.plain(load_recipe(f"{ROOT}/configs/digits.py", []))
+    arguments = ["--config.dataset.data_dir=/data/7", "--config.dataset.train_examples=160", "--config.batch_size=32"]
+    config = override(config_lib.restore(flat, "config.json"), arguments)
+    assert (config.dataset.data_dir, config.dataset.train_examples, config.batch_size) == ("/data/7", 160, 32)
+    with pytest.raises(UserError, match="batchsize; did you mean batch_size"):
+        override(config, ["--config.batchsize=3"])
+    with pytest.raises(UserError, match="train_examples"):
+        override(config, ["--config.dataset.train_examples=many"])
+
+
+@pytest.mark.parametrize("key", ["epoch", "losses.kdd.weight", "losses.kd.temprature", "losses", "losses.kd"])
+def test_unknown_key_of_a_damaged_file(key):
+    with pytest.raises(UserError, match=f"config.json holds an unknown configuration key {key}"):
+        config_lib.restore({key: 1}, "config.json")

@@ -1,0 +1,36 @@
+"""Bad input of the evaluation; what it measures is in test_sweep.py, on networks that were trained there."""
+
+import json
+
+import pytest
+
+from cskd_jax.evaluate import main
+
+BAD_INPUT = {
+    "nothing": ([], ["--workdir=DIR", "--checkpoint=DIR"]),
+    "both": (["--workdir={done}", "--checkpoint={done}/student"], ["either"]),
+    "no folder": (["--workdir={done}/nothing"], ["is no folder"]),
+    "no run": (["--workdir={empty}"], ["holds no config.json", "--config=RECIPE"]),
+    "no configuration beside it": (["--checkpoint={empty}"], ["holds no config.json", "--config=RECIPE"]),
+    "a run for a network": (["--checkpoint={done}/tensorboard"], ["no checkpoint in"]),
+    "unknown key": (["--workdir={done}", "--config.batchsize=3"], ["did you mean batch_size"]),
+    "batch and devices": (["--workdir={done}", "--config.batch_size=60"], ["batch_size is 60", "8 devices"]),
+    "other labels": (["--workdir={done}", "--config.dataset.name=digit_pairs"], ["one category per image"]),
+    "other program's flag": (["--workdir={done}", "--jobs=3"], ["jobs"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, done, tmp_path, capsys):
+    arguments, words = BAD_INPUT[case]
+    assert main(["evaluate", *(a.format(done=done, empty=tmp_path) for a in arguments)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    for word in words:
+        assert word in line
+    assert not (done / "evaluation.json").exists()
+
+
+def test_damaged_configuration(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"batch_size": 3, "bach": 4}))
+    assert main(["evaluate", f"--workdir={tmp_path}"]) == 2
+    assert "unknown configuration key bach" in capsys.readouterr().err

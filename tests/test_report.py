@@ -1,0 +1,228 @@
+"""The report: statistics against SciPy, published values, what is compared with what, and a page that loads nothing."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cskd_jax import config as config_lib
+from cskd_jax.command_line import load_recipe
+from cskd_jax.report import published, svg
+from cskd_jax.report.__main__ import main
+from cskd_jax.report.embedding import project, tightness
+from cskd_jax.report.runs import compare, find_runs
+from cskd_jax.report.statistics import paired_difference, summarize
+from tests.conftest import ROOT
+
+TOP1 = {"ce": (0.60, 0.62, 0.61), "kd": (0.64, 0.66, 0.65), "cskd": (0.66, 0.69, 0.68)}
+
+
+def write_run(folder, recipe, word, seed, last, digest="d", **overrides):
+    """results.json and metrics.jsonl of a run, with a best epoch half a point above the last."""
+    arguments = [f"--config.{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    config = load_recipe(f"{ROOT}/configs/{recipe}.py:{word}", [*arguments, f"--config.seed={seed}"])
+    entry = {"model": config.student.name, "width": config.student.width, "parameters": 1000}
+    values = {"top1": last, "top5": 0.9, "loss": 1.0}
+    teacher = {"parameters": 4000, "digest": digest, "checkpoint": str(folder.parent / "teacher-net" / "student")}
+    results = {
+        "method": config.method,
+        "seed": seed,
+        "teacher": None if config.method == "ce" else teacher | {"last": {"top1": 0.7, "top5": 0.9, "loss": 1.0}},
+        "student": entry | {"last": {"epoch": 2, **values}, "best": {"epoch": 1, **values, "top1": last + 0.005}},
+        "dataset": {"name": recipe, "categories": 100, "train_examples": 50_000, "test_examples": 10_000},
+        "devices": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "versions": {"cskd_jax": "0.1.0"},
+        "config": config_lib.plain(config),
+    }
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    rows = [{"phase": "student", "split": "test", "epoch": e, "step": e, **values, "top1": last / e} for e in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Nine runs of the first published row of CIFAR-100, and the run of their teacher."""
+    for method, scores in TOP1.items():
+        for seed, score in enumerate(scores):
+            write_run(tmp_path / f"{method}-seed{seed}", "cifar100", method, seed, score)
+    write_run(tmp_path / "teacher-net", "cifar100", "ce", 0, 0.7, student__name="resnet101", student__width=0.5)
+    return tmp_path
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the cells of every table."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.cells, self._in_cell = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._in_cell = tag in ("td", "th")
+        if tag == "tr":
+            self.cells.append([])
+        if self._in_cell:
+            self.cells[-1].append("")
+
+    def handle_endtag(self, tag):
+        self._in_cell = False
+
+    def handle_data(self, data):
+        if self._in_cell:
+            self.cells[-1][-1] += data
+
+
+def test_report_of_a_grid(grid, capsys):
+    assert main(["report", str(grid), f"--out={grid / 'out'}"]) == 0
+    assert "no embeddings: there are no checkpoints in" in capsys.readouterr().out
+    text = (grid / "out" / "report.html").read_text()
+    page, table = Page(text), (grid / "out" / "report.md").read_text()
+    rows = {row[0]: row for row in page.cells}
+    # Mean, deviation, count; the differences of best and last to the paper's value, of which the first is meant.
+    assert rows["ce"][1:7] == ["3", "61.00 ± 1.00", "61.50 ± 1.00", "65.64", "-4.14", "-4.64"]
+    assert rows["cskd"][4] == "69.14; 67.57; 67.37"
+    assert rows["cskd"][5:7] == ["-0.97", "-1.47"]
+    assert "paper, Table 2, CSKD" in rows["cskd"][7]
+    assert "issue 2" in rows["cskd"][7]
+    assert rows["teacher"][1:6] == ["1", "70.00", "70.50", "71.77", "-1.27"]
+    assert rows["kd - ce"][1:] == ["3", "+4.00", "-", "the same difference in every seed, interval unknown: no claim"]
+    expected = stats.ttest_rel(TOP1["cskd"], TOP1["ce"]).confidence_interval(0.95)
+    assert rows["cskd - ce"][3] == f"{100 * expected.low:+.2f} to {100 * expected.high:+.2f}"
+    assert rows["cskd - ce"][4] == "higher, 3 seeds"
+    assert rows["student R18_0.25"][1:] == ["1,000", "4.00x"]
+    assert "ce - kd" not in rows
+    for row in page.cells:
+        assert "| " + " | ".join(row) + " |" in table
+
+
+def test_page_needs_nothing_else(grid):
+    assert main(["report", str(grid)]) == 0
+    text = (grid / "report" / "report.html").read_text()
+    tags = Page(text).tags
+    assert {"html", "meta", "style", "table", "svg", "path"} <= {tag for tag, _ in tags}
+    assert not {"script", "img", "iframe", "object", "embed", "image", "use", "base"} & {tag for tag, _ in tags}
+    loads = {(tag, key): value for tag, attrs in tags for key, value in attrs.items() if re.search("src|href", key)}
+    assert loads == {("link", "href"): "data:,"}, "an icon that asks the server for none"
+    assert not re.search(r"url\(|@import|@font-face|https?:", text)
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in tags
+
+
+def test_ablation_is_there_with_its_runs(grid, tmp_path):
+    runs = {"kd": 0.5, "intra": 0.52, "inter": 0.53, "cskd": 0.54}
+    for method, score in runs.items():
+        write_run(tmp_path / "ablation" / f"{method}-seed0", "tiny_imagenet", method, 0, score, epochs=3)
+    assert main(["report", str(tmp_path / "ablation")]) == 0
+    page = Page((tmp_path / "ablation" / "report" / "report.html").read_text())
+    rows = {row[0]: row for row in page.cells}
+    assert rows["both"][1:6] == ["cskd", "1", "54.00", "54.50", "53.66; 53.66"]
+    assert rows["neither part, KD"][5] == "49.53; 49.53"
+    assert rows["intra"][5] == "52.51"
+    assert rows["intra - kd"][2:] == ["+2.00", "-", "one seed: no claim"]
+    assert "3 epochs instead of 200" in (tmp_path / "ablation" / "report" / "report.md").read_text()
+
+
+def test_what_is_compared(grid):
+    write_run(grid / "hot", "cifar100", "kd", 0, 0.6, losses__kd__temperature=8.0)
+    write_run(grid / "short", "cifar100", "kd", 0, 0.6, epochs=3)
+    short, long = sorted(compare(find_runs([grid])), key=lambda comparison: len(comparison.runs))
+    assert [row.label for row in short.rows] == ["kd"]
+    assert [row.label for row in long.rows] == ["ce", "kd, losses.kd.temperature 4.0", "kd, losses.kd.temperature 8.0",
+                                                "cskd"]  # fmt: skip
+    assert (long.teacher, long.student) == ("R101_0.5", "R18_0.25")
+
+
+def test_bad_runs(grid, capsys):
+    def error(*arguments):
+        assert main(["report", *arguments]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "name the folders" in error()
+    assert "holds no finished run" in error(str(grid / "nothing"))
+    assert "leave out --config" in error(str(grid), "--config=configs/digits.py")
+    write_run(grid / "again", "cifar100", "kd", 1, 0.6)
+    assert "are the same run" in error(str(grid))
+    (grid / "again" / "results.json").write_text("{}")
+    assert "lacks config, dataset" in error(str(grid))
+    (grid / "again" / "results.json").write_text('{"method": ')
+    assert "damaged" in error(str(grid))
+
+
+def test_published_tables_alone(capsys):
+    assert main(["report", "--published"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("### ") == 7
+    assert "| R101_0.5, R18_0.25 | 65.64 | 67.43 | 68.04 | 68.35 | 68.17 | 68.96 | 69.14 | 71.77 |" in output
+    assert "53.66 / 78.75" in output
+
+
+def test_every_published_value_is_found():
+    count = 0
+    for table in published.tables():
+        dataset = table["dataset"].removesuffix("_2011")
+        for row in table["rows"]:
+            for column, value in zip(table["columns"], row["values"], strict=True):
+                method = {"neither": "kd", "both": "cskd"}.get(column, column.split(" run ")[0].lower())
+                found = published.lookup(dataset, row["teacher"], row["student"], method)
+                assert (value[0] if isinstance(value, list) else value) in [v.top1 for v in found]
+                count += 1
+    assert count == 138
+
+
+@pytest.mark.parametrize(
+    ("network", "label"),
+    [(("resnet101", 0.5), "R101_0.5"), (("resnet50_224", 1.0), "R50"), (("resnet8x4", 1.0), "resnet8x4")],
+)
+def test_network_labels(network, label):
+    assert published.network_label(*network) == label
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_paired_interval_is_that_of_scipy(count):
+    ours, baseline = np.random.default_rng(count).normal(size=(2, count))
+    found = paired_difference(dict(enumerate(ours)), dict(enumerate(baseline)) | {99: 1e9})
+    expected = stats.ttest_rel(ours, baseline).confidence_interval(0.95)
+    np.testing.assert_allclose([found.mean - found.margin, found.mean + found.margin], expected, rtol=1e-9)
+    assert found.verdict.startswith("no difference") == (expected.low < 0 < expected.high)
+
+
+def test_few_seeds_claim_nothing():
+    assert paired_difference({0: 1.0}, {1: 2.0}) is None
+    assert paired_difference({0: 3.0}, {0: 2.0}).verdict == "one seed: no claim"
+    assert summarize([5.0]) == (5.0, None, 1)
+
+
+def test_tightness_and_projection():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 3, 7], [5, 10, 15])
+    embeddings = 10 * rng.normal(size=(8, 4))[labels] + rng.normal(size=(30, 4))
+    centers = {label: embeddings[labels == label].mean(axis=0) for label in (0, 3, 7)}
+    within = np.mean([np.linalg.norm(e - centers[label]) for e, label in zip(embeddings, labels, strict=True)])
+    between = np.mean([np.linalg.norm(centers[a] - centers[b]) for a, b in ((0, 3), (0, 7), (3, 7))])
+    np.testing.assert_allclose(tightness(embeddings, labels), (within, between), rtol=1e-12)
+    points = project(embeddings)
+    np.testing.assert_array_equal(points, project(embeddings))
+    assert points.min() >= -1e-6
+    assert points.max() <= 1 + 1e-6
+    means = {label: points[labels == label].mean(axis=0) for label in (0, 3, 7)}
+    nearest = [min(means, key=lambda label: np.linalg.norm(p - means[label])) for p in points]
+    assert nearest == labels.tolist(), "categories ten deviations apart stay apart"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.1, 0.93), (1, 200), (-3, 3), (66.1, 66.1)])
+def test_ticks(low, high):
+    ticks = svg.ticks(low, high)
+    assert ticks[0] <= low <= high <= ticks[-1]
+    assert 2 <= len(ticks) <= 9
+
+
+def test_names_are_escaped():
+    text = svg.scatter(np.zeros((1, 2)), np.zeros(1, int), {0: "<b>&"}, 'a "title"')
+    assert "&lt;b&gt;&amp;" in text
+    assert 'aria-label="a &quot;title&quot;"' in text

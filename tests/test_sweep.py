@@ -1,0 +1,172 @@
+"""A grid of runs: what it runs; killed, stopped and continued; runs that fail; and what is measured of its networks."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from cskd_jax import evaluate, sweep
+from cskd_jax.errors import UserError
+from cskd_jax.report.__main__ import main as report_main
+from tests.conftest import ROOT
+
+DIGITS = f"{ROOT}/configs/digits.py"
+
+
+def test_grid(tmp_path):
+    overrides = ["--config.epochs=2", "--config.teacher.width=0.5", "--config.losses.kd.temperature=2.0"]
+    runs = sweep.make_grid(DIGITS, ["ce", "kd", "R18_0.25/R34_0.125/kd"], [3, 4], tmp_path, overrides)
+    assert [run.name for run in runs] == [
+        *("teacher-resnet18_0.5", "ce-seed3", "kd-seed3", "R18_0.25/R34_0.125/kd-seed3"),
+        *("ce-seed4", "kd-seed4", "R18_0.25/R34_0.125/kd-seed4"),
+    ]
+    teacher, ce, kd = runs[:3]
+    assert (teacher.config.student.name, teacher.config.student.width) == ("resnet18", 0.5)
+    assert (teacher.config.epochs, teacher.config.seed, list(teacher.config.losses)) == (30, 0, ["cross_entropy"])
+    assert (ce.config.epochs, ce.config.seed, ce.config.teacher.checkpoint, ce.teacher) == (2, 3, None, None)
+    assert (kd.config.losses.kd.temperature, kd.teacher) == (2.0, teacher)
+    assert kd.config.teacher.checkpoint == f"{tmp_path}/teacher-resnet18_0.5/student"
+
+
+def test_teacher_of_each_network_and_of_several_categories(tmp_path):
+    runs = sweep.make_grid(DIGITS, ["kd", "R34_0.5/R18_0.125/kd", "at"], [0], tmp_path, [])
+    assert [run.name for run in runs[:2]] == ["teacher-resnet18_0.25", "teacher-resnet34_0.5"]
+    assert runs[4].teacher == runs[0]
+    teacher, _ = sweep.make_grid(f"{ROOT}/configs/digit_pairs.py", ["mlcskd"], [0], tmp_path, [])
+    assert list(teacher.config.losses) == ["binary_cross_entropy"]
+    given = sweep.make_grid(DIGITS, ["kd"], [0], tmp_path, ["--config.teacher.checkpoint=/somewhere"])
+    assert [(run.teacher, run.config.teacher.checkpoint) for run in given] == [(None, "/somewhere")]
+
+
+BAD_INPUT = {
+    "no recipe": (["--methods=ce"], ["--config=RECIPE must name a file"]),
+    "no method": ([f"--config={DIGITS}"], ["--methods=ce,kd,cskd"]),
+    "method in the recipe": ([f"--config={DIGITS}:kd", "--methods=ce"], ["given by --methods"]),
+    "unknown method": ([f"--config={DIGITS}", "--methods=ce,kdd"], ["'kdd'", "cskd_paper"]),
+    "seed that is none": ([f"--config={DIGITS}", "--methods=ce", "--seeds=0,x"], ["--seeds is 0,x"]),
+    "seed twice": ([f"--config={DIGITS}", "--methods=ce", "--seeds=1,0,1"], ["--seeds names 1 twice"]),
+    "no jobs": ([f"--config={DIGITS}", "--methods=ce", "--jobs=0"], ["jobs", "0"]),
+    "unknown key": ([f"--config={DIGITS}", "--methods=ce", "--config.epoch=1"], ["epoch; did you mean epochs"]),
+    "loss of no method": ([f"--config={DIGITS}", "--methods=ce", "--config.losses.kd.weight=1"], ["has no kd"]),
+    "wrong value": ([f"--config={DIGITS}", "--methods=ce", "--config.epochs=0"], ["epochs is 0"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, tmp_path, capsys):
+    arguments, words = BAD_INPUT[case]
+    assert sweep.main(["sweep", *arguments, f"--workdir={tmp_path / 'sweep'}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_folder_of_another_run(tmp_path):
+    (run,) = sweep.make_grid(DIGITS, ["ce"], [0], tmp_path, [])
+    (run.workdir / "student" / "checkpoints" / "23").mkdir(parents=True)
+    (run.workdir / "config.json").write_text(json.dumps({"epochs": 7}))
+    with pytest.raises(UserError, match=r"another configuration.*epochs 7 != 30"):
+        sweep.check([run])
+
+
+def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys):
+    with sweep._only_sweep_in(tmp_path):
+        arguments = [
+            f"--config={DIGITS}",
+            "--methods=ce",
+            f"--config.dataset.data_dir={digits_dir}",
+            f"--workdir={tmp_path}",
+        ]
+        assert sweep.main(["sweep", *arguments]) == 2
+    assert "another sweep is at work" in capsys.readouterr().err
+
+
+def test_gpus_are_shared_out():
+    assert sweep.device_variables(0, 1, {}) == {}
+    assert sweep.device_variables(1, 2, {}) == {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    found = [sweep.device_variables(slot, 3, {"CUDA_VISIBLE_DEVICES": "2,5"}) for slot in range(3)]
+    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in found] == ["2", "5", "2"]
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys):
+    """A teacher that fails, what needs it, and one that fails by itself, beside one that is done."""
+    done = sweep.Run(tmp_path, "done", DIGITS, ())
+    done.workdir.mkdir()
+    (done.workdir / "results.json").write_text("{}")
+    teacher = sweep.Run(tmp_path, "teacher", "configs/nothing.py", ())
+    needs_it, bad = sweep.Run(tmp_path, "kd", DIGITS, (), teacher), sweep.Run(tmp_path, "bad", DIGITS, ("x",))
+    runs = [done, teacher, needs_it, bad]
+    with pytest.raises(sweep.FailedRunsError, match=r"3 of 4 runs failed: teacher, .*; the same command"):
+        sweep.sweep(runs, jobs=2)
+    output = capsys.readouterr().out
+    assert "4 runs, 1 done, 3 to go, 2 at a time" in output
+    assert "teacher: FAILED, exit code 2: error: --config=RECIPE must name a file" in output
+    assert "kd: not started: teacher failed" in output
+    assert "bad: FAILED, exit code 2: error: arguments are given as" in output
+    assert sweep.FailedRunsError.exit_code == 1
+
+
+def wait_for(path, text, process):
+    """Until the file holds the text."""
+    while process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate())
+
+
+def children(pid):
+    """Processes that `pid` has started."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+@pytest.mark.slow
+def test_killed_stopped_and_continued(start, small_run, tmp_path, capsys):
+    """One at a time until it is killed, then two at a time; then the report and the evaluation of what is there."""
+    arguments = [*small_run, "--config.epochs=2", "--methods=ce,kd", f"--workdir={tmp_path}"]
+    teacher = tmp_path / "teacher-resnet18_0.0625"
+    process = start(arguments, program="cskd_jax.sweep")
+    wait_for(teacher / "log.txt", "compiled in", process)
+    (child,) = children(process.pid)
+    process.kill()
+    process.communicate()
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{child}"):
+            break
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{child}"), "left behind"
+
+    process = start([*arguments, "--jobs=2"], program="cskd_jax.sweep")
+    wait_for(tmp_path / "ce-seed0" / "log.txt", "student: training", process)  # compiles next
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate()
+    assert process.returncode == 75, error
+    assert error.strip().splitlines()[-1].startswith("error: stopped by SIGTERM")
+    assert "error: stopped by SIGTERM" in (tmp_path / "ce-seed0" / "log.txt").read_text()
+
+    output, error = (process := start([*arguments, "--jobs=2"], program="cskd_jax.sweep")).communicate()
+    assert process.returncode == 0, error
+    assert "3 runs, " in output
+    assert "[3/3] kd-seed0: last top-1 0." in output
+    results = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")}
+    assert results.keys() == {teacher.name, "ce-seed0", "kd-seed0"}
+    assert results["kd-seed0"]["teacher"]["last"]["top1"] == results[teacher.name]["student"]["last"]["top1"]
+
+    assert report_main(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert text.count('class="chart"') == 4, "curves, teacher, ce, kd"
+    assert "Tightness of the categories" in text
+
+    assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'kd-seed0'}"]) == 0
+    assert "million FLOPs per image" in capsys.readouterr().out
+    measured = json.loads((tmp_path / "kd-seed0" / "evaluation.json").read_text())["networks"]["student"]
+    expected = results["kd-seed0"]["student"]
+    assert measured["by_category"] == expected["by_category"]
+    assert measured["top1"] == expected["last"]["top1"]
+    assert measured["parameters"] == expected["parameters"]
+    assert set(measured["latency_ms"]) == {"batch 1", "batch 64"}
+    assert min(measured["latency_ms"].values()) > 0
