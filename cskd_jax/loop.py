@@ -177,10 +177,11 @@ class Phase:
             raise UserError(f"{self._name}: {str(error).strip().splitlines()[0]}") from error
 
     def _lower_step(self, batch):
-        return self._train_step.lower(self._abstract_state, self._teacher_variables, batch, self._key)
+        return parallel.lower(self._train_step, self._abstract_state, self._teacher_variables, batch, self._key)
 
     def _batch(self, step):
         index = self._sampler.indices(step)
+        index = index[parallel.local_rows(len(index))]
         split = self._dataset.train
         batch = {"image": split.images[index], "label": split.labels[index], "index": index.astype(np.int32)}
         return parallel.shard(batch)
@@ -247,7 +248,8 @@ class Phase:
         with ThreadPoolExecutor() as pool:
             step = pool.submit(self._lowered_step.compile)
             if state is None:
-                state = self._lowered_state.compile()()
+                # Of one process: another kind of machine might round otherwise.
+                state = parallel.on_first(lambda: jax.device_get(self._lowered_state.compile()()))
             # By batch size: the last batch of an epoch may be smaller.
             self._compiled = {self._config.batch_size: step.result()}
         say(f"{self._name}: compiled in {time.perf_counter() - start:.1f} s")
@@ -258,7 +260,7 @@ class Phase:
         pending = deque()
         meter.start_clock()
         end = (step // self._sampler.steps_per_epoch + 1) * self._sampler.steps_per_epoch
-        while step < end and not stop.requested:
+        while step < end and not stop.reached():
             batch = self._batch(step)
             size = batch["index"].size
             if size not in self._compiled:
@@ -437,7 +439,8 @@ class Evaluation:
             "label": _pad(labels, padding),
             "mask": np.arange(self._batch_size) < len(labels),
         }
-        return parallel.shard(batch)
+        rows = parallel.local_rows(self._batch_size)
+        return parallel.shard({name: x[rows] for name, x in batch.items()})
 
 
 def _drain(pending, meter):

@@ -7,6 +7,12 @@ python -m cskd_jax.main --config=RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VAL
   --workdir      folder of the run; default: runs/RECIPE/WORD-seedSEED. The same command again resumes there.
   --config.KEY   overrides a key of the recipe, which explains each, such as --config.epochs=10
 
+  One of several processes, each with its part of every batch (README: several machines):
+  --coordinator  HOST:PORT, where the first process listens
+  --processes    how many there are
+  --process      which of them this is, from 0
+  --cluster      instead of the three: SLURM or the TPU pod knows; a SLURM step of several tasks needs no flag
+
 Exit codes: 0 done; 2 something to mend in the command, the configuration or the data; 3 a loss or gradient is not
 finite any more; 75 stopped by a signal with everything saved: the same command resumes.
 """
@@ -22,6 +28,14 @@ from ml_collections import config_flags
 from cskd_jax import config as config_lib
 from cskd_jax.errors import UserError
 
+# Arguments of parallel.initialize: how the flag is defined, and its default.
+_PROCESSES = {
+    "coordinator": (flags.DEFINE_string, None),
+    "processes": (flags.DEFINE_integer, None),
+    "process": (flags.DEFINE_integer, None),
+    "cluster": (flags.DEFINE_boolean, False),
+}
+
 
 def main(argv: list[str]) -> int:
     """Parses the command line, runs, and returns the exit code."""
@@ -29,8 +43,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        config, workdir = _parse(argv)
-        _set_up_jax()
+        config, workdir, processes = _parse(argv)
+        _set_up_jax(processes)
         # Imported late: mistakes in the command should not wait for everything.
         from cskd_jax.train import train
 
@@ -45,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv):
-    """(configuration, workdir) of a command line."""
+    """(configuration, workdir, arguments of parallel.initialize) of a command line."""
     recipe = next((a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))), "")
     file = pathlib.Path(recipe.split(":")[0])
     if not recipe or not file.is_file():
@@ -60,7 +74,8 @@ def _parse(argv):
     config = values["config"].value
     word = recipe.partition(":")[2] or config.method
     default = pathlib.Path("runs") / file.stem / f"{word}-seed{config.seed}"
-    return config, pathlib.Path(values["workdir"].value or default)
+    processes = {name: values[name].value for name in _PROCESSES}
+    return config, pathlib.Path(values["workdir"].value or default), processes
 
 
 def _check_overrides(argv, known):
@@ -80,6 +95,8 @@ def _parse_flags(argv):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "Recipe, FILE[:METHOD].", values, lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run.", values)
+    for name, (define, default) in _PROCESSES.items():
+        define(name, default, "See parallel.initialize.", flag_values=values)
     try:
         rest = values(argv)
     except flags.Error as error:
@@ -92,7 +109,7 @@ def _parse_flags(argv):
     return values
 
 
-def _set_up_jax():
+def _set_up_jax(processes):
     # cuDNN and XLA would otherwise sum in an order that changes from run to run.
     os.environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
     import jax
@@ -102,7 +119,13 @@ def _set_up_jax():
         jax.config.update("jax_compilation_cache_dir", str(cache / "cskd_jax"))
     # Many small programs add up at start: keep them all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    from cskd_jax import parallel
+
+    parallel.initialize(**processes)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if "cskd_jax.parallel" in sys.modules:
+        sys.modules["cskd_jax.parallel"].leave(code)
+    sys.exit(code)

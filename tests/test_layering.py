@@ -13,7 +13,8 @@ LAYERS = (
     ("train",),
     ("loop",),
     ("config", "steps"),
-    ("checkpoint", "data", "logging", "optim", "parallel", "signals", "state"),
+    ("checkpoint", "data", "logging", "optim", "signals", "state"),
+    ("parallel",),
     ("metrics", "objective"),
     ("losses", "models"),
     ("errors",),
@@ -21,7 +22,15 @@ LAYERS = (
 LAYER = {component: number for number, components in enumerate(LAYERS) for component in components}
 # These know nothing of the package but themselves and the errors.
 INDEPENDENT = ("losses", "models", "data")
-DEVICE_NAMES = ("pmap", "device_count", "local_device_count", "process_index", "process_count")
+DEVICE_NAMES = (
+    "pmap",
+    "device_count",
+    "local_device_count",
+    "process_index",
+    "process_count",
+    "distributed",
+    "multihost_utils",
+)
 
 
 def sources(package):
