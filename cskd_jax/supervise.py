@@ -93,16 +93,15 @@ class Supervisor:
 
     def _end(self, workers, codes):
         """Ends what still runs: gently and with time for saving if the whole job is to stop, quickly otherwise."""
+        for index, code in codes.items():
+            if code not in (0, InterruptedRun.exit_code):
+                _say(f"process {index} ended {_describe(code)}")
         if len(codes) == len(workers):
             return
         stopping = self._signals or InterruptedRun.exit_code in codes.values()
-        for index, code in codes.items():
-            if code not in (0, InterruptedRun.exit_code):
-                _say(f"process {index} ended {_describe(code)}: ending the others")
         if self._signals or not stopping:
             _signal_groups(workers, signal.SIGTERM)
-        begin = time.monotonic()
-        signals = self._signals
+        begin, signals = time.monotonic(), self._signals
         seconds = self._grace if stopping else _END_SECONDS
         while len(_collect(workers, codes)) < len(workers):
             # Of one that dies while the job is stopping the others would wait in vain.
@@ -110,7 +109,7 @@ class Supervisor:
             if late or self._signals > max(signals, 1):
                 _signal_groups(workers, signal.SIGKILL)
             time.sleep(_POLL_SECONDS)
-        _say(f"all ended after {time.monotonic() - begin:.1f} s")
+        _say(f"the others ended after {time.monotonic() - begin:.1f} s")
 
     def _wait(self, is_over, seconds):
         """Until it is over, a signal came, or time is up."""
