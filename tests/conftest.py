@@ -69,15 +69,14 @@ def small_run(digits_dir) -> list[str]:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """Starts the command line as a process of its own, on one device; all share a compilation cache."""
+    """Starts the command line, or another that takes its arguments, on one device; all share a compilation cache."""
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     cache = tmp_path_factory.mktemp("cache")
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
-    def start(arguments, cwd=ROOT, **variables):
-        command = [sys.executable, "-m", "cskd_jax.main", *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=cwd, env=environment | variables, text=True, stdout=pipe, stderr=pipe)
+    def start(arguments, cwd=ROOT, command=(sys.executable, "-m", "cskd_jax.main"), **variables):
+        pipe, variables = subprocess.PIPE, environment | variables
+        return subprocess.Popen([*command, *arguments], cwd=cwd, env=variables, text=True, stdout=pipe, stderr=pipe)
 
     return start
 
