@@ -4,7 +4,8 @@ python benchmarks/scaling.py [--devices=1,2,8] [--sizes=1:64:100,1:128:100,1:128
 
 Bytes and memory are read from the compiled step of the CIFAR-100 recipe, for fake CPU devices: what the all-reduces
 and all-gathers of the program take in on each device, by what asked for them, and XLA's own account of the memory of a
-device. Time is that of a sum of a million floats over fake devices of one process and over local processes. --teacher and --student (NAME:WIDTH) and --image take the place of the recipe's networks and images.
+device. Time is that of a sum of a million floats over fake devices of one process and over local processes. --teacher
+and --student (NAME:WIDTH) and --image take the place of the recipe's networks and images.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def time_sum(arguments: argparse.Namespace) -> float | None:
 def ask(devices: int, *arguments: str, processes: int = 1) -> object:
     """What a process of its own with so many fake devices prints as JSON: their number is fixed at its start."""
     # Combined, the collectives would lose their names.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_disable_hlo_passes=all-reduce-combiner"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_disable_hlo_passes=cpu-all-reduce-combiner"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "cskd_jax.supervise", f"--processes={processes}", "--restarts=0", "--"]
     command += [sys.executable, str(pathlib.Path(__file__).resolve()), *arguments]

@@ -208,7 +208,6 @@ BAD_INPUT = {
         ["from 0 to --processes - 1 = 1; got 2"],
         None,
     ),
-    "no cluster": (["--cluster"], ["neither SLURM nor a TPU pod"], None),
     "workdir is a file": (["--workdir={file}"], ["cannot write to workdir"], None),
     "no path": (["--config.dataset.name=image_folder"], ["path"], None),
     "corrupt image": (FOLDER, ["train/cat/3.png"], corrupt_image),
