@@ -2,6 +2,9 @@
 
 Orbax does not notice a changed byte inside an array. Every array is therefore saved with its digest, which is checked
 when it is read; a checkpoint that does not pass is renamed to STEP.damaged and the newest sound one is used.
+
+The first process alone reads and writes them: the state is the same on all, and only it needs the folder. The others
+learn what it read, or what went wrong.
 """
 
 import contextlib
@@ -19,14 +22,18 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from cskd_jax.errors import UserError
+from cskd_jax import parallel
+from cskd_jax.errors import InterruptedRun, UserError
 
 FOLDER = "checkpoints"
 _ARRAYS, _RECORD = "arrays", "record"
+_FIRST_PROCESS = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 class Checkpoints:
     """The checkpoints of one phase of a run, in `directory`, by step; saving is asynchronous. A context manager.
+
+    All processes call the same methods in the same order, and get the same values or errors.
 
     Args:
       directory: made if missing.
@@ -34,10 +41,14 @@ class Checkpoints:
     """
 
     def __init__(self, directory: pathlib.Path, keep: int):
-        policy = checkpoint_managers.preservation_policy
         self._directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+        self._manager = self._make_manager(keep) if parallel.is_first() else None
+
+    def _make_manager(self, keep):
+        self._directory.mkdir(parents=True, exist_ok=True)
+        policy = checkpoint_managers.preservation_policy
+        return ocp.CheckpointManager(
+            self._directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy.AnyPreservationPolicy(
                     [
@@ -48,6 +59,8 @@ class Checkpoints:
                 # Without it the scores are not written to disk, and a resumed run would not know the best.
                 best_fn=_score,
                 cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=_FIRST_PROCESS,
             ),
         )
 
@@ -60,6 +73,9 @@ class Checkpoints:
           record: JSON values to go with them.
           score: the greater the better.
         """
+        parallel.on_first(self._save, step, tree, record, score)
+
+    def _save(self, step, tree, record, score):
         arrays = _flatten(jax.device_get(tree))
         content = {"record": record, "digests": {name: _digest(array) for name, array in arrays.items()}}
         parts = {
@@ -79,6 +95,9 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints but none is sound, or they hold other arrays than `template`.
         """
+        return parallel.on_first(self._restore, template)
+
+    def _restore(self, template):
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             path = self._directory / str(step)
@@ -100,8 +119,15 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, exception_type, *_):
         # Waits for what is being saved, so that nothing is lost, however the block ends.
+        if exception_type in (None, InterruptedRun):
+            parallel.on_first(self._close)
+        elif parallel.is_first():
+            # Other errors may have met this process alone.
+            self._close()
+
+    def _close(self):
         with self._saving():
             self._manager.close()
 
@@ -154,7 +180,8 @@ def _read(path):
     """Arrays by name and record of one checkpoint; raises _Damaged."""
     parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        handler = ocp.CompositeCheckpointHandler()
+        with ocp.Checkpointer(handler, multiprocessing_options=_FIRST_PROCESS) as checkpointer:
             restored = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**parts))
         arrays = {name: np.asarray(array) for name, array in restored[_ARRAYS].items()}
         content = restored[_RECORD]

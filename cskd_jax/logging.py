@@ -9,11 +9,14 @@ from typing import Any
 
 import tqdm
 
+from cskd_jax import parallel
+
 
 def say(message: str) -> None:
-    """Prints a line for the person at the console, above the progress bar if one is shown."""
-    tqdm.tqdm.write(message)
-    sys.stdout.flush()
+    """Prints a line for the person at the console, above the progress bar if one is shown; the first process only."""
+    if parallel.is_first():
+        tqdm.tqdm.write(message)
+        sys.stdout.flush()
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -28,13 +31,17 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 def progress_bar(phase: str, total: int, initial: int, unit: str) -> tqdm.tqdm:
     """A bar on standard error, shown only on a terminal; counts `unit`s and estimates the time left."""
+    # None: not shown where there is no terminal.
+    disable = None if parallel.is_first() else True
     return tqdm.tqdm(
-        desc=phase, total=total, initial=initial, unit=f" {unit}", unit_scale=True, disable=None, dynamic_ncols=True
+        desc=phase, total=total, initial=initial, unit=f" {unit}", unit_scale=True, disable=disable, dynamic_ncols=True
     )
 
 
 class MetricsLog:
     """Appends rows of one phase to WORKDIR/metrics.jsonl and to TensorBoard files in WORKDIR/tensorboard/PHASE.
+
+    The first process writes; on the others nothing happens.
 
     Args:
       workdir: of the run.
@@ -44,16 +51,20 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, phase: str, step: int):
         self._phase = phase
-        path = workdir / "metrics.jsonl"
-        kept = [line for line in _rows(path) if line["phase"] != phase or line["step"] <= step]
+        self._tensorboard, self._folder, self._purge_step = None, str(workdir / "tensorboard" / phase), step + 1
+        self._file = self._open(workdir / "metrics.jsonl", step) if parallel.is_first() else None
+
+    def _open(self, path, step):
+        kept = [line for line in _rows(path) if line["phase"] != self._phase or line["step"] <= step]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
-        self._file = path.open("a")
-        self._tensorboard, self._folder, self._purge_step = None, str(workdir / "tensorboard" / phase), step + 1
+        return path.open("a")
 
     def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Adds a row: {"phase", "split", "step", "epoch"} and the values."""
+        if self._file is None:
+            return
         row = {"phase": self._phase, "split": split, "step": step, "epoch": epoch, **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -67,7 +78,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -177,21 +177,27 @@ class Phase:
             raise UserError(f"{self._name}: {str(error).strip().splitlines()[0]}") from error
 
     def _lower_step(self, size):
-        split = self._dataset.train
+        """For a global batch of `size`."""
+        split, rows = self._dataset.train, len(range(size)[parallel.local_rows(size)])
         batch = {
-            "image": np.zeros((size, *self._dataset.image_shape), np.uint8),
-            "label": np.zeros((size, *split.labels.shape[1:]), split.labels.dtype),
-            "index": np.zeros(size, np.int32),
+            "image": np.zeros((rows, *self._dataset.image_shape), np.uint8),
+            "label": np.zeros((rows, *split.labels.shape[1:]), split.labels.dtype),
+            "index": np.zeros(rows, np.int32),
         }
-        return self._train_step.lower(self._abstract_state, self._teacher_variables, parallel.shard(batch), self._key)
+        arguments = self._abstract_state, self._teacher_variables, parallel.shard(batch), self._key
+        return parallel.lower(self._train_step, *arguments)
 
     def _batches(self, step):
-        """(size, batch) of each step from `step` on."""
+        """(size of the global batch, this process's rows of it) of each step from `step` on."""
         split, steps = self._dataset.train, range(step, self._total_steps)
-        for step, images in zip(steps, read_batches(split.images, map(self._sampler.indices, steps)), strict=True):
-            index = self._sampler.indices(step)
+        for step, images in zip(steps, read_batches(split.images, map(self._local_indices, steps)), strict=True):
+            index = self._local_indices(step)
             batch = {"image": images, "label": split.labels[index], "index": index.astype(np.int32)}
-            yield len(index), parallel.shard(batch)
+            yield len(self._sampler.indices(step)), parallel.shard(batch)
+
+    def _local_indices(self, step):
+        index = self._sampler.indices(step)
+        return index[parallel.local_rows(len(index))]
 
     def run(self, stop: StopRequest, teacher_variables: Any = None) -> tuple[Any, Progress]:
         """Trains to the end from the newest checkpoint.
@@ -256,7 +262,8 @@ class Phase:
         with ThreadPoolExecutor() as pool:
             step = pool.submit(self._lowered_step.compile)
             if state is None:
-                state = self._lowered_state.compile()()
+                # Of one process: another kind of machine might round otherwise.
+                state = parallel.on_first(lambda: jax.device_get(self._lowered_state.compile()()))
             # By batch size: the last batch of an epoch may be smaller.
             self._compiled = {self._config.batch_size: step.result()}
         say(f"{self._name}: compiled in {time.perf_counter() - start:.1f} s")
@@ -267,7 +274,7 @@ class Phase:
         pending = deque()
         meter.start_clock()
         end = (step // self._sampler.steps_per_epoch + 1) * self._sampler.steps_per_epoch
-        while step < end and not stop.requested:
+        while step < end and not stop.reached():
             size, batch = next(batches)
             if size not in self._compiled:
                 # Compiling holds up the host: it should not count as time of the steps in flight, or of the next.
@@ -444,14 +451,16 @@ class Evaluation:
         return measured + jax.device_get(list(pending))
 
     def _batches(self):
-        rows = np.arange(len(self._split.labels))
-        indices = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
+        count, size = len(self._split.labels), self._batch_size
+        # A process computes its rows of every batch; those behind the last image are padding.
+        rows = [np.arange(start, start + size)[parallel.local_rows(size)] for start in range(0, count, size)]
+        indices = [index[index < count] for index in rows]
         for index, images in zip(indices, read_batches(self._split.images, indices), strict=True):
-            padding = self._batch_size - len(index)
+            padding = len(rows[0]) - len(index)
             batch = {
                 "image": _pad(images, padding),
                 "label": _pad(self._split.labels[index], padding),
-                "mask": np.arange(self._batch_size) < len(index),
+                "mask": np.arange(len(rows[0])) < len(index),
             }
             yield parallel.shard(batch)
 

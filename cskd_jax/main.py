@@ -7,6 +7,12 @@ python -m cskd_jax.main --config=RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VAL
   --workdir      folder of the run; default: runs/RECIPE/WORD-seedSEED. The same command again resumes there.
   --config.KEY   overrides a key of the recipe, which explains each, such as --config.epochs=10
 
+  One of several processes, each with its part of every batch (README: several machines):
+  --coordinator  HOST:PORT, where the first process listens
+  --processes    how many there are
+  --process      which of them this is, from 0
+  --cluster      instead of the three: SLURM or the TPU pod knows; a SLURM step of several tasks needs no flag
+
 Exit codes: 0 done; 2 something to mend in the command, the configuration or the data; 3 a loss or gradient is not
 finite any more; 75 stopped by a signal with everything saved: the same command resumes.
 """
@@ -15,6 +21,14 @@ import pathlib
 import sys
 
 from absl import flags
+
+# Arguments of parallel.initialize: how the flag is defined, and its default.
+_PROCESSES = {
+    "coordinator": (flags.DEFINE_string, None),
+    "processes": (flags.DEFINE_integer, None),
+    "process": (flags.DEFINE_integer, None),
+    "cluster": (flags.DEFINE_boolean, False),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +44,8 @@ def _run(argv):
 
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", values)
+    for name, (define, default) in _PROCESSES.items():
+        define(name, default, "See parallel.initialize.", flag_values=values)
     command = command_line.parse(argv, values)
     command_line.refuse_rest(command)
     config = command_line.load_recipe(command.recipe, command.overrides)
@@ -37,10 +53,15 @@ def _run(argv):
     default = pathlib.Path("runs") / command_line.recipe_file(command.recipe).stem / f"{word}-seed{config.seed}"
     command_line.set_up_jax()
     # Imported late: mistakes in the command should not wait for everything.
+    from cskd_jax import parallel
     from cskd_jax.train import train
 
+    parallel.initialize(**{name: values[name].value for name in _PROCESSES})
     train(config, pathlib.Path(values.workdir or default))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if "cskd_jax.parallel" in sys.modules:
+        sys.modules["cskd_jax.parallel"].leave(code)
+    sys.exit(code)

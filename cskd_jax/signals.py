@@ -3,27 +3,40 @@
 import os
 import signal
 
+from cskd_jax import parallel
+
 
 class StopRequest:
     """Context in which the first SIGTERM or Ctrl-C asks to stop; a second one ends the process at once.
+
+    With several processes a signal to any one of them stops all after the same step; only SIGKILL ends one at once.
 
     Attributes:
       requested: whether a signal came.
       name: of the signal.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self):
-        self.requested, self.name = False, ""
+        self.requested, self.name, self._calls = False, "", 0
 
     def __enter__(self):
-        self._previous = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+        handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
+        if parallel.is_distributed():
+            # JAX itself waits for SIGTERM, and tells the other processes.
+            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def reached(self) -> bool:
+        """Whether to stop before the next step; asked before every step, by all processes."""
+        self._calls += 1
+        if not self.requested and parallel.is_distributed() and parallel.stop_agreed(self._calls):
+            self.requested, self.name = True, signal.SIGTERM.name
+        return self.requested
 
     def _handle(self, number, _frame):
         self.requested, self.name = True, signal.Signals(number).name

@@ -1,13 +1,15 @@
 """A run: a teacher phase (unless a checkpoint is given), a student phase, and the results."""
 
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import pathlib
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -26,6 +28,7 @@ from cskd_jax.objective import needs_teacher
 from cskd_jax.signals import StopRequest
 from cskd_jax.trained import TEACHER_DIGEST, check_dataset, load_data
 
+RESULTS = "results.json"
 # Packages whose versions decide the numbers.
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -40,16 +43,28 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     parallel.check_batch_size("batch_size", config.batch_size)
     identity, given_teacher = config_lib.plain(config), None
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
-        given_teacher = GivenTeacher.load(config)
+        given_teacher = parallel.on_first(GivenTeacher.load, config)
         # A resumed run must not go on with another teacher.
         identity[TEACHER_DIGEST] = given_teacher.record["digest"]
-    check_workdir(workdir, identity)
-    results_path = workdir / "results.json"
-    if results_path.exists():
-        say(f"already done: {results_path}")
-        return
-    start, versions, devices = time.time(), read_versions(), parallel.describe_devices()
-    dataset = load_data(config)
+    with contextlib.ExitStack() as held:
+
+        def is_done():
+            check_workdir(workdir, identity)
+            if (workdir / RESULTS).exists():
+                return True
+            held.enter_context(locked(workdir))
+            return False
+
+        if parallel.on_first(is_done):
+            say(f"already done: {workdir / RESULTS}")
+        else:
+            _run(config, workdir, identity, given_teacher)
+
+
+def _run(config, workdir, identity, given_teacher):
+    start, versions, devices = time.monotonic(), read_versions(), parallel.describe_devices()
+    # Several processes would prepare the same files at once.
+    dataset = parallel.first_then_all(lambda: load_data(config))
     # All phases are made before the first runs: what does not fit in the last should not show hours later.
     student = Network.create(config.student, dataset.num_classes, config.dtype)
     teacher = teacher_phase = None
@@ -61,7 +76,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         else:
             given_teacher.check_dataset(dataset)
     student_phase = Phase("student", config, student, config.losses, config.epochs, dataset, workdir, teacher)
-    claim(workdir, identity)
+    parallel.on_first(claim, workdir, identity)
     say(
         f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images, "
         f"{dataset.num_classes} categories; {devices['count']} x {devices['kind']}; workdir {workdir}"
@@ -75,8 +90,6 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             teacher_variables, teacher_result = given_teacher.evaluate(teacher, config, dataset)
         variables, progress = student_phase.run(stop, teacher_variables)
     scores, confusions = student_phase.by_category(variables)
-    if confusions is not None:
-        write_confusions(workdir / "confusion_matrix.csv", dataset.categories, confusions)
     results = {
         "method": config.method,
         "seed": config.seed,
@@ -87,8 +100,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         "versions": versions,
         "config": config_lib.plain(config),
     }
-    write_json(results_path, results)
-    say_results(results, task_of(dataset.multilabel), results_path, time.time() - start)
+    parallel.on_first(write_results, workdir, results, dataset.categories, confusions)
+    say_results(results, task_of(dataset.multilabel), workdir / RESULTS, time.monotonic() - start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +173,15 @@ def describe_dataset(dataset: ImageDataset) -> dict[str, Any]:
     }
 
 
+def write_results(
+    workdir: pathlib.Path, results: dict[str, Any], categories: Sequence[str], confusions: np.ndarray | None
+) -> None:
+    """Writes the confusion matrix, where there is one, and last results.json: a run without it is not done."""
+    if confusions is not None:
+        write_confusions(workdir / "confusion_matrix.csv", categories, confusions)
+    write_json(workdir / RESULTS, results)
+
+
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
     """Writes the matrix with the categories as header and as first column."""
     with path.open("w", newline="") as file:
@@ -188,7 +210,7 @@ def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         found = json.loads(path.read_text()) if path.exists() else identity
     except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from None
+        raise _cannot_write(workdir, error) from None
     except ValueError:
         found = None
     if not isinstance(found, dict):
@@ -202,6 +224,31 @@ def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
         raise UserError(
             f"workdir {workdir} holds a run of another configuration ({', '.join(different)}); use another --workdir"
         )
+
+
+def _cannot_write(workdir, error):
+    return UserError(f"cannot write to workdir {workdir}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir for this process; the system lets it go when the process ends, however it ends.
+
+    Raises:
+      UserError: another process holds it, or it cannot be written to.
+    """
+    try:
+        file = (workdir / "lock").open("a")
+    except OSError as error:
+        raise _cannot_write(workdir, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another job runs in workdir {workdir}; wait for its end, or use another --workdir"
+            ) from None
+        yield
 
 
 def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:

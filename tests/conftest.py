@@ -73,15 +73,18 @@ def small_run(digits_dir) -> list[str]:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """Starts a command line as a process of its own, on one device; all share a compilation cache."""
+    """Starts a command line as a process of its own, on one device; all share a compilation cache.
+
+    `program` is a module, or the words of another command that takes such arguments.
+    """
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     cache = tmp_path_factory.mktemp("cache")
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
     def start(arguments, cwd=ROOT, program="cskd_jax.main", **variables):
-        command = [sys.executable, "-m", program, *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=cwd, env=environment | variables, text=True, stdout=pipe, stderr=pipe)
+        words = (sys.executable, "-m", program) if isinstance(program, str) else program
+        pipe, variables = subprocess.PIPE, environment | variables
+        return subprocess.Popen([*words, *arguments], cwd=cwd, env=variables, text=True, stdout=pipe, stderr=pipe)
 
     return start
 

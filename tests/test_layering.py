@@ -9,12 +9,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Modules and packages of cskd_jax, highest first: each may import what stands on a line below its own.
 LAYERS = (
-    ("evaluate", "interop", "main", "report", "sweep"),
+    ("evaluate", "interop", "main", "report", "supervise", "sweep"),
     ("command_line", "train"),
     ("trained",),
     ("loop",),
     ("config", "steps"),
-    ("checkpoint", "data", "logging", "optim", "parallel", "signals", "state"),
+    ("checkpoint", "data", "logging", "optim", "signals", "state"),
+    ("parallel",),
     ("metrics", "objective"),
     ("losses", "models"),
     ("errors",),
@@ -22,7 +23,15 @@ LAYERS = (
 LAYER = {component: number for number, components in enumerate(LAYERS) for component in components}
 # These know nothing of the package but themselves and the errors.
 INDEPENDENT = ("losses", "models", "data")
-DEVICE_NAMES = ("pmap", "device_count", "local_device_count", "process_index", "process_count")
+DEVICE_NAMES = (
+    "pmap",
+    "device_count",
+    "local_device_count",
+    "process_index",
+    "process_count",
+    "distributed",
+    "multihost_utils",
+)
 
 
 def sources(package):

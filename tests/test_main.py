@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cskd_jax.main import main
+from cskd_jax.train import locked
 from tests.conftest import ROOT
 
 
@@ -195,6 +196,18 @@ BAD_INPUT = {
     "channels": (["--config.dataset.mean=(0.1,0.2)", "--config.dataset.std=(1.,1.)"], ["2 values", "1 channel"], None),
     "too many examples": (["--config.dataset.train_examples=5000"], ["5000"], None),
     "other run's workdir": (["--workdir={done}"], ["another configuration", "seed 0 != 1"], None),
+    "workdir cannot be written to": (["--workdir=/sys/kernel"], ["cannot write to workdir /sys/kernel"], None),
+    "coordinator alone": (["--coordinator=localhost:1234"], ["given together"], None),
+    "coordinator without port": (
+        ["--coordinator=here", "--processes=2", "--process=0"],
+        ["must be HOST:PORT; got here"],
+        None,
+    ),
+    "process beyond the last": (
+        ["--coordinator=localhost:1234", "--processes=2", "--process=2"],
+        ["from 0 to --processes - 1 = 1; got 2"],
+        None,
+    ),
     "workdir is a file": (["--workdir={file}"], ["cannot write to workdir"], None),
     "no path": (["--config.dataset.name=image_folder"], ["path"], None),
     "corrupt image": (FOLDER, ["train/cat/3.png"], corrupt_image),
@@ -232,3 +245,10 @@ def test_bad_input(case, done, small_run, tmp_path, capsys):
     for word in words:
         assert word in error, error
     assert before == {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}, "something was lost"
+
+
+def test_two_jobs_in_one_workdir(small_run, tmp_path, capsys):
+    with locked(tmp_path):
+        assert main(["main", *small_run, f"--workdir={tmp_path}"]) == 2
+    assert f"another job runs in workdir {tmp_path}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]

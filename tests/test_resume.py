@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import time
@@ -10,8 +11,17 @@ import numpy as np
 import pytest
 
 from cskd_jax.checkpoint import load_variables
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
+
+JUMPING_CLOCK = """
+import itertools, time
+jumps = itertools.cycle((0, -86_400, 3_600))
+now, now_ns = time.time, time.time_ns
+time.time = lambda: now() + next(jumps)
+time.time_ns = lambda: now_ns() + 10**9 * next(jumps)
+"""
 
 
 def final_parameters(workdir, phase):
@@ -90,11 +100,17 @@ def test_stopped_by_a_signal(start, small_run, done, tmp_path, number):
     assert_same_run(tmp_path, done)
 
 
-def test_damaged_checkpoint(start, small_run, done, tmp_path):
-    process = start([*small_run, f"--workdir={tmp_path}"])
-    folder = tmp_path / "student" / "checkpoints"
-    while process.poll() is None and not (folder / "6").exists():
+def start_up_to_checkpoint(start, small_run, workdir, step):
+    """(process that still runs, folder of the student's checkpoints), when that of the step is there."""
+    process = start([*small_run, f"--workdir={workdir}"])
+    folder = workdir / "student" / "checkpoints"
+    while process.poll() is None and not (folder / str(step)).exists():
         time.sleep(0.01)
+    return process, folder
+
+
+def test_damaged_checkpoint(start, small_run, done, tmp_path):
+    process, folder = start_up_to_checkpoint(start, small_run, tmp_path, 6)
     process.kill()
     process.communicate()
     steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
@@ -105,6 +121,23 @@ def test_damaged_checkpoint(start, small_run, done, tmp_path):
     _, error = (process := start([*small_run, f"--workdir={tmp_path}"])).communicate()
     assert process.returncode == 0, error
     assert f"checkpoints/{steps[0]} is damaged" in error
+    assert_same_run(tmp_path, done)
+
+
+def test_full_disk(start, small_run, done, tmp_path):
+    """No file can grow beyond 20 kB any more: the log can be written, a checkpoint cannot."""
+    process, folder = start_up_to_checkpoint(start, small_run, tmp_path, 3)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    _, error = process.communicate()
+    assert process.returncode == 2, error
+    assert error.strip().splitlines()[-1].startswith(f"error: cannot save a checkpoint in {folder}: ")
+    assert [path.name for path in folder.iterdir() if path.name.isdigit()] == ["3"]
+    # A clock that jumps to the past and back at every look does not matter.
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(JUMPING_CLOCK)
+    path = f"{tmp_path}/clock:{ROOT}"
+    _, error = (process := start([*small_run, f"--workdir={tmp_path}"], PYTHONPATH=path)).communicate()
+    assert process.returncode == 0, error
     assert_same_run(tmp_path, done)
 
 

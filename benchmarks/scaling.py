@@ -1,0 +1,193 @@
+"""What several devices cost: bytes that a training step moves between them, memory, and the time of the sums.
+
+python benchmarks/scaling.py [--devices=1,2,8] [--sizes=1:64:100,1:128:100,1:128:1000] [--processes=1,2,4]
+
+Bytes and memory are read from the compiled step of the CIFAR-100 recipe, for fake CPU devices: what the all-reduces
+and all-gathers of the program take in on each device, by what asked for them, and XLA's own account of the memory of a
+device. Time is that of a sum of a million floats over fake devices of one process and over local processes. --teacher
+and --student (NAME:WIDTH) and --image take the place of the recipe's networks and images.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from jax import lax
+
+from benchmarks.measuring import Part, milliseconds, render
+from configs import cifar100
+from cskd_jax import parallel
+from cskd_jax.data import ImageDataset, Split
+from cskd_jax.loop import Network, Phase
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s64": 8, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
+_COLLECTIVE = re.compile(r" = (?P<type>.*?) (?P<kind>all-reduce|all-gather)(?:-start)?\((?P<rest>.*)")
+_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+_REPEATS = 30
+
+
+def collectives(program: str) -> Iterator[tuple[str, int, str]]:
+    """(all-reduce or all-gather, bytes that it takes in on a device, JAX's name) of each in a compiled program."""
+    for line in program.splitlines():
+        if found := _COLLECTIVE.search(line):
+            size = sum(
+                _BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n)
+                for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", found["type"])
+            )
+            if found["kind"] == "all-gather":
+                # Its outcome is that of all devices of the group.
+                listed, number = _GROUP.search(line).groups()
+                size //= len(listed.split(",")) if listed else int(number)
+            name = re.search(r'op_name="([^"]*)"', line)
+            yield found["kind"], size, name[1] if name else ""
+
+
+def cause(name: str) -> str:
+    """What a collective of this name is for."""
+    if "_batch_statistics" in name:
+        return "BatchNorm statistics"
+    # Sums within the losses carry the name of a method, those of the step itself none.
+    return "losses" if re.search(r"jvp\(\w+\)", name) else "gradients, metrics"
+
+
+def inspect(arguments: argparse.Namespace) -> dict[str, object]:
+    """Bytes by cause, number of collectives and memory of the compiled step on the devices of this process."""
+    config = cifar100.get_config()
+    config.batch_size = arguments.batch
+    for network, given in ((config.teacher, arguments.teacher), (config.student, arguments.student)):
+        if given:
+            network.name, width = given.split(":")
+            network.width = float(width)
+    shape = (arguments.batch, arguments.image, arguments.image, 3)
+    labels = np.arange(arguments.batch, dtype=np.int32) % arguments.categories
+    split = Split(np.zeros(shape, np.uint8), labels)
+    dataset = ImageDataset("none", split, split, tuple(map(str, range(arguments.categories))))
+    teacher, student = (Network.create(c, arguments.categories, config.dtype) for c in (config.teacher, config.student))
+    with tempfile.TemporaryDirectory() as folder:
+        phase = Phase("student", config, student, config.losses, 1, dataset, pathlib.Path(folder), teacher)
+    # What LLVM does with the program changes neither.
+    compiled = phase._lowered_step.compile(compiler_options={"xla_backend_optimization_level": 0})
+    moved, count = {}, 0
+    for _, size, name in collectives(compiled.as_text()):
+        moved[cause(name)] = moved.get(cause(name), 0) + size
+        count += 1
+    memory = compiled.memory_analysis()
+    parameters = sum(x.size for x in jax.tree.leaves(phase._abstract_state.params))
+    return {
+        "moved": moved,
+        "count": count,
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "parameters": parameters,
+    }
+
+
+def time_sum(arguments: argparse.Namespace) -> float | None:
+    """Median milliseconds of summing `--floats` floats over all devices; None but on the first process."""
+    parallel.initialize(arguments.coordinator, arguments.processes, arguments.process)
+    mapped = parallel.parallel_eval_step(lambda _, batch: lax.psum(batch["x"], parallel.AXIS))
+    rows = parallel.local_rows(jax.device_count())
+    batch = parallel.shard({"x": np.ones((rows.stop - rows.start, arguments.floats), np.float32)})
+    times = [milliseconds(lambda: mapped(np.zeros(()), batch)) for _ in range(_REPEATS)]
+    return statistics.median(times[_REPEATS // 3 :]) if parallel.is_first() else None
+
+
+def ask(devices: int, *arguments: str, processes: int = 1) -> object:
+    """What a process of its own with so many fake devices prints as JSON: their number is fixed at its start."""
+    # Combined, the collectives would lose their names.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_disable_hlo_passes=cpu-all-reduce-combiner"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cskd_jax.supervise", f"--processes={processes}", "--restarts=0", "--"]
+    command += [sys.executable, str(pathlib.Path(__file__).resolve()), *arguments]
+    output = subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout
+    return json.loads(next(line for line in output.splitlines() if line.startswith("OUTCOME "))[8:])
+
+
+def measure_steps(sizes: list[tuple[int, int, int]], networks: list[str]) -> Part:
+    """Bytes and memory for (devices, global batch, categories)."""
+    rows = []
+    for devices, batch, categories in sizes:
+        outcome = ask(devices, "--ask=step", f"--batch={batch}", f"--categories={categories}", *networks)
+        moved = {
+            name: outcome["moved"].get(name, 0) for name in ("gradients, metrics", "losses", "BatchNorm statistics")
+        }
+        rows.append(
+            {"devices": devices, "batch": batch, "categories": categories}
+            | {f"{name} kB": size / 1e3 for name, size in moved.items()}
+            | {"collectives": outcome["count"]}
+            | {f"{name} MB": outcome[name] / 1e6 for name in ("arguments", "temporary")}
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    notes = [
+        "kB: taken in by the collectives of one step on one device; a ring all-reduce of them sends and receives about "
+        "twice as much. The collectives are counted before XLA combines neighbours.",
+        "MB: on one device, by XLA's account for the CPU: state, teacher and batch; and what the step needs besides.",
+        f"{outcome['parameters']:,} trained parameters are {outcome['parameters'] * 4 / 1e3:,.0f} kB.",
+    ]
+    return Part("One training step", rows, notes)
+
+
+def measure_time(floats: int, devices: list[int], processes: list[int]) -> Part:
+    """Time of a sum, with the same work on each device."""
+    places = [(1, count) for count in devices] + [(count, 1) for count in processes if count > 1]
+    rows = [
+        {
+            "processes": count,
+            "devices of each": each,
+            "sum ms": ask(each, "--ask=sum", f"--floats={floats}", processes=count),
+        }
+        for count, each in places
+    ]
+    notes = [f"Median of a sum of {floats:,} floats over all devices, which share {os.cpu_count()} cores."]
+    return Part("A sum over the devices (weak scaling)", rows, notes)
+
+
+def main() -> None:
+    """Prints the tables, or as a process of its own one outcome."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", default="1,2,8")
+    parser.add_argument("--sizes", default="1:64:100,1:128:100,1:128:1000", help="devices:batch:categories, ...")
+    parser.add_argument("--processes", default="1,2,4")
+    parser.add_argument("--teacher", help="NAME:WIDTH")
+    parser.add_argument("--student", help="NAME:WIDTH")
+    parser.add_argument("--image", type=int, default=32, help="pixels of its side")
+    # Of the processes that this one starts; the supervisor adds the last ones.
+    hidden = {"help": argparse.SUPPRESS}
+    parser.add_argument("--ask", choices=("step", "sum"), **hidden)
+    parser.add_argument("--batch", type=int, default=128, **hidden)
+    parser.add_argument("--categories", type=int, default=100, **hidden)
+    parser.add_argument("--floats", type=int, default=1_000_000, **hidden)
+    parser.add_argument("--coordinator", **hidden)
+    parser.add_argument("--process", type=int, **hidden)
+    arguments = parser.parse_args()
+    if arguments.ask:
+        several = arguments.coordinator is not None
+        arguments.processes = int(arguments.processes) if several else None
+        outcome = {"step": inspect, "sum": time_sum}[arguments.ask](arguments)
+        if outcome is not None:
+            print("OUTCOME", json.dumps(outcome), flush=True)
+        return
+    devices, processes = ([int(n) for n in text.split(",")] for text in (arguments.devices, arguments.processes))
+    sizes = [(count, 128, 100) for count in devices]
+    sizes += [tuple(map(int, size.split(":"))) for size in arguments.sizes.split(",") if size]
+    networks = [f"--{name}={value}" for name in ("teacher", "student", "image") if (value := getattr(arguments, name))]
+    print("\n" + render(measure_time(arguments.floats, devices, processes)), flush=True)
+    print("\n" + render(measure_steps(list(dict.fromkeys(sizes)), networks)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

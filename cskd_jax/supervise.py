@@ -1,0 +1,190 @@
+"""Runs a command as one or several processes of this machine, and starts it again when one of them dies.
+
+python -m cskd_jax.supervise [--processes=N] [--restarts=N] [--grace=SECONDS] -- COMMAND ...
+
+  --processes  how many to start; if more than one, each gets --coordinator, --processes and --process of
+               cskd_jax.main (default: 1)
+  --restarts   how often in a row to start again, waiting 1, 2, 4, ... up to 60 seconds before; a start that lasted
+               ten minutes begins a new row (default: 5)
+  --grace      seconds for saving after SIGTERM or Ctrl-C, before what still runs is killed (default: 120)
+
+When a process dies the others are ended (SIGTERM, after three seconds SIGKILL) and all start again: cskd_jax.main goes
+on from the last sound checkpoint. SIGTERM and Ctrl-C are passed on to all; the second one kills.
+
+Exit codes: 0 done; 2 and 3 of a process are not tried again and passed on, like 75 (stopped with everything saved, or
+before there was anything to save); otherwise, when the restarts are used up, that of the process that died, or 128 and
+the number of the signal that killed it.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from cskd_jax.errors import DivergedError, InterruptedRun, UserError
+
+# Tried again, they would end in the same way.
+_FINAL = (UserError.exit_code, DivergedError.exit_code)
+_END_SECONDS = 3
+_POLL_SECONDS = 0.05
+_LONG_SECONDS = 600
+_MAX_DELAY_SECONDS = 60
+
+
+class Supervisor:
+    """Starts a command again until it ends in a way that another start would not mend.
+
+    Args:
+      command: and its arguments.
+      processes: how many of it to start.
+      restarts: how many in a row.
+      grace: seconds from a request to stop to SIGKILL.
+    """
+
+    def __init__(self, command: Sequence[str], processes: int, restarts: int, grace: float):
+        self._command, self._processes, self._restarts, self._grace = list(command), processes, restarts, grace
+        self._signals = 0
+
+    def run(self) -> int:
+        """Returns the exit code, see the module."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._count_signal)
+        failures = 0
+        while True:
+            start = time.monotonic()
+            codes = self._run_once()
+            code = self._exit_code(codes)
+            if code in (0, InterruptedRun.exit_code, *_FINAL):
+                return code
+            failures = 1 if time.monotonic() - start > _LONG_SECONDS else failures + 1
+            if failures > self._restarts:
+                _say(f"given up after {failures - 1} restarts in a row")
+                return code
+            delay = min(2 ** (failures - 1), _MAX_DELAY_SECONDS)
+            _say(f"starting again in {delay} s ({failures} of {self._restarts})")
+            self._wait(lambda: False, delay)
+            if self._signals:
+                return InterruptedRun.exit_code
+
+    def _run_once(self):
+        """Starts the processes, waits for their end, and returns their exit codes, in the order of ending."""
+        workers = [
+            subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
+            for command in self._commands()
+        ]
+        codes = {}
+        try:
+            self._wait(lambda: _failed(_collect(workers, codes)) or len(codes) == len(workers), None)
+            self._end(workers, codes)
+        finally:
+            _signal_groups(workers, signal.SIGKILL)
+        return list(codes.values())
+
+    def _commands(self):
+        if self._processes == 1:
+            return [self._command]
+        shared = [f"--coordinator=localhost:{_free_port()}", f"--processes={self._processes}"]
+        return [[*self._command, *shared, f"--process={index}"] for index in range(self._processes)]
+
+    def _end(self, workers, codes):
+        """Ends what still runs: gently and with time for saving if the whole job is to stop, quickly otherwise."""
+        for index, code in codes.items():
+            if code not in (0, InterruptedRun.exit_code):
+                _say(f"process {index} ended {_describe(code)}")
+        if len(codes) == len(workers):
+            return
+        stopping = self._signals or InterruptedRun.exit_code in codes.values()
+        if self._signals or not stopping:
+            _signal_groups(workers, signal.SIGTERM)
+        begin, signals = time.monotonic(), self._signals
+        seconds = self._grace if stopping else _END_SECONDS
+        while len(_collect(workers, codes)) < len(workers):
+            # Of one that dies while the job is stopping the others would wait in vain.
+            late = time.monotonic() - begin > (_END_SECONDS if _failed(codes) else seconds)
+            if late or self._signals > max(signals, 1):
+                _signal_groups(workers, signal.SIGKILL)
+            time.sleep(_POLL_SECONDS)
+        _say(f"the others ended after {time.monotonic() - begin:.1f} s")
+
+    def _wait(self, is_over, seconds):
+        """Until it is over, a signal came, or time is up."""
+        begin = time.monotonic()
+        while not is_over() and not self._signals and (seconds is None or time.monotonic() - begin < seconds):
+            time.sleep(_POLL_SECONDS)
+
+    def _exit_code(self, codes):
+        for code in _FINAL:
+            if code in codes:
+                return code
+        if set(codes) == {0}:
+            return 0
+        if self._signals or InterruptedRun.exit_code in codes:
+            return InterruptedRun.exit_code
+        code = next(code for code in codes if code != 0)
+        return 128 - code if code < 0 else code
+
+    def _count_signal(self, *_):
+        self._signals += 1
+
+
+def _collect(workers, codes):
+    """Adds the exit codes of those that have ended since, {index: code}."""
+    for index, worker in enumerate(workers):
+        if index not in codes and worker.poll() is not None:
+            codes[index] = worker.returncode
+    return codes
+
+
+def _failed(codes):
+    return any(codes.values())
+
+
+def _signal_groups(workers, number):
+    """To the workers that still run, with all that they have started."""
+    for worker in workers:
+        if worker.poll() is None:
+            os.killpg(worker.pid, number)
+
+
+def _die_with_parent():
+    """In a worker: SIGKILL when the supervisor is gone, which could not end it any more."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def _describe(code):
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+
+def _say(message):
+    print(f"supervise: {message}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, runs, and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cskd_jax.supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--restarts", type=int, default=5)
+    parser.add_argument("--grace", type=float, default=120)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args(argv)
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command or arguments.processes < 1 or arguments.restarts < 0:
+        parser.error("wants -- COMMAND ..., --processes of 1 or more and --restarts of 0 or more")
+    return Supervisor(command, arguments.processes, arguments.restarts, arguments.grace).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

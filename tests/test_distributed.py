@@ -1,0 +1,73 @@
+"""Runs of two processes, started by launch/local.sh, against a run of one."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import sys
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from cskd_jax.checkpoint import load_variables
+from tests.conftest import ROOT
+from tests.test_resume import wait_for_row
+
+pytestmark = pytest.mark.slow
+
+
+LOCAL = (ROOT / "launch" / "local.sh", "2")
+
+
+def test_two_processes_are_one(start, small_run, tmp_path):
+    """In 64-bit, through a SIGTERM to one of two processes and an end with one process: parameters and metrics."""
+    arguments = [*small_run, "--config.dtype=float64"]
+    arguments += ["--config.teacher.name=resnet8", "--config.student.name=resnet8"]  # Compiled in a third of the time.
+    _, error = (process := start([*arguments, f"--workdir={tmp_path}/one"], JAX_ENABLE_X64="1")).communicate()
+    assert process.returncode == 0, error
+    arguments += [f"--config.teacher.checkpoint={tmp_path}/one/teacher", f"--workdir={tmp_path}/two"]
+    process = start(arguments, program=LOCAL, PYTHON=sys.executable, JAX_ENABLE_X64="1")
+    wait_for_row(tmp_path / "two", process, "student", 3)
+    # Those of the supervisor.
+    workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGTERM)
+    output, error = process.communicate()
+    assert process.returncode == 75, error
+    assert "2 x cpu" in output
+    assert error.count("error: stopped by SIGTERM, saved at step") == 2
+    output, error = (process := start(arguments, JAX_ENABLE_X64="1")).communicate()
+    assert process.returncode == 0, error
+    assert "student: resuming at step" in output
+    actual, expected = (flatten_dict(load_variables(f"{tmp_path}/{name}/student")[0]) for name in ("two", "one"))
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert array.dtype == np.float64
+        np.testing.assert_allclose(actual[name], array, rtol=0, atol=1e-10, err_msg="/".join(name))
+    for actual, expected in zip(student_rows(tmp_path / "two"), student_rows(tmp_path / "one"), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-9)
+
+
+def student_rows(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if name not in ("phase", "split")}
+        for row in rows
+        if row["phase"] == "student"
+    ]
+
+
+def test_error_of_one_process_ends_both(start, small_run, tmp_path):
+    """Data that one process alone cannot read."""
+    (tmp_path / "file").touch()
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    shared = [*small_run, f"--coordinator=localhost:{port}", "--processes=2", f"--workdir={tmp_path}/run"]
+    broken = f"--config.dataset.data_dir={tmp_path}/file"
+    processes = [start([*shared, "--process=0"]), start([*shared, "--process=1", broken])]
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 2, error
+        assert error.strip().splitlines()[-1].startswith("error: process 1: cannot prepare data set 'digits'")
