@@ -22,13 +22,14 @@ LOCAL = (ROOT / "launch" / "local.sh", "2")
 
 
 def test_two_processes_are_one(start, small_run, tmp_path):
-    """In 64-bit, through a SIGTERM to one of two processes and an end with one process: parameters and metrics."""
+    """In 64-bit, in memory and streamed, through a SIGTERM to one of two and an end with one: parameters, metrics."""
     arguments = [*small_run, "--config.dtype=float64"]
     arguments += ["--config.teacher.name=resnet8", "--config.student.name=resnet8"]  # Compiled in a third of the time.
     _, error = (process := start([*arguments, f"--workdir={tmp_path}/one"], JAX_ENABLE_X64="1")).communicate()
     assert process.returncode == 0, error
     arguments += [f"--config.teacher.checkpoint={tmp_path}/one/teacher", f"--workdir={tmp_path}/two"]
-    process = start(arguments, program=LOCAL, PYTHON=sys.executable, JAX_ENABLE_X64="1")
+    streamed = [*arguments, "--config.dataset.streaming=True", "--config.dataset.workers=1"]
+    process = start(streamed, program=LOCAL, PYTHON=sys.executable, JAX_ENABLE_X64="1")
     wait_for_row(tmp_path / "two", process, "student", 3)
     # Those of the supervisor.
     workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -42,14 +42,18 @@ def batches(dataset, sampler, steps, rows=slice(None)):
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_the_same_bytes_over_two_epochs_and_from_the_middle(both, balanced):
+    """The whole batches, and the halves of them that two processes read."""
     memory, stream = both
     sampler = UniformSampler(30, 8, seed=3)
     if balanced:
         sampler = BalancedSampler(memory.train.labels, 6, 2, seed=3)
     steps = range(2 * sampler.steps_per_epoch)
     expected = batches(memory, sampler, steps)
-    for start in (0, 3):
-        for one, other in zip(expected[start:], batches(stream, sampler, steps[start:]), strict=True):
+    halves = [batches(stream, sampler, steps, rows) for rows in (slice(None, 3), slice(3, None))]
+    found = [(0, batches(stream, sampler, steps)), (3, batches(stream, sampler, steps[3:]))]
+    found.append((0, [np.concatenate(parts) for parts in zip(*halves, strict=True)]))
+    for start, streamed in found:
+        for one, other in zip(expected[start:], streamed, strict=True):
             assert other.dtype == np.uint8
             np.testing.assert_array_equal(one, other)
 
