@@ -130,7 +130,7 @@ def test_killed_stopped_and_continued(start, small_run, tmp_path, capsys):
     arguments = [*small_run, "--config.epochs=2", "--methods=ce,kd", f"--workdir={tmp_path}"]
     teacher = tmp_path / "teacher-resnet18_0.0625"
     process = start(arguments, program="cskd_jax.sweep")
-    wait_for(teacher / "log.txt", "compiled in", process)
+    wait_for(teacher / "log.txt", "student: training", process)
     (child,) = children(process.pid)
     process.kill()
     process.communicate()
