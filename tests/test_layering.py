@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Modules and packages of cskd_jax, highest first: each may import what stands on a line below its own.
 LAYERS = (
-    ("main",),
+    ("main", "supervise"),
     ("train",),
     ("loop",),
     ("config", "steps"),
