@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 JUMPING_CLOCK = """
 import itertools, time
-jumps = itertools.cycle((0, -86_400, 3_600))
+jumps = itertools.cycle((0, -20_000, 20_000))
 now, now_ns = time.time, time.time_ns
 time.time = lambda: now() + next(jumps)
 time.time_ns = lambda: now_ns() + 10**9 * next(jumps)
@@ -130,9 +130,10 @@ def test_full_disk(start, small_run, done, tmp_path):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     _, error = process.communicate()
     assert process.returncode == 2, error
-    assert error.strip().splitlines()[-1].startswith(f"error: cannot save a checkpoint in {folder}: ")
+    # Among what Orbax has to say about it from threads of its own.
+    assert f"\nerror: cannot save a checkpoint in {folder}: " in error
     assert [path.name for path in folder.iterdir() if path.name.isdigit()] == ["3"]
-    # A clock that jumps to the past and back at every look does not matter.
+    # A clock that jumps hours to and fro at every look does not matter (Orbax gives up after a day of it).
     (tmp_path / "clock").mkdir()
     (tmp_path / "clock" / "sitecustomize.py").write_text(JUMPING_CLOCK)
     path = f"{tmp_path}/clock:{ROOT}"
