@@ -133,7 +133,7 @@ def evaluate(trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset
 
     latencies, variables = {}, jax.device_put(trained.variables)
     for size in sorted({1, config.batch_size}):
-        images = jnp.asarray(np.resize(dataset.test.images, (size, *dataset.image_shape)))
+        images = jnp.asarray(np.resize(dataset.test.images[:size], (size, *dataset.image_shape)))
         lowered = jax.jit(predict).lower(variables, images)
         latencies[f"batch {size}"] = latency(lowered.compile(), variables, images)
     return {

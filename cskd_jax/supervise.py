@@ -17,7 +17,6 @@ the number of the signal that killed it.
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -26,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from cskd_jax.children import die_with_parent
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
 
 # Tried again, they would end in the same way.
@@ -74,7 +74,7 @@ class Supervisor:
     def _run_once(self):
         """Starts the processes, waits for their end, and returns their exit codes, in the order of ending."""
         workers = [
-            subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
+            subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
             for command in self._commands()
         ]
         codes = {}
@@ -149,11 +149,6 @@ def _signal_groups(workers, number):
     for worker in workers:
         if worker.poll() is None:
             os.killpg(worker.pid, number)
-
-
-def _die_with_parent():
-    """In a worker: SIGKILL when the supervisor is gone, which could not end it any more."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _free_port():

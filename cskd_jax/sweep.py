@@ -20,7 +20,6 @@ command, the configuration or the data; 75 stopped by a signal, with everything 
 
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import os
@@ -36,6 +35,7 @@ from absl import flags
 
 from cskd_jax import command_line
 from cskd_jax import config as config_lib
+from cskd_jax.children import die_with_parent
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.logging import say
 from cskd_jax.losses import LOSSES
@@ -47,7 +47,6 @@ from cskd_jax.trained import TEACHER_DIGEST, load_data, read_json
 
 _POLL_SECONDS = 0.2
 _SUPERVISED = {False: "ce", True: "bce"}  # the word of a teacher's training, of one category per image or of several
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class FailedRunsError(UserError):
@@ -249,14 +248,14 @@ def sweep(runs: Sequence[Run], jobs: int) -> None:
                 run = next(_ready(waiting, failed), None)
                 if run is not None:
                     waiting.remove(run)
-                    running[slot] = run, _start(run, device_variables(slot, jobs, os.environ)), time.time()
+                    running[slot] = run, _start(run, device_variables(slot, jobs, os.environ)), time.monotonic()
             time.sleep(_POLL_SECONDS)
             for slot, (run, process, start) in list(running.items()):
                 if process.poll() is not None and not stop.requested:
                     del running[slot]
                     if not run.done:
                         failed[run] = _failure(run, process.returncode)
-                    report(run, failed.get(run) or f"{_score(run)}, {time.time() - start:.0f} s")
+                    report(run, failed.get(run) or f"{_score(run)}, {time.monotonic() - start:.0f} s")
             for run in [run for run in waiting if run.teacher in failed]:
                 waiting.remove(run)
                 failed[run] = f"not started: {run.teacher.name} failed"
@@ -285,7 +284,6 @@ def _start(run, variables):
     """Starts a run; it ends when the sweep ends, however that is."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "cskd_jax.main", *run.arguments]
-    prctl = ctypes.CDLL(None).prctl
     with (run.workdir / "log.txt").open("a") as log:
         return subprocess.Popen(
             command,
@@ -296,7 +294,7 @@ def _start(run, variables):
             # A group of its own: Ctrl-C reaches it through the sweep alone, or it would come twice.
             process_group=0,
             # Killed with the sweep, not left behind to write where the next sweep does.
-            preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+            preexec_fn=die_with_parent,
         )
 
 

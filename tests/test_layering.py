@@ -18,7 +18,7 @@ LAYERS = (
     ("parallel",),
     ("metrics", "objective"),
     ("losses", "models"),
-    ("errors",),
+    ("children", "errors"),
 )
 LAYER = {component: number for number, components in enumerate(LAYERS) for component in components}
 # These know nothing of the package but themselves and the errors.

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cskd_jax.config import INDIFFERENT
 from cskd_jax.errors import UserError
 from cskd_jax.metrics import Task, task_that_measured
 from cskd_jax.report.published import network_label
@@ -14,10 +15,11 @@ from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.trained import read_json
 
 # Settings that do not change what is compared; the seed is what is averaged over.
-_BOOKKEEPING = ("seed", "log_every", "keep_checkpoints", "teacher.checkpoint", "dataset.data_dir", "dataset.path")
+_BOOKKEEPING = ("seed", "log_every", "keep_checkpoints", "teacher.checkpoint", "dataset.data_dir", "dataset.path",
+                *INDIFFERENT)  # fmt: skip
 # Settings that runs of one table have in common. The others may go with the method, such as those of its losses.
-_COMMON = ("dataset.name", "dataset.train_examples", "epochs", "teacher.name", "teacher.width", "student.name",
-           "student.width")  # fmt: skip
+_COMMON = ("dataset.name", "dataset.train_examples", "dataset.image_size", "epochs", "teacher.name", "teacher.width",
+           "student.name", "student.width")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,7 +171,7 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps([run.config[key] for key in _COMMON]), []).append(run)
+        groups.setdefault(json.dumps([run.config.get(key) for key in _COMMON]), []).append(run)
     return [_comparison(groups[key]) for key in sorted(groups)]
 
 
