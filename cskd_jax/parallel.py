@@ -71,12 +71,13 @@ def _in_cluster(environment):
 
 def is_first() -> bool:
     """Whether this process is the one that reads and writes the workdir and speaks to people."""
-    return jax.process_index() == 0
+    # A program that computes nothing itself must not take the devices by asking.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def is_distributed() -> bool:
     """Whether there are other processes."""
-    return jax.process_count() > 1
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def on_first(function: Callable[..., T], *args: Any) -> T:
