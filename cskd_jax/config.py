@@ -131,7 +131,7 @@ def restore(flat: dict[str, Any], source: str) -> ml_collections.ConfigDict:
       source: where it comes from, for the message.
 
     Raises:
-      UserError: a key is not one of a configuration.
+      UserError: a key is not one of a configuration, or one is missing.
     """
     values = {}
     for key, value in flat.items():
@@ -142,6 +142,9 @@ def restore(flat: dict[str, Any], source: str) -> ml_collections.ConfigDict:
             # Not plain None: an override could not be converted to the right type.
             value = config_dict.placeholder(types[0])
         values[key] = tuple(value) if isinstance(value, list) else value
+    missing = sorted(RULES.keys() - flat.keys())
+    if missing:
+        raise UserError(f"{source} lacks {', '.join(missing)}: another version of cskd_jax wrote it")
     return ml_collections.ConfigDict(traverse_util.unflatten_dict(values, sep="."))
 
 

@@ -31,3 +31,10 @@ def test_overrides_of_a_restored_configuration():
 def test_unknown_key_of_a_damaged_file(key):
     with pytest.raises(UserError, match=f"config.json holds an unknown configuration key {key}"):
         config_lib.restore({key: 1}, "config.json")
+
+
+def test_configuration_of_another_version():
+    flat = config_lib.plain(load_recipe(str(ROOT / "configs" / "digits.py"), []))
+    del flat["dataset.image_size"]
+    with pytest.raises(UserError, match="config.json lacks dataset.image_size: another version of cskd_jax wrote it"):
+        config_lib.restore(flat, "config.json")
