@@ -1,0 +1,67 @@
+"""How many images per second a recipe's data give, in memory and streamed.
+
+python benchmarks/input.py --config=RECIPE [--seconds=10] [--config.KEY=VALUE ...]
+
+Batches as the training takes them, put on the devices, with nothing else to do. Memory: decoded once, when the data are
+loaded. Stream: decoded by `dataset.workers` processes, which start with the first batch.
+"""
+
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks.measuring import Part, render
+from cskd_jax import command_line, parallel
+from cskd_jax import config as config_lib
+from cskd_jax.data import read_batches
+from cskd_jax.loop import make_sampler
+from cskd_jax.trained import load_data
+
+_STEPS = 10**6  # More than there is time for.
+
+
+def measure(config, seconds: float) -> Part:
+    """Loads the data in both ways, and takes batches for so long."""
+    rows = []
+    for name, streaming in (("memory", False), ("stream", True)):
+        config.dataset.streaming = streaming
+        start = time.perf_counter()
+        dataset = load_data(config)
+        loaded = time.perf_counter()
+        sampler = make_sampler(config, dataset)
+        batches = read_batches(dataset.train.images, map(sampler.indices, range(_STEPS)))
+        next(batches)
+        first, images = time.perf_counter(), 0
+        while time.perf_counter() < first + seconds:
+            images += parallel.shard({"image": next(batches)})["image"].block_until_ready().shape[1]
+        rate = images * parallel.describe_devices()["count"] / (time.perf_counter() - first)
+        batches.close()
+        row = {"images in": name, "loading s": loaded - start, "first batch s": first - loaded, "images/s": rate}
+        rows.append(row)
+    height, width, channels = dataset.image_shape
+    notes = [f"{len(dataset.train.labels):,} images of {height}x{width}x{channels}, batches of {config.batch_size}"]
+    return Part(f"Input: {dataset.name}", rows, notes)
+
+
+def main(argv: list[str]) -> int:
+    """Measures and prints."""
+    return command_line.run_program(_run, __doc__, argv)
+
+
+def _run(argv):
+    values = flags.FlagValues()
+    flags.DEFINE_float("seconds", 10, "Of each measurement.", flag_values=values)
+    command = command_line.parse(argv, values)
+    config = command_line.load_recipe(command.recipe, command.overrides)
+    config_lib.validate(config)
+    command_line.set_up_jax()
+    print(render(measure(config, values.seconds)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
