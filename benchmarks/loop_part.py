@@ -74,7 +74,7 @@ class Runner:
     def bare(self) -> float:
         """Milliseconds per step of as many calls of the compiled step, on one batch."""
         phase = self._phase
-        state, batch = parallel.replicate(phase._lowered_state.compile()()), phase._batch(0)
+        state, (_, batch) = parallel.replicate(phase._lowered_state.compile()()), next(phase._batches(0))
         (step,) = phase._compiled.values()
         jax.block_until_ready(state)
         start = time.perf_counter()

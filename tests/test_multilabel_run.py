@@ -96,6 +96,7 @@ def test_results(done):
 def test_evaluation_on_eight_devices_is_that_of_scikit_learn(done):
     """The run evaluated on one device; the number of test images does not divide by the batch."""
     config, dataset = get_config("digit_pairs"), load_dataset("digit_pairs")
+    config.student.update(name="resnet8", width=0.25)
     variables, _ = load_variables(str(done / "student"))
     network = Network.create(config.student, 10, config.dtype)
     values = Evaluation(network, config, dataset)(parallel.replicate(variables))

@@ -29,9 +29,9 @@ OBJECTIVES = {
 
 
 def networks(axis_name=None, dtype=jnp.float64):
-    common = {"num_classes": NUM_CLASSES, "stage_widths": (4, 4, 6, 6), "dtype": dtype, "axis_name": axis_name}
-    student = ResNet(stage_sizes=(1, 1, 1, 1), block=BasicBlock, **common)
-    return student, ResNet(stage_sizes=(1, 1, 1, 1), block=Bottleneck, **common)
+    common = {"num_classes": NUM_CLASSES, "stage_widths": (4, 6), "dtype": dtype, "axis_name": axis_name}
+    student = ResNet(stage_sizes=(1, 1), block=BasicBlock, **common)
+    return student, ResNet(stage_sizes=(1, 1), block=Bottleneck, **common)
 
 
 def initial(student, objective, optimizer, teacher):

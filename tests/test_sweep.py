@@ -128,7 +128,7 @@ def children(pid):
 def test_killed_stopped_and_continued(start, small_run, tmp_path, capsys):
     """One at a time until it is killed, then two at a time; then the report and the evaluation of what is there."""
     arguments = [*small_run, "--config.epochs=2", "--methods=ce,kd", f"--workdir={tmp_path}"]
-    teacher = tmp_path / "teacher-resnet18_0.0625"
+    teacher = tmp_path / "teacher-resnet8_0.25"
     process = start(arguments, program="cskd_jax.sweep")
     wait_for(teacher / "log.txt", "student: training", process)
     (child,) = children(process.pid)
