@@ -20,6 +20,12 @@ class DivergedError(UserError):
     exit_code = 3
 
 
+class LostWorkerError(UserError):
+    """A process that works for the run was killed: nothing to mend, the run may be started again."""
+
+    exit_code = 1
+
+
 class InterruptedRun(UserError):
     """A signal asked the run to stop and its state is saved: the same command resumes it."""
 

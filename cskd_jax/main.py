@@ -14,7 +14,8 @@ python -m cskd_jax.main --config=RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VAL
   --cluster      instead of the three: SLURM or the TPU pod knows; a SLURM step of several tasks needs no flag
 
 Exit codes: 0 done; 2 something to mend in the command, the configuration or the data; 3 a loss or gradient is not
-finite any more; 75 stopped by a signal with everything saved: the same command resumes.
+finite any more; 75 stopped by a signal with everything saved, and 1 a process that decodes images was killed: the same
+command resumes.
 """
 
 import pathlib

@@ -3,10 +3,12 @@
 `load_dataset` loads one by name. Importing this package imports neither tensorflow-datasets nor TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
+import pathlib
 from collections.abc import Callable
 
 import numpy as np
@@ -54,7 +56,7 @@ def load_dataset(
       image_size: Images of any size become squares of this side (`images.middle_square`); None: they stay as they are,
         and must all have one size.
       streaming: Whether the images are decoded batch by batch instead of once into memory, to the same bytes; None:
-        if they would take more than a quarter of the machine's memory.
+        if they would take more than an eighth of the memory: other processes may hold them too.
       workers: Processes that decode what is streamed; None: one for each processor.
 
     Returns:
@@ -80,13 +82,21 @@ def _decode(dataset: ImageDataset, streaming: bool | None, workers: int) -> Imag
             raise UserError(f"data set '{dataset.name}' cannot be streamed: only image files and array_record can")
         return dataset
     size = sum(math.prod(split.images.shape) for split in splits)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if streaming or (streaming is None and size > memory / 4):
-        pool = Workers([split.images for split in splits], workers)
+    if streaming or (streaming is None and size > _memory() / 8):
+        pool = Workers(workers)
         train, test = (Split(ImageStream(split.images, pool), split.labels) for split in splits)
     else:
-        train, test = (Split(split.images.read(np.arange(len(split.labels))), split.labels) for split in splits)
+        train, test = (Split(split.images.read(), split.labels) for split in splits)
     return dataclasses.replace(dataset, train=train, test=test)
+
+
+def _memory() -> int:
+    """Bytes that the machine has, or those that a container may use of them."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # It is "max" where there is no limit.
+            sizes.append(int(pathlib.Path(path).read_text(encoding="ascii")))
+    return min(sizes)
 
 
 def _check_categories(dataset: ImageDataset) -> None:

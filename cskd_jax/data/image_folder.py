@@ -52,14 +52,14 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None, 
 
     files, labels = _flatten(train_files, categories)
     chosen = balanced_indices(labels, categories, train_examples)
-    files = [files[index] for index in chosen]
-    image_shape = read_image(files[0], str(files[0]), _CHANNELS, image_size).shape
+    files = files[chosen]
+    image_shape = read_image(files[0], files[0], _CHANNELS, image_size).shape
     train = Split(FileImages(files, image_shape, image_size), labels[chosen])
     files, labels = _flatten(test_files, categories)
     return ImageDataset("image_folder", train, Split(FileImages(files, image_shape, image_size), labels), categories)
 
 
-def _list_split(folder: Path) -> dict[str, list[Path]]:
+def _list_split(folder: Path) -> dict[str, list[str]]:
     """Returns the image files by category, both sorted by name."""
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
@@ -67,7 +67,7 @@ def _list_split(folder: Path) -> dict[str, list[Path]]:
     files = {}
     for name in names:
         files[name] = sorted(
-            Path(entry.path)
+            entry.path
             for entry in os.scandir(folder / name)
             if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
         )
@@ -76,7 +76,7 @@ def _list_split(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _check_categories(categories: Sequence[str], test_files: Mapping[str, list[Path]], test_folder: Path) -> None:
+def _check_categories(categories: Sequence[str], test_files: Mapping[str, list[str]], test_folder: Path) -> None:
     """Raises UserError unless the test split has the categories of the training split."""
     for name in categories:
         if name not in test_files:
@@ -86,32 +86,35 @@ def _check_categories(categories: Sequence[str], test_files: Mapping[str, list[P
             raise UserError(f"{test_folder} has the category '{name}', which train lacks")
 
 
-def _flatten(files: Mapping[str, list[Path]], categories: Sequence[str]) -> tuple[list[Path], np.ndarray]:
-    """Returns all files, category by category, and their labels, int32 [N]."""
+def _flatten(files: Mapping[str, list[str]], categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all files, category by category, as str objects [N], and their labels, int32 [N]."""
     counts = [len(files[name]) for name in categories]
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    return [file for name in categories for file in files[name]], labels
+    return np.array([file for name in categories for file in files[name]], object), labels
 
 
 class FileImages:
-    """Reads image files; see `Reader`.
+    """Reads image files; see `images.Reader`.
 
     Args:
-      files: their paths.
+      files: str objects [N], their paths.
       image_shape: (H, W, C) that each must have.
       image_size: see `read_image`.
     """
 
-    def __init__(self, files: Sequence[Path], image_shape: tuple[int, int, int], image_size: int | None):
+    def __init__(self, files: np.ndarray, image_shape: tuple[int, int, int], image_size: int | None):
         self.shape = (len(files), *image_shape)
         self._files, self._image_size = files, image_size
 
-    def read(self, index: np.ndarray) -> np.ndarray:
-        """See `Reader.read`."""
-        images = np.empty((len(index), *self.shape[1:]), np.uint8)
-        for row, position in enumerate(index):
-            file = self._files[position]
-            image = read_image(file, str(file), _CHANNELS, self._image_size)
-            check_size(str(file), image.shape, self.shape[1:])
+    def select(self, index: np.ndarray) -> "FileImages":
+        """See `images.Reader.select`."""
+        return FileImages(self._files[index], self.shape[1:], self._image_size)
+
+    def read(self) -> np.ndarray:
+        """See `images.Reader.read`."""
+        images = np.empty(self.shape, np.uint8)
+        for row, file in enumerate(self._files):
+            image = read_image(file, file, _CHANNELS, self._image_size)
+            check_size(file, image.shape, self.shape[1:])
             images[row] = image
         return images

@@ -13,7 +13,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with so many 
 
 
 class Reader(Protocol):
-    """Images of one size that are decoded when they are asked for; can be sent to another process.
+    """Images of one size that are decoded when they are asked for.
 
     Attributes:
       shape: (N, H, W, C).
@@ -21,8 +21,11 @@ class Reader(Protocol):
 
     shape: tuple[int, int, int, int]
 
-    def read(self, index: np.ndarray) -> np.ndarray:
-        """The images at positions `index`, int [n]: uint8 [n, H, W, C].
+    def select(self, index: np.ndarray) -> "Reader":
+        """A reader of the images at positions `index`, int [n]; quickly sent to another process where n is small."""
+
+    def read(self) -> np.ndarray:
+        """All images, uint8 [N, H, W, C].
 
         Raises:
           UserError: one is damaged or has another size; the message names it.

@@ -6,44 +6,48 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 
 import numpy as np
 
 from cskd_jax.data.images import Reader
-from cskd_jax.errors import UserError
+from cskd_jax.errors import LostWorkerError
 
 
 class Workers:
-    """Processes that decode, each of which knows all of the readers; they start when the first batch is asked for.
+    """Processes that decode; they start when the first batch is asked for.
 
     Args:
-      readers: of a data set.
       count: of processes.
     """
 
-    def __init__(self, readers: Sequence[Reader], count: int):
-        self.count, self._readers, self._pool = count, tuple(readers), None
+    def __init__(self, count: int):
+        self.count, self._pool = count, None
 
-    def submit(self, reader: Reader, index: np.ndarray) -> concurrent.futures.Future:
-        """Starts `reader.read(index)` in one of the processes."""
-        if self._pool is None:
-            # Not forked: the threads of JAX would not be, and what they hold locked would stay locked.
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                self.count, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(self._readers,)
-            )
+    def submit(self, reader: Reader) -> concurrent.futures.Future:
+        """Starts `reader.read()` in one of the processes."""
+        if self._pool is not None:
+            return self._pool.submit(reader.read)
+        # Not forked: the threads of JAX would not be, and what they hold locked would stay locked.
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            self.count, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        )
+        # What stops a run is for the run to handle, which may still want batches: the processes are born deaf to it.
+        resource_tracker.ensure_running()  # It would hear again in between.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
-            return self._pool.submit(_read, self._readers.index(reader), index)
-        except concurrent.futures.BrokenExecutor as error:
-            raise _killed() from error
+            return self._pool.submit(reader.read)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
 class ImageStream:
     """What stands in the place of an array of images where it would not fit in memory.
 
     Args:
-      reader: decodes the images.
-      workers: to which the reader is known.
+      reader: of the images.
+      workers: decode them.
 
     Attributes:
       shape: (N, H, W, C).
@@ -54,7 +58,7 @@ class ImageStream:
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
         """The images at `index`, uint8 [n, H, W, C], decoded here and now."""
-        return self._reader.read(np.arange(len(self))[index])
+        return self._reader.select(np.arange(len(self))[index]).read()
 
     def __len__(self):
         return self.shape[0]
@@ -64,12 +68,17 @@ class ImageStream:
         ahead = deque()
         try:
             for index in indices:
-                ahead.append(self._workers.submit(self._reader, index))
+                ahead.append(self._workers.submit(self._reader.select(index)))
                 # One for each worker, and one that is done when the loop comes for it.
                 if len(ahead) > self._workers.count + 1:
-                    yield _result(ahead.popleft())
+                    yield ahead.popleft().result()
             while ahead:
-                yield _result(ahead.popleft())
+                yield ahead.popleft().result()
+        except concurrent.futures.BrokenExecutor as error:
+            raise LostWorkerError(
+                "a process that decodes images was killed, perhaps for lack of memory (fewer dataset.workers need "
+                "less): the same command goes on from the last checkpoint"
+            ) from error
         finally:
             for future in ahead:
                 future.cancel()
@@ -82,40 +91,18 @@ def read_batches(images: np.ndarray | ImageStream, indices: Iterable[np.ndarray]
 
     Raises:
       UserError: an image of a stream cannot be read.
+      LostWorkerError: a process that decodes was killed.
     """
     if isinstance(images, ImageStream):
         return images.batches(indices)
     return (images[index] for index in indices)
 
 
-def _result(future):
-    try:
-        return future.result()
-    except concurrent.futures.BrokenExecutor as error:
-        raise _killed() from error
-
-
-def _killed():
-    return UserError("a process that decodes images was killed, perhaps for lack of memory: lower dataset.workers")
-
-
-# In a worker: what it decodes with.
-_readers: tuple[Reader, ...] = ()
-
-
-def _start_worker(readers):
-    global _readers
-    _readers = readers
-    # What stops a run is for the run to handle; it may still want batches. A worker ends with it, however it ends.
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
 def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    """In a worker: it ends when the run ends, however that is."""
 
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
 
-def _read(number, index):
-    return _readers[number].read(index)
+    threading.Thread(target=wait, daemon=True).start()

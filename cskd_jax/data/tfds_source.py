@@ -172,6 +172,7 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
       UserError: See `load_named`.
     """
     _check_features(builder, name)
+    _open.cache_clear()  # What was opened in the same place may have been prepared anew.
     splits = builder.info.splits
     test_name = "test" if "test" in splits else "validation"
     if "train" not in splits or test_name not in splits:
@@ -196,7 +197,7 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
         where = f"data set '{name}', split {split}"
         reader = RecordImages(source, chosen[split], where, channels, image_size, image_shape)
         image_shape = reader.shape[1:]
-        images = reader if isinstance(source, ArrayRecords) else reader.read(np.arange(len(chosen[split])))
+        images = reader if isinstance(source, ArrayRecords) else reader.read()
         opened.append(Split(images, labels[split][chosen[split]]))
     return ImageDataset(name, *opened, categories)
 
@@ -214,12 +215,12 @@ class ArrayRecords:
 
     def labels(self) -> np.ndarray:
         """int32 [N]; kept in a file beside the records, because to read through all of them may take long."""
-        path = Path(self.directory) / f"labels-{self.split}.npy"
+        path, count = Path(self.directory) / f"labels-{self.split}.npy", self._count()
         with contextlib.suppress(OSError, ValueError, EOFError):
             labels = np.load(path)
-            if labels.shape == (len(self._source),):
+            if labels.shape == (count,):
                 return labels
-        labels = np.array([label for _, label in self.examples(range(len(self._source)))], np.int32)
+        labels = np.array([label for _, label in self.examples(range(count))], np.int32)
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as file:
             np.save(file, labels)
             file.flush()
@@ -231,38 +232,31 @@ class ArrayRecords:
         import tensorflow_datasets as tfds
 
         with _unreadable(self.directory, self.split):
+            source, fields = _open(self.directory, self.split)
+            decoders = {"image": tfds.decode.SkipDecoding()}
             for start in range(0, len(indices), _RECORDS_AT_ONCE):
-                for record in self._source.__getitems__(indices[start : start + _RECORDS_AT_ONCE]):
-                    example = self._fields.deserialize_example_np(
-                        record, decoders={"image": tfds.decode.SkipDecoding()}
-                    )
+                for record in source.__getitems__(indices[start : start + _RECORDS_AT_ONCE]):
+                    example = fields.deserialize_example_np(record, decoders=decoders)
                     if example["image"] is None or example["label"] is None:
                         raise ValueError("a record is empty")  # So array_record reads some truncated files.
                     yield example["image"], example["label"]
 
-    def __getstate__(self):
-        return {"directory": self.directory, "split": self.split}
+    def _count(self):
+        with _unreadable(self.directory, self.split):
+            return len(_open(self.directory, self.split)[0])
 
-    @functools.cached_property
-    def _builder(self):
-        import tensorflow_datasets as tfds
 
-        return tfds.builder_from_directory(self.directory)
+@functools.lru_cache(maxsize=8)
+def _open(directory: str, split: str) -> tuple[Any, Any]:
+    """The tfds.data_source of a split, and the features that are used; kept, as a process reads from them often."""
+    import tensorflow_datasets as tfds
 
-    @functools.cached_property
-    def _source(self):
-        import tensorflow_datasets as tfds
-
-        return self._builder.as_data_source(
-            self.split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
-
-    @functools.cached_property
-    def _fields(self):
-        import tensorflow_datasets as tfds
-
-        # Parsing only the two features that are used, and decoding the images here, is twice as fast as the default.
-        return tfds.features.FeaturesDict({key: self._builder.info.features[key] for key in ("image", "label")})
+    builder = tfds.builder_from_directory(directory)
+    source = builder.as_data_source(
+        split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    # Parsing only the two features that are used, and decoding the images here, is twice as fast as the default.
+    return source, tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("image", "label")})
 
 
 class TfRecords:
@@ -318,13 +312,18 @@ class RecordImages:
             image_shape = next(self._images(chosen[:1]))[1].shape
         self.shape = (len(chosen), *image_shape)
 
-    def read(self, index: np.ndarray) -> np.ndarray:
+    def select(self, index: np.ndarray) -> "RecordImages":
+        """See `images.Reader.select`."""
+        settings = self._where, self._channels, self._image_size, self.shape[1:]
+        return RecordImages(self._records, self._chosen[index], *settings)
+
+    def read(self) -> np.ndarray:
         """See `images.Reader.read`.
 
         A plain loop: small images are decoded so quickly (10,000 a second) that threads only wait for each other.
         """
-        images = np.empty((len(index), *self.shape[1:]), np.uint8)
-        for row, (name, image) in enumerate(self._images(self._chosen[index])):
+        images = np.empty(self.shape, np.uint8)
+        for row, (name, image) in enumerate(self._images(self._chosen)):
             check_size(name, image.shape, self.shape[1:])
             images[row] = image
         return images

@@ -69,7 +69,7 @@ def test_test_split_and_labels(both):
 def test_streams_of_their_own_accord_where_memory_is_small(folder, monkeypatch):
     arguments = {"path": str(folder), "image_size": 16}
     size = 36 * 16 * 16 * 3
-    for pages, streamed in ((4 * size, False), (4 * size - 1, True)):
+    for pages, streamed in ((8 * size, False), (8 * size - 1, True)):
         monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}.get)
         assert isinstance(load_dataset("image_folder", **arguments).train.images, ImageStream) == streamed
 
