@@ -109,7 +109,7 @@ class GivenTeacher:
     """A teacher from `config.teacher.checkpoint`.
 
     Attributes:
-      path: as configured.
+      path: folder of its phase.
       variables: of the network, numpy arrays.
       record: saved with them.
     """
@@ -121,7 +121,9 @@ class GivenTeacher:
     @classmethod
     def load(cls, config: ml_collections.ConfigDict):
         """Reads it; raises UserError unless it is the network that the configuration names, trained to the end."""
-        path = config.teacher.checkpoint
+        path = pathlib.Path(config.teacher.checkpoint).expanduser()
+        # Of a run's workdir, its teacher is meant.
+        path = str(path / "teacher" if (path / "teacher" / FOLDER).is_dir() else path)
         variables, record = load_variables(path)
         wanted = {"name": config.teacher.name, "width": float(config.teacher.width)}
         if record["network"] != wanted:
