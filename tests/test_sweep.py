@@ -7,9 +7,12 @@ import time
 
 import pytest
 
+from cskd_jax import config as config_lib
 from cskd_jax import evaluate, sweep
 from cskd_jax.errors import UserError
 from cskd_jax.report.__main__ import main as report_main
+from cskd_jax.train import check_workdir
+from cskd_jax.trained import TEACHER_DIGEST
 from tests.conftest import ROOT
 
 DIGITS = f"{ROOT}/configs/digits.py"
@@ -72,6 +75,17 @@ def test_folder_of_another_run(tmp_path):
         sweep.check([run])
 
 
+def test_teacher_that_has_moved(tmp_path):
+    (run,) = sweep.make_grid(DIGITS, ["kd"], [0], tmp_path, ["--config.teacher.checkpoint=here"])
+    identity = config_lib.plain(run.config)
+    (run.workdir / "student" / "checkpoints" / "23").mkdir(parents=True)
+    (run.workdir / "config.json").write_text(json.dumps(identity | {TEACHER_DIGEST: "a"}))
+    moved = identity | {"teacher.checkpoint": "there"}
+    check_workdir(run.workdir, moved | {TEACHER_DIGEST: "a"})
+    with pytest.raises(UserError, match="configuration .teacher.checkpoint digest 'a' != 'b'.;"):
+        check_workdir(run.workdir, moved | {TEACHER_DIGEST: "b"})
+
+
 def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys):
     with sweep._only_sweep_in(tmp_path):
         arguments = [
@@ -128,7 +142,7 @@ def children(pid):
 def test_killed_stopped_and_continued(start, small_run, tmp_path, capsys):
     """One at a time until it is killed, then two at a time; then the report and the evaluation of what is there."""
     arguments = [*small_run, "--config.epochs=2", "--methods=ce,kd", f"--workdir={tmp_path}"]
-    teacher = tmp_path / "teacher-resnet18_0.0625"
+    teacher = tmp_path / "teacher-resnet8_0.25"
     process = start(arguments, program="cskd_jax.sweep")
     wait_for(teacher / "log.txt", "student: training", process)
     (child,) = children(process.pid)

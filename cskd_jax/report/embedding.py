@@ -140,7 +140,7 @@ def embed_images(
     Returns:
       float64 [N, D].
     """
-    trained = load_trained(folder, config.dtype, dataset)
+    trained = load_trained(folder, config, dataset)
     variables = jax.device_put(trained.variables)
     embedded = []
     for start in range(0, len(images), _BATCH):

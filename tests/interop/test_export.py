@@ -20,7 +20,7 @@ from cskd_jax.models import create_model
 from cskd_jax.train import GivenTeacher
 from tests.torch_files import assert_same_variables
 
-TEACHER = ["--model=resnet18", "--width=0.0625", "--num_classes=10", "--channels=1"]
+TEACHER = ["--model=resnet8", "--width=0.25", "--num_classes=10", "--channels=1"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def returned(done, tmp_path_factory):
 
 def test_description(exported):
     description = json.loads((exported / "network.json").read_text())
-    assert (description["name"], description["width"], description["step"]) == ("resnet18", 0.0625, 9)
+    assert (description["name"], description["width"], description["step"]) == ("resnet8", 0.25, 9)
     assert description["finished"] is True
     assert description["categories"] == [str(digit) for digit in range(10)]
     assert description["images"] == {"size": [8, 8], "mean": [0.3055], "std": [0.3766]}
@@ -53,7 +53,7 @@ def test_description(exported):
 
 def test_function_runs_with_jax_alone(exported, done, tmp_path):
     variables, _ = load_variables(str(done / "student"))
-    module = create_model("resnet18", num_classes=10, width=0.0625)
+    module = create_model("resnet8", num_classes=10, width=0.25)
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
     normalized = make_normalize((0.3055,), (0.3766,))(images)
     expected = jax.jit(lambda v, x: module.apply(v, x, train=False).logits)(variables, normalized)
@@ -79,13 +79,14 @@ def test_out_and_in_is_the_identity(returned, done):
 
 def test_imported_teacher_is_taken(returned, digits_dir):
     config = digits.get_config("kd")
-    config.teacher.update(checkpoint=str(returned), width=0.0625)
+    config.teacher.update(checkpoint=str(returned), name="resnet8", width=0.25)
     teacher = GivenTeacher.load(config)
     dataset = load_dataset("digits", data_dir=str(digits_dir))
-    teacher.check_dataset(dataset)  # ten categories, whatever their names
+    config.dataset.mean = (0.5,)
+    teacher.check_fits(config, dataset)  # ten categories, whatever their names, of images it does not know
     fewer = dataclasses.replace(dataset, categories=dataset.categories[:9])
     with pytest.raises(UserError, match="knows 10 categories, digits has 9"):
-        teacher.check_dataset(fewer)
+        teacher.check_fits(config, fewer)
 
 
 @pytest.mark.parametrize(
