@@ -48,7 +48,7 @@ def test_description(exported):
     assert description["categories"] == [str(digit) for digit in range(10)]
     assert description["images"] == {"size": [8, 8], "mean": [0.3055], "std": [0.3766]}
     weights = safetensors.numpy.load_file(exported / "weights.safetensors")
-    assert int(weights["layer4.1.bn2.num_batches_tracked"]) == 9
+    assert int(weights["layer3.0.bn2.num_batches_tracked"]) == 9
 
 
 def test_function_runs_with_jax_alone(exported, done, tmp_path):
