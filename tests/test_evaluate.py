@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cskd_jax.evaluate import main
+from cskd_jax.evaluate.__main__ import main
 from tests.conftest import ROOT
 
 CONFIG = f"--config={ROOT}/configs/digits.py"

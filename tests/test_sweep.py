@@ -8,8 +8,9 @@ import time
 import pytest
 
 from cskd_jax import config as config_lib
-from cskd_jax import evaluate, sweep
+from cskd_jax import sweep
 from cskd_jax.errors import UserError
+from cskd_jax.evaluate.__main__ import main as evaluate_main
 from cskd_jax.report.__main__ import main as report_main
 from cskd_jax.train import check_workdir
 from cskd_jax.trained import TEACHER_DIGEST
@@ -175,7 +176,7 @@ def test_killed_stopped_and_continued(start, small_run, tmp_path, capsys):
     assert text.count('class="chart"') == 4, "curves, teacher, ce, kd"
     assert "Tightness of the categories" in text
 
-    assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'kd-seed0'}"]) == 0
+    assert evaluate_main(["evaluate", f"--workdir={tmp_path / 'kd-seed0'}"]) == 0
     assert "million FLOPs per image" in capsys.readouterr().out
     measured = json.loads((tmp_path / "kd-seed0" / "evaluation.json").read_text())["networks"]["student"]
     expected = results["kd-seed0"]["student"]
