@@ -23,7 +23,7 @@ def say(message: str) -> None:
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes JSON so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -58,9 +58,9 @@ class MetricsLog:
     def _open(self, path, step):
         kept = [row for row in read_rows(path) if row["phase"] != self._phase or row["step"] <= step]
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)
-        return path.open("a")
+        return path.open("a", encoding="utf-8")
 
     def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Adds a row: {"phase", "split", "step", "epoch"} and the values."""

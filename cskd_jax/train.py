@@ -185,7 +185,7 @@ def write_results(
 
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
     """Writes the matrix with the categories as header and as first column."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["category \\ taken for", *categories])
         writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
@@ -237,7 +237,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
       UserError: another process holds it, or it cannot be written to.
     """
     try:
-        file = (workdir / "lock").open("a")
+        file = (workdir / "lock").open("ab")
     except OSError as error:
         raise _cannot_write(workdir, error) from None
     with file:
