@@ -107,7 +107,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs on one data set with one pair of networks, equally long.
+    """Runs on one data set with one pair of networks, equally long, and one teacher where they were given it.
 
     Attributes:
       dataset: name.
