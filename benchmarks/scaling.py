@@ -32,12 +32,15 @@ from configs import cifar100
 from cskd_jax import parallel
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.loop import Network, Phase
+from cskd_jax.models.layers import normalize_by_batch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s64": 8, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
 _COLLECTIVE = re.compile(r" = (?P<type>.*?) (?P<kind>all-reduce|all-gather)(?:-start)?\((?P<rest>.*)")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 _REPEATS = 30
+# What collectives are for.
+BATCH_NORM, LOSSES, STEP = "BatchNorm statistics", "losses", "gradients, metrics"
 
 
 def collectives(program: str) -> Iterator[tuple[str, int, str]]:
@@ -58,10 +61,10 @@ def collectives(program: str) -> Iterator[tuple[str, int, str]]:
 
 def cause(name: str) -> str:
     """What a collective of this name is for."""
-    if "_batch_statistics" in name:
-        return "BatchNorm statistics"
+    if normalize_by_batch.__name__ in name:
+        return BATCH_NORM
     # Sums within the losses carry the name of a method, those of the step itself none.
-    return "losses" if re.search(r"jvp\(\w+\)", name) else "gradients, metrics"
+    return LOSSES if re.search(r"jvp\(\w+\)", name) else STEP
 
 
 def inspect(arguments: argparse.Namespace) -> dict[str, object]:
@@ -122,9 +125,9 @@ def measure_steps(sizes: list[tuple[int, int, int]], networks: list[str]) -> Par
     rows = []
     for devices, batch, categories in sizes:
         outcome = ask(devices, "--ask=step", f"--batch={batch}", f"--categories={categories}", *networks)
-        moved = {
-            name: outcome["moved"].get(name, 0) for name in ("gradients, metrics", "losses", "BatchNorm statistics")
-        }
+        moved = {name: outcome["moved"].get(name, 0) for name in (STEP, LOSSES, BATCH_NORM)}
+        if devices > 1 and 0 in moved.values():
+            raise RuntimeError(f"a step without collectives of one kind: {moved}; `cause` does not know their names")
         rows.append(
             {"devices": devices, "batch": batch, "categories": categories}
             | {f"{name} kB": size / 1e3 for name, size in moved.items()}

@@ -147,7 +147,7 @@ def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Variables of the network in a finished or running phase, and the record saved with them.
 
     Args:
-      path: the folder of a phase (`WORKDIR/teacher`), or a run's workdir, whose teacher is then meant.
+      path: the folder of a phase, such as `WORKDIR/teacher`.
 
     Returns:
       ({"params", "batch_stats"} of numpy arrays, record) of the newest checkpoint. The record has besides what was
@@ -156,12 +156,10 @@ def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: no checkpoint there, or the newest is damaged.
     """
-    root = pathlib.Path(path).expanduser()
-    folders = [root / FOLDER, root / "teacher" / FOLDER]
-    folder = next((f for f in folders if f.is_dir()), folders[0])
+    folder = pathlib.Path(path) / FOLDER
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
     if not steps:
-        raise UserError(f"checkpoint {path}: no checkpoint in {' or '.join(map(str, folders))}")
+        raise UserError(f"checkpoint {path}: no checkpoint in {folder}; name the folder of one network")
     step = max(steps)
     try:
         arrays, record = _read(folder / str(step))

@@ -34,6 +34,9 @@ class InterruptedRun(UserError):
 
 def run_command(command: Callable[..., None], *arguments: Any) -> int:
     """Runs a command and returns the exit code; what the user can mend becomes one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the console cannot show should not end a run.
+        stream.reconfigure(errors="backslashreplace")
     try:
         command(*arguments)
     except UserError as error:

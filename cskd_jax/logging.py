@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import tqdm
@@ -22,7 +23,7 @@ def say(message: str) -> None:
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes JSON so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -55,11 +56,11 @@ class MetricsLog:
         self._file = self._open(workdir / "metrics.jsonl", step) if parallel.is_first() else None
 
     def _open(self, path, step):
-        kept = [line for line in _rows(path) if line["phase"] != self._phase or line["step"] <= step]
+        kept = [row for row in read_rows(path) if row["phase"] != self._phase or row["step"] <= step]
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)
-        return path.open("a")
+        return path.open("a", encoding="utf-8")
 
     def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Adds a row: {"phase", "split", "step", "epoch"} and the values."""
@@ -84,11 +85,11 @@ class MetricsLog:
             self._tensorboard.close()
 
 
-def _rows(path):
+def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Rows of a metrics.jsonl; lines that are none, such as one that was cut off, are left out."""
     if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
-                if isinstance(row, dict) and {"phase", "step"} <= row.keys():
+                if isinstance(row, dict) and {"phase", "split", "step", "epoch"} <= row.keys():
                     yield row

@@ -213,7 +213,7 @@ def check(runs: Sequence[Run]) -> None:
 def _only_sweep_in(workdir):
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / "sweep.lock").open("w")
+        lock = (workdir / "sweep.lock").open("wb")
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from None
     with lock:
@@ -284,7 +284,7 @@ def _start(run, variables):
     """Starts a run; it ends when the sweep ends, however that is."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "cskd_jax.main", *run.arguments]
-    with (run.workdir / "log.txt").open("a") as log:
+    with (run.workdir / "log.txt").open("ab") as log:
         return subprocess.Popen(
             command,
             env=os.environ | variables,
@@ -307,7 +307,7 @@ def _stop(running, stop):
 
 
 def _failure(run, code):
-    lines = (run.workdir / "log.txt").read_text(errors="replace").strip().splitlines()
+    lines = (run.workdir / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"FAILED, {how}: {lines[-1] if lines else 'no output'} ({run.workdir / 'log.txt'})"
 

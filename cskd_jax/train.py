@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import fcntl
 import importlib.metadata
-import json
 import pathlib
 import platform
 import time
@@ -26,7 +25,7 @@ from cskd_jax.metrics import Task, task_of
 from cskd_jax.models import count_parameters
 from cskd_jax.objective import needs_teacher
 from cskd_jax.signals import StopRequest
-from cskd_jax.trained import TEACHER_DIGEST, check_dataset, load_data
+from cskd_jax.trained import TEACHER_DIGEST, check_fits, load_data, read_json
 
 RESULTS = "results.json"
 # Packages whose versions decide the numbers.
@@ -74,7 +73,7 @@ def _run(config, workdir, identity, given_teacher):
             losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
             teacher_phase = Phase("teacher", config, teacher, losses, config.teacher.epochs, dataset, workdir)
         else:
-            given_teacher.check_dataset(dataset)
+            given_teacher.check_fits(config, dataset)
     student_phase = Phase("student", config, student, config.losses, config.epochs, dataset, workdir, teacher)
     parallel.on_first(claim, workdir, identity)
     say(
@@ -109,7 +108,7 @@ class GivenTeacher:
     """A teacher from `config.teacher.checkpoint`.
 
     Attributes:
-      path: as configured.
+      path: folder of its phase.
       variables: of the network, numpy arrays.
       record: saved with them.
     """
@@ -121,7 +120,9 @@ class GivenTeacher:
     @classmethod
     def load(cls, config: ml_collections.ConfigDict):
         """Reads it; raises UserError unless it is the network that the configuration names, trained to the end."""
-        path = config.teacher.checkpoint
+        path = pathlib.Path(config.teacher.checkpoint).expanduser()
+        # Of a run's workdir, its teacher is meant.
+        path = str(path / "teacher" if (path / "teacher" / FOLDER).is_dir() else path)
         variables, record = load_variables(path)
         wanted = {"name": config.teacher.name, "width": float(config.teacher.width)}
         if record["network"] != wanted:
@@ -130,9 +131,9 @@ class GivenTeacher:
             raise UserError(f"teacher.checkpoint {path} is not trained to its end: run its own command again first")
         return cls(path, variables, record)
 
-    def check_dataset(self, dataset: ImageDataset) -> None:
+    def check_fits(self, config: ml_collections.ConfigDict, dataset: ImageDataset) -> None:
         """Raises UserError unless it was trained on such images, such labels, and the same categories."""
-        check_dataset(f"teacher.checkpoint {self.path}", self.variables, self.record, dataset)
+        check_fits(f"teacher.checkpoint {self.path}", self.variables, self.record, config, dataset)
 
     def evaluate(self, network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset):
         """Its variables on every device, and its entry in results.json."""
@@ -184,7 +185,7 @@ def write_results(
 
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
     """Writes the matrix with the categories as header and as first column."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["category \\ taken for", *categories])
         writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
@@ -208,17 +209,15 @@ def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        found = json.loads(path.read_text()) if path.exists() else identity
+        found = read_json(path) if path.exists() else identity
     except OSError as error:
         raise _cannot_write(workdir, error) from None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged; use another --workdir")
+    # Where digests say which teacher it is, its folder may have moved.
+    moved = {"teacher.checkpoint"} if TEACHER_DIGEST in found.keys() & identity.keys() else set()
     different = [
         f"{key} {found.get(key)!r} != {identity.get(key)!r}"
-        for key in sorted(found.keys() | identity.keys())
-        if found.get(key) != identity.get(key) and key not in config_lib.INDIFFERENT
+        for key in sorted((found.keys() | identity.keys()) - moved - set(config_lib.INDIFFERENT))
+        if found.get(key) != identity.get(key)
     ]
     if different and any(workdir.glob(f"*/{FOLDER}/*")):
         raise UserError(
@@ -238,7 +237,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
       UserError: another process holds it, or it cannot be written to.
     """
     try:
-        file = (workdir / "lock").open("a")
+        file = (workdir / "lock").open("ab")
     except OSError as error:
         raise _cannot_write(workdir, error) from None
     with file:

@@ -30,30 +30,39 @@ class TrainedNetwork(NamedTuple):
     record: dict[str, Any]
 
 
-def load_trained(path: pathlib.Path, dtype: str, dataset: ImageDataset) -> TrainedNetwork:
+def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset) -> TrainedNetwork:
     """The network of the newest checkpoint in the folder of a phase.
 
     Args:
       path: the folder, such as WORKDIR/student.
-      dtype: of the computation, as in a configuration.
+      config: says how to compute, and how the images are normalized.
       dataset: that it is to be used on.
 
     Raises:
-      UserError: there is no sound checkpoint, or it does not fit the data set.
+      UserError: there is no sound checkpoint, or it does not fit the data set or the configuration.
     """
     variables, record = load_variables(str(path))
-    check_dataset(f"checkpoint {path}", variables, record, dataset)
-    network = Network.create(ml_collections.ConfigDict(record["network"]), dataset.num_classes, dtype)
+    check_fits(f"checkpoint {path}", variables, record, config, dataset)
+    network = Network.create(ml_collections.ConfigDict(record["network"]), dataset.num_classes, config.dtype)
     return TrainedNetwork(network, variables, record)
 
 
-def check_dataset(source: str, variables: dict[str, Any], record: dict[str, Any], dataset: ImageDataset) -> None:
+def check_fits(
+    source: str,
+    variables: dict[str, Any],
+    record: dict[str, Any],
+    config: ml_collections.ConfigDict,
+    dataset: ImageDataset,
+) -> None:
     """Raises UserError unless a network was trained on such images, such labels, and the same categories.
+
+    Images may have another size: what it costs a network depends on the network, and is for the user to measure.
 
     Args:
       source: its checkpoint, for the message.
       variables: of the network.
       record: saved with them.
+      config: says how the images are normalized.
       dataset: that it is to be used on.
     """
     channels = dataset.image_shape[-1]
@@ -61,6 +70,12 @@ def check_dataset(source: str, variables: dict[str, Any], record: dict[str, Any]
         raise UserError(
             f"{source} takes images with {record['channels']} channels, those of {dataset.name} have {channels}"
         )
+    # An imported network does not know how its images were normalized.
+    for name, theirs in record.get("images", {}).items():
+        if name != "size" and _per_channel(theirs, channels) != _per_channel(config.dataset[name], channels):
+            raise UserError(
+                f"{source} was trained with dataset.{name} {tuple(theirs)}, it is {tuple(config.dataset[name])} here"
+            )
     if record.get("multilabel", False) != dataset.multilabel:
         one, several = "one category per image", "several categories per image"
         raise UserError(
@@ -75,6 +90,11 @@ def check_dataset(source: str, variables: dict[str, Any], record: dict[str, Any]
         raise UserError(
             f"{source} knows {number} categories{names}, {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
         )
+
+
+def _per_channel(values, channels):
+    """Given per channel, or one for all."""
+    return list(values) * (channels // len(values))
 
 
 def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
@@ -99,7 +119,7 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file of a run; raises UserError if it is damaged."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -1,10 +1,13 @@
-"""A configuration that a run has written down comes back as it was, with overrides of the right type."""
+"""A configuration that a run has written down comes back as it was, with overrides of the right type; the console."""
+
+import io
+import sys
 
 import pytest
 
 from cskd_jax import config as config_lib
 from cskd_jax.command_line import load_recipe, override
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, run_command
 from tests.conftest import ROOT
 
 
@@ -38,3 +41,11 @@ def test_configuration_of_another_version():
     del flat["dataset.image_size"]
     with pytest.raises(UserError, match="config.json lacks dataset.image_size: another version of cskd_jax wrote it"):
         config_lib.restore(flat, "config.json")
+
+
+def test_console_that_cannot_show_a_letter(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert run_command(lambda: print("R34 → R18")) == 0
+    console.flush()
+    assert console.buffer.getvalue() == b"R34 \\u2192 R18\n"

@@ -4,7 +4,10 @@ import json
 
 import pytest
 
-from cskd_jax.evaluate import main
+from cskd_jax.evaluate.__main__ import main
+from tests.conftest import ROOT
+
+CONFIG = f"--config={ROOT}/configs/digits.py"
 
 BAD_INPUT = {
     "nothing": ([], ["--workdir=DIR", "--checkpoint=DIR"]),
@@ -13,6 +16,7 @@ BAD_INPUT = {
     "no run": (["--workdir={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "no configuration beside it": (["--checkpoint={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "a run for a network": (["--checkpoint={done}/tensorboard"], ["no checkpoint in"]),
+    "a workdir for a network": (["--checkpoint={done}", CONFIG], ["no checkpoint in {done}/checkpoints"]),
     "unknown key": (["--workdir={done}", "--config.batchsize=3"], ["did you mean batch_size"]),
     "batch and devices": (["--workdir={done}", "--config.batch_size=60"], ["batch_size is 60", "8 devices"]),
     "other labels": (["--workdir={done}", "--config.dataset.name=digit_pairs"], ["one category per image"]),
@@ -26,7 +30,7 @@ def test_bad_input(case, done, tmp_path, capsys):
     assert main(["evaluate", *(a.format(done=done, empty=tmp_path) for a in arguments)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     for word in words:
-        assert word in line
+        assert word.format(done=done) in line
     assert not (done / "evaluation.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Imports point down only, and what belongs to one file stays in it: read from the syntax trees."""
+"""Imports point down only, and what belongs to one file stays in it; text is UTF-8: read from the syntax trees."""
 
 import ast
 import pathlib
@@ -88,6 +88,19 @@ def names_used(source):
     return used
 
 
+def text_in_the_encoding_of_the_machine(source):
+    """Lines that read or write a text file without saying in which encoding."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    lines = []
+    for call in calls:
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        modes = {argument.value for argument in call.args if isinstance(argument, ast.Constant)}
+        of_text = name in ("read_text", "write_text") or (name == "open" and modes & {"r", "w", "a", "x"})
+        if of_text and "encoding" not in {keyword.arg for keyword in call.keywords}:
+            lines.append(call.lineno)
+    return lines
+
+
 FILES, CONFIGS = sources("cskd_jax"), sources("configs")
 in_every_file = pytest.mark.parametrize("path", FILES)
 
@@ -121,6 +134,11 @@ def test_only_parallel_knows_of_devices(path):
 @in_every_file
 def test_only_checkpoint_imports_orbax(path):
     assert ("orbax" in packages(FILES[path])) == (path == "checkpoint.py")
+
+
+@in_every_file
+def test_text_is_in_the_same_encoding_everywhere(path):
+    assert text_in_the_encoding_of_the_machine(FILES[path]) == []
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -170,6 +188,14 @@ def test_device_name_is_found(source):
 @pytest.mark.parametrize("source", ['"""Uses jax.pmap."""', "# jax.pmap", "pmap_like = 1"])
 def test_mention_is_no_use(source):
     assert "pmap" not in names_used(source)
+
+
+@pytest.mark.parametrize(
+    "source", ["path.read_text()", 'path.write_text("é", errors="x")', 'path.open("w", newline="")']
+)
+def test_encoding_of_the_machine_is_found(source):
+    assert text_in_the_encoding_of_the_machine(source) == [1]
+    assert text_in_the_encoding_of_the_machine(source.replace(")", ', encoding="utf-8")').replace("(, ", "(")) == []
 
 
 @pytest.mark.parametrize("source", ["import orbax.checkpoint as ocp", "from orbax import checkpoint"])

@@ -61,9 +61,9 @@ def test_teacher_of_other_labels(multilabel):
     one, several = "one category per image", "several categories per image"
     trained, needed = (one, several) if multilabel else (several, one)
     with pytest.raises(UserError, match=f"runs/teacher was trained with {trained}, black has {needed}"):
-        teacher.check_dataset(black(multilabel))
+        teacher.check_fits(get_config("digits"), black(multilabel))
     record["multilabel"] = multilabel
-    teacher.check_dataset(black(multilabel))
+    teacher.check_fits(get_config("digits"), black(multilabel))
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,61 @@ def test_what_is_compared(grid):
     assert (long.teacher, long.student) == ("R101_0.5", "R18_0.25")
 
 
+def write_sweep(folder, digest):
+    """Runs of ce and kd with two seeds, and of their teacher; ce has the same scores in every sweep."""
+    for seed in (0, 1):
+        write_run(folder / f"ce-seed{seed}", "cifar100", "ce", seed, 0.6 + seed / 100)
+        write_run(folder / f"kd-seed{seed}", "cifar100", "kd", seed, 0.62 + len(digest) / 100, digest=digest)
+    write_run(folder / "teacher-net", "cifar100", "ce", 0, 0.7 + len(digest) / 100, student__name="resnet101")
+
+
+def test_two_sweeps_with_a_teacher_each(tmp_path):
+    """Each of the sweeps has a section, with its own teacher; also after they have moved."""
+    write_sweep(tmp_path / "sweep", "abcdefghij")
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    write_sweep(tmp_path / "sweep", "k")
+    first, second = compare(find_runs([tmp_path]))
+    assert first.title == "cifar100: R101_0.5 → R18_0.25, teacher abcdefgh"
+    assert second.title == "cifar100: R101_0.5 → R18_0.25, teacher k"
+    for comparison, folder in ((first, "moved"), (second, "sweep")):
+        assert [(row.label, len(row.runs)) for row in comparison.rows] == [("ce", 2), ("kd", 2)]
+        (distilled,) = comparison.distilled
+        assert distilled.teacher_run.folder == tmp_path / folder / "teacher-net"
+        assert {run.folder.parent.name for run in comparison.row("kd").runs} == {folder}
+    assert main(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text.count("All runs share one teacher") == 2
+    assert f"Teacher k: {tmp_path}/sweep/teacher-net/student." in text
+
+
+def test_runs_that_have_trained_their_own_teachers(tmp_path):
+    for seed in (0, 1):
+        for method in ("kd", "cskd"):
+            write_run(tmp_path / f"{method}-seed{seed}", "cifar100", method, seed, 0.6)
+            path = tmp_path / f"{method}-seed{seed}" / "results.json"
+            results = json.loads(path.read_text())
+            del results["teacher"]["digest"], results["teacher"]["checkpoint"]
+            path.write_text(json.dumps(results))
+    assert main(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Each run has trained a teacher of its own" in text
+    assert "| teacher | 4 |" in text
+
+
+def test_recipe_without_a_teacher_and_a_log_that_was_cut_off(tmp_path):
+    write_run(tmp_path / "run", "cifar100", "ce", 0, 0.6)
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    results["config"]["teacher.name"] = None
+    path.write_text(json.dumps(results))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "stud')
+    assert main(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert "<h2>cifar100: R18_0.25</h2>" in text
+    assert "Training curves" in text
+
+
 def test_bad_runs(grid, capsys):
     def error(*arguments):
         assert main(["report", *arguments]) == 2
@@ -149,7 +204,7 @@ def test_bad_runs(grid, capsys):
     write_run(grid / "again", "cifar100", "kd", 1, 0.6)
     assert "are the same run" in error(str(grid))
     (grid / "again" / "results.json").write_text("{}")
-    assert "lacks config, dataset" in error(str(grid))
+    assert "lacks config, dataset, devices" in error(str(grid))
     (grid / "again" / "results.json").write_text('{"method": ')
     assert "damaged" in error(str(grid))
 

@@ -7,9 +7,13 @@ import time
 
 import pytest
 
-from cskd_jax import evaluate, sweep
+from cskd_jax import config as config_lib
+from cskd_jax import sweep
 from cskd_jax.errors import UserError
+from cskd_jax.evaluate.__main__ import main as evaluate_main
 from cskd_jax.report.__main__ import main as report_main
+from cskd_jax.train import check_workdir
+from cskd_jax.trained import TEACHER_DIGEST
 from tests.conftest import ROOT
 
 DIGITS = f"{ROOT}/configs/digits.py"
@@ -70,6 +74,17 @@ def test_folder_of_another_run(tmp_path):
     (run.workdir / "config.json").write_text(json.dumps({"epochs": 7}))
     with pytest.raises(UserError, match=r"another configuration.*epochs 7 != 30"):
         sweep.check([run])
+
+
+def test_teacher_that_has_moved(tmp_path):
+    (run,) = sweep.make_grid(DIGITS, ["kd"], [0], tmp_path, ["--config.teacher.checkpoint=here"])
+    identity = config_lib.plain(run.config)
+    (run.workdir / "student" / "checkpoints" / "23").mkdir(parents=True)
+    (run.workdir / "config.json").write_text(json.dumps(identity | {TEACHER_DIGEST: "a"}))
+    moved = identity | {"teacher.checkpoint": "there"}
+    check_workdir(run.workdir, moved | {TEACHER_DIGEST: "a"})
+    with pytest.raises(UserError, match="configuration .teacher.checkpoint digest 'a' != 'b'.;"):
+        check_workdir(run.workdir, moved | {TEACHER_DIGEST: "b"})
 
 
 def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys):
@@ -161,7 +176,7 @@ def test_killed_stopped_and_continued(start, small_run, tmp_path, capsys):
     assert text.count('class="chart"') == 4, "curves, teacher, ce, kd"
     assert "Tightness of the categories" in text
 
-    assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'kd-seed0'}"]) == 0
+    assert evaluate_main(["evaluate", f"--workdir={tmp_path / 'kd-seed0'}"]) == 0
     assert "million FLOPs per image" in capsys.readouterr().out
     measured = json.loads((tmp_path / "kd-seed0" / "evaluation.json").read_text())["networks"]["student"]
     expected = results["kd-seed0"]["student"]

@@ -77,7 +77,7 @@ def _run(argv):
     # What reads such files for PyTorch wants to be told that they are meant for it.
     (arguments.out / WEIGHTS).write_bytes(safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
     (arguments.out / FUNCTION).write_bytes(function)
-    (arguments.out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    (arguments.out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     trained = "" if record["finished"] else ", not trained to its end"
     print(
         f"{record['network']['name']}, width {record['network']['width']:g}, "

@@ -80,7 +80,7 @@ def _run(argv):
         "unused": unused,
     }
     report_path = arguments.out / "import.json"
-    report_path.write_text(json.dumps(report, indent=1) + "\n")
+    report_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{arguments.file}: {network}")
     print(f"{len(used)} tensors used, 0 missing, {len(unused)} not needed (by name in {report_path})")
     print(

@@ -5,7 +5,6 @@ A pickle is a program: it names functions and classes, and has them called. Here
 pickled network gives its tensors although its code is nowhere.
 """
 
-import collections
 import io
 import pickle
 import pickletools
@@ -13,10 +12,13 @@ from typing import Any, NamedTuple
 
 from cskd_jax.errors import UserError
 
-# A pickle may have so many operations, and may make so many tuples. These bound the memory and, because the hash of a
-# tuple recurses into the tuples that it holds, the stack. ResNet152 has 79,000 and, with Adam's state, 8,100.
+# A pickle may have so many operations, make so many tuples, and have so many elements and letters copied by what it
+# calls and names. These bound the memory: no other operation makes more than a little or what the file has bytes for.
+# The second also bounds the stack, because the hash of a tuple recurses into the tuples that it holds. ResNet152 has
+# 79,000 operations and, with Adam's state, 8,100 tuples.
 _MAX_OPERATIONS = 5_000_000
 _MAX_TUPLES = 30_000
+_MAX_COPIED = 300_000
 # Called by harmless files, with a result that nothing here reads: a Placeholder stands for it.
 _INERT_CALLS = (
     "torch.device",
@@ -71,12 +73,19 @@ class Placeholder(metaclass=_PlaceholderType):
 
     def __setstate__(self, state):
         if isinstance(state, dict):
-            vars(self).update(state)
+            self.__dict__ = state  # not copied: a file can give one state to many
 
     def __setitem__(self, *_):
         pass
 
     def extend(self, _):
+        pass
+
+
+class _Dictionary(dict):
+    """An OrderedDict without its attributes, such as the versions in a state dict, which nothing here reads."""
+
+    def __setstate__(self, _):
         pass
 
 
@@ -86,12 +95,14 @@ class TorchUnpickler(pickle.Unpickler):
     def __init__(self, stream: io.BytesIO):
         super().__init__(stream, encoding="utf-8")
         self.storages: dict[str, Storage] = {}
+        self._placeholders: dict[str, _PlaceholderType] = {}
+        self._copied = 0
         self._allowed = {
-            "collections.OrderedDict": collections.OrderedDict,
+            "collections.OrderedDict": self._ordered,
             "collections.defaultdict": self._dictionary,
-            "builtins.set": set,
-            "__builtin__.set": set,
-            "torch.Size": tuple,
+            "builtins.set": self._set,
+            "__builtin__.set": self._set,
+            "torch.Size": self._size,
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch.nn.parameter.Parameter": self._parameter,
@@ -104,7 +115,11 @@ class TorchUnpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         if module in ("torch", "torch.cuda") and name.endswith("Storage"):
             return name
-        return self._allowed.get(full) or _PlaceholderType(full, (Placeholder,), {})
+        if full in self._allowed:
+            return self._allowed[full]
+        if full not in self._placeholders:
+            self._placeholders[full] = _PlaceholderType(self._counted(full), (Placeholder,), {})
+        return self._placeholders[full]
 
     def persistent_load(self, pid: Any) -> Any:
         """What lies outside of the pickle: a storage, or a class whose source code the file holds besides."""
@@ -121,16 +136,33 @@ class TorchUnpickler(pickle.Unpickler):
 
     # Methods, because a pickle can set attributes of what it gets, but none of a method.
 
+    def _counted(self, values):
+        """What is about to be copied; UserError if that is too much in all."""
+        self._copied += len(values)
+        if self._copied > _MAX_COPIED:
+            raise UserError("is built to use memory beyond measure")
+        return values
+
+    def _ordered(self, pairs=()):
+        return _Dictionary(self._counted(pairs))
+
     def _dictionary(self, *_):
         return {}
+
+    def _set(self, values=()):
+        return set(self._counted(values))
+
+    def _size(self, numbers=()):
+        return tuple(self._counted(numbers))
 
     def _tensor(self, storage, offset, shape, strides, *_):
         if not isinstance(storage, Storage):
             raise UserError("holds a tensor without a storage")
+        shape, strides = self._size(shape), self._size(strides)
         numbers = (storage.start, offset, *shape, *strides)
         if any(type(number) is not int or number < 0 for number in numbers):
             raise UserError("holds a tensor whose sizes are no sizes")
-        return Tensor(storage, storage.start + offset, tuple(shape), tuple(strides))
+        return Tensor(storage, storage.start + offset, shape, strides)
 
     def _parameter(self, tensor, *_):
         return tensor

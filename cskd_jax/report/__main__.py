@@ -64,10 +64,11 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
         parts, tables_of = _comparison(comparison, data_dir)
         sections += [page.heading(comparison.title), page.note(tables.recipe(comparison)), *parts]
         texts.append(markdown.render(comparison.title, tables.recipe(comparison), tables_of))
-    count = sum(len(comparison.runs) for comparison in comparisons)
+    count = len({run for comparison in comparisons for run in comparison.runs})
     lead = f"{count} runs on {', '.join(sorted({c.dataset for c in comparisons}))}; {_made_with(comparisons)}."
-    (out / "report.html").write_text(page.render("Knowledge distillation: comparison of runs", lead, sections))
-    (out / "report.md").write_text("\n".join(texts))
+    html = page.render("Knowledge distillation: comparison of runs", lead, sections)
+    (out / "report.html").write_text(html, encoding="utf-8")
+    (out / "report.md").write_text("\n".join(texts), encoding="utf-8")
     say(f"{count} runs: {out / 'report.html'}, {out / 'report.md'}")
 
 

@@ -114,17 +114,16 @@ def _networks(comparison: Comparison) -> dict[str, list[tuple[str, pathlib.Path]
     """{row label or "teacher": [(title, folder of its checkpoints)]}."""
     networks = {}
     if comparison.distilled:
-        networks["teacher"] = [(f"teacher {comparison.teacher}", _found_teacher(run)) for run in comparison.distilled]
+        networks["teacher"] = [(f"teacher {comparison.teacher}", _teacher_folder(run)) for run in comparison.distilled]
     for row in comparison.rows:
         networks[row.label] = [(f"{row.label}, seed {r.results['seed']}", r.folder / "student") for r in row.runs]
     return networks
 
 
-def _found_teacher(run: Run) -> pathlib.Path:
-    """The folder of the teacher; where the runs have been moved together, near the run's own."""
-    folder = run.teacher_folder
-    near = (parent.joinpath(*folder.parts[-2:]) for parent in run.folder.absolute().parents)
-    return next((path for path in (folder, *near) if path.is_dir()), folder)
+def _teacher_folder(run: Run) -> pathlib.Path:
+    """The first of those where it may be that is there, or else the last."""
+    folders = run.teacher_folders
+    return next((folder for folder in folders if folder.is_dir()), folders[-1])
 
 
 def embed_images(
@@ -141,7 +140,7 @@ def embed_images(
     Returns:
       float64 [N, D].
     """
-    trained = load_trained(folder, config.dtype, dataset)
+    trained = load_trained(folder, config, dataset)
     variables = jax.device_put(trained.variables)
     embedded = []
     for start in range(0, len(images), _BATCH):

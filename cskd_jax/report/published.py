@@ -35,12 +35,14 @@ class PublishedValue(NamedTuple):
 @functools.cache
 def tables() -> list[dict[str, Any]]:
     """The tables of published.json: id, source, dataset, metric, columns, rows (teacher, student, values)."""
-    text = importlib.resources.files(__package__).joinpath("published.json").read_text()
+    text = importlib.resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8")
     return json.loads(text)["tables"]
 
 
-def network_label(name: str, width: float) -> str:
-    """A network as the tables name it, such as R101_0.5 for ("resnet101", 0.5)."""
+def network_label(name: str | None, width: float) -> str:
+    """A network as the tables name it, such as R101_0.5 for ("resnet101", 0.5); empty for no network."""
+    if not name:
+        return ""
     depth = name.removesuffix("_224").removeprefix("resnet")
     label = f"R{depth}" if depth in ("18", "34", "50", "101", "152") else name
     return label if width == 1 else f"{label}_{width:g}"

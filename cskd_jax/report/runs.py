@@ -1,7 +1,6 @@
 """Finished runs, read from their folders, and which of them may be compared with which."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 from cskd_jax.config import INDIFFERENT
 from cskd_jax.errors import UserError
+from cskd_jax.logging import read_rows
 from cskd_jax.metrics import Task, task_that_measured
 from cskd_jax.report.published import network_label
 from cskd_jax.report.statistics import Summary, summarize
@@ -59,18 +59,27 @@ class Run:
 
     def curve(self) -> list[tuple[int, float]]:
         """(epoch, score of the student in percent) of every evaluation."""
-        path = self.folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = read_rows(self.folder / "metrics.jsonl")
         wanted = [row for row in rows if (row["phase"], row["split"]) == ("student", "test")]
         return [(row["epoch"], 100 * row[self.task.score]) for row in wanted]
 
     @property
-    def teacher_folder(self) -> pathlib.Path | None:
-        """Where the checkpoints of its teacher are; None without a teacher."""
+    def given_teacher(self) -> str | None:
+        """The digest of its teacher; empty if it has trained that itself; None without a teacher."""
+        entry = self.results["teacher"]
+        return None if entry is None else entry.get("digest", "")
+
+    @property
+    def teacher_folders(self) -> list[pathlib.Path]:
+        """Where the checkpoints of its teacher may be, the likeliest first; empty without a teacher."""
         if self.results["teacher"] is None:
-            return None
-        given = self.results["teacher"].get("checkpoint")
-        return self.folder / "teacher" if given is None else pathlib.Path(given)
+            return []
+        if self.given_teacher == "":
+            return [self.folder / "teacher"]
+        given = pathlib.Path(self.results["teacher"]["checkpoint"])
+        # Near the run first: its sweep may have moved, and another sweep stand where it was.
+        near = [parent.joinpath(*given.parts[-2:]) for parent in self.folder.resolve().parents]
+        return [*near, given]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +107,21 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs on one data set with one pair of networks, equally long.
+    """Runs on one data set with one pair of networks, equally long, and one teacher where they were given it.
 
     Attributes:
       dataset: name.
-      teacher: label as in the published tables.
+      teacher: label as in the published tables; empty where the recipe names none.
       student: likewise.
       rows: ce and kd first, where they are there.
+      given_teacher: the start of its digest where there is such a comparison for each of several teachers; or empty.
     """
 
     dataset: str
     teacher: str
     student: str
     rows: tuple[Row, ...]
+    given_teacher: str
 
     @property
     def runs(self) -> list[Run]:
@@ -119,8 +130,9 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """Data set and networks."""
-        return f"{self.dataset}: {self.teacher} → {self.student}"
+        """Data set and networks, and the teacher where that is not enough."""
+        which = f", teacher {self.given_teacher}" if self.given_teacher else ""
+        return f"{self.dataset}: {f'{self.teacher} → ' if self.teacher else ''}{self.student}{which}"
 
     def row(self, method: str) -> Row | None:
         """The first row of a method."""
@@ -148,51 +160,61 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
         if not paths:
             raise UserError(f"{folder} holds no finished run: there is no results.json in it or below")
         runs |= {path.resolve(): Run(path.parent, _read_results(path)) for path in paths}
-    # By the last two parts: a sweep's folder may have moved since.
-    trained = {(run.folder.resolve().name, "student"): run for run in runs.values()}
-    teachers = {run: trained.get(run.teacher_folder.parts[-2:]) for run in runs.values() if run.teacher_folder}
+    trained = {run.folder.resolve() / "student": run for run in runs.values()}
+    teachers = {
+        run: next((trained[path] for f in run.teacher_folders if (path := f.resolve()) in trained), None)
+        for run in runs.values()
+    }
     others = [run for run in runs.values() if run not in teachers.values()]
     return [dataclasses.replace(run, teacher_run=teachers.get(run)) for run in others]
 
 
 def _read_results(path):
     results = read_json(path)
-    missing = {"method", "seed", "teacher", "student", "dataset", "config"} - results.keys()
+    missing = {"method", "seed", "teacher", "student", "dataset", "devices", "versions", "config"} - results.keys()
     if missing:
         raise UserError(f"{path} is no result of a run: it lacks {', '.join(sorted(missing))}")
     return results
 
 
 def compare(runs: Iterable[Run]) -> list[Comparison]:
-    """Sorts runs into comparisons.
+    """Sorts runs into comparisons: one for each teacher that runs were given, with those that have none in each.
 
     Raises:
-      UserError: the same seed of the same configuration is there twice.
+      UserError: the same seed of the same configuration is there twice, with different results.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps([run.config.get(key) for key in _COMMON]), []).append(run)
-    return [_comparison(groups[key]) for key in sorted(groups)]
+    comparisons = []
+    for key in sorted(groups):
+        teachers = sorted({run.given_teacher for run in groups[key]} - {None}) or [None]
+        for teacher in teachers:
+            runs = [run for run in groups[key] if run.given_teacher in (None, teacher)]
+            comparisons.append(_comparison(runs, (teacher[:8] or "of each run") if len(teachers) > 1 else ""))
+    return comparisons
 
 
-def _comparison(runs: Sequence[Run]) -> Comparison:
+def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
     kinds: dict[str, list[Run]] = {}
     for run in runs:
         settings = {key: value for key, value in run.config.items() if key not in _BOOKKEEPING}
         kinds.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     rows = []
     for key, same in kinds.items():
-        same.sort(key=lambda run: run.results["seed"])
-        for first, second in itertools.pairwise(same):
-            if first.results["seed"] == second.results["seed"]:
-                raise UserError(f"{first.folder} and {second.folder} are the same run; name one of them")
+        by_seed: dict[int, Run] = {}
+        for run in sorted(same, key=lambda run: run.results["seed"]):
+            # Two sweeps with the same seeds both have those without a teacher, with the same outcome.
+            first = by_seed.setdefault(run.results["seed"], run)
+            if first.results["student"]["last"] != run.results["student"]["last"]:
+                raise UserError(f"{first.folder} and {run.folder} are the same run with other scores; name one of them")
         method = same[0].results["method"]
         others = [json.loads(other) for other in kinds if other != key and json.loads(other)["method"] == method]
-        rows.append(Row(_label(method, json.loads(key), others), method, tuple(same)))
+        rows.append(Row(_label(method, json.loads(key), others), method, tuple(by_seed.values())))
     rows.sort(key=lambda row: ({"ce": 0, "bce": 0, "kd": 1, "bkd": 1}.get(row.method, 2), row.label))
     config = runs[0].config
     teacher, student = (network_label(config[f"{n}.name"], config[f"{n}.width"]) for n in ("teacher", "student"))
-    return Comparison(config["dataset.name"], teacher, student, tuple(rows))
+    return Comparison(config["dataset.name"], teacher, student, tuple(rows), given_teacher)
 
 
 def _label(method, settings, others):

@@ -30,11 +30,12 @@ class Table(NamedTuple):
 
 
 def recipe(comparison: Comparison) -> str:
-    """How all runs were trained."""
+    """How all runs were trained, and by which teacher where there are several."""
     config, data = comparison.runs[0].config, comparison.runs[0].results["dataset"]
+    teacher = comparison.distilled[0].results["teacher"].get("checkpoint") if comparison.given_teacher else None
     return (
         f"{config['epochs']} epochs, {data['train_examples']:,} training and {data['test_examples']:,} test images, "
-        f"{data['categories']} categories."
+        f"{data['categories']} categories." + (f" Teacher {comparison.given_teacher}: {teacher}." if teacher else "")
     )
 
 
@@ -134,7 +135,9 @@ def _teachers(comparison):
     count = len(comparison.distilled)
     if count == 1:
         return "All runs share one teacher: seeds vary the student alone; with another teacher it may be otherwise."
-    return f"The runs have {count} teachers."
+    if count == 0:
+        return "No run has a teacher."
+    return "Each run has trained a teacher of its own: seeds vary the teacher with the student."
 
 
 def paired(row: Row, baseline: Row) -> PairedDifference | None:

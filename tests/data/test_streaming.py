@@ -89,6 +89,24 @@ def test_what_cannot_be_streamed():
         load_dataset("digit_pairs", streaming=True)
 
 
+WORKER = """
+import importlib.util, multiprocessing.spawn, sys
+program = sys.argv[1]
+is_package = importlib.util.find_spec(program).submodule_search_locations is not None
+# What a worker does first, and what it decodes with.
+multiprocessing.spawn.prepare({"init_main_from_name": program + ".__main__" if is_package else program})
+import cskd_jax.data.streaming
+print("jax" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("program", ["cskd_jax.main", "cskd_jax.evaluate", "cskd_jax.report"])
+def test_workers_of_a_program_do_without_jax(program):
+    """It takes five times the memory of a worker."""
+    command = [sys.executable, "-c", WORKER, program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 SCRIPT = """
 import sys, time
 import numpy as np

@@ -82,10 +82,11 @@ def test_imported_teacher_is_taken(returned, digits_dir):
     config.teacher.update(checkpoint=str(returned), name="resnet8", width=0.25)
     teacher = GivenTeacher.load(config)
     dataset = load_dataset("digits", data_dir=str(digits_dir))
-    teacher.check_dataset(dataset)  # ten categories, whatever their names
+    config.dataset.mean = (0.5,)
+    teacher.check_fits(config, dataset)  # ten categories, whatever their names, of images it does not know
     fewer = dataclasses.replace(dataset, categories=dataset.categories[:9])
     with pytest.raises(UserError, match="knows 10 categories, digits has 9"):
-        teacher.check_dataset(fewer)
+        teacher.check_fits(config, fewer)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pickle
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from cskd_jax.checkpoint import load_variables
+from cskd_jax.interop import unpickle
 from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.names import to_torch
 from cskd_jax.interop.torch_file import read_state_dict
@@ -207,6 +209,22 @@ def _itself(tensors, _):
     return Raw(b"cresnet\nNet\n)\x81q\x00}X\x08\x00\x00\x00_modules}X\x01\x00\x00\x00ah\x00ssb")
 
 
+def _copies(module, name, values):
+    """One list, again and again given to a function that copies it."""
+    many = operations(Global(module, name)) + b"q\x01" + operations(values) + b"\x85q\x02" + 300 * b"h\x01h\x02R"
+    return _content(lambda *_: Raw(b"(" + many + b"t"))
+
+
+def _many_names(tensors, _):
+    """300 texts, each with each as the name of a class."""
+    texts = [b"\x8c\x0a%010d" % number + b"r" + struct.pack("<I", number) for number in range(300)]
+    known = [b"j" + struct.pack("<I", number) for number in range(300)]
+    return Raw(b"(" + b"".join(texts) + b"".join(one + other + b"\x93" for one in known for other in known) + b"t")
+
+
+STORAGE = Outside(("storage", Global("torch", "FloatStorage"), "0", "cpu", 7))
+
+
 def _nested(tensors, _):
     return Raw(b"}N" + 200_000 * b"\x85" + b"Ns")
 
@@ -265,6 +283,19 @@ BAD_FILES = {
     ),
     "network within itself": (_content(_itself), ["more than 20000 modules"]),
     "deeply nested": (_content(_nested), ["beyond measure"]),
+    "copies by Size": (_copies("torch", "Size", list(range(5000))), ["beyond measure"]),
+    "copies by set": (_copies("builtins", "set", list(range(5000))), ["beyond measure"]),
+    "copies by OrderedDict": (_copies("collections", "OrderedDict", [[n, n] for n in range(5000)]), ["beyond measure"]),
+    "copies of a shape": (
+        _content(
+            lambda t, _: [
+                Raw(operations(list(range(5000))) + b"q\x01"),
+                *[Call(Global("torch._utils", "_rebuild_tensor"), (STORAGE, 0, Raw(b"h\x01"), ())) for _ in range(100)],
+            ]
+        ),
+        ["beyond measure"],
+    ),
+    "many names": (_content(_many_names), ["beyond measure"]),
     "room for a thousand million objects": (_bytes(lambda c: b"\x80\x02Nr\xff\xff\xff\x3f."), ["beyond measure"]),
     "text of a declared size": (
         _bytes(lambda c: b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"a."),
@@ -303,6 +334,18 @@ BAD_FILES = {
         ["x is U64", "BF16"],
     ),
 }
+
+
+def test_one_state_of_many_objects_is_not_copied():
+    state = operations({str(number): number for number in range(20_000)})
+    for kind in (operations(Global("resnet", "Net")) + b")\x81", operations(Call(torch_files.ORDERED, ()))):
+        file = io.BytesIO(pickled(Raw(b"(" + state + b"q\x01" + 200 * (kind + b"h\x01b") + b"t")))
+        tracemalloc.start()
+        content, _ = unpickle.load(file)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(content) == 201
+        assert peak < 50e6, "each copy takes 0.6 MB"
 
 
 def _add(path):

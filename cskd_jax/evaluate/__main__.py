@@ -74,7 +74,7 @@ def _run(argv):
     command_line.set_up_jax()
     parallel.check_batch_size("batch_size", config.batch_size)
     dataset = load_data(config)
-    networks = {path.resolve().name: load_trained(path, config.dtype, dataset) for path in folders}
+    networks = {path.resolve().name: load_trained(path, config, dataset) for path in folders}
     evaluation = {
         "networks": {name: evaluate(network, config, dataset) for name, network in networks.items()},
         "dataset": describe_dataset(dataset),
