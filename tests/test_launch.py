@@ -76,12 +76,13 @@ def test_tpu_vm_dry_run(launch, fake):
     assert kinds(process.stdout.splitlines()) == ["create", "ssh", "scp", "ssh", "ssh"]
 
 
-# A VM whose state is in a file; what `train` says happens to the run.
+# A VM whose state is in a file; what `scp` and `train` say happens to the copy and the run.
 TPU_VM = """
 case "$4" in
-  describe) cat {folder}/state ;;
+  describe) cat {folder}/state; grep -q DELETING {folder}/state && : > {folder}/state ;;
   create) echo READY > {folder}/state ;;
   delete) : > {folder}/state ;;
+  scp) {scp} ;;
   ssh) case "$*" in *cskd_jax.main*) {train} ;; esac ;;
 esac
 """
@@ -95,12 +96,13 @@ PREEMPTED_ONCE = "test -e {folder}/again && exit 0; touch {folder}/again; echo P
         ("READY", "exit 0", 0, "ssh scp ssh ssh"),
         ("READY", "exit 3", 3, "ssh scp ssh ssh"),
         ("", PREEMPTED_ONCE, 0, "create ssh scp ssh ssh delete create ssh scp ssh ssh"),
+        ("DELETING", "exit 0", 0, "create ssh scp ssh ssh"),
     ],
-    ids=["new", "there", "diverged", "preempted"],
+    ids=["new", "there", "diverged", "preempted", "deleting"],
 )
 def test_tpu_vm(launch, fake, tmp_path, state, train, code, expected):
     (tmp_path / "state").write_text(state)
-    fake("gcloud", TPU_VM.replace("{train}", train).replace("{folder}", str(tmp_path)))
+    fake("gcloud", TPU_VM.replace("{train}", train).replace("{scp}", "").replace("{folder}", str(tmp_path)))
     process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
     assert process.returncode == code, process.stderr
     assert [kind for kind in kinds(calls) if kind != "describe"] == expected.split()
@@ -108,6 +110,14 @@ def test_tpu_vm(launch, fake, tmp_path, state, train, code, expected):
     assert "--worker=all" in run
     assert f"cskd_jax.main --cluster --workdir=runs/first {RECIPE}" in run
     assert "gs://b/first" in run
+
+
+def test_tpu_vm_does_not_run_what_it_could_not_install(launch, fake, tmp_path):
+    (tmp_path / "state").write_text("READY")
+    fake("gcloud", TPU_VM.replace("{train}", "exit 0").replace("{scp}", "exit 5").replace("{folder}", str(tmp_path)))
+    process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
+    assert process.returncode == 5, process.stderr
+    assert [kind for kind in kinds(calls) if kind != "describe"] == ["ssh", "scp"]
 
 
 def test_tpu_vm_needs_a_bucket_and_deletes(launch, fake):
