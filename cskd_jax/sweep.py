@@ -194,13 +194,12 @@ def check(runs: Sequence[Run]) -> None:
     data = {}
     for run in runs:
         config = run.config
-        identity = config_lib.plain(config)
-        if run.teacher is not None:
-            config.teacher.checkpoint = None  # not yet there
         config_lib.validate(config)
+        if run.teacher is None:
+            config_lib.check_teacher_exists(config)
         path = run.workdir / "config.json"
         if path.exists():
-            digest = read_json(path).get(TEACHER_DIGEST)
+            identity, digest = config_lib.plain(config), read_json(path).get(TEACHER_DIGEST)
             check_workdir(run.workdir, identity if digest is None else identity | {TEACHER_DIGEST: digest})
         if not run.done:
             data[str(config.dataset)] = config

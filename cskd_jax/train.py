@@ -121,6 +121,7 @@ class GivenTeacher:
     @classmethod
     def load(cls, config: ml_collections.ConfigDict):
         """Reads it; raises UserError unless it is the network that the configuration names, trained to the end."""
+        config_lib.check_teacher_exists(config)
         path = config.teacher.checkpoint
         variables, record = load_variables(path)
         wanted = {"name": config.teacher.name, "width": float(config.teacher.width)}

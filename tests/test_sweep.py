@@ -50,6 +50,10 @@ BAD_INPUT = {
     "no jobs": ([f"--config={DIGITS}", "--methods=ce", "--jobs=0"], ["jobs", "0"]),
     "unknown key": ([f"--config={DIGITS}", "--methods=ce", "--config.epoch=1"], ["epoch; did you mean epochs"]),
     "loss of no method": ([f"--config={DIGITS}", "--methods=ce", "--config.losses.kd.weight=1"], ["has no kd"]),
+    "no such teacher": (
+        [f"--config={DIGITS}", "--methods=kd", "--config.teacher.checkpoint=/no/such"],
+        ["teacher.checkpoint /no/such does not exist"],
+    ),
     "wrong value": ([f"--config={DIGITS}", "--methods=ce", "--config.epochs=0"], ["epochs is 0"]),
 }
 
