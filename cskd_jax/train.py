@@ -3,13 +3,12 @@
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import pathlib
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -20,6 +19,7 @@ from cskd_jax import parallel
 from cskd_jax.checkpoint import FOLDER, load_variables
 from cskd_jax.data import ImageDataset
 from cskd_jax.errors import UserError
+from cskd_jax.lock import locked
 from cskd_jax.logging import say, write_json
 from cskd_jax.loop import Evaluation, Network, Phase, Progress
 from cskd_jax.metrics import Task, task_of
@@ -52,7 +52,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             check_workdir(workdir, identity)
             if (workdir / RESULTS).exists():
                 return True
-            held.enter_context(locked(workdir))
+            held.enter_context(locked(workdir / "lock", f"another job runs in workdir {workdir}"))
             return False
 
         if parallel.on_first(is_done):
@@ -211,7 +211,7 @@ def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         found = json.loads(path.read_text()) if path.exists() else identity
     except OSError as error:
-        raise _cannot_write(workdir, error) from None
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from None
     except ValueError:
         found = None
     if not isinstance(found, dict):
@@ -225,31 +225,6 @@ def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
         raise UserError(
             f"workdir {workdir} holds a run of another configuration ({', '.join(different)}); use another --workdir"
         )
-
-
-def _cannot_write(workdir, error):
-    return UserError(f"cannot write to workdir {workdir}: {error.strerror}")
-
-
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this process; the system lets it go when the process ends, however it ends.
-
-    Raises:
-      UserError: another process holds it, or it cannot be written to.
-    """
-    try:
-        file = (workdir / "lock").open("a")
-    except OSError as error:
-        raise _cannot_write(workdir, error) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another job runs in workdir {workdir}; wait for its end, or use another --workdir"
-            ) from None
-        yield
 
 
 def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:

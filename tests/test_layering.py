@@ -13,7 +13,7 @@ LAYERS = (
     ("command_line", "train"),
     ("trained",),
     ("loop",),
-    ("config", "steps"),
+    ("config", "lock", "steps"),
     ("checkpoint", "data", "logging", "optim", "signals", "state"),
     ("parallel",),
     ("metrics", "objective"),

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cskd_jax import evaluate, sweep
+from cskd_jax import evaluate, lock, sweep
 from cskd_jax.errors import UserError
 from cskd_jax.report.__main__ import main as report_main
 from tests.conftest import ROOT
@@ -76,8 +76,9 @@ def test_folder_of_another_run(tmp_path):
         sweep.check([run])
 
 
-def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys):
-    with sweep._only_sweep_in(tmp_path):
+def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0)
+    with lock.locked(tmp_path / "sweep.lock", ""):
         arguments = [
             f"--config={DIGITS}",
             "--methods=ce",
