@@ -18,7 +18,8 @@ LAYERS = (
     ("parallel",),
     ("metrics", "objective"),
     ("losses", "models"),
-    ("children", "errors"),
+    ("arguments", "children"),
+    ("errors",),
 )
 LAYER = {component: number for number, components in enumerate(LAYERS) for component in components}
 # These know nothing of the package but themselves and the errors.
