@@ -42,12 +42,12 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self._directory = directory
-        self._manager = self._make_manager(keep) if parallel.is_first() else None
+        parallel.on_first(self._open, keep)
 
-    def _make_manager(self, keep):
+    def _open(self, keep):
         self._directory.mkdir(parents=True, exist_ok=True)
         policy = checkpoint_managers.preservation_policy
-        return ocp.CheckpointManager(
+        self._manager = ocp.CheckpointManager(
             self._directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy.AnyPreservationPolicy(

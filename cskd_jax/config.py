@@ -197,11 +197,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"method {config.method} needs a teacher: set teacher.name to one of {', '.join(sorted(MODELS))}"
         )
-    checkpoint = config.teacher.checkpoint
-    if needs_teacher(losses) and checkpoint is not None and not pathlib.Path(checkpoint).expanduser().exists():
-        raise UserError(f"teacher.checkpoint {checkpoint} does not exist")
     if len(config.dataset.mean) != len(config.dataset.std):
         raise UserError(f"dataset.mean {config.dataset.mean} and dataset.std {config.dataset.std} differ in length")
+
+
+def check_teacher_exists(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError if the checkpoint of a given teacher is not there; asked only where it is read."""
+    path = config.teacher.checkpoint
+    if needs_teacher(config.losses) and path is not None and not pathlib.Path(path).expanduser().exists():
+        raise UserError(f"teacher.checkpoint {path} does not exist")
 
 
 def _validate_loss(name: str, settings: Any) -> None:

@@ -32,13 +32,13 @@ class InterruptedRun(UserError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-def run_command(command: Callable[..., None], *arguments: Any) -> int:
-    """Runs a command and returns the exit code; what the user can mend becomes one line on standard error."""
+def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
+    """Runs a command; returns its exit code, or 0. What the user can mend becomes one line on standard error."""
     for stream in (sys.stdout, sys.stderr):
         # A name that the console cannot show should not end a run.
         stream.reconfigure(errors="backslashreplace")
     try:
-        command(*arguments)
+        return command(*arguments) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -46,4 +46,3 @@ def run_command(command: Callable[..., None], *arguments: Any) -> int:
         place = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{place}", file=sys.stderr)
         return UserError.exit_code
-    return 0

@@ -53,14 +53,15 @@ class MetricsLog:
     def __init__(self, workdir: pathlib.Path, phase: str, step: int):
         self._phase = phase
         self._tensorboard, self._folder, self._purge_step = None, str(workdir / "tensorboard" / phase), step + 1
-        self._file = self._open(workdir / "metrics.jsonl", step) if parallel.is_first() else None
+        self._file = None
+        parallel.on_first(self._open, workdir / "metrics.jsonl", step)
 
     def _open(self, path, step):
         kept = [row for row in read_rows(path) if row["phase"] != self._phase or row["step"] <= step]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)
-        return path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Adds a row: {"phase", "split", "step", "epoch"} and the values."""

@@ -65,8 +65,8 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
 
 
 def _in_cluster(environment):
-    slurm = int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment
-    return slurm or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    # SLURM_NTASKS would be that of the job, of which an interactive step is one task.
+    return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def is_first() -> bool:

@@ -12,8 +12,8 @@ When a process dies the others are ended (SIGTERM, after three seconds SIGKILL) 
 on from the last sound checkpoint. SIGTERM and Ctrl-C are passed on to all; the second one kills.
 
 Exit codes: 0 done; 2 and 3 of a process are not tried again and passed on, like 75 (stopped with everything saved, or
-before there was anything to save); otherwise, when the restarts are used up, that of the process that died, or 128 and
-the number of the signal that killed it.
+before there was anything to save); 2 for a command that cannot be started; otherwise, when the restarts are used up or
+after a signal, that of the process that died, or 128 and the number of the signal that killed it.
 """
 
 import argparse
@@ -25,8 +25,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from cskd_jax.arguments import Parser, number
 from cskd_jax.children import die_with_parent
-from cskd_jax.errors import DivergedError, InterruptedRun, UserError
+from cskd_jax.errors import DivergedError, InterruptedRun, UserError, run_command
 
 # Tried again, they would end in the same way.
 _FINAL = (UserError.exit_code, DivergedError.exit_code)
@@ -52,14 +53,14 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the exit code, see the module."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._count_signal)
+        for request in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(request, self._count_signal)
         failures = 0
         while True:
             start = time.monotonic()
             codes = self._run_once()
             code = self._exit_code(codes)
-            if code in (0, InterruptedRun.exit_code, *_FINAL):
+            if self._signals or code in (0, InterruptedRun.exit_code, *_FINAL):
                 return code
             failures = 1 if time.monotonic() - start > _LONG_SECONDS else failures + 1
             if failures > self._restarts:
@@ -73,12 +74,10 @@ class Supervisor:
 
     def _run_once(self):
         """Starts the processes, waits for their end, and returns their exit codes, in the order of ending."""
-        workers = [
-            subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
-            for command in self._commands()
-        ]
-        codes = {}
+        workers, codes = [], {}
         try:
+            for command in self._commands():
+                workers.append(subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent))
             self._wait(lambda: _failed(_collect(workers, codes)) or len(codes) == len(workers), None)
             self._end(workers, codes)
         finally:
@@ -123,10 +122,12 @@ class Supervisor:
                 return code
         if set(codes) == {0}:
             return 0
-        if self._signals or InterruptedRun.exit_code in codes:
+        # SIGTERM ends what has nothing to save yet; one that ends with 75 knows that all is saved.
+        harmless = (0, -signal.SIGTERM) if self._signals else (0,)
+        failed = [code for code in codes if code not in harmless]
+        if InterruptedRun.exit_code in codes or not failed:
             return InterruptedRun.exit_code
-        code = next(code for code in codes if code != 0)
-        return 128 - code if code < 0 else code
+        return 128 - failed[0] if failed[0] < 0 else failed[0]
 
     def _count_signal(self, *_):
         self._signals += 1
@@ -144,11 +145,11 @@ def _failed(codes):
     return any(codes.values())
 
 
-def _signal_groups(workers, number):
+def _signal_groups(workers, which):
     """To the workers that still run, with all that they have started."""
     for worker in workers:
         if worker.poll() is None:
-            os.killpg(worker.pid, number)
+            os.killpg(worker.pid, which)
 
 
 def _free_port():
@@ -167,17 +168,19 @@ def _say(message):
 
 def main(argv: list[str]) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cskd_jax.supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--restarts", type=int, default=5)
-    parser.add_argument("--grace", type=float, default=120)
+    return run_command(_run, argv)
+
+
+def _run(argv):
+    parser = Parser(__doc__)
+    parser.add_argument("--processes", type=number(int, 1, 1000), default=1)
+    parser.add_argument("--restarts", type=number(int, 0, 1000), default=5)
+    parser.add_argument("--grace", type=number(float, 0, 86400), default=120)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args(argv)
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
-    if not command or arguments.processes < 1 or arguments.restarts < 0:
-        parser.error("wants -- COMMAND ..., --processes of 1 or more and --restarts of 0 or more")
+    if not command:
+        parser.error("there is no -- COMMAND")
     return Supervisor(command, arguments.processes, arguments.restarts, arguments.grace).run()
 
 

@@ -19,9 +19,7 @@ command, the configuration or the data; 75 stopped by a signal, with everything 
 """
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import signal
@@ -37,6 +35,7 @@ from cskd_jax import command_line
 from cskd_jax import config as config_lib
 from cskd_jax.children import die_with_parent
 from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.lock import locked
 from cskd_jax.logging import say
 from cskd_jax.losses import LOSSES
 from cskd_jax.metrics import task_that_measured
@@ -113,7 +112,7 @@ def _run(argv):
     workdir = pathlib.Path(values.workdir or pathlib.Path("runs") / "sweep" / file.stem)
     runs = make_grid(str(file), _methods(values.methods), _seeds(values.seeds), workdir, command.overrides)
     check(runs)
-    with _only_sweep_in(workdir):
+    with locked(workdir / "sweep.lock", f"another sweep is at work in {workdir}"):
         sweep(runs, values.jobs)
 
 
@@ -194,34 +193,18 @@ def check(runs: Sequence[Run]) -> None:
     data = {}
     for run in runs:
         config = run.config
-        identity = config_lib.plain(config)
-        if run.teacher is not None:
-            config.teacher.checkpoint = None  # not yet there
         config_lib.validate(config)
+        if run.teacher is None:
+            config_lib.check_teacher_exists(config)
         path = run.workdir / "config.json"
         if path.exists():
-            digest = read_json(path).get(TEACHER_DIGEST)
+            identity, digest = config_lib.plain(config), read_json(path).get(TEACHER_DIGEST)
             check_workdir(run.workdir, identity if digest is None else identity | {TEACHER_DIGEST: digest})
         if not run.done:
             data[str(config.dataset)] = config
     # Also prepares them: two runs that start together would get into each other's way.
     for config in data.values():
         load_data(config)
-
-
-@contextlib.contextmanager
-def _only_sweep_in(workdir):
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / "sweep.lock").open("wb")
-    except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another sweep is at work in {workdir}") from None
-        yield
 
 
 def sweep(runs: Sequence[Run], jobs: int) -> None:

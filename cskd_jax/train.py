@@ -3,12 +3,11 @@
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import importlib.metadata
 import pathlib
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -19,6 +18,7 @@ from cskd_jax import parallel
 from cskd_jax.checkpoint import FOLDER, load_variables
 from cskd_jax.data import ImageDataset
 from cskd_jax.errors import UserError
+from cskd_jax.lock import locked
 from cskd_jax.logging import say, write_json
 from cskd_jax.loop import Evaluation, Network, Phase, Progress
 from cskd_jax.metrics import Task, task_of
@@ -51,7 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             check_workdir(workdir, identity)
             if (workdir / RESULTS).exists():
                 return True
-            held.enter_context(locked(workdir))
+            held.enter_context(locked(workdir / "lock", f"another job runs in workdir {workdir}"))
             return False
 
         if parallel.on_first(is_done):
@@ -120,6 +120,7 @@ class GivenTeacher:
     @classmethod
     def load(cls, config: ml_collections.ConfigDict):
         """Reads it; raises UserError unless it is the network that the configuration names, trained to the end."""
+        config_lib.check_teacher_exists(config)
         path = pathlib.Path(config.teacher.checkpoint).expanduser()
         # Of a run's workdir, its teacher is meant.
         path = str(path / "teacher" if (path / "teacher" / FOLDER).is_dir() else path)
@@ -211,7 +212,7 @@ def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         found = read_json(path) if path.exists() else identity
     except OSError as error:
-        raise _cannot_write(workdir, error) from None
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from None
     # Where digests say which teacher it is, its folder may have moved.
     moved = {"teacher.checkpoint"} if TEACHER_DIGEST in found.keys() & identity.keys() else set()
     different = [
@@ -223,31 +224,6 @@ def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
         raise UserError(
             f"workdir {workdir} holds a run of another configuration ({', '.join(different)}); use another --workdir"
         )
-
-
-def _cannot_write(workdir, error):
-    return UserError(f"cannot write to workdir {workdir}: {error.strerror}")
-
-
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this process; the system lets it go when the process ends, however it ends.
-
-    Raises:
-      UserError: another process holds it, or it cannot be written to.
-    """
-    try:
-        file = (workdir / "lock").open("ab")
-    except OSError as error:
-        raise _cannot_write(workdir, error) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another job runs in workdir {workdir}; wait for its end, or use another --workdir"
-            ) from None
-        yield
 
 
 def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ create() {
   for ((attempt = 1; attempt <= ${ATTEMPTS:-20}; attempt++)); do
     found=$(state)
     [[ $found == READY ]] && return
-    if [[ -n $found && $found != CREATING && $found != STARTING && $found != RESTARTING ]]; then
+    if [[ -n $found && ! $found =~ ^(CREATING|STARTING|RESTARTING|DELETING)$ ]]; then
       tpu delete "$name" --quiet
       found=
     fi
@@ -68,15 +68,19 @@ create() {
   exit 1
 }
 
+# Joined by &&: set -e does not hold where the caller asks for the code. The Python of the image is older than the
+# package allows, so uv brings one.
 install() {
   local archive
-  archive=$(mktemp)
-  tar -czf "$archive" -C "$here" cskd_jax configs setup.cfg pyproject.toml README.md LICENSE
-  tpu ssh "$name" --worker=all --command='mkdir -p cskd_jax'
-  tpu scp "$archive" "$name:cskd_jax/source.tar.gz" --worker=all
-  rm "$archive"
-  tpu ssh "$name" --worker=all --command='set -e; cd cskd_jax; tar -xzf source.tar.gz; python3 -m venv .venv
-.venv/bin/pip install --quiet "jax[tpu]" -e .'
+  archive=$(mktemp) &&
+    tar -czf "$archive" -C "$here" cskd_jax configs setup.cfg pyproject.toml README.md LICENSE &&
+    tpu ssh "$name" --worker=all --command='mkdir -p cskd_jax' &&
+    tpu scp "$archive" "$name:cskd_jax/source.tar.gz" --worker=all &&
+    rm "$archive" &&
+    tpu ssh "$name" --worker=all --command='set -e; cd cskd_jax; tar -xzf source.tar.gz
+curl -LsSf https://astral.sh/uv/install.sh | sh
+~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv
+~/.local/bin/uv pip install --quiet --python .venv/bin/python "jax[tpu]" -e .'
 }
 
 run() {

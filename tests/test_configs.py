@@ -11,6 +11,7 @@ from configs.methods import METHODS, MULTILABEL_METHODS
 from configs.networks import network
 from cskd_jax import config as config_lib
 from cskd_jax.data import DATASETS, ImageDataset, Split
+from cskd_jax.errors import UserError
 from cskd_jax.loop import Network, Phase
 from cskd_jax.losses import LossInputs
 from cskd_jax.objective import Objective, hyperparameters, needs_teacher
@@ -166,6 +167,14 @@ def test_published_recipe_of_tiny_imagenet(method):
     assert (settings.learning_rate, settings.momentum, settings.weight_decay) == (0.1, 0.9, 5e-4)
     assert (settings.milestones, settings.decay_factor, settings.restart_momentum) == ((50, 100, 150), 0.1, False)
     assert dict(config.augment) == {"resize": 72, "crop_padding": 0, "flip": True}
+
+
+def test_only_the_process_that_reads_the_teacher_needs_it():
+    config = get_config("digits", "kd")
+    config.teacher.checkpoint = "/no/such"
+    config_lib.validate(config)
+    with pytest.raises(UserError, match="/no/such does not exist"):
+        config_lib.check_teacher_exists(config)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

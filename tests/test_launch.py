@@ -76,12 +76,13 @@ def test_tpu_vm_dry_run(launch, fake):
     assert kinds(process.stdout.splitlines()) == ["create", "ssh", "scp", "ssh", "ssh"]
 
 
-# A VM whose state is in a file; what `train` says happens to the run.
+# A VM whose state is in a file; what `scp` and `train` say happens to the copy and the run.
 TPU_VM = """
 case "$4" in
-  describe) cat {folder}/state ;;
+  describe) cat {folder}/state; grep -q DELETING {folder}/state && : > {folder}/state ;;
   create) echo READY > {folder}/state ;;
   delete) : > {folder}/state ;;
+  scp) {scp} ;;
   ssh) case "$*" in *cskd_jax.main*) {train} ;; esac ;;
 esac
 """
@@ -95,12 +96,13 @@ PREEMPTED_ONCE = "test -e {folder}/again && exit 0; touch {folder}/again; echo P
         ("READY", "exit 0", 0, "ssh scp ssh ssh"),
         ("READY", "exit 3", 3, "ssh scp ssh ssh"),
         ("", PREEMPTED_ONCE, 0, "create ssh scp ssh ssh delete create ssh scp ssh ssh"),
+        ("DELETING", "exit 0", 0, "create ssh scp ssh ssh"),
     ],
-    ids=["new", "there", "diverged", "preempted"],
+    ids=["new", "there", "diverged", "preempted", "deleting"],
 )
 def test_tpu_vm(launch, fake, tmp_path, state, train, code, expected):
     (tmp_path / "state").write_text(state)
-    fake("gcloud", TPU_VM.replace("{train}", train).replace("{folder}", str(tmp_path)))
+    fake("gcloud", TPU_VM.replace("{train}", train).replace("{scp}", "").replace("{folder}", str(tmp_path)))
     process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
     assert process.returncode == code, process.stderr
     assert [kind for kind in kinds(calls) if kind != "describe"] == expected.split()
@@ -108,6 +110,14 @@ def test_tpu_vm(launch, fake, tmp_path, state, train, code, expected):
     assert "--worker=all" in run
     assert f"cskd_jax.main --cluster --workdir=runs/first {RECIPE}" in run
     assert "gs://b/first" in run
+
+
+def test_tpu_vm_does_not_run_what_it_could_not_install(launch, fake, tmp_path):
+    (tmp_path / "state").write_text("READY")
+    fake("gcloud", TPU_VM.replace("{train}", "exit 0").replace("{scp}", "exit 5").replace("{folder}", str(tmp_path)))
+    process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
+    assert process.returncode == 5, process.stderr
+    assert [kind for kind in kinds(calls) if kind != "describe"] == ["ssh", "scp"]
 
 
 def test_tpu_vm_needs_a_bucket_and_deletes(launch, fake):
@@ -119,19 +129,34 @@ def test_tpu_vm_needs_a_bucket_and_deletes(launch, fake):
     assert (process.returncode, kinds(calls)) == (0, ["delete"])
 
 
+SRUN = "srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task=4"
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True)])
 def test_slurm(launch, fake, code, requeued):
     fake("srun", f"exit {code}")
     fake("scontrol")
-    process, calls = launch(LAUNCH / "slurm.sbatch", RECIPE, "--workdir=w", SLURM_JOB_ID="7", PYTHONPATH=str(ROOT))
+    variables = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4", "PYTHONPATH": str(ROOT)}
+    process, calls = launch(LAUNCH / "slurm.sbatch", RECIPE, "--workdir=w", **variables)
     assert process.returncode == code, process.stderr
-    assert calls[0] == f"srun --kill-on-bad-exit=1 python -m cskd_jax.main --cluster {RECIPE} --workdir=w"
+    assert calls[0] == f"{SRUN} python -m cskd_jax.main --cluster {RECIPE} --workdir=w"
     assert calls[1:] == ["scontrol requeue 7"] * requeued
 
 
+# As the real one: SIGTERM to srun kills its task, and only scancel brings one to it.
+SRUN_WITH_A_TASK = """
+bash -c "trap 'echo saved >> {folder}/calls; exit 75' TERM
+touch {folder}/ready; while true; do /bin/sleep 0.05; done" &
+trap "kill -9 $!; exit 137" TERM
+echo $! > {folder}/task
+wait $!
+"""
+
+
 def test_slurm_saves_before_the_time_limit(fake, tmp_path):
-    """SIGTERM to the batch script, as --signal=B:TERM sends it, reaches srun; the script waits for its end."""
-    fake("srun", f"trap 'echo saved >> {tmp_path}/calls; exit 75' TERM; while true; do /bin/sleep 0.05; done")
+    """SIGTERM to the batch script, as --signal=B:TERM sends it, reaches the tasks; the script waits for their end."""
+    fake("srun", SRUN_WITH_A_TASK.replace("{folder}", str(tmp_path)))
+    fake("scancel", f"kill -TERM $(cat {tmp_path}/task)")
     fake("scontrol")
     environment = os.environ | {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
@@ -140,19 +165,19 @@ def test_slurm_saves_before_the_time_limit(fake, tmp_path):
     }
     command = ["bash", LAUNCH / "slurm.sbatch", RECIPE, "--workdir=w"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
-    calls = tmp_path / "calls"
-    while not calls.exists():
+    while not (tmp_path / "ready").exists():
         assert process.poll() is None
     process.terminate()
     assert process.wait(timeout=20) == 75
-    assert calls.read_text().splitlines()[1:] == ["saved", "scontrol requeue 7"]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[1:] == ["scancel --signal=TERM 7", "saved", "scontrol requeue 7"]
 
 
 def test_slurm_dry_run(launch, fake):
     fake("srun")
-    process, calls = launch(LAUNCH / "slurm.sbatch", "--dry-run", RECIPE, "--workdir=w")
+    process, calls = launch(LAUNCH / "slurm.sbatch", "--dry-run", RECIPE, "--workdir=w", SLURM_CPUS_PER_TASK="4")
     assert (process.returncode, calls) == (0, [])
-    assert "cskd_jax.supervise -- srun --kill-on-bad-exit=1 python -m cskd_jax.main --cluster" in process.stdout
+    assert f"cskd_jax.supervise -- {SRUN} python -m cskd_jax.main --cluster" in process.stdout
 
 
 def test_kubernetes(launch, fake):

@@ -13,12 +13,13 @@ LAYERS = (
     ("command_line", "train"),
     ("trained",),
     ("loop",),
-    ("config", "steps"),
+    ("config", "lock", "steps"),
     ("checkpoint", "data", "logging", "optim", "signals", "state"),
     ("parallel",),
     ("metrics", "objective"),
     ("losses", "models"),
-    ("children", "errors"),
+    ("arguments", "children"),
+    ("errors",),
 )
 LAYER = {component: number for number, components in enumerate(LAYERS) for component in components}
 # These know nothing of the package but themselves and the errors.

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cskd_jax import lock
 from cskd_jax.main import main
-from cskd_jax.train import locked
 from tests.conftest import ROOT
 
 
@@ -252,8 +252,9 @@ def test_bad_input(case, done, small_run, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}, "something was lost"
 
 
-def test_two_jobs_in_one_workdir(small_run, tmp_path, capsys):
-    with locked(tmp_path):
+def test_two_jobs_in_one_workdir(small_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0)
+    with lock.locked(tmp_path / "lock", ""):
         assert main(["main", *small_run, f"--workdir={tmp_path}"]) == 2
     assert f"another job runs in workdir {tmp_path}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]

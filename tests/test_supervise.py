@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from cskd_jax.supervise import Supervisor
 from tests.conftest import ROOT
 
 
@@ -93,12 +94,18 @@ def test_passes_signals_on(supervise, tmp_path):
     assert (tmp_path / "saved").read_text().split() == ["saved", "saved"]
 
 
-def test_kills_what_does_not_save_in_time(supervise, tmp_path):
-    process = supervise("trap '' TERM; echo start >> starts; while true; do sleep 0.05; done", "--grace=0.5")
+@pytest.mark.parametrize(
+    ("reaction", "code"),
+    [("trap '' TERM", 128 + 9), ("trap 'exit 1' TERM", 1), ("", 75)],
+    ids=["hangs", "fails while saving", "has nothing to save yet"],
+)
+def test_says_whether_all_was_saved(supervise, tmp_path, reaction, code):
+    process = supervise(f"{reaction}\necho start >> starts; while true; do sleep 0.05; done", "--grace=0.5")
     wait_for_lines(tmp_path / "starts", 1)
     process.terminate()
     process.communicate(timeout=5)
-    assert process.returncode == 75
+    assert process.returncode == code
+    assert (tmp_path / "starts").read_text().split() == ["start"]
 
 
 def test_workers_die_with_it(supervise, tmp_path):
@@ -120,9 +127,36 @@ def _runs(pid):
         return False
 
 
-@pytest.mark.parametrize("arguments", [[], ["--processes=0", "--", "true"], ["--"]])
-def test_bad_arguments(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "-- COMMAND"),
+        (["--"], "-- COMMAND"),
+        (["--processes=0", "--", "true"], "'0'"),
+        (["--restarts=x", "--", "true"], "'x'"),
+        (["--", "/no/such"], "/no/such"),
+        (["--processes=2", "--", "/"], "/"),
+    ],
+)
+def test_bad_arguments(arguments, word):
     command = [sys.executable, "-m", "cskd_jax.supervise", *arguments]
     process = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert process.returncode == 2
-    assert "error: " in process.stderr.splitlines()[-1]
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert word in line
+
+
+def test_ends_the_first_where_the_second_cannot_be_started(monkeypatch):
+    started, start = [], subprocess.Popen
+
+    def start_one(*arguments, **options):
+        if started:
+            raise BlockingIOError("too many processes")
+        started.append(start(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start_one)
+    with pytest.raises(BlockingIOError):
+        Supervisor(["sh", "-c", "sleep 60"], processes=2, restarts=0, grace=1)._run_once()
+    assert started[0].wait(timeout=5) == -signal.SIGKILL

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from cskd_jax import config as config_lib
-from cskd_jax import sweep
+from cskd_jax import lock, sweep
 from cskd_jax.errors import UserError
 from cskd_jax.evaluate.__main__ import main as evaluate_main
 from cskd_jax.report.__main__ import main as report_main
@@ -54,6 +54,10 @@ BAD_INPUT = {
     "no jobs": ([f"--config={DIGITS}", "--methods=ce", "--jobs=0"], ["jobs", "0"]),
     "unknown key": ([f"--config={DIGITS}", "--methods=ce", "--config.epoch=1"], ["epoch; did you mean epochs"]),
     "loss of no method": ([f"--config={DIGITS}", "--methods=ce", "--config.losses.kd.weight=1"], ["has no kd"]),
+    "no such teacher": (
+        [f"--config={DIGITS}", "--methods=kd", "--config.teacher.checkpoint=/no/such"],
+        ["teacher.checkpoint /no/such does not exist"],
+    ),
     "wrong value": ([f"--config={DIGITS}", "--methods=ce", "--config.epochs=0"], ["epochs is 0"]),
 }
 
@@ -87,8 +91,9 @@ def test_teacher_that_has_moved(tmp_path):
         check_workdir(run.workdir, moved | {TEACHER_DIGEST: "b"})
 
 
-def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys):
-    with sweep._only_sweep_in(tmp_path):
+def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "LOCAL_PATIENCE_SECONDS", 0)
+    with lock.locked(tmp_path / "sweep.lock", ""):
         arguments = [
             f"--config={DIGITS}",
             "--methods=ce",

@@ -97,8 +97,6 @@ def _config(workdir: pathlib.Path, command: command_line.CommandLine) -> ml_coll
         raise UserError(f"{workdir} holds no config.json of a run: name the recipe by --config=RECIPE")
     else:
         config = command_line.override(run_config(workdir), command.overrides)
-    # A teacher is not used here, and need not be where it was.
-    config.teacher.checkpoint = None
     config_lib.validate(config)
     return config
 

@@ -20,8 +20,8 @@ import pathlib
 import sys
 from typing import Any
 
+from cskd_jax.arguments import Parser, check_new, numbers
 from cskd_jax.errors import UserError, run_command
-from cskd_jax.interop.command_line import Parser, check_new, numbers
 
 WEIGHTS, FUNCTION, DESCRIPTION = "weights.safetensors", "network.jax_export", "network.json"
 # What the function runs on, wherever it is exported.

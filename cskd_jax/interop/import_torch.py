@@ -21,8 +21,8 @@ import json
 import pathlib
 import sys
 
+from cskd_jax.arguments import Parser, check_new, number
 from cskd_jax.errors import UserError, run_command
-from cskd_jax.interop.command_line import Parser, check_new, number
 
 
 def main(argv: list[str]) -> int:

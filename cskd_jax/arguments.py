@@ -1,4 +1,4 @@
-"""What the commands of this package have in common."""
+"""What the commands that take no recipe have in common."""
 
 import argparse
 import pathlib

@@ -1,0 +1,70 @@
+"""A folder held by one process at a time."""
+
+import contextlib
+import errno
+import fcntl
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+
+from absl import logging
+
+from cskd_jax.errors import UserError
+from cskd_jax.logging import say
+
+# A file server lets go only some time after a machine has died: NFS, by default, after 90 seconds.
+PATIENCE_SECONDS = 120
+# For a process of this machine that is just ending.
+LOCAL_PATIENCE_SECONDS = 3
+_POLL_SECONDS = 0.5
+# What systems answer that know no such locks.
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
+    """Holds the lock for this process; the system lets it go when the process ends, however it ends.
+
+    Where a process of another machine holds it, waits for `PATIENCE_SECONDS`: that machine may be dead and not yet missed.
+
+    Args:
+      path: file of the lock; it and its folder are made if missing.
+      holder: who holds it if this process does not, such as "another job", and where.
+
+    Raises:
+      UserError: another process holds it, or its folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {path.parent}: {error.strerror}") from None
+    with file:
+        try:
+            _acquire(file, holder)
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            logging.warning("%s: this file system has no locks (%s); start no second job", path, error.strerror)
+        yield
+
+
+def _acquire(file, holder):
+    begin, patience = time.monotonic(), None
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if patience is None:
+                file.seek(0)
+                patience = LOCAL_PATIENCE_SECONDS if file.read() == socket.gethostname() else PATIENCE_SECONDS
+                say(f"{holder}: waiting up to {patience} s for its end")
+            if time.monotonic() - begin >= patience:
+                raise UserError(f"{holder}; wait for its end, or use another --workdir") from None
+            time.sleep(_POLL_SECONDS)
+        else:
+            file.truncate(0)
+            file.write(socket.gethostname())
+            file.flush()
+            return

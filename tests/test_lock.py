@@ -1,0 +1,67 @@
+"""The lock of a folder: held, waited for, refused, and on file systems without locks."""
+
+import errno
+import fcntl
+import os
+import threading
+
+import pytest
+
+from cskd_jax import lock
+from cskd_jax.errors import UserError
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    monkeypatch.setattr(lock, "_POLL_SECONDS", 0.01)
+    return lambda seconds: monkeypatch.setattr(lock, "LOCAL_PATIENCE_SECONDS", seconds)
+
+
+def test_refused_in_the_end(tmp_path, patience, capsys):
+    patience(0.05)
+    path, refused = tmp_path / "new" / "lock", pytest.raises(UserError, match="another job; wait for its end")
+    with lock.locked(path, ""), refused, lock.locked(path, "another job"):
+        pass
+    assert capsys.readouterr().out.splitlines() == ["another job: waiting up to 0.05 s for its end"]
+
+
+def test_another_machine_is_waited_for_longer(tmp_path, patience, monkeypatch, capsys):
+    patience(60)
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.05)
+    with lock.locked(tmp_path / "lock", ""):
+        (tmp_path / "lock").write_text("another machine")
+        with (
+            pytest.raises(UserError, match="another job; wait for its end"),
+            lock.locked(tmp_path / "lock", "another job"),
+        ):
+            pass
+    assert "waiting up to 0.05 s" in capsys.readouterr().out
+
+
+def test_held_by_one_that_is_about_to_end(tmp_path, patience):
+    patience(60)
+    path, end = tmp_path / "lock", threading.Event()
+
+    def hold():
+        with lock.locked(path, ""):
+            held.set()
+            end.wait()
+
+    held, holder = threading.Event(), threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    threading.Timer(0.1, end.set).start()
+    with lock.locked(path, "another job"):
+        assert end.is_set()
+    holder.join()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with caplog.at_level("WARNING"), lock.locked(tmp_path / "lock", ""):
+        pass
+    assert f"{tmp_path / 'lock'}: this file system has no locks ({os.strerror(number)})" in caplog.text

@@ -1,0 +1,39 @@
+"""Several processes, without starting any: how they are recognized, and that an error of the first reaches all."""
+
+import pytest
+
+from cskd_jax import parallel
+from cskd_jax.checkpoint import Checkpoints
+from cskd_jax.errors import UserError
+from cskd_jax.logging import MetricsLog
+
+STEP = {"SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4"}, False),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, False),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t1,t2"}, True),
+    ],
+    ids=["nowhere", "batch script", "interactive step", "step", "TPU VM", "TPU pod"],
+)
+def test_several_processes_are_recognized(environment, expected):
+    assert parallel._in_cluster(environment) == expected
+
+
+@pytest.mark.parametrize("open_files", [lambda path: Checkpoints(path, keep=1), lambda path: MetricsLog(path, "x", 0)])
+def test_all_processes_learn_what_the_first_cannot_open(open_files, tmp_path, monkeypatch):
+    """As one of the others: it has no files to open itself, and must not go on."""
+
+    def on_first(*_):
+        raise UserError("told by the first")
+
+    monkeypatch.setattr(parallel, "is_first", lambda: False)
+    monkeypatch.setattr(parallel, "on_first", on_first)
+    with pytest.raises(UserError, match="told by the first"):
+        open_files(tmp_path)
