@@ -111,6 +111,8 @@ def test_gpus_are_shared_out():
     assert [variables["CUDA_VISIBLE_DEVICES"] for variables in found] == ["2", "5", "2"]
 
 
+# Other tests of this process have computed with JAX; a sweep never does.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys):
     """A teacher that fails, what needs it, and one that fails by itself, beside one that is done."""
     done = sweep.Run(tmp_path, "done", DIGITS, ())
