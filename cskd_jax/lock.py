@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import pathlib
-import socket
 import time
 from collections.abc import Iterator
 
@@ -26,7 +25,7 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
     """Holds the lock for this process; the system lets it go when the process ends, however it ends.
 
-    Where a process of another machine holds it, waits for `PATIENCE_SECONDS`: that machine may be dead and not yet missed.
+    Where a process of another machine holds it, waits for `PATIENCE_SECONDS`: that machine may be dead, not yet missed.
 
     Args:
       path: file of the lock; it and its folder are made if missing.
@@ -58,13 +57,18 @@ def _acquire(file, holder):
         except BlockingIOError:
             if patience is None:
                 file.seek(0)
-                patience = LOCAL_PATIENCE_SECONDS if file.read() == socket.gethostname() else PATIENCE_SECONDS
+                patience = LOCAL_PATIENCE_SECONDS if file.read() == _machine() else PATIENCE_SECONDS
                 say(f"{holder}: waiting up to {patience} s for its end")
             if time.monotonic() - begin >= patience:
                 raise UserError(f"{holder}; wait for its end, or use another --workdir") from None
             time.sleep(_POLL_SECONDS)
         else:
             file.truncate(0)
-            file.write(socket.gethostname())
+            file.write(_machine())
             file.flush()
             return
+
+
+def _machine():
+    """Of this start of this machine; containers may share their names with others."""
+    return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

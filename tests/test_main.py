@@ -253,7 +253,7 @@ def test_bad_input(case, done, small_run, tmp_path, capsys):
 
 
 def test_two_jobs_in_one_workdir(small_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(lock, "LOCAL_PATIENCE_SECONDS", 0)
     with lock.locked(tmp_path / "lock", ""):
         assert main(["main", *small_run, f"--workdir={tmp_path}"]) == 2
     assert f"another job runs in workdir {tmp_path}" in capsys.readouterr().err
