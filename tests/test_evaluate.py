@@ -16,7 +16,10 @@ BAD_INPUT = {
     "no run": (["--workdir={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "no configuration beside it": (["--checkpoint={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "a run for a network": (["--checkpoint={done}/tensorboard"], ["no checkpoint in"]),
-    "a workdir for a network": (["--checkpoint={done}", CONFIG], ["no checkpoint in {done}/checkpoints"]),
+    "a workdir for a network": (
+        ["--checkpoint={done}", CONFIG, "--config.dataset.data_dir={data}"],
+        ["no checkpoint in {done}/checkpoints"],
+    ),
     "unknown key": (["--workdir={done}", "--config.batchsize=3"], ["did you mean batch_size"]),
     "batch and devices": (["--workdir={done}", "--config.batch_size=60"], ["batch_size is 60", "8 devices"]),
     "other labels": (["--workdir={done}", "--config.dataset.name=digit_pairs"], ["one category per image"]),
@@ -25,9 +28,9 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input(case, done, tmp_path, capsys):
+def test_bad_input(case, done, digits_dir, tmp_path, capsys):
     arguments, words = BAD_INPUT[case]
-    assert main(["evaluate", *(a.format(done=done, empty=tmp_path) for a in arguments)]) == 2
+    assert main(["evaluate", *(a.format(done=done, data=digits_dir, empty=tmp_path) for a in arguments)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     for word in words:
         assert word.format(done=done) in line

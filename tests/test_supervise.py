@@ -147,6 +147,8 @@ def test_bad_arguments(arguments, word):
     assert word in line
 
 
+# Other tests of this process have computed with JAX; a supervisor never does.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_ends_the_first_where_the_second_cannot_be_started(monkeypatch):
     started, start = [], subprocess.Popen
 
