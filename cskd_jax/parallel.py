@@ -5,6 +5,7 @@ global batch. The first process alone reads and writes the workdir and speaks to
 the others, its errors too.
 """
 
+import functools
 import os
 import pickle
 import sys
@@ -199,6 +200,7 @@ def _devices():
     return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
 
 
+@functools.cache  # Every batch asks for it, and devices do not change.
 def _mesh():
     return Mesh(np.array(_devices()), (AXIS,))
 
