@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Part, render
-from cskd_jax.checkpoint import load_variables
+from cskd_jax.training.checkpoint import load_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KILLS_PER_RUN = 4

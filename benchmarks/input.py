@@ -16,11 +16,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Part, render
-from cskd_jax import command_line, parallel
-from cskd_jax import config as config_lib
+from cskd_jax.commands import command_line
 from cskd_jax.data import read_batches
-from cskd_jax.loop import make_sampler
-from cskd_jax.trained import load_data
+from cskd_jax.distributed import devices
+from cskd_jax.runs import recipes, schema
+from cskd_jax.runs.build import load_data, make_sampler
 
 _STEPS = 10**6  # More than there is time for.
 
@@ -38,8 +38,8 @@ def measure(config, seconds: float) -> Part:
         next(batches)
         first, images = time.perf_counter(), 0
         while time.perf_counter() < first + seconds:
-            images += parallel.shard({"image": next(batches)})["image"].block_until_ready().shape[1]
-        rate = images * parallel.describe_devices()["count"] / (time.perf_counter() - first)
+            images += devices.shard({"image": next(batches)})["image"].block_until_ready().shape[1]
+        rate = images * devices.describe_devices()["count"] / (time.perf_counter() - first)
         batches.close()
         row = {"images in": name, "loading s": loaded - start, "first batch s": first - loaded, "images/s": rate}
         rows.append(row)
@@ -57,8 +57,8 @@ def _run(argv):
     values = flags.FlagValues()
     flags.DEFINE_float("seconds", 10, "Of each measurement.", flag_values=values)
     command = command_line.parse(argv, values)
-    config = command_line.load_recipe(command.recipe, command.overrides)
-    config_lib.validate(config)
+    config = recipes.load_recipe(command.recipe, command.overrides)
+    schema.validate(config)
     command_line.set_up_jax()
     print(render(measure(config, values.seconds)))
 

@@ -12,12 +12,13 @@ import ml_collections
 import numpy as np
 
 from benchmarks.measuring import Part, median_ratio
-from configs import cifar100
-from cskd_jax import parallel
+from cskd_jax.configs import cifar100
 from cskd_jax.data import ImageDataset, Split
-from cskd_jax.loop import Network, Phase
-from cskd_jax.signals import StopRequest
-from cskd_jax.state import init_network
+from cskd_jax.distributed import devices
+from cskd_jax.distributed.signals import StopRequest
+from cskd_jax.training.networks import Network
+from cskd_jax.training.state import init_network
+from cskd_jax.training.trainer import Phase
 
 NUM_CLASSES = 100
 # name -> (width of the ResNet18s, side of the images, steps in an epoch)
@@ -57,7 +58,7 @@ class Runner:
         variables = jax.jit(lambda key: init_network(teacher.module, key, dataset.image_shape)[0])(
             jax.random.PRNGKey(0)
         )
-        self._teacher_variables = parallel.replicate(variables)
+        self._teacher_variables = devices.replicate(variables)
         self._phase = Phase("student", config, student, config.losses, config.epochs, dataset, folder, teacher)
         self.loop(), self.bare()
 
@@ -74,7 +75,7 @@ class Runner:
     def bare(self) -> float:
         """Milliseconds per step of as many calls of the compiled step, on one batch."""
         phase = self._phase
-        state, (_, batch) = parallel.replicate(phase._lowered_state.compile()()), next(phase._batches(0))
+        state, (_, batch) = devices.replicate(phase._lowered_state.compile()()), next(phase._batches(0))
         (step,) = phase._compiled.values()
         jax.block_until_ready(state)
         start = time.perf_counter()

@@ -28,11 +28,12 @@ import numpy as np
 from jax import lax
 
 from benchmarks.measuring import Part, milliseconds, render
-from configs import cifar100
-from cskd_jax import parallel
+from cskd_jax.configs import cifar100
 from cskd_jax.data import ImageDataset, Split
-from cskd_jax.loop import Network, Phase
+from cskd_jax.distributed import devices, processes
 from cskd_jax.models.layers import normalize_by_batch
+from cskd_jax.training.networks import Network
+from cskd_jax.training.trainer import Phase
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s64": 8, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
@@ -101,12 +102,12 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
 
 def time_sum(arguments: argparse.Namespace) -> float | None:
     """Median milliseconds of summing `--floats` floats over all devices; None but on the first process."""
-    parallel.initialize(arguments.coordinator, arguments.processes, arguments.process)
-    mapped = parallel.parallel_eval_step(lambda _, batch: lax.psum(batch["x"], parallel.AXIS))
-    rows = parallel.local_rows(jax.device_count())
-    batch = parallel.shard({"x": np.ones((rows.stop - rows.start, arguments.floats), np.float32)})
+    processes.initialize(arguments.coordinator, arguments.processes, arguments.process)
+    mapped = devices.parallel_eval_step(lambda _, batch: lax.psum(batch["x"], devices.AXIS))
+    rows = devices.local_rows(jax.device_count())
+    batch = devices.shard({"x": np.ones((rows.stop - rows.start, arguments.floats), np.float32)})
     times = [milliseconds(lambda: mapped(np.zeros(()), batch)) for _ in range(_REPEATS)]
-    return statistics.median(times[_REPEATS // 3 :]) if parallel.is_first() else None
+    return statistics.median(times[_REPEATS // 3 :]) if processes.is_first() else None
 
 
 def ask(devices: int, *arguments: str, processes: int = 1) -> object:
@@ -123,8 +124,8 @@ def ask(devices: int, *arguments: str, processes: int = 1) -> object:
 def measure_steps(sizes: list[tuple[int, int, int]], networks: list[str]) -> Part:
     """Bytes and memory for (devices, global batch, categories)."""
     rows = []
-    for devices, batch, categories in sizes:
-        outcome = ask(devices, "--ask=step", f"--batch={batch}", f"--categories={categories}", *networks)
+    for count, batch, categories in sizes:
+        outcome = ask(count, "--ask=step", f"--batch={batch}", f"--categories={categories}", *networks)
         moved = {name: outcome["moved"].get(name, 0) for name in (STEP, LOSSES, BATCH_NORM)}
         if devices > 1 and 0 in moved.values():
             raise RuntimeError(f"a step without collectives of one kind: {moved}; `cause` does not know their names")

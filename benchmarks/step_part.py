@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from benchmarks.measuring import MISSING_TORCH, Part, milliseconds
-from configs import cifar100
-from cskd_jax import optim, parallel
+from cskd_jax.configs import cifar100
 from cskd_jax.data.augment import augment, make_normalize
+from cskd_jax.distributed import devices
 from cskd_jax.models import create_model
-from cskd_jax.objective import Objective
-from cskd_jax.state import init_network, init_state
-from cskd_jax.steps import make_train_step
+from cskd_jax.training import optimizers
+from cskd_jax.training.objective import Objective
+from cskd_jax.training.state import init_network, init_state
+from cskd_jax.training.step import make_train_step
 
 NUM_CLASSES = 100
 IMAGE_SHAPE = (32, 32, 3)
@@ -32,28 +33,28 @@ def make_batch(batch_size: int) -> dict[str, np.ndarray]:
 def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
     """A function that takes one step, from uint8 images to the new state, and the seconds of its first call."""
     config = cifar100.get_config()
-    settings = {"num_classes": NUM_CLASSES, "axis_name": parallel.AXIS}
+    settings = {"num_classes": NUM_CLASSES, "axis_name": devices.AXIS}
     student = create_model(config.student.name, width=config.student.width, **settings)
     teacher = create_model(config.teacher.name, width=config.teacher.width, **settings)
     objective = Objective.create(config.losses, **settings)
-    optimizer = optim.make_optimizer(**config.optimizer, steps_per_epoch=_STEPS_PER_EPOCH)
+    optimizer = optimizers.make_optimizer(**config.optimizer, steps_per_epoch=_STEPS_PER_EPOCH)
     normalize = make_normalize(config.dataset.mean, config.dataset.std)
 
     def preprocess(images, key, positions):
         return normalize(augment(images, key, positions, **config.augment))
 
     step = make_train_step(
-        student, objective, optimizer, preprocess=preprocess, teacher=teacher, axis_name=parallel.AXIS
+        student, objective, optimizer, preprocess=preprocess, teacher=teacher, axis_name=devices.AXIS
     )
-    step = parallel.parallel_train_step(step)
+    step = devices.parallel_train_step(step)
     key = jax.random.PRNGKey(0)
 
     def init(key):
         variables, output = init_network(teacher, key, IMAGE_SHAPE)
         return init_state(key, student, objective, optimizer, IMAGE_SHAPE, output), variables
 
-    state, variables = parallel.replicate(jax.jit(init)(key))
-    batch = parallel.shard(batch)
+    state, variables = devices.replicate(jax.jit(init)(key))
+    batch = devices.shard(batch)
 
     def call():
         nonlocal state

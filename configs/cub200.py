@@ -8,7 +8,7 @@ the optimizer are the paper's for Tiny ImageNet, which has as many categories.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import methods, networks
+from cskd_jax.configs import methods, networks
 
 
 def get_config(word="cskd"):

@@ -8,7 +8,7 @@ logits, `:bkd` leaves category structure out, `:bce` the teacher (configs/method
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import methods, networks
+from cskd_jax.configs import methods, networks
 
 
 def get_config(word="mlcskd"):

@@ -8,7 +8,7 @@ this data set: those of the paper hold for all methods.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import methods, networks
+from cskd_jax.configs import methods, networks
 
 
 def get_config(word="cskd"):

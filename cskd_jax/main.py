@@ -23,7 +23,7 @@ import sys
 
 from absl import flags
 
-# Arguments of parallel.initialize: how the flag is defined, and its default.
+# Arguments of processes.initialize: how the flag is defined, and its default.
 _PROCESSES = {
     "coordinator": (flags.DEFINE_string, None),
     "processes": (flags.DEFINE_integer, None),
@@ -35,34 +35,35 @@ _PROCESSES = {
 def main(argv: list[str]) -> int:
     """Parses the command line, runs, and returns the exit code."""
     # Imported here: the processes that decode images import this module too, and have no use for JAX.
-    from cskd_jax import command_line
+    from cskd_jax.commands import command_line
 
     return command_line.run_program(_run, __doc__, argv)
 
 
 def _run(argv):
-    from cskd_jax import command_line
+    from cskd_jax.commands import command_line
+    from cskd_jax.runs import recipes
 
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", values)
     for name, (define, default) in _PROCESSES.items():
-        define(name, default, "See parallel.initialize.", flag_values=values)
+        define(name, default, "See processes.initialize.", flag_values=values)
     command = command_line.parse(argv, values)
     command_line.refuse_rest(command)
-    config = command_line.load_recipe(command.recipe, command.overrides)
+    config = recipes.load_recipe(command.recipe, command.overrides)
     word = command.recipe.partition(":")[2] or config.method
-    default = pathlib.Path("runs") / command_line.recipe_file(command.recipe).stem / f"{word}-seed{config.seed}"
+    default = pathlib.Path("runs") / recipes.recipe_file(command.recipe).stem / f"{word}-seed{config.seed}"
     command_line.set_up_jax()
     # Imported late: mistakes in the command should not wait for everything.
-    from cskd_jax import parallel
-    from cskd_jax.train import train
+    from cskd_jax.distributed import processes
+    from cskd_jax.runs.run import train
 
-    parallel.initialize(**{name: values[name].value for name in _PROCESSES})
+    processes.initialize(**{name: values[name].value for name in _PROCESSES})
     train(config, pathlib.Path(values.workdir or default))
 
 
 if __name__ == "__main__":
     code = main(sys.argv)
-    if "cskd_jax.parallel" in sys.modules:
-        sys.modules["cskd_jax.parallel"].leave(code)
+    if "cskd_jax.distributed.processes" in sys.modules:
+        sys.modules["cskd_jax.distributed.processes"].leave(code)
     sys.exit(code)

@@ -8,13 +8,13 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from cskd_jax.distributed.devices import AXIS
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
-from cskd_jax.objective import Objective
-from cskd_jax.optim import make_optimizer
-from cskd_jax.parallel import AXIS
-from cskd_jax.state import init_network, init_state
-from cskd_jax.steps import make_train_step
+from cskd_jax.training.objective import Objective
+from cskd_jax.training.optimizers import make_optimizer
+from cskd_jax.training.state import init_network, init_state
+from cskd_jax.training.step import make_train_step
 
 NUM_CLASSES, NUM_EXAMPLES, BATCH = 5, 24, 8
 IMAGE = (4, 4, 2)

@@ -5,24 +5,24 @@ import sys
 
 import pytest
 
-from cskd_jax import config as config_lib
-from cskd_jax.command_line import load_recipe, override
 from cskd_jax.errors import UserError, run_command
+from cskd_jax.runs import schema
+from cskd_jax.runs.recipes import load_recipe, override
 from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("word", ["digits.py:cskd", "digits.py:reviewkd", "digit_pairs.py:mlcskd", "cifar100.py:ft"])
 def test_configuration_comes_back(word):
     config = load_recipe(f"{ROOT}/configs/{word}", ["--config.epochs=3"])
-    restored = config_lib.restore(config_lib.plain(config), "config.json")
-    config_lib.validate(restored)
-    assert config_lib.flatten(restored) == config_lib.flatten(config)
+    restored = schema.restore(schema.plain(config), "config.json")
+    schema.validate(restored)
+    assert schema.flatten(restored) == schema.flatten(config)
 
 
 def test_overrides_of_a_restored_configuration():
-    flat = config_lib.plain(load_recipe(f"{ROOT}/configs/digits.py", []))
+    flat = schema.plain(load_recipe(f"{ROOT}/configs/digits.py", []))
     arguments = ["--config.dataset.data_dir=/data/7", "--config.dataset.train_examples=160", "--config.batch_size=32"]
-    config = override(config_lib.restore(flat, "config.json"), arguments)
+    config = override(schema.restore(flat, "config.json"), arguments)
     assert (config.dataset.data_dir, config.dataset.train_examples, config.batch_size) == ("/data/7", 160, 32)
     with pytest.raises(UserError, match="batchsize; did you mean batch_size"):
         override(config, ["--config.batchsize=3"])
@@ -33,14 +33,14 @@ def test_overrides_of_a_restored_configuration():
 @pytest.mark.parametrize("key", ["epoch", "losses.kdd.weight", "losses.kd.temprature", "losses", "losses.kd"])
 def test_unknown_key_of_a_damaged_file(key):
     with pytest.raises(UserError, match=f"config.json holds an unknown configuration key {key}"):
-        config_lib.restore({key: 1}, "config.json")
+        schema.restore({key: 1}, "config.json")
 
 
 def test_configuration_of_another_version():
-    flat = config_lib.plain(load_recipe(str(ROOT / "configs" / "digits.py"), []))
+    flat = schema.plain(load_recipe(str(ROOT / "configs" / "digits.py"), []))
     del flat["dataset.image_size"]
     with pytest.raises(UserError, match="config.json lacks dataset.image_size: another version of cskd_jax wrote it"):
-        config_lib.restore(flat, "config.json")
+        schema.restore(flat, "config.json")
 
 
 def test_console_that_cannot_show_a_letter(monkeypatch):

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.methods import METHODS, MULTILABEL_METHODS
-from configs.networks import network
-from cskd_jax import config as config_lib
+from cskd_jax.configs.methods import METHODS, MULTILABEL_METHODS
+from cskd_jax.configs.networks import network
 from cskd_jax.data import DATASETS, ImageDataset, Split
 from cskd_jax.errors import UserError
-from cskd_jax.loop import Network, Phase
 from cskd_jax.losses import LossInputs
-from cskd_jax.objective import Objective, hyperparameters, needs_teacher
 from cskd_jax.report import published
-from cskd_jax.state import init_network
+from cskd_jax.runs import schema
+from cskd_jax.training.networks import Network
+from cskd_jax.training.objective import Objective, hyperparameters, needs_teacher
+from cskd_jax.training.state import init_network
+from cskd_jax.training.trainer import Phase
 from tests.conftest import ROOT
 
 RECIPES = {
@@ -50,7 +51,7 @@ def test_every_recipe_is_here():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_method_is_valid(recipe):
     for method in MULTILABEL_METHODS if recipe in MULTILABEL else METHODS:
-        config_lib.validate(get_config(recipe, method))
+        schema.validate(get_config(recipe, method))
 
 
 def trace_one_step(recipe, config, folder):
@@ -102,7 +103,7 @@ def test_there_are_published_cells():
 def test_published_cell(recipe, word):
     """Every value of the published tables has a recipe: valid, with those networks, and its loss traces."""
     config = get_config(recipe, word)
-    config_lib.validate(config)
+    schema.validate(config)
     num_classes, shape = RECIPES[recipe]
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     modules = [Network.create(settings, num_classes, "float32").module for settings in (config.teacher, config.student)]
@@ -172,15 +173,15 @@ def test_published_recipe_of_tiny_imagenet(method):
 def test_only_the_process_that_reads_the_teacher_needs_it():
     config = get_config("digits", "kd")
     config.teacher.checkpoint = "/no/such"
-    config_lib.validate(config)
+    schema.validate(config)
     with pytest.raises(UserError, match="/no/such does not exist"):
-        config_lib.check_teacher_exists(config)
+        schema.check_teacher_exists(config)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_data_set_of_a_recipe(recipe):
     config = get_config(recipe, "mlcskd" if recipe in MULTILABEL else "cskd")
-    config_lib.validate(config)
+    schema.validate(config)
     assert config.dataset.name == recipe
     assert recipe in DATASETS
     assert len(config.dataset.mean) == RECIPES[recipe][1][2]
@@ -226,6 +227,6 @@ def test_words_are_of_one_kind_of_data():
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_setting_of_a_method_is_in_its_recipe(method):
     for name, settings in get_config(recipe_of(method), method).losses.items():
-        assert set(settings) >= set(config_lib.WEIGHT_RULES)
+        assert set(settings) >= set(schema.WEIGHT_RULES)
         optional = {"compactness_weight", "filter_misclassified"} if settings.get("variant") == "paper" else set()
-        assert set(hyperparameters(name)) - optional == set(settings) - set(config_lib.WEIGHT_RULES)
+        assert set(hyperparameters(name)) - optional == set(settings) - set(schema.WEIGHT_RULES)

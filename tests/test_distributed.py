@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from cskd_jax.checkpoint import load_variables
+from cskd_jax.training.checkpoint import load_variables
 from tests.conftest import ROOT
 from tests.test_resume import wait_for_row
 

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from cskd_jax import lock
 from cskd_jax.errors import UserError
+from cskd_jax.runs import lock
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cskd_jax import lock
 from cskd_jax.main import main
+from cskd_jax.runs import lock
 from tests.conftest import ROOT
 
 

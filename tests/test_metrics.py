@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from cskd_jax.losses import LOSSES
-from cskd_jax.metrics import MULTI_LABEL, SINGLE_LABEL, classification_sums, mean_average_precision, task_of
+from cskd_jax.training.metrics import MULTI_LABEL, SINGLE_LABEL, classification_sums, mean_average_precision, task_of
 
 
 def sums(logits, labels, mask=None):

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from cskd_jax import parallel
-from cskd_jax.checkpoint import load_variables
 from cskd_jax.data import ImageDataset, Split, load_dataset
 from cskd_jax.data.augment import make_normalize
+from cskd_jax.distributed import devices
 from cskd_jax.errors import UserError
-from cskd_jax.loop import Evaluation, Network, Phase
 from cskd_jax.losses import LOSSES
-from cskd_jax.train import GivenTeacher
+from cskd_jax.runs.trained import GivenTeacher
+from cskd_jax.training.checkpoint import load_variables
+from cskd_jax.training.evaluation import Evaluation
+from cskd_jax.training.networks import Network
+from cskd_jax.training.trainer import Phase
 from tests.conftest import ROOT
 
 SMALL = [
@@ -99,7 +101,7 @@ def test_evaluation_on_eight_devices_is_that_of_scikit_learn(done):
     config.student.update(name="resnet8", width=0.25)
     variables, _ = load_variables(str(done / "student"))
     network = Network.create(config.student, 10, config.dtype)
-    values = Evaluation(network, config, dataset)(parallel.replicate(variables))
+    values = Evaluation(network, config, dataset)(devices.replicate(variables))
     expected = json.loads((done / "results.json").read_text())["student"]["last"]
     for name in ("mean_average_precision", "loss"):
         np.testing.assert_allclose(values[name], expected[name], rtol=1e-4)

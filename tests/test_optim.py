@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from cskd_jax.optim import make_optimizer, restart_every, step_schedule
+from cskd_jax.training.optimizers import make_optimizer, restart_every, step_schedule
 
 STEPS_PER_EPOCH = 3
 DEFAULTS = {

@@ -2,10 +2,10 @@
 
 import pytest
 
-from cskd_jax import parallel
-from cskd_jax.checkpoint import Checkpoints
+from cskd_jax.distributed import processes
 from cskd_jax.errors import UserError
-from cskd_jax.logging import MetricsLog
+from cskd_jax.training.checkpoint import Checkpoints
+from cskd_jax.training.records import MetricsLog
 
 STEP = {"SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "4"}
 
@@ -23,7 +23,7 @@ STEP = {"SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "4"}
     ids=["nowhere", "batch script", "interactive step", "step", "TPU VM", "TPU pod"],
 )
 def test_several_processes_are_recognized(environment, expected):
-    assert parallel._in_cluster(environment) == expected
+    assert processes._in_cluster(environment) == expected
 
 
 @pytest.mark.parametrize("open_files", [lambda path: Checkpoints(path, keep=1), lambda path: MetricsLog(path, "x", 0)])
@@ -33,7 +33,7 @@ def test_all_processes_learn_what_the_first_cannot_open(open_files, tmp_path, mo
     def on_first(*_):
         raise UserError("told by the first")
 
-    monkeypatch.setattr(parallel, "is_first", lambda: False)
-    monkeypatch.setattr(parallel, "on_first", on_first)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "on_first", on_first)
     with pytest.raises(UserError, match="told by the first"):
         open_files(tmp_path)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cskd_jax import config as config_lib
-from cskd_jax.command_line import load_recipe
 from cskd_jax.report import published, svg
 from cskd_jax.report.__main__ import main
 from cskd_jax.report.embedding import project, tightness
 from cskd_jax.report.runs import compare, find_runs
 from cskd_jax.report.statistics import paired_difference, summarize
+from cskd_jax.runs import schema
+from cskd_jax.runs.recipes import load_recipe
 from tests.conftest import ROOT
 
 TOP1 = {"ce": (0.60, 0.62, 0.61), "kd": (0.64, 0.66, 0.65), "cskd": (0.66, 0.69, 0.68)}
@@ -35,7 +35,7 @@ def write_run(folder, recipe, word, seed, last, digest="d", **overrides):
         "dataset": {"name": recipe, "categories": 100, "train_examples": 50_000, "test_examples": 10_000},
         "devices": {"platform": "cpu", "kind": "cpu", "count": 1},
         "versions": {"cskd_jax": "0.1.0"},
-        "config": config_lib.plain(config),
+        "config": schema.plain(config),
     }
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from cskd_jax.checkpoint import load_variables
+from cskd_jax.training.checkpoint import load_variables
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from cskd_jax.data.augment import augment, make_normalize
+from cskd_jax.distributed.devices import AXIS
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
-from cskd_jax.objective import Objective, needs_teacher
-from cskd_jax.optim import make_optimizer
-from cskd_jax.parallel import AXIS
-from cskd_jax.state import init_network, init_state
-from cskd_jax.steps import make_eval_step, make_train_step
+from cskd_jax.training.objective import Objective, needs_teacher
+from cskd_jax.training.optimizers import make_optimizer
+from cskd_jax.training.state import init_network, init_state
+from cskd_jax.training.step import make_eval_step, make_train_step
 
 NUM_CLASSES, IMAGE = 6, (8, 8, 3)
 REFERENCE = {"category_structure": {"weight": 1.0, "variant": "reference"}, "cross_entropy": {"weight": 0.9}}

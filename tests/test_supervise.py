@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cskd_jax.supervise import Supervisor
+from cskd_jax.distributed.supervisor import Supervisor
 from tests.conftest import ROOT
 
 

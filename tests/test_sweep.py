@@ -7,13 +7,11 @@ import time
 
 import pytest
 
-from cskd_jax import config as config_lib
-from cskd_jax import lock, sweep
 from cskd_jax.errors import UserError
 from cskd_jax.evaluate.__main__ import main as evaluate_main
 from cskd_jax.report.__main__ import main as report_main
-from cskd_jax.train import check_workdir
-from cskd_jax.trained import TEACHER_DIGEST
+from cskd_jax.runs import grid, lock, schema, sweep
+from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir
 from tests.conftest import ROOT
 
 DIGITS = f"{ROOT}/configs/digits.py"
@@ -21,7 +19,7 @@ DIGITS = f"{ROOT}/configs/digits.py"
 
 def test_grid(tmp_path):
     overrides = ["--config.epochs=2", "--config.teacher.width=0.5", "--config.losses.kd.temperature=2.0"]
-    runs = sweep.make_grid(DIGITS, ["ce", "kd", "R18_0.25/R34_0.125/kd"], [3, 4], tmp_path, overrides)
+    runs = grid.make_grid(DIGITS, ["ce", "kd", "R18_0.25/R34_0.125/kd"], [3, 4], tmp_path, overrides)
     assert [run.name for run in runs] == [
         *("teacher-resnet18_0.5", "ce-seed3", "kd-seed3", "R18_0.25/R34_0.125/kd-seed3"),
         *("ce-seed4", "kd-seed4", "R18_0.25/R34_0.125/kd-seed4"),
@@ -35,12 +33,12 @@ def test_grid(tmp_path):
 
 
 def test_teacher_of_each_network_and_of_several_categories(tmp_path):
-    runs = sweep.make_grid(DIGITS, ["kd", "R34_0.5/R18_0.125/kd", "at"], [0], tmp_path, [])
+    runs = grid.make_grid(DIGITS, ["kd", "R34_0.5/R18_0.125/kd", "at"], [0], tmp_path, [])
     assert [run.name for run in runs[:2]] == ["teacher-resnet18_0.25", "teacher-resnet34_0.5"]
     assert runs[4].teacher == runs[0]
-    teacher, _ = sweep.make_grid(f"{ROOT}/configs/digit_pairs.py", ["mlcskd"], [0], tmp_path, [])
+    teacher, _ = grid.make_grid(f"{ROOT}/configs/digit_pairs.py", ["mlcskd"], [0], tmp_path, [])
     assert list(teacher.config.losses) == ["binary_cross_entropy"]
-    given = sweep.make_grid(DIGITS, ["kd"], [0], tmp_path, ["--config.teacher.checkpoint=/somewhere"])
+    given = grid.make_grid(DIGITS, ["kd"], [0], tmp_path, ["--config.teacher.checkpoint=/somewhere"])
     assert [(run.teacher, run.config.teacher.checkpoint) for run in given] == [(None, "/somewhere")]
 
 
@@ -73,16 +71,16 @@ def test_bad_input(case, tmp_path, capsys):
 
 
 def test_folder_of_another_run(tmp_path):
-    (run,) = sweep.make_grid(DIGITS, ["ce"], [0], tmp_path, [])
+    (run,) = grid.make_grid(DIGITS, ["ce"], [0], tmp_path, [])
     (run.workdir / "student" / "checkpoints" / "23").mkdir(parents=True)
     (run.workdir / "config.json").write_text(json.dumps({"epochs": 7}))
     with pytest.raises(UserError, match=r"another configuration.*epochs 7 != 30"):
-        sweep.check([run])
+        grid.check([run])
 
 
 def test_teacher_that_has_moved(tmp_path):
-    (run,) = sweep.make_grid(DIGITS, ["kd"], [0], tmp_path, ["--config.teacher.checkpoint=here"])
-    identity = config_lib.plain(run.config)
+    (run,) = grid.make_grid(DIGITS, ["kd"], [0], tmp_path, ["--config.teacher.checkpoint=here"])
+    identity = schema.plain(run.config)
     (run.workdir / "student" / "checkpoints" / "23").mkdir(parents=True)
     (run.workdir / "config.json").write_text(json.dumps(identity | {TEACHER_DIGEST: "a"}))
     moved = identity | {"teacher.checkpoint": "there"}
@@ -115,11 +113,11 @@ def test_gpus_are_shared_out():
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys):
     """A teacher that fails, what needs it, and one that fails by itself, beside one that is done."""
-    done = sweep.Run(tmp_path, "done", DIGITS, ())
+    done = grid.Run(tmp_path, "done", DIGITS, ())
     done.workdir.mkdir()
     (done.workdir / "results.json").write_text("{}")
-    teacher = sweep.Run(tmp_path, "teacher", "configs/nothing.py", ())
-    needs_it, bad = sweep.Run(tmp_path, "kd", DIGITS, (), teacher), sweep.Run(tmp_path, "bad", DIGITS, ("x",))
+    teacher = grid.Run(tmp_path, "teacher", "configs/nothing.py", ())
+    needs_it, bad = grid.Run(tmp_path, "kd", DIGITS, (), teacher), grid.Run(tmp_path, "bad", DIGITS, ("x",))
     runs = [done, teacher, needs_it, bad]
     with pytest.raises(sweep.FailedRunsError, match=r"3 of 4 runs failed: teacher, .*; the same command"):
         sweep.sweep(runs, jobs=2)

@@ -7,10 +7,10 @@ import pytest
 
 from cskd_jax.interop.names import from_torch
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
-from cskd_jax.objective import Objective
-from cskd_jax.optim import make_optimizer
-from cskd_jax.state import TrainState
-from cskd_jax.steps import make_train_step
+from cskd_jax.training.objective import Objective
+from cskd_jax.training.optimizers import make_optimizer
+from cskd_jax.training.state import TrainState
+from cskd_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("x64")
 TOLERANCE = 1e-10

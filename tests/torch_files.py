@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cskd_jax.state import init_network
+from cskd_jax.training.state import init_network
 
 
 class Global(NamedTuple):

@@ -26,18 +26,22 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from cskd_jax import command_line, parallel
-from cskd_jax import config as config_lib
-from cskd_jax.checkpoint import FOLDER
+from cskd_jax.commands import command_line
+from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import make_normalize
+from cskd_jax.distributed import devices
 from cskd_jax.errors import UserError
-from cskd_jax.logging import say, write_json
-from cskd_jax.loop import Evaluation
-from cskd_jax.metrics import task_of
 from cskd_jax.models import count_parameters
-from cskd_jax.train import describe_dataset, read_versions
-from cskd_jax.trained import TrainedNetwork, load_data, load_trained, run_config
+from cskd_jax.runs import recipes, schema
+from cskd_jax.runs.build import load_data
+from cskd_jax.runs.results import describe_dataset, read_versions
+from cskd_jax.runs.trained import TrainedNetwork, load_trained
+from cskd_jax.runs.workdir import run_config
+from cskd_jax.training.checkpoint import FOLDER
+from cskd_jax.training.evaluation import Evaluation
+from cskd_jax.training.metrics import task_of
+from cskd_jax.training.records import write_json
 
 FLOPS_MEANING = (
     "floating-point operations of one image in evaluation mode, from XLA's cost analysis of the program before the "
@@ -72,7 +76,7 @@ def _run(argv):
     config = _config(folder if values.workdir else folder.absolute().parent, command)
     folders = _phases(folder) if values.workdir else [folder]
     command_line.set_up_jax()
-    parallel.check_batch_size("batch_size", config.batch_size)
+    devices.check_batch_size("batch_size", config.batch_size)
     dataset = load_data(config)
     networks = {path.resolve().name: load_trained(path, config, dataset) for path in folders}
     evaluation = {
@@ -81,7 +85,7 @@ def _run(argv):
         "batch_size": config.batch_size,
         "flops_per_image": FLOPS_MEANING,
         "latency_ms": LATENCY_MEANING,
-        "devices": parallel.describe_devices(),
+        "devices": devices.describe_devices(),
         "versions": read_versions(),
     }
     say(_tables(evaluation, task_of(dataset.multilabel).names))
@@ -92,12 +96,12 @@ def _run(argv):
 def _config(workdir: pathlib.Path, command: command_line.CommandLine) -> ml_collections.ConfigDict:
     """From the recipe if one is given, or else of the run."""
     if command.recipe:
-        config = command_line.load_recipe(command.recipe, command.overrides)
+        config = recipes.load_recipe(command.recipe, command.overrides)
     elif not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} holds no config.json of a run: name the recipe by --config=RECIPE")
     else:
-        config = command_line.override(run_config(workdir), command.overrides)
-    config_lib.validate(config)
+        config = recipes.override(run_config(workdir), command.overrides)
+    schema.validate(config)
     return config
 
 
@@ -122,7 +126,7 @@ def evaluate(trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset
     """
     network, record = trained.network, trained.record
     task, labels = task_of(dataset.multilabel), dataset.test.labels
-    measured = Evaluation(network, config, dataset).measure(parallel.replicate(trained.variables))
+    measured = Evaluation(network, config, dataset).measure(devices.replicate(trained.variables))
     scores, _ = task.by_category(measured, labels, dataset.num_classes)
     normalize = make_normalize(config.dataset.mean, config.dataset.std)
 

@@ -20,7 +20,7 @@ import pathlib
 import sys
 from typing import Any
 
-from cskd_jax.arguments import Parser, check_new, numbers
+from cskd_jax.commands.arguments import Parser, check_new, numbers
 from cskd_jax.errors import UserError, run_command
 
 WEIGHTS, FUNCTION, DESCRIPTION = "weights.safetensors", "network.jax_export", "network.json"
@@ -52,9 +52,9 @@ def _run(argv):
     # Imported late: mistakes in the command should not wait for everything.
     import safetensors.numpy
 
-    from cskd_jax.checkpoint import FOLDER, load_variables
     from cskd_jax.interop.names import to_torch
     from cskd_jax.models import count_parameters, create_model
+    from cskd_jax.training.checkpoint import FOLDER, load_variables
 
     has_phases = not (arguments.workdir / FOLDER).is_dir()
     path = arguments.workdir / arguments.network if has_phases else arguments.workdir

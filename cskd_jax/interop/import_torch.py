@@ -21,7 +21,7 @@ import json
 import pathlib
 import sys
 
-from cskd_jax.arguments import Parser, check_new, number
+from cskd_jax.commands.arguments import Parser, check_new, number
 from cskd_jax.errors import UserError, run_command
 
 
@@ -49,10 +49,10 @@ def _run(argv):
     check_new(arguments.out)
     categories = _read_categories(arguments)
     # Imported late: mistakes in the command should not wait for everything.
-    from cskd_jax.checkpoint import FOLDER, Checkpoints
     from cskd_jax.interop.names import from_torch
     from cskd_jax.interop.torch_file import read_state_dict
     from cskd_jax.models import create_model
+    from cskd_jax.training.checkpoint import FOLDER, Checkpoints
 
     module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width)
     state_dict = read_state_dict(arguments.file, arguments.key)

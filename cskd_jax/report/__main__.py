@@ -17,9 +17,9 @@ import sys
 import numpy as np
 from absl import flags
 
-from cskd_jax import command_line
+from cskd_jax.commands import command_line
+from cskd_jax.console import say
 from cskd_jax.errors import UserError
-from cskd_jax.logging import say
 from cskd_jax.report import markdown, page, published, tables
 from cskd_jax.report.runs import Comparison, Row, compare, find_runs
 from cskd_jax.report.svg import Curve

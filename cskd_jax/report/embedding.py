@@ -12,14 +12,15 @@ from flax import linen as nn
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from cskd_jax import config as config_lib
-from cskd_jax.checkpoint import FOLDER
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import make_normalize
 from cskd_jax.errors import UserError
 from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.report.statistics import Summary, summarize
-from cskd_jax.trained import load_data, load_trained
+from cskd_jax.runs import schema
+from cskd_jax.runs.build import load_data
+from cskd_jax.runs.trained import load_trained
+from cskd_jax.training.checkpoint import FOLDER
 
 _MEASURED = 2000  # test images whose embeddings are measured
 _SHOWN, _SHOWN_CATEGORIES = 400, 10  # of them, test images in a picture and categories they are of
@@ -87,7 +88,7 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
     for _, folder in itertools.chain(*networks.values()):
         if not (folder / FOLDER).is_dir():
             raise UserError(f"there are no checkpoints in {folder}")
-    config = config_lib.restore(comparison.runs[0].config, str(comparison.runs[0].folder))
+    config = schema.restore(comparison.runs[0].config, str(comparison.runs[0].folder))
     if data_dir is not None:
         config.dataset.data_dir = data_dir
     dataset = load_data(config)

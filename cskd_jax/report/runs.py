@@ -6,13 +6,13 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cskd_jax.config import INDIFFERENT
 from cskd_jax.errors import UserError
-from cskd_jax.logging import read_rows
-from cskd_jax.metrics import Task, task_that_measured
 from cskd_jax.report.published import network_label
 from cskd_jax.report.statistics import Summary, summarize
-from cskd_jax.trained import read_json
+from cskd_jax.runs.schema import INDIFFERENT
+from cskd_jax.runs.workdir import read_json
+from cskd_jax.training.metrics import Task, task_that_measured
+from cskd_jax.training.records import read_rows
 
 # Settings that do not change what is compared; the seed is what is averaged over.
 _BOOKKEEPING = ("seed", "log_every", "keep_checkpoints", "teacher.checkpoint", "dataset.data_dir", "dataset.path",

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from configs import digits
-from cskd_jax.checkpoint import load_variables
+from cskd_jax.configs import digits
 from cskd_jax.data import load_dataset
 from cskd_jax.data.augment import make_normalize
 from cskd_jax.errors import UserError
 from cskd_jax.interop import export, import_torch
 from cskd_jax.models import create_model
-from cskd_jax.train import GivenTeacher
+from cskd_jax.runs.trained import GivenTeacher
+from cskd_jax.training.checkpoint import load_variables
 from tests.torch_files import assert_same_variables
 
 TEACHER = ["--model=resnet8", "--width=0.25", "--num_classes=10", "--channels=1"]

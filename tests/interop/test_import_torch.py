@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cskd_jax.checkpoint import load_variables
 from cskd_jax.interop import unpickle
 from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.names import to_torch
 from cskd_jax.interop.torch_file import read_state_dict
 from cskd_jax.models import create_model
+from cskd_jax.training.checkpoint import load_variables
 from tests import torch_files
 from tests.torch_files import (
     Call,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cskd_jax.checkpoint import Checkpoints
 from cskd_jax.losses import LOSSES, ContrastMemory, contrastive_loss
 from cskd_jax.losses.crd import draw_negatives, new_contrast_memory, remember
+from cskd_jax.training.checkpoint import Checkpoints
 from tests.method_checks import (
     BATCH,
     NUM_CLASSES,

@@ -4,20 +4,10 @@ import contextlib
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-import tqdm
-
-from cskd_jax import parallel
-
-
-def say(message: str) -> None:
-    """Prints a line for the person at the console, above the progress bar if one is shown; the first process only."""
-    if parallel.is_first():
-        tqdm.tqdm.write(message)
-        sys.stdout.flush()
+from cskd_jax.distributed import processes
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -28,15 +18,6 @@ def write_json(path: pathlib.Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def progress_bar(phase: str, total: int, initial: int, unit: str) -> tqdm.tqdm:
-    """A bar on standard error, shown only on a terminal; counts `unit`s and estimates the time left."""
-    # None: not shown where there is no terminal.
-    disable = None if parallel.is_first() else True
-    return tqdm.tqdm(
-        desc=phase, total=total, initial=initial, unit=f" {unit}", unit_scale=True, disable=disable, dynamic_ncols=True
-    )
 
 
 class MetricsLog:
@@ -54,7 +35,7 @@ class MetricsLog:
         self._phase = phase
         self._tensorboard, self._folder, self._purge_step = None, str(workdir / "tensorboard" / phase), step + 1
         self._file = None
-        parallel.on_first(self._open, workdir / "metrics.jsonl", step)
+        processes.on_first(self._open, workdir / "metrics.jsonl", step)
 
     def _open(self, path, step):
         kept = [row for row in read_rows(path) if row["phase"] != self._phase or row["step"] <= step]

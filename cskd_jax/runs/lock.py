@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from absl import logging
 
+from cskd_jax.console import say
 from cskd_jax.errors import UserError
-from cskd_jax.logging import say
 
 # A file server lets go only some time after a machine has died: NFS, by default, after 90 seconds.
 PATIENCE_SECONDS = 120

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
-from cskd_jax.objective import Objective
+from cskd_jax.training.objective import Objective
 
 _ONE_CATEGORY = jax.ShapeDtypeStruct((), jnp.int32)
 

@@ -9,9 +9,9 @@ from flax import linen as nn
 from jax import lax
 
 from cskd_jax.losses import LossInputs, batch_positions
-from cskd_jax.metrics import SINGLE_LABEL, Task
-from cskd_jax.objective import Objective
-from cskd_jax.state import TrainState
+from cskd_jax.training.metrics import SINGLE_LABEL, Task
+from cskd_jax.training.objective import Objective
+from cskd_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Preprocess = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

@@ -1,19 +1,22 @@
 """Networks that a phase has trained: read back, with the configuration of their run, and held against a data set."""
 
-import json
+import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from cskd_jax import config as config_lib
-from cskd_jax.checkpoint import load_variables
-from cskd_jax.data import ImageDataset, load_dataset
+from cskd_jax.console import say
+from cskd_jax.data import ImageDataset
+from cskd_jax.distributed import devices
 from cskd_jax.errors import UserError
-from cskd_jax.loop import Network
-
-# Beside the configuration, config.json of a run whose teacher was given holds that teacher's digest.
-TEACHER_DIGEST = "teacher.checkpoint digest"
+from cskd_jax.runs import schema
+from cskd_jax.runs.results import describe
+from cskd_jax.training.callbacks import Progress
+from cskd_jax.training.checkpoint import FOLDER, load_variables
+from cskd_jax.training.evaluation import Evaluation
+from cskd_jax.training.metrics import task_of
+from cskd_jax.training.networks import Network
 
 
 class TrainedNetwork(NamedTuple):
@@ -97,41 +100,47 @@ def _per_channel(values, channels):
     return list(values) * (channels // len(values))
 
 
-def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
-    """The data set of `config`; UserError unless mean and deviation are per channel of its images, or one for all."""
-    dataset = load_dataset(
-        config.dataset.name,
-        data_dir=config.dataset.data_dir,
-        path=config.dataset.path,
-        train_examples=config.dataset.train_examples,
-        image_size=config.dataset.image_size,
-        streaming=config.dataset.streaming,
-        workers=config.dataset.workers,
-    )
-    channels = dataset.image_shape[-1]
-    if len(config.dataset.mean) not in (1, channels):
-        raise UserError(
-            f"dataset.mean has {len(config.dataset.mean)} values, the images of {dataset.name} have {channels} channels"
+@dataclasses.dataclass(frozen=True)
+class GivenTeacher:
+    """A teacher from `config.teacher.checkpoint`.
+
+    Attributes:
+      path: folder of its phase.
+      variables: of the network, numpy arrays.
+      record: saved with them.
+    """
+
+    path: str
+    variables: Any
+    record: dict[str, Any]
+
+    @classmethod
+    def load(cls, config: ml_collections.ConfigDict):
+        """Reads it; raises UserError unless it is the network that the configuration names, trained to the end."""
+        schema.check_teacher_exists(config)
+        path = pathlib.Path(config.teacher.checkpoint).expanduser()
+        # Of a run's workdir, its teacher is meant.
+        path = str(path / "teacher" if (path / "teacher" / FOLDER).is_dir() else path)
+        variables, record = load_variables(path)
+        wanted = {"name": config.teacher.name, "width": float(config.teacher.width)}
+        if record["network"] != wanted:
+            raise UserError(f"teacher.checkpoint {path} holds {record['network']}, the configuration asks for {wanted}")
+        if not record["finished"]:
+            raise UserError(f"teacher.checkpoint {path} is not trained to its end: run its own command again first")
+        return cls(path, variables, record)
+
+    def check_fits(self, config: ml_collections.ConfigDict, dataset: ImageDataset) -> None:
+        """Raises UserError unless it was trained on such images, such labels, and the same categories."""
+        check_fits(f"teacher.checkpoint {self.path}", self.variables, self.record, config, dataset)
+
+    def evaluate(self, network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset):
+        """Its variables on every device, and its entry in results.json."""
+        variables = devices.replicate(self.variables)
+        values = Evaluation(network, config, dataset)(variables)
+        say(
+            f"teacher: {network.name}, width {network.width:g}, from {self.path}, "
+            f"{task_of(dataset.multilabel).describe(values)}"
         )
-    return dataset
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file of a run; raises UserError if it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: not a JSON object")
-    return found
-
-
-def run_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """The configuration of the run in `workdir`; raises UserError if it holds none."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir} is no workdir of a run: there is no {path.name} in it")
-    flat = read_json(path)
-    flat.pop(TEACHER_DIGEST, None)
-    return config_lib.restore(flat, str(path))
+        entry = describe(network, variables, Progress({"last": values}))
+        source = {"checkpoint": self.path, "step": self.record["step"], "digest": self.record["digest"]}
+        return variables, entry | source

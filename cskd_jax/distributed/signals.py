@@ -3,7 +3,7 @@
 import os
 import signal
 
-from cskd_jax import parallel
+from cskd_jax.distributed import processes
 
 
 class StopRequest:
@@ -21,7 +21,7 @@ class StopRequest:
 
     def __enter__(self):
         handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
-        if parallel.is_distributed():
+        if processes.is_distributed():
             # JAX itself waits for SIGTERM, and tells the other processes.
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -34,7 +34,7 @@ class StopRequest:
     def reached(self) -> bool:
         """Whether to stop before the next step; asked before every step, by all processes."""
         self._calls += 1
-        if not self.requested and parallel.is_distributed() and parallel.stop_agreed(self._calls):
+        if not self.requested and processes.is_distributed() and processes.stop_agreed(self._calls):
             self.requested, self.name = True, signal.SIGTERM.name
         return self.requested
 

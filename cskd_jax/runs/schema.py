@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS
-from cskd_jax.objective import hyperparameters, needs_teacher
+from cskd_jax.training.objective import hyperparameters, needs_teacher
 
 
 class Rule(NamedTuple):

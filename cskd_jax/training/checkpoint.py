@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from cskd_jax import parallel
+from cskd_jax.distributed import processes
 from cskd_jax.errors import InterruptedRun, UserError
 
 FOLDER = "checkpoints"
@@ -42,7 +42,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self._directory = directory
-        parallel.on_first(self._open, keep)
+        processes.on_first(self._open, keep)
 
     def _open(self, keep):
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class Checkpoints:
           record: JSON values to go with them.
           score: the greater the better.
         """
-        parallel.on_first(self._save, step, tree, record, score)
+        processes.on_first(self._save, step, tree, record, score)
 
     def _save(self, step, tree, record, score):
         arrays = _flatten(jax.device_get(tree))
@@ -95,7 +95,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints but none is sound, or they hold other arrays than `template`.
         """
-        return parallel.on_first(self._restore, template)
+        return processes.on_first(self._restore, template)
 
     def _restore(self, template):
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -122,8 +122,8 @@ class Checkpoints:
     def __exit__(self, exception_type, *_):
         # Waits for what is being saved, so that nothing is lost, however the block ends.
         if exception_type in (None, InterruptedRun):
-            parallel.on_first(self._close)
-        elif parallel.is_first():
+            processes.on_first(self._close)
+        elif processes.is_first():
             # Other errors may have met this process alone.
             self._close()
 

@@ -1,11 +1,10 @@
-"""Devices and processes: the only file that names `jax.pmap`, device counts or processes.
+"""The processes of a run.
 
 A run on several machines is one process a machine (or a GPU), each of which runs the same program on its rows of every
 global batch. The first process alone reads and writes the workdir and speaks to people; what it finds there it tells
 the others, its errors too.
 """
 
-import functools
 import os
 import pickle
 import sys
@@ -16,12 +15,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cskd_jax import console
 from cskd_jax.errors import InterruptedRun, UserError
-
-# Name of the mapped axis over which every global batch is split.
-AXIS = "devices"
 
 # After so many seconds without a sign of life a process counts as dead, and JAX ends the others.
 HEARTBEAT_SECONDS = 20
@@ -63,6 +59,8 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         jax.distributed.initialize(coordinator, processes, process, **timeouts)
     except ValueError as error:
         raise UserError(f"--cluster: neither SLURM nor a TPU pod says which process this is ({error})") from None
+    if not is_first():
+        console.mute()
 
 
 def _in_cluster(environment):
@@ -148,99 +146,3 @@ def leave(code: int) -> None:
         # The others are aborted as soon as this one is gone: those that know of the error may end by themselves.
         time.sleep(2)
     os._exit(code)
-
-
-def describe_devices() -> dict[str, Any]:
-    """What a run computes on, for its results."""
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "kind": device.device_kind,
-        "count": jax.device_count(),
-        "processes": jax.process_count(),
-    }
-
-
-def check_batch_size(name: str, size: int) -> None:
-    """Raises UserError unless a global batch of `size` splits evenly over the devices."""
-    if size % jax.device_count():
-        raise UserError(f"{name} is {size}, which does not divide by the {jax.device_count()} devices")
-
-
-def round_up_to_devices(size: int) -> int:
-    """The smallest multiple of the number of devices that is not below `size`."""
-    return -(-size // jax.device_count()) * jax.device_count()
-
-
-def local_rows(size: int) -> slice:
-    """The rows of a global batch of `size` that this process computes: contiguous, in the order of the processes."""
-    rows = size // jax.process_count()
-    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-
-
-def replicate(tree: Any) -> Any:
-    """Puts a tree of arrays that are equal on all processes on every device."""
-    sharding = NamedSharding(_mesh(), PartitionSpec())
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), jax.device_get(tree))
-
-
-def shard(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The `local_rows` of all processes as a batch [devices, B / devices, ...], each part of it on its device."""
-    sharding, devices = NamedSharding(_mesh(), PartitionSpec(AXIS)), jax.local_device_count()
-
-    def place(rows):
-        rows = rows.reshape(devices, len(rows) // devices, *rows.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, rows, (jax.device_count(), *rows.shape[1:]))
-
-    return jax.tree.map(place, batch)
-
-
-def _devices():
-    """All devices, those of a process beside each other."""
-    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-
-
-@functools.cache  # Every batch asks for it, and devices do not change.
-def _mesh():
-    return Mesh(np.array(_devices()), (AXIS,))
-
-
-def parallel_train_step(step: Callable) -> Callable:
-    """Maps `(state, teacher_variables, batch, key) -> (state, metrics)` over the devices.
-
-    State, variables and key are the same on all devices and stay whole arrays; the batch is `shard`ed. The state is
-    donated: its buffers become those of the new state.
-    """
-    axes = {"in_axes": (None, None, 0, None), "out_axes": (None, None)}
-    return jax.pmap(step, axis_name=AXIS, devices=_devices(), donate_argnums=(0,), **axes)
-
-
-def parallel_eval_step(step: Callable) -> Callable:
-    """Maps `(variables, batch) -> sums` over the devices."""
-    return jax.pmap(step, axis_name=AXIS, devices=_devices(), in_axes=(None, 0), out_axes=None)
-
-
-def lower(mapped: Callable, *args: Any) -> jax.stages.Lowered:
-    """Traces a mapped step for arguments like these, arrays or only their shapes and types.
-
-    What is compiled from it takes arrays that are `replicate`d and `shard`ed.
-    """
-    if is_distributed():
-        # pmap then wants arrays. These take memory until it has traced.
-        args = jax.tree.map(_zeros_for_shape, args)
-    return mapped.lower(*args)
-
-
-def _zeros_for_shape(x):
-    is_shape = isinstance(x, jax.ShapeDtypeStruct)
-    return np.broadcast_to(np.zeros((), x.dtype), x.shape) if is_shape else x
-
-
-def max_steps_in_flight() -> int:
-    """How many steps may be dispatched before the host waits for the oldest.
-
-    A few keep a device busy while the host prepares what follows. CPU devices share one thread pool: with two steps in
-    flight the threads of the first can all wait for a device whose turn never comes.
-    """
-    several_cpu_devices = jax.default_backend() == "cpu" and jax.device_count() > 1
-    return 1 if several_cpu_devices else 4

@@ -1,0 +1,1 @@
+"""Devices and processes, signals, and the processes that a command starts and watches."""

@@ -1,0 +1,1 @@
+"""Runs: configurations, what they are built into, and the folders in which they are carried out."""

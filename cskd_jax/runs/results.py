@@ -1,0 +1,80 @@
+"""The results of a run: what is measured, written and said at its end."""
+
+import csv
+import importlib.metadata
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cskd_jax.console import say
+from cskd_jax.data import ImageDataset
+from cskd_jax.models import count_parameters
+from cskd_jax.training.callbacks import Progress
+from cskd_jax.training.metrics import Task
+from cskd_jax.training.networks import Network
+from cskd_jax.training.records import write_json
+
+RESULTS = "results.json"
+
+
+# Packages whose versions decide the numbers.
+_PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def read_versions() -> dict[str, str]:
+    """Of Python and the packages that decide the numbers."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def describe(network: Network, variables: Any, progress: Progress) -> dict[str, Any]:
+    """The entry of a network in results.json."""
+    return {
+        "model": network.name,
+        "width": network.width,
+        "parameters": count_parameters(variables["params"]),
+        **progress.evaluations,
+        "images_per_second": progress.images_per_second,
+    }
+
+
+def describe_dataset(dataset: ImageDataset) -> dict[str, Any]:
+    """The entry of the data in results.json."""
+    return {
+        "name": dataset.name,
+        "categories": dataset.num_classes,
+        "train_examples": len(dataset.train.labels),
+        "test_examples": len(dataset.test.labels),
+    }
+
+
+def write_results(
+    workdir: pathlib.Path, results: dict[str, Any], categories: Sequence[str], confusions: np.ndarray | None
+) -> None:
+    """Writes the confusion matrix, where there is one, and last results.json: a run without it is not done."""
+    if confusions is not None:
+        write_confusions(workdir / "confusion_matrix.csv", categories, confusions)
+    write_json(workdir / RESULTS, results)
+
+
+def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
+    """Writes the matrix with the categories as header and as first column."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["category \\ taken for", *categories])
+        writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
+
+
+def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds: float) -> None:
+    """Prints the end of a run."""
+    score, score_name = task.score, task.names[task.score]
+    for name in ("teacher", "student"):
+        if results[name] is not None:
+            entry = results[name]
+            best = entry.get("best")
+            best = f" (best {best[score]:.4f}, epoch {best['epoch']}, chosen on the test split)" if best else ""
+            size = f"{entry['model']}, width {entry['width']:g}, {entry['parameters']:,} parameters"
+            say(f"{name}: {size}, last {score_name} {entry['last'][score]:.4f}{best}")
+    say(f"done in {seconds:.0f} s: {path}")
