@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.measuring import MISSING_TORCH, Part, milliseconds
 from cskd_jax.configs import cifar100
-from cskd_jax.data.augment import augment, make_normalize
+from cskd_jax.data.augment import augment, Normalize
 from cskd_jax.distributed import devices
 from cskd_jax.models import create_model
 from cskd_jax.training import optimizers
@@ -38,7 +38,7 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
     teacher = create_model(config.teacher.name, width=config.teacher.width, **settings)
     objective = Objective.create(config.losses, **settings)
     optimizer = optimizers.make_optimizer(**config.optimizer, steps_per_epoch=_STEPS_PER_EPOCH)
-    normalize = make_normalize(config.dataset.mean, config.dataset.std)
+    normalize = Normalize(config.dataset.mean, config.dataset.std)
 
     def preprocess(images, key, positions):
         return normalize(augment(images, key, positions, **config.augment))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cskd_jax.data.augment import augment, enlarge, make_normalize
+from cskd_jax.data.augment import augment, enlarge, Normalize
 
 PADDING = 1
 SIZE = 3
@@ -196,15 +196,15 @@ def test_resize_alone_without_jit():
 def test_normalize():
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
-    result = make_normalize(mean, std)(images)
+    result = Normalize(mean, std)(images)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, (images / 255 - np.array(mean)) / np.array(std), rtol=1e-5, atol=1e-6)
 
 
 def test_normalize_grey():
     images = np.array([0, 51, 255], np.uint8).reshape(1, 1, 3, 1)
-    np.testing.assert_allclose(make_normalize((0.2,), (0.5,))(images).ravel(), [-0.4, 0, 1.6], atol=1e-6)
+    np.testing.assert_allclose(Normalize((0.2,), (0.5,))(images).ravel(), [-0.4, 0, 1.6], atol=1e-6)
 
 
 def test_normalize_stays_float32_with_64_bit_types(x64):
-    assert make_normalize((0.5,), (0.5,))(np.zeros((1, 2, 2, 1), np.uint8)).dtype == jnp.float32
+    assert Normalize((0.5,), (0.5,))(np.zeros((1, 2, 2, 1), np.uint8)).dtype == jnp.float32

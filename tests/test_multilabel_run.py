@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from cskd_jax.data import ImageDataset, Split, load_dataset
-from cskd_jax.data.augment import make_normalize
+from cskd_jax.data.augment import Normalize
 from cskd_jax.distributed import devices
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
@@ -105,7 +105,7 @@ def test_evaluation_on_eight_devices_is_that_of_scikit_learn(done):
     expected = json.loads((done / "results.json").read_text())["student"]["last"]
     for name in ("mean_average_precision", "loss"):
         np.testing.assert_allclose(values[name], expected[name], rtol=1e-4)
-    images = make_normalize(config.dataset.mean, config.dataset.std)(dataset.test.images)
+    images = Normalize(config.dataset.mean, config.dataset.std)(dataset.test.images)
     logits = network.module.clone(axis_name=None).apply(variables, images, train=False).logits
     np.testing.assert_allclose(
         values["mean_average_precision"],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cskd_jax.data.augment import augment, make_normalize
+from cskd_jax.data.augment import augment, Normalize
 from cskd_jax.distributed.devices import AXIS
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.training.objective import Objective, needs_teacher
@@ -52,7 +52,7 @@ def train(losses, num_devices, *, steps=5, batch_size=16, num_classes=NUM_CLASSE
         learning_rate=0.1, momentum=0.9, weight_decay=1e-4, milestones=(1,), decay_factor=0.1,
         restart_momentum=True, steps_per_epoch=3,
     )  # fmt: skip
-    normalize = make_normalize((0.5,), (0.25,))
+    normalize = Normalize((0.5,), (0.25,))
     step = make_train_step(
         student, objective, optimizer, teacher=teacher, axis_name=AXIS,
         preprocess=lambda images, *keys: normalize(augment(images, *keys, crop_padding=1, flip=True)),

@@ -1,6 +1,6 @@
 """Image preprocessing on the device, inside the step: resizing, random crop, flip, normalization."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,23 @@ import numpy as np
 from jax import lax
 
 
-def make_normalize(mean: Sequence[float], std: Sequence[float]) -> Callable[[jax.Array], jax.Array]:
-    """Returns a function from uint8 [B, H, W, C] to (x / 255 - mean) / std, float32, with per-channel mean and std."""
-    scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
-    shift = (-np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32)
-    return lambda images: images.astype(jnp.float32) * scale + shift
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+    """A function from uint8 [B, H, W, C] to (x / 255 - mean) / std, float32.
+
+    Attributes:
+      mean: Mean of pixels in [0, 1], per channel or one for all.
+      std: Standard deviation, likewise.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the normalized images."""
+        mean, std = (np.asarray(values, np.float64) for values in (self.mean, self.std))
+        scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+        return images.astype(jnp.float32) * scale + shift
 
 
 def augment(

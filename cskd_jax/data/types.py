@@ -56,6 +56,11 @@ class ImageDataset:
         """The shape of one image, (H, W, C)."""
         return self.train.images.shape[1:]
 
+    @property
+    def image_dtype(self) -> np.dtype:
+        """The type of a pixel: uint8, but for arrays of floats of one's own."""
+        return getattr(self.train.images, "dtype", np.dtype(np.uint8))
+
 
 def balanced_indices(labels: np.ndarray, categories: Sequence[str], train_examples: int | None) -> np.ndarray:
     """Chooses the first examples of each category, as evenly as `train_examples` allows.

@@ -1,7 +1,7 @@
 """The devices of a run: the only file that names `jax.pmap`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,74 +15,92 @@ from cskd_jax.errors import UserError
 AXIS = "devices"
 
 
-def describe_devices() -> dict[str, Any]:
-    """What a run computes on, for its results."""
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "kind": device.device_kind,
-        "count": jax.device_count(),
-        "processes": jax.process_count(),
-    }
+class Devices:
+    """The devices over which every batch of a run is split.
 
+    Args:
+      devices: The devices, or how many of all; None for all. A run of several processes uses all.
 
-def check_batch_size(name: str, size: int) -> None:
-    """Raises UserError unless a global batch of `size` splits evenly over the devices."""
-    if size % jax.device_count():
-        raise UserError(f"{name} is {size}, which does not divide by the {jax.device_count()} devices")
-
-
-def round_up_to_devices(size: int) -> int:
-    """The smallest multiple of the number of devices that is not below `size`."""
-    return -(-size // jax.device_count()) * jax.device_count()
-
-
-def local_rows(size: int) -> slice:
-    """The rows of a global batch of `size` that this process computes: contiguous, in the order of the processes."""
-    rows = size // jax.process_count()
-    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-
-
-def replicate(tree: Any) -> Any:
-    """Puts a tree of arrays that are equal on all processes on every device."""
-    sharding = NamedSharding(_mesh(), PartitionSpec())
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), jax.device_get(tree))
-
-
-def shard(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The `local_rows` of all processes as a batch [devices, B / devices, ...], each part of it on its device."""
-    sharding, devices = NamedSharding(_mesh(), PartitionSpec(AXIS)), jax.local_device_count()
-
-    def place(rows):
-        rows = rows.reshape(devices, len(rows) // devices, *rows.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, rows, (jax.device_count(), *rows.shape[1:]))
-
-    return jax.tree.map(place, batch)
-
-
-def _devices():
-    """All devices, those of a process beside each other."""
-    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-
-
-@functools.cache  # Every batch asks for it, and devices do not change.
-def _mesh():
-    return Mesh(np.array(_devices()), (AXIS,))
-
-
-def parallel_train_step(step: Callable) -> Callable:
-    """Maps `(state, teacher_variables, batch, key) -> (state, metrics)` over the devices.
-
-    State, variables and key are the same on all devices and stay whole arrays; the batch is `shard`ed. The state is
-    donated: its buffers become those of the new state.
+    Raises:
+      UserError: There are not so many devices.
     """
-    axes = {"in_axes": (None, None, 0, None), "out_axes": (None, None)}
-    return jax.pmap(step, axis_name=AXIS, devices=_devices(), donate_argnums=(0,), **axes)
 
+    def __init__(self, devices: int | Sequence[jax.Device] | None = None):
+        # Those of a process lie beside each other.
+        found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        if isinstance(devices, int) and not 1 <= devices <= len(found):
+            raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of devices here")
+        self._devices = found[:devices] if devices is None or isinstance(devices, int) else list(devices)
+        if is_distributed() and len(self._devices) != len(found):
+            raise UserError("a run of several processes uses all of their devices")
+        self._mesh = Mesh(np.array(self._devices), (AXIS,))
 
-def parallel_eval_step(step: Callable) -> Callable:
-    """Maps `(variables, batch) -> sums` over the devices."""
-    return jax.pmap(step, axis_name=AXIS, devices=_devices(), in_axes=(None, 0), out_axes=None)
+    @property
+    def count(self) -> int:
+        """The number of devices, over all processes."""
+        return len(self._devices)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a run computes on, for its results."""
+        device = self._devices[0]
+        return {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": self.count,
+            "processes": jax.process_count(),
+        }
+
+    def check_batch_size(self, name: str, size: int) -> None:
+        """Raises UserError unless a global batch of `size` splits evenly over the devices."""
+        if size % self.count:
+            raise UserError(f"{name} is {size}, which does not divide by the {self.count} devices")
+
+    def round_up(self, size: int) -> int:
+        """Returns the smallest multiple of the number of devices that is not below `size`."""
+        return -(-size // self.count) * self.count
+
+    def local_rows(self, size: int) -> slice:
+        """Returns the rows of a global batch of `size` that this process computes: contiguous, process by process."""
+        rows = size // jax.process_count()
+        return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a tree of arrays that are equal on all processes on every device."""
+        sharding = NamedSharding(self._mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), jax.device_get(tree))
+
+    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Returns the `local_rows` of all processes as a batch [devices, B / devices, ...], each part on its device."""
+        sharding, local = NamedSharding(self._mesh, PartitionSpec(AXIS)), self.count // jax.process_count()
+
+        def place(rows):
+            rows = rows.reshape(local, len(rows) // local, *rows.shape[1:])
+            return jax.make_array_from_process_local_data(sharding, rows, (self.count, *rows.shape[1:]))
+
+        return jax.tree.map(place, batch)
+
+    def map_train_step(self, step: Callable) -> Callable:
+        """Maps `(state, teacher_variables, batch, key) -> (state, metrics)` over the devices.
+
+        State, variables and key are the same on all devices and stay whole arrays; the batch is `shard`ed. The state is
+        donated: its buffers become those of the new state.
+        """
+        axes = {"in_axes": (None, None, 0, None), "out_axes": (None, None)}
+        return jax.pmap(step, axis_name=AXIS, devices=self._devices, donate_argnums=(0,), **axes)
+
+    def map_eval_step(self, step: Callable) -> Callable:
+        """Maps `(variables, batch) -> sums` over the devices."""
+        return jax.pmap(step, axis_name=AXIS, devices=self._devices, in_axes=(None, 0), out_axes=None)
+
+    @functools.cached_property
+    def steps_in_flight(self) -> int:
+        """How many steps may be dispatched before the host waits for the oldest.
+
+        A few keep a device busy while the host prepares what follows. CPU devices share one thread pool: with two steps
+        in flight the threads of the first can all wait for a device whose turn never comes.
+        """
+        several_cpu_devices = self._devices[0].platform == "cpu" and self.count > 1
+        return 1 if several_cpu_devices else 4
 
 
 def lower(mapped: Callable, *args: Any) -> jax.stages.Lowered:
@@ -99,13 +117,3 @@ def lower(mapped: Callable, *args: Any) -> jax.stages.Lowered:
 def _zeros_for_shape(x):
     is_shape = isinstance(x, jax.ShapeDtypeStruct)
     return np.broadcast_to(np.zeros((), x.dtype), x.shape) if is_shape else x
-
-
-def max_steps_in_flight() -> int:
-    """How many steps may be dispatched before the host waits for the oldest.
-
-    A few keep a device busy while the host prepares what follows. CPU devices share one thread pool: with two steps in
-    flight the threads of the first can all wait for a device whose turn never comes.
-    """
-    several_cpu_devices = jax.default_backend() == "cpu" and jax.device_count() > 1
-    return 1 if several_cpu_devices else 4

@@ -29,17 +29,15 @@ from absl import flags
 from cskd_jax.commands import command_line
 from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
-from cskd_jax.data.augment import make_normalize
-from cskd_jax.distributed import devices
+from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
 from cskd_jax.models import count_parameters
 from cskd_jax.runs import recipes, schema
-from cskd_jax.runs.build import load_data
+from cskd_jax.runs.build import load_data, make_evaluation, make_normalize
 from cskd_jax.runs.results import describe_dataset, read_versions
 from cskd_jax.runs.trained import TrainedNetwork, load_trained
 from cskd_jax.runs.workdir import run_config
 from cskd_jax.training.checkpoint import FOLDER
-from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.records import write_json
 
@@ -76,16 +74,17 @@ def _run(argv):
     config = _config(folder if values.workdir else folder.absolute().parent, command)
     folders = _phases(folder) if values.workdir else [folder]
     command_line.set_up_jax()
+    devices = Devices()
     devices.check_batch_size("batch_size", config.batch_size)
     dataset = load_data(config)
     networks = {path.resolve().name: load_trained(path, config, dataset) for path in folders}
     evaluation = {
-        "networks": {name: evaluate(network, config, dataset) for name, network in networks.items()},
+        "networks": {name: evaluate(network, config, dataset, devices) for name, network in networks.items()},
         "dataset": describe_dataset(dataset),
         "batch_size": config.batch_size,
         "flops_per_image": FLOPS_MEANING,
         "latency_ms": LATENCY_MEANING,
-        "devices": devices.describe_devices(),
+        "devices": devices.describe(),
         "versions": read_versions(),
     }
     say(_tables(evaluation, task_of(dataset.multilabel).names))
@@ -112,7 +111,9 @@ def _phases(workdir: pathlib.Path) -> list[pathlib.Path]:
     return folders
 
 
-def evaluate(trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset) -> dict[str, Any]:
+def evaluate(
+    trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
+) -> dict[str, Any]:
     """What is measured of one network.
 
     Args:
@@ -124,29 +125,27 @@ def evaluate(trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset
       {"model", "width", "step" of the checkpoint, "finished", "parameters", "flops_per_image", "latency_ms": {"batch
       SIZE": float}, the metrics of the task and "loss", "by_category": {category: score}}.
     """
-    network, record = trained.network, trained.record
-    task, labels = task_of(dataset.multilabel), dataset.test.labels
-    measured = Evaluation(network, config, dataset).measure(devices.replicate(trained.variables))
-    scores, _ = task.by_category(measured, labels, dataset.num_classes)
-    normalize = make_normalize(config.dataset.mean, config.dataset.std)
+    network, saved = trained.network, trained.saved
+    evaluation, normalize = make_evaluation(network, config, dataset, devices), make_normalize(config)
+    values, scores, _ = evaluation.all(devices.replicate(saved.variables))
 
     def predict(variables, images):
-        return network.module.apply(variables, normalize(images), train=False).logits
+        return network.apply(variables, normalize(images), train=False)[0].logits
 
-    latencies, variables = {}, jax.device_put(trained.variables)
+    latencies, variables = {}, jax.device_put(saved.variables)
     for size in sorted({1, config.batch_size}):
         images = jnp.asarray(np.resize(dataset.test.images[:size], (size, *dataset.image_shape)))
         lowered = jax.jit(predict).lower(variables, images)
         latencies[f"batch {size}"] = latency(lowered.compile(), variables, images)
     return {
-        "model": network.name,
-        "width": network.width,
-        "step": record["step"],
-        "finished": record["finished"],
-        "parameters": count_parameters(trained.variables["params"]),
+        "model": saved.record.network["name"],
+        "width": saved.record.network["width"],
+        "step": saved.step,
+        "finished": saved.record.finished,
+        "parameters": count_parameters(saved.variables["params"]),
         "flops_per_image": lowered.cost_analysis()["flops"] / config.batch_size,
         "latency_ms": latencies,
-        **task.summarize(measured, labels),
+        **values,
         "by_category": dict(zip(dataset.categories, scores.tolist(), strict=True)),
     }
 

@@ -58,30 +58,31 @@ def _run(argv):
 
     has_phases = not (arguments.workdir / FOLDER).is_dir()
     path = arguments.workdir / arguments.network if has_phases else arguments.workdir
-    variables, record = load_variables(str(path))
+    saved = load_variables(str(path))
+    variables, record = saved.variables, saved.record
     images = _images(arguments, record)
     classes = len(variables["params"]["classifier"]["bias"])
-    module = create_model(**record["network"], num_classes=classes)
-    function = export_function(module, variables, record["channels"], **images)
-    state_dict = to_torch(module, variables, batches=record["step"])
+    module = create_model(**record.network, num_classes=classes)
+    function = export_function(module, variables, record.channels, **images)
+    state_dict = to_torch(module, variables, batches=saved.step)
     description = {
-        **record["network"],
+        **record.network,
         "num_classes": classes,
-        "categories": record["categories"],
-        "channels": record["channels"],
+        "categories": record.categories,
+        "channels": record.channels,
         "images": images,
-        "step": record["step"],
-        "finished": record["finished"],
+        "step": saved.step,
+        "finished": record.finished,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     # What reads such files for PyTorch wants to be told that they are meant for it.
     (arguments.out / WEIGHTS).write_bytes(safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
     (arguments.out / FUNCTION).write_bytes(function)
     (arguments.out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    trained = "" if record["finished"] else ", not trained to its end"
+    trained = "" if record.finished else ", not trained to its end"
     print(
-        f"{record['network']['name']}, width {record['network']['width']:g}, "
-        f"{count_parameters(variables['params']):,} parameters, step {record['step']}{trained}: "
+        f"{record.describe_network()}, "
+        f"{count_parameters(variables['params']):,} parameters, step {saved.step}{trained}: "
         f"{', '.join(str(arguments.out / name) for name in (WEIGHTS, FUNCTION, DESCRIPTION))}"
     )
 
@@ -89,14 +90,14 @@ def _run(argv):
 def _images(arguments, record) -> dict[str, Any]:
     """{"size", "mean", "std"} of the images, as trained on or as given."""
     given = {"size": arguments.size, "mean": arguments.mean, "std": arguments.std}
-    if "images" in record:
+    if record.images:
         wrong = [name for name, value in given.items() if value is not None]
         if wrong:
             raise UserError(f"{arguments.workdir} knows the images it was trained on: leave --{', --'.join(wrong)} out")
-        return record["images"]
+        return record.images
     if None in given.values():
         raise UserError(f"{arguments.workdir} does not know its images: give --size, --mean and --std")
-    for name, allowed in (("size", (2,)), ("mean", (1, record["channels"])), ("std", (1, record["channels"]))):
+    for name, allowed in (("size", (2,)), ("mean", (1, record.channels)), ("std", (1, record.channels))):
         if len(given[name]) not in allowed:
             raise UserError(f"--{name} has {len(given[name])} values; it must have {' or '.join(map(str, allowed))}")
     return given
@@ -116,9 +117,9 @@ def export_function(module: Any, variables: Any, channels: int, *, size: Any, me
     import jax
     import jax.numpy as jnp
 
-    from cskd_jax.data.augment import make_normalize
+    from cskd_jax.data.augment import Normalize
 
-    normalize = make_normalize(mean, std)
+    normalize = Normalize(mean, std)
     variables = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), variables)
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8)

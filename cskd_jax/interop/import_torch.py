@@ -52,7 +52,7 @@ def _run(argv):
     from cskd_jax.interop.names import from_torch
     from cskd_jax.interop.torch_file import read_state_dict
     from cskd_jax.models import create_model
-    from cskd_jax.training.checkpoint import FOLDER, Checkpoints
+    from cskd_jax.training.checkpoint import FOLDER, Checkpoints, Record
 
     module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width)
     state_dict = read_state_dict(arguments.file, arguments.key)
@@ -61,16 +61,15 @@ def _run(argv):
         variables, used, unused = from_torch(module, arguments.channels, state_dict)
     except (UserError, ValueError) as error:
         raise UserError(f"{arguments.file} as {network}: {error}") from None
-    record = {
-        "network": {"name": arguments.model, "width": arguments.width},
-        "channels": arguments.channels,
-        "categories": categories,
-        "multilabel": arguments.multilabel,
-        "method": "imported",
-        "finished": True,
-        "progress": {},
-    }
-    tree = {"params": {"student": variables["params"]}, "batch_stats": variables["batch_stats"]}
+    record = Record(
+        network={"name": arguments.model, "width": arguments.width},
+        channels=arguments.channels,
+        categories=categories,
+        multilabel=arguments.multilabel,
+        method="imported",
+        finished=True,
+    )
+    tree = {"params": {"network": variables["params"]}, "collections": {"batch_stats": variables["batch_stats"]}}
     with Checkpoints(arguments.out / FOLDER, keep=1) as checkpoints:
         checkpoints.save(0, tree, record)
     report = {

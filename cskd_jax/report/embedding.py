@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
-from flax import linen as nn
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from cskd_jax.data import ImageDataset
-from cskd_jax.data.augment import make_normalize
+from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
 from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import load_data
+from cskd_jax.runs.build import load_data, make_normalize
 from cskd_jax.runs.trained import load_trained
 from cskd_jax.training.checkpoint import FOLDER
+from cskd_jax.training.networks import Network
 
 _MEASURED = 2000  # test images whose embeddings are measured
 _SHOWN, _SHOWN_CATEGORIES = 400, 10  # of them, test images in a picture and categories they are of
@@ -142,19 +142,19 @@ def embed_images(
       float64 [N, D].
     """
     trained = load_trained(folder, config, dataset)
-    variables = jax.device_put(trained.variables)
+    variables, normalize = jax.device_put(trained.saved.variables), make_normalize(config)
     embedded = []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
         padded = np.pad(batch, [(0, _BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
-        output = _embed(trained.network.module, config.dataset.mean, config.dataset.std, variables, padded)
+        output = _embed(trained.network, normalize, variables, padded)
         embedded.append(np.asarray(output, np.float64)[: len(batch)])
     return np.concatenate(embedded)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "mean", "std"))
-def _embed(module: nn.Module, mean: Any, std: Any, variables: Any, images: jax.Array) -> jax.Array:
-    return module.apply(variables, make_normalize(mean, std)(images), train=False).embedding
+@functools.partial(jax.jit, static_argnames=("network", "normalize"))
+def _embed(network: Network, normalize: Normalize, variables: Any, images: jax.Array) -> jax.Array:
+    return network.apply(variables, normalize(images), train=False)[0].embedding
 
 
 def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:

@@ -1,18 +1,63 @@
-"""From a configuration to the objects of a run."""
+"""From a configuration to the objects of a run. Nothing below this module knows a configuration."""
 
+import functools
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
 import ml_collections
 
 from cskd_jax.data import ImageDataset, load_dataset
-from cskd_jax.data.samplers import BalancedSampler, UniformSampler
-from cskd_jax.distributed import devices
+from cskd_jax.data.augment import Normalize, augment
+from cskd_jax.data.samplers import BalancedSampler, Sampler, UniformSampler
+from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
-from cskd_jax.losses import LOSSES
+from cskd_jax.models import create_model
+from cskd_jax.training.callbacks import Console
+from cskd_jax.training.evaluation import Evaluation
+from cskd_jax.training.metrics import task_of
+from cskd_jax.training.networks import LinenNetwork
+from cskd_jax.training.optimizers import StepSchedule, sgd
+from cskd_jax.training.phases import Phase
+from cskd_jax.training.trainer import Student, Teacher, Trainer
 
-Sampler = UniformSampler | BalancedSampler
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+# Folded into the seed: a teacher and its student start from different weights.
+_STREAMS = {"teacher": 0, "student": 1}
+
+
+def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
+    """Returns the data set of a configuration.
+
+    Raises:
+      UserError: The data cannot be had, or mean and deviation are not per channel of its images, or one for all.
+    """
+    settings = config.dataset
+    dataset = load_dataset(
+        settings.name,
+        data_dir=settings.data_dir,
+        path=settings.path,
+        train_examples=settings.train_examples,
+        image_size=settings.image_size,
+        streaming=settings.streaming,
+        workers=settings.workers,
+    )
+    channels = dataset.image_shape[-1]
+    if len(settings.mean) not in (1, channels):
+        raise UserError(
+            f"dataset.mean has {len(settings.mean)} values, the images of {dataset.name} have {channels} channels"
+        )
+    return dataset
+
+
+def make_network(settings: Any, num_classes: int, dtype: str) -> LinenNetwork:
+    """Returns the network that `config.teacher` or `config.student` describes."""
+    module = create_model(settings["name"], num_classes=num_classes, width=settings["width"], dtype=_DTYPES[dtype])
+    return LinenNetwork(module)
 
 
 def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> Sampler:
-    """The sampler that `config.sampler` describes; UserError where the labels do not allow it."""
+    """Returns the sampler that `config.sampler` describes; raises UserError where the labels do not allow it."""
     labels = dataset.train.labels
     if config.sampler.name == "uniform":
         return UniformSampler(len(labels), config.batch_size, config.seed, config.drop_last)
@@ -21,44 +66,86 @@ def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> Sa
     return BalancedSampler(labels, config.batch_size, config.sampler.samples_per_category, config.seed)
 
 
-def _check_methods(losses, dataset: ImageDataset) -> None:
-    """Raises UserError for a method that reads another kind of labels than the data set has."""
-    wrong = [name for name in losses if LOSSES[name].multilabel not in (None, dataset.multilabel)]
-    if wrong:
-        fitting = [name for name, method in LOSSES.items() if method.multilabel == dataset.multilabel]
-        kind = "any number of categories (multi-label)" if dataset.multilabel else "one category"
-        raise UserError(
-            f"losses.{wrong[0]} does not fit data set '{dataset.name}', whose images have {kind} each: of the methods "
-            f"that read labels, those for it are {', '.join(sorted(fitting))}"
-        )
+def make_normalize(config: ml_collections.ConfigDict) -> Normalize:
+    """Returns the normalization of the images."""
+    return Normalize(tuple(config.dataset.mean), tuple(config.dataset.std))
 
 
-def _check_batches(sampler: Sampler) -> None:
-    if sampler.batch_size > sampler.num_examples:
-        raise UserError(
-            f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
-        )
-    if sampler.last_batch_size == 1:
-        raise UserError(
-            "the last batch of an epoch holds one image, which has nothing to relate to: set drop_last=True"
-        )
-    devices.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)
-
-
-def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
-    """The data set of `config`; UserError unless mean and deviation are per channel of its images, or one for all."""
-    dataset = load_dataset(
-        config.dataset.name,
-        data_dir=config.dataset.data_dir,
-        path=config.dataset.path,
-        train_examples=config.dataset.train_examples,
-        image_size=config.dataset.image_size,
-        streaming=config.dataset.streaming,
-        workers=config.dataset.workers,
+def make_evaluation(
+    network: LinenNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
+) -> Evaluation:
+    """Returns the evaluation of a network on the test split."""
+    normalize = make_normalize(config)
+    return Evaluation(
+        network,
+        dataset.test,
+        dataset.num_classes,
+        normalize=normalize,
+        batch_size=config.batch_size,
+        devices=devices,
     )
-    channels = dataset.image_shape[-1]
-    if len(config.dataset.mean) not in (1, channels):
-        raise UserError(
-            f"dataset.mean has {len(config.dataset.mean)} values, the images of {dataset.name} have {channels} channels"
-        )
-    return dataset
+
+
+def make_trainer(
+    role: str,
+    config: ml_collections.ConfigDict,
+    dataset: ImageDataset,
+    workdir: pathlib.Path,
+    devices: Devices,
+    teacher: Teacher | None = None,
+) -> Trainer:
+    """Returns the trainer of one network of a run.
+
+    Args:
+      role: "teacher", which learns from the labels alone, or "student"; also the name of its folder in the workdir.
+      config: Configuration of the run.
+      dataset: Data set.
+      workdir: Folder of the run.
+      devices: Devices to compute on.
+      teacher: Teacher of the student; None where its losses need none.
+
+    Raises:
+      UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
+    """
+    losses, epochs, settings = config.losses.to_dict(), config.epochs, config.student
+    if role == "teacher":
+        losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
+        epochs, settings = config.teacher.epochs, config.teacher
+    sampler = make_sampler(config, dataset)
+    schedule, optimizer = _make_optimizer(config, sampler.steps_per_epoch)
+    student = Student(
+        make_network(settings, dataset.num_classes, config.dtype),
+        losses,
+        optimizer,
+        schedule,
+        description={"name": settings.name, "width": float(settings.width)},
+        method=config.method,
+    )
+    return Trainer(
+        {role: student},
+        [] if teacher is None else [teacher],
+        data=dataset,
+        phases=[Phase(epochs)],
+        seed=config.seed,
+        sampler=sampler,
+        normalize=make_normalize(config),
+        augment=functools.partial(augment, **config.augment),
+        callbacks=[Console()],
+        workdir=workdir,
+        devices=devices,
+        log_every=config.log_every,
+        keep_checkpoints=config.keep_checkpoints,
+        stream=_STREAMS[role],
+    )
+
+
+def _make_optimizer(config, steps_per_epoch):
+    """Returns (schedule, optimizer)."""
+    settings = config.optimizer
+    boundaries = tuple(epoch * steps_per_epoch for epoch in settings.milestones)
+    schedule = StepSchedule(settings.learning_rate, boundaries, settings.decay_factor)
+    restart = steps_per_epoch if settings.restart_momentum else None
+    optimizer = sgd(
+        schedule, momentum=settings.momentum, weight_decay=settings.weight_decay, restart_every_steps=restart
+    )
+    return schedule, optimizer

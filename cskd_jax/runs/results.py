@@ -4,7 +4,7 @@ import csv
 import importlib.metadata
 import pathlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,36 +12,45 @@ import numpy as np
 from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
 from cskd_jax.models import count_parameters
-from cskd_jax.training.callbacks import Progress
 from cskd_jax.training.metrics import Task
-from cskd_jax.training.networks import Network
 from cskd_jax.training.records import write_json
+from cskd_jax.training.trainer import Result
 
 RESULTS = "results.json"
-
-
 # Packages whose versions decide the numbers.
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def read_versions() -> dict[str, str]:
-    """Of Python and the packages that decide the numbers."""
+    """Returns the versions of Python and of the packages that decide the numbers."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def describe(network: Network, variables: Any, progress: Progress) -> dict[str, Any]:
-    """The entry of a network in results.json."""
+def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entry of a network in results.json.
+
+    Args:
+      network: {"name", "width"}.
+      variables: Variables of the network.
+      evaluations: {"last": {"epoch", metrics}, "best": ..., "images_per_second"}, or a part of it.
+    """
     return {
-        "model": network.name,
-        "width": network.width,
+        "model": network["name"],
+        "width": network["width"],
         "parameters": count_parameters(variables["params"]),
-        **progress.evaluations,
-        "images_per_second": progress.images_per_second,
+        "images_per_second": None,
+        **evaluations,
     }
 
 
+def describe_result(network: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    """Returns the entry of a network that was trained here in results.json."""
+    evaluations = {"last": result.last, "best": result.best, "images_per_second": result.images_per_second}
+    return describe(network, result.variables, evaluations)
+
+
 def describe_dataset(dataset: ImageDataset) -> dict[str, Any]:
-    """The entry of the data in results.json."""
+    """Returns the entry of the data in results.json."""
     return {
         "name": dataset.name,
         "categories": dataset.num_classes,

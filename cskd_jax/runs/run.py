@@ -1,4 +1,4 @@
-"""A run: a teacher phase (unless a checkpoint is given), a student phase, and the results."""
+"""A run: a teacher (unless a checkpoint is given), a student, and the results."""
 
 import contextlib
 import pathlib
@@ -7,18 +7,26 @@ import time
 import ml_collections
 
 from cskd_jax.console import say
-from cskd_jax.distributed import devices, processes
+from cskd_jax.distributed import processes
+from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import load_data
+from cskd_jax.runs.build import load_data, make_evaluation, make_network, make_trainer
 from cskd_jax.runs.lock import locked
-from cskd_jax.runs.results import RESULTS, describe, describe_dataset, read_versions, say_results, write_results
-from cskd_jax.runs.trained import GivenTeacher
+from cskd_jax.runs.results import (
+    RESULTS,
+    describe,
+    describe_dataset,
+    describe_result,
+    read_versions,
+    say_results,
+    write_results,
+)
+from cskd_jax.runs.trained import check_fits, load_given_teacher
 from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, claim
 from cskd_jax.training.metrics import task_of
-from cskd_jax.training.networks import Network
 from cskd_jax.training.objective import needs_teacher
-from cskd_jax.training.trainer import Phase
+from cskd_jax.training.trainer import Teacher
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -28,12 +36,12 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       UserError: what the user can mend; InterruptedRun and DivergedError among them.
     """
     schema.validate(config)
-    devices.check_batch_size("batch_size", config.batch_size)
-    identity, given_teacher = schema.plain(config), None
+    Devices().check_batch_size("batch_size", config.batch_size)
+    identity, given = schema.plain(config), None
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
-        given_teacher = processes.on_first(GivenTeacher.load, config)
+        given = processes.on_first(load_given_teacher, config)
         # A resumed run must not go on with another teacher.
-        identity[TEACHER_DIGEST] = given_teacher.record["digest"]
+        identity[TEACHER_DIGEST] = given[1].digest
     with contextlib.ExitStack() as held:
 
         def is_done():
@@ -46,43 +54,45 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         if processes.on_first(is_done):
             say(f"already done: {workdir / RESULTS}")
         else:
-            _run(config, workdir, identity, given_teacher)
+            _run(config, workdir, identity, given)
 
 
-def _run(config, workdir, identity, given_teacher):
-    start, versions, used = time.monotonic(), read_versions(), devices.describe_devices()
+def _run(config, workdir, identity, given):
+    start, versions, devices = time.monotonic(), read_versions(), Devices()
     # Several processes would prepare the same files at once.
     dataset = processes.first_then_all(lambda: load_data(config))
-    # All phases are made before the first runs: what does not fit in the last should not show hours later.
-    student = Network.create(config.student, dataset.num_classes, config.dtype)
-    teacher = teacher_phase = None
+    # Both trainers are made before the first one starts: what does not fit should not show hours later.
+    teacher = teacher_trainer = None
     if needs_teacher(config.losses):
-        teacher = Network.create(config.teacher, dataset.num_classes, config.dtype)
-        if given_teacher is None:
-            losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
-            teacher_phase = Phase("teacher", config, teacher, losses, config.teacher.epochs, dataset, workdir)
+        teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
+        if given is None:
+            teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices)
         else:
-            given_teacher.check_fits(config, dataset)
-    student_phase = Phase("student", config, student, config.losses, config.epochs, dataset, workdir, teacher)
+            path, saved = given
+            check_fits(f"teacher.checkpoint {path}", saved, config, dataset)
+            teacher.variables = saved.variables
+    trainer = make_trainer("student", config, dataset, workdir, devices, teacher)
     processes.on_first(claim, workdir, identity)
+    used = devices.describe()
     say(
         f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images, "
         f"{dataset.num_classes} categories; {used['count']} x {used['kind']}; workdir {workdir}"
     )
-    teacher_variables = teacher_result = None
+    teacher_entry = None
     with StopRequest() as stop:
-        if teacher_phase is not None:
-            variables, progress = teacher_phase.run(stop)
-            teacher_variables, teacher_result = devices.replicate(variables), describe(teacher, variables, progress)
-        elif given_teacher is not None:
-            teacher_variables, teacher_result = given_teacher.evaluate(teacher, config, dataset)
-        variables, progress = student_phase.run(stop, teacher_variables)
-    scores, confusions = student_phase.by_category(variables)
+        if teacher_trainer is not None:
+            result = teacher_trainer.fit(stop)["teacher"]
+            teacher.variables, teacher_entry = result.variables, describe_result(_description(config.teacher), result)
+        elif given is not None:
+            teacher_entry = _evaluate_given(teacher, given, make_evaluation(teacher.network, config, dataset, devices))
+        result = trainer.fit(stop)["student"]
+    scores, confusions = trainer.evaluation("student").by_category(devices.replicate(result.variables))
+    by_category = dict(zip(dataset.categories, scores.tolist(), strict=True))
     results = {
         "method": config.method,
         "seed": config.seed,
-        "teacher": teacher_result,
-        "student": describe(student, variables, progress) | {"by_category": scores},
+        "teacher": teacher_entry,
+        "student": describe_result(_description(config.student), result) | {"by_category": by_category},
         "dataset": describe_dataset(dataset),
         "devices": used,
         "versions": versions,
@@ -92,3 +102,15 @@ def _run(config, workdir, identity, given_teacher):
     say_results(results, task_of(dataset.multilabel), workdir / RESULTS, time.monotonic() - start)
 
 
+def _description(settings):
+    """Returns what results say of the network that `config.teacher` or `config.student` describes."""
+    return {"name": settings.name, "width": float(settings.width)}
+
+
+def _evaluate_given(teacher, given, evaluation):
+    """Evaluates a given teacher; returns its entry in results.json."""
+    path, saved = given
+    values = evaluation(evaluation.devices.replicate(teacher.variables))
+    say(f"teacher: {saved.record.describe_network()}, from {path}, {evaluation.task.describe(values)}")
+    source = {"checkpoint": path, "step": saved.step, "digest": saved.digest}
+    return describe(saved.record.network, teacher.variables, {"last": values}) | source

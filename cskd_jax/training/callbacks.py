@@ -1,30 +1,32 @@
-"""What watches a training: log, progress bar and console."""
+"""What watches a training: the meter that measures it, and callbacks that show or keep what is measured."""
 
 import dataclasses
-import pathlib
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
 from cskd_jax.console import progress_bar, say
 from cskd_jax.errors import DivergedError
-from cskd_jax.runs.build import Sampler
 from cskd_jax.training.metrics import Task
-from cskd_jax.training.records import MetricsLog
+
+# What every row of the history has beside the metrics.
+ROW_KEYS = {"phase", "split", "step", "epoch"}
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass
 class Progress:
-    """What a phase has to remember beside its arrays; saved with every checkpoint as JSON.
+    """What a training has to remember beside its arrays; saved with every checkpoint as JSON.
 
     Attributes:
       evaluations: {"last": ..., "best": ...}, each {"epoch", the metrics of the task, "loss"}; empty before the first.
-      sums: of the training metrics since the last row of the log.
-      count: steps in `sums`.
-      seconds: spent in training steps, over all the starts of the run, without compilation.
-      images: trained on in `seconds`.
+      sums: Sums of the training metrics since the last row of the history.
+      count: Number of steps in `sums`.
+      seconds: Seconds spent in training steps, over all the starts of the run, without compilation.
+      images: Number of images trained on in `seconds`.
     """
 
     evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -39,61 +41,137 @@ class Progress:
         return self.images / self.seconds if self.seconds else None
 
 
+class Start(NamedTuple):
+    """What a callback is told when a training starts or resumes.
+
+    Attributes:
+      student: Name of the student.
+      step: Number of steps done already.
+      steps: Number of steps in all.
+      steps_per_epoch: Number of steps in an epoch.
+      images_done: Number of images trained on in the steps done already.
+      images: Number of images trained on in all.
+      task: What is measured of the student.
+      progress: What was measured so far; kept up to date.
+    """
+
+    student: str
+    step: int
+    steps: int
+    steps_per_epoch: int
+    images_done: int
+    images: int
+    task: Task
+    progress: Progress
+
+
+class Callback:
+    """Watches the training of the students. A subclass overrides the methods that it needs; the others do nothing.
+
+    All values are Python numbers; nothing waits for a device on their account.
+    """
+
+    def on_start(self, start: Start) -> None:
+        """Called when the training of a student starts or resumes."""
+
+    def on_step(self, step: int, images: int, metrics: Mapping[str, float]) -> None:
+        """Called after every step, once its metrics are there.
+
+        Args:
+          step: Number of the step, from 1.
+          images: Number of images that it trained on.
+          metrics: "loss", every term of the loss by its name, "gradient_norm" and a metric of the student.
+        """
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Called with each row of the history: means over training steps, or an evaluation.
+
+        Args:
+          row: "phase" (name of the student), "split", "step", "epoch" and the metrics.
+        """
+
+    def on_end(self) -> None:
+        """Called when the training of the student ends, however it ends."""
+
+
+class Console(Callback):
+    """Shows a progress bar on a terminal, and a line for every epoch."""
+
+    def on_start(self, start: Start) -> None:
+        """See `Callback.on_start`."""
+        self._start = start
+        self._bar = progress_bar(start.student, start.images, start.images_done, "images")
+
+    def on_step(self, step: int, images: int, metrics: Mapping[str, float]) -> None:
+        """See `Callback.on_step`."""
+        self._bar.update(images)
+        shown = {name: f"{metrics[name]:.3f}" for name in ("loss", self._start.task.step_metric)}
+        self._bar.set_postfix(shown, refresh=False)
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """See `Callback.on_row`."""
+        if row["split"] != "test":
+            return
+        epochs, rate = self._start.steps // self._start.steps_per_epoch, self._start.progress.images_per_second
+        say(
+            f"{row['phase']}: epoch {row['epoch']}/{epochs}, test loss {row['loss']:.4f}, "
+            f"{self._start.task.describe(row)}" + (f", {rate:,.0f} images/s" if rate else "")
+        )
+
+    def on_end(self) -> None:
+        """See `Callback.on_end`."""
+        self._bar.close()
+
+
 class Meter:
-    """Takes what steps and evaluations measure to the log, the progress bar and the console; a context manager.
+    """Measures the training of a student, and tells the callbacks. A context manager.
 
     Args:
-      phase: "teacher" or "student".
-      config: of the run.
-      task: says which metrics are shown, and which epoch is best.
-      sampler: of the phase.
-      total_steps: of the phase.
-      workdir: of the run.
-      step: where the phase starts or resumes.
-      progress: of the phase, kept up to date.
+      start: What the callbacks are told first.
+      callbacks: Callbacks.
+      log_every: Number of steps between two rows of the history.
+      learning_rate: Function from the number of a step to its learning rate, or to None if it is not known.
+
+    Attributes:
+      progress: That of `start`.
+      history: Rows since the start or resume.
     """
 
     def __init__(
         self,
-        phase: str,
-        config: ml_collections.ConfigDict,
-        task: Task,
-        sampler: Sampler,
-        total_steps: int,
-        workdir: pathlib.Path,
-        step: int,
-        progress: Progress,
+        start: Start,
+        callbacks: Sequence[Callback],
+        log_every: int,
+        learning_rate: Callable[[int], float | None],
     ):
-        self.progress = progress
-        self._phase, self._log_every, self._steps_per_epoch = phase, config.log_every, sampler.steps_per_epoch
-        self._task = task
-        self._epochs = total_steps // sampler.steps_per_epoch
-        self._optimizer = config.optimizer
-        self._log = MetricsLog(workdir, phase, step)
-        self._bar = progress_bar(phase, sampler.images_before(total_steps), sampler.images_before(step), "images")
+        self.progress, self.history = start.progress, []
+        self._start, self._callbacks = start, callbacks
+        self._log_every, self._learning_rate = log_every, learning_rate
         self._clock = 0.0
 
     def __enter__(self):
+        for callback in self._callbacks:
+            callback.on_start(self._start)
         return self
 
     def __exit__(self, *_):
-        self._bar.close()
-        self._log.close()
+        for callback in self._callbacks:
+            callback.on_end()
 
     def start_clock(self) -> None:
-        """Evaluation, saving and compilation before this do not count as training time."""
+        """Starts the clock anew: evaluation, saving and compilation before this do not count as training time."""
         self._clock = time.perf_counter()
 
     def add(self, step: int, images: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step, waiting for it if it still runs.
 
         Args:
-          step: its number, from 1.
-          images: that it trained on.
-          metrics: scalars on the device.
+          step: Number of the step, from 1.
+          images: Number of images that it trained on.
+          metrics: Scalars on the device.
 
         Raises:
-          DivergedError: a metric is not finite.
+          DivergedError: A metric is not finite.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._check_finite(step, values)
@@ -104,43 +182,39 @@ class Meter:
         for name, value in values.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         progress.count += 1
-        self._bar.update(images)
-        shown = {name: f"{values[name]:.3f}" for name in ("loss", self._task.step_metric)}
-        self._bar.set_postfix(shown, refresh=False)
-        if step % self._log_every == 0 or step % self._steps_per_epoch == 0:
+        for callback in self._callbacks:
+            callback.on_step(step, images, values)
+        if step % self._log_every == 0 or step % self._start.steps_per_epoch == 0:
             row = {name: total / progress.count for name, total in progress.sums.items()}
-            row["learning_rate"] = self._learning_rate(step)
-            self._log.write("train", step, -(-step // self._steps_per_epoch), row)
+            learning_rate = self._learning_rate(step)
+            if learning_rate is not None:
+                row["learning_rate"] = learning_rate
+            self._add_row("train", step, -(-step // self._start.steps_per_epoch), row)
             progress.sums, progress.count = {}, 0
 
     def end_epoch(self, step: int, values: dict[str, float]) -> None:
         """Takes the evaluation after the last step of an epoch."""
         self._check_finite(step, {f"test {name}": value for name, value in values.items()})
-        epoch = step // self._steps_per_epoch
-        self._log.write("test", step, epoch, values)
+        epoch = step // self._start.steps_per_epoch
         entry, evaluations = {"epoch": epoch, **values}, self.progress.evaluations
-        score = self._task.score
+        score = self._start.task.score
         if "best" not in evaluations or values[score] > evaluations["best"][score]:
             evaluations["best"] = entry
         evaluations["last"] = entry
-        rate = self.progress.images_per_second
-        say(
-            f"{self._phase}: epoch {epoch}/{self._epochs}, test loss {values['loss']:.4f}, "
-            f"{self._task.describe(values)}" + (f", {rate:,.0f} images/s" if rate else "")
-        )
+        self._add_row("test", step, epoch, values)
 
-    def _learning_rate(self, step):
-        """Of a step, computed on the host: on a device it would queue behind the steps in flight."""
-        epoch = (step - 1) // self._steps_per_epoch
-        passed = sum(milestone <= epoch for milestone in self._optimizer.milestones)
-        return self._optimizer.learning_rate * self._optimizer.decay_factor**passed
+    def _add_row(self, split, step, epoch, values):
+        row = {"phase": self._start.student, "split": split, "step": step, "epoch": epoch, **values}
+        self.history.append(row)
+        for callback in self._callbacks:
+            callback.on_row(row)
 
     def _check_finite(self, step, values):
         wrong = [name for name, value in values.items() if not np.isfinite(value)]
         if wrong:
-            # Terms (METHOD/TERM) say more about where it came from than methods, and these more than the total.
+            # Terms (LOSS/TERM) say more about where it came from than losses, and these more than the total.
             culprit = max(wrong, key=lambda name: (name.count("/"), name != "loss"))
             raise DivergedError(
-                f"{self._phase}: {culprit} is {values[culprit]} at step {step}; the last checkpoint is kept; "
-                "a lower optimizer.learning_rate may help"
+                f"{self._start.student}: {culprit} is {values[culprit]} at step {step}; the last checkpoint is kept; "
+                "a lower learning rate may help"
             )

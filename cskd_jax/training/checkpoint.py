@@ -8,12 +8,15 @@ learn what it read, or what went wrong.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import pathlib
+import re
 import shutil
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -28,6 +31,62 @@ from cskd_jax.errors import InterruptedRun, UserError
 FOLDER = "checkpoints"
 _ARRAYS, _RECORD = "arrays", "record"
 _FIRST_PROCESS = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+
+
+# Version of the names of the arrays and of the record; `_upgrade` reads older ones.
+_VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is saved with the arrays of a network, as JSON.
+
+    Attributes:
+      network: {"name", "width"} of a network of `MODELS`, {"name"} of any other.
+      channels: Number of channels of its images.
+      categories: Names of the classes by label; None if they are not known.
+      multilabel: Whether an image has any number of classes.
+      images: {"size": (H, W), "mean", "std"} of the images that it was trained on, as far as they are known.
+      method: Name of the method that trained it.
+      finished: Whether it was trained to the end.
+      progress: Fields of `callbacks.Progress`.
+    """
+
+    network: dict[str, Any]
+    channels: int
+    categories: list[str] | None = None
+    multilabel: bool = False
+    images: dict[str, Any] = dataclasses.field(default_factory=dict)
+    method: str = ""
+    finished: bool = False
+    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Record":
+        """Returns the record that was saved as `values`; keys of later versions are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def describe_network(self) -> str:
+        """Returns the network for people: "resnet18, width 0.25"."""
+        width = self.network.get("width")
+        return self.network["name"] + ("" if width is None else f", width {width:g}")
+
+
+class Saved(NamedTuple):
+    """The network of a checkpoint.
+
+    Attributes:
+      variables: {"params": ..., and its other collections}, numpy arrays.
+      record: Record saved with them.
+      step: Number of steps after which it was saved.
+      digest: Digest of all arrays of the checkpoint.
+    """
+
+    variables: dict[str, Any]
+    record: Record
+    step: int
+    digest: str
 
 
 class Checkpoints:
@@ -64,20 +123,21 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, tree: Any, record: dict[str, Any], score: float = -math.inf) -> None:
+    def save(self, step: int, tree: Any, record: Record, score: float = -math.inf) -> None:
         """Starts saving; returns once the arrays are on the host.
 
         Args:
           step: greater than that of every checkpoint there is.
           tree: of arrays, equal on all devices.
-          record: JSON values to go with them.
+          record: Record to go with them.
           score: the greater the better.
         """
         processes.on_first(self._save, step, tree, record, score)
 
     def _save(self, step, tree, record, score):
         arrays = _flatten(jax.device_get(tree))
-        content = {"record": record, "digests": {name: _digest(array) for name, array in arrays.items()}}
+        values = dataclasses.asdict(record) | {"version": _VERSION}
+        content = {"record": values, "digests": {name: _digest(array) for name, array in arrays.items()}}
         parts = {
             _ARRAYS: ocp.args.StandardSave(arrays),
             _RECORD: ocp.args.JsonSave(content | {"digest": _text_digest(content)}),
@@ -87,13 +147,16 @@ class Checkpoints:
         if not saved:
             raise RuntimeError(f"Orbax refused to save step {step} into {self._directory}")
 
-    def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest sound checkpoint as (tree like `template` of numpy arrays, record); None if there is none.
+    def restore(self, template: Callable[[int], Any]) -> tuple[Any, Record] | None:
+        """Returns the newest sound checkpoint as (tree of numpy arrays, record); None if there is none.
 
         Damaged checkpoints that are newer are renamed, with a warning: training writes those steps again.
 
+        Args:
+          template: Function from the step of a checkpoint to a tree like it, whose shapes and dtypes are compared.
+
         Raises:
-          UserError: there are checkpoints but none is sound, or they hold other arrays than `template`.
+          UserError: There are checkpoints but none is sound, or they hold other arrays than the template.
         """
         return processes.on_first(self._restore, template)
 
@@ -102,8 +165,8 @@ class Checkpoints:
         for step in steps:
             path = self._directory / str(step)
             try:
-                arrays, record = _read(path)
-                return _unflatten(arrays, template), record
+                arrays, record, _ = _read(path)
+                return _unflatten(arrays, template(step)), record
             except _Damaged as damage:
                 aside = path.with_name(f"{step}.damaged")
                 logging.warning(
@@ -143,18 +206,14 @@ class Checkpoints:
             ) from error
 
 
-def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Variables of the network in a finished or running phase, and the record saved with them.
+def load_variables(path: str) -> Saved:
+    """Returns the network of the newest checkpoint in a folder.
 
     Args:
-      path: the folder of a phase, such as `WORKDIR/teacher`.
-
-    Returns:
-      ({"params", "batch_stats"} of numpy arrays, record) of the newest checkpoint. The record has besides what was
-      saved the `step` and a `digest` of the whole.
+      path: Folder of one network, such as `WORKDIR/teacher`.
 
     Raises:
-      UserError: no checkpoint there, or the newest is damaged.
+      UserError: There is no checkpoint, or the newest is damaged.
     """
     folder = pathlib.Path(path) / FOLDER
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
@@ -162,12 +221,12 @@ def load_variables(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"checkpoint {path}: no checkpoint in {folder}; name the folder of one network")
     step = max(steps)
     try:
-        arrays, record = _read(folder / str(step))
+        arrays, record, digest = _read(folder / str(step))
     except _Damaged as damage:
         raise UserError(f"checkpoint {folder / str(step)} is damaged ({damage})") from None
     tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    record = record | {"step": step, "digest": _text_digest({name: _digest(array) for name, array in arrays.items()})}
-    return {"params": tree["params"]["student"], "batch_stats": tree["batch_stats"]}, record
+    variables = {"params": tree["params"].get("network", {}), **tree.get("collections", {})}
+    return Saved(variables, record, step, digest)
 
 
 class _Damaged(Exception):
@@ -175,7 +234,7 @@ class _Damaged(Exception):
 
 
 def _read(path):
-    """Arrays by name and record of one checkpoint; raises _Damaged."""
+    """Returns arrays by name, record and digest of one checkpoint; raises _Damaged."""
     parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
         handler = ocp.CompositeCheckpointHandler()
@@ -195,7 +254,23 @@ def _read(path):
     for name, array in arrays.items():
         if _digest(array) != content["digests"][name]:
             raise _Damaged(f"the digest of {name} differs")
-    return arrays, content["record"]
+    digest = _text_digest({name: _digest(array) for name, array in arrays.items()})
+    version = content["record"].get("version", 1)
+    if version > _VERSION:
+        raise UserError(f"checkpoint {path} was written by a newer version of cskd_jax")
+    arrays = arrays if version == _VERSION else {_upgrade(name): array for name, array in arrays.items()}
+    return arrays, Record.from_json(content["record"]), digest
+
+
+def _upgrade(name):
+    """Returns the present name of an array that version 1 called `name`."""
+    if name.startswith("batch_stats/"):
+        return f"collections/{name}"
+    # In the state of an optimizer too, the parameters lie below these two.
+    match = re.match(r"((?:params|opt_state)/(?:.*?/)??)(student|methods)(/.*)", name)
+    if match is None:
+        return name
+    return match[1] + {"student": "network", "methods": "losses"}[match[2]] + match[3]
 
 
 def _flatten(tree):

@@ -1,53 +1,79 @@
 """Evaluation of a network on a whole split."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
-from cskd_jax.data import ImageDataset, read_batches
-from cskd_jax.data.augment import make_normalize
-from cskd_jax.distributed import devices
-from cskd_jax.training.metrics import task_of
+from cskd_jax.data import Split, read_batches
+from cskd_jax.distributed.devices import AXIS, Devices
+from cskd_jax.training.metrics import Task, task_of
 from cskd_jax.training.networks import Network
 from cskd_jax.training.step import make_eval_step
 
 
 class Evaluation:
-    """Evaluates a network on the whole test split: batches of one size, the last one padded and masked."""
+    """Evaluates a network on a whole split: batches of one size, the last one padded and masked.
 
-    def __init__(self, network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset):
-        normalize = make_normalize(config.dataset.mean, config.dataset.std)
-        self._task = task_of(dataset.multilabel)
-        step = make_eval_step(network.module, preprocess=normalize, axis_name=devices.AXIS, task=self._task)
-        self._step, self._split = devices.parallel_eval_step(step), dataset.test
-        self._num_classes = dataset.num_classes
+    Args:
+      network: Network.
+      split: Images and labels.
+      num_classes: Number of classes.
+      normalize: Function from images as they are in the split to images as the network takes them.
+      batch_size: Size of a batch over all devices, if the split is not smaller.
+      devices: Devices to compute on.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        split: Split,
+        num_classes: int,
+        *,
+        normalize: Callable[[jax.Array], jax.Array],
+        batch_size: int,
+        devices: Devices,
+    ):
+        self._task, self._split, self._num_classes = task_of(split.labels.ndim == 2), split, num_classes
+        step = make_eval_step(network.on_axis(AXIS), preprocess=normalize, axis_name=AXIS, task=self._task)
+        self._step, self.devices = devices.map_eval_step(step), devices
         # No larger than the split needs: what is padded is computed too.
-        self._batch_size = min(config.batch_size, devices.round_up_to_devices(len(self._split.labels)))
+        self._batch_size = min(batch_size, devices.round_up(len(split.labels)))
+
+    @property
+    def task(self) -> Task:
+        """What is measured."""
+        return self._task
 
     def __call__(self, variables: Any) -> dict[str, float]:
-        """The metrics of the task over the whole split, each image counted once, and the mean "loss"."""
-        return self._task.summarize(self.measure(variables), self._split.labels)
+        """Returns the metrics of the task over the whole split, each image counted once, and the mean "loss"."""
+        return self._task.summarize(self._measure(variables), self._split.labels)
 
     def by_category(self, variables: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        """See `Task.by_category`."""
-        return self._task.by_category(self.measure(variables), self._split.labels, self._num_classes)
+        """Returns the score of each class, and the confusion matrix; see `Task.by_category`."""
+        return self._task.by_category(self._measure(variables), self._split.labels, self._num_classes)
 
-    def measure(self, variables: Any) -> list[Any]:
-        """What the task measures of each batch of the split, in order, on the host."""
+    def all(self, variables: Any) -> tuple[dict[str, float], np.ndarray, np.ndarray | None]:
+        """Returns what `__call__` and `by_category` return, measured once."""
+        measured, labels = self._measure(variables), self._split.labels
+        return self._task.summarize(measured, labels), *self._task.by_category(measured, labels, self._num_classes)
+
+    def _measure(self, variables):
+        """Returns what the task measures of each batch of the split, in order, on the host."""
         pending, measured = deque(), []
         for batch in self._batches():
             pending.append(self._step(variables, batch))
-            if len(pending) >= devices.max_steps_in_flight():
+            if len(pending) >= self.devices.steps_in_flight:
                 measured.append(jax.device_get(pending.popleft()))
         return measured + jax.device_get(list(pending))
 
     def _batches(self):
         count, size = len(self._split.labels), self._batch_size
         # A process computes its rows of every batch; those behind the last image are padding.
-        rows = [np.arange(start, start + size)[devices.local_rows(size)] for start in range(0, count, size)]
+        local = self.devices.local_rows(size)
+        rows = [np.arange(start, start + size)[local] for start in range(0, count, size)]
         indices = [index[index < count] for index in rows]
         for index, images in zip(indices, read_batches(self._split.images, indices), strict=True):
             padding = len(rows[0]) - len(index)
@@ -56,7 +82,7 @@ class Evaluation:
                 "label": _pad(self._split.labels[index], padding),
                 "mask": np.arange(len(rows[0])) < len(index),
             }
-            yield devices.shard(batch)
+            yield self.devices.shard(batch)
 
 
 def _pad(x, rows):

@@ -1,36 +1,38 @@
-"""The objective: a weighted sum of the methods that a configuration names."""
+"""The objective: a weighted sum of losses."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cskd_jax.losses import LOSSES, LossInputs, Method
+from cskd_jax.errors import UserError
+from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch
+from cskd_jax.models import ModelOutput
 
 _SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "parent", "name"}
 
 
 def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
-    """The fields of method `name` of `LOSSES` that `config.losses.NAME` may set, besides those of `Weight`."""
+    """Returns the fields of loss `name` of `LOSSES` that may be set, by name, besides those of `Weight`."""
     return {f.name: f for f in dataclasses.fields(LOSSES[name]) if f.name not in _SET_BY_OBJECTIVE}
 
 
 def needs_teacher(losses: Iterable[str]) -> bool:
-    """Whether any of these methods of `LOSSES` reads the outputs of a teacher."""
+    """Returns whether any of these losses of `LOSSES` reads the outputs of a teacher."""
     return any(LOSSES[name].needs_teacher for name in losses)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Weight of a method over the epochs of a run; epochs are counted from 0.
+    """Weight of a loss over the epochs of a run; epochs are counted from 0.
 
     Attributes:
-      weight: where the method is fully on.
-      start_epoch: the first epoch with the method.
-      end_epoch: the first epoch without it; None: on to the end.
-      warmup_epochs: the weight grows linearly over so many epochs: 1/n of it in the first, all of it in the n-th.
+      weight: Factor of the loss where it is fully on.
+      start_epoch: The first epoch with the loss.
+      end_epoch: The first epoch without it; None if it stays to the end.
+      warmup_epochs: Number of epochs over which the weight grows linearly: 1/n of it in the first, all in the n-th.
     """
 
     weight: float
@@ -39,7 +41,7 @@ class Weight:
     warmup_epochs: int = 0
 
     def at(self, epoch: jax.Array) -> jax.Array | float:
-        """The weight in `epoch`, an integer scalar."""
+        """Returns the weight in `epoch`, an integer scalar."""
         weight = self.weight
         if self.warmup_epochs:
             weight = weight * jnp.minimum((epoch - self.start_epoch + 1) / self.warmup_epochs, 1)
@@ -51,42 +53,68 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """total = sum over the methods of weight * method.
+    """total = sum over the losses of weight * loss.
 
     Attributes:
-      methods: {name: (weight, module)}.
-      steps_per_epoch: for weights that change.
+      losses: {name: (weight, module)}, sorted by name: the position of a loss decides its initial parameters.
+      steps_per_epoch: Number of steps in an epoch, for weights that change.
     """
 
-    methods: Mapping[str, tuple[Weight, Method]]
+    losses: Mapping[str, tuple[Weight, Method]]
     steps_per_epoch: int = 1
 
     @classmethod
     def create(
         cls,
-        losses: Mapping[str, Mapping[str, Any]],
+        losses: Mapping[str, Any],
         *,
         num_classes: int,
         axis_name: str | None = None,
         num_examples: int = 0,
         steps_per_epoch: int = 1,
-    ):
-        """From `config.losses`: {NAME: {fields of `Weight`, hyper-parameters of NAME}}, with the names of `LOSSES`."""
+    ) -> "Objective":
+        """Returns the objective of a description.
+
+        Args:
+          losses: {name: entry}. The entry of a loss of `LOSSES` is its weight, or a dictionary with "weight" (1 if left
+            out), the other fields of `Weight` and hyperparameters of the loss. A loss of one's own stands in the
+            dictionary as "loss", or is the entry itself: a function of `LossInputs` that returns a scalar, or a scalar
+            and {term: scalar}; or a `Method`, class or instance.
+          num_classes: Number of classes.
+          axis_name: Mapped axis over which the batch is split; None on one device.
+          num_examples: Size of the training split, for the losses that remember its samples.
+          steps_per_epoch: Number of steps in an epoch, for weights that change.
+
+        Raises:
+          UserError: A loss or one of its settings is unknown.
+        """
         common = {"num_classes": num_classes, "axis_name": axis_name, "num_examples": num_examples}
         fields = {field.name for field in dataclasses.fields(Weight)}
-        methods = {}
-        for name, settings in losses.items():
-            weight = Weight(**{key: value for key, value in settings.items() if key in fields})
+        created = {}
+        for name, entry in sorted(losses.items()):
+            settings = _as_settings(entry)
+            loss = settings.pop("loss", None)
+            weight = Weight(**{"weight": 1.0} | {key: value for key, value in settings.items() if key in fields})
             hyper = {key: value for key, value in settings.items() if key not in fields}
-            methods[name] = (weight, LOSSES[name](**common, **hyper))
-        return cls(methods, steps_per_epoch)
+            created[name] = (weight, _create_loss(name, loss, hyper, common))
+        return cls(created, steps_per_epoch)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any of the losses cannot do without a teacher."""
+        return any(loss.needs_teacher for _, loss in self.losses.values())
+
+    @property
+    def may_read_teacher(self) -> bool:
+        """Whether any of the losses reads the outputs of a teacher if there is one."""
+        return self.needs_teacher or any(isinstance(loss, FunctionLoss) for _, loss in self.losses.values())
 
     def init(self, key: jax.Array, inputs: LossInputs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(parameters, memory) of each method that has any, by name; of `inputs` only shapes and dtypes are read."""
-        params, memory = {}, {}
-        for position, (name, (_, method)) in enumerate(self.methods.items()):
+        """Returns (parameters, memory) of each loss that has any, by name; of `inputs` only shapes are read."""
+        inputs, params, memory = _guard(inputs), {}, {}
+        for position, (name, (_, loss)) in enumerate(self.losses.items()):
             # The parameters do not depend on how the batch is split; here no axis is mapped.
-            variables = method.clone(axis_name=None).lazy_init(jax.random.fold_in(key, position), inputs)
+            variables = loss.clone(axis_name=None).lazy_init(jax.random.fold_in(key, position), inputs)
             if "params" in variables:
                 params[name] = variables["params"]
             if "memory" in variables:
@@ -96,24 +124,117 @@ class Objective:
     def __call__(
         self, params: Mapping[str, Any], memory: Mapping[str, Any], inputs: LossInputs, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
-        """Evaluates the methods on one batch.
+        """Evaluates the losses on one batch.
 
         Args:
-          params: {name: what the method trains}, from `init`.
+          params: {name: what the loss trains}, from `init`.
           memory: {name: what it remembers}, from `init` or the step before.
-          inputs: the batch.
-          step: int32, optimization steps done.
+          inputs: The batch.
+          step: int32, the number of optimization steps done.
 
         Returns:
-          The weighted total; {NAME: unweighted value, NAME/TERM: value of a term} for every method; the new memory.
+          The weighted total; {NAME: unweighted value, NAME/TERM: value of a term} for every loss; the new memory.
         """
-        total, terms, new_memory = 0.0, {}, {}
-        for name, (weight, method) in self.methods.items():
+        inputs, total, terms, new_memory = _guard(inputs), 0.0, {}, {}
+        for name, (weight, loss) in self.losses.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
-            (value, parts), updated = method.apply(variables, inputs, mutable=["memory"])
+            (value, parts), updated = loss.apply(variables, inputs, mutable=["memory"])
             total += weight.at(step // self.steps_per_epoch) * value
             terms[name] = value
             terms |= {f"{name}/{term}": part for term, part in parts.items()}
             if name in memory:
                 new_memory[name] = updated["memory"]
         return total, terms, new_memory
+
+
+class FunctionLoss(Method):
+    """A plain function as a loss. It sees the whole batch, wherever that is split over devices.
+
+    Attributes:
+      function: The function of `LossInputs`, which returns a scalar, or a scalar and {term: scalar}.
+    """
+
+    function: Callable[[LossInputs], Any] | None = None
+    needs_teacher = False
+
+    def __call__(self, inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the value and the terms of the loss of the global batch."""
+
+        def gather(x):
+            return gather_batch(x, self.axis_name)
+
+        inputs = inputs._replace(
+            student=_Outputs(inputs.student.output, "student", gather),
+            teacher=None if inputs.teacher is None else _Outputs(inputs.teacher.output, "teacher", gather),
+            labels=gather(inputs.labels),
+            indices=None if inputs.indices is None else gather(inputs.indices),
+        )
+        value = self.function(inputs)
+        return value if isinstance(value, tuple) else (value, {})
+
+
+def _as_settings(entry):
+    if isinstance(entry, Mapping) or hasattr(entry, "to_dict"):
+        return dict(entry)
+    return {"weight": entry} if isinstance(entry, int | float) else {"loss": entry}
+
+
+def _create_loss(name, loss, hyper, common):
+    """Returns the module of a loss, by its name or as given."""
+    if loss is None:
+        if name not in LOSSES:
+            raise UserError(
+                f"losses.{name} is not known: give a function or a Method, or one of {', '.join(sorted(LOSSES))}"
+            )
+        loss = LOSSES[name]
+    if isinstance(loss, type) and issubclass(loss, Method):
+        allowed = {field.name for field in dataclasses.fields(loss)} - _SET_BY_OBJECTIVE
+        unknown = sorted(hyper.keys() - allowed)
+        if unknown:
+            allowed |= {field.name for field in dataclasses.fields(Weight)}
+            raise UserError(f"losses.{name} has no setting {unknown[0]}, only {', '.join(sorted(allowed))}")
+        return loss(**common, **hyper)
+    if hyper:
+        raise UserError(f"losses.{name} takes no settings but those of its weight; got {', '.join(sorted(hyper))}")
+    if isinstance(loss, Method):
+        return loss.clone(**common)
+    if callable(loss):
+        return FunctionLoss(**common, function=loss)
+    raise UserError(f"losses.{name} must be a number, a dictionary, a function or a Method; got {loss!r}")
+
+
+@jax.tree_util.register_pytree_node_class
+class _Outputs:
+    """The outputs of a network as losses read them: what the network does not give is an error that says so.
+
+    Args:
+      output: What the network has returned.
+      role: "student" or "teacher".
+      prepare: What is done with an array that is read.
+    """
+
+    def __init__(self, output: ModelOutput, role: str, prepare: Callable[[jax.Array], jax.Array] = lambda x: x):
+        self.output, self._role, self._prepare = output, role, prepare
+
+    def __getattr__(self, name):
+        if name.startswith("_") or name not in ModelOutput._fields:
+            raise AttributeError(name)
+        value = getattr(self.output, name)
+        if value is None or (isinstance(value, tuple) and not value):
+            raise ValueError(
+                f"a loss reads the {name} of the {self._role}, which that network does not return; "
+                f"name the path of a submodule, or return a ModelOutput with {name}"
+            )
+        return jax.tree.map(self._prepare, value)
+
+    def tree_flatten(self):
+        return (self.output,), (self._role, self._prepare)
+
+    @classmethod
+    def tree_unflatten(cls, extra, children):
+        return cls(*children, *extra)
+
+
+def _guard(inputs):
+    teacher = None if inputs.teacher is None else _Outputs(inputs.teacher, "teacher")
+    return inputs._replace(student=_Outputs(inputs.student, "student"), teacher=teacher)

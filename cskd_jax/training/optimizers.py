@@ -1,7 +1,8 @@
 """SGD as the recipes have it: L2 on every parameter, momentum, a step schedule, optional restarts of the momentum."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ class RestartState(NamedTuple):
 
 
 def restart_every(inner: optax.GradientTransformation, period: int) -> optax.GradientTransformation:
-    """Resets the state of `inner` before every `period`-th update, as if it had been built anew.
+    """Returns `inner` with its state reset before every `period`-th update, as if it had been built anew.
 
     The released code builds its optimizer anew at each epoch, so its momentum starts from zero there.
     """
@@ -34,37 +35,55 @@ def restart_every(inner: optax.GradientTransformation, period: int) -> optax.Gra
     return optax.GradientTransformation(init, update)
 
 
-def step_schedule(learning_rate: float, milestones: Sequence[int], decay_factor: float, steps_per_epoch: int):
-    """Learning rate by step: `learning_rate` times `decay_factor` for each epoch of `milestones` that has begun."""
-    boundaries = {epoch * steps_per_epoch: decay_factor for epoch in milestones}
-    schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
-    # Optax multiplies a float by whether the count has passed: under strict promotion it takes a float count alone.
-    return lambda count: schedule(jnp.asarray(count, float))
+@dataclasses.dataclass(frozen=True)
+class StepSchedule:
+    """A learning rate that falls by a factor at given steps; the same object makes the update and the line in the log.
+
+    Attributes:
+      learning_rate: Learning rate of the first step.
+      boundaries: Numbers of steps after which it is multiplied by `decay_factor`, increasing.
+      decay_factor: Factor of every fall.
+    """
+
+    learning_rate: float
+    boundaries: tuple[int, ...] = ()
+    decay_factor: float = 0.1
+
+    def __call__(self, count: jax.Array) -> jax.Array:
+        """Returns the learning rate after `count` steps, as a schedule of optax does."""
+        schedule = optax.piecewise_constant_schedule(
+            self.learning_rate, dict.fromkeys(self.boundaries, self.decay_factor)
+        )
+        # Optax multiplies a float by whether the count has passed: under strict promotion it takes a float count alone.
+        return schedule(jnp.asarray(count, float))
+
+    def on_host(self, count: int) -> float:
+        """Returns the same without a device, on which it would queue behind the steps in flight."""
+        return self.learning_rate * self.decay_factor ** sum(boundary <= count for boundary in self.boundaries)
 
 
-def make_optimizer(
-    *,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    milestones: Sequence[int],
-    decay_factor: float,
-    restart_momentum: bool,
-    steps_per_epoch: int,
+def learning_rate_of_step(schedule: Callable[[Any], Any] | None, count: int) -> float | None:
+    """Returns the learning rate after `count` steps for the log; None where no schedule is known."""
+    if schedule is None or isinstance(schedule, int | float):
+        return schedule
+    if isinstance(schedule, StepSchedule):
+        return schedule.on_host(count)
+    return float(jax.device_get(schedule(count)))
+
+
+def sgd(
+    schedule: StepSchedule, *, momentum: float, weight_decay: float, restart_every_steps: int | None = None
 ) -> optax.GradientTransformation:
-    """SGD with momentum as torch.optim.SGD computes it.
+    """Returns SGD with momentum as torch.optim.SGD computes it.
 
     Args:
-      learning_rate: at the first step.
+      schedule: Learning rate.
       momentum: buffer = momentum * buffer + gradient; parameters -= learning rate * buffer.
-      weight_decay: times the parameter, added to the gradient of every parameter (L2).
-      milestones: epochs at whose start the learning rate is multiplied by decay_factor.
-      decay_factor: see milestones.
-      restart_momentum: start each epoch with a zero buffer (released code).
-      steps_per_epoch: optimization steps in an epoch.
+      weight_decay: Factor of the parameter that is added to the gradient of every parameter (L2).
+      restart_every_steps: Number of steps after which the buffer starts again at zero, as it does at every epoch of the
+        released code; None: it never does.
     """
     trace = optax.trace(momentum)
-    if restart_momentum:
-        trace = restart_every(trace, steps_per_epoch)
-    schedule = step_schedule(learning_rate, milestones, decay_factor, steps_per_epoch)
+    if restart_every_steps is not None:
+        trace = restart_every(trace, restart_every_steps)
     return optax.chain(optax.add_decayed_weights(weight_decay), trace, optax.scale_by_learning_rate(schedule))

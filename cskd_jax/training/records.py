@@ -1,13 +1,14 @@
-"""What a run tells people and files: console, progress bar, metrics.jsonl, TensorBoard."""
+"""The files in which a run keeps what it measures: metrics.jsonl and TensorBoard."""
 
 import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cskd_jax.distributed import processes
+from cskd_jax.training.callbacks import ROW_KEYS, Callback, Start
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -20,46 +21,47 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
-class MetricsLog:
-    """Appends rows of one phase to WORKDIR/metrics.jsonl and to TensorBoard files in WORKDIR/tensorboard/PHASE.
+class MetricsFiles(Callback):
+    """Keeps the history in WORKDIR/metrics.jsonl and in TensorBoard files in WORKDIR/tensorboard/STUDENT.
 
     The first process writes; on the others nothing happens.
 
     Args:
-      workdir: of the run.
-      phase: "teacher" or "student".
-      step: where the phase starts or resumes; rows of later steps, from a run that was cut off, are removed.
+      workdir: Folder of the run.
     """
 
-    def __init__(self, workdir: pathlib.Path, phase: str, step: int):
-        self._phase = phase
-        self._tensorboard, self._folder, self._purge_step = None, str(workdir / "tensorboard" / phase), step + 1
-        self._file = None
-        processes.on_first(self._open, workdir / "metrics.jsonl", step)
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir, self._file, self._tensorboard = workdir, None, None
 
-    def _open(self, path, step):
-        kept = [row for row in read_rows(path) if row["phase"] != self._phase or row["step"] <= step]
+    def on_start(self, start: Start) -> None:
+        """Opens metrics.jsonl, without the rows of later steps that a run which was cut off has left."""
+        self._start, self._tensorboard = start, None
+        processes.on_first(self._open, self._workdir / "metrics.jsonl", start)
+
+    def _open(self, path, start):
+        kept = [row for row in read_rows(path) if row["phase"] != start.student or row["step"] <= start.step]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Adds a row: {"phase", "split", "step", "epoch"} and the values."""
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Adds a row."""
         if self._file is None:
             return
-        row = {"phase": self._phase, "split": split, "step": step, "epoch": epoch, **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._tensorboard is None:
             # Imports all of PyTorch where it is installed: here, while the devices have steps to do.
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(self._folder, purge_step=self._purge_step)
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+            folder = self._workdir / "tensorboard" / self._start.student
+            self._tensorboard = SummaryWriter(str(folder), purge_step=self._start.step + 1)
+        for name, value in row.items():
+            if name not in ROW_KEYS:
+                self._tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
-    def close(self) -> None:
+    def on_end(self) -> None:
         """Flushes and closes the files."""
         if self._file is not None:
             self._file.close()
@@ -68,10 +70,10 @@ class MetricsLog:
 
 
 def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Rows of a metrics.jsonl; lines that are none, such as one that was cut off, are left out."""
+    """Yields the rows of a metrics.jsonl; lines that are none, such as one that was cut off, are left out."""
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
-                if isinstance(row, dict) and {"phase", "split", "step", "epoch"} <= row.keys():
+                if isinstance(row, dict) and row.keys() >= ROW_KEYS:
                     yield row

@@ -1,5 +1,6 @@
 """Everything that training changes, in one tree."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -7,73 +8,74 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
+from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
 
-_ONE_CATEGORY = jax.ShapeDtypeStruct((), jnp.int32)
+_ONE_CLASS = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 @flax.struct.dataclass
 class TrainState:
-    """State of a training run.
+    """State of the training of a student.
 
     Attributes:
-      step: int32, optimization steps done.
-      params: {"student": parameters of the network, "methods": {name: what the method trains}}.
-      batch_stats: running statistics of the student.
-      opt_state: of the optimizer over all of params.
-      memory: {name: what the method remembers from step to step without training it}; empty for most methods.
+      step: int32, the number of optimization steps done.
+      params: {"network": parameters of the network, "losses": {name: what the loss trains}}.
+      collections: {name: the network's variables of this collection}, such as "batch_stats"; all but the parameters.
+      opt_state: State of the optimizer over all of `params`.
+      memory: {name: what the loss remembers from step to step without training it}; empty for most losses.
     """
 
     step: jax.Array
     params: Any
-    batch_stats: Any
+    collections: Any
     opt_state: Any
     memory: Any = flax.struct.field(default_factory=dict)
 
     @property
-    def student_variables(self) -> dict[str, Any]:
-        """What `student.apply` takes."""
-        return {"params": self.params["student"], "batch_stats": self.batch_stats}
+    def variables(self) -> dict[str, Any]:
+        """The variables of the network."""
+        return {"params": self.params["network"], **self.collections}
 
 
-@partial(jax.jit, static_argnames=("model", "image_shape"))
-def init_network(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[dict[str, Any], ModelOutput]:
-    """Fresh variables of a network for images [H, W, C], and its output for two black ones.
+@partial(jax.jit, static_argnames=("network", "image_shape"))
+def init_network(network: Network, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
+    """Returns `network.init(key, image_shape)`.
 
     Meant for use within jit or eval_shape: an output of which only the shapes are used then costs nothing. Jitted
     itself only so that a network is traced once, whoever asks.
     """
-    images = jnp.zeros((2, *image_shape), model.dtype)
-    output, variables = model.clone(axis_name=None).init_with_output(key, images, train=False)
-    return variables, output
+    return network.init(key, image_shape)
 
 
 def init_state(
     key: jax.Array,
-    student: nn.Module,
+    student: Network,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     teacher_output: ModelOutput | None = None,
-    label: jax.ShapeDtypeStruct = _ONE_CATEGORY,
+    label: jax.ShapeDtypeStruct = _ONE_CLASS,
+    variables: Variables | None = None,
 ) -> TrainState:
-    """Fresh state.
+    """Returns a fresh state.
 
     Args:
-      key: of the random draws.
-      student: network to train.
-      objective: the weighted methods.
-      optimizer: over the parameters of the student and of the methods.
-      image_shape: of one image, (H, W, C).
-      teacher_output: its shapes, from `init_network`; needed where the objective reads a teacher.
-      label: of one image: int32 [] or float32 [K].
+      key: Key of the random draws.
+      student: Network to train.
+      objective: Weighted losses.
+      optimizer: Optimizer of the parameters of the student and of the losses.
+      image_shape: Shape of one image, (H, W, C).
+      teacher_output: Shapes of the teacher's outputs; needed where the objective reads a teacher.
+      label: Shape and dtype of the label of one image: int32 [] or float32 [K].
+      variables: Variables that the student starts from; None for fresh ones.
     """
-    student_key, methods_key = jax.random.split(key)
-    variables, student_output = init_network(student, student_key, image_shape)
+    student_key, losses_key = jax.random.split(key)
+    fresh, student_output = init_network(student, student_key, image_shape)
+    variables = fresh if variables is None else variables
     inputs = LossInputs(
         student=student_output,
         teacher=teacher_output,
@@ -81,6 +83,18 @@ def init_state(
         indices=jax.ShapeDtypeStruct((2,), jnp.int32),
         key=jax.ShapeDtypeStruct(key.shape, key.dtype),
     )
-    methods, memory = objective.init(methods_key, inputs)
-    params = {"student": variables["params"], "methods": methods}
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), memory)
+    losses, memory = objective.init(losses_key, inputs)
+    params = {"network": variables.get("params", {}), "losses": losses}
+    opt_state = init_optimizer(optimizer, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, collections_of(variables), opt_state, memory)
+
+
+def collections_of(variables: Variables) -> Mapping[str, Any]:
+    """Returns the variables of a network without its parameters."""
+    return {name: collection for name, collection in variables.items() if name != "params"}
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """Returns `optimizer.init(params)`; parts of optax fail under strict dtype promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optimizer.init(params)

@@ -1,261 +1,285 @@
-"""The loop: trains one network to the end of its epochs, evaluates, logs, saves, resumes."""
+"""The trainer: made of networks, losses, optimizers and data, it trains students with the help of teachers."""
 
 import dataclasses
-import math
 import pathlib
-import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
-import numpy as np
+import optax
 
-from cskd_jax.console import say
-from cskd_jax.data import ImageDataset, read_batches
-from cskd_jax.data.augment import augment, make_normalize
-from cskd_jax.distributed import devices, processes
+from cskd_jax.data import ImageDataset
+from cskd_jax.data.augment import Normalize
+from cskd_jax.data.samplers import Sampler, UniformSampler
+from cskd_jax.distributed import processes
+from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.distributed.signals import StopRequest
-from cskd_jax.errors import InterruptedRun, UserError
-from cskd_jax.models import count_parameters
-from cskd_jax.runs.build import _check_batches, _check_methods, make_sampler
-from cskd_jax.training import optimizers
-from cskd_jax.training.callbacks import Meter, Progress
-from cskd_jax.training.checkpoint import FOLDER, Checkpoints
+from cskd_jax.errors import UserError
+from cskd_jax.losses import LOSSES
+from cskd_jax.training.callbacks import ROW_KEYS, Callback, Console, Progress
+from cskd_jax.training.checkpoint import Record
 from cskd_jax.training.evaluation import Evaluation
-from cskd_jax.training.metrics import task_of
-from cskd_jax.training.networks import Network
+from cskd_jax.training.loop import Loop, Setup
+from cskd_jax.training.networks import Network, Variables, as_network
 from cskd_jax.training.objective import Objective
-from cskd_jax.training.state import TrainState, init_network, init_state
-from cskd_jax.training.step import make_train_step
+from cskd_jax.training.phases import Phase, make_parts
+from cskd_jax.training.records import MetricsFiles, read_rows
+from cskd_jax.training.state import TrainState
 
 
-class Phase:
-    """Training of one network.
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A network that is trained.
+
+    Attributes:
+      network: A linen module or a `Network`.
+      losses: Losses, see `Objective.create`.
+      optimizer: Optimizer of the parameters of the network, and of what the losses train.
+      schedule: Learning rate by the number of updates, for the log; None if it is not known.
+      variables: Variables that it starts from; None for fresh ones.
+      description: What its checkpoints say of the network; by default the name of its class.
+      method: Name of the method, for its checkpoints.
+    """
+
+    network: Any
+    losses: Mapping[str, Any]
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[Any], Any] | None = None
+    variables: Variables | None = None
+    description: Mapping[str, Any] | None = None
+    method: str = ""
+
+
+@dataclasses.dataclass
+class Teacher:
+    """A network that is not trained, in evaluation mode.
+
+    Attributes:
+      network: A linen module or a `Network`.
+      variables: Its variables. A trainer may be made before they exist; they must be set before `fit`.
+    """
+
+    network: Any
+    variables: Variables | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the training of a student gave.
+
+    Attributes:
+      variables: Variables of the network, numpy arrays: {"params": ..., and its other collections}.
+      metrics: {split: {metric: value}} after the last epoch. Of the split "test", accuracies are fractions of the whole
+        split; of "train", the values are means over the last steps.
+      last: {"epoch", metrics} of the last epoch on the test split.
+      best: {"epoch", metrics} of the epoch that is best on the test split, whose figures are optimistic for that.
+      history: Rows in the order of the steps: {"phase": name of the student, "split", "step", "epoch", metrics}.
+      images_per_second: Training speed; None if nothing was trained.
+    """
+
+    variables: Variables
+    metrics: Mapping[str, Mapping[str, float]]
+    last: Mapping[str, float]
+    best: Mapping[str, float]
+    history: Sequence[Mapping[str, Any]]
+    images_per_second: float | None
+
+
+class Trainer:
+    """Trains students, each to the end of all phases.
+
+    All students see the same images in the same order, with the same augmentation, so that their results pair up.
+    With a workdir the training resumes where an earlier start in the same folder left it, bit for bit.
 
     Args:
-      name: "teacher" or "student".
-      config: of the run.
-      network: to train.
-      losses: as `config.losses`.
-      epochs: to train for.
-      dataset: loaded.
-      workdir: of the run; the phase keeps its checkpoints in WORKDIR/NAME.
-      teacher: network for the losses that need one.
+      students: {name: student}.
+      teachers: At most one teacher for now; losses that read one need it.
+      data: Training and test split.
+      phases: Phases, in their order.
+      batch_size: Number of images in a batch, over all devices.
+      seed: Seed of the weights, the order of the images and the augmentation.
+      sampler: Which images make up a batch; by default each once an epoch in random order.
+      normalize: Function from images as they are in the data to images as the networks take them; None if they are.
+      augment: Function of images [B, H, W, C], a key and the positions of the images in the global batch, before
+        `normalize`; None leaves the images as they are.
+      callbacks: Callbacks; `Console` shows progress.
+      workdir: Folder of checkpoints and logs; None: nothing is written.
+      devices: Devices to compute on, or how many of all; None for all.
+      log_every: Number of steps between two rows of the history.
+      keep_checkpoints: Number of newest checkpoints that are kept beside the best.
+      stream: Number folded into the seed for weights and augmentation; trainers with different ones draw differently.
+
+    Attributes:
+      state: {name: its `TrainState` at the end of `fit`}.
 
     Raises:
-      UserError: networks, losses and data do not fit together; nothing has been compiled by then.
+      UserError: Networks, losses, data and devices do not fit together; nothing has been compiled by then.
     """
 
     def __init__(
         self,
-        name: str,
-        config: ml_collections.ConfigDict,
-        network: Network,
-        losses: Any,
-        epochs: int,
-        dataset: ImageDataset,
-        workdir: pathlib.Path,
-        teacher: Network | None = None,
+        students: Mapping[str, Student],
+        teachers: Sequence[Teacher] = (),
+        *,
+        data: ImageDataset,
+        phases: Sequence[Phase],
+        batch_size: int = 128,
+        seed: int = 0,
+        sampler: Sampler | None = None,
+        normalize: Callable[[jax.Array], jax.Array] | None = None,
+        augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+        callbacks: Sequence[Callback] = (Console(),),
+        workdir: str | pathlib.Path | None = None,
+        devices: Devices | int | Sequence[jax.Device] | None = None,
+        log_every: int = 50,
+        keep_checkpoints: int = 2,
+        stream: int = 1,
     ):
-        self._name, self._config, self._network, self._epochs = name, config, network, epochs
-        self._dataset, self._workdir, self._teacher = dataset, workdir, teacher
-        self._task = task_of(dataset.multilabel)
-        _check_methods(losses, dataset)
-        self._sampler = make_sampler(config, dataset)
-        _check_batches(self._sampler)
-        self._total_steps = epochs * self._sampler.steps_per_epoch
-        self._objective = Objective.create(
-            losses,
-            num_classes=dataset.num_classes,
-            axis_name=devices.AXIS,
-            num_examples=len(dataset.train.labels),
-            steps_per_epoch=self._sampler.steps_per_epoch,
+        if len(teachers) > 1:
+            raise UserError(f"a trainer takes one teacher; got {len(teachers)}")
+        self._teacher, self._workdir = next(iter(teachers), None), None if workdir is None else pathlib.Path(workdir)
+        self.state: dict[str, TrainState] = {}
+        files = () if self._workdir is None else (MetricsFiles(self._workdir),)
+        self._setup = Setup(
+            data=data,
+            sampler=UniformSampler(len(data.train.labels), batch_size, seed) if sampler is None else sampler,
+            normalize=(lambda images: images) if normalize is None else normalize,
+            augment=augment,
+            key=jax.random.fold_in(jax.random.PRNGKey(seed), stream),
+            devices=devices if isinstance(devices, Devices) else Devices(devices),
+            callbacks=(*files, *callbacks),
+            workdir=self._workdir,
+            log_every=log_every,
+            keep_checkpoints=keep_checkpoints,
         )
-        self._optimizer = optimizers.make_optimizer(**config.optimizer, steps_per_epoch=self._sampler.steps_per_epoch)
-        self._train_step = self._make_train_step()
-        self._evaluate = Evaluation(network, config, dataset)
-        # One key for the weights, one for augmentation; the same for every method of a seed, so that runs pair up.
-        key = jax.random.fold_in(jax.random.PRNGKey(config.seed), name == "student")
-        self._init_key, self._key = jax.random.split(key)
-        self._lower()
-        self._max_in_flight = devices.max_steps_in_flight()
+        _check_batches(self._setup)
+        self._loops = {name: self._make_loop(name, student, phases) for name, student in students.items()}
 
-    def _make_train_step(self):
-        normalize = make_normalize(self._config.dataset.mean, self._config.dataset.std)
-        settings = dict(self._config.augment)
-        step = make_train_step(
-            self._network.module,
-            self._objective,
-            self._optimizer,
-            preprocess=lambda images, key, positions: normalize(augment(images, key, positions, **settings)),
-            teacher=None if self._teacher is None else self._teacher.module,
-            axis_name=devices.AXIS,
-            task=self._task,
+    def _make_loop(self, name, student, phases):
+        data, sampler = self._setup.data, self._setup.sampler
+        network = as_network(student.network)
+
+        def create(losses):
+            _check_losses(losses, data)
+            objective = Objective.create(
+                losses,
+                num_classes=data.num_classes,
+                axis_name=AXIS,
+                num_examples=len(data.train.labels),
+                steps_per_epoch=sampler.steps_per_epoch,
+            )
+            if objective.needs_teacher and self._teacher is None:
+                names = [loss for loss, (_, module) in objective.losses.items() if module.needs_teacher]
+                raise UserError(f"{name}: losses.{names[0]} needs a teacher")
+            return objective
+
+        parts = make_parts(
+            phases,
+            student.losses,
+            student.optimizer,
+            student.schedule,
+            steps_per_epoch=sampler.steps_per_epoch,
+            create=create,
         )
-        return devices.parallel_train_step(step)
+        # A teacher that no loss reads would cost a forward pass for nothing.
+        teacher = self._teacher if parts[0].all_losses.may_read_teacher else None
+        record = Record(
+            network=dict(student.description or {"name": _class_name(network)}),
+            channels=data.image_shape[-1],
+            categories=list(data.categories),
+            multilabel=data.multilabel,
+            images=_describe_images(data, self._setup.normalize),
+            method=student.method,
+        )
+        return Loop(
+            name,
+            network,
+            parts,
+            record,
+            self._setup,
+            variables=student.variables,
+            teacher=None if teacher is None else as_network(teacher.network),
+            teacher_variables=None if teacher is None else teacher.variables,
+        )
 
-    def _lower(self):
-        """Traces a new state and a step; what does not fit together shows here, before anything compiles."""
-        try:
-            self._teacher_variables, teacher_output = None, None
-            if self._teacher is not None:
-                self._teacher_variables, teacher_output = jax.eval_shape(
-                    lambda: init_network(self._teacher.module, self._init_key, self._dataset.image_shape)
-                )
-
-            def new_state():
-                model, shape, labels = self._network.module, self._dataset.image_shape, self._dataset.train.labels
-                label = jax.ShapeDtypeStruct(labels.shape[1:], labels.dtype)
-                return init_state(self._init_key, model, self._objective, self._optimizer, shape, teacher_output, label)
-
-            self._lowered_state = jax.jit(new_state).lower()
-            self._abstract_state: TrainState = self._lowered_state.out_info
-            self._lowered_step = self._lower_step(self._config.batch_size)
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(f"{self._name}: {str(error).strip().splitlines()[0]}") from error
-
-    def _lower_step(self, size):
-        """For a global batch of `size`."""
-        split, rows = self._dataset.train, len(range(size)[devices.local_rows(size)])
-        batch = {
-            "image": np.zeros((rows, *self._dataset.image_shape), np.uint8),
-            "label": np.zeros((rows, *split.labels.shape[1:]), split.labels.dtype),
-            "index": np.zeros(rows, np.int32),
-        }
-        arguments = self._abstract_state, self._teacher_variables, devices.shard(batch), self._key
-        return devices.lower(self._train_step, *arguments)
-
-    def _batches(self, step):
-        """(size of the global batch, this process's rows of it) of each step from `step` on."""
-        split, steps = self._dataset.train, range(step, self._total_steps)
-        for step, images in zip(steps, read_batches(split.images, map(self._local_indices, steps)), strict=True):
-            index = self._local_indices(step)
-            batch = {"image": images, "label": split.labels[index], "index": index.astype(np.int32)}
-            yield len(self._sampler.indices(step)), devices.shard(batch)
-
-    def _local_indices(self, step):
-        index = self._sampler.indices(step)
-        return index[devices.local_rows(len(index))]
-
-    def run(self, stop: StopRequest, teacher_variables: Any = None) -> tuple[Any, Progress]:
-        """Trains to the end from the newest checkpoint.
+    def fit(self, stop: StopRequest | None = None) -> dict[str, Result]:
+        """Trains every student to the end, one after the other.
 
         Args:
-          stop: looked at after every step.
-          teacher_variables: of the teacher, `devices.replicate`d.
+          stop: Request to stop, which is looked at after every step; None: nothing asks to stop.
 
         Returns:
-          The variables of the trained network, and what was measured on the way.
+          {name: result}.
 
         Raises:
-          InterruptedRun: `stop` was requested; the state is saved.
-          DivergedError: a loss or gradient is not finite.
+          InterruptedRun: `stop` was requested; with a workdir the state is saved.
+          DivergedError: A loss or gradient is not finite.
         """
-        with Checkpoints(self._workdir / self._name / FOLDER, self._config.keep_checkpoints) as checkpoints:
-            state, record = checkpoints.restore(self._abstract_state) or (None, {"progress": {}})
-            progress = Progress(**record["progress"])
-            step = 0 if state is None else int(state.step)
-            if step < self._total_steps:
-                self._announce(step)
-                state = devices.replicate(self._compile(state))
-                with Meter(
-                    self._name,
-                    self._config,
-                    self._task,
-                    self._sampler,
-                    self._total_steps,
-                    self._workdir,
-                    step,
-                    progress,
-                ) as meter:
-                    batches = self._batches(step)
-                    while step < self._total_steps:
-                        begin = step
-                        state, step = self._train_epoch(state, teacher_variables, step, batches, meter, stop)
-                        if step > begin:
-                            self._save(state, step, meter, checkpoints)
-                        if stop.requested and step < self._total_steps:
-                            raise InterruptedRun(
-                                f"stopped by {stop.name}, saved at step {step} of the {self._name}: "
-                                "the same command resumes"
-                            )
-        return state.student_variables, progress
+        devices, stop = self._setup.devices, StopRequest() if stop is None else stop
+        teacher_variables = None if self._teacher is None else devices.replicate(self._teacher.variables)
+        results = {}
+        for name, loop in self._loops.items():
+            loop.say_what_depends_on_devices()
+            state, progress, history = loop.run(stop, teacher_variables)
+            self.state[name] = jax.device_get(state)
+            if self._workdir is not None:
+                rows = processes.on_first(lambda: list(read_rows(self._workdir / "metrics.jsonl")))
+                history = [row for row in rows if row["phase"] == name]
+            results[name] = _result(self.state[name].variables, progress, history)
+        return results
 
-    def by_category(self, variables: Any) -> tuple[dict[str, float], np.ndarray | None]:
-        """{category: score} and confusions of the network on the test split, see `Task.by_category`."""
-        scores, confusions = self._evaluate.by_category(devices.replicate(variables))
-        return dict(zip(self._dataset.categories, scores.tolist(), strict=True)), confusions
+    def evaluate(self, name: str, split: str = "test") -> dict[str, float]:
+        """Returns the metrics of a student on a split, "test" or "train", after `fit`."""
+        return self.evaluation(name, split)(self._setup.devices.replicate(self.state[name].variables))
 
-    def _announce(self, step):
-        size = count_parameters(self._abstract_state.params["student"])
-        verb = "training" if step == 0 else f"resuming at step {step} of {self._total_steps}:"
-        say(
-            f"{self._name}: {verb} {self._network.name}, width {self._network.width:g}, {size:,} parameters, "
-            f"{self._epochs} epochs of {self._sampler.steps_per_epoch} steps"
+    def evaluation(self, name: str, split: str = "test") -> Evaluation:
+        """Returns the evaluation of a student on a split."""
+        return self._loops[name].evaluation if split == "test" else self._loops[name].evaluation_on(split)
+
+
+def _result(variables: Variables, progress: Progress, history: Sequence[Mapping[str, Any]]) -> Result:
+    """Returns the result of a student, with the metrics of the last rows of its history."""
+    metrics = {row["split"]: {name: value for name, value in row.items() if name not in ROW_KEYS} for row in history}
+    last, best = (progress.evaluations.get(name, {}) for name in ("last", "best"))
+    return Result(variables, metrics, last, best, history, progress.images_per_second)
+
+
+def _class_name(network: Network) -> str:
+    return type(getattr(network, "module", network)).__name__
+
+
+def _describe_images(data: ImageDataset, normalize: Any) -> dict[str, Any]:
+    """Returns what checkpoints say of the images that a network was trained on."""
+    images = {"size": list(data.image_shape[:2])}
+    if isinstance(normalize, Normalize):
+        images |= {"mean": list(normalize.mean), "std": list(normalize.std)}
+    return images
+
+
+def _check_losses(losses: Mapping[str, Any], data: ImageDataset) -> None:
+    """Raises UserError for a loss that reads another kind of labels than the data set has."""
+    wrong = [name for name in losses if name in LOSSES and LOSSES[name].multilabel not in (None, data.multilabel)]
+    if wrong:
+        fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]
+        kind = "any number of categories (multi-label)" if data.multilabel else "one category"
+        raise UserError(
+            f"losses.{wrong[0]} does not fit data set '{data.name}', whose images have {kind} each: of the methods "
+            f"that read labels, those for it are {', '.join(sorted(fitting))}"
         )
 
-    def _compile(self, state):
-        """Compiles the step and, where `state` is None, makes a new one meanwhile; returns the state."""
-        start = time.perf_counter()
-        with ThreadPoolExecutor() as pool:
-            step = pool.submit(self._lowered_step.compile)
-            if state is None:
-                # Of one process: another kind of machine might round otherwise.
-                state = processes.on_first(lambda: jax.device_get(self._lowered_state.compile()()))
-            # By batch size: the last batch of an epoch may be smaller.
-            self._compiled = {self._config.batch_size: step.result()}
-        say(f"{self._name}: compiled in {time.perf_counter() - start:.1f} s")
-        return state
 
-    def _train_epoch(self, state, teacher_variables, step, batches, meter, stop):
-        """From `step` to the end of its epoch, or to the step after which a stop was requested."""
-        pending = deque()
-        meter.start_clock()
-        end = (step // self._sampler.steps_per_epoch + 1) * self._sampler.steps_per_epoch
-        while step < end and not stop.reached():
-            size, batch = next(batches)
-            if size not in self._compiled:
-                # Compiling holds up the host: it should not count as time of the steps in flight, or of the next.
-                _drain(pending, meter)
-                self._compiled[size] = self._lower_step(size).compile()
-                meter.start_clock()
-            state, metrics = self._compiled[size](state, teacher_variables, batch, self._key)
-            step += 1
-            pending.append((step, size, metrics))
-            # Metrics of finished steps are read without waiting; only a step too far ahead of the devices waits.
-            while pending and (len(pending) >= self._max_in_flight or pending[0][2]["loss"].is_ready()):
-                meter.add(*pending.popleft())
-        _drain(pending, meter)
-        return state, step
-
-    def _save(self, state, step, meter, checkpoints):
-        """Evaluates if an epoch has ended, and saves."""
-        score = -math.inf  # what is saved in the middle of an epoch is never the best
-        if step % self._sampler.steps_per_epoch == 0:
-            values = self._evaluate(state.student_variables)
-            meter.end_epoch(step, values)
-            score = values[self._task.score]
-        record = {
-            "network": self._network.identity,
-            "channels": self._dataset.image_shape[-1],
-            "images": {
-                "size": self._dataset.image_shape[:2],
-                "mean": self._config.dataset.mean,
-                "std": self._config.dataset.std,
-            },
-            "categories": self._dataset.categories,
-            "multilabel": self._dataset.multilabel,
-            "method": self._config.method,
-            "finished": step == self._total_steps,
-            "progress": dataclasses.asdict(meter.progress),
-        }
-        checkpoints.save(step, state, record, score)
-
-
-def _drain(pending, meter):
-    while pending:
-        meter.add(*pending.popleft())
-
-
+def _check_batches(setup: Setup) -> None:
+    """Raises UserError for batches that cannot be had, or that do not divide by the devices."""
+    sampler = setup.sampler
+    if sampler.batch_size > sampler.num_examples:
+        raise UserError(
+            f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
+        )
+    if sampler.last_batch_size == 1:
+        raise UserError(
+            "the last batch of an epoch holds one image, which has nothing to relate to: set drop_last=True"
+        )
+    setup.devices.check_batch_size("batch_size", sampler.batch_size)
+    setup.devices.check_batch_size(
+        "the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size
+    )

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from cskd_jax.configs import digits
 from cskd_jax.data import load_dataset
-from cskd_jax.data.augment import make_normalize
+from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
 from cskd_jax.interop import export, import_torch
 from cskd_jax.models import create_model
@@ -55,7 +55,7 @@ def test_function_runs_with_jax_alone(exported, done, tmp_path):
     variables, _ = load_variables(str(done / "student"))
     module = create_model("resnet8", num_classes=10, width=0.25)
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
-    normalized = make_normalize((0.3055,), (0.3766,))(images)
+    normalized = Normalize((0.3055,), (0.3766,))(images)
     expected = jax.jit(lambda v, x: module.apply(v, x, train=False).logits)(variables, normalized)
     np.savez(tmp_path / "case.npz", images=images, logits=expected)
     program = f"""
