@@ -89,6 +89,14 @@ def names_used(source):
     return used
 
 
+def opens_images(source):
+    """Whether a file calls open of Pillow's module Image."""
+    return any(
+        isinstance(node, ast.Attribute) and node.attr == "open" and getattr(node.value, "id", "") == "Image"
+        for node in ast.walk(ast.parse(source))
+    )
+
+
 def text_in_the_encoding_of_the_machine(source):
     """Lines that read or write a text file without saying in which encoding."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
@@ -135,6 +143,12 @@ def test_only_parallel_knows_of_devices(path):
 @in_every_file
 def test_only_checkpoint_imports_orbax(path):
     assert ("orbax" in packages(FILES[path])) == (path == "checkpoint.py")
+
+
+@in_every_file
+def test_only_images_opens_images(path):
+    """There it is said which formats they may have."""
+    assert opens_images(FILES[path]) == (path == "data/images.py")
 
 
 @in_every_file
