@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import tqdm
 
 from cskd_jax import parallel
+from cskd_jax.files import open_append, write_text
 
 
 def say(message: str) -> None:
@@ -18,16 +18,6 @@ def say(message: str) -> None:
     if parallel.is_first():
         tqdm.tqdm.write(message)
         sys.stdout.flush()
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def progress_bar(phase: str, total: int, initial: int, unit: str) -> tqdm.tqdm:
@@ -58,10 +48,8 @@ class MetricsLog:
 
     def _open(self, path, step):
         kept = [row for row in read_rows(path) if row["phase"] != self._phase or row["step"] <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open_append(path)
 
     def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Adds a row: {"phase", "split", "step", "epoch"} and the values."""

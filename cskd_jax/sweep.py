@@ -34,7 +34,8 @@ from absl import flags
 from cskd_jax import command_line
 from cskd_jax import config as config_lib
 from cskd_jax.children import die_with_parent
-from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.errors import InterruptedRun, UserError, printable
+from cskd_jax.files import open_append, refuse_link
 from cskd_jax.lock import locked
 from cskd_jax.logging import say
 from cskd_jax.losses import LOSSES
@@ -189,13 +190,16 @@ def _teacher_run(file, config, overrides, workdir):
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Raises UserError if a configuration or the data are wrong, or a workdir holds another run."""
+    """Raises UserError if a configuration or the data are wrong, or a workdir holds another run or is a link."""
     data = {}
     for run in runs:
         config = run.config
         config_lib.validate(config)
         if run.teacher is None:
             config_lib.check_teacher_exists(config)
+        name = pathlib.PurePath(run.name)
+        for folder in (name, *name.parents[:-1]):
+            refuse_link(run.sweep / folder)
         path = run.workdir / "config.json"
         if path.exists():
             identity, digest = config_lib.plain(config), read_json(path).get(TEACHER_DIGEST)
@@ -267,7 +271,7 @@ def _start(run, variables):
     """Starts a run; it ends when the sweep ends, however that is."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "cskd_jax.main", *run.arguments]
-    with (run.workdir / "log.txt").open("ab") as log:
+    with open_append(run.workdir / "log.txt") as log:
         return subprocess.Popen(
             command,
             env=os.environ | variables,
@@ -292,7 +296,7 @@ def _stop(running, stop):
 def _failure(run, code):
     lines = (run.workdir / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"FAILED, {how}: {lines[-1] if lines else 'no output'} ({run.workdir / 'log.txt'})"
+    return f"FAILED, {how}: {printable(lines[-1]) if lines else 'no output'} ({run.workdir / 'log.txt'})"
 
 
 def _score(run):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import importlib.metadata
+import io
 import pathlib
 import platform
 import time
@@ -18,8 +19,9 @@ from cskd_jax import parallel
 from cskd_jax.checkpoint import FOLDER, load_variables
 from cskd_jax.data import ImageDataset
 from cskd_jax.errors import UserError
+from cskd_jax.files import refuse_links, write_json, write_text
 from cskd_jax.lock import locked
-from cskd_jax.logging import say, write_json
+from cskd_jax.logging import say
 from cskd_jax.loop import Evaluation, Network, Phase, Progress
 from cskd_jax.metrics import Task, task_of
 from cskd_jax.models import count_parameters
@@ -28,6 +30,8 @@ from cskd_jax.signals import StopRequest
 from cskd_jax.trained import TEACHER_DIGEST, check_fits, load_data, read_json
 
 RESULTS = "results.json"
+# What a run writes into its workdir, beside its lock.
+_WRITTEN = (RESULTS, "config.json", "metrics.jsonl", "confusion_matrix.csv", "tensorboard", "teacher", "student")
 # Packages whose versions decide the numbers.
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -52,6 +56,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             if (workdir / RESULTS).exists():
                 return True
             held.enter_context(locked(workdir / "lock", f"another job runs in workdir {workdir}"))
+            # The workdir may be a link of the user's; what a folder from elsewhere brings along leads to their files.
+            refuse_links(workdir / name for name in _WRITTEN)
             return False
 
         if parallel.on_first(is_done):
@@ -186,10 +192,11 @@ def write_results(
 
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
     """Writes the matrix with the categories as header and as first column."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["category \\ taken for", *categories])
-        writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["category \\ taken for", *categories])
+    writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
+    write_text(path, table.getvalue())
 
 
 def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds: float) -> None:

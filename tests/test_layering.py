@@ -18,7 +18,7 @@ LAYERS = (
     ("parallel",),
     ("metrics", "objective"),
     ("losses", "models"),
-    ("arguments", "children"),
+    ("arguments", "children", "files"),
     ("errors",),
 )
 LAYER = {component: number for number, components in enumerate(LAYERS) for component in components}
@@ -102,9 +102,11 @@ def text_in_the_encoding_of_the_machine(source):
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     lines = []
     for call in calls:
-        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        method = getattr(call.func, "attr", "")
+        name = method or getattr(call.func, "id", "")
         modes = {argument.value for argument in call.args if isinstance(argument, ast.Constant)}
-        of_text = name in ("read_text", "write_text") or (name == "open" and modes & {"r", "w", "a", "x"})
+        # The function write_text of cskd_jax.files always writes UTF-8; the method of a path does not.
+        of_text = method in ("read_text", "write_text") or (name == "open" and modes & {"r", "w", "a", "x"})
         if of_text and "encoding" not in {keyword.arg for keyword in call.keywords}:
             lines.append(call.lineno)
     return lines

@@ -31,8 +31,9 @@ from cskd_jax import config as config_lib
 from cskd_jax.checkpoint import FOLDER
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import make_normalize
-from cskd_jax.errors import UserError
-from cskd_jax.logging import say, write_json
+from cskd_jax.errors import UserError, printable
+from cskd_jax.files import write_json
+from cskd_jax.logging import say
 from cskd_jax.loop import Evaluation
 from cskd_jax.metrics import task_of
 from cskd_jax.models import count_parameters
@@ -175,7 +176,7 @@ def _tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
         rows[f"latency, {size}, ms"] = [f"{n['latency_ms'][size]:,.2f}" for n in networks.values()]
     first = _align([["", *networks], *([name, *cells] for name, cells in rows.items())])
     scores = [n["by_category"] for n in networks.values()]
-    second = _align([["category", *networks], *([c, *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
+    second = _align([["category", *networks], *([printable(c), *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
     return f"{first}\n\n{second}"
 
 

@@ -16,7 +16,7 @@ from cskd_jax import config as config_lib
 from cskd_jax.checkpoint import FOLDER
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import make_normalize
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, printable
 from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.trained import load_data, load_trained
@@ -106,7 +106,7 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
             if position == 0:
                 panels.append(Panel(title, project(embeddings[shown])))
         ratios[label] = summarize(values)
-    categories = {int(label): dataset.categories[label] for label in np.unique(labels[shown])}
+    categories = {int(label): printable(dataset.categories[label]) for label in np.unique(labels[shown])}
     return Embeddings(len(images), ratios, labels[shown], categories, panels)
 
 
