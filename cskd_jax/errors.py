@@ -32,6 +32,15 @@ class InterruptedRun(UserError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
+def printable(text: str) -> str:
+    """A text from outside as one line that a console only shows.
+
+    Line ends, terminal escapes, marks that turn the direction of text, and what else is not printable become visible:
+    they stand as Python would write them, such as \\x1b.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
     """Runs a command; returns its exit code, or 0. What the user can mend becomes one line on standard error."""
     for stream in (sys.stdout, sys.stderr):
@@ -40,9 +49,9 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
     try:
         return command(*arguments) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{place}", file=sys.stderr)
+        print(f"error: {printable(f'{error.strerror or error}{place}')}", file=sys.stderr)
         return UserError.exit_code

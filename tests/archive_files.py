@@ -20,6 +20,13 @@ def photograph(seed, size, mode="RGB", **options):
     return buffer.getvalue()
 
 
+def drawing():
+    """An image file that Pillow leaves to Ghostscript to draw."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")
+    return buffer.getvalue()
+
+
 def write_tar(path, members, prefix=""):
     """Writes a tar archive, compressed as its suffix says."""
     mode = {".gz": "w:gz", ".tgz": "w:gz", ".xz": "w:xz", ".tar": "w"}[path.suffix]

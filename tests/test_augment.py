@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cskd_jax.data.augment import augment, enlarge, Normalize
+from cskd_jax.data.augment import Normalize, augment, enlarge
 
 PADDING = 1
 SIZE = 3

@@ -191,6 +191,63 @@ def test_recipe_without_a_teacher_and_a_log_that_was_cut_off(tmp_path):
     assert "Training curves" in text
 
 
+@pytest.fixture
+def outside(tmp_path):
+    """A file of the user's that must not change."""
+    path = tmp_path / "outside" / ".profile"
+    path.parent.mkdir()
+    path.write_text("export EDITOR=vi\n")
+    yield path
+    assert path.read_text() == "export EDITOR=vi\n"
+    assert [file.name for file in path.parent.iterdir()] == [".profile"]
+
+
+def test_links_in_the_folder_of_the_report_are_replaced(tmp_path, outside):
+    write_run(tmp_path / "run", "cifar100", "kd", 0, 0.6)
+    report = tmp_path / "run" / "report"
+    report.mkdir()
+    for name in ("report.md", "report.md.tmp", "report.html", "report.html.tmp"):
+        (report / name).symlink_to(outside)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert (report / "report.md").read_text().startswith("## cifar100")
+    assert (report / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_folder_of_the_report_is_no_link_but_one_of_the_users(tmp_path, outside, capsys):
+    write_run(tmp_path / "run", "cifar100", "kd", 0, 0.6)
+    (tmp_path / "run" / "report").symlink_to(outside.parent)
+    assert main(["report", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/run/report is a symbolic link")
+    assert error.count("\n") == 1
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    assert main(["report", str(tmp_path / "run"), f"--out={tmp_path / 'link'}"]) == 0
+    assert (tmp_path / "out" / "report.md").exists()
+
+
+def test_texts_of_strangers_are_shown_and_do_nothing(tmp_path, capsys):
+    write_run(tmp_path / "run", "cifar100", "kd", 0, 0.6)
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    results["method"] = "kd\nrm -rf ~\n|`x`<img src=x>![y](http://z)\u202e"
+    results["devices"]["kind"] = "cpu\x1b]0;gone\x07"
+    results["config"]["dataset.name"] = "digits\n\n# title\x1b[2J"
+    path.write_text(json.dumps(results))
+    assert main(["report", str(tmp_path)]) == 0
+    console = capsys.readouterr().out
+    text, html_text = ((tmp_path / "report" / name).read_text() for name in ("report.md", "report.html"))
+    for shown in (console, text, html_text):
+        assert all(character.isprintable() or character == "\n" for character in shown)
+        assert "\nrm" not in shown
+        assert "\n# title" not in shown
+    # A backslash of the text stands behind another one in Markdown.
+    assert r"| kd\\nrm -rf ~\\n\|\`x\`\<img src=x>!\[y](http://z)\\u202e | 1 |" in text
+    assert r"## digits\\n\\n# title\\x1b\[2J: R101_0.5" in text
+    assert {"img", "a"}.isdisjoint(tag for tag, _ in Page(html_text).tags)
+    assert "cpu\\x1b]0;gone\\x07" in html_text
+
+
 def test_bad_runs(grid, capsys):
     def error(*arguments):
         assert main(["report", *arguments]) == 2

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cskd_jax.data.augment import augment, Normalize
+from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.distributed.devices import AXIS
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.training.objective import Objective, needs_teacher

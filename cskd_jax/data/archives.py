@@ -23,6 +23,7 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
+from cskd_jax.data.images import open_image
 from cskd_jax.errors import UserError
 
 TAR_SUFFIXES = (".tar.gz", ".tar", ".tar.xz")
@@ -196,7 +197,7 @@ def decode(path: Path, member: str, data: bytes) -> Image.Image:
       UserError: It is no sound image; the message names the archive and the member.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_image(io.BytesIO(data))
         image.load()
     # Pillow's decoders raise many types.
     except Exception as error:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cskd_jax.errors import UserError
 
+# Pillow's names of what image files may be, whatever their suffix says. Of the many others that Pillow knows, some
+# start programs: EPS is drawn by Ghostscript.
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with so many channels.
 
 
@@ -32,6 +35,18 @@ class Reader(Protocol):
         """
 
 
+def open_image(file: Path | BinaryIO) -> Image.Image:
+    """Opens an image file of one of `FORMATS`; Pillow raises errors of many types here and when it decodes.
+
+    Raises:
+      UserError: It is of none of them.
+    """
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UserError(f"the content is none of {', '.join(FORMATS)}") from None
+
+
 def read_image(file: Path | BinaryIO, name: str, channels: int, image_size: int | None) -> np.ndarray:
     """Decodes an image file.
 
@@ -48,7 +63,7 @@ def read_image(file: Path | BinaryIO, name: str, channels: int, image_size: int 
       UserError: It is no sound image of 8 bits per channel.
     """
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             if not image.mode.startswith(("I", "F")):
                 if image.mode == "P":  # A palette may hold transparency, which Pillow wants to see kept at first.
                     image = image.convert("RGBA")

@@ -30,7 +30,8 @@ from cskd_jax.commands import command_line
 from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
 from cskd_jax.distributed.devices import Devices
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, printable
+from cskd_jax.files import write_json
 from cskd_jax.models import count_parameters
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data, make_evaluation, make_normalize
@@ -39,7 +40,6 @@ from cskd_jax.runs.trained import TrainedNetwork, load_trained
 from cskd_jax.runs.workdir import run_config
 from cskd_jax.training.checkpoint import FOLDER
 from cskd_jax.training.metrics import task_of
-from cskd_jax.training.records import write_json
 
 FLOPS_MEANING = (
     "floating-point operations of one image in evaluation mode, from XLA's cost analysis of the program before the "
@@ -178,7 +178,7 @@ def _tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
         rows[f"latency, {size}, ms"] = [f"{n['latency_ms'][size]:,.2f}" for n in networks.values()]
     first = _align([["", *networks], *([name, *cells] for name, cells in rows.items())])
     scores = [n["by_category"] for n in networks.values()]
-    second = _align([["category", *networks], *([c, *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
+    second = _align([["category", *networks], *([printable(c), *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
     return f"{first}\n\n{second}"
 
 

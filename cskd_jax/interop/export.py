@@ -15,13 +15,13 @@ WORKDIR is the folder of a run, of one of its networks (WORKDIR/teacher), or of 
   images, mean and deviation.
 """
 
-import json
 import pathlib
 import sys
 from typing import Any
 
 from cskd_jax.commands.arguments import Parser, check_new, numbers
 from cskd_jax.errors import UserError, run_command
+from cskd_jax.files import write_bytes, write_json
 
 WEIGHTS, FUNCTION, DESCRIPTION = "weights.safetensors", "network.jax_export", "network.json"
 # What the function runs on, wherever it is exported.
@@ -76,9 +76,9 @@ def _run(argv):
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     # What reads such files for PyTorch wants to be told that they are meant for it.
-    (arguments.out / WEIGHTS).write_bytes(safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
-    (arguments.out / FUNCTION).write_bytes(function)
-    (arguments.out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    write_bytes(arguments.out / WEIGHTS, safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
+    write_bytes(arguments.out / FUNCTION, function)
+    write_json(arguments.out / DESCRIPTION, description)
     trained = "" if record.finished else ", not trained to its end"
     print(
         f"{record.describe_network()}, "

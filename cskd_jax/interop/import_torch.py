@@ -17,12 +17,12 @@ DIR is then what --config.teacher.checkpoint takes, with the same --config.teach
 """
 
 import hashlib
-import json
 import pathlib
 import sys
 
 from cskd_jax.commands.arguments import Parser, check_new, number
 from cskd_jax.errors import UserError, run_command
+from cskd_jax.files import write_json
 
 
 def main(argv: list[str]) -> int:
@@ -79,7 +79,7 @@ def _run(argv):
         "unused": unused,
     }
     report_path = arguments.out / "import.json"
-    report_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(report_path, report)
     print(f"{arguments.file}: {network}")
     print(f"{len(used)} tensors used, 0 missing, {len(unused)} not needed (by name in {report_path})")
     print(

@@ -19,7 +19,8 @@ from absl import flags
 
 from cskd_jax.commands import command_line
 from cskd_jax.console import say
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, printable
+from cskd_jax.files import refuse_link, write_text
 from cskd_jax.report import markdown, page, published, tables
 from cskd_jax.report.runs import Comparison, Row, compare, find_runs
 from cskd_jax.report.svg import Curve
@@ -45,6 +46,9 @@ def _run(argv):
         raise UserError("name the folders of the runs, such as runs/sweep/digits")
     folders = [pathlib.Path(folder) for folder in command.rest]
     comparisons = compare(find_runs(folders))
+    if values.out is None:
+        # The runs may come from elsewhere; --out may be a link, for it comes from the user.
+        refuse_link(folders[0] / "report")
     out = pathlib.Path(values.out or folders[0] / "report")
     out.mkdir(parents=True, exist_ok=True)
     command_line.set_up_jax()
@@ -67,8 +71,8 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
     count = len({run for comparison in comparisons for run in comparison.runs})
     lead = f"{count} runs on {', '.join(sorted({c.dataset for c in comparisons}))}; {_made_with(comparisons)}."
     html = page.render("Knowledge distillation: comparison of runs", lead, sections)
-    (out / "report.html").write_text(html, encoding="utf-8")
-    (out / "report.md").write_text("\n".join(texts), encoding="utf-8")
+    write_text(out / "report.html", html)
+    write_text(out / "report.md", "\n".join(texts))
     say(f"{count} runs: {out / 'report.html'}, {out / 'report.md'}")
 
 
@@ -95,8 +99,9 @@ def _comparison(comparison, data_dir):
     try:
         measured = embedding.measure(comparison, data_dir)
     except UserError as error:
-        say(f"{comparison.title}: no embeddings: {error}")
-        return [*sections, page.note(f"Embeddings and tightness are left out: {error}.")], shown
+        reason = printable(str(error))
+        say(f"{comparison.title}: no embeddings: {reason}")
+        return [*sections, page.note(f"Embeddings and tightness are left out: {reason}.")], shown
     tightness = tables.tightness(comparison, measured)
     pictures = page.embeddings(measured)
     return [*sections, pictures, page.table(tightness)], [*shown, tightness]

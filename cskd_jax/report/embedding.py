@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import Normalize
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, printable
 from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
@@ -107,7 +107,7 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
             if position == 0:
                 panels.append(Panel(title, project(embeddings[shown])))
         ratios[label] = summarize(values)
-    categories = {int(label): dataset.categories[label] for label in np.unique(labels[shown])}
+    categories = {int(label): printable(dataset.categories[label]) for label in np.unique(labels[shown])}
     return Embeddings(len(images), ratios, labels[shown], categories, panels)
 
 

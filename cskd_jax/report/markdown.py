@@ -1,20 +1,26 @@
 """Tables as Markdown."""
 
+import re
 from collections.abc import Iterable
 
 from cskd_jax.report.tables import Table
 
 
 def render(title: str, text: str, tables: Iterable[Table]) -> str:
-    """A section with a text and tables."""
-    return "\n".join([f"## {title}\n", f"{text}\n", *map(_table, tables)])
+    """A section with a text and tables, all of them plain text."""
+    return "\n".join([f"## {_escape(title)}\n", f"{_escape(text)}\n", *map(_table, tables)])
 
 
 def _table(table):
-    lines = [f"### {table.title}", "", _row(table.header), _row(["---"] + ["---:"] * (len(table.header) - 1))]
+    lines = [f"### {_escape(table.title)}", "", _row(table.header), _row(["---"] + ["---:"] * (len(table.header) - 1))]
     lines += [_row(row) for row in table.rows]
-    return "\n".join([*lines, "", *(f"{note}\n" for note in table.notes)])
+    return "\n".join([*lines, "", *(f"{_escape(note)}\n" for note in table.notes)])
 
 
 def _row(cells):
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(_escape, cells)) + " |"
+
+
+def _escape(text):
+    """Markdown that shows `text` as it is: no cell of its own, code, HTML, link or picture."""
+    return re.sub(r"([\\|`<\[])", r"\\\1", text)

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, printable
 from cskd_jax.report.published import network_label
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs.schema import INDIFFERENT
@@ -28,7 +28,7 @@ class Run:
 
     Attributes:
       folder: its workdir.
-      results: results.json.
+      results: results.json, with all its texts `printable`.
       teacher_run: the run that trained its teacher, where it is among those read.
     """
 
@@ -170,11 +170,20 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
 
 
 def _read_results(path):
-    results = read_json(path)
+    results = _printable(read_json(path))
     missing = {"method", "seed", "teacher", "student", "dataset", "devices", "versions", "config"} - results.keys()
     if missing:
         raise UserError(f"{path} is no result of a run: it lacks {', '.join(sorted(missing))}")
     return results
+
+
+def _printable(content):
+    """A JSON value with all texts printable: runs of others are shown on a console and in files that people open."""
+    if isinstance(content, dict):
+        return {printable(key): _printable(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_printable(value) for value in content]
+    return printable(content) if isinstance(content, str) else content
 
 
 def compare(runs: Iterable[Run]) -> list[Comparison]:

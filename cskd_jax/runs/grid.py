@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import ml_collections
 
+from cskd_jax.files import refuse_link
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
@@ -109,13 +110,16 @@ def _teacher_run(file, config, overrides, workdir):
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Raises UserError if a configuration or the data are wrong, or a workdir holds another run."""
+    """Raises UserError if a configuration or the data are wrong, or a workdir holds another run or is a link."""
     data = {}
     for run in runs:
         config = run.config
         schema.validate(config)
         if run.teacher is None:
             schema.check_teacher_exists(config)
+        name = pathlib.PurePath(run.name)
+        for folder in (name, *name.parents[:-1]):
+            refuse_link(run.sweep / folder)
         path = run.workdir / "config.json"
         if path.exists():
             identity, digest = schema.plain(config), read_json(path).get(TEACHER_DIGEST)

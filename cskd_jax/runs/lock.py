@@ -11,6 +11,7 @@ from absl import logging
 
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
+from cskd_jax.files import open_append
 
 # A file server lets go only some time after a machine has died: NFS, by default, after 90 seconds.
 PATIENCE_SECONDS = 120
@@ -32,11 +33,11 @@ def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
       holder: who holds it if this process does not, such as "another job", and where.
 
     Raises:
-      UserError: another process holds it, or its folder cannot be written to.
+      UserError: another process holds it, its folder cannot be written to, or there is a symbolic link in its place.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        file = open_append(path)
     except OSError as error:
         raise UserError(f"cannot write to workdir {path.parent}: {error.strerror}") from None
     with file:

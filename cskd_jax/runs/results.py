@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import io
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,14 @@ import numpy as np
 
 from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
+from cskd_jax.files import write_json, write_text
 from cskd_jax.models import count_parameters
 from cskd_jax.training.metrics import Task
-from cskd_jax.training.records import write_json
 from cskd_jax.training.trainer import Result
 
 RESULTS = "results.json"
+# What a run writes into its workdir, beside its lock.
+WRITTEN = (RESULTS, "config.json", "metrics.jsonl", "confusion_matrix.csv", "tensorboard", "teacher", "student")
 # Packages whose versions decide the numbers.
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -70,10 +73,11 @@ def write_results(
 
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
     """Writes the matrix with the categories as header and as first column."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["category \\ taken for", *categories])
-        writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["category \\ taken for", *categories])
+    writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
+    write_text(path, table.getvalue())
 
 
 def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds: float) -> None:

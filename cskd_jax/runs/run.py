@@ -10,11 +10,13 @@ from cskd_jax.console import say
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
+from cskd_jax.files import refuse_links
 from cskd_jax.runs import schema
 from cskd_jax.runs.build import load_data, make_evaluation, make_network, make_trainer
 from cskd_jax.runs.lock import locked
 from cskd_jax.runs.results import (
     RESULTS,
+    WRITTEN,
     describe,
     describe_dataset,
     describe_result,
@@ -49,6 +51,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             if (workdir / RESULTS).exists():
                 return True
             held.enter_context(locked(workdir / "lock", f"another job runs in workdir {workdir}"))
+            # The workdir may be a link of the user's; what a folder from elsewhere brings along leads to their files.
+            refuse_links(workdir / name for name in WRITTEN)
             return False
 
         if processes.on_first(is_done):

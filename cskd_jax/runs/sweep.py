@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from cskd_jax.console import say
 from cskd_jax.distributed.children import die_with_parent
 from cskd_jax.distributed.signals import StopRequest
-from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.errors import InterruptedRun, UserError, printable
+from cskd_jax.files import open_append
 from cskd_jax.runs.grid import Run
 from cskd_jax.runs.workdir import read_json
 from cskd_jax.training.metrics import task_that_measured
@@ -84,7 +85,7 @@ def _start(run, variables):
     """Starts a run; it ends when the sweep ends, however that is."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "cskd_jax.main", *run.arguments]
-    with (run.workdir / "log.txt").open("ab") as log:
+    with open_append(run.workdir / "log.txt") as log:
         return subprocess.Popen(
             command,
             env=os.environ | variables,
@@ -109,7 +110,7 @@ def _stop(running, stop):
 def _failure(run, code):
     lines = (run.workdir / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"FAILED, {how}: {lines[-1] if lines else 'no output'} ({run.workdir / 'log.txt'})"
+    return f"FAILED, {how}: {printable(lines[-1]) if lines else 'no output'} ({run.workdir / 'log.txt'})"
 
 
 def _score(run):

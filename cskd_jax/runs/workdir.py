@@ -7,9 +7,9 @@ from typing import Any
 import ml_collections
 
 from cskd_jax.errors import UserError
+from cskd_jax.files import write_json
 from cskd_jax.runs import schema
 from cskd_jax.training.checkpoint import FOLDER
-from cskd_jax.training.records import write_json
 
 # Beside the configuration, config.json of a run whose teacher was given holds that teacher's digest.
 TEACHER_DIGEST = "teacher.checkpoint digest"

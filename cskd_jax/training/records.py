@@ -2,23 +2,13 @@
 
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cskd_jax.distributed import processes
+from cskd_jax.files import open_append, write_text
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Start
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class MetricsFiles(Callback):
@@ -40,10 +30,8 @@ class MetricsFiles(Callback):
 
     def _open(self, path, start):
         kept = [row for row in read_rows(path) if row["phase"] != start.student or row["step"] <= start.step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open_append(path)
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """Adds a row."""

@@ -1,10 +1,12 @@
-"""The network, absent or local."""
+"""The network, absent or local, and a Ghostscript that tells when it is started."""
 
 import http.server
+import os
 import socket
 import threading
 
 import pytest
+from PIL import EpsImagePlugin
 
 
 @pytest.fixture
@@ -35,3 +37,15 @@ def server(tmp_path):
         yield f"http://127.0.0.1:{httpd.server_port}"
         httpd.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def ghostscript(tmp_path_factory, monkeypatch):
+    """A file that is there as soon as anything has started Ghostscript."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "gs").write_text(f"#!/bin/sh\ntouch '{folder}/started'\n", encoding="utf-8")
+    (folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    # Pillow looks for it once, and a test before may have made it look.
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return folder / "started"

@@ -11,7 +11,7 @@ from PIL import Image
 from cskd_jax.data import archives, cub200, load_dataset
 from cskd_jax.data.images import middle_square
 from cskd_jax.errors import UserError
-from tests.archive_files import photograph, write_tar
+from tests.archive_files import drawing, photograph, write_tar
 
 ROOT = "CUB_200_2011/"
 CLASSES = [f"{number:03d}.Bird_{number}" for number in range(1, 201)]
@@ -139,6 +139,13 @@ def test_unsound_contents(tmp_path, members, message):
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cub200").exists()
+
+
+def test_photograph_that_would_start_a_program(tmp_path, ghostscript):
+    write_tar(tmp_path / "CUB_200_2011.tar", change(FIRST, drawing()))
+    with pytest.raises(UserError, match=f"member {ROOT}{FIRST} is not a sound image .*none of BMP, JPEG, PNG, WEBP"):
+        load_dataset("cub200", data_dir=str(tmp_path))
+    assert not ghostscript.exists()
 
 
 def test_truncated_archive(tmp_path):

@@ -7,6 +7,7 @@ from PIL import Image
 from cskd_jax.data import load_dataset
 from cskd_jax.data.images import middle_square
 from cskd_jax.errors import UserError
+from tests.archive_files import drawing
 
 
 def save(path, seed=0, size=(6, 4), mode="RGB"):
@@ -145,6 +146,22 @@ def test_corrupt_image(root, file, damage):
     (root / file).write_bytes(b"no image" if damage == "text" else data[: len(data) // 2])
     with pytest.raises(UserError, match=f"{root}/{file} is not a sound image"):
         load(root)
+
+
+def test_image_that_would_start_a_program(root, ghostscript):
+    (root / "train" / "cat" / "x.jpg").write_bytes(drawing())
+    with pytest.raises(UserError, match=f"{root}/train/cat/x.jpg is not a sound image .*none of BMP, JPEG, PNG, WEBP"):
+        load(root)
+    assert not ghostscript.exists()
+
+
+def test_telephone_photographs_of_several_pictures(root):
+    """JPEG by their start and their suffix; Pillow calls them MPO."""
+    picture = Image.new("RGB", (6, 4), "red")
+    picture.save(root / "train" / "cat" / "x.jpg", "MPO", save_all=True, append_images=[picture])
+    with Image.open(root / "train" / "cat" / "x.jpg") as image:
+        assert image.format == "MPO"
+    assert len(load(root).train.images) == 7
 
 
 @pytest.mark.parametrize("file", ["train/dog/2.png", "test/cat/0.png"])
