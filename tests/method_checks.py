@@ -11,8 +11,9 @@ from jax import lax
 from cskd_jax.distributed.devices import AXIS
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
+from cskd_jax.training.networks import LinenNetwork
 from cskd_jax.training.objective import Objective
-from cskd_jax.training.optimizers import make_optimizer
+from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import init_network, init_state
 from cskd_jax.training.step import make_train_step
 
@@ -144,12 +145,9 @@ class SmallNetwork(nn.Module):
 def train(losses, *, num_devices=None, steps=3, dtype=jnp.float64):
     """States (from the first, untrained one) and metrics of some real training steps of a small network."""
     axis_name = None if num_devices is None else AXIS
-    network = SmallNetwork(dtype)
+    network = LinenNetwork(SmallNetwork(dtype))
     objective = Objective.create(losses, num_classes=NUM_CLASSES, axis_name=axis_name, num_examples=NUM_EXAMPLES)
-    optimizer = make_optimizer(
-        learning_rate=0.1, momentum=0.9, weight_decay=1e-4, milestones=(), decay_factor=0.1,
-        restart_momentum=False, steps_per_epoch=3,
-    )  # fmt: skip
+    optimizer = sgd(StepSchedule(0.1), momentum=0.9, weight_decay=1e-4)
     step = make_train_step(
         network, objective, optimizer, preprocess=lambda images, *_: images, teacher=network, axis_name=axis_name
     )

@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks import category_structure, loop_part, loss_part
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
+from cskd_jax.training.networks import LinenNetwork
 from cskd_jax.training.objective import Objective
-from cskd_jax.training.optimizers import make_optimizer
+from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import TrainState
 from cskd_jax.training.step import make_train_step
 
@@ -105,16 +106,13 @@ def test_step_in_both():
         "category_structure": {"weight": 1.0, "variant": "reference"},
         "mse_logits": {"weight": 1e-6},
     }
-    optimizer = make_optimizer(
-        learning_rate=0.1, momentum=0.9, weight_decay=1e-4, milestones=(), decay_factor=0.1, restart_momentum=False,
-        steps_per_epoch=10,
-    )  # fmt: skip
+    optimizer = sgd(StepSchedule(0.1), momentum=0.9, weight_decay=1e-4)
     train_step = make_train_step(
-        ResNet(block=BasicBlock, **common), Objective.create(losses, num_classes=10), optimizer,
-        preprocess=lambda images, *_: images, teacher=ResNet(block=Bottleneck, **common),
+        LinenNetwork(ResNet(block=BasicBlock, **common)), Objective.create(losses, num_classes=10), optimizer,
+        preprocess=lambda images, *_: images, teacher=LinenNetwork(ResNet(block=Bottleneck, **common)),
     )  # fmt: skip
-    params = {"student": student_variables["params"], "methods": {"category_structure": {"sigma": sigma}}}
-    state = TrainState(jnp.int32(0), params, student_variables["batch_stats"], optimizer.init(params))
+    params = {"network": student_variables.pop("params"), "losses": {"category_structure": {"sigma": sigma}}}
+    state = TrainState(jnp.int32(0), params, student_variables, optimizer.init(params))
     train_step = jax.jit(train_step)
 
     generator = np.random.default_rng(0)
@@ -127,8 +125,7 @@ def test_step_in_both():
         np.testing.assert_allclose(metrics["loss"], total.item(), rtol=1e-4)
         assert min(parts.values()) > 0
     expected = network_variables(student)
-    actual = {"params": state.params["student"], "batch_stats": state.batch_stats}
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4), actual, expected)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4), state.variables, expected)
 
 
 @needs_torch

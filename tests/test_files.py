@@ -7,12 +7,14 @@ import stat
 import numpy as np
 import pytest
 
-from cskd_jax import lock, sweep
+from cskd_jax.runs import lock, sweep
 from cskd_jax.errors import UserError, printable, run_command
 from cskd_jax.files import open_append, refuse_links, write_bytes, write_json, write_text
-from cskd_jax.logging import MetricsLog
 from cskd_jax.main import main
-from cskd_jax.train import write_results
+from cskd_jax.runs.results import write_results
+from cskd_jax.training.callbacks import Progress, Start
+from cskd_jax.training.metrics import SINGLE_LABEL
+from cskd_jax.training.records import MetricsFiles
 from tests.conftest import ROOT
 
 
@@ -94,8 +96,9 @@ def test_lock(workdir, outside):
 def test_metrics(workdir, outside):
     (workdir / "metrics.jsonl").symlink_to(outside)
     (workdir / "metrics.jsonl.tmp").symlink_to(outside)
-    log = MetricsLog(workdir, "student", 0)
-    log.close()
+    files = MetricsFiles(workdir)
+    files.on_start(Start("student", 0, 1, 1, 0, 1, SINGLE_LABEL, Progress()))
+    files.on_end()
     assert not (workdir / "metrics.jsonl").is_symlink()
 
 

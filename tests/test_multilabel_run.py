@@ -4,19 +4,21 @@ import importlib.util
 import json
 
 import numpy as np
+import optax
 import pytest
 from sklearn.metrics import average_precision_score
 
 from cskd_jax.data import ImageDataset, Split, load_dataset
 from cskd_jax.data.augment import Normalize
-from cskd_jax.distributed import devices
+from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
-from cskd_jax.runs.trained import GivenTeacher
-from cskd_jax.training.checkpoint import load_variables
-from cskd_jax.training.evaluation import Evaluation
-from cskd_jax.training.networks import Network
-from cskd_jax.training.trainer import Phase
+from cskd_jax.models import create_model
+from cskd_jax.runs.build import make_evaluation, make_network
+from cskd_jax.runs.trained import check_fits
+from cskd_jax.training.checkpoint import Record, Saved, load_variables
+from cskd_jax.training.phases import Phase
+from cskd_jax.training.trainer import Student, Teacher, Trainer
 from tests.conftest import ROOT
 
 SMALL = [
@@ -43,29 +45,34 @@ def black(multilabel, count=64):
 
 
 @pytest.mark.parametrize("name", [name for name, method in LOSSES.items() if method.multilabel is not None])
-def test_methods_for_other_labels(name, tmp_path):
-    config, multilabel = get_config("digits"), not LOSSES[name].multilabel
-    network = Network.create(config.student, 10, config.dtype)
+def test_methods_for_other_labels(name):
+    multilabel = not LOSSES[name].multilabel
+    network = create_model("resnet8", num_classes=10, width=0.25)
     kind = r"any number of categories \(multi-label\)" if multilabel else "one category"
     supervision = "binary_cross_entropy, binary_kd" if multilabel else "category_structure, crd, cross_entropy"
     text = f"^losses.{name} does not fit data set 'black', whose images have {kind} each: .* for it are {supervision}"
     losses = {"mse_logits": {"weight": 1.0}, name: {"weight": 1.0}}
     with pytest.raises(UserError, match=text):
-        Phase("student", config, network, losses, 1, black(multilabel), tmp_path, network)
+        Trainer(
+            {"student": Student(network, losses, optax.sgd(0.1))},
+            [Teacher(network)],
+            data=black(multilabel),
+            batch_size=64,
+            phases=[Phase(1)],
+        )
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_teacher_of_other_labels(multilabel):
-    record = {"channels": 1, "categories": list("0123456789")}
-    if not multilabel:  # Checkpoints that do not say are of one category per image.
-        record["multilabel"] = True
-    teacher = GivenTeacher("runs/teacher", None, record)
+    # Checkpoints that do not say are of one category per image.
+    values = {"network": {"name": "resnet8", "width": 1.0}, "channels": 1, "categories": list("0123456789")}
+    wrong = Record.from_json(values if multilabel else values | {"multilabel": True})
+    right = Record.from_json(values | {"multilabel": multilabel})
     one, several = "one category per image", "several categories per image"
     trained, needed = (one, several) if multilabel else (several, one)
     with pytest.raises(UserError, match=f"runs/teacher was trained with {trained}, black has {needed}"):
-        teacher.check_fits(get_config("digits"), black(multilabel))
-    record["multilabel"] = multilabel
-    teacher.check_fits(get_config("digits"), black(multilabel))
+        check_fits("runs/teacher", Saved({}, wrong, 1, ""), get_config("digits"), black(multilabel))
+    check_fits("runs/teacher", Saved({}, right, 1, ""), get_config("digits"), black(multilabel))
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +106,10 @@ def test_evaluation_on_eight_devices_is_that_of_scikit_learn(done):
     """The run evaluated on one device; the number of test images does not divide by the batch."""
     config, dataset = get_config("digit_pairs"), load_dataset("digit_pairs")
     config.student.update(name="resnet8", width=0.25)
-    variables, _ = load_variables(str(done / "student"))
-    network = Network.create(config.student, 10, config.dtype)
-    values = Evaluation(network, config, dataset)(devices.replicate(variables))
+    variables = load_variables(str(done / "student")).variables
+    devices = Devices()
+    network = make_network(config.student, 10, config.dtype)
+    values = make_evaluation(network, config, dataset, devices)(devices.replicate(variables))
     expected = json.loads((done / "results.json").read_text())["student"]["last"]
     for name in ("mean_average_precision", "loss"):
         np.testing.assert_allclose(values[name], expected[name], rtol=1e-4)

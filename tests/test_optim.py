@@ -5,12 +5,12 @@ import numpy as np
 import optax
 import pytest
 
-from cskd_jax.training.optimizers import make_optimizer, restart_every, step_schedule
+from cskd_jax.training.optimizers import StepSchedule, learning_rate_of_step, restart_every, sgd
 
 STEPS_PER_EPOCH = 3
 DEFAULTS = {
     "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0, "milestones": (), "decay_factor": 0.1,
-    "restart_momentum": False, "steps_per_epoch": STEPS_PER_EPOCH,
+    "restart_momentum": False,
 }  # fmt: skip
 
 
@@ -25,8 +25,15 @@ def gradients(steps):
 
 
 def trained(steps, **settings):
-    """Parameters after each step of `make_optimizer`."""
-    optimizer = make_optimizer(**DEFAULTS | settings)
+    """Parameters after each step of `sgd`."""
+    settings = DEFAULTS | settings
+    boundaries = tuple(epoch * STEPS_PER_EPOCH for epoch in settings["milestones"])
+    optimizer = sgd(
+        StepSchedule(settings["learning_rate"], boundaries, settings["decay_factor"]),
+        momentum=settings["momentum"],
+        weight_decay=settings["weight_decay"],
+        restart_every_steps=STEPS_PER_EPOCH if settings["restart_momentum"] else None,
+    )
     update = jax.jit(optimizer.update)
     params, history = start(), []
     state = optimizer.init(params)
@@ -90,12 +97,21 @@ def test_every_parameter_decays(name, x64):
     ("step", "expected"), [(0, 0.1), (799, 0.1), (800, 0.01), (1199, 0.01), (1200, 0.001), (5000, 0.001)]
 )
 def test_schedule_changes_at_the_first_step_of_a_milestone(step, expected):
-    schedule = step_schedule(0.1, (80, 120), 0.1, steps_per_epoch=10)
+    schedule = StepSchedule(0.1, (800, 1200), 0.1)
     np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
+    # What the log says is computed without a device.
+    assert learning_rate_of_step(schedule, step) == pytest.approx(expected)
 
 
 def test_schedule_without_milestones_is_constant():
-    assert step_schedule(0.1, (), 0.1, steps_per_epoch=10)(10_000) == 0.1
+    assert StepSchedule(0.1)(10_000) == 0.1
+    assert learning_rate_of_step(StepSchedule(0.1), 10_000) == 0.1
+
+
+def test_learning_rate_of_any_schedule_of_optax_is_logged():
+    assert learning_rate_of_step(optax.cosine_decay_schedule(0.1, 10), 5) == pytest.approx(0.05)
+    assert learning_rate_of_step(0.3, 5) == 0.3
+    assert learning_rate_of_step(None, 5) is None
 
 
 def buffer_after(optimizer, updates, state):

@@ -4,8 +4,10 @@ import pytest
 
 from cskd_jax.distributed import processes
 from cskd_jax.errors import UserError
+from cskd_jax.training.callbacks import Progress, Start
 from cskd_jax.training.checkpoint import Checkpoints
-from cskd_jax.training.records import MetricsLog
+from cskd_jax.training.metrics import SINGLE_LABEL
+from cskd_jax.training.records import MetricsFiles
 
 STEP = {"SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "4"}
 
@@ -26,7 +28,12 @@ def test_several_processes_are_recognized(environment, expected):
     assert processes._in_cluster(environment) == expected
 
 
-@pytest.mark.parametrize("open_files", [lambda path: Checkpoints(path, keep=1), lambda path: MetricsLog(path, "x", 0)])
+def open_metrics(path):
+    start = Start("x", 0, 1, 1, 0, 1, SINGLE_LABEL, Progress())
+    MetricsFiles(path).on_start(start)
+
+
+@pytest.mark.parametrize("open_files", [lambda path: Checkpoints(path, keep=1), open_metrics])
 def test_all_processes_learn_what_the_first_cannot_open(open_files, tmp_path, monkeypatch):
     """As one of the others: it has no files to open itself, and must not go on."""
 

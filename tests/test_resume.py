@@ -25,8 +25,8 @@ time.time_ns = lambda: now_ns() - 3600 * 10**9 * next(hours)
 
 
 def final_parameters(workdir, phase):
-    variables, record = load_variables(str(workdir / phase))
-    return variables, record["progress"]["evaluations"]
+    variables, record, *_ = load_variables(str(workdir / phase))
+    return variables, record.progress["evaluations"]
 
 
 def assert_same_run(actual, expected):
@@ -163,7 +163,7 @@ def test_memories_and_further_networks_resume(start, small_run, done, tmp_path, 
         record = json.loads((workdir / "student" / "checkpoints" / "9" / "record" / "metadata").read_text())
         digests[name] = record["digests"]
     assert any(
-        key.startswith({"crd": "memory/crd", "kdgan": "params/methods/kdgan"}[method]) for key in digests["killed"]
+        key.startswith({"crd": "memory/crd", "kdgan": "params/losses/kdgan"}[method]) for key in digests["killed"]
     )
     assert digests["killed"] == digests["undisturbed"]
 

@@ -10,8 +10,9 @@ import pytest
 from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.distributed.devices import AXIS
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
+from cskd_jax.training.networks import LinenNetwork
 from cskd_jax.training.objective import Objective, needs_teacher
-from cskd_jax.training.optimizers import make_optimizer
+from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import init_network, init_state
 from cskd_jax.training.step import make_eval_step, make_train_step
 
@@ -31,7 +32,7 @@ OBJECTIVES = {
 def networks(axis_name=None, dtype=jnp.float64):
     common = {"num_classes": NUM_CLASSES, "stage_widths": (4, 6), "dtype": dtype, "axis_name": axis_name}
     student = ResNet(stage_sizes=(1, 1), block=BasicBlock, **common)
-    return student, ResNet(stage_sizes=(1, 1), block=Bottleneck, **common)
+    return LinenNetwork(student), LinenNetwork(ResNet(stage_sizes=(1, 1), block=Bottleneck, **common))
 
 
 def initial(student, objective, optimizer, teacher):
@@ -48,10 +49,7 @@ def train(losses, num_devices, *, steps=5, batch_size=16, num_classes=NUM_CLASSE
     """Parameters, statistics and metrics after some steps of the real step, augmentation included."""
     student, teacher = networks(AXIS)
     objective = Objective.create(losses, num_classes=num_classes, axis_name=AXIS)
-    optimizer = make_optimizer(
-        learning_rate=0.1, momentum=0.9, weight_decay=1e-4, milestones=(1,), decay_factor=0.1,
-        restart_momentum=True, steps_per_epoch=3,
-    )  # fmt: skip
+    optimizer = sgd(StepSchedule(0.1, (3,)), momentum=0.9, weight_decay=1e-4, restart_every_steps=3)
     normalize = Normalize((0.5,), (0.25,))
     step = make_train_step(
         student, objective, optimizer, teacher=teacher, axis_name=AXIS,
@@ -97,10 +95,7 @@ def test_devices_hold_equal_replicas():
 def plain_step(losses):
     student, teacher = networks(dtype=jnp.float32)
     objective = Objective.create(losses, num_classes=NUM_CLASSES)
-    optimizer = make_optimizer(
-        learning_rate=0.1, momentum=0.9, weight_decay=1e-4, milestones=(), decay_factor=0.1,
-        restart_momentum=False, steps_per_epoch=3,
-    )  # fmt: skip
+    optimizer = sgd(StepSchedule(0.1), momentum=0.9, weight_decay=1e-4)
     teacher = teacher if needs_teacher(losses) else None
     step = make_train_step(student, objective, optimizer, preprocess=lambda images, *_: images, teacher=teacher)
     return jax.jit(step), *initial(student, objective, optimizer, teacher)
@@ -134,7 +129,7 @@ def test_sigma_trains_and_the_teacher_stays():
     step, state, variables = plain_step(OBJECTIVES["reference"])
     before = jax.tree.map(np.asarray, variables)
     new_state, _ = step(state, variables, batch(), jax.random.PRNGKey(0))
-    sigma, new_sigma = (s.params["methods"]["category_structure"]["sigma"] for s in (state, new_state))
+    sigma, new_sigma = (s.params["losses"]["category_structure"]["sigma"] for s in (state, new_state))
     assert sigma.shape == (6, 24)
     assert np.abs(np.asarray(new_sigma - sigma)).max() > 0
     jax.tree.map(np.testing.assert_array_equal, variables, before)
@@ -143,15 +138,12 @@ def test_sigma_trains_and_the_teacher_stays():
 def test_bfloat16_trains_with_float32_state():
     student, teacher = networks(dtype=jnp.bfloat16)
     objective = Objective.create(REFERENCE, num_classes=NUM_CLASSES)
-    optimizer = make_optimizer(
-        learning_rate=0.1, momentum=0.9, weight_decay=0.0, milestones=(), decay_factor=0.1,
-        restart_momentum=False, steps_per_epoch=3,
-    )  # fmt: skip
+    optimizer = sgd(StepSchedule(0.1), momentum=0.9, weight_decay=0.0)
     state, variables = initial(student, objective, optimizer, teacher)
     step = make_train_step(student, objective, optimizer, preprocess=lambda images, *_: images, teacher=teacher)
     new_state, metrics = jax.jit(step)(state, variables, batch(), jax.random.PRNGKey(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(new_state.params)} == {jnp.dtype("float32")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(new_state.batch_stats)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(new_state.collections)} == {jnp.dtype("float32")}
     assert {value.dtype for value in jax.tree.leaves(metrics)} == {jnp.dtype("float32")}
     assert all(np.isfinite(value) for value in metrics.values())
 

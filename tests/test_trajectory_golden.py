@@ -7,8 +7,9 @@ import pytest
 
 from cskd_jax.interop.names import from_torch
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
+from cskd_jax.training.networks import LinenNetwork
 from cskd_jax.training.objective import Objective
-from cskd_jax.training.optimizers import make_optimizer
+from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import TrainState
 from cskd_jax.training.step import make_train_step
 
@@ -49,7 +50,7 @@ class Case:
         state_dict = self.state_dict(prefix)
         variables, *_ = from_torch(self.student, 3, state_dict)
         sigma = state_dict["branch4.weight"][:, :, 0, 0].T
-        params = {"student": variables["params"], "methods": {"category_structure": {"sigma": sigma}}}
+        params = {"network": variables["params"], "losses": {"category_structure": {"sigma": sigma}}}
         return jax.tree.map(jnp.asarray, (params, variables["batch_stats"]))
 
     def batches(self):
@@ -74,20 +75,19 @@ def test_trajectory(train_file):
         "mse_logits": {"weight": 0.1 * 1e-5},
     }
     objective = Objective.create(losses, num_classes=case.num_classes)
-    optimizer = make_optimizer(
-        learning_rate=float(values["learning_rate"]),
+    steps_per_epoch = -(-values["order"].shape[1] // int(values["batch_size"]))
+    optimizer = sgd(
+        StepSchedule(float(values["learning_rate"])),
         momentum=float(values["momentum"]),
         weight_decay=float(values["weight_decay"]),
-        milestones=(),
-        decay_factor=0.1,
-        restart_momentum=bool(values["momentum_reset_each_epoch"]),
-        steps_per_epoch=-(-values["order"].shape[1] // int(values["batch_size"])),
+        restart_every_steps=steps_per_epoch if values["momentum_reset_each_epoch"] else None,
     )
+    student, teacher = LinenNetwork(case.student), LinenNetwork(case.teacher)
     train_step = jax.jit(
-        make_train_step(case.student, objective, optimizer, preprocess=lambda images, *_: images, teacher=case.teacher)
+        make_train_step(student, objective, optimizer, preprocess=lambda images, *_: images, teacher=teacher)
     )
     params, batch_stats = case.student_parts("student_init")
-    state = TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params))
+    state = TrainState(jnp.int32(0), params, {"batch_stats": batch_stats}, optimizer.init(params))
     key = jax.random.PRNGKey(0)
     num_steps = 0
     for batch, expected in zip(case.batches(), values["trajectory"], strict=True):
@@ -99,9 +99,9 @@ def test_trajectory(train_file):
     assert num_steps == len(values["trajectory"]) > 0
 
     final_params, final_stats = case.student_parts("student_final")
-    for actual, expected in ((state.params, final_params), (state.batch_stats, final_stats)):
+    for actual, expected in ((state.params, final_params), (state.collections["batch_stats"], final_stats)):
         jax.tree.map_with_path(lambda path, a, e: assert_close(a, e, jax.tree_util.keystr(path)), actual, expected)
-    output = case.student.apply(state.student_variables, values["eval_images"], train=False)
+    output = case.student.apply(state.variables, values["eval_images"], train=False)
     assert_close(output.logits, values["student_final_eval_logits"], "final evaluation")
 
 
@@ -109,10 +109,10 @@ def test_evaluation_before_training(train_file):
     case = Case(train_file)
     images = case.values["eval_images"]
     params, batch_stats = case.student_parts("student_init")
-    student = case.student.apply({"params": params["student"], "batch_stats": batch_stats}, images, train=False)
+    student = case.student.apply({"params": params["network"], "batch_stats": batch_stats}, images, train=False)
     teacher = case.teacher.apply(case.teacher_variables, images, train=False)
     assert_close(student.logits, case.values["student_eval_logits"], "student logits")
     assert_close(teacher.logits, case.values["teacher_eval_logits"], "teacher logits")
-    sigma = params["methods"]["category_structure"]["sigma"]
+    sigma = params["losses"]["category_structure"]["sigma"]
     assert_close(student.features[-1] @ sigma, case.values["student_eval_features4"], "student features")
     assert_close(teacher.features[-1], case.values["teacher_eval_features4"], "teacher features")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cskd_jax.training.networks import LinenNetwork
 from cskd_jax.training.state import init_network
 
 
@@ -155,7 +156,7 @@ def write_pickles(path, content, storages):
 
 def random_variables(module):
     """Variables of a network without compiling it."""
-    shapes, _ = jax.eval_shape(lambda: init_network(module, jax.random.PRNGKey(0), (32, 32, 3)))
+    shapes, _ = jax.eval_shape(lambda: init_network(LinenNetwork(module), jax.random.PRNGKey(0), (32, 32, 3)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.random(leaf.shape, leaf.dtype), shapes)
 

@@ -22,6 +22,7 @@ from cskd_jax.models.resnet import ResNet
 from cskd_jax.models.shufflenet import ShuffleNet
 from cskd_jax.models.vgg import VGG
 from cskd_jax.models.wide_resnet import WideResNet
+from cskd_jax.training.networks import LinenNetwork
 from cskd_jax.training.state import init_network
 
 # Of one module: the names of its layer and of its normalization.
@@ -269,7 +270,7 @@ def _family(module):
 
 def _abstract_variables(module, channels):
     """{path: shape and dtype}; they do not depend on the size of the images."""
-    variables, _ = jax.eval_shape(lambda: init_network(module, jax.random.PRNGKey(0), (32, 32, channels)))
+    variables, _ = jax.eval_shape(lambda: init_network(LinenNetwork(module), jax.random.PRNGKey(0), (32, 32, channels)))
     return flax.traverse_util.flatten_dict(variables)
 
 

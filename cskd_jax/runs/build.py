@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import ml_collections
+import optax
 
 from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.data.augment import Normalize, augment
@@ -112,7 +113,7 @@ def make_trainer(
         losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
         epochs, settings = config.teacher.epochs, config.teacher
     sampler = make_sampler(config, dataset)
-    schedule, optimizer = _make_optimizer(config, sampler.steps_per_epoch)
+    schedule, optimizer = make_optimizer(config.optimizer, sampler.steps_per_epoch)
     student = Student(
         make_network(settings, dataset.num_classes, config.dtype),
         losses,
@@ -139,9 +140,8 @@ def make_trainer(
     )
 
 
-def _make_optimizer(config, steps_per_epoch):
-    """Returns (schedule, optimizer)."""
-    settings = config.optimizer
+def make_optimizer(settings: Any, steps_per_epoch: int) -> tuple[StepSchedule, optax.GradientTransformation]:
+    """Returns the schedule and the optimizer that `config.optimizer` describes."""
     boundaries = tuple(epoch * steps_per_epoch for epoch in settings.milestones)
     schedule = StepSchedule(settings.learning_rate, boundaries, settings.decay_factor)
     restart = steps_per_epoch if settings.restart_momentum else None

@@ -52,7 +52,7 @@ def test_description(exported):
 
 
 def test_function_runs_with_jax_alone(exported, done, tmp_path):
-    variables, _ = load_variables(str(done / "student"))
+    variables, *_ = load_variables(str(done / "student"))
     module = create_model("resnet8", num_classes=10, width=0.25)
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
     normalized = Normalize((0.3055,), (0.3766,))(images)

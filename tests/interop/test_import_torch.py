@@ -117,10 +117,10 @@ def test_checkpoint_is_written(variables, arrays, tmp_path, capsys):
     names.write_text("".join(f"category {n}\n" for n in range(7)))
     assert run(file, tmp_path / "teacher", f"--categories={names}") == 0
     assert "47 tensors used, 0 missing, 10 not needed" in capsys.readouterr().out
-    loaded, record = load_variables(str(tmp_path / "teacher"))
+    loaded, record, *_ = load_variables(str(tmp_path / "teacher"))
     torch_files.assert_same_variables(loaded, variables)
-    assert record["network"] == {"name": "resnet8", "width": 0.25}
-    assert (record["channels"], record["finished"], record["categories"][6]) == (3, True, "category 6")
+    assert record.network == {"name": "resnet8", "width": 0.25}
+    assert (record.channels, record.finished, record.categories[6]) == (3, True, "category 6")
     report = json.loads((tmp_path / "teacher" / "import.json").read_text())
     assert report["used"]["layer2.0.downsample.1.running_var"] == "batch_stats/stage2_block1/downsample/var"
     assert "branch4.weight" in report["unused"]
