@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from benchmarks.measuring import Part, median_ratio
-from cskd_jax.configs import cifar100
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed import devices
 from cskd_jax.distributed.signals import StopRequest
@@ -27,7 +27,7 @@ CASES = {"small": (0.125, 16, 40), "large": (0.25, 32, 12)}
 
 def make_config(width: float, steps: int) -> ml_collections.ConfigDict:
     """The CIFAR-100 recipe with a small teacher and one epoch."""
-    config = cifar100.get_config()
+    config = load_recipe("cifar100", [])
     config.epochs = 1
     for network in (config.teacher, config.student):
         network.name, network.width = "resnet18", width

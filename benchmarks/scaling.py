@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.measuring import Part, milliseconds, render
-from cskd_jax.configs import cifar100
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed import devices, processes
 from cskd_jax.models.layers import normalize_by_batch
@@ -70,7 +70,7 @@ def cause(name: str) -> str:
 
 def inspect(arguments: argparse.Namespace) -> dict[str, object]:
     """Bytes by cause, number of collectives and memory of the compiled step on the devices of this process."""
-    config = cifar100.get_config()
+    config = load_recipe("cifar100", [])
     config.batch_size = arguments.batch
     for network, given in ((config.teacher, arguments.teacher), (config.student, arguments.student)):
         if given:

@@ -1,6 +1,5 @@
 """Multi-label runs: what does not fit is an error before anything compiles; a whole small run and its results."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -13,6 +12,7 @@ from cskd_jax.distributed import devices
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs.trained import GivenTeacher
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.checkpoint import load_variables
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.networks import Network
@@ -29,13 +29,6 @@ SMALL = [
 ]
 
 
-def get_config(recipe):
-    spec = importlib.util.spec_from_file_location(recipe, ROOT / "configs" / f"{recipe}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def black(multilabel, count=64):
     labels = np.arange(count, dtype=np.int32) % 10
     split = Split(np.zeros((count, 8, 8, 1), np.uint8), np.eye(10, dtype=np.float32)[labels] if multilabel else labels)
@@ -44,7 +37,7 @@ def black(multilabel, count=64):
 
 @pytest.mark.parametrize("name", [name for name, method in LOSSES.items() if method.multilabel is not None])
 def test_methods_for_other_labels(name, tmp_path):
-    config, multilabel = get_config("digits"), not LOSSES[name].multilabel
+    config, multilabel = load_recipe("digits", []), not LOSSES[name].multilabel
     network = Network.create(config.student, 10, config.dtype)
     kind = r"any number of categories \(multi-label\)" if multilabel else "one category"
     supervision = "binary_cross_entropy, binary_kd" if multilabel else "category_structure, crd, cross_entropy"
@@ -63,9 +56,9 @@ def test_teacher_of_other_labels(multilabel):
     one, several = "one category per image", "several categories per image"
     trained, needed = (one, several) if multilabel else (several, one)
     with pytest.raises(UserError, match=f"runs/teacher was trained with {trained}, black has {needed}"):
-        teacher.check_fits(get_config("digits"), black(multilabel))
+        teacher.check_fits(load_recipe("digits", []), black(multilabel))
     record["multilabel"] = multilabel
-    teacher.check_fits(get_config("digits"), black(multilabel))
+    teacher.check_fits(load_recipe("digits", []), black(multilabel))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +90,7 @@ def test_results(done):
 @pytest.mark.slow
 def test_evaluation_on_eight_devices_is_that_of_scikit_learn(done):
     """The run evaluated on one device; the number of test images does not divide by the batch."""
-    config, dataset = get_config("digit_pairs"), load_dataset("digit_pairs")
+    config, dataset = load_recipe("digit_pairs", []), load_dataset("digit_pairs")
     config.student.update(name="resnet8", width=0.25)
     variables, _ = load_variables(str(done / "student"))
     network = Network.create(config.student, 10, config.dtype)

@@ -14,7 +14,7 @@ from cskd_jax.runs.build import load_data
 from cskd_jax.runs.lock import locked
 from cskd_jax.runs.results import RESULTS, describe, describe_dataset, read_versions, say_results, write_results
 from cskd_jax.runs.trained import GivenTeacher
-from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, claim
+from cskd_jax.runs.workdir import check_workdir, claim, identify, is_done
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.networks import Network
 from cskd_jax.training.objective import needs_teacher
@@ -22,28 +22,32 @@ from cskd_jax.training.trainer import Phase
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs `config` in `workdir` to the end, from wherever an earlier start left it.
+    """Carries out a run to its end, from wherever an earlier start left it.
+
+    Args:
+      config: Configuration of the run. It may have more epochs than at an earlier start.
+      workdir: Folder of the run.
 
     Raises:
-      UserError: what the user can mend; InterruptedRun and DivergedError among them.
+      UserError: The user can mend something; InterruptedRun and DivergedError are among its kinds.
     """
     schema.validate(config)
     devices.check_batch_size("batch_size", config.batch_size)
-    identity, given_teacher = schema.plain(config), None
+    given_teacher = None
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
         given_teacher = processes.on_first(GivenTeacher.load, config)
-        # A resumed run must not go on with another teacher.
-        identity[TEACHER_DIGEST] = given_teacher.record["digest"]
+    # A resumed run must not go on with another teacher.
+    identity = identify(config, None if given_teacher is None else given_teacher.record["digest"])
     with contextlib.ExitStack() as held:
 
-        def is_done():
+        def done_or_locked():
             check_workdir(workdir, identity)
-            if (workdir / RESULTS).exists():
+            if is_done(workdir, config.epochs):
                 return True
             held.enter_context(locked(workdir / "lock", f"another job runs in workdir {workdir}"))
             return False
 
-        if processes.on_first(is_done):
+        if processes.on_first(done_or_locked):
             say(f"already done: {workdir / RESULTS}")
         else:
             _run(config, workdir, identity, given_teacher)
@@ -64,7 +68,7 @@ def _run(config, workdir, identity, given_teacher):
         else:
             given_teacher.check_fits(config, dataset)
     student_phase = Phase("student", config, student, config.losses, config.epochs, dataset, workdir, teacher)
-    processes.on_first(claim, workdir, identity)
+    processes.on_first(claim, workdir, identity, dataset)
     say(
         f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images, "
         f"{dataset.num_classes} categories; {used['count']} x {used['kind']}; workdir {workdir}"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cskd_jax.configs import digits
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.data import load_dataset
 from cskd_jax.data.augment import make_normalize
 from cskd_jax.errors import UserError
@@ -78,7 +78,7 @@ def test_out_and_in_is_the_identity(returned, done):
 
 
 def test_imported_teacher_is_taken(returned, digits_dir):
-    config = digits.get_config("kd")
+    config = load_recipe("digits:kd", [])
     config.teacher.update(checkpoint=str(returned), name="resnet8", width=0.25)
     teacher = GivenTeacher.load(config)
     dataset = load_dataset("digits", data_dir=str(digits_dir))
