@@ -12,10 +12,10 @@ import ml_collections
 import numpy as np
 
 from benchmarks.measuring import Part, median_ratio
-from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed import devices
 from cskd_jax.distributed.signals import StopRequest
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.networks import Network
 from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Phase

@@ -28,10 +28,10 @@ import numpy as np
 from jax import lax
 
 from benchmarks.measuring import Part, milliseconds, render
-from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed import devices, processes
 from cskd_jax.models.layers import normalize_by_batch
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.networks import Network
 from cskd_jax.training.trainer import Phase
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from benchmarks.measuring import MISSING_TORCH, Part, milliseconds
-from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.data.augment import augment, make_normalize
 from cskd_jax.distributed import devices
 from cskd_jax.models import create_model
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training import optimizers
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.state import init_network, init_state

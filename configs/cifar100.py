@@ -16,9 +16,7 @@ def get_config(word="cskd"):
     released = method != "cskd_paper"
     config = ConfigDict()
     config.method = method
-    config.dataset = ConfigDict(
-        {"name": "cifar100", "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
-    )
+    config.dataset = ConfigDict({"name": "cifar100", "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)})
     config.augment = ConfigDict({"crop_padding": 4, "flip": True})
     config.teacher = ConfigDict({"name": teacher[0], "width": teacher[1]})
     config.student = ConfigDict({"name": student[0], "width": student[1]})

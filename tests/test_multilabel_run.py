@@ -11,8 +11,8 @@ from cskd_jax.data.augment import make_normalize
 from cskd_jax.distributed import devices
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
-from cskd_jax.runs.trained import GivenTeacher
 from cskd_jax.runs.recipes import load_recipe
+from cskd_jax.runs.trained import GivenTeacher
 from cskd_jax.training.checkpoint import load_variables
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.networks import Network

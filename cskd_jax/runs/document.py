@@ -70,7 +70,12 @@ def _table(found: Mapping[str, Key]) -> str:
     lines = ["| Key | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
     for path, key in found.items():
         default = "*required*" if key.default is REQUIRED else f"`{key.default!r}`"
-        cells = [f"`{path}`", default, key.rule.listed_in or key.rule.allowed, key.meaning]
+        cells = [
+            f"`{path}`",
+            default,
+            key.rule.listed_in or key.rule.allowed,
+            key.meaning[:1].upper() + key.meaning[1:],
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -78,7 +78,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "dataset.path": Key(
             None,
             rules.optional(rules.TEXT),
-            "Folder with train/CLASS/* and test/CLASS/*; for image_folder only.",
+            "Folder with `train/CLASS/*` and `test/CLASS/*`; for image_folder only.",
             changes_results=False,
         ),
         "dataset.train_examples": Key(
@@ -171,9 +171,7 @@ def weight_keys() -> dict[str, Key]:
 
 def loss_keys(name: str) -> dict[str, Key]:
     """Returns all settings of a loss of `LOSSES` by name; their defaults are those of its class."""
-    own = {
-        field.name: _key(field, rules.of_field(field), LOSSES[name]) for field in hyperparameters(name).values()
-    }
+    own = {field.name: _key(field, rules.of_field(field), LOSSES[name]) for field in hyperparameters(name).values()}
     return weight_keys() | own
 
 

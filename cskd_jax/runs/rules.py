@@ -63,17 +63,22 @@ EPOCHS = Rule(
 )
 
 
+_OF_TYPES = {
+    bool: BOOL,
+    int: Rule((int,), lambda value: value >= 0, "an integer of at least 0"),
+    float: NOT_NEGATIVE,
+    str: TEXT,
+}
+
+
 def of_field(field: dataclasses.Field) -> Rule:
-    """Returns the rule for a hyperparameter of a loss, which follows from the type of its field."""
-    types = tuple(getattr(field.type, "__args__", None) or (field.type,))
-    wanted = getattr(field.type, "__name__", str(field.type)) if len(types) == 1 else str(field.type)
-    types += (int,) if float in types else ()
-    return Rule(types, _is_sensible, f"of type {wanted}, a number finite and at least 0")
+    """Returns the rule for a hyperparameter of a loss, which follows from the type of its field, `T` or `T | None`.
 
-
-def _is_sensible(value):
-    # No hyperparameter of a loss is a negative or infinite number.
-    return not isinstance(value, int | float) or 0 <= value < math.inf
+    No hyperparameter of a loss is a negative or infinite number.
+    """
+    kinds = getattr(field.type, "__args__", None) or (field.type,)
+    rule = _OF_TYPES[kinds[0]]
+    return optional(rule) if type(None) in kinds else rule
 
 
 def check(key: str, value: Any, rule: Rule) -> None:

@@ -94,5 +94,3 @@ def _run(config, workdir, identity, given_teacher):
     }
     processes.on_first(write_results, workdir, results, dataset.categories, confusions)
     say_results(results, task_of(dataset.multilabel), workdir / RESULTS, time.monotonic() - start)
-
-

@@ -143,9 +143,7 @@ def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[
     return different
 
 
-def _reason(
-    workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity: Mapping[str, Any]
-) -> str | None:
+def _reason(workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
     """Says why a key may not differ, empty if that needs no words; None if it may: the run is extended."""
     if key == DATA_FINGERPRINT:
         return ": the data differ, in their images, labels, or classes"

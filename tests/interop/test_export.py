@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.data import load_dataset
 from cskd_jax.data.augment import make_normalize
 from cskd_jax.errors import UserError
 from cskd_jax.interop import export, import_torch
 from cskd_jax.models import create_model
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.trained import GivenTeacher
 from cskd_jax.training.checkpoint import load_variables
 from tests.torch_files import assert_same_variables
