@@ -24,14 +24,15 @@ def category_structure(variant, *, intra=True, inter=True):
     return {"cross_entropy": {"weight": cross_entropy}, "mse_logits": {"weight": mse}, "category_structure": structure}
 
 
-def with_cross_entropy(name, weight, start_epoch=0, **settings):
-    """Returns cross-entropy with weight 1, from `start_epoch` on, and one more loss, as published tables compare."""
-    return {"cross_entropy": {"weight": 1.0, "start_epoch": start_epoch}, name: {"weight": weight, **settings}}
+def with_cross_entropy(name, weight, *, wait=0, **settings):
+    """Returns cross-entropy with weight 1, from epoch `wait` on, and one more loss, as published tables compare."""
+    cross_entropy = {"weight": 1.0} | ({"start_epoch": wait} if wait else {})
+    return {"cross_entropy": cross_entropy, name: {"weight": weight, **settings}}
 
 
 def table(init_epochs, warmup_epochs):
     """Returns {method: its losses} for data whose images have one class each."""
-    init = {"start_epoch": init_epochs}  # cross-entropy waits until a first phase of the method alone is over
+    init = {"wait": init_epochs}  # until a first phase of the method alone is over
     warmup = {"warmup_epochs": warmup_epochs}
     return {
         "cskd": category_structure("reference"),

@@ -36,8 +36,10 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
         config_flags.DEFINE_config_file("config", None, "Recipe.", values, lock_config=True, sys_argv=argv)
         parse_flags(values, argv)
     config = values["config"].value
-    if not isinstance(config, ml_collections.ConfigDict) or "method" not in config:
-        raise UserError(f"get_config of {file} must return a ConfigDict like that of configs/digits.py")
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"get_config of {file} must return a ConfigDict, as that of configs/digits.py does")
+    if "method" not in config:
+        raise UserError(f"get_config of {file} must set the key method, the name of the method")
     return override(schema.fill(config), overrides)
 
 
