@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import loop_part, loss_part, start_part, step_part
 from benchmarks.measuring import MISSING_TORCH, render
-from cskd_jax.distributed import devices
+from cskd_jax.distributed.devices import Devices
 
 PARTS = {"loss": loss_part.measure, "step": step_part.measure, "loop": loop_part.measure, "start": start_part.measure}
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -58,7 +58,7 @@ def describe_environment(with_torch: bool) -> dict[str, Any]:
         "system": platform.platform(),
         "processors": os.cpu_count(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
-        "jax_devices": devices.describe_devices(),
+        "jax_devices": Devices().describe(),
     }
     if not with_torch:
         return environment | {"torch": MISSING_TORCH}

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from benchmarks.measuring import Part, render
 from cskd_jax.commands import command_line
 from cskd_jax.data import read_batches
-from cskd_jax.distributed import devices
+from cskd_jax.distributed.devices import Devices
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data, make_sampler
 
@@ -27,7 +27,7 @@ _STEPS = 10**6  # More than there is time for.
 
 def measure(config, seconds: float) -> Part:
     """Loads the data in both ways, and takes batches for so long."""
-    rows = []
+    devices, rows = Devices(), []
     for name, streaming in (("memory", False), ("stream", True)):
         config.dataset.streaming = streaming
         start = time.perf_counter()
@@ -39,7 +39,7 @@ def measure(config, seconds: float) -> Part:
         first, images = time.perf_counter(), 0
         while time.perf_counter() < first + seconds:
             images += devices.shard({"image": next(batches)})["image"].block_until_ready().shape[1]
-        rate = images * devices.describe_devices()["count"] / (time.perf_counter() - first)
+        rate = images * devices.count / (time.perf_counter() - first)
         batches.close()
         row = {"images in": name, "loading s": loaded - start, "first batch s": first - loaded, "images/s": rate}
         rows.append(row)

@@ -12,13 +12,12 @@ import ml_collections
 import numpy as np
 
 from benchmarks.measuring import Part, median_ratio
-from cskd_jax.configs import cifar100
 from cskd_jax.data import ImageDataset, Split
-from cskd_jax.distributed import devices
-from cskd_jax.distributed.signals import StopRequest
-from cskd_jax.training.networks import Network
+from cskd_jax.distributed.devices import Devices
+from cskd_jax.runs.build import make_network, make_trainer
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.state import init_network
-from cskd_jax.training.trainer import Phase
+from cskd_jax.training.trainer import Teacher
 
 NUM_CLASSES = 100
 # name -> (width of the ResNet18s, side of the images, steps in an epoch)
@@ -27,7 +26,7 @@ CASES = {"small": (0.125, 16, 40), "large": (0.25, 32, 12)}
 
 def make_config(width: float, steps: int) -> ml_collections.ConfigDict:
     """The CIFAR-100 recipe with a small teacher and one epoch."""
-    config = cifar100.get_config()
+    config = load_recipe("cifar100", [])
     config.epochs = 1
     for network in (config.teacher, config.student):
         network.name, network.width = "resnet18", width
@@ -54,33 +53,34 @@ class Runner:
         self._steps, self._folder, self._runs = steps, folder, 0
         config = make_config(width, steps)
         dataset = make_dataset(config.batch_size * steps, side)
-        teacher, student = (Network.create(c, NUM_CLASSES, config.dtype) for c in (config.teacher, config.student))
-        variables = jax.jit(lambda key: init_network(teacher.module, key, dataset.image_shape)[0])(
-            jax.random.PRNGKey(0)
-        )
-        self._teacher_variables = devices.replicate(variables)
-        self._phase = Phase("student", config, student, config.losses, config.epochs, dataset, folder, teacher)
+        devices, network = Devices(), make_network(config.teacher, NUM_CLASSES, config.dtype)
+        variables = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
+        self._teacher, self._devices = Teacher(network, variables), devices
+        self._make = lambda folder: make_trainer("student", config, dataset, folder, devices, self._teacher)
+        self._batch_size = config.batch_size
         self.loop(), self.bare()
 
     def loop(self) -> float:
         """Milliseconds per step of one epoch of the loop."""
         self._runs += 1
-        # A folder of its own: a phase resumes where its folder ends.
-        self._phase._workdir = self._folder / str(self._runs)
-        self._phase._workdir.mkdir()
-        with contextlib.redirect_stdout(io.StringIO()), StopRequest() as stop:
-            _, progress = self._phase.run(stop, self._teacher_variables)
-        return 1e3 * progress.seconds * self._phase._config.batch_size / progress.images
+        # A folder of its own: a training resumes where its folder ends.
+        folder = self._folder / str(self._runs)
+        folder.mkdir()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._trainer = self._make(folder)
+            result = self._trainer.fit()["student"]
+        return 1e3 * self._batch_size / result.images_per_second
 
     def bare(self) -> float:
         """Milliseconds per step of as many calls of the compiled step, on one batch."""
-        phase = self._phase
-        state, (_, batch) = devices.replicate(phase._lowered_state.compile()()), next(phase._batches(0))
-        (step,) = phase._compiled.values()
-        jax.block_until_ready(state)
+        loop = self._trainer._loops["student"]
+        state, (_, batch) = self._devices.replicate(loop._lowered_state.compile()(None)), next(loop._batches(0))
+        variables = self._devices.replicate(self._teacher.variables)
+        (step,) = loop._compiled.values()
+        jax.block_until_ready((state, variables))
         start = time.perf_counter()
         for _ in range(self._steps):
-            state, metrics = step(state, self._teacher_variables, batch, phase._key)
+            state, metrics = step(state, variables, batch, loop._key)
         jax.block_until_ready((state, metrics))
         return 1e3 * (time.perf_counter() - start) / self._steps
 
@@ -103,7 +103,7 @@ def measure(repeats: int, with_torch: bool) -> Part:
             }
         )
     notes = [
-        "Milliseconds per step. Loop: cskd_jax.loop.Phase on images in memory, with batches, metrics and logs; without "
+        "Milliseconds per step. Loop: the trainer on images in memory, with batches, metrics and logs; without "
         "evaluation and checkpoints. Bare: the same compiled step called again and again on one batch.",
         "Both crop, mirror and normalize, which is part of the step. Overhead: median over alternating epochs.",
     ]

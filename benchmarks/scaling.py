@@ -17,7 +17,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 
 if __name__ == "__main__":
@@ -28,12 +27,13 @@ import numpy as np
 from jax import lax
 
 from benchmarks.measuring import Part, milliseconds, render
-from cskd_jax.configs import cifar100
 from cskd_jax.data import ImageDataset, Split
-from cskd_jax.distributed import devices, processes
+from cskd_jax.distributed import processes
+from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.models.layers import normalize_by_batch
-from cskd_jax.training.networks import Network
-from cskd_jax.training.trainer import Phase
+from cskd_jax.runs.build import make_network, make_trainer
+from cskd_jax.runs.recipes import load_recipe
+from cskd_jax.training.trainer import Teacher
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s64": 8, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
@@ -70,7 +70,7 @@ def cause(name: str) -> str:
 
 def inspect(arguments: argparse.Namespace) -> dict[str, object]:
     """Bytes by cause, number of collectives and memory of the compiled step on the devices of this process."""
-    config = cifar100.get_config()
+    config = load_recipe("cifar100", [])
     config.batch_size = arguments.batch
     for network, given in ((config.teacher, arguments.teacher), (config.student, arguments.student)):
         if given:
@@ -80,17 +80,17 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
     labels = np.arange(arguments.batch, dtype=np.int32) % arguments.categories
     split = Split(np.zeros(shape, np.uint8), labels)
     dataset = ImageDataset("none", split, split, tuple(map(str, range(arguments.categories))))
-    teacher, student = (Network.create(c, arguments.categories, config.dtype) for c in (config.teacher, config.student))
-    with tempfile.TemporaryDirectory() as folder:
-        phase = Phase("student", config, student, config.losses, 1, dataset, pathlib.Path(folder), teacher)
+    teacher = Teacher(make_network(config.teacher, arguments.categories, config.dtype))
+    trainer = make_trainer("student", config, dataset, None, Devices(), teacher)
+    loop = trainer._loops["student"]
     # What LLVM does with the program changes neither.
-    compiled = phase._lowered_step.compile(compiler_options={"xla_backend_optimization_level": 0})
+    compiled = loop._lowered_steps[0].compile(compiler_options={"xla_backend_optimization_level": 0})
     moved, count = {}, 0
     for _, size, name in collectives(compiled.as_text()):
         moved[cause(name)] = moved.get(cause(name), 0) + size
         count += 1
     memory = compiled.memory_analysis()
-    parameters = sum(x.size for x in jax.tree.leaves(phase._abstract_state.params))
+    parameters = sum(x.size for x in jax.tree.leaves(loop._abstract_states[0].params))
     return {
         "moved": moved,
         "count": count,
@@ -103,8 +103,9 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
 def time_sum(arguments: argparse.Namespace) -> float | None:
     """Median milliseconds of summing `--floats` floats over all devices; None but on the first process."""
     processes.initialize(arguments.coordinator, arguments.processes, arguments.process)
-    mapped = devices.parallel_eval_step(lambda _, batch: lax.psum(batch["x"], devices.AXIS))
-    rows = devices.local_rows(jax.device_count())
+    devices = Devices()
+    mapped = devices.map_eval_step(lambda _, batch: lax.psum(batch["x"], AXIS))
+    rows = devices.local_rows(devices.count)
     batch = devices.shard({"x": np.ones((rows.stop - rows.start, arguments.floats), np.float32)})
     times = [milliseconds(lambda: mapped(np.zeros(()), batch)) for _ in range(_REPEATS)]
     return statistics.median(times[_REPEATS // 3 :]) if processes.is_first() else None
@@ -127,10 +128,10 @@ def measure_steps(sizes: list[tuple[int, int, int]], networks: list[str]) -> Par
     for count, batch, categories in sizes:
         outcome = ask(count, "--ask=step", f"--batch={batch}", f"--categories={categories}", *networks)
         moved = {name: outcome["moved"].get(name, 0) for name in (STEP, LOSSES, BATCH_NORM)}
-        if devices > 1 and 0 in moved.values():
+        if count > 1 and 0 in moved.values():
             raise RuntimeError(f"a step without collectives of one kind: {moved}; `cause` does not know their names")
         rows.append(
-            {"devices": devices, "batch": batch, "categories": categories}
+            {"devices": count, "batch": batch, "categories": categories}
             | {f"{name} kB": size / 1e3 for name, size in moved.items()}
             | {"collectives": outcome["count"]}
             | {f"{name} MB": outcome[name] / 1e6 for name in ("arguments", "temporary")}

@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from benchmarks.measuring import MISSING_TORCH, Part, milliseconds
-from cskd_jax.configs import cifar100
-from cskd_jax.data.augment import augment, Normalize
-from cskd_jax.distributed import devices
-from cskd_jax.models import create_model
-from cskd_jax.training import optimizers
+from cskd_jax.data.augment import augment
+from cskd_jax.distributed.devices import AXIS, Devices
+from cskd_jax.runs.build import make_network, make_normalize, make_optimizer
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.state import init_network, init_state
 from cskd_jax.training.step import make_train_step
@@ -32,21 +31,22 @@ def make_batch(batch_size: int) -> dict[str, np.ndarray]:
 
 def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
     """A function that takes one step, from uint8 images to the new state, and the seconds of its first call."""
-    config = cifar100.get_config()
-    settings = {"num_classes": NUM_CLASSES, "axis_name": devices.AXIS}
-    student = create_model(config.student.name, width=config.student.width, **settings)
-    teacher = create_model(config.teacher.name, width=config.teacher.width, **settings)
-    objective = Objective.create(config.losses, **settings)
-    optimizer = optimizers.make_optimizer(**config.optimizer, steps_per_epoch=_STEPS_PER_EPOCH)
-    normalize = Normalize(config.dataset.mean, config.dataset.std)
+    config = load_recipe("cifar100", [])
+    settings = {"num_classes": NUM_CLASSES, "axis_name": AXIS}
+    student, teacher = (
+        make_network(part, NUM_CLASSES, config.dtype).on_axis(AXIS) for part in (config.student, config.teacher)
+    )
+    objective = Objective.create(config.losses.to_dict(), **settings)
+    _, optimizer = make_optimizer(config.optimizer, _STEPS_PER_EPOCH)
+    normalize, devices = make_normalize(config), Devices()
 
     def preprocess(images, key, positions):
         return normalize(augment(images, key, positions, **config.augment))
 
     step = make_train_step(
-        student, objective, optimizer, preprocess=preprocess, teacher=teacher, axis_name=devices.AXIS
+        student, objective, optimizer, preprocess=preprocess, teacher=teacher, axis_name=AXIS
     )
-    step = devices.parallel_train_step(step)
+    step = devices.map_train_step(step)
     key = jax.random.PRNGKey(0)
 
     def init(key):
@@ -77,7 +77,7 @@ def torch_call(batch: dict[str, np.ndarray]) -> Callable[[], dict[str, float]]:
     teacher = torch_reference.ResNet(NUM_CLASSES, (3, 4, 23, 3), bottleneck=True, width=0.5)
     student = torch_reference.ResNet(NUM_CLASSES, (2, 2, 2, 2), bottleneck=False, width=0.25)
     step = torch_reference.Step(teacher, student, device)
-    config = cifar100.get_config()
+    config = load_recipe("cifar100", [])
     images = (batch["image"] / 255 - config.dataset.mean) / config.dataset.std
     images = torch.from_numpy(images.astype(np.float32).transpose(0, 3, 1, 2).copy()).to(device)
     labels = torch.from_numpy(batch["label"]).long().to(device)
@@ -86,7 +86,7 @@ def torch_call(batch: dict[str, np.ndarray]) -> Callable[[], dict[str, float]]:
 
 def measure(repeats: int, with_torch: bool) -> Part:
     """Median times of the parts in PyTorch and of the whole step in both."""
-    batch = make_batch(cifar100.get_config().batch_size)
+    batch = make_batch(load_recipe("cifar100", []).batch_size)
     repeats = max(3, repeats // 2)
     ours, compile_seconds = jax_call(batch)
     ours_ms = statistics.median(milliseconds(ours) for _ in range(repeats))

@@ -1,1 +1,1 @@
-"""Recipes, one a file; `methods` and `networks` are the words that may stand behind their names."""
+"""Recipes, one in each file, and what they share: `methods` and `networks`, the words that may follow their names."""

@@ -1,64 +1,28 @@
-"""The 1,797 handwritten digits that scikit-learn carries, 8x8 pixels: the whole job in two minutes, without a download.
+"""The 1,797 handwritten digits of scikit-learn, 8x8 pixels: the whole job in two minutes, without a download.
 
-`--config=configs/digits.py` is category-structure distillation as the released code has it; `:METHOD` picks another
-(configs/methods.py).
+`--config=digits` is category-structure distillation as in the code released with the paper; `:METHOD` picks another
+method (configs/methods.py).
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from cskd_jax.configs import methods, networks
 
 
 def get_config(word="cskd"):
+    """Returns what differs from the defaults of docs/configuration.md."""
     teacher, student, method = networks.split_word(word, ("resnet18", 0.25), ("resnet18", 0.125))
     config = ConfigDict()
-    config.method = method  # name of the method in results and in the default workdir
-    config.seed = 0  # of the weights, the order of the images, the augmentation
-    config.batch_size = 64  # images per step, over all devices
-    config.drop_last = False  # leave out the last, smaller batch of an epoch
-    config.epochs = 30  # of the student
-    config.dtype = "float32"  # of the computation in the networks: float32, bfloat16, or float64 with JAX_ENABLE_X64=1
-    config.log_every = 10  # steps between rows of metrics.jsonl
-    config.keep_checkpoints = 2  # newest checkpoints kept, beside the best
-
-    config.dataset = ConfigDict()
-    config.dataset.name = "digits"  # digits, cifar10, cifar100, tiny_imagenet, cub200, image_folder, or another of tfds
-    config.dataset.data_dir = placeholder(str)  # of tfds; None: ~/tensorflow_datasets
-    config.dataset.path = placeholder(str)  # folder with train/CLASS/* and test/CLASS/*, for image_folder
-    config.dataset.train_examples = placeholder(int)  # a balanced part of the training split; None: all
-    config.dataset.image_size = placeholder(int)  # side of the square to which images are cut; None: as they are
-    config.dataset.streaming = placeholder(bool)  # decode batch by batch; None: only what would fill the memory
-    config.dataset.workers = placeholder(int)  # processes that decode what is streamed; None: one a processor
-    config.dataset.mean = (0.3055,)  # per channel, of pixels in [0, 1]
-    config.dataset.std = (0.3766,)
-
-    config.sampler = ConfigDict()
-    config.sampler.name = "uniform"  # uniform: every image once an epoch; balanced: as many of each category in a batch
-    config.sampler.samples_per_category = 4  # of balanced: images of a category in a batch, a divisor of batch_size
-
-    config.augment = ConfigDict()
-    config.augment.resize = 0  # pixels of the shorter side, to which an image is enlarged before the crop; 0: as it is
-    config.augment.crop_padding = 1  # pixels of black around an image before it is cropped at random; 0: no crop
-    config.augment.flip = False  # mirror half of the images: a mirrored digit is another sign
-
-    config.teacher = ConfigDict()
-    config.teacher.name, config.teacher.width = teacher  # docs/networks.md; factor on the channels
-    config.teacher.checkpoint = placeholder(str)  # folder of a trained teacher (WORKDIR/teacher); None: train one
-    config.teacher.epochs = 30  # with cross-entropy and the student's recipe
-
-    config.student = ConfigDict()
-    config.student.name, config.student.width = student
-
-    # NAME.weight, its schedule, and the hyper-parameters of NAME
+    config.method = method
+    config.batch_size = 64
+    config.epochs = 30
+    config.log_every = 10
+    config.dataset = ConfigDict({"name": "digits", "mean": (0.3055,), "std": (0.3766,)})
+    config.augment = ConfigDict({"crop_padding": 1})  # no flip: a mirrored digit is another sign
+    config.teacher = ConfigDict({"name": teacher[0], "width": teacher[1], "epochs": 30})
+    config.student = ConfigDict({"name": student[0], "width": student[1]})
     config.losses = methods.losses(method, init_epochs=4, warmup_epochs=5)
-
-    config.optimizer = ConfigDict()  # SGD
-    config.optimizer.learning_rate = 0.05
-    config.optimizer.momentum = 0.9
-    config.optimizer.weight_decay = 1e-4  # L2, on every parameter
-    config.optimizer.milestones = (15, 25)  # epochs that lower the learning rate
-    config.optimizer.decay_factor = 0.1  # by this factor
-    # Start every epoch with zero momentum, as the released code does.
-    config.optimizer.restart_momentum = method != "cskd_paper"
+    config.optimizer = ConfigDict(
+        {"learning_rate": 0.05, "milestones": (15, 25), "restart_momentum": method != "cskd_paper"}
+    )
     return config

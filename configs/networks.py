@@ -1,16 +1,15 @@
-"""Words for pairs of networks and a method, such as R152_0.5/R34_0.25/cckd behind the recipe: the rows and columns of
-the published tables."""
+"""Words for a pair of networks and a method, such as R152_0.5/R34_0.25/cckd: rows and columns of published tables."""
 
 
 def split_word(word, teacher, student, small_images=True):
-    """(teacher, student, method) of METHOD or TEACHER/STUDENT/METHOD, each network as (name, width).
+    """Returns (teacher, student, method) of METHOD or TEACHER/STUDENT/METHOD, each network as (name, width).
 
     Args:
-      word: what stands behind the colon; letters may be large, as in the tables. A network is a name of MODELS, with a
-        hyphen for an underscore as it may be, and R18 to R152 for the ResNets, with `_WIDTH` behind it unless it is 1.
-      teacher: of the recipe, for a METHOD alone.
-      student: likewise.
-      small_images: whether R18 means resnet18 or resnet18_224.
+      word: Text after the colon; its case does not matter. A network is a name of MODELS, possibly with hyphens for
+        underscores, or R18 to R152 for the ResNets, followed by `_WIDTH` unless that is 1.
+      teacher: Teacher of the recipe, for a METHOD alone.
+      student: Student of the recipe, for a METHOD alone.
+      small_images: Whether R18 means resnet18 rather than resnet18_224.
     """
     parts = word.split("/")
     if len(parts) == 1:
@@ -21,7 +20,7 @@ def split_word(word, teacher, student, small_images=True):
 
 
 def network(word, small_images=True):
-    """(name, width) of a network, such as ("resnet34", 0.25) of R34_0.25."""
+    """Returns (name, width) of the word for a network, such as ("resnet34", 0.25) of R34_0.25."""
     name, width = word.lower().replace("-", "_"), 1.0
     before, _, last = name.rpartition("_")
     if "." in last:

@@ -1,64 +1,27 @@
 """Tiny ImageNet, teacher ResNet152, student ResNet18 (width 0.25): Chen et al. 2020, tables 3 and 4.
 
-`--config=configs/tiny_imagenet.py` is category-structure distillation in the variant of the released code,
-`:cskd_paper` in that of the paper; `:METHOD` picks another (configs/methods.py). The released code has no settings for
-this data set: those of the paper hold for all methods.
+`--config=tiny_imagenet` is category-structure distillation in the variant of the released code, `:cskd_paper` in that
+of the paper; `:METHOD` picks another method (configs/methods.py). The released code has no settings for this data set:
+those of the paper hold for all methods.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from cskd_jax.configs import methods, networks
 
 
 def get_config(word="cskd"):
+    """Returns what differs from the defaults of docs/configuration.md."""
     teacher, student, method = networks.split_word(word, ("resnet152", 1.0), ("resnet18", 0.25))
     config = ConfigDict()
-    config.method = method  # name of the method in results and in the default workdir
-    config.seed = 0  # of the weights, the order of the images, the augmentation
-    config.batch_size = 200  # images per step, over all devices; as many as there are categories
-    config.drop_last = False  # leave out the last, smaller batch of an epoch
-    config.epochs = 200  # of the student
-    config.dtype = "float32"  # of the computation in the networks: float32, bfloat16, or float64 with JAX_ENABLE_X64=1
-    config.log_every = 50  # steps between rows of metrics.jsonl
-    config.keep_checkpoints = 2  # newest checkpoints kept, beside the best
-
-    config.dataset = ConfigDict()
-    # digits, cifar10, cifar100, tiny_imagenet, cub200, image_folder, or another of tfds
-    config.dataset.name = "tiny_imagenet"
-    config.dataset.data_dir = placeholder(str)  # of tfds; None: ~/tensorflow_datasets
-    config.dataset.path = placeholder(str)  # folder with train/CLASS/* and test/CLASS/*, for image_folder
-    config.dataset.train_examples = placeholder(int)  # a balanced part of the training split; None: all
-    config.dataset.image_size = placeholder(int)  # side of the square to which images are cut; None: as they are
-    config.dataset.streaming = placeholder(bool)  # decode batch by batch; None: only what would fill the memory
-    config.dataset.workers = placeholder(int)  # processes that decode what is streamed; None: one a processor
-    config.dataset.mean = (0.4802, 0.4481, 0.3975)  # per channel, of pixels in [0, 1]
-    config.dataset.std = (0.2770, 0.2691, 0.2821)
-
-    config.sampler = ConfigDict()
-    config.sampler.name = "uniform"  # uniform: every image once an epoch; balanced: as many of each category in a batch
-    config.sampler.samples_per_category = 4  # of balanced: images of a category in a batch, a divisor of batch_size
-
-    config.augment = ConfigDict()
-    config.augment.resize = 72  # pixels of the shorter side, to which an image is enlarged before the crop; 0: as it is
-    config.augment.crop_padding = 0  # pixels of black around an image before it is cropped at random
-    config.augment.flip = True  # mirror half of the images
-
-    config.teacher = ConfigDict()
-    config.teacher.name, config.teacher.width = teacher  # docs/networks.md; factor on the channels
-    config.teacher.checkpoint = placeholder(str)  # folder of a trained teacher (WORKDIR/teacher); None: train one
-    config.teacher.epochs = 200  # with cross-entropy and the student's recipe
-
-    config.student = ConfigDict()
-    config.student.name, config.student.width = student
-
-    config.losses = methods.losses(method)  # NAME.weight, its schedule, and the hyper-parameters of NAME
-
-    config.optimizer = ConfigDict()  # SGD
-    config.optimizer.learning_rate = 0.1
-    config.optimizer.momentum = 0.9
-    config.optimizer.weight_decay = 5e-4  # L2, on every parameter
-    config.optimizer.milestones = (50, 100, 150)  # epochs that lower the learning rate
-    config.optimizer.decay_factor = 0.1  # by this factor
-    config.optimizer.restart_momentum = False  # start every epoch with zero momentum
+    config.method = method
+    config.batch_size = 200  # as many as there are classes
+    config.dataset = ConfigDict(
+        {"name": "tiny_imagenet", "mean": (0.4802, 0.4481, 0.3975), "std": (0.2770, 0.2691, 0.2821)}
+    )
+    config.augment = ConfigDict({"resize": 72, "flip": True})
+    config.teacher = ConfigDict({"name": teacher[0], "width": teacher[1]})
+    config.student = ConfigDict({"name": student[0], "width": student[1]})
+    config.losses = methods.losses(method)
+    config.optimizer = ConfigDict({"weight_decay": 5e-4, "milestones": (50, 100, 150)})
     return config

@@ -2,10 +2,11 @@
 
 python -m cskd_jax.main --config=RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VALUE ...]
 
-  --config       a file of configs/, such as configs/digits.py; WORD is a method of docs/methods.md such as
-                 kd, or networks and a method such as R152_0.5/R34_0.25/kd
-  --workdir      folder of the run; default: runs/RECIPE/WORD-seedSEED. The same command again resumes there.
-  --config.KEY   overrides a key of the recipe, which explains each, such as --config.epochs=10
+  --config       a packaged recipe such as digits, or a file such as configs/digits.py; WORD is a method of
+                 docs/methods.md such as kd, or networks and a method such as R152_0.5/R34_0.25/kd
+  --workdir      folder of the run; default: runs/RECIPE/WORD-seedSEED. The same command again resumes there, and
+                 with a larger --config.epochs extends the run.
+  --config.KEY   overrides a key, such as --config.epochs=10; docs/configuration.md explains all of them
 
   One of several processes, each with its part of every batch (README: several machines):
   --coordinator  HOST:PORT, where the first process listens

@@ -10,14 +10,15 @@ import pytest
 from cskd_jax.configs.methods import METHODS, MULTILABEL_METHODS
 from cskd_jax.configs.networks import network
 from cskd_jax.data import DATASETS, ImageDataset, Split
+from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.report import published
-from cskd_jax.runs import schema
-from cskd_jax.training.networks import Network
-from cskd_jax.training.objective import Objective, hyperparameters, needs_teacher
+from cskd_jax.runs import keys, schema
+from cskd_jax.runs.build import make_network, make_trainer
+from cskd_jax.training.objective import Objective, needs_teacher
 from cskd_jax.training.state import init_network
-from cskd_jax.training.trainer import Phase
+from cskd_jax.training.trainer import Teacher
 from tests.conftest import ROOT
 
 RECIPES = {
@@ -32,11 +33,16 @@ MULTILABEL = {"digit_pairs"}
 EVERY_METHOD = METHODS + MULTILABEL_METHODS
 
 
-def get_config(recipe, method="cskd"):
+def read_recipe(recipe, method="cskd"):
+    """What the recipe says: differences from the defaults."""
     spec = importlib.util.spec_from_file_location(recipe, ROOT / "configs" / f"{recipe}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(method)
+
+
+def get_config(recipe, method="cskd"):
+    return schema.fill(read_recipe(recipe, method))
 
 
 def recipe_of(method):
@@ -62,11 +68,10 @@ def trace_one_step(recipe, config, folder):
         labels = np.eye(num_classes, dtype=np.float32)[labels]
     split = Split(np.zeros((config.batch_size, *shape), np.uint8), labels)
     dataset = ImageDataset(recipe, split, split, tuple(map(str, range(num_classes))))
-    student = Network.create(config.student, num_classes, config.dtype)
     teacher = None
     if needs_teacher(config.losses):
-        teacher = Network.create(config.teacher, num_classes, config.dtype)
-    Phase("student", config, student, config.losses, config.epochs, dataset, folder, teacher)
+        teacher = Teacher(make_network(config.teacher, num_classes, config.dtype))
+    make_trainer("student", config, dataset, folder, Devices(), teacher)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +111,8 @@ def test_published_cell(recipe, word):
     schema.validate(config)
     num_classes, shape = RECIPES[recipe]
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    modules = [Network.create(settings, num_classes, "float32").module for settings in (config.teacher, config.student)]
-    teacher, student = (jax.eval_shape(init_network, module, key, shape)[1] for module in modules)
+    networks = [make_network(settings, num_classes, "float32") for settings in (config.teacher, config.student)]
+    teacher, student = (jax.eval_shape(init_network, network, key, shape)[1] for network in networks)
     indices = jax.ShapeDtypeStruct((2,), jnp.int32)
     inputs = LossInputs(student, teacher, indices, indices, key)
     objective = Objective.create(config.losses, num_classes=num_classes, num_examples=50_000)
@@ -225,8 +230,16 @@ def test_words_are_of_one_kind_of_data():
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD)
-def test_every_setting_of_a_method_is_in_its_recipe(method):
-    for name, settings in get_config(recipe_of(method), method).losses.items():
-        assert set(settings) >= set(schema.WEIGHT_RULES)
-        optional = {"compactness_weight", "filter_misclassified"} if settings.get("variant") == "paper" else set()
-        assert set(hyperparameters(name)) - optional == set(settings) - set(schema.WEIGHT_RULES)
+def test_a_method_names_only_what_differs_from_the_class_of_its_loss(method):
+    losses, filled = read_recipe(recipe_of(method), method).losses, get_config(recipe_of(method), method).losses
+    for name, settings in losses.items():
+        known = keys.loss_keys(name)
+        assert [key for key, value in settings.items() if value == known[key].default] == []
+        assert filled[name].keys() == known.keys()
+        for key in known.keys() - settings.keys():
+            assert filled[name][key] == known[key].default
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_fits_on_one_screen(recipe):
+    assert len((ROOT / "configs" / f"{recipe}.py").read_text().splitlines()) <= 35

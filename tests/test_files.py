@@ -7,10 +7,10 @@ import stat
 import numpy as np
 import pytest
 
-from cskd_jax.runs import lock, sweep
 from cskd_jax.errors import UserError, printable, run_command
 from cskd_jax.files import open_append, refuse_links, write_bytes, write_json, write_text
 from cskd_jax.main import main
+from cskd_jax.runs import lock, sweep
 from cskd_jax.runs.results import write_results
 from cskd_jax.training.callbacks import Progress, Start
 from cskd_jax.training.metrics import SINGLE_LABEL

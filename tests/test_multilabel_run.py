@@ -1,6 +1,5 @@
 """Multi-label runs: what does not fit is an error before anything compiles; a whole small run and its results."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -15,6 +14,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import create_model
 from cskd_jax.runs.build import make_evaluation, make_network
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.trained import check_fits
 from cskd_jax.training.checkpoint import Record, Saved, load_variables
 from cskd_jax.training.phases import Phase
@@ -29,13 +29,6 @@ SMALL = [
     "--config.student.name=resnet8",
     "--config.student.width=0.25",
 ]
-
-
-def get_config(recipe):
-    spec = importlib.util.spec_from_file_location(recipe, ROOT / "configs" / f"{recipe}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def black(multilabel, count=64):
@@ -71,8 +64,8 @@ def test_teacher_of_other_labels(multilabel):
     one, several = "one category per image", "several categories per image"
     trained, needed = (one, several) if multilabel else (several, one)
     with pytest.raises(UserError, match=f"runs/teacher was trained with {trained}, black has {needed}"):
-        check_fits("runs/teacher", Saved({}, wrong, 1, ""), get_config("digits"), black(multilabel))
-    check_fits("runs/teacher", Saved({}, right, 1, ""), get_config("digits"), black(multilabel))
+        check_fits("runs/teacher", Saved({}, wrong, 1, ""), load_recipe("digits", []), black(multilabel))
+    check_fits("runs/teacher", Saved({}, right, 1, ""), load_recipe("digits", []), black(multilabel))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +97,7 @@ def test_results(done):
 @pytest.mark.slow
 def test_evaluation_on_eight_devices_is_that_of_scikit_learn(done):
     """The run evaluated on one device; the number of test images does not divide by the batch."""
-    config, dataset = get_config("digit_pairs"), load_dataset("digit_pairs")
+    config, dataset = load_recipe("digit_pairs", []), load_dataset("digit_pairs")
     config.student.update(name="resnet8", width=0.25)
     variables = load_variables(str(done / "student")).variables
     devices = Devices()

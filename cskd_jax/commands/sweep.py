@@ -3,13 +3,13 @@
 python -m cskd_jax.sweep --config=RECIPE --methods=ce,kd,cskd --seeds=0,1,2 [--workdir=DIR] [--jobs=N]
                          [--config.KEY=VALUE ...]
 
-  --config       a file of configs/, such as configs/digits.py
+  --config       a packaged recipe such as digits, or a file such as configs/digits.py
   --methods      words that may stand behind the recipe: methods, or networks and a method (R152_0.5/R34_0.25/kd)
   --seeds        of the runs
   --workdir      folder of the sweep; default: runs/sweep/RECIPE. A run is in METHOD-seedSEED, with its output in
                  log.txt. The same command again goes on: what is finished is skipped, what was cut off resumes.
   --jobs         runs at the same time; default 1. Of several GPUs, listed in CUDA_VISIBLE_DEVICES, each run takes one.
-  --config.KEY   overrides a key of every run; config.losses.NAME only of the methods that have NAME
+  --config.KEY   overrides a key (docs/configuration.md) of every run; config.losses.NAME only of methods that have NAME
 
 The teacher is trained once, with cross-entropy and the seed of the recipe (--config.seed), in teacher-NETWORK, one for
 each network that the runs name as teacher; --config.teacher.checkpoint=DIR brings one along instead.

@@ -61,7 +61,7 @@ class ActivationBoundary(Method):
     student, which is then trained with cross-entropy.
 
     Attributes:
-      margin: see `activation_boundary_loss`.
+      margin: Margin around a boundary, by which a neuron is pushed below or above it; greater than 0.
     """
 
     margin: float = 1.0

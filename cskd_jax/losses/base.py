@@ -50,6 +50,8 @@ class Method(nn.Module):
       num_examples: size of the training split, 0 if unknown; set by the objective, not by configurations.
       needs_teacher: whether `inputs.teacher` is read.
       multilabel: which labels the method is for: True [B, C], False [B]; None: it reads none and takes both.
+      version: Version of the formula. It is raised when the same settings lead to other values than before, so that no
+        run that was begun with the old formula is continued with the new one.
     """
 
     num_classes: int
@@ -57,3 +59,4 @@ class Method(nn.Module):
     num_examples: int = 0
     needs_teacher: ClassVar[bool] = True
     multilabel: ClassVar[bool | None] = None
+    version: ClassVar[int] = 1

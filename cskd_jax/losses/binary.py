@@ -75,7 +75,11 @@ class BinaryCrossEntropy(Method):
 
 
 class BinaryKD(Method):
-    """`binary_kd_loss` on the logits."""
+    """`binary_kd_loss` on the logits.
+
+    Attributes:
+      temperature: Temperature of the sigmoid, greater than 0.
+    """
 
     temperature: float = 4.0
     multilabel: ClassVar[bool] = True

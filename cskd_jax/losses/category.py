@@ -542,13 +542,14 @@ class CategoryStructure(Method):
     sigma is that of `project_student`.
 
     Attributes:
-      variant: "reference" (released code) or "paper".
-      intra_weight: None: the variant's own. Likewise the other weights.
-      inter_weight: see `category_structure_loss`.
-      compactness_weight: "reference" only.
-      filter_misclassified: "reference" only.
-      center_momentum: of `running_category_structure_loss`, which needs filter_misclassified=False; None: the centers
-        are those of the batch alone.
+      variant: Variant of the loss: "reference", as in the code released with the paper, or "paper".
+      intra_weight: Weight of the structure within classes; None is 0.002 for "reference" and 0.01 for "paper".
+      inter_weight: Weight of the structure between classes; None is 0.04 for "reference" and 0.2 for "paper".
+      compactness_weight: Weight of compactness, of "reference" only; None is 0.1.
+      filter_misclassified: Whether the centers are those of the samples that a network classifies correctly, of
+        "reference" only; None is True.
+      center_momentum: Momentum of centers that remember earlier batches, in [0, 1), which needs
+        filter_misclassified=False; None takes the centers of the batch alone.
     """
 
     variant: str = "reference"

@@ -75,8 +75,8 @@ class CorrelationCongruence(Method):
     """`correlation_congruence_loss` on the pooled embeddings.
 
     Attributes:
-      gamma: see `correlation_congruence_loss`.
-      order: see `correlation_congruence_loss`.
+      gamma: Factor in the exponent of the Gaussian kernel, greater than 0.
+      order: Order of the Taylor form of the kernel, at least 1.
     """
 
     gamma: float = 0.4

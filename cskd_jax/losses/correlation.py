@@ -48,7 +48,7 @@ class CorrelationDelta(Method):
     """`correlation_delta_loss` on the pooled embeddings, through a trainable linear layer for each network.
 
     Attributes:
-      embedding_size: outputs of the linear layers.
+      embedding_size: Number of outputs of the linear layers.
     """
 
     embedding_size: int = 128

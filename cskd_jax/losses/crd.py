@@ -193,10 +193,10 @@ class CRD(Method):
     negative may be of the same category.
 
     Attributes:
-      embedding_size: D of the linear embeddings.
-      num_negatives: K; at most N - 1 are drawn.
-      temperature: see `contrastive_loss`.
-      momentum: see `remember`.
+      embedding_size: Size of the linear embeddings.
+      num_negatives: Number of negatives drawn for each sample; at most all others of the training split are drawn.
+      temperature: Temperature of the similarities, greater than 0.
+      momentum: Momentum of the remembered embeddings.
     """
 
     embedding_size: int = 128

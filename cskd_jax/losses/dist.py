@@ -71,9 +71,9 @@ class DIST(Method):
     """`dist_loss` on the logits.
 
     Attributes:
-      beta: see `dist_loss`.
-      gamma: see `dist_loss`.
-      temperature: see `dist_loss`.
+      beta: Weight of the relations between the classes of a sample.
+      gamma: Weight of the relations between the samples of a class.
+      temperature: Temperature of the softmax, greater than 0.
     """
 
     beta: float = 1.0

@@ -75,9 +75,9 @@ class DKD(Method):
     """`dkd_loss` on the logits.
 
     Attributes:
-      alpha: see `dkd_loss`. Likewise the others.
-      beta: see `dkd_loss`.
-      temperature: see `dkd_loss`.
+      alpha: Weight of the target class against all others.
+      beta: Weight of the distribution over the other classes.
+      temperature: Temperature of the softmax, greater than 0.
     """
 
     alpha: float = 1.0

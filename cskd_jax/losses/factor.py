@@ -84,11 +84,11 @@ class FactorTransfer(Method):
     The method is transfer + reconstruction_weight * reconstruction, and these two its terms.
 
     Attributes:
-      rate: channels of the factor as a fraction of the teacher's.
-      pool_channels: see `factor_transfer_loss`; None: True, but False where the maps are 1x1: a single position
-        scaled to norm 1 is always 1, so that nothing would be transferred.
-      reconstruction_weight: relative to the transfer. The default, 1/200, makes it 1 in all under the usual weight of
-        this method, 200.
+      rate: Channels of the factor, as a fraction of the teacher's.
+      pool_channels: Whether the factor is the mean of the squared channels at each position; None is True unless the
+        maps are 1x1, where a single position scaled to norm 1 would always be 1 and transfer nothing.
+      reconstruction_weight: Weight of the paraphraser's reconstruction, relative to the transfer; the default, 1/200,
+        makes it 1 under the usual weight of this loss, 200.
     """
 
     rate: float = 0.5

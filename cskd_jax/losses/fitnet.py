@@ -44,7 +44,7 @@ class FitNet(Method):
     Where the maps differ in size, the larger is average-pooled to the smaller.
 
     Attributes:
-      stage: of student and teacher, counted from 1.
+      stage: Stage of student and teacher, counted from 1.
     """
 
     stage: int = 2

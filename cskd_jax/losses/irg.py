@@ -131,11 +131,11 @@ class IRG(Method):
     """`irg_loss` on the logits, the maps of two stages and the pooled embeddings.
 
     Attributes:
-      lower_stage: number of the stage of the lower map, from 1.
-      upper_stage: number of the stage of the upper map, greater than that of the lower.
-      vertex_weight: see `irg_loss`.
-      edge_weight: see `irg_loss`.
-      transformation_weight: see `irg_loss`.
+      lower_stage: Stage of the lower map, counted from 1.
+      upper_stage: Stage of the upper map, greater than that of the lower one.
+      vertex_weight: Weight of the vertices, the logits.
+      edge_weight: Weight of the edges, the distances between samples.
+      transformation_weight: Weight of the transformations, the distances between the two maps of a sample.
     """
 
     lower_stage: int = 2

@@ -155,12 +155,12 @@ class KDGAN(Method):
     - The divergence is KL with a temperature, one of the two forms that the paper compares.
 
     Attributes:
-      student_share: alpha, see `kdgan_loss`.
-      student_distillation: beta, see `kdgan_loss`.
-      teacher_distillation: gamma, see `kdgan_loss`.
-      temperature: of the distillation.
-      sample_temperature: of the relaxed samples.
-      hidden_size: of the discriminator.
+      student_share: Share of the student's pseudo labels in the adversarial term, in [0, 1]; the rest is the teacher's.
+      student_distillation: Weight of what the student learns from the teacher.
+      teacher_distillation: Weight of what the teacher learns from the student.
+      temperature: Temperature of the softmax in both distillation terms, greater than 0.
+      sample_temperature: Temperature of the relaxed samples, greater than 0.
+      hidden_size: Number of hidden units of the discriminator.
     """
 
     student_share: float = 0.5

@@ -84,7 +84,11 @@ class CrossEntropy(Method):
 
 
 class KD(Method):
-    """`kd_loss` on the logits."""
+    """`kd_loss` on the logits.
+
+    Attributes:
+      temperature: Temperature of the softmax, greater than 0.
+    """
 
     temperature: float = 4.0
 

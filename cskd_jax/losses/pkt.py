@@ -66,7 +66,7 @@ class PKT(Method):
     """`pkt_loss` on the pooled embeddings.
 
     Attributes:
-      epsilon: see `pkt_loss`.
+      epsilon: Small number that keeps divisions and logarithms finite, greater than 0.
     """
 
     epsilon: float = 1e-7

@@ -88,8 +88,8 @@ class ReviewKD(Method):
     schedule of its weight, not part of the loss.
 
     Attributes:
-      mid_channels: of what is fused; None: those of the student's last stage, at most 512.
-      with_embedding: whether the pooled embedding is a stage.
+      mid_channels: Channels of the maps that are fused; None takes those of the student's last stage, at most 512.
+      with_embedding: Whether the pooled embedding counts as a stage.
     """
 
     mid_channels: int | None = None

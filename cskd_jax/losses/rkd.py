@@ -110,8 +110,8 @@ class RKD(Method):
     """`rkd_loss` on the pooled embeddings.
 
     Attributes:
-      distance_weight: see `rkd_loss`.
-      angle_weight: see `rkd_loss`.
+      distance_weight: Weight of the distances between pairs of samples.
+      angle_weight: Weight of the angles between triples of samples.
     """
 
     distance_weight: float = 25.0

@@ -54,7 +54,7 @@ class StandardizedKD(Method):
     """`standardized_kd_loss` on the logits.
 
     Attributes:
-      temperature: see `standardized_kd_loss`.
+      temperature: Temperature of the softmax, greater than 0.
     """
 
     temperature: float = 2.0

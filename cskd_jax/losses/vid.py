@@ -75,7 +75,7 @@ class VID(Method):
     Where maps differ in size, the larger is average-pooled to the smaller before the `MeanNetwork`.
 
     Attributes:
-      initial_variance: of every channel, greater than 1e-5.
+      initial_variance: Variance of every channel at the start, greater than 1e-5.
     """
 
     initial_variance: float = 5.0

@@ -1,6 +1,7 @@
 """Finished runs, read from their folders, and which of them may be compared with which."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -9,14 +10,14 @@ from typing import Any
 from cskd_jax.errors import UserError, printable
 from cskd_jax.report.published import network_label
 from cskd_jax.report.statistics import Summary, summarize
-from cskd_jax.runs.schema import INDIFFERENT
+from cskd_jax.runs import schema
+from cskd_jax.runs.keys import indifferent
 from cskd_jax.runs.workdir import read_json
 from cskd_jax.training.metrics import Task, task_that_measured
 from cskd_jax.training.records import read_rows
 
 # Settings that do not change what is compared; the seed is what is averaged over.
-_BOOKKEEPING = ("seed", "log_every", "keep_checkpoints", "teacher.checkpoint", "dataset.data_dir", "dataset.path",
-                *INDIFFERENT)  # fmt: skip
+_BOOKKEEPING = {"seed", "teacher.checkpoint", *indifferent()}
 # Settings that runs of one table have in common. The others may go with the method, such as those of its losses.
 _COMMON = ("dataset.name", "dataset.train_examples", "dataset.image_size", "epochs", "teacher.name", "teacher.width",
            "student.name", "student.width")  # fmt: skip
@@ -36,10 +37,10 @@ class Run:
     results: dict[str, Any]
     teacher_run: "Run | None" = None
 
-    @property
+    @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """{key: value}."""
-        return self.results["config"]
+        """The configuration as {key: value}; what its version of cskd_jax did not know has the value that it meant."""
+        return schema.complete(self.results["config"])
 
     @property
     def task(self) -> Task:

@@ -91,7 +91,7 @@ def make_trainer(
     role: str,
     config: ml_collections.ConfigDict,
     dataset: ImageDataset,
-    workdir: pathlib.Path,
+    workdir: pathlib.Path | None,
     devices: Devices,
     teacher: Teacher | None = None,
 ) -> Trainer:
@@ -101,7 +101,7 @@ def make_trainer(
       role: "teacher", which learns from the labels alone, or "student"; also the name of its folder in the workdir.
       config: Configuration of the run.
       dataset: Data set.
-      workdir: Folder of the run.
+      workdir: Folder of the run; None: nothing is written.
       devices: Devices to compute on.
       teacher: Teacher of the student; None where its losses need none.
 

@@ -1,6 +1,7 @@
-"""The runs of a sweep."""
+"""The runs of a sweep: every method with every seed, and the runs that train their teachers."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -10,22 +11,23 @@ from cskd_jax.files import refuse_link
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
-from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, read_json
+from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done, read_json
 from cskd_jax.training.objective import needs_teacher
 
-_SUPERVISED = {False: "ce", True: "bce"}  # the word of a teacher's training, of one category per image or of several
+# The word of a teacher's training, for images with one class each or with several.
+_SUPERVISED = {False: "ce", True: "bce"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of the grid.
+    """One run of a sweep.
 
     Attributes:
-      sweep: folder of the sweep.
-      name: of the run, and of its folder in that of the sweep.
-      recipe: FILE:WORD.
-      overrides: arguments --config.KEY=VALUE.
-      teacher: the run that trains the teacher, or None.
+      sweep: Folder of the sweep.
+      name: Name of the run, and of its folder in that of the sweep.
+      recipe: RECIPE:WORD.
+      overrides: Arguments --config.KEY=VALUE.
+      teacher: Run that trains the teacher, or None.
     """
 
     sweep: pathlib.Path
@@ -41,36 +43,41 @@ class Run:
 
     @property
     def arguments(self) -> list[str]:
-        """Of `cskd_jax.main`."""
+        """Arguments of `cskd_jax.main`."""
         return [f"--config={self.recipe}", *self.overrides, f"--workdir={self.workdir}"]
 
     @property
     def config(self) -> ml_collections.ConfigDict:
-        """Of the run, not validated."""
+        """Configuration of the run, not validated."""
         return recipes.load_recipe(self.recipe, list(self.overrides))
+
+    @functools.cached_property
+    def _epochs(self) -> int:
+        return self.config.epochs
 
     @property
     def done(self) -> bool:
-        """Whether it has results."""
-        return (self.workdir / "results.json").exists()
+        """Whether the run has results, of as many epochs as it is to train for."""
+        # Asked again and again, of recipes that may not exist.
+        return (self.workdir / "results.json").exists() and is_done(self.workdir, self._epochs)
 
 
 def make_grid(
-    file: str, methods: Sequence[str], seeds: Sequence[int], workdir: pathlib.Path, overrides: Sequence[str]
+    recipe: str, methods: Sequence[str], seeds: Sequence[int], workdir: pathlib.Path, overrides: Sequence[str]
 ) -> list[Run]:
-    """The runs of a grid, seed by seed, each after the one that trains its teacher.
+    """Returns the runs of a sweep, seed by seed, each after the one that trains its teacher.
 
     Args:
-      file: recipe without a word.
-      methods: words behind it.
-      seeds: of the runs.
-      workdir: of the sweep.
-      overrides: arguments --config.KEY=VALUE.
+      recipe: Recipe without a word: a file, or the name of a packaged recipe.
+      methods: Words that follow it.
+      seeds: Seeds of the runs.
+      workdir: Folder of the sweep.
+      overrides: Arguments --config.KEY=VALUE.
 
     Raises:
-      UserError: a method or an override is unknown.
+      UserError: A method or an override is unknown.
     """
-    configs = {word: recipes.load_recipe(f"{file}:{word}", []) for word in methods}
+    configs = {word: recipes.load_recipe(f"{recipe}:{word}", []) for word in methods}
     known = {key for config in configs.values() for key in schema.flatten(config)}
     for argument in overrides:
         key = recipes.override_key(argument)
@@ -81,32 +88,34 @@ def make_grid(
     runs = []
     for seed in seeds:
         for word in methods:
-            config = recipes.load_recipe(f"{file}:{word}", own[word])
+            config = recipes.load_recipe(f"{recipe}:{word}", own[word])
             settings, teacher = [*own[word], f"--config.seed={seed}"], None
             if needs_teacher(config.losses) and config.teacher.checkpoint is None and config.teacher.name:
-                teacher = _teacher_run(file, config, overrides, workdir)
-                # In the runs' configurations, and with it in what they may be compared by, stands the same path.
+                teacher = _teacher_run(recipe, config, overrides, workdir)
+                # Runs are compared by their configurations, so that all of them name the same path.
                 settings.append(f"--config.teacher.checkpoint={teacher.workdir / 'student'}")
                 teachers.setdefault(teacher.name, teacher)
-            runs.append(Run(workdir, f"{word}-seed{seed}", f"{file}:{word}", tuple(settings), teacher))
+            runs.append(Run(workdir, f"{word}-seed{seed}", f"{recipe}:{word}", tuple(settings), teacher))
     return [*teachers.values(), *runs]
 
 
-def _concerns(override, config):
-    """Whether a method has the key: overrides of losses are for those that have the loss."""
+def _concerns(override: str, config: ml_collections.ConfigDict) -> bool:
+    """Returns whether a method has the key: an override of a loss is for the methods that have the loss."""
     key = recipes.override_key(override)
     return not key.startswith("losses.") or key in schema.flatten(config)
 
 
-def _teacher_run(file, config, overrides, workdir):
-    """The run that trains the teacher of `config`: as any network is trained from labels alone."""
+def _teacher_run(
+    recipe: str, config: ml_collections.ConfigDict, overrides: Sequence[str], workdir: pathlib.Path
+) -> Run:
+    """Returns the run that trains the teacher of `config`, as any network is trained from labels alone."""
     word = _SUPERVISED[any(LOSSES[name].multilabel for name in config.losses)]
     teacher = config.teacher
     replaced = ("losses.", "student.", "teacher.")
     kept = [o for o in overrides if not (recipes.override_key(o) + ".").startswith((*replaced, "epochs."))]
     network = [f"--config.student.name={teacher.name}", f"--config.student.width={teacher.width}"]
     name = f"teacher-{teacher.name}_{teacher.width:g}"
-    return Run(workdir, name, f"{file}:{word}", (*kept, *network, f"--config.epochs={teacher.epochs}"))
+    return Run(workdir, name, f"{recipe}:{word}", (*kept, *network, f"--config.epochs={teacher.epochs}"))
 
 
 def check(runs: Sequence[Run]) -> None:
@@ -122,8 +131,7 @@ def check(runs: Sequence[Run]) -> None:
             refuse_link(run.sweep / folder)
         path = run.workdir / "config.json"
         if path.exists():
-            identity, digest = schema.plain(config), read_json(path).get(TEACHER_DIGEST)
-            check_workdir(run.workdir, identity if digest is None else identity | {TEACHER_DIGEST: digest})
+            check_workdir(run.workdir, identify(config, read_json(path).get(TEACHER_DIGEST)))
         if not run.done:
             data[str(config.dataset)] = config
     # Also prepares them: two runs that start together would get into each other's way.

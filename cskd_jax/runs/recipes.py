@@ -1,43 +1,72 @@
-"""Recipes: read, and changed by what stands on the command line."""
+"""Recipes: found, read, filled with the defaults, and changed by what stands on the command line."""
 
+import contextlib
 import pathlib
 import sys
+from collections.abc import Iterable, Iterator
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+import cskd_jax.configs
+from cskd_jax.configs import methods, networks
 from cskd_jax.errors import UserError
 from cskd_jax.runs import schema
 
+_PACKAGED = pathlib.Path(cskd_jax.configs.__file__).parent
+# What a recipe may import as `configs`, by the names that the modules have then.
+_CONFIGS = {"configs": cskd_jax.configs, "configs.methods": methods, "configs.networks": networks}
+
 
 def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    """The configuration of FILE[:WORD] with --config.KEY=VALUE arguments applied.
+    """Returns the configuration of a recipe, filled with the defaults, with --config.KEY=VALUE arguments applied.
+
+    Args:
+      recipe: RECIPE or RECIPE:WORD, where RECIPE is a file or the name of a packaged recipe.
+      overrides: Arguments --config.KEY=VALUE.
 
     Raises:
-      UserError: there is no such recipe, or a key or value does not fit.
+      UserError: There is no such recipe, or a key or value does not fit.
     """
     file = recipe_file(recipe)
-    # A recipe may import its neighbours, wherever the command is run.
-    if str(file.absolute().parent.parent) not in sys.path:
-        sys.path.append(str(file.absolute().parent.parent))
-    config = _read_recipe(recipe, [])
-    if not isinstance(config, ml_collections.ConfigDict) or not {"method", "seed"} <= set(config):
-        raise UserError(f"get_config of {file} must return a ConfigDict with all the keys of configs/digits.py")
-    _check_overrides(overrides, schema.flatten(config))
-    return _read_recipe(recipe, overrides)
+    _, colon, word = recipe.partition(":")
+    argv, values = ["cskd_jax", f"--config={file}{colon}{word}"], flags.FlagValues()
+    with _importable_configs(file):
+        config_flags.DEFINE_config_file("config", None, "Recipe.", values, lock_config=True, sys_argv=argv)
+        parse_flags(values, argv)
+    config = values["config"].value
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"get_config of {file} must return a ConfigDict, as that of configs/digits.py does")
+    if "method" not in config:
+        raise UserError(f"get_config of {file} must set the key method, the name of the method")
+    return override(schema.fill(config), overrides)
 
 
 def recipe_file(recipe: str) -> pathlib.Path:
-    """FILE of FILE[:WORD]; raises UserError unless it exists."""
-    file = pathlib.Path(recipe.split(":")[0])
-    if not recipe or not file.is_file():
-        raise UserError(f"--config=RECIPE must name a file such as configs/digits.py; got {recipe or 'none'}")
-    return file
+    """Returns the file of RECIPE or RECIPE:WORD; raises UserError if there is none.
+
+    Args:
+      recipe: RECIPE is a file, or else the name of a packaged recipe.
+    """
+    name = recipe.partition(":")[0]
+    if name and pathlib.Path(name).is_file():
+        return pathlib.Path(name)
+    if name in packaged_recipes():
+        return _PACKAGED / f"{name}.py"
+    raise UserError(
+        "--config=RECIPE must name a file such as configs/digits.py, or one of the recipes "
+        f"{', '.join(packaged_recipes())}; got {recipe or 'none'}"
+    )
+
+
+def packaged_recipes() -> list[str]:
+    """Returns the names of the recipes that the package brings along."""
+    return sorted({path.stem for path in _PACKAGED.glob("*.py")} - {"__init__", "methods", "networks"})
 
 
 def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_collections.ConfigDict:
-    """A configuration with --config.KEY=VALUE arguments applied; raises UserError where they do not fit."""
+    """Returns a configuration with --config.KEY=VALUE arguments applied; raises UserError where they do not fit."""
     _check_overrides(overrides, schema.flatten(config))
     argv, values = ["cskd_jax", *overrides], flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, "Configuration.", values, sys_argv=argv)
@@ -46,23 +75,8 @@ def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_coll
 
 
 def override_key(argument: str) -> str:
-    """KEY of --config.KEY=VALUE."""
+    """Returns KEY of --config.KEY=VALUE."""
     return argument.lstrip("-").partition("=")[0].removeprefix("config.")
-
-
-def _read_recipe(recipe, overrides):
-    argv, values = ["cskd_jax", f"--config={recipe}", *overrides], flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Recipe, FILE[:METHOD].", values, lock_config=True, sys_argv=argv)
-    parse_flags(values, argv)
-    return values["config"].value
-
-
-def _check_overrides(overrides, known):
-    for key in map(override_key, overrides):
-        if key == "method":
-            raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")
-        if key not in known:
-            raise schema.unknown_key(key, known)
 
 
 def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
@@ -74,3 +88,32 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
     except Exception as error:  # A recipe is code: it may raise anything.
         raise UserError(f"{' '.join(argv[1:2])}: {type(error).__name__}: {str(error).strip()}") from None
+
+
+def _check_overrides(overrides: list[str], known: Iterable[str]) -> None:
+    for key in map(override_key, overrides):
+        if key == "method":
+            raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")
+        if key not in known:
+            raise schema.unknown_key(key, known)
+
+
+@contextlib.contextmanager
+def _importable_configs(file: pathlib.Path) -> Iterator[None]:
+    """Lets a recipe import `configs`: the package in which it lies, or else `cskd_jax.configs`."""
+    root = file.absolute().parent.parent
+    if (root / "configs").is_dir():
+        if str(root) not in sys.path and root / "configs" != _PACKAGED:
+            sys.path.append(str(root))
+        yield
+        return
+    before = {name: sys.modules[name] for name in list(sys.modules) if name.partition(".")[0] == "configs"}
+    for name in before:
+        del sys.modules[name]
+    sys.modules.update(_CONFIGS)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+            del sys.modules[name]
+        sys.modules.update(before)

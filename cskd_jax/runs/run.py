@@ -25,37 +25,41 @@ from cskd_jax.runs.results import (
     write_results,
 )
 from cskd_jax.runs.trained import check_fits, load_given_teacher
-from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, claim
+from cskd_jax.runs.workdir import check_workdir, claim, identify, is_done
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.trainer import Teacher
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Runs `config` in `workdir` to the end, from wherever an earlier start left it.
+    """Carries out a run to its end, from wherever an earlier start left it.
+
+    Args:
+      config: Configuration of the run. It may have more epochs than at an earlier start.
+      workdir: Folder of the run.
 
     Raises:
-      UserError: what the user can mend; InterruptedRun and DivergedError among them.
+      UserError: The user can mend something; InterruptedRun and DivergedError are among its kinds.
     """
     schema.validate(config)
     Devices().check_batch_size("batch_size", config.batch_size)
-    identity, given = schema.plain(config), None
+    given = None
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
         given = processes.on_first(load_given_teacher, config)
-        # A resumed run must not go on with another teacher.
-        identity[TEACHER_DIGEST] = given[1].digest
+    # A resumed run must not go on with another teacher.
+    identity = identify(config, None if given is None else given[1].digest)
     with contextlib.ExitStack() as held:
 
-        def is_done():
+        def done_or_locked():
             check_workdir(workdir, identity)
-            if (workdir / RESULTS).exists():
+            if is_done(workdir, config.epochs):
                 return True
             held.enter_context(locked(workdir / "lock", f"another job runs in workdir {workdir}"))
             # The workdir may be a link of the user's; what a folder from elsewhere brings along leads to their files.
             refuse_links(workdir / name for name in WRITTEN)
             return False
 
-        if processes.on_first(is_done):
+        if processes.on_first(done_or_locked):
             say(f"already done: {workdir / RESULTS}")
         else:
             _run(config, workdir, identity, given)
@@ -76,7 +80,7 @@ def _run(config, workdir, identity, given):
             check_fits(f"teacher.checkpoint {path}", saved, config, dataset)
             teacher.variables = saved.variables
     trainer = make_trainer("student", config, dataset, workdir, devices, teacher)
-    processes.on_first(claim, workdir, identity)
+    processes.on_first(claim, workdir, identity, dataset)
     used = devices.describe()
     say(
         f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images, "

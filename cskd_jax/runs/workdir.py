@@ -1,50 +1,105 @@
-"""The folder of a run: what it holds, and whose it is."""
+"""The folder of a run: whose it is, whether its run is done, and how it becomes that of a longer run."""
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
+from cskd_jax.console import say
+from cskd_jax.data import ImageDataset
+from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.errors import UserError
 from cskd_jax.files import write_json
-from cskd_jax.runs import schema
-from cskd_jax.training.checkpoint import FOLDER
+from cskd_jax.losses import LOSSES
+from cskd_jax.runs import keys, schema
+from cskd_jax.runs.results import RESULTS
+from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
+from cskd_jax.training.objective import needs_teacher
 
-# Beside the configuration, config.json of a run whose teacher was given holds that teacher's digest.
+# What config.json holds besides the configuration has a space in its name: the digest of a given teacher, the
+# fingerprint of the data, and "losses.NAME version" of a loss whose formula is not its first.
 TEACHER_DIGEST = "teacher.checkpoint digest"
+DATA_FINGERPRINT = "dataset fingerprint"
+_VERSION = " version"
+
+# The key with the number of epochs of each phase.
+_EPOCHS = {"teacher": "teacher.epochs", "student": "epochs"}
 
 
-def check_workdir(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
-    """Raises UserError if the workdir holds checkpoints of another configuration, or cannot be one."""
-    path = workdir / "config.json"
+def identify(config: ml_collections.ConfigDict, teacher_digest: str | None = None) -> dict[str, Any]:
+    """Returns what tells one run from another, as config.json holds it, but for the fingerprint of the data.
+
+    Args:
+      config: Configuration of the run.
+      teacher_digest: Digest of the teacher, if the run is given one.
+    """
+    identity = schema.plain(config)
+    identity |= {f"losses.{name}{_VERSION}": LOSSES[name].version for name in config.losses if LOSSES[name].version > 1}
+    return identity if teacher_digest is None else identity | {TEACHER_DIGEST: teacher_digest}
+
+
+def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
+    """Raises UserError if the workdir cannot be written to, or its run cannot be continued as the one asked for.
+
+    A run with checkpoints can be continued if nothing that changes its results differs, or if it is to train for more
+    epochs. A workdir without checkpoints can become that of any run.
+
+    Args:
+      workdir: Folder of the run.
+      identity: Result of `identify`, possibly with the fingerprint of the data.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        found = read_json(path) if path.exists() else identity
+        found = _recorded(workdir, identity)
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from None
-    # Where digests say which teacher it is, its folder may have moved.
-    moved = {"teacher.checkpoint"} if TEACHER_DIGEST in found.keys() & identity.keys() else set()
-    different = [
-        f"{key} {found.get(key)!r} != {identity.get(key)!r}"
-        for key in sorted((found.keys() | identity.keys()) - moved - set(schema.INDIFFERENT))
-        if found.get(key) != identity.get(key)
-    ]
-    if different and any(workdir.glob(f"*/{FOLDER}/*")):
+    if not _has_checkpoints(workdir):
+        return
+    different = _differences(found, identity)
+    reasons = {key: _reason(workdir, key, found, identity) for key in different}
+    if any(reason is not None for reason in reasons.values()):
+        texts = [f"{key} {old!r} != {new!r}{reasons[key] or ''}" for key, (old, new) in different.items()]
         raise UserError(
-            f"workdir {workdir} holds a run of another configuration ({', '.join(different)}); use another --workdir"
+            f"workdir {workdir} holds a run of another configuration ({', '.join(texts)}); use another --workdir"
         )
 
 
-def claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
-    """Makes the workdir this configuration's, dropping what one that never came to a checkpoint has logged."""
-    if not any(workdir.glob(f"*/{FOLDER}/*")):
+def is_done(workdir: pathlib.Path, epochs: int) -> bool:
+    """Returns whether the run in a workdir has finished so many epochs."""
+    path = workdir / "config.json"
+    if not (workdir / RESULTS).exists():
+        return False
+    return not path.exists() or read_json(path).get("epochs", epochs) >= epochs
+
+
+def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageDataset) -> None:
+    """Makes the workdir that of a run, and removes what an earlier one without a checkpoint has logged.
+
+    Where the run is to train for more epochs than before, its results are removed first, then its network is no longer
+    taken for finished, and last its configuration changes: whatever ends this process in between, the same command
+    continues.
+
+    Raises:
+      UserError: The run in the workdir cannot be continued as the one asked for, or its data have changed.
+    """
+    identity = {**identity, DATA_FINGERPRINT: fingerprint(dataset)}
+    check_workdir(workdir, identity)
+    if not _has_checkpoints(workdir):
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
+    else:
+        found = schema.complete(_recorded(workdir, identity))
+        for phase, key in _EPOCHS.items():
+            if found[key] < identity[key]:
+                (workdir / RESULTS).unlink(missing_ok=True)
+                mark_unfinished(workdir / phase / FOLDER)
+                say(f"{phase}: extended from {found[key]} to {identity[key]} epochs")
     write_json(workdir / "config.json", identity)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file of a run; raises UserError if it is damaged."""
+    """Returns the object in a JSON file of a run; raises UserError if the file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -55,10 +110,59 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def run_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """The configuration of the run in `workdir`; raises UserError if it holds none."""
+    """Returns the configuration of the run in `workdir`; raises UserError if there is none."""
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is no workdir of a run: there is no {path.name} in it")
-    flat = read_json(path)
-    flat.pop(TEACHER_DIGEST, None)
-    return schema.restore(flat, str(path))
+    return schema.restore({key: value for key, value in read_json(path).items() if " " not in key}, str(path))
+
+
+def _has_checkpoints(workdir: pathlib.Path, phase: str = "*") -> bool:
+    return any(workdir.glob(f"{phase}/{FOLDER}/*"))
+
+
+def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    path = workdir / "config.json"
+    return read_json(path) if path.exists() else dict(identity)
+
+
+def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns {key: (recorded value, value asked for)} of everything that differs and changes results."""
+    passed, both = set(keys.indifferent()), found.keys() & identity.keys()
+    if TEACHER_DIGEST in both:
+        passed.add("teacher.checkpoint")  # Its digest says which teacher it is: its folder may have moved.
+    if DATA_FINGERPRINT not in both:
+        passed.add(DATA_FINGERPRINT)  # Older runs have none, and it is not known before the data are loaded.
+    old, new = schema.complete(found), schema.complete(identity)
+    different = {}
+    for key in sorted((old.keys() | new.keys()) - passed):
+        missing = 1 if key.endswith(_VERSION) else None
+        values = old.get(key, missing), new.get(key, missing)
+        if values[0] != values[1]:
+            different[key] = values
+    return different
+
+
+def _reason(workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+    """Says why a key may not differ, empty if that needs no words; None if it may: the run is extended."""
+    if key == DATA_FINGERPRINT:
+        return ": the data differ, in their images, labels, or classes"
+    if key.endswith(_VERSION):
+        name = key.removeprefix("losses.").removesuffix(_VERSION)
+        return f": the formula of the loss {name} has changed between versions of cskd_jax"
+    if key not in _EPOCHS.values():
+        return ""
+    old, new = schema.complete(found), schema.complete(identity)
+    if key == "teacher.epochs":
+        if not needs_teacher(_losses(new)) or new.get("teacher.checkpoint") is not None:
+            return ""
+        if _has_checkpoints(workdir, "student"):
+            return f": the student has learned from a teacher of {old[key]} epochs"
+    if new[key] < old[key]:
+        return ": a run can be continued for more epochs, not cut to fewer"
+    why = schema.why_not_extend(old, new)
+    return None if why is None else f": {why}"
+
+
+def _losses(flat: Mapping[str, Any]) -> set[str]:
+    return {key.split(".")[1] for key in flat if key.startswith("losses.")} & LOSSES.keys()

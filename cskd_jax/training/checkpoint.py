@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from cskd_jax.distributed import processes
 from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.files import write_json
 
 FOLDER = "checkpoints"
 _ARRAYS, _RECORD = "arrays", "record"
@@ -303,3 +304,22 @@ def _text_digest(content):
 def _score(metrics):
     # Of equal scores the earliest is the best, as in the results.
     return metrics["score"], -metrics["step"]
+
+
+def mark_unfinished(folder: pathlib.Path) -> None:
+    """Takes the mark of a finished phase from the record of the newest checkpoint in a folder of checkpoints.
+
+    A damaged checkpoint stays as it is: it is noticed when it is read.
+    """
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    if not steps:
+        return
+    path = folder / str(max(steps)) / _RECORD / "metadata"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        sound = content.pop("digest") == _text_digest(content)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return
+    if sound and content["record"]["finished"]:
+        content["record"]["finished"] = False
+        write_json(path, content | {"digest": _text_digest(content)})

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cskd_jax.configs import digits
 from cskd_jax.data import load_dataset
 from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
 from cskd_jax.interop import export, import_torch
 from cskd_jax.models import create_model
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.trained import GivenTeacher
 from cskd_jax.training.checkpoint import load_variables
 from tests.torch_files import assert_same_variables
@@ -78,7 +78,7 @@ def test_out_and_in_is_the_identity(returned, done):
 
 
 def test_imported_teacher_is_taken(returned, digits_dir):
-    config = digits.get_config("kd")
+    config = load_recipe("digits:kd", [])
     config.teacher.update(checkpoint=str(returned), name="resnet8", width=0.25)
     teacher = GivenTeacher.load(config)
     dataset = load_dataset("digits", data_dir=str(digits_dir))

@@ -1,0 +1,208 @@
+"""The keys of a configuration, each with everything that is known about it."""
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from cskd_jax.losses import LOSSES
+from cskd_jax.models import MODELS
+from cskd_jax.runs import rules
+from cskd_jax.training.objective import Weight, hyperparameters
+
+# The default of a key that every recipe must set.
+REQUIRED = object()
+_AS_DEFAULT = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of a configuration.
+
+    Attributes:
+      default: Value where a recipe does not set the key, or `REQUIRED`.
+      rule: Rule that a value must follow.
+      meaning: One sentence for the documentation.
+      changes_results: Whether another value may lead to other results. A run may be resumed with another value of a
+        key that does not change them.
+      before: Value that the runs of a workdir without the key had. It is to be given with a key that makes a choice
+        where earlier versions had another behavior than the new default.
+    """
+
+    default: Any
+    rule: rules.Rule
+    meaning: str
+    changes_results: bool = True
+    before: Any = _AS_DEFAULT
+
+    def value_where_missing(self, *, in_workdir: bool = False) -> Any:
+        """Returns the value that a recipe without the key means, or a workdir without it."""
+        return self.before if in_workdir and self.before is not _AS_DEFAULT else self.default
+
+
+_MODEL = rules.one_of(*MODELS, listed_in="a network of [networks.md](networks.md)")
+_TEACHER = rules.optional(_MODEL._replace(test=lambda value: value in MODELS or not value))
+
+# Every key but those of `losses`, which `loss_keys` derives from the classes of the losses.
+KEYS: Mapping[str, Key] = types.MappingProxyType(
+    {
+        "method": Key(REQUIRED, rules.TEXT, "Name of the method in results and in the default workdir."),
+        "seed": Key(
+            0, rules.integer(0, 2**32 - 1), "Seed of the weights, of the order of the images, and of the augmentation."
+        ),
+        "batch_size": Key(128, rules.integer(1), "Images in a step, over all devices."),
+        "drop_last": Key(False, rules.BOOL, "Whether the last, smaller batch of an epoch is left out."),
+        "epochs": Key(200, rules.integer(1), "Epochs that the student trains for; a larger number extends a run."),
+        "dtype": Key(
+            "float32",
+            rules.one_of("float32", "bfloat16", "float64"),
+            "Type of the numbers that the networks compute with; float64 needs JAX_ENABLE_X64=1 in the environment.",
+        ),
+        "log_every": Key(50, rules.integer(1), "Steps between two rows of metrics.jsonl.", changes_results=False),
+        "keep_checkpoints": Key(
+            2, rules.integer(1), "Number of the newest checkpoints kept, besides the best one.", changes_results=False
+        ),
+        "dataset.name": Key(
+            REQUIRED,
+            rules.TEXT,
+            "Name of the data set: digits, digit_pairs, cifar10, cifar100, tiny_imagenet, cub200, image_folder, or a "
+            "name that tensorflow-datasets knows.",
+        ),
+        "dataset.data_dir": Key(
+            None,
+            rules.optional(rules.TEXT),
+            "Folder of prepared data sets and downloads; None is ~/tensorflow_datasets.",
+            changes_results=False,
+        ),
+        "dataset.path": Key(
+            None,
+            rules.optional(rules.TEXT),
+            "Folder with `train/CLASS/*` and `test/CLASS/*`; for image_folder only.",
+            changes_results=False,
+        ),
+        "dataset.train_examples": Key(
+            None,
+            rules.optional(rules.integer(1, 10**9)),
+            "Size of a class-balanced part of the training split (of multi-label data, the first examples); None takes "
+            "all of it.",
+        ),
+        "dataset.image_size": Key(
+            None,
+            rules.optional(rules.integer(1, 4096)),
+            "Side of the square to which every image is resized and cropped; None leaves images as they are.",
+        ),
+        "dataset.streaming": Key(
+            None,
+            rules.optional(rules.BOOL),
+            "Whether images are decoded batch by batch rather than once into memory; None streams only what would "
+            "fill the memory.",
+            changes_results=False,
+        ),
+        "dataset.workers": Key(
+            None,
+            rules.optional(rules.integer(1, 1024)),
+            "Processes that decode streamed images; None starts one for each processor.",
+            changes_results=False,
+        ),
+        "dataset.mean": Key(
+            REQUIRED, rules.CHANNELS, "Mean of each channel, or one for all channels, of pixels in [0, 1]."
+        ),
+        "dataset.std": Key(
+            REQUIRED, rules.DEVIATIONS, "Standard deviation of each channel, or one for all, of pixels in [0, 1]."
+        ),
+        "sampler.name": Key(
+            "uniform",
+            rules.one_of("uniform", "balanced"),
+            "Order of the images: uniform shows each once an epoch, balanced puts equally many of each of its classes "
+            "into a batch.",
+        ),
+        "sampler.samples_per_category": Key(
+            4, rules.integer(1), "Images of a class in a balanced batch, a divisor of batch_size."
+        ),
+        "augment.resize": Key(
+            0,
+            rules.integer(0, 1024),
+            "Pixels of the shorter side, to which an image is enlarged before it is cropped; 0 leaves it as it is.",
+        ),
+        "augment.crop_padding": Key(
+            0,
+            rules.integer(0, 256),
+            "Pixels of black around an image before it is cropped at random; 0 adds none, and then crops nothing "
+            "unless augment.resize has enlarged the image.",
+        ),
+        "augment.flip": Key(False, rules.BOOL, "Whether half of the images are mirrored."),
+        "teacher.name": Key(None, _TEACHER, "Network of the teacher; needed only by losses that read a teacher."),
+        "teacher.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the teacher."),
+        "teacher.checkpoint": Key(
+            None,
+            rules.optional(rules.TEXT),
+            "Folder of a trained teacher, such as WORKDIR/teacher; None trains one first, on the labels alone.",
+        ),
+        "teacher.epochs": Key(200, rules.integer(1), "Epochs that the teacher trains for, if it is trained here."),
+        "student.name": Key(REQUIRED, _MODEL, "Network of the student."),
+        "student.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the student."),
+        "optimizer.learning_rate": Key(0.1, rules.POSITIVE, "Learning rate of SGD before the first milestone."),
+        "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of SGD."),
+        "optimizer.weight_decay": Key(1e-4, rules.NOT_NEGATIVE, "L2 penalty on every parameter."),
+        "optimizer.milestones": Key(
+            (), rules.EPOCHS, "Epochs at whose start the learning rate is multiplied by optimizer.decay_factor."
+        ),
+        "optimizer.decay_factor": Key(0.1, rules.POSITIVE, "Factor on the learning rate at each milestone."),
+        "optimizer.restart_momentum": Key(
+            False, rules.BOOL, "Whether every epoch starts with zero momentum, as in the code released with the paper."
+        ),
+    }
+)
+
+# The rules of the keys that every loss has: the fields of `Weight`.
+_WEIGHT_RULES = {
+    "weight": rules.NOT_NEGATIVE,
+    "start_epoch": rules.integer(0),
+    "end_epoch": rules.optional(rules.integer(1)),
+    "warmup_epochs": rules.integer(0),
+}
+
+
+def weight_keys() -> dict[str, Key]:
+    """Returns the settings that every loss has, by name: the weight and how it changes over the epochs."""
+    return {field.name: _key(field, _WEIGHT_RULES[field.name], Weight) for field in dataclasses.fields(Weight)}
+
+
+def loss_keys(name: str) -> dict[str, Key]:
+    """Returns all settings of a loss of `LOSSES` by name; their defaults are those of its class."""
+    own = {field.name: _key(field, rules.of_field(field), LOSSES[name]) for field in hyperparameters(name).values()}
+    return weight_keys() | own
+
+
+def _key(field, rule, owner):
+    default = REQUIRED if field.default is dataclasses.MISSING else field.default
+    return Key(default, rule, attributes_of(owner).get(field.name, ""))
+
+
+def attributes_of(owner: type) -> dict[str, str]:
+    """Returns what the docstring of a class says about each of its attributes, by name."""
+    lines = (inspect.getdoc(owner) or "").partition("Attributes:\n")[2].splitlines()
+    found: dict[str, str] = {}
+    for line in lines:
+        if line.startswith("    ") and found:
+            found[list(found)[-1]] += " " + line.strip()
+        elif line.startswith("  ") and ": " in line:
+            name, _, text = line.strip().partition(": ")
+            found[name] = text
+        else:
+            break
+    return found
+
+
+def find_key(path: str) -> Key | None:
+    """Returns the key "a.b" or "losses.NAME.SETTING" of a configuration; None if there is no such key."""
+    if not path.startswith("losses."):
+        return KEYS.get(path)
+    _, name, setting = [*path.split(".", 2), "", ""][:3]
+    return loss_keys(name).get(setting) if name in LOSSES else None
+
+
+def indifferent() -> frozenset[str]:
+    """Returns the keys that do not change results: a run may be resumed with other values."""
+    return frozenset(path for path, key in KEYS.items() if not key.changes_results)
