@@ -1,1 +1,65 @@
 """Knowledge distillation via category structure, and the methods it is compared with, in JAX and Flax."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cskd_jax.distillation import distill
+    from cskd_jax.errors import DivergedError, InterruptedRun, UserError
+    from cskd_jax.losses import LOSSES, LossInputs, Method
+    from cskd_jax.models import MODELS, ModelOutput, create_model
+    from cskd_jax.runs.api import LoadedRun, get_config, load_run, run
+    from cskd_jax.training.callbacks import Callback, Console
+    from cskd_jax.training.networks import LinenNetwork, Network
+    from cskd_jax.training.phases import Phase
+    from cskd_jax.training.trainer import Result, Student, Teacher, Trainer
+
+# Loaded when they are used: the commands, and the processes that decode images, need not import all of them.
+_PUBLIC = {
+    "cskd_jax.distillation": ("distill",),
+    "cskd_jax.errors": ("DivergedError", "InterruptedRun", "UserError"),
+    "cskd_jax.losses": ("LOSSES", "LossInputs", "Method"),
+    "cskd_jax.models": ("MODELS", "ModelOutput", "create_model"),
+    "cskd_jax.runs.api": ("LoadedRun", "get_config", "load_run", "run"),
+    "cskd_jax.training.callbacks": ("Callback", "Console"),
+    "cskd_jax.training.networks": ("LinenNetwork", "Network"),
+    "cskd_jax.training.phases": ("Phase",),
+    "cskd_jax.training.trainer": ("Result", "Student", "Teacher", "Trainer"),
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [
+    "LOSSES",
+    "MODELS",
+    "Callback",
+    "Console",
+    "DivergedError",
+    "InterruptedRun",
+    "LinenNetwork",
+    "LoadedRun",
+    "LossInputs",
+    "Method",
+    "ModelOutput",
+    "Network",
+    "Phase",
+    "Result",
+    "Student",
+    "Teacher",
+    "Trainer",
+    "UserError",
+    "create_model",
+    "distill",
+    "get_config",
+    "load_run",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -52,8 +52,7 @@ def _run(argv):
     command = command_line.parse(argv, values)
     command_line.refuse_rest(command)
     config = recipes.load_recipe(command.recipe, command.overrides)
-    word = command.recipe.partition(":")[2] or config.method
-    default = pathlib.Path("runs") / recipes.recipe_file(command.recipe).stem / f"{word}-seed{config.seed}"
+    default = recipes.default_workdir(command.recipe, config)
     command_line.set_up_jax()
     # Imported late: mistakes in the command should not wait for everything.
     from cskd_jax.distributed import processes

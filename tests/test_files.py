@@ -10,7 +10,7 @@ import pytest
 from cskd_jax.errors import UserError, printable, run_command
 from cskd_jax.files import open_append, refuse_links, write_bytes, write_json, write_text
 from cskd_jax.main import main
-from cskd_jax.runs import lock, sweep
+from cskd_jax.runs import grid, lock, sweep
 from cskd_jax.runs.results import write_results
 from cskd_jax.training.callbacks import Progress, Start
 from cskd_jax.training.metrics import SINGLE_LABEL
@@ -148,13 +148,13 @@ def test_workdir_may_be_a_link(workdir, tmp_path, start, small_run):
 def test_sweep_in_a_folder_with_a_link(link, workdir, outside, digits_dir):
     (workdir / link).parent.mkdir(exist_ok=True)
     (workdir / link).symlink_to(outside.parent)
-    run = sweep.Run(workdir, "R18_0.25/kd-seed0", f"{ROOT}/configs/digits.py:ce", ())
+    run = grid.Run(workdir, "R18_0.25/kd-seed0", f"{ROOT}/configs/digits.py:ce", ())
     with pytest.raises(UserError, match=f"{link} is a symbolic link"):
-        sweep.check([run])
+        grid.check([run])
 
 
 def test_output_of_a_sweep(workdir, outside):
-    run = sweep.Run(workdir, "kd-seed0", "", ())
+    run = grid.Run(workdir, "kd-seed0", "", ())
     run.workdir.mkdir()
     (run.workdir / "log.txt").symlink_to(outside)
     with pytest.raises(UserError, match="log.txt is a symbolic link"):

@@ -60,6 +60,12 @@ def recipe_file(recipe: str) -> pathlib.Path:
     )
 
 
+def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.Path:
+    """Returns the folder of a run of a recipe for which none is given."""
+    word = recipe.partition(":")[2] or config.method
+    return pathlib.Path("runs") / recipe_file(recipe).stem / f"{word}-seed{config.seed}"
+
+
 def packaged_recipes() -> list[str]:
     """Returns the names of the recipes that the package brings along."""
     return sorted({path.stem for path in _PACKAGED.glob("*.py")} - {"__init__", "methods", "networks"})

@@ -33,13 +33,13 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
     """Returns the entry of a network in results.json.
 
     Args:
-      network: {"name", "width"}.
+      network: {"name", "width"}, or {"name"} of a network that is not one of this package.
       variables: Variables of the network.
       evaluations: {"last": {"epoch", metrics}, "best": ..., "images_per_second"}, or a part of it.
     """
     return {
         "model": network["name"],
-        "width": network["width"],
+        "width": network.get("width"),
         "parameters": count_parameters(variables["params"]),
         "images_per_second": None,
         **evaluations,

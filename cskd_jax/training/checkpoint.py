@@ -230,6 +230,11 @@ def load_variables(path: str) -> Saved:
     return Saved(variables, record, step, digest)
 
 
+def digest_of(tree: Any) -> str:
+    """Returns a digest of all arrays of a tree and of their names."""
+    return _text_digest({name: _digest(array) for name, array in _flatten(jax.device_get(tree)).items()})
+
+
 class _Damaged(Exception):
     pass
 

@@ -16,7 +16,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.interop import export, import_torch
 from cskd_jax.models import create_model
 from cskd_jax.runs.recipes import load_recipe
-from cskd_jax.runs.trained import GivenTeacher
+from cskd_jax.runs.trained import check_fits, load_given_teacher
 from cskd_jax.training.checkpoint import load_variables
 from tests.torch_files import assert_same_variables
 
@@ -80,13 +80,13 @@ def test_out_and_in_is_the_identity(returned, done):
 def test_imported_teacher_is_taken(returned, digits_dir):
     config = load_recipe("digits:kd", [])
     config.teacher.update(checkpoint=str(returned), name="resnet8", width=0.25)
-    teacher = GivenTeacher.load(config)
+    path, saved = load_given_teacher(config)
     dataset = load_dataset("digits", data_dir=str(digits_dir))
     config.dataset.mean = (0.5,)
-    teacher.check_fits(config, dataset)  # ten categories, whatever their names, of images it does not know
+    check_fits(path, saved, config, dataset)  # ten categories, whatever their names, of images it does not know
     fewer = dataclasses.replace(dataset, categories=dataset.categories[:9])
     with pytest.raises(UserError, match="knows 10 categories, digits has 9"):
-        teacher.check_fits(config, fewer)
+        check_fits(path, saved, config, fewer)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,203 @@
+"""Distillation of objects: `distill` trains any network, on arrays, with the losses of this package or one's own."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from cskd_jax.console import say
+from cskd_jax.data import ImageDataset, Split
+from cskd_jax.data.augment import Normalize
+from cskd_jax.data.fingerprint import fingerprint
+from cskd_jax.data.samplers import UniformSampler
+from cskd_jax.errors import UserError
+from cskd_jax.files import write_json
+from cskd_jax.runs.lock import locked
+from cskd_jax.runs.results import RESULTS, describe_result
+from cskd_jax.runs.workdir import read_json
+from cskd_jax.training.callbacks import Callback, Console
+from cskd_jax.training.checkpoint import FOLDER, digest_of
+from cskd_jax.training.networks import as_network
+from cskd_jax.training.phases import Phase
+from cskd_jax.training.trainer import Result, Student, Teacher, Trainer
+
+_IDENTITY = "distillation.json"
+_STUDENT = "student"
+
+
+def distill(
+    student: Any,
+    *,
+    losses: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    teacher: Any = None,
+    teacher_variables: Mapping[str, Any] | None = None,
+    student_variables: Mapping[str, Any] | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    drop_last: bool = False,
+    seed: int = 0,
+    schedule: Callable[[Any], Any] | None = None,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    categories: Sequence[str] | None = None,
+    student_features: Sequence[str] = (),
+    teacher_features: Sequence[str] = (),
+    student_embedding: str | None = None,
+    teacher_embedding: str | None = None,
+    callbacks: Sequence[Callback] | None = None,
+    workdir: str | pathlib.Path | None = None,
+    devices: int | Sequence[jax.Device] | None = None,
+    log_every: int = 50,
+) -> Result:
+    """Trains a student, with the help of a teacher if its losses read one.
+
+    Args:
+      student: Linen module, with any collections of variables and any random streams. It is called with images
+        [B, H, W, C], and returns logits [B, K], a dictionary with "logits" and other fields of `ModelOutput`, or a
+        `ModelOutput`. Training mode is asked for by its argument `train`, `training`, `is_training` or
+        `deterministic`, if it has one of them.
+      losses: {name: weight, or settings with a "weight", or a loss of one's own}; see `training.objective.Objective`.
+      optimizer: Optimizer, such as `optax.adamw(1e-3)`.
+      train: Images [N, H, W, C] and labels, int [N], or 0 and 1 [N, K] where an image has any number of classes.
+        uint8 images are divided by 255 and normalized by `mean` and `std`; floats are taken as they are.
+      test: Likewise; the whole of it is evaluated after every epoch.
+      teacher: Linen module; None where no loss reads a teacher.
+      teacher_variables: Variables of the teacher, such as {"params": ..., "batch_stats": ...}.
+      student_variables: Variables that the student starts from (fine-tuning); None for fresh ones.
+      epochs: Number of epochs.
+      batch_size: Number of images in a batch, over all devices.
+      drop_last: Whether the last, smaller batch of an epoch is left out.
+      seed: Seed of the weights, the order of the images, the augmentation and dropout.
+      schedule: Learning rate by the number of updates, for the log; it is part of the optimizer already.
+      mean: Mean of pixels in [0, 1], per channel or one for all.
+      std: Standard deviation, likewise.
+      augment: Function of images as they are in `train`, a key and the positions of the images in the global batch.
+      categories: Names of the classes by label; "0", "1", ... by default.
+      student_features: Paths of submodules of the student whose outputs are its features, first stage first, for
+        losses that read features, such as ("Conv_1", "Block_3/Conv_0").
+      teacher_features: Likewise, of the teacher.
+      student_embedding: Path of the submodule of the student whose output is its embedding.
+      teacher_embedding: Likewise, of the teacher.
+      callbacks: Callbacks; by default a progress bar on a terminal and a line for every epoch. () is quiet.
+      workdir: Folder of checkpoints and logs, in which the same call resumes; None: nothing is written.
+      devices: Devices to compute on, or how many of all; None for all.
+      log_every: Number of steps between two rows of the history.
+
+    Returns:
+      The variables of the student, its metrics such as `metrics["test"]["top1"]`, and the history.
+
+    Raises:
+      UserError: Something does not fit together; the message says what.
+      DivergedError: A loss or gradient is not finite.
+    """
+    data = _make_data(train, test, categories)
+    floats = data.image_dtype != np.uint8
+    sampler = UniformSampler(len(data.train.labels), batch_size, seed, drop_last)
+    teachers = []
+    if teacher is not None:
+        if teacher_variables is None:
+            raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")
+        network = as_network(teacher, teacher_features, teacher_embedding)
+        teachers = [Teacher(network, teacher_variables)]
+    network = as_network(student, student_features, student_embedding)
+    held = contextlib.ExitStack()
+    if workdir is not None:
+        workdir = pathlib.Path(workdir)
+        held.enter_context(locked(workdir / "lock", f"another job runs in workdir {workdir}"))
+    with held:
+        trainer = Trainer(
+            {_STUDENT: Student(network, losses, optimizer, schedule, student_variables)},
+            teachers,
+            data=data,
+            phases=[Phase(epochs)],
+            seed=seed,
+            sampler=sampler,
+            normalize=None if floats else Normalize(tuple(mean), tuple(std)),
+            augment=augment,
+            callbacks=[Console()] if callbacks is None else callbacks,
+            workdir=workdir,
+            devices=devices,
+            log_every=log_every,
+        )
+        if workdir is not None:
+            settings = {"epochs": epochs, "batch_size": batch_size, "drop_last": drop_last, "seed": seed}
+            settings |= {"mean": list(mean), "std": list(std)}
+            variables = {"teacher": teacher_variables, "student": student_variables}
+            _claim(workdir, settings | _identify(data, losses, variables))
+        result = trainer.fit()[_STUDENT]
+        if workdir is not None:
+            write_json(workdir / RESULTS, {"student": describe_result({"name": type(student).__name__}, result)})
+    return result
+
+
+def _make_data(train, test, categories):
+    """Returns the data set of arrays; raises UserError if they are none."""
+    splits = []
+    for name, given in (("train", train), ("test", test)):
+        images, labels = (np.asarray(part) for part in given)
+        if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not len(images):
+            raise UserError(
+                f"{name} must be images [N, H, W, C] and labels [N] or [N, K]; got shapes {images.shape} and "
+                f"{labels.shape}"
+            )
+        if images.dtype != np.uint8:
+            if not np.issubdtype(images.dtype, np.floating):
+                raise UserError(f"{name} images are {images.dtype}; they must be uint8 or floats")
+            images = images.astype(np.float32)
+        if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(f"{name} labels are {labels.dtype}; they must be integers, the numbers of the classes")
+        splits.append(Split(images, labels.astype(np.int32 if labels.ndim == 1 else np.float32)))
+    if splits[0].images.shape[1:] != splits[1].images.shape[1:] or splits[0].images.dtype != splits[1].images.dtype:
+        raise UserError(
+            f"train and test images differ: {splits[0].images.shape[1:]} {splits[0].images.dtype} and "
+            f"{splits[1].images.shape[1:]} {splits[1].images.dtype}"
+        )
+    count = splits[0].labels.shape[1] if splits[0].labels.ndim == 2 else 1 + max(int(s.labels.max()) for s in splits)
+    names = tuple(map(str, range(count))) if categories is None else tuple(categories)
+    if len(names) < count or any(split.labels.min() < 0 for split in splits):
+        raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of categories less 1")
+    return ImageDataset("arrays", *splits, names)
+
+
+def _identify(data, losses, variables):
+    """Returns what can be compared of two starts in one workdir, as JSON."""
+    described = {name: _describe_loss(entry) for name, entry in losses.items()}
+    digests = {f"{name}_variables": None if tree is None else digest_of(tree) for name, tree in variables.items()}
+    return {"losses": described, "data": fingerprint(data), **digests}
+
+
+def _describe_loss(entry):
+    if isinstance(entry, Mapping):
+        return {key: _describe_loss(value) for key, value in entry.items()}
+    if entry is None or isinstance(entry, bool | int | float | str):
+        return entry
+    return getattr(entry, "__qualname__", type(entry).__qualname__)
+
+
+def _claim(workdir, identity):
+    """Makes the workdir that of these settings; raises UserError if it holds checkpoints of others."""
+    path = workdir / _IDENTITY
+    identity = json.loads(json.dumps(identity))
+    if path.exists() and any(workdir.glob(f"*/{FOLDER}/*")):
+        found = read_json(path)
+        different = sorted(key for key in identity if found.get(key) != identity[key])
+        if different == ["epochs"] and found["epochs"] < identity["epochs"]:
+            different = []
+            (workdir / RESULTS).unlink(missing_ok=True)
+        if different:
+            changes = ", ".join(f"{key} {found.get(key)!r} != {identity[key]!r}" for key in different)
+            raise UserError(f"workdir {workdir} holds another run ({changes}); use another workdir")
+        say(
+            f"workdir {workdir}: going on; the optimizer, the augmentation and the code of networks and functions "
+            "cannot be compared with those of the earlier start"
+        )
+    write_json(path, identity)

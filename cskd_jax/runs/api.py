@@ -1,0 +1,84 @@
+"""Recipes from Python: read one, carry it out, take back what it gave."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_collections
+from flax import linen as nn
+
+from cskd_jax.errors import UserError
+from cskd_jax.models import create_model
+from cskd_jax.runs import recipes
+from cskd_jax.runs.results import RESULTS
+from cskd_jax.runs.run import train
+from cskd_jax.runs.workdir import read_json
+from cskd_jax.training.checkpoint import load_variables
+
+
+class LoadedRun(NamedTuple):
+    """What a run gave.
+
+    Attributes:
+      network: The student, a linen module: `network.apply(variables, images, train=False)`, for images that are
+        normalized as those of the run.
+      variables: Its variables, numpy arrays.
+      results: Content of results.json; empty if the run is not done.
+    """
+
+    network: nn.Module
+    variables: dict[str, Any]
+    results: dict[str, Any]
+
+
+def get_config(recipe: str) -> ml_collections.ConfigDict:
+    """Returns the configuration of a recipe, to be changed and given to `run`.
+
+    Args:
+      recipe: Name of a packaged recipe or path of a file, with a word behind a colon if it takes one: "cifar100:kd".
+
+    Raises:
+      UserError: There is no such recipe.
+    """
+    return recipes.load_recipe(recipe, [])
+
+
+def run(recipe: str | ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None) -> LoadedRun:
+    """Carries out a recipe, from wherever an earlier start in the same workdir left it.
+
+    Args:
+      recipe: Recipe as `get_config` takes it, or a configuration.
+      workdir: Folder of the run; by default the one that the command uses, runs/RECIPE/WORD-seedSEED.
+
+    Raises:
+      UserError: The user can mend something; InterruptedRun and DivergedError are among its kinds.
+    """
+    config = get_config(recipe) if isinstance(recipe, str) else recipe
+    if workdir is None:
+        if not isinstance(recipe, str):
+            raise UserError("run(config) needs a workdir; only a recipe has one by default")
+        workdir = recipes.default_workdir(recipe, config)
+    workdir = pathlib.Path(workdir)
+    train(config, workdir)
+    return load_run(workdir)
+
+
+def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> LoadedRun:
+    """Returns the student of a run, from its newest checkpoint, and its results.
+
+    Args:
+      workdir: Folder of the run, or of a `distill`.
+      student: The module that was trained, where it is none of this package.
+
+    Raises:
+      UserError: There is no such run, or its network is not one of this package and `student` is not given.
+    """
+    workdir = pathlib.Path(workdir)
+    saved = load_variables(str(workdir / "student"))
+    if student is None:
+        network = saved.record.network
+        if "width" not in network:
+            name = network["name"]
+            raise UserError(f"{workdir} holds a {name}, which is not a network of this package: give student=")
+        student = create_model(**network, num_classes=len(saved.record.categories))
+    results = workdir / RESULTS
+    return LoadedRun(student, saved.variables, read_json(results) if results.exists() else {})
