@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -177,7 +178,7 @@ class Loop:
             state: TrainState = self._lowered_state.out_info
             self._abstract_states = [state]
             for part in self._parts[1:]:
-                opt_state = jax.eval_shape(init_optimizer, part.optimizer, state.params)
+                opt_state = jax.eval_shape(functools.partial(init_optimizer, part.optimizer), state.params)
                 self._abstract_states.append(state.replace(opt_state=opt_state))
             size = self._sampler.batch_size
             self._lowered_steps = [self._lower_step(number, size) for number in range(len(self._parts))]
@@ -313,7 +314,7 @@ class Loop:
         if step == 0 or step != part.start or not part.fresh:
             return state
         params = jax.device_get(state.params)
-        init = jax.jit(lambda params: init_optimizer(part.optimizer, params))
+        init = jax.jit(functools.partial(init_optimizer, part.optimizer))
         opt_state = processes.on_first(lambda: jax.device_get(init(params)))
         return state.replace(opt_state=self._setup.devices.replicate(opt_state))
 
