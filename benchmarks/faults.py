@@ -86,7 +86,7 @@ class Job:
         """Sends SIGKILL to one of the processes; the moment, or None if there is none."""
         pid = self._process.pid
         try:
-            children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
             os.kill(int(rng.choice(children)), signal.SIGKILL)
         except (FileNotFoundError, IndexError, ProcessLookupError):
             return None

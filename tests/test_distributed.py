@@ -32,7 +32,7 @@ def test_two_processes_are_one(start, small_run, tmp_path):
     process = start(streamed, program=LOCAL, PYTHON=sys.executable, JAX_ENABLE_X64="1")
     wait_for_row(tmp_path / "two", process, "student", 3)
     # Those of the supervisor.
-    workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     os.kill(int(workers[1]), signal.SIGTERM)
     output, error = process.communicate()
     assert process.returncode == 75, error

@@ -33,7 +33,7 @@ def supervise(tmp_path):
 
 def wait_for_lines(path: pathlib.Path, count: int) -> list[str]:
     for _ in range(1000):
-        if path.exists() and len(lines := path.read_text().splitlines()) >= count:
+        if path.exists() and len(lines := path.read_text(encoding="utf-8").splitlines()) >= count:
             return lines
         time.sleep(0.01)
     raise AssertionError(f"{path} has not got {count} lines")
@@ -122,7 +122,7 @@ def test_workers_die_with_it(supervise, tmp_path):
 def _runs(pid):
     """A zombie, whom nobody has waited for yet, does not."""
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 

@@ -140,7 +140,7 @@ def wait_for(path, text, process):
 
 def children(pid):
     """Processes that `pid` has started."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="utf-8") as file:
         return [int(child) for child in file.read().split()]
 
 

@@ -9,10 +9,27 @@ from jax import lax
 _SMALLEST_SQUARED_NORM = 1e-24
 
 
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """sqrt with derivative 0 at 0, where that of sqrt is infinite."""
-    positive = x > 0
+def safe_sqrt(x: jax.Array, negligible: jax.Array | float = 0.0) -> jax.Array:
+    """Returns sqrt(x), but 0 with derivative 0 where x is at most `negligible` (at 0 that of sqrt is infinite)."""
+    positive = x > negligible
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def rounding_of_difference(squared_norms: jax.Array) -> jax.Array:
+    """Returns the squared norm up to which a difference of two arrays counts as rounding.
+
+    The gradient of a norm has length 1 however short its argument is. Where two arrays differ only by the order in
+    which XLA added up their sums, that gradient is noise of full size.
+
+    Args:
+      squared_norms: Sum of the squared norms of the two arrays.
+
+    Returns:
+      An array of the same shape: the square of 8 eps times the norms, eps that of the type. Not differentiated.
+    """
+    # Measured: cosines of 128 centers of 16,384 numbers lie up to 2 eps of their norm from those in float64.
+    bound = 8 * float(jnp.finfo(squared_norms.dtype).eps)
+    return bound**2 * lax.stop_gradient(squared_norms)
 
 
 def safe_rsqrt(x: jax.Array) -> jax.Array:

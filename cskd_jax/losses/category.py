@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._arrays import safe_sqrt
+from cskd_jax.losses._arrays import rounding_of_difference, safe_sqrt
 from cskd_jax.losses._batch import gather_batch, sum_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_same_shape
 from cskd_jax.losses.base import LossInputs, Method
@@ -174,7 +174,9 @@ def category_structure_loss(
 
     Time O(B D + K^2 D) and memory O(B D + K^2) with K <= min(B, num_classes): the size of the label set does not enter
     beyond the logits themselves. Values and gradients are finite for absent categories, categories with one sample,
-    zero features, and networks that misclassify everything.
+    zero features, and networks that misclassify everything. In variant "paper" a difference of at most 8 eps times the
+    norm of what it is taken of (eps that of the type) is rounding and counts as exactly 0: a norm that is not squared
+    would have a gradient of full size there.
 
     Args:
       student_features: float [B, ..., D'], after sigma (projected to the teacher's channels).
@@ -371,12 +373,17 @@ def _mix_running(running, momentum, sums, index):
 def _paper_terms(student, teacher, sums, counts, index, axis_name):
     """Eq. 9 without its weights; `sums` is (student, teacher)."""
     squared = jnp.sum(jnp.square(_intra_difference(student, teacher, sums, counts, index.slots)), axis=1)
+    squared_norms = lax.stop_gradient(jnp.sum(jnp.square(student) + jnp.square(teacher), axis=1))
     # The norm of a category stacks all its samples, which may lie on several devices.
-    norms = safe_sqrt(_segment_sum(squared, index.slots, len(counts), axis_name))
+    squared, squared_norms = (_segment_sum(x, index.slots, len(counts), axis_name) for x in (squared, squared_norms))
+    norms = safe_sqrt(squared, rounding_of_difference(squared_norms))
     num_present = jnp.sum(index.present).astype(norms.dtype)
+    cosines_s, cosines_t = map(inter_category_structure, sums)
+    squared = jnp.sum(jnp.square(cosines_t - cosines_s))
+    squared_norms = jnp.sum(jnp.square(cosines_s) + jnp.square(cosines_t))
     return {
         "intra_feature": jnp.sum(norms) / num_present,
-        "inter_feature": safe_sqrt(jnp.sum(jnp.square(_inter_difference(sums)))),
+        "inter_feature": safe_sqrt(squared, rounding_of_difference(squared_norms)),
     }
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._arrays import safe_sqrt
+from cskd_jax.losses._arrays import rounding_of_difference, safe_sqrt
 from cskd_jax.losses._batch import sum_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_multilabels, check_same_shape
 from cskd_jax.losses.base import LossInputs, Method
@@ -51,6 +51,7 @@ def multilabel_category_structure_loss(
     Time O(B C D + C^2 D). Memory O(B D + C D + B C + C^2), gradient included: one category after the other is
     compared with the batch. Values and gradients are finite for categories without samples, samples without
     categories, and zero features; a category with one sample adds exactly 0 to the intra term, whatever its weight.
+    Differences of rounding size count as 0 in variant "paper", as in `category_structure_loss`.
 
     Args:
       student_features: float [B, ..., D'], after sigma (projected to the teacher's channels).
@@ -90,15 +91,19 @@ def multilabel_category_structure_loss(
     # Psi is linear: the difference of the structures is the structure of the difference.
     center = lax.stop_gradient(centers_t - centers_s)
     squares = sum_batch(_squared_deviations(teacher - student, center, labels), axis_name)
-    cosines = inter_category_structure(centers_t) - inter_category_structure(centers_s)
+    cosines_t, cosines_s = inter_category_structure(centers_t), inter_category_structure(centers_s)
+    difference = cosines_t - cosines_s
     num_present = jnp.maximum(jnp.sum(counts > 0), 1).astype(squares.dtype)
     if variant == "paper":
-        intra_feature = jnp.sum(safe_sqrt(squares)) / num_present
-        inter_feature = safe_sqrt(jnp.sum(jnp.square(cosines)))
+        squared_norms = jnp.sum(jnp.square(student) + jnp.square(teacher), axis=1)
+        squared_norms = sum_batch(jnp.sum(labels * lax.stop_gradient(squared_norms)[:, None], axis=0), axis_name)
+        intra_feature = jnp.sum(safe_sqrt(squares, rounding_of_difference(squared_norms))) / num_present
+        squared_norms = jnp.sum(jnp.square(cosines_s) + jnp.square(cosines_t))
+        inter_feature = safe_sqrt(jnp.sum(jnp.square(difference)), rounding_of_difference(squared_norms))
     else:
         intra_feature = jnp.sum(squares) / _or_one(jnp.sum(counts)) / student.shape[1] ** 2
         # Rows of absent categories are zero in both matrices: the sum needs no mask, only the mean its count.
-        inter_feature = jnp.sum(jnp.square(cosines)) / num_present**3
+        inter_feature = jnp.sum(jnp.square(difference)) / num_present**3
     intra, inter = intra_weight * intra_feature, inter_weight * inter_feature
     category = intra + inter
     terms = {"intra_feature": intra_feature, "inter_feature": inter_feature}

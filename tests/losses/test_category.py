@@ -408,6 +408,36 @@ def test_identical_networks_paper():
     assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("factor", [0.5, 10.0])
+@pytest.mark.parametrize("term", ["intra_feature", "inter_feature"])
+def test_paper_counts_rounding_as_zero(term, factor):
+    """At half of 8 eps of the norms of what is subtracted all is 0; at ten times as much the gradient is whole."""
+    batch = make_batch()
+    if term == "intra_feature":
+        batch["labels"][:] = 2  # There is one norm then.
+    teacher, direction = (batch[f"{name}_features"].astype(np.float64) for name in ("teacher", "student"))
+
+    def networks_apart(step):
+        return batch | {"student_features": teacher + step * direction, "teacher_features": teacher}
+
+    structure = teacher if term == "intra_feature" else cosines(teacher.reshape(8, -1), batch["labels"])
+    bound = 8 * np.finfo(np.float32).eps * np.sqrt(2) * np.linalg.norm(structure)
+    slope = oracle("paper", networks_apart(1e-4))[term] / 1e-4
+    batch["student_features"] = networks_apart(factor * bound / slope)["student_features"].astype(np.float32)
+    terms, (gradient, _) = loss_and_gradients(batch, "paper", of=term)
+    if factor < 1:
+        assert terms[term] == 0
+        assert not gradient.any()
+    else:
+        np.testing.assert_allclose(terms[term], factor * bound, rtol=0.05)
+        with jax.enable_x64(True):
+            wide = {name: array if name == "labels" else array.astype(np.float64) for name, array in batch.items()}
+            _, (expected, _) = loss_and_gradients(wide, "paper", of=term)
+        np.testing.assert_allclose(gradient, expected, atol=0.05 * np.linalg.norm(expected))
+        if term == "intra_feature":
+            np.testing.assert_allclose(np.linalg.norm(gradient), 1, rtol=1e-5)
+
+
 @pytest.mark.parametrize("term", ["intra_feature", "intra_logits", "inter_feature", "inter_logits"])
 def test_identical_networks_reference(term):
     terms, gradients = loss_and_gradients(degenerate_batch(identical_networks), "reference", of=term)

@@ -226,6 +226,32 @@ def test_singletons_have_exactly_no_intra_structure(variant, weights):
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("factor", [0.5, 10.0])
+@pytest.mark.parametrize("term", ["intra_feature", "inter_feature"])
+def test_paper_counts_rounding_as_zero(term, factor):
+    """At half of 8 eps of the norms of what is subtracted all is 0; at ten times as much the gradient is whole."""
+    direction, teacher, labels = (array.astype(np.float64) for array in make_batch())
+    if term == "intra_feature":
+        labels = labels[:, 1:2]  # There is one norm then.
+        norm = np.sqrt(np.sum(labels * np.sum(teacher.reshape(BATCH, -1) ** 2, axis=1, keepdims=True)))
+    else:
+        centers = [center_of(teacher.reshape(BATCH, -1), column) for column in labels.T if column.any()]
+        norm = np.linalg.norm([[cosine(a, b) for a in centers] for b in centers])
+    bound = 8 * np.finfo(np.float32).eps * np.sqrt(2) * norm
+    slope = oracle(teacher + 1e-4 * direction, teacher, labels, "paper")[term] / 1e-4
+    student = teacher + factor * bound / slope * direction
+    batch = [array.astype(np.float32) for array in (student, teacher, labels)]
+    terms, gradient = terms_and_gradient(batch, "paper", term)
+    if factor < 1:
+        assert terms[term] == 0
+        assert not gradient.any()
+    else:
+        np.testing.assert_allclose(terms[term], factor * bound, rtol=0.05)
+        with jax.enable_x64(True):
+            _, expected = terms_and_gradient([array.astype(np.float64) for array in batch], "paper", term)
+        np.testing.assert_allclose(gradient, expected, atol=0.05 * np.linalg.norm(expected))
+
+
 def test_bfloat16_is_computed_in_float32():
     student, teacher, labels = make_batch()
     terms = multilabel_category_structure_loss(*(jnp.asarray(f, jnp.bfloat16) for f in (student, teacher)), labels)[1]
