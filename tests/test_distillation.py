@@ -1,0 +1,268 @@
+"""`distill` and the trainer with networks, losses and optimizers of one's own, on one device and on two."""
+
+import threading
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cskd_jax
+from cskd_jax.data import ImageDataset, Split
+from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.training.checkpoint import load_variables
+
+RNG = np.random.default_rng(0)
+IMAGES, LABELS = RNG.normal(size=(24, 4, 4, 1)).astype(np.float32), np.arange(24) % 3
+TRAIN, TEST = (IMAGES[:16], LABELS[:16]), (IMAGES[16:], LABELS[16:])
+QUIET = {"train": TRAIN, "test": TEST, "batch_size": 8, "epochs": 2, "callbacks": (), "devices": 1}
+
+
+class Net(nn.Module):
+    """Dense layers, optionally with what depends on how a batch is split."""
+
+    dropout: float = 0.0
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(8, name="hidden")(x.reshape(len(x), -1))
+        if self.norm:
+            x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+        return nn.Dense(3, name="head")(x)
+
+
+def spread(inputs):
+    """A loss that relates the samples of a batch."""
+    logits = inputs.student.logits
+    return jnp.mean(jnp.square(logits[:, None] - logits)) + 0 * jnp.mean(inputs.labels.astype(logits.dtype))
+
+
+def distill(student, **settings):
+    defaults = QUIET | {"losses": {"cross_entropy": 1.0}, "optimizer": optax.adamw(1e-2)}
+    return cskd_jax.distill(student, **defaults | settings)
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_result():
+    result = distill(Net(), log_every=1)
+    assert result.metrics["test"].keys() == {"top1", "loss"}
+    assert {"loss", "cross_entropy", "accuracy", "gradient_norm"} <= result.metrics["train"].keys()
+    assert [row["step"] for row in result.history if row["split"] == "train"] == [1, 2, 3, 4]
+    assert result.last["epoch"] == 2
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(result.variables))
+
+
+def test_the_order_of_losses_does_not_matter():
+    losses = {"kd": 0.5, "cross_entropy": 0.5, "cc": 0.1}
+    teacher = {"teacher": Net(), "teacher_variables": distill(Net()).variables}
+    paths = {"student_embedding": "hidden", "teacher_embedding": "hidden"}
+    results = [distill(Net(), losses=dict(o), **teacher, **paths) for o in (losses.items(), reversed(losses.items()))]
+    assert_equal(*(result.variables for result in results))
+
+
+def test_student_variables_are_where_it_starts():
+    variables = distill(Net()).variables
+    result = distill(Net(), student_variables=variables, optimizer=optax.sgd(0.0), epochs=1)
+    assert_equal(result.variables, variables)
+
+
+def test_uint8_images_are_normalized_and_floats_taken_as_they_are():
+    pixels = RNG.integers(256, size=(24, 4, 4, 1), dtype=np.uint8)
+    floats = (pixels.astype(np.float32) / 255 - 0.5) / 0.25
+    results = [
+        distill(Net(), train=(images[:16], LABELS[:16]), test=(images[16:], LABELS[16:]), mean=[0.5], std=[0.25])
+        for images in (pixels, floats)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *(r.variables for r in results))
+
+
+def test_resumes_bit_for_bit_and_is_extended(tmp_path):
+    expected = distill(Net(dropout=0.3, norm=True), epochs=3)
+    short = distill(Net(dropout=0.3, norm=True), epochs=2, workdir=tmp_path)
+    again = distill(Net(dropout=0.3, norm=True), epochs=2, workdir=tmp_path)
+    assert_equal(again.variables, short.variables)
+    longer = distill(Net(dropout=0.3, norm=True), epochs=3, workdir=tmp_path)
+    assert_equal(longer.variables, expected.variables)
+    assert longer.history == expected.history
+    network, variables, results = cskd_jax.load_run(tmp_path, student=Net(dropout=0.3, norm=True))
+    assert_equal(variables, expected.variables)
+    assert results["student"]["last"] == expected.last
+    assert network.apply(variables, IMAGES, train=False).shape == (24, 3)
+    with pytest.raises(UserError, match="holds a Net, which is not a network of this package: give student="):
+        cskd_jax.load_run(tmp_path)
+
+
+def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
+    distill(Net(), workdir=tmp_path)
+    for key, value in {"seed": 1, "losses": {"cross_entropy": 0.5}, "epochs": 1, "train": TEST}.items():
+        with pytest.raises(UserError, match=f"holds another run .*{'data' if key == 'train' else key}"):
+            distill(Net(), workdir=tmp_path, **{key: value})
+    distill(Net(), workdir=tmp_path)
+    assert "cannot be compared with those of the earlier start" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": (IMAGES, LABELS[:3])}, "train must be images .* got shapes .24, 4, 4, 1. and .3,."),
+        ({"train": (IMAGES, LABELS.astype(float))}, "train labels are float64; they must be integers"),
+        ({"train": (IMAGES.astype(int), LABELS)}, "train images are int64; they must be uint8 or floats"),
+        ({"test": (IMAGES[:, :2], LABELS)}, "train and test images differ"),
+        ({"categories": ("a", "b")}, "labels must be from 0 to 1"),
+        ({"losses": {"nothing": 1.0}}, "losses.nothing is not known: give a function"),
+        ({"losses": {"kd": {"weight": 1.0, "heat": 4.0}}}, "losses.kd has no setting heat, only .*temperature"),
+        ({"losses": {"kd": 1.0}}, "student: losses.kd needs a teacher"),
+        ({"losses": {"kd": 1.0}, "teacher": Net()}, "a teacher needs its teacher_variables"),
+        ({"batch_size": 5, "devices": 2}, "batch_size is 5, which does not divide by the 2 devices"),
+        ({"devices": 99}, "devices is 99; it must be from 1 to 8"),
+        ({"batch_size": 32}, "batch_size is 32; it must not be more than the 16 training examples"),
+        ({"epochs": 0}, "every phase at least one epoch"),
+        ({"student_features": ["hiden"]}, "Net has no output at path 'hiden'; the nearest are hidden"),
+        ({"losses": {"cross_entropy": lambda inputs: inputs.teacher.logits}}, "'NoneType' object has no attribute"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_compiles(settings, message):
+    with pytest.raises((UserError, AttributeError), match=message):
+        distill(Net(), **settings)
+
+
+def test_a_loss_says_what_the_network_does_not_return():
+    teacher = {"teacher": Net(), "teacher_variables": distill(Net(), epochs=1).variables}
+    with pytest.raises(UserError, match="a loss reads the features of the student") as caught:
+        distill(Net(), losses={"at": 1.0}, **teacher)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_function_sees_the_whole_batch():
+    results = [
+        distill(Net(), losses={"cross_entropy": 1.0, "spread": {"loss": spread, "weight": 0.3}}, devices=devices)
+        for devices in (1, 2)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *(r.variables for r in results))
+
+
+def test_what_depends_on_the_number_of_devices_is_said_once(capsys):
+    one = distill(Net(norm=True, dropout=0.5))
+    assert "depend" not in capsys.readouterr().out
+    two = distill(Net(norm=True, dropout=0.5), devices=2)
+    assert capsys.readouterr().out.count("student: results depend on the number of devices, 2: its batch_stats") == 1
+    distill(Net(), devices=2)
+    assert "depend" not in capsys.readouterr().out
+    assert not np.array_equal(one.variables["batch_stats"]["BatchNorm_0"]["mean"],
+                              two.variables["batch_stats"]["BatchNorm_0"]["mean"])  # fmt: skip
+
+
+class Sees(nn.Module):
+    """Logits that are the images and the mask that dropout draws: what every device has seen and drawn."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        bias = self.param("bias", nn.initializers.zeros, (3,))
+        seen = self.variable("seen", "mean", jnp.zeros, (), jnp.float32)
+        mask = nn.Dropout(0.5, deterministic=not train)(jnp.ones((len(x), 64)))
+        drawn = self.variable("drawn", "mask", jnp.zeros, (64,), jnp.float32)
+        if train:
+            seen.value, drawn.value = x.mean(), mask[0]
+        return bias + x.reshape(len(x), -1)[:, :3]
+
+
+def test_devices_draw_different_masks_and_their_averages_are_averaged():
+    settings = {"batch_size": 16, "epochs": 1, "optimizer": optax.sgd(0.1)}
+    one, two = (distill(Sees(), devices=devices, **settings).variables for devices in (1, 2))
+    np.testing.assert_allclose(two["seen"]["mean"], one["seen"]["mean"], rtol=1e-5)
+    # Of two different masks of 0 and 2, the average has ones.
+    assert set(np.unique(one["drawn"]["mask"])) == {0, 2}
+    assert set(np.unique(two["drawn"]["mask"])) == {0, 1, 2}
+
+
+DATA = ImageDataset(
+    "noise", Split(TRAIN[0], TRAIN[1].astype(np.int32)), Split(TEST[0], TEST[1].astype(np.int32)), tuple("abc")
+)
+
+
+class Stop:
+    """Asks to stop after so many steps."""
+
+    name = "test"
+
+    def __init__(self, steps):
+        self.steps, self.requested = steps, False
+
+    def reached(self):
+        self.requested = self.steps == 0
+        self.steps -= 1
+        return self.requested
+
+
+def make_trainer(workdir=None, callbacks=()):
+    """Three phases: without the head, all with a new optimizer, and on with the same but other losses."""
+    return cskd_jax.Trainer(
+        {"net": cskd_jax.Student(Net(dropout=0.2), {"cross_entropy": 1.0}, optax.adam(1e-2), schedule=1e-2)},
+        data=DATA,
+        phases=[
+            cskd_jax.Phase(2, trainable=lambda path: path[0] != "head"),
+            cskd_jax.Phase(1, optimizer=(sgd := optax.sgd(0.1, momentum=0.9)), schedule=0.1),
+            cskd_jax.Phase(1, losses={"cross_entropy": 1.0, "spread": spread}, optimizer=sgd, schedule=0.1),
+        ],
+        batch_size=8,
+        workdir=workdir,
+        callbacks=callbacks,
+        devices=1,
+        log_every=1,
+    )
+
+
+def test_phases():
+    seen = {}
+
+    class Watch(cskd_jax.Callback):
+        def on_row(self, row):
+            seen[row["split"], row["step"]] = row
+
+    trainer = make_trainer(callbacks=[Watch()])
+    result = trainer.fit()["net"]
+    rates = [seen["train", step]["learning_rate"] for step in range(1, 9)]
+    assert rates == [1e-2] * 4 + [0.1] * 4
+    assert ["spread" in seen["train", step] for step in range(1, 9)] == [False] * 6 + [True] * 2
+    assert trainer.evaluate("net") == {name: result.last[name] for name in ("top1", "loss")}
+    assert int(trainer.state["net"].step) == 8
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, 7])
+def test_stopped_in_any_phase_it_goes_on_bit_for_bit(steps, tmp_path):
+    expected = make_trainer().fit()["net"]
+    with pytest.raises(InterruptedRun, match=f"stopped by test, saved at step {steps} of the net"):
+        make_trainer(tmp_path).fit(Stop(steps))
+    before = load_variables(str(tmp_path / "net")).variables["params"]["head"]
+    first = distill(Net(dropout=0.2), epochs=1, optimizer=optax.sgd(0.0)).variables["params"]["head"]
+    if steps <= 4:  # The head has not been trained, nor decayed.
+        assert_equal(before, first)
+    actual = make_trainer(tmp_path).fit()["net"]
+    assert_equal(actual.variables, expected.variables)
+    assert actual.history == expected.history
+
+
+def test_nothing_of_the_process_is_changed():
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_numpy_dtype_promotion")}
+    results = []
+    thread = threading.Thread(target=lambda: results.append(distill(Net(), epochs=1)))
+    thread.start()
+    thread.join()
+    assert results[0].last["epoch"] == 1
+    assert before == {name: getattr(jax.config, name) for name in before}
+
+
+def test_public_names_are_there():
+    for name in cskd_jax.__all__:
+        assert getattr(cskd_jax, name) is not None
+    assert set(cskd_jax.__all__) == set(cskd_jax._MODULES)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        cskd_jax.nothing  # noqa: B018

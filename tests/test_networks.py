@@ -1,0 +1,160 @@
+"""Networks that this package has not written: how they are called, what they return, what is taken from within."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cskd_jax.models import BasicBlock, ModelOutput, ResNet
+from cskd_jax.training.networks import LinenNetwork, as_network, as_output, draws_random_numbers
+from cskd_jax.training.state import init_network
+
+IMAGES = jnp.linspace(0, 1, 2 * 4 * 4 * 1, dtype=jnp.float32).reshape(2, 4, 4, 1)
+
+
+class Train(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1)))
+
+
+class Training(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, training=False):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not training)(x.reshape(len(x), -1)))
+
+
+class IsTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x, is_training):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not is_training)(x.reshape(len(x), -1)))
+
+
+class Deterministic(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=deterministic)(x.reshape(len(x), -1)))
+
+
+class NoFlag(nn.Module):
+    """Draws from a stream of its own name, always."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(len(x), -1)
+        if self.has_rng("noise") or self.has_rng("params"):
+            x += jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dense(3)(x)
+
+
+class Plain(nn.Module):
+    """Two collections besides the parameters, a list as a field, submodules to be taken by path."""
+
+    widths: list
+
+    @nn.compact
+    def __call__(self, x, train):
+        for width in self.widths:
+            x = nn.relu(nn.Conv(width, (3, 3))(x))
+        count = self.variable("counters", "calls", jnp.zeros, (), jnp.int32)
+        mean = self.variable("averages", "mean", jnp.zeros, (), jnp.float32)
+        if train:
+            count.value += 1
+            mean.value = x.mean()
+        self.sow("intermediates", "map", x)
+        return {"logits": nn.Dense(3, name="head")(x.mean((1, 2))), "embedding": x.mean((1, 2))}
+
+
+def created(module, **paths):
+    network = as_network(module, **paths)
+    variables, output = network.init(jax.random.PRNGKey(0), IMAGES.shape[1:])
+    return network, variables, output
+
+
+@pytest.mark.parametrize("module", [Train, Training, IsTraining, Deterministic])
+def test_training_mode_is_asked_for_by_its_name(module):
+    network, variables, _ = created(module())
+    evaluated = [network.apply(variables, IMAGES, train=False)[0].logits for _ in range(2)]
+    np.testing.assert_array_equal(*evaluated)
+    trained = [network.apply(variables, IMAGES, train=True, key=jax.random.PRNGKey(i))[0].logits for i in range(2)]
+    assert not np.array_equal(*trained)
+    assert draws_random_numbers(network, variables, jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype))
+
+
+def test_a_module_without_a_flag_and_a_stream_of_its_own():
+    network, variables, _ = created(NoFlag())
+    trained = [network.apply(variables, IMAGES, train=True, key=jax.random.PRNGKey(i))[0].logits for i in range(2)]
+    assert not np.array_equal(*trained)
+
+
+def test_weights_are_those_of_the_module_itself():
+    """An adapter that wrapped the module in another would change the paths, and with them the draws."""
+    key = jax.random.PRNGKey(0)
+    expected = Train().init(key, jnp.zeros((2, 4, 4, 1)), False)
+    jax.tree.map(np.testing.assert_array_equal, init_network(as_network(Train()), key, (4, 4, 1))[0], expected)
+
+
+def test_any_collections_are_updated_in_training_only():
+    network, variables, _ = created(Plain([2]))
+    assert variables.keys() == {"params", "counters", "averages"}
+    output, updated = network.apply(variables, IMAGES, train=True)
+    assert updated.keys() == {"counters", "averages"}
+    assert updated["counters"]["calls"] == 1
+    assert output.embedding.shape == (2, 2)
+    assert network.apply(variables, IMAGES, train=False)[1] == {}
+
+
+def test_features_by_path():
+    network, variables, output = created(Plain([2, 4]), features=("Conv_0", "Conv_1", "map"), embedding="head")
+    assert [x.shape for x in output.features] == [(2, 4, 4, 2), (2, 4, 4, 4), (2, 4, 4, 4)]
+    assert output.embedding.shape == (2, 3)
+    output, updated = network.apply(variables, IMAGES, train=True)
+    assert updated.keys() == {"counters", "averages"}
+    np.testing.assert_array_equal(output.features[2], nn.relu(output.features[1]))
+
+
+def test_features_of_jitted_blocks_by_path():
+    module = ResNet(num_classes=3, stage_sizes=(1, 3), block=BasicBlock, stage_widths=(4, 6))
+    _, variables, output = created(module, features=("stage1_block1", "stage2_block3"))
+    inside = module.apply(variables, jnp.zeros((2, 4, 4, 1)), train=False)
+    for found, expected in zip(output.features, inside.preactivations, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_missing_path_names_the_nearest():
+    with pytest.raises(ValueError, match=r"Plain has no output at path 'Conv_2'; the nearest are .*Conv_1"):
+        created(Plain([2, 4]), features=("Conv_2",))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"logit": jnp.zeros((2, 3))}, "dictionary with 'logit'; it must hold 'logits'"),
+        ((jnp.zeros((2, 3)),), "returns a tuple; it must return logits"),
+    ],
+)
+def test_outputs_that_are_none(outputs, message):
+    with pytest.raises(ValueError, match=message):
+        as_output(outputs)
+
+
+def test_logits_are_at_least_float32():
+    assert as_output(jnp.zeros((2, 3), jnp.bfloat16)).logits.dtype == jnp.float32
+    assert as_output(ModelOutput(jnp.zeros((2, 3)))).features == ()
+
+
+def test_what_is_no_network():
+    with pytest.raises(TypeError, match="must be an instance of a flax.linen.Module or a Network; got Train"):
+        as_network(Train)
+    with pytest.raises(TypeError, match="got int"):
+        as_network(3)
+
+
+def test_networks_of_this_package_follow_the_axis():
+    module = ResNet(num_classes=3, stage_sizes=(1,), block=BasicBlock, stage_widths=(4,))
+    network = as_network(module)
+    assert network.synchronized
+    assert network.on_axis("batch").module.axis_name == "batch"
+    assert network.on_axis("batch").on_axis(None) == LinenNetwork(module)
+    assert not as_network(Train()).synchronized

@@ -1,0 +1,65 @@
+"""Workdirs that earlier versions left in the middle of an epoch: the present code carries them to their end.
+
+tests/fixtures/old_workdirs holds runs of version 1 of the checkpoints, each stopped after step 4 of its last network:
+`restarts` in a student whose momentum restarts at every epoch, `memory` in a student of crd, which remembers samples,
+and `teacher` in a teacher, before there is a student.
+"""
+
+import json
+import tarfile
+
+import pytest
+
+from cskd_jax.training.checkpoint import load_variables
+from tests import drift
+from tests.conftest import ROOT
+
+SETTINGS = [
+    "dataset.train_examples=80",
+    "batch_size=32",
+    "epochs=3",
+    "teacher.epochs=2",
+    "teacher.name=resnet8",
+    "student.name=resnet8",
+    "teacher.width=0.0625",
+    "student.width=0.0625",
+]
+METHODS = {"restarts": "cskd", "memory": "crd", "teacher": "kd"}
+CRD = ["losses.crd.num_negatives=64", "losses.crd.embedding_size=16", "optimizer.restart_momentum=False"]
+TEACHER_DIGESTS = {"restarts": "aa11d86a1506", "memory": "776ccd889f69"}
+# What the version that began these runs made of them, by machine and packages.
+ENDS = json.loads((ROOT / "tests" / "golden" / "old_workdirs.json").read_text(encoding="utf-8"))
+
+
+def unpack(name, folder):
+    with tarfile.open(ROOT / "tests" / "fixtures" / "old_workdirs" / f"{name}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_an_old_run_goes_on(name, start, digits_dir, tmp_path):
+    workdir = unpack(name, tmp_path)
+    before = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    settings = [*SETTINGS, *(CRD if name == "memory" else []), f"dataset.data_dir={digits_dir}"]
+    arguments = [f"--config=digits:{METHODS[name]}", f"--workdir={workdir}", *(f"--config.{s}" for s in settings)]
+    # log_every was 1 at the start; it may change.
+    output, error = (process := start(arguments)).communicate()
+    assert process.returncode == 0, error
+    assert f"{'teacher' if name == 'teacher' else 'student'}: resuming at step 4 of" in output
+    assert (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[: len(before)] == before
+    assert "dataset fingerprint" in json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    assert json.loads((workdir / "results.json").read_text(encoding="utf-8"))["student"]["last"]["epoch"] == 3
+    expected = ENDS.get(drift.fingerprint())
+    if expected is not None:
+        assert drift.digest_of_run(workdir) == expected[name]
+
+
+@pytest.mark.parametrize("name", TEACHER_DIGESTS)
+def test_an_old_checkpoint_is_read(name, tmp_path):
+    """As a teacher for others; its digest is that of the arrays by the names that they had."""
+    saved = load_variables(str(unpack(name, tmp_path) / "teacher"))
+    assert saved.variables.keys() == {"params", "batch_stats"}
+    assert saved.record.network == {"name": "resnet8", "width": 0.0625}
+    assert (saved.step, saved.record.finished, saved.digest[:12]) == (6, True, TEACHER_DIGESTS[name])
