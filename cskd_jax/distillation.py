@@ -20,7 +20,7 @@ from cskd_jax.files import write_json
 from cskd_jax.runs.lock import locked
 from cskd_jax.runs.results import RESULTS, describe_result
 from cskd_jax.runs.workdir import read_json
-from cskd_jax.training.callbacks import Callback, Console
+from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import FOLDER, digest_of
 from cskd_jax.training.networks import as_network
 from cskd_jax.training.phases import Phase
@@ -87,7 +87,7 @@ def distill(
       teacher_features: Likewise, of the teacher.
       student_embedding: Path of the submodule of the student whose output is its embedding.
       teacher_embedding: Likewise, of the teacher.
-      callbacks: Callbacks; by default a progress bar on a terminal and a line for every epoch. () is quiet.
+      callbacks: Callbacks; by default `Console`: a progress bar on a terminal, a line for every epoch. () is quiet.
       workdir: Folder of checkpoints and logs, in which the same call resumes; None: nothing is written.
       devices: Devices to compute on, or how many of all; None for all.
       log_every: Number of steps between two rows of the history.
@@ -123,7 +123,7 @@ def distill(
             sampler=sampler,
             normalize=None if floats else Normalize(tuple(mean), tuple(std)),
             augment=augment,
-            callbacks=[Console()] if callbacks is None else callbacks,
+            callbacks=callbacks,
             workdir=workdir,
             devices=devices,
             log_every=log_every,

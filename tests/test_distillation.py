@@ -150,11 +150,12 @@ def test_a_function_sees_the_whole_batch():
 
 
 def test_what_depends_on_the_number_of_devices_is_said_once(capsys):
-    one = distill(Net(norm=True, dropout=0.5))
+    shown = {"callbacks": [cskd_jax.Console()]}
+    one = distill(Net(norm=True, dropout=0.5), **shown)
     assert "depend" not in capsys.readouterr().out
-    two = distill(Net(norm=True, dropout=0.5), devices=2)
+    two = distill(Net(norm=True, dropout=0.5), devices=2, **shown)
     assert capsys.readouterr().out.count("student: results depend on the number of devices, 2: its batch_stats") == 1
-    distill(Net(), devices=2)
+    distill(Net(), devices=2, **shown)
     assert "depend" not in capsys.readouterr().out
     assert not np.array_equal(one.variables["batch_stats"]["BatchNorm_0"]["mean"],
                               two.variables["batch_stats"]["BatchNorm_0"]["mean"])  # fmt: skip
@@ -258,6 +259,11 @@ def test_nothing_of_the_process_is_changed():
     thread.join()
     assert results[0].last["epoch"] == 1
     assert before == {name: getattr(jax.config, name) for name in before}
+
+
+def test_without_callbacks_it_is_quiet(capsys):
+    distill(Net(norm=True), epochs=1, devices=2)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_public_names_are_there():

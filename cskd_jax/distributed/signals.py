@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 from cskd_jax.distributed import processes
 
@@ -21,7 +22,9 @@ class StopRequest:
 
     def __enter__(self):
         handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
-        if processes.is_distributed():
+        if threading.current_thread() is not threading.main_thread():
+            handlers = {}  # Python allows them in the main thread alone.
+        elif processes.is_distributed():
             # JAX itself waits for SIGTERM, and tells the other processes.
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -71,6 +71,9 @@ class Callback:
     All values are Python numbers; nothing waits for a device on their account.
     """
 
+    def on_message(self, message: str) -> None:
+        """Called with a line for people: what is about to happen, or what to know about the results."""
+
     def on_start(self, start: Start) -> None:
         """Called when the training of a student starts or resumes."""
 
@@ -95,7 +98,11 @@ class Callback:
 
 
 class Console(Callback):
-    """Shows a progress bar on a terminal, and a line for every epoch."""
+    """Shows messages, a progress bar on a terminal, and a line for every epoch."""
+
+    def on_message(self, message: str) -> None:
+        """See `Callback.on_message`."""
+        say(message)
 
     def on_start(self, start: Start) -> None:
         """See `Callback.on_start`."""

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cskd_jax.console import say
 from cskd_jax.data import ImageDataset, read_batches
 from cskd_jax.data.samplers import Sampler
 from cskd_jax.distributed import processes
@@ -133,7 +132,11 @@ class Loop:
         if draws_random_numbers(network, state.variables, images):
             causes.append("it draws random numbers on each device")
         if causes:
-            say(f"{self._name}: results depend on the number of devices, {count}: {', and '.join(causes)}")
+            self._say(f"results depend on the number of devices, {count}: {', and '.join(causes)}")
+
+    def _say(self, message):
+        for callback in self._setup.callbacks:
+            callback.on_message(f"{self._name}: {message}")
 
     def _make_step(self, part):
         normalize, augment = self._setup.normalize, self._setup.augment
@@ -290,8 +293,8 @@ class Loop:
         size = count_parameters(self._abstract_states[0].params["network"])
         verb = "training" if step == 0 else f"resuming at step {step} of {self._total_steps}:"
         epochs = self._total_steps // self._sampler.steps_per_epoch
-        say(
-            f"{self._name}: {verb} {self._record.describe_network()}, {size:,} parameters, "
+        self._say(
+            f"{verb} {self._record.describe_network()}, {size:,} parameters, "
             f"{epochs} epochs of {self._sampler.steps_per_epoch} steps"
         )
 
@@ -305,7 +308,7 @@ class Loop:
                 state = processes.on_first(lambda: jax.device_get(self._lowered_state.compile()(self._variables)))
             # By batch size: the last batch of an epoch may be smaller.
             self._compiled[number, self._sampler.batch_size] = compiled.result()
-        say(f"{self._name}: compiled in {time.perf_counter() - start:.1f} s")
+        self._say(f"compiled in {time.perf_counter() - start:.1f} s")
         return state
 
     def _enter_part(self, state, step):

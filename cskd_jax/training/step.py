@@ -80,7 +80,9 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, {**state.collections, **collections}, opt_state, memory), metrics
+        # What this phase does not use, a later one may.
+        collections, memory = {**state.collections, **collections}, {**state.memory, **memory}
+        return TrainState(state.step + 1, params, collections, opt_state, memory), metrics
 
     return train_step
 

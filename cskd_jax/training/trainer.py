@@ -102,7 +102,7 @@ class Trainer:
       normalize: Function from images as they are in the data to images as the networks take them; None if they are.
       augment: Function of images [B, H, W, C], a key and the positions of the images in the global batch, before
         `normalize`; None leaves the images as they are.
-      callbacks: Callbacks; `Console` shows progress.
+      callbacks: Callbacks; by default `Console`, which shows progress. () is quiet.
       workdir: Folder of checkpoints and logs; None: nothing is written.
       devices: Devices to compute on, or how many of all; None for all.
       log_every: Number of steps between two rows of the history.
@@ -128,7 +128,7 @@ class Trainer:
         sampler: Sampler | None = None,
         normalize: Callable[[jax.Array], jax.Array] | None = None,
         augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
-        callbacks: Sequence[Callback] = (Console(),),
+        callbacks: Sequence[Callback] | None = None,
         workdir: str | pathlib.Path | None = None,
         devices: Devices | int | Sequence[jax.Device] | None = None,
         log_every: int = 50,
@@ -147,7 +147,7 @@ class Trainer:
             augment=augment,
             key=jax.random.fold_in(jax.random.PRNGKey(seed), stream),
             devices=devices if isinstance(devices, Devices) else Devices(devices),
-            callbacks=(*files, *callbacks),
+            callbacks=(*files, *((Console(),) if callbacks is None else callbacks)),
             workdir=self._workdir,
             log_every=log_every,
             keep_checkpoints=keep_checkpoints,
@@ -216,6 +216,8 @@ class Trainer:
           DivergedError: A loss or gradient is not finite.
         """
         devices, stop = self._setup.devices, StopRequest() if stop is None else stop
+        if self._teacher is not None and self._teacher.variables is None:
+            raise UserError("the teacher has no variables: set them before fit")
         teacher_variables = None if self._teacher is None else devices.replicate(self._teacher.variables)
         results = {}
         for name, loop in self._loops.items():
