@@ -277,11 +277,11 @@ def _check_batches(setup: Setup) -> None:
         raise UserError(
             f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
         )
+    setup.devices.check_batch_size("batch_size", sampler.batch_size)
     if sampler.last_batch_size == 1:
         raise UserError(
             "the last batch of an epoch holds one image, which has nothing to relate to: set drop_last=True"
         )
-    setup.devices.check_batch_size("batch_size", sampler.batch_size)
     setup.devices.check_batch_size(
         "the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size
     )
