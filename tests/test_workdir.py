@@ -146,7 +146,7 @@ def test_a_changed_formula(run, monkeypatch):
 
     assert not any(key.endswith("version") for key in asked())
     monkeypatch.setitem(LOSSES, "kd", Changed)
-    message = r"\(losses.kd version 1 != 2: the formula of the loss kd has changed between versions of cskd_jax\); use"
+    message = r"\(losses.kd version 1 != 2: the formula of the loss kd has changed between versions of cskd_jax\); use "
     with pytest.raises(UserError, match=message):
         check_workdir(run, asked())
     with pytest.raises(UserError, match=r"losses.kd version 1 != 2"):
