@@ -112,3 +112,10 @@ def test_recipe_in_a_configs_package_of_its_own(tmp_path):
     environment = {"PYTHONPATH": f"{ROOT}", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (0, "cskd 0.25 True\n"), done.stderr
+
+
+def test_a_folder_that_is_called_configs_is_no_package(tmp_path):
+    (tmp_path / "configs" / "editor").mkdir(parents=True)
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(OLD_RECIPE, tmp_path / "recipes" / "mine.py")
+    assert load_recipe(str(tmp_path / "recipes" / "mine.py"), []).dataset.name == "cifar100"

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from cskd_jax.commands.sweep import main as sweep_main
 from cskd_jax.errors import UserError
 from cskd_jax.evaluate.__main__ import main as evaluate_main
 from cskd_jax.report.__main__ import main as report_main
@@ -63,7 +64,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input(case, tmp_path, capsys):
     arguments, words = BAD_INPUT[case]
-    assert sweep.main(["sweep", *arguments, f"--workdir={tmp_path / 'sweep'}"]) == 2
+    assert sweep_main(["sweep", *arguments, f"--workdir={tmp_path / 'sweep'}"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     for word in words:
         assert word in line
@@ -98,7 +99,7 @@ def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys, monkeypatch):
             f"--config.dataset.data_dir={digits_dir}",
             f"--workdir={tmp_path}",
         ]
-        assert sweep.main(["sweep", *arguments]) == 2
+        assert sweep_main(["sweep", *arguments]) == 2
     assert "another sweep is at work" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""What the programs share: recipe and overrides of a command line, one line for an error, exit codes."""
+"""The parts that commands with a recipe share: the recipe, its overrides, and one line for an error."""
 
 import gc
 import os
@@ -16,10 +16,10 @@ class CommandLine(NamedTuple):
     """The parts of a command line.
 
     Attributes:
-      recipe: FILE[:WORD] of --config; empty where there is none.
-      overrides: the arguments --config.KEY=VALUE.
-      values: of the program's own flags.
-      rest: arguments that are no flags.
+      recipe: RECIPE or RECIPE:WORD of --config; empty if there is none.
+      overrides: Arguments --config.KEY=VALUE.
+      values: Values of the program's own flags.
+      rest: Arguments that are no flags.
     """
 
     recipe: str
@@ -29,7 +29,13 @@ class CommandLine(NamedTuple):
 
 
 def run_program(program: Callable[[list[str]], None], documentation: str, argv: list[str]) -> int:
-    """Runs `program(argv)` and returns the exit code; an error of the user's is shown as one line."""
+    """Runs a program and returns its exit code; a mistake of the user is shown as one line.
+
+    Args:
+      program: Function that takes `argv`.
+      documentation: Text that --help shows instead.
+      argv: Command line, with the name of the program first.
+    """
     if {"-h", "--help"} & set(argv):
         print(documentation)
         return 0
@@ -37,10 +43,14 @@ def run_program(program: Callable[[list[str]], None], documentation: str, argv: 
 
 
 def parse(argv: list[str], values: flags.FlagValues) -> CommandLine:
-    """Splits a command line; `values` holds the definitions of the program's own flags.
+    """Splits a command line into its parts.
+
+    Args:
+      argv: Command line, with the name of the program first.
+      values: Definitions of the program's own flags, which get their values.
 
     Raises:
-      UserError: a flag is unknown or wrong.
+      UserError: A flag is unknown or wrong.
     """
     recipe, overrides, own = "", [], []
     for argument in argv[1:]:
@@ -61,7 +71,7 @@ def refuse_rest(command: CommandLine) -> None:
 
 
 def set_up_jax() -> None:
-    """Deterministic operations, and compiled programs kept on disk; to be called before devices are used."""
+    """Makes operations deterministic and keeps compiled programs on disk; to be called before devices are used."""
     # cuDNN and XLA would otherwise sum in an order that changes from run to run.
     os.environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
     import jax
@@ -69,7 +79,7 @@ def set_up_jax() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "cskd_jax"))
-    # Many small programs add up at start: keep them all.
+    # Compiling many small programs adds up: keep them all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # Tracing makes millions of objects that stay: searching them for cycles so often took a quarter of its time.
     gc.set_threshold(100_000)

@@ -106,9 +106,9 @@ def _check_overrides(overrides: list[str], known: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _importable_configs(file: pathlib.Path) -> Iterator[None]:
-    """Lets a recipe import `configs`: the package in which it lies, or else `cskd_jax.configs`."""
+    """Lets a recipe import `configs`: the package in or beside its folder, or else `cskd_jax.configs`."""
     root = file.absolute().parent.parent
-    if (root / "configs").is_dir():
+    if any((root / "configs").glob("*.py")):
         if str(root) not in sys.path and root / "configs" != _PACKAGED:
             sys.path.append(str(root))
         yield
