@@ -101,26 +101,17 @@ def distill(
     """
     data = _make_data(train, test, categories)
     floats = data.image_dtype != np.uint8
-    sampler = UniformSampler(len(data.train.labels), batch_size, seed, drop_last)
-    teachers = []
-    if teacher is not None:
-        if teacher_variables is None:
-            raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")
-        network = as_network(teacher, teacher_features, teacher_embedding)
-        teachers = [Teacher(network, teacher_variables)]
+    teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
     network = as_network(student, student_features, student_embedding)
-    held = contextlib.ExitStack()
-    if workdir is not None:
-        workdir = pathlib.Path(workdir)
-        held.enter_context(locked(workdir / "lock", f"another job runs in workdir {workdir}"))
-    with held:
+    workdir = None if workdir is None else pathlib.Path(workdir)
+    with contextlib.nullcontext() if workdir is None else locked(workdir / "lock", f"another job runs in {workdir}"):
         trainer = Trainer(
             {_STUDENT: Student(network, losses, optimizer, schedule, student_variables)},
             teachers,
             data=data,
             phases=[Phase(epochs)],
             seed=seed,
-            sampler=sampler,
+            sampler=UniformSampler(len(data.train.labels), batch_size, seed, drop_last),
             normalize=None if floats else Normalize(tuple(mean), tuple(std)),
             augment=augment,
             callbacks=callbacks,
@@ -137,6 +128,15 @@ def distill(
         if workdir is not None:
             write_json(workdir / RESULTS, {"student": describe_result({"name": type(student).__name__}, result)})
     return result
+
+
+def _make_teachers(teacher, variables, features, embedding):
+    """Returns the teachers, at most one; raises UserError for one without variables."""
+    if teacher is None:
+        return []
+    if variables is None:
+        raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")
+    return [Teacher(as_network(teacher, features, embedding), variables)]
 
 
 def _make_data(train, test, categories):

@@ -8,24 +8,19 @@ tensorflow-datasets is imported inside the functions, so that importing `cskd_ja
 
 import contextlib
 import dataclasses
-import functools
 import io
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from cskd_jax.data.images import MODES, check_size, read_image
+from cskd_jax.data.images import MODES
+from cskd_jax.data.tfds_records import ArrayRecords, RecordImages, TfRecords, _open, one_line, require_tensorflow
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
 from cskd_jax.errors import UserError
-
-_RECORDS_AT_ONCE = 4096  # Read in one go: quicker than one by one, without holding all of them encoded.
-_INSTALL = "pip install 'cskd_jax[tf]'"
 
 
 class SourceSplit(NamedTuple):
@@ -149,7 +144,7 @@ def load_named(
         ) from error
     if not _is_prepared(builder):
         _check_features(builder, name)  # Before a download that may take hours.
-        _require_tensorflow(f"data set '{name}' is not prepared in {builder.data_dir}, and preparing it")
+        require_tensorflow(f"data set '{name}' is not prepared in {builder.data_dir}, and preparing it")
         _prepare(builder)
         builder = tfds.builder(name, data_dir=data_dir)
     return load_prepared(builder, name, train_examples, image_size)
@@ -182,7 +177,7 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
     if "array_record" in formats:
         records = {split: ArrayRecords(builder.data_dir, split) for split in ("train", test_name)}
     elif "tfrecord" in formats:
-        _require_tensorflow(f"data set '{name}' is prepared as tfrecord in {builder.data_dir}, and reading it")
+        require_tensorflow(f"data set '{name}' is prepared as tfrecord in {builder.data_dir}, and reading it")
         records = {split: TfRecords(builder, split) for split in ("train", test_name)}
     else:
         raise UserError(f"{builder.data_dir} is prepared as {sorted(formats)}: allowed are array_record and tfrecord")
@@ -200,139 +195,6 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
         images = reader if isinstance(source, ArrayRecords) else reader.read()
         opened.append(Split(images, labels[split][chosen[split]]))
     return ImageDataset(name, *opened, categories)
-
-
-class ArrayRecords:
-    """The records of a split that is prepared as array_record, read at random and without TensorFlow.
-
-    Args:
-      directory: Of the prepared data set.
-      split: One of its splits.
-    """
-
-    def __init__(self, directory: str, split: str):
-        self.directory, self.split = directory, split
-
-    def labels(self) -> np.ndarray:
-        """int32 [N]; kept in a file beside the records, because to read through all of them may take long."""
-        path, count = Path(self.directory) / f"labels-{self.split}.npy", self._count()
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            labels = np.load(path)
-            if labels.shape == (count,):
-                return labels
-        labels = np.array([label for _, label in self.examples(range(count))], np.int32)
-        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as file:
-            np.save(file, labels)
-            file.flush()
-            os.link(file.name, path)  # Whole or not at all; an older one that does not fit stays, and is not used.
-        return labels
-
-    def examples(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
-        """Yields (encoded image, label) of the records at `indices`."""
-        import tensorflow_datasets as tfds
-
-        with _unreadable(self.directory, self.split):
-            source, fields = _open(self.directory, self.split)
-            decoders = {"image": tfds.decode.SkipDecoding()}
-            for start in range(0, len(indices), _RECORDS_AT_ONCE):
-                for record in source.__getitems__(indices[start : start + _RECORDS_AT_ONCE]):
-                    example = fields.deserialize_example_np(record, decoders=decoders)
-                    if example["image"] is None or example["label"] is None:
-                        raise ValueError("a record is empty")  # So array_record reads some truncated files.
-                    yield example["image"], example["label"]
-
-    def _count(self):
-        with _unreadable(self.directory, self.split):
-            return len(_open(self.directory, self.split)[0])
-
-
-@functools.lru_cache(maxsize=8)
-def _open(directory: str, split: str) -> tuple[Any, Any]:
-    """The tfds.data_source of a split, and the features that are used; kept, as a process reads from them often."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(directory)
-    source = builder.as_data_source(
-        split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-    # Parsing only the two features that are used, and decoding the images here, is twice as fast as the default.
-    return source, tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("image", "label")})
-
-
-class TfRecords:
-    """The records of a split that is prepared as tfrecord, read once through TensorFlow and kept, encoded."""
-
-    def __init__(self, builder: Any, split: str):
-        import tensorflow_datasets as tfds
-
-        dataset = builder.as_dataset(
-            split=split,
-            decoders=tfds.decode.PartialDecoding(
-                {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
-            ),
-            read_config=tfds.ReadConfig(interleave_cycle_length=1),  # One file after the other: the files' order.
-        )
-        self.directory, self.split = builder.data_dir, split
-        with _unreadable(self.directory, split):
-            self._examples = [(example["image"], example["label"]) for example in tfds.as_numpy(dataset)]
-
-    def labels(self) -> np.ndarray:
-        """int32 [N]."""
-        return np.array([label for _, label in self._examples], np.int32)
-
-    def examples(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
-        """Yields (encoded image, label) of the records at `indices`."""
-        return (self._examples[index] for index in indices)
-
-
-class RecordImages:
-    """Reads the images of records; see `images.Reader`.
-
-    Args:
-      records: Of a split.
-      chosen: The positions of the examples in the split.
-      where: What is read, for messages.
-      channels: 1, 3 or 4, to which images are converted.
-      image_size: See `images.read_image`.
-      image_shape: (H, W, C) that all must have; None is that of the first one.
-    """
-
-    def __init__(
-        self,
-        records: ArrayRecords | TfRecords,
-        chosen: np.ndarray,
-        where: str,
-        channels: int,
-        image_size: int | None,
-        image_shape: tuple[int, int, int] | None,
-    ):
-        self._records, self._chosen, self._where = records, chosen, where
-        self._channels, self._image_size = channels, image_size
-        if image_shape is None:
-            image_shape = next(self._images(chosen[:1]))[1].shape
-        self.shape = (len(chosen), *image_shape)
-
-    def select(self, index: np.ndarray) -> "RecordImages":
-        """See `images.Reader.select`."""
-        settings = self._where, self._channels, self._image_size, self.shape[1:]
-        return RecordImages(self._records, self._chosen[index], *settings)
-
-    def read(self) -> np.ndarray:
-        """See `images.Reader.read`.
-
-        A plain loop: small images are decoded so quickly (10,000 a second) that threads only wait for each other.
-        """
-        images = np.empty(self.shape, np.uint8)
-        for row, (name, image) in enumerate(self._images(self._chosen)):
-            check_size(name, image.shape, self.shape[1:])
-            images[row] = image
-        return images
-
-    def _images(self, positions):
-        positions = positions.tolist()
-        for position, (encoded, _) in zip(positions, self._records.examples(positions), strict=True):
-            name = f"{self._where}: example {position}"
-            yield name, read_image(io.BytesIO(encoded), name, self._channels, self._image_size)
 
 
 def refuse_path(name: str, path: str | None) -> None:
@@ -397,8 +259,8 @@ def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
     # Everything, because builders run code of their own, and a damaged dataset_info.json raises an error of protobuf's.
     except Exception as error:
         if isinstance(error, ImportError) and "'tensorflow'" in str(error):
-            _require_tensorflow(f"opening data set '{name}'")
-        raise UserError(f"data set '{name}' cannot be opened in {_root(data_dir)}: {_one_line(error)}") from error
+            require_tensorflow(f"opening data set '{name}'")
+        raise UserError(f"data set '{name}' cannot be opened in {_root(data_dir)}: {one_line(error)}") from error
 
 
 def _is_prepared(builder: Any) -> bool:
@@ -412,7 +274,7 @@ def _is_prepared(builder: Any) -> bool:
             return True
         exists = builder.data_path.exists()
     except OSError as error:
-        raise UserError(f"cannot look into {builder.data_dir}: {_one_line(error)}") from error
+        raise UserError(f"cannot look into {builder.data_dir}: {one_line(error)}") from error
     if exists:
         # tensorflow-datasets would take the folder for a prepared one.
         raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it anew")
@@ -436,7 +298,7 @@ def _prepare(builder: Any) -> None:
         # Several processes may prepare the same folder: all but the first fail when they rename theirs.
         if not _is_prepared(builder):
             raise UserError(
-                f"cannot prepare data set '{builder.name}' in {builder.data_dir}: {_one_line(error)}"
+                f"cannot prepare data set '{builder.name}' in {builder.data_dir}: {one_line(error)}"
             ) from error
 
 
@@ -465,35 +327,5 @@ def _labels(records: ArrayRecords | TfRecords, name: str) -> np.ndarray:
     return labels
 
 
-@contextlib.contextmanager
-def _unreadable(directory: str, split: str) -> Iterator[None]:
-    """Turns what the readers raise into UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    # They are C++ libraries that raise RuntimeError, ValueError, IndexError or errors of TensorFlow's own.
-    except Exception as error:
-        raise UserError(
-            f"cannot read split {split} in {directory}: {_one_line(error)}; remove the folder to prepare it anew"
-        ) from error
-
-
-def _require_tensorflow(what: str) -> None:
-    """Imports TensorFlow, which `what` needs, or raises UserError."""
-    try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise UserError(f"{what} needs TensorFlow, which is not installed: {_INSTALL}") from error
-    # TensorFlow reserves the memory of every accelerator that it sees, which JAX needs.
-    tf.config.set_visible_devices([], "GPU")
-
-
 def _root(data_dir: str | None) -> str:
     return data_dir or "the default data_dir"
-
-
-def _one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
