@@ -43,9 +43,7 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
     def preprocess(images, key, positions):
         return normalize(augment(images, key, positions, **config.augment))
 
-    step = make_train_step(
-        student, objective, optimizer, preprocess=preprocess, teacher=teacher, axis_name=AXIS
-    )
+    step = make_train_step(student, objective, optimizer, preprocess=preprocess, teacher=teacher, axis_name=AXIS)
     step = devices.map_train_step(step)
     key = jax.random.PRNGKey(0)
 

@@ -22,9 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RECORDED = ROOT / "tests" / "golden" / "drift.json"
 METHODS = ("cskd", "ce", "cskd_paper", "kd", "crd", "vid", "kdgan", "fitnet", "dkd")
 # Number of devices and type of the numbers: each case is a process of its own.
-CASES = {
-    f"{devices} x {dtype}": (devices, dtype) for dtype in ("float32", "float64") for devices in (1, 2)
-}
+CASES = {f"{devices} x {dtype}": (devices, dtype) for dtype in ("float32", "float64") for devices in (1, 2)}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 

@@ -56,9 +56,7 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
     saved = load_variables(path)
     wanted = {"name": config.teacher.name, "width": float(config.teacher.width)}
     if saved.record.network != wanted:
-        raise UserError(
-            f"teacher.checkpoint {path} holds {saved.record.network}, the configuration asks for {wanted}"
-        )
+        raise UserError(f"teacher.checkpoint {path} holds {saved.record.network}, the configuration asks for {wanted}")
     if not saved.record.finished:
         raise UserError(f"teacher.checkpoint {path} is not trained to its end: run its own command again first")
     return path, saved

@@ -337,9 +337,7 @@ class Loop:
             step += 1
             pending.append((step, size, metrics))
             # Metrics of finished steps are read without waiting; only a step too far ahead of the devices waits.
-            while pending and (
-                len(pending) >= self._setup.devices.steps_in_flight or pending[0][2]["loss"].is_ready()
-            ):
+            while pending and (len(pending) >= self._setup.devices.steps_in_flight or pending[0][2]["loss"].is_ready()):
                 meter.add(*pending.popleft())
         _drain(pending, meter)
         return state, step

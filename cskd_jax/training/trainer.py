@@ -282,6 +282,4 @@ def _check_batches(setup: Setup) -> None:
         raise UserError(
             "the last batch of an epoch holds one image, which has nothing to relate to: set drop_last=True"
         )
-    setup.devices.check_batch_size(
-        "the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size
-    )
+    setup.devices.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)
