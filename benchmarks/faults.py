@@ -99,8 +99,8 @@ class Job:
             raise RuntimeError(f"{self.folder} ended with {self._process.returncode}:\n{''.join(self._read)}")
         outcome = {}
         for phase in ("teacher", "student"):
-            _, record = load_variables(str(self.folder / "run" / phase))
-            outcome[phase] = record["digest"], record["progress"]["evaluations"]
+            saved = load_variables(str(self.folder / "run" / phase))
+            outcome[phase] = saved.digest, saved.record.progress["evaluations"]
         rows = (self.folder / "run" / "metrics.jsonl").read_text().splitlines()
         return outcome | {"rows": [json.loads(row) for row in rows]}
 
