@@ -13,7 +13,7 @@ from cskd_jax.losses import LOSSES
 from cskd_jax.runs import grid, schema, workdir
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.workdir import DATA_FINGERPRINT, check_workdir, claim, identify, is_done, run_config
-from cskd_jax.training.checkpoint import Checkpoints, load_variables
+from cskd_jax.training.checkpoint import Checkpoints, Record, load_variables
 
 EPOCHS = 30
 
@@ -31,9 +31,10 @@ def asked(word="kd", **overrides):
 
 
 def save(folder, phase, step, *, finished):
-    state = {"params": {"student": {"w": np.full(3, step, np.float32)}}, "batch_stats": {"m": np.zeros(1, np.float32)}}
+    state = {"params": {"network": {"w": np.full(3, step, np.float32)}}}
+    record = Record({"name": "resnet8", "width": 1.0}, channels=1, finished=finished)
     with Checkpoints(folder / phase / "checkpoints", 2) as checkpoints:
-        checkpoints.save(step, state, {"finished": finished, "network": {"name": "resnet8", "width": 1.0}}, 0.5)
+        checkpoints.save(step, state, record, 0.5)
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_a_changed_formula(run, monkeypatch):
 
 def test_more_epochs_extend_a_finished_run(finished, capsys):
     before = load_variables(str(finished / "student"))
-    assert before[1]["finished"]
+    assert before.record.finished
     assert is_done(finished, EPOCHS)
     assert not is_done(finished, 40)
     claim(finished, asked(epochs=40), dataset())
@@ -167,10 +168,10 @@ def test_more_epochs_extend_a_finished_run(finished, capsys):
     assert not (finished / "results.json").exists()
     assert recorded(finished)["epochs"] == 40
     # Read back: its digests are sound.
-    variables, record = load_variables(str(finished / "student"))
-    assert record == before[1] | {"finished": False}
-    np.testing.assert_array_equal(variables["params"]["w"], before[0]["params"]["w"])
-    assert load_variables(str(finished / "teacher"))[1]["finished"]
+    after = load_variables(str(finished / "student"))
+    assert after.record == dataclasses.replace(before.record, finished=False)
+    assert (after.step, after.digest) == (before.step, before.digest)
+    assert load_variables(str(finished / "teacher")).record.finished
 
 
 @pytest.mark.parametrize("moment", ["mark_unfinished", "write_json"])
@@ -188,7 +189,7 @@ def test_killed_while_a_run_is_extended(finished, monkeypatch, moment):
     assert recorded(finished)["epochs"] == EPOCHS
     claim(finished, asked(epochs=40), dataset())
     assert recorded(finished)["epochs"] == 40
-    assert not load_variables(str(finished / "student"))[1]["finished"]
+    assert not load_variables(str(finished / "student")).record.finished
 
 
 def test_a_damaged_checkpoint_is_not_touched(finished):
