@@ -214,7 +214,7 @@ def test_a_teacher_trains_longer_as_long_as_it_has_no_student(tmp_path):
     with pytest.raises(UserError, match="teacher.epochs 30 != 20: a run can be continued for more epochs"):
         check_workdir(tmp_path, asked(teacher__epochs=20))
     claim(tmp_path, asked(teacher__epochs=40), dataset())
-    assert not load_variables(str(tmp_path / "teacher"))[1]["finished"]
+    assert not load_variables(str(tmp_path / "teacher")).record.finished
 
 
 def test_without_a_teacher_its_epochs_are_a_key_like_others(tmp_path):
