@@ -1,28 +1,31 @@
 """Distillation of objects: `distill` trains any network, on arrays, with the losses of this package or one's own."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cskd_jax.console import say
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.data.augment import Normalize
 from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.errors import UserError
-from cskd_jax.files import write_json
+from cskd_jax.files import refuse_links, write_json
+from cskd_jax.losses import Method
 from cskd_jax.runs.lock import locked
-from cskd_jax.runs.results import RESULTS, describe_result
+from cskd_jax.runs.results import RESULTS, WRITTEN, describe_result
 from cskd_jax.runs.workdir import read_json
 from cskd_jax.training.callbacks import Callback
-from cskd_jax.training.checkpoint import FOLDER, digest_of
+from cskd_jax.training.checkpoint import FOLDER, digest_of, mark_unfinished
 from cskd_jax.training.networks import as_network
+from cskd_jax.training.objective import as_settings
 from cskd_jax.training.phases import Phase
 from cskd_jax.training.trainer import Result, Student, Teacher, Trainer
 
@@ -99,12 +102,15 @@ def distill(
       UserError: Something does not fit together; the message says what.
       DivergedError: A loss or gradient is not finite.
     """
-    data = _make_data(train, test, categories)
+    data = make_data(train, test, categories)
+    mean, std = (tuple(map(float, values)) for values in (mean, std))
+    if any(len(values) not in (1, data.image_shape[-1]) for values in (mean, std)):
+        raise UserError(f"mean and std must have 1 value or {data.image_shape[-1]}, one for each channel of the images")
     floats = data.image_dtype != np.uint8
     teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
     network = as_network(student, student_features, student_embedding)
     workdir = None if workdir is None else pathlib.Path(workdir)
-    with contextlib.nullcontext() if workdir is None else locked(workdir / "lock", f"another job runs in {workdir}"):
+    with contextlib.nullcontext() if workdir is None else _locked(workdir):
         trainer = Trainer(
             {_STUDENT: Student(network, losses, optimizer, schedule, student_variables)},
             teachers,
@@ -112,7 +118,7 @@ def distill(
             phases=[Phase(epochs)],
             seed=seed,
             sampler=UniformSampler(len(data.train.labels), batch_size, seed, drop_last),
-            normalize=None if floats else Normalize(tuple(mean), tuple(std)),
+            normalize=None if floats else Normalize(mean, std),
             augment=augment,
             callbacks=callbacks,
             workdir=workdir,
@@ -120,13 +126,17 @@ def distill(
             log_every=log_every,
         )
         if workdir is not None:
-            settings = {"epochs": epochs, "batch_size": batch_size, "drop_last": drop_last, "seed": seed}
-            settings |= {"mean": list(mean), "std": list(std)}
-            variables = {"teacher": teacher_variables, "student": student_variables}
-            _claim(workdir, settings | _identify(data, losses, variables))
+            settings = {"epochs": int(epochs), "batch_size": int(batch_size), "drop_last": drop_last, "seed": int(seed)}
+            paths = [student_features, teacher_features, student_embedding, teacher_embedding]
+            settings |= {"mean": mean, "std": std, "paths": paths, "data": fingerprint(data)}
+            settings["losses"] = {name: _describe_loss(as_settings(entry)) for name, entry in losses.items()}
+            for name, variables in (("teacher", teacher_variables), ("student", student_variables)):
+                settings[f"{name}_variables"] = None if variables is None else digest_of(variables)
+            message = _claim(workdir, settings)
+            trainer.say(message)
         result = trainer.fit()[_STUDENT]
         if workdir is not None:
-            write_json(workdir / RESULTS, {"student": describe_result({"name": type(student).__name__}, result)})
+            write_json(workdir / RESULTS, {"student": describe_result(trainer.describe(_STUDENT), result)})
     return result
 
 
@@ -139,65 +149,92 @@ def _make_teachers(teacher, variables, features, embedding):
     return [Teacher(as_network(teacher, features, embedding), variables)]
 
 
-def _make_data(train, test, categories):
-    """Returns the data set of arrays; raises UserError if they are none."""
-    splits = []
-    for name, given in (("train", train), ("test", test)):
-        images, labels = (np.asarray(part) for part in given)
-        if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not len(images):
-            raise UserError(
-                f"{name} must be images [N, H, W, C] and labels [N] or [N, K]; got shapes {images.shape} and "
-                f"{labels.shape}"
-            )
-        if images.dtype != np.uint8:
-            if not np.issubdtype(images.dtype, np.floating):
-                raise UserError(f"{name} images are {images.dtype}; they must be uint8 or floats")
-            images = images.astype(np.float32)
-        if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):
-            raise UserError(f"{name} labels are {labels.dtype}; they must be integers, the numbers of the classes")
-        splits.append(Split(images, labels.astype(np.int32 if labels.ndim == 1 else np.float32)))
-    if splits[0].images.shape[1:] != splits[1].images.shape[1:] or splits[0].images.dtype != splits[1].images.dtype:
-        raise UserError(
-            f"train and test images differ: {splits[0].images.shape[1:]} {splits[0].images.dtype} and "
-            f"{splits[1].images.shape[1:]} {splits[1].images.dtype}"
-        )
-    count = splits[0].labels.shape[1] if splits[0].labels.ndim == 2 else 1 + max(int(s.labels.max()) for s in splits)
+@contextlib.contextmanager
+def _locked(workdir):
+    """Holds the workdir for this process; raises UserError if something in it is a link to elsewhere."""
+    with locked(workdir / "lock", f"another job runs in workdir {workdir}"):
+        # The workdir may be a link of the user's; what a folder from elsewhere brings along leads to their files.
+        refuse_links(workdir / name for name in (*WRITTEN, _IDENTITY))
+        yield
+
+
+def make_data(
+    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], categories: Sequence[str] | None = None
+) -> ImageDataset:
+    """Returns the data set of arrays, as `distill` takes them.
+
+    Raises:
+      UserError: They are no images and labels, or those of the two splits do not fit together.
+    """
+    splits = [_make_split(name, *given) for name, given in (("train", train), ("test", test))]
+    kinds = [
+        f"images {split.images.shape[1:]} {split.images.dtype} with labels {['N', *split.labels.shape[1:]]}"
+        for split in splits
+    ]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"train and test differ: {kinds[0]} and {kinds[1]}")
+    multilabel = splits[0].labels.ndim == 2
+    count = splits[0].labels.shape[1] if multilabel else 1 + max(int(split.labels.max()) for split in splits)
     names = tuple(map(str, range(count))) if categories is None else tuple(categories)
     if len(names) < count or any(split.labels.min() < 0 for split in splits):
         raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of categories less 1")
     return ImageDataset("arrays", *splits, names)
 
 
-def _identify(data, losses, variables):
-    """Returns what can be compared of two starts in one workdir, as JSON."""
-    described = {name: _describe_loss(entry) for name, entry in losses.items()}
-    digests = {f"{name}_variables": None if tree is None else digest_of(tree) for name, tree in variables.items()}
-    return {"losses": described, "data": fingerprint(data), **digests}
+def _make_split(name, images, labels):
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not len(images):
+        raise UserError(
+            f"{name} must be images [N, H, W, C] and labels [N] or [N, K]; got shapes {images.shape} and {labels.shape}"
+        )
+    if images.dtype != np.uint8:
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(f"{name} images are {images.dtype}; they must be uint8 or floats")
+        images = images.astype(np.float32)
+    if labels.ndim == 2 and labels.shape[1] < 2:
+        raise UserError(f"{name} labels have shape {labels.shape}; labels of one class each must have shape [N]")
+    if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{name} labels are {labels.dtype}; they must be integers, the numbers of the classes")
+    return Split(images, labels.astype(np.int32 if labels.ndim == 1 else np.float32))
 
 
 def _describe_loss(entry):
+    """Returns what can be compared of the entry of a loss, as JSON: of a function its name, of a module its fields."""
     if isinstance(entry, Mapping):
         return {key: _describe_loss(value) for key, value in entry.items()}
+    if isinstance(entry, Method):
+        fields = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
+        return {"class": type(entry).__qualname__} | {k: v for k, v in fields.items() if k not in ("parent", "name")}
+    if isinstance(entry, tuple | list):
+        return [_describe_loss(value) for value in entry]
     if entry is None or isinstance(entry, bool | int | float | str):
         return entry
     return getattr(entry, "__qualname__", type(entry).__qualname__)
 
 
 def _claim(workdir, identity):
-    """Makes the workdir that of these settings; raises UserError if it holds checkpoints of others."""
+    """Makes the workdir that of these settings; returns what is to be known about it.
+
+    Raises:
+      UserError: It holds checkpoints of other settings, or of something else.
+    """
     path = workdir / _IDENTITY
     identity = json.loads(json.dumps(identity))
-    if path.exists() and any(workdir.glob(f"*/{FOLDER}/*")):
-        found = read_json(path)
-        different = sorted(key for key in identity if found.get(key) != identity[key])
-        if different == ["epochs"] and found["epochs"] < identity["epochs"]:
-            different = []
-            (workdir / RESULTS).unlink(missing_ok=True)
-        if different:
-            changes = ", ".join(f"{key} {found.get(key)!r} != {identity[key]!r}" for key in different)
-            raise UserError(f"workdir {workdir} holds another run ({changes}); use another workdir")
-        say(
-            f"workdir {workdir}: going on; the optimizer, the augmentation and the code of networks and functions "
-            "cannot be compared with those of the earlier start"
-        )
+    if not any(workdir.glob(f"*/{FOLDER}/*")):
+        write_json(path, identity)
+        return f"workdir {workdir}"
+    if not path.exists():
+        raise UserError(f"workdir {workdir} holds checkpoints that no distill has made; use another workdir")
+    found = read_json(path)
+    different = sorted(key for key in identity if found.get(key) != identity[key])
+    if different == ["epochs"] and found["epochs"] < identity["epochs"]:
+        (workdir / RESULTS).unlink(missing_ok=True)
+        mark_unfinished(workdir / _STUDENT / FOLDER)
+    elif different:
+        changes = ", ".join(f"{key} {found.get(key)!r} != {identity[key]!r}" for key in different)
+        raise UserError(f"workdir {workdir} holds another run ({changes}); use another workdir")
     write_json(path, identity)
+    return (
+        f"workdir {workdir}: going on; the optimizer, the augmentation and the code of networks and functions "
+        "cannot be compared with those of the earlier start"
+    )

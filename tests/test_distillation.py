@@ -11,7 +11,9 @@ import pytest
 
 import cskd_jax
 from cskd_jax.data import ImageDataset, Split
+from cskd_jax.distillation import _describe_loss
 from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.losses import KD
 from cskd_jax.training.checkpoint import load_variables
 
 RNG = np.random.default_rng(0)
@@ -101,20 +103,112 @@ def test_resumes_bit_for_bit_and_is_extended(tmp_path):
 
 def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
     distill(Net(), workdir=tmp_path)
-    for key, value in {"seed": 1, "losses": {"cross_entropy": 0.5}, "epochs": 1, "train": TEST}.items():
-        with pytest.raises(UserError, match=f"holds another run .*{'data' if key == 'train' else key}"):
+    named = {"train": "data", "student_features": "paths"}
+    other = {"seed": 1, "losses": {"cross_entropy": 0.5}, "epochs": 1, "train": TEST, "student_features": ["hidden"]}
+    for key, value in other.items():
+        with pytest.raises(UserError, match=f"holds another run .*{named.get(key, key)}"):
             distill(Net(), workdir=tmp_path, **{key: value})
-    distill(Net(), workdir=tmp_path)
+    # A name that reads the same is not the same loss.
+    assert _describe_loss(KD(num_classes=3, temperature=1.0)) != _describe_loss(KD(num_classes=3, temperature=9.0))
+    assert capsys.readouterr() == ("", "")
+    distill(Net(), workdir=tmp_path, callbacks=[cskd_jax.Console()])
     assert "cannot be compared with those of the earlier start" in capsys.readouterr().out
+
+
+def test_a_workdir_of_something_else_is_left_alone(tmp_path):
+    make_trainer(tmp_path / "trainer").fit()
+    with pytest.raises(UserError, match="holds checkpoints that no distill has made"):
+        distill(Net(), workdir=tmp_path / "trainer")
+    distill(Net(), workdir=tmp_path / "distill")
+    with pytest.raises(UserError, match="holds checkpoints that no recipe has made"):
+        cskd_jax.run("digits:ce", tmp_path / "distill")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "student").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="student is a symbolic link"):
+        distill(Net(), workdir=tmp_path / "linked")
+
+
+def test_a_longer_training_than_asked_for_is_left_alone(tmp_path):
+    make_trainer(tmp_path).fit()
+    shorter = cskd_jax.Trainer(
+        {"net": cskd_jax.Student(Net(), {"cross_entropy": 1.0}, optax.sgd(0.1, momentum=0.9))},
+        data=DATA, phases=[cskd_jax.Phase(1)], batch_size=8, workdir=tmp_path, callbacks=(), devices=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="instead of|more than the 2"):
+        shorter.fit()
+
+
+def test_a_teacher_that_no_loss_reads_is_left_out():
+    variables = distill(Net(), epochs=1).variables
+    expected = distill(Net())
+    assert_equal(distill(Net(), teacher=Net(), teacher_variables=variables).variables, expected.variables)
+
+
+def test_losses_may_be_given_as_numbers_of_numpy():
+    expected = distill(Net(), losses={"cross_entropy": 0.5})
+    for weight in (np.float32(0.5), np.float64(0.5), {"weight": np.float64(0.5)}):
+        assert_equal(distill(Net(), losses={"cross_entropy": weight}).variables, expected.variables)
+
+
+class Sows(nn.Module):
+    """An auxiliary loss is sown, as modules of mixtures of experts do."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(3)(x.reshape(len(x), -1))
+        self.sow("losses", "auxiliary", x.sum())
+        return x
+
+
+class Grows(nn.Module):
+    """A variable changes its shape from step to step."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        seen = self.variable("seen", "images", jnp.zeros, (2, 3))
+        x = nn.Dense(3)(x.reshape(len(x), -1))
+        if train:
+            seen.value = x
+        return x
+
+
+def test_what_is_sown_is_not_kept():
+    assert distill(Sows()).variables.keys() == {"params"}
+
+
+def test_a_network_without_training_mode_is_told_of(capsys):
+    class NeverTrains(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.BatchNorm(use_running_average=True)(x.reshape(len(x), -1)))
+
+    distill(NeverTrains(), epochs=1, callbacks=[cskd_jax.Console()], train=TEST)
+    assert "no argument that asks for training mode" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"student": Grows()}, r"a step turns .*seen.*images.* from float32.2, 3. into float32.8, 3."),
+        ({"student": nn.Dense(3)}, r"logits of two images have shape .2, 4, 4, 3.; the data have 3 classes"),
+        ({"student": Net(), "categories": ("a", "b", "c", "d")}, "the data have 4 classes"),
+        ({"losses": {"loss": spread}}, "a loss cannot be called loss"),
+        ({"losses": {"mine": lambda inputs: inputs.student.logits}}, r"losses.mine must be a scalar; got shape .8, 3."),
+        ({"losses": {"mine": lambda inputs: None}}, "losses.mine must be a scalar; got NoneType"),
+        ({"losses": {"mine": lambda inputs: (0.0, 1.0)}}, "a scalar and a dictionary of scalars"),
+        ({"losses": {"cross_entropy": -1.0}}, "losses.cross_entropy.weight is -1.0"),
+        ({"losses": {}}, "losses must name at least one loss"),
+        ({"log_every": 0}, "log_every is 0; it must be an integer of at least 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"epochs": 1.0}, "at least one epoch, as an integer"),
+        ({"mean": (0.0, 0.0, 0.0)}, "mean and std must have 1 value or 1"),
+        ({"test": (IMAGES, np.eye(3)[LABELS])}, "train and test differ"),
+        ({"train": (IMAGES, LABELS[:, None])}, r"must have shape .N."),
         ({"train": (IMAGES, LABELS[:3])}, "train must be images .* got shapes .24, 4, 4, 1. and .3,."),
         ({"train": (IMAGES, LABELS.astype(float))}, "train labels are float64; they must be integers"),
         ({"train": (IMAGES.astype(int), LABELS)}, "train images are int64; they must be uint8 or floats"),
-        ({"test": (IMAGES[:, :2], LABELS)}, "train and test images differ"),
+        ({"test": (IMAGES[:, :2], LABELS)}, "train and test differ"),
         ({"categories": ("a", "b")}, "labels must be from 0 to 1"),
         ({"losses": {"nothing": 1.0}}, "losses.nothing is not known: give a function"),
         ({"losses": {"kd": {"weight": 1.0, "heat": 4.0}}}, "losses.kd has no setting heat, only .*temperature"),
@@ -125,12 +219,11 @@ def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
         ({"batch_size": 32}, "batch_size is 32; it must not be more than the 16 training examples"),
         ({"epochs": 0}, "every phase at least one epoch"),
         ({"student_features": ["hiden"]}, "Net has no output at path 'hiden'; the nearest are hidden"),
-        ({"losses": {"cross_entropy": lambda inputs: inputs.teacher.logits}}, "'NoneType' object has no attribute"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_compiles(settings, message):
-    with pytest.raises((UserError, AttributeError), match=message):
-        distill(Net(), **settings)
+    with pytest.raises(UserError, match=message):
+        distill(**{"student": Net()} | settings)
 
 
 def test_a_loss_says_what_the_network_does_not_return():

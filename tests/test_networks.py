@@ -38,12 +38,12 @@ class Deterministic(nn.Module):
 
 
 class NoFlag(nn.Module):
-    """Draws from a stream of its own name, always."""
+    """Draws from a stream of its own name, if it has one."""
 
     @nn.compact
     def __call__(self, x):
         x = x.reshape(len(x), -1)
-        if self.has_rng("noise") or self.has_rng("params"):
+        if self.has_rng("noise"):
             x += jax.random.normal(self.make_rng("noise"), x.shape)
         return nn.Dense(3)(x)
 
@@ -72,7 +72,22 @@ def created(module, **paths):
     return network, variables, output
 
 
-@pytest.mark.parametrize("module", [Train, Training, IsTraining, Deterministic])
+class PositionOnly(nn.Module):
+    @nn.compact
+    def __call__(self, x, train, /):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1)))
+
+
+class RunningAverage(nn.Module):
+    @nn.compact
+    def __call__(self, x, use_running_average=True):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=use_running_average)(x.reshape(len(x), -1)))
+
+
+Remat = nn.remat(Train, static_argnums=(2,))
+
+
+@pytest.mark.parametrize("module", [Train, Training, IsTraining, Deterministic, PositionOnly, RunningAverage, Remat])
 def test_training_mode_is_asked_for_by_its_name(module):
     network, variables, _ = created(module())
     evaluated = [network.apply(variables, IMAGES, train=False)[0].logits for _ in range(2)]
@@ -83,7 +98,8 @@ def test_training_mode_is_asked_for_by_its_name(module):
 
 
 def test_a_module_without_a_flag_and_a_stream_of_its_own():
-    network, variables, _ = created(NoFlag())
+    network, variables, _ = created(LinenNetwork(NoFlag(), streams=("noise",)))
+    assert not network.has_training_mode
     trained = [network.apply(variables, IMAGES, train=True, key=jax.random.PRNGKey(i))[0].logits for i in range(2)]
     assert not np.array_equal(*trained)
 
@@ -132,6 +148,8 @@ def test_a_missing_path_names_the_nearest():
     [
         ({"logit": jnp.zeros((2, 3))}, "dictionary with 'logit'; it must hold 'logits'"),
         ((jnp.zeros((2, 3)),), "returns a tuple; it must return logits"),
+        ({"logits": jnp.zeros((2, 3)), "features": jnp.zeros((2, 3))}, "returns features as ArrayImpl, not as a tuple"),
+        ({"logits": jnp.zeros((2, 3)), "features": {"a": 1}}, "returns features as dict, not as a tuple"),
     ],
 )
 def test_outputs_that_are_none(outputs, message):

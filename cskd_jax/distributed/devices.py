@@ -30,6 +30,7 @@ class Devices:
         found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         if isinstance(devices, int) and not 1 <= devices <= len(found):
             raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of devices here")
+        devices = [devices] if isinstance(devices, jax.Device) else devices
         self._devices = found[:devices] if devices is None or isinstance(devices, int) else list(devices)
         if is_distributed() and len(self._devices) != len(found):
             raise UserError("a run of several processes uses all of their devices")

@@ -60,13 +60,14 @@ def _run(argv):
     path = arguments.workdir / arguments.network if has_phases else arguments.workdir
     saved = load_variables(str(path))
     variables, record = saved.variables, saved.record
+    network = record.packaged_network()
     images = _images(arguments, record)
     classes = len(variables["params"]["classifier"]["bias"])
-    module = create_model(**record.network, num_classes=classes)
+    module = create_model(**network, num_classes=classes)
     function = export_function(module, variables, record.channels, **images)
     state_dict = to_torch(module, variables, batches=saved.step)
     description = {
-        **record.network,
+        **network,
         "num_classes": classes,
         "categories": record.categories,
         "channels": record.channels,

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from cskd_jax.errors import UserError
 from cskd_jax.models import create_model
-from cskd_jax.runs import recipes
+from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.results import RESULTS
 from cskd_jax.runs.run import train
 from cskd_jax.runs.workdir import read_json
@@ -52,7 +52,7 @@ def run(recipe: str | ml_collections.ConfigDict, workdir: str | pathlib.Path | N
     Raises:
       UserError: The user can mend something; InterruptedRun and DivergedError are among its kinds.
     """
-    config = get_config(recipe) if isinstance(recipe, str) else recipe
+    config = get_config(recipe) if isinstance(recipe, str) else schema.fill(recipe)
     if workdir is None:
         if not isinstance(recipe, str):
             raise UserError("run(config) needs a workdir; only a recipe has one by default")
@@ -75,10 +75,10 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
     workdir = pathlib.Path(workdir)
     saved = load_variables(str(workdir / "student"))
     if student is None:
-        network = saved.record.network
-        if "width" not in network:
-            name = network["name"]
-            raise UserError(f"{workdir} holds a {name}, which is not a network of this package: give student=")
+        try:
+            network = saved.record.packaged_network()
+        except UserError as error:
+            raise UserError(f"{workdir}: {error}: give student=") from None
         student = create_model(**network, num_classes=len(saved.record.categories))
     results = workdir / RESULTS
     return LoadedRun(student, saved.variables, read_json(results) if results.exists() else {})

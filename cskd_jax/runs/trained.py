@@ -39,7 +39,7 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
     """
     saved = load_variables(str(path))
     check_fits(f"checkpoint {path}", saved, config, dataset)
-    network = build.make_network(saved.record.network, dataset.num_classes, config.dtype)
+    network = build.make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
     return TrainedNetwork(str(path), network, saved)
 
 

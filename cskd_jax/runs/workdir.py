@@ -123,7 +123,11 @@ def _has_checkpoints(workdir: pathlib.Path, phase: str = "*") -> bool:
 
 def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     path = workdir / "config.json"
-    return read_json(path) if path.exists() else dict(identity)
+    if path.exists():
+        return read_json(path)
+    if _has_checkpoints(workdir):
+        raise UserError(f"workdir {workdir} holds checkpoints that no recipe has made; use another --workdir")
+    return dict(identity)
 
 
 def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

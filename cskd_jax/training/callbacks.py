@@ -1,5 +1,6 @@
 """What watches a training: the meter that measures it, and callbacks that show or keep what is measured."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -157,13 +158,15 @@ class Meter:
         self._clock = 0.0
 
     def __enter__(self):
-        for callback in self._callbacks:
-            callback.on_start(self._start)
+        with contextlib.ExitStack() as started:
+            for callback in self._callbacks:
+                callback.on_start(self._start)
+                started.callback(callback.on_end)
+            self._started = started.pop_all()
         return self
 
     def __exit__(self, *_):
-        for callback in self._callbacks:
-            callback.on_end()
+        self._started.close()
 
     def start_clock(self) -> None:
         """Starts the clock anew: evaluation, saving and compilation before this do not count as training time."""

@@ -68,6 +68,12 @@ class Record:
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
+    def packaged_network(self) -> dict[str, Any]:
+        """Returns {"name", "width"}; raises UserError if the network is not one of this package."""
+        if "width" not in self.network:
+            raise UserError(f"the checkpoint holds a {self.network['name']}, which is not a network of this package")
+        return self.network
+
     def describe_network(self) -> str:
         """Returns the network for people: "resnet18, width 0.25"."""
         width = self.network.get("width")
@@ -290,9 +296,14 @@ def _unflatten(arrays, template):
     flat = flax.traverse_util.flatten_dict(target, sep="/", keep_empty_nodes=True)
     empty = flax.traverse_util.empty_node
     wanted = {name for name, leaf in flat.items() if leaf is not empty}
-    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    if wanted != set(arrays) or any(shapes[name] != (flat[name].shape, flat[name].dtype) for name in wanted):
-        raise UserError("the checkpoint holds other arrays than this configuration trains; use another --workdir")
+    for name in sorted(wanted | set(arrays)):
+        found, expected = arrays.get(name), flat.get(name) if name in wanted else None
+        shapes = ["nothing" if x is None else f"{x.dtype}{list(x.shape)}" for x in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                "the checkpoint holds other arrays than the networks, losses and optimizer of this run train "
+                f"({name}: {shapes[0]} instead of {shapes[1]}); use another workdir"
+            )
     flat |= arrays
     return flax.serialization.from_state_dict(template, flax.traverse_util.unflatten_dict(flat, sep="/"))
 

@@ -30,7 +30,7 @@ from cskd_jax.training.metrics import task_of
 from cskd_jax.training.networks import Network, Variables, draws_random_numbers
 from cskd_jax.training.optimizers import learning_rate_of_step
 from cskd_jax.training.phases import Part
-from cskd_jax.training.state import TrainState, init_network, init_optimizer, init_state
+from cskd_jax.training.state import TrainState, check_unchanged, init_network, init_optimizer, init_state
 from cskd_jax.training.step import make_train_step
 
 
@@ -106,6 +106,11 @@ class Loop:
         self._lower(teacher_variables)
 
     @property
+    def record(self) -> Record:
+        """What the first checkpoint would say of the network."""
+        return self._record
+
+    @property
     def evaluation(self) -> Evaluation:
         """The evaluation on the test split."""
         return self._evaluate
@@ -124,11 +129,15 @@ class Loop:
 
     def say_what_depends_on_devices(self) -> None:
         """Says so if a network that does not know of devices makes the results depend on their number."""
-        count, state, network = self._setup.devices.count, self._abstract_states[0], self._network
-        if count == 1 or network.synchronized:
+        count, state, network = self._setup.devices.count, self._abstract_states[0], self._network.on_axis(None)
+        if state.collections and not getattr(network, "has_training_mode", True):
+            self._say("the network has no argument that asks for training mode: it is always called in the same way")
+        if count == 1:
             return
         images = jax.ShapeDtypeStruct((2, *self._setup.data.image_shape), jnp.float32)
-        causes = [f"its {name} are computed on each device's part of a batch" for name in state.collections]
+        causes = []
+        if not network.synchronized:
+            causes = [f"its {name} are computed on each device's part of a batch" for name in state.collections]
         if draws_random_numbers(network, state.variables, images):
             causes.append("it draws random numbers on each device")
         if causes:
@@ -163,6 +172,7 @@ class Loop:
             if self._teacher is not None:
                 self._abstract_teacher, teacher_output = self._trace_teacher(teacher_variables)
             first, data = self._parts[0], self._setup.data
+            self._check_logits()
             label = jax.ShapeDtypeStruct(data.train.labels.shape[1:], data.train.labels.dtype)
 
             def new_state(variables):
@@ -185,9 +195,20 @@ class Loop:
                 self._abstract_states.append(state.replace(opt_state=opt_state))
             size = self._sampler.batch_size
             self._lowered_steps = [self._lower_step(number, size) for number in range(len(self._parts))]
+            check_unchanged(state, self._lowered_steps[0].out_info[0])
         except (TypeError, ValueError, ArithmeticError, flax.errors.FlaxError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{self._name}: {lines[0]}") from error
+
+    def _check_logits(self):
+        """Raises ValueError unless the network gives one logit for each class."""
+        shape, classes = self._setup.data.image_shape, self._setup.data.num_classes
+        output = jax.eval_shape(lambda: init_network(self._network, self._init_key, shape)[1])
+        if output.logits.shape != (2, classes):
+            raise ValueError(
+                f"the logits of two images have shape {output.logits.shape}; the data have {classes} classes, which "
+                f"asks for {(2, classes)}"
+            )
 
     def _trace_teacher(self, variables):
         """Returns the shapes of the teacher's variables and outputs."""
@@ -240,10 +261,17 @@ class Loop:
         with self._open_checkpoints() as checkpoints:
             state, progress = self._restore(checkpoints)
             step = 0 if state is None else int(state.step)
-            if step >= self._total_steps:
+            if step > self._total_steps:
+                raise UserError(
+                    f"{self._name}: the workdir holds a training of {step} steps, more than the {self._total_steps} "
+                    "asked for; use another workdir"
+                )
+            if step == self._total_steps:
                 return state, progress, []
             self._announce(step)
             state = self._setup.devices.replicate(self._compile(state, step))
+            # The programs were made without a teacher where no loss reads one.
+            teacher_variables = None if self._teacher is None else teacher_variables
             start = Start(
                 student=self._name,
                 step=step,

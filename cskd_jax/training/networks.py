@@ -3,8 +3,9 @@
 A network is anything with the two methods of `Network`. `as_network` makes one of a linen module, whoever wrote it:
 
 - The collections of its variables besides "params", such as "batch_stats", are kept and updated, whatever their names.
-- Every random stream that it asks for gets a key in training mode.
+- Its random streams get keys in training mode: those named in `streams`, and any other from that of "params".
 - The argument that switches training mode on is found by its name; a module without one is called the same way always.
+- What it sows for others to read is not kept from step to step.
 - It returns a `ModelOutput`, a dictionary with the same keys, or logits alone. Feature maps that it does not return are
   taken from within it by the paths of its submodules.
 """
@@ -26,7 +27,13 @@ from cskd_jax.models import ModelOutput
 Variables = Mapping[str, Any]
 
 # The names of the argument of `__call__` that asks for training mode, and the value that does.
-_TRAINING_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False}
+_TRAINING_FLAGS = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
 _INTERMEDIATES = "intermediates"
 
 
@@ -66,11 +73,14 @@ class LinenNetwork:
       features: Paths of the submodules whose outputs are the features, first stage first, such as "Conv_1" or
         "encoder/block_3". Empty where the module returns them itself, or where no loss reads them.
       embedding: The path of the submodule whose output is the embedding; None as above.
+      streams: Names of the random streams that get a key of their own. A module that draws from another with
+        `make_rng` draws from "params" instead; one that asks `has_rng`, or splits a stream, needs its name here.
     """
 
     module: nn.Module
     features: tuple[str, ...] = ()
     embedding: str | None = None
+    streams: tuple[str, ...] = ("dropout",)
 
     @property
     def synchronized(self) -> bool:
@@ -87,11 +97,12 @@ class LinenNetwork:
         """See `Network.init`."""
         dtype = getattr(self.module, "dtype", None) or jnp.float32
         images = jnp.zeros((2, *image_shape), dtype)
-        alone, flags = self.on_axis(None), self._flags(train=False)
+        alone = self.on_axis(None)
+        args, flags = self._flags(train=False)
+        outputs, variables = alone.module.init_with_output(key, images, *args, **flags)
+        variables = {name: collection for name, collection in variables.items() if not _is_sown(collection)}
         if not self._paths:
-            outputs, variables = alone.module.init_with_output(key, images, **flags)
             return variables, as_output(outputs)
-        variables = alone.module.init(key, images, **flags)
         return variables, alone.apply(variables, images, train=False)[0]
 
     def apply(
@@ -99,17 +110,19 @@ class LinenNetwork:
     ) -> tuple[ModelOutput, Variables]:
         """See `Network.apply`."""
         mutable = [name for name in variables if name != "params"] if train else []
-        # A stream of any name draws from that of "params" where it has no key of its own.
-        rngs = {"params": key} if train and key is not None else None
-        flags = self._flags(train=train)
+        rngs = None
+        if train and key is not None:
+            keys = {name: jax.random.fold_in(key, number) for number, name in enumerate(self.streams)}
+            rngs = {"params": key, **keys}
+        args, flags = self._flags(train=train)
         if not (mutable or self._paths):
-            return as_output(self.module.apply(variables, images, rngs=rngs, **flags)), {}
+            return as_output(self.module.apply(variables, images, *args, rngs=rngs, **flags)), {}
         if self._paths:
             # Everything is captured and the paths are selected afterwards: within a jitted submodule a filter is not
             # asked. What is not selected costs nothing in a compiled program.
             mutable = [*mutable, _INTERMEDIATES]
             flags |= {"capture_intermediates": True}
-        outputs, updated = self.module.apply(variables, images, rngs=rngs, mutable=mutable, **flags)
+        outputs, updated = self.module.apply(variables, images, *args, rngs=rngs, mutable=mutable, **flags)
         updated = dict(updated)
         return self._select(as_output(outputs), updated.pop(_INTERMEDIATES, {})), updated
 
@@ -117,9 +130,25 @@ class LinenNetwork:
     def _paths(self) -> tuple[str, ...]:
         return (*self.features, *([] if self.embedding is None else [self.embedding]))
 
-    def _flags(self, *, train: bool) -> dict[str, bool]:
-        parameters = inspect.signature(type(self.module).__call__).parameters
-        return {name: value == train for name, value in _TRAINING_FLAGS.items() if name in parameters}
+    @property
+    def has_training_mode(self) -> bool:
+        """Whether the module can be told that it is trained."""
+        return any(self._flags(train=True))
+
+    def _flags(self, *, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
+        """Returns what asks for training mode: positional arguments behind the images, and keywords."""
+        parameters = list(inspect.signature(type(self.module).__call__).parameters.values())
+        # An attribute of the module that has a value may not be given once more.
+        asked = {
+            name: value == train
+            for name, value in _TRAINING_FLAGS.items()
+            if name in [parameter.name for parameter in parameters] and getattr(self.module, name, None) is None
+        }
+        # By position where that is allowed: `nn.jit` and `nn.remat` know their static arguments by it.
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if len(parameters) > 2 and parameters[2].name in asked and parameters[2].kind in by_position:
+            return (asked.pop(parameters[2].name),), asked
+        return (), asked
 
     def _select(self, output: ModelOutput, intermediates: Any) -> ModelOutput:
         if not self._paths:
@@ -149,15 +178,17 @@ def as_network(module: Any, features: Sequence[str] = (), embedding: str | None 
 
     Args:
       module: A linen module, or a `Network`.
-      features: See `LinenNetwork`.
-      embedding: See `LinenNetwork`.
+      features: Paths of the features, as in `LinenNetwork`.
+      embedding: Path of the embedding, likewise.
 
     Raises:
-      TypeError: It is neither.
+      TypeError: It is neither, or paths are given for a network that is not a linen module.
     """
     if isinstance(module, nn.Module):
         return LinenNetwork(module, tuple(features), embedding)
-    if isinstance(module, Network) and not (features or embedding):
+    if isinstance(module, LinenNetwork) and (features or embedding):
+        return dataclasses.replace(module, features=tuple(features), embedding=embedding)
+    if isinstance(module, Network) and not isinstance(module, type) and not (features or embedding):
         return module
     kind = module.__name__ if isinstance(module, type) else type(module).__name__
     raise TypeError(f"a network must be an instance of a flax.linen.Module or a Network; got {kind}")
@@ -185,6 +216,9 @@ def as_output(outputs: Any) -> ModelOutput:
     if not isinstance(outputs, ModelOutput):
         kind = type(outputs).__name__
         raise ValueError(f"the network returns a {kind}; it must return logits, a dictionary or a ModelOutput")
+    for name in ("features", "preactivations"):
+        if not isinstance(getattr(outputs, name), tuple | list):
+            raise ValueError(f"the network returns {name} as {type(getattr(outputs, name)).__name__}, not as a tuple")
     dtype = np.promote_types(outputs.logits.dtype, np.float32)
     return outputs._replace(
         logits=outputs.logits.astype(dtype),
@@ -213,6 +247,12 @@ def _by_path(intermediates: Any) -> dict[str, Any]:
             found[path.removesuffix("/__call__").removesuffix("__call__")] = value
     found.pop("", None)
     return found
+
+
+def _is_sown(collection: Any) -> bool:
+    """Returns whether a collection holds what was sown, which comes in tuples that grow at every call."""
+    leaves = jax.tree.leaves(collection, is_leaf=lambda x: isinstance(x, tuple))
+    return any(isinstance(leaf, tuple) for leaf in leaves)
 
 
 def _field_names(module: nn.Module) -> set[str]:

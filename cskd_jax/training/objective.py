@@ -1,16 +1,22 @@
 """The objective: a weighted sum of losses."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch
 from cskd_jax.models import ModelOutput
 
+# The metrics and the columns of the history that are not losses.
+_RESERVED = frozenset(
+    {"accuracy", "epoch", "gradient_norm", "learning_rate", "loss", "mean_average_precision", "phase", "split", "step"}
+)
 _SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "parent", "name"}
 
 
@@ -92,9 +98,11 @@ class Objective:
         fields = {field.name for field in dataclasses.fields(Weight)}
         created = {}
         for name, entry in sorted(losses.items()):
-            settings = _as_settings(entry)
+            if name in _RESERVED or "/" in name:
+                raise UserError(f"a loss cannot be called {name}: metrics and rows of the history are called so")
+            settings = as_settings(entry)
             loss = settings.pop("loss", None)
-            weight = Weight(**{"weight": 1.0} | {key: value for key, value in settings.items() if key in fields})
+            weight = _create_weight(name, {key: value for key, value in settings.items() if key in fields})
             hyper = {key: value for key, value in settings.items() if key not in fields}
             created[name] = (weight, _create_loss(name, loss, hyper, common))
         return cls(created, steps_per_epoch)
@@ -139,6 +147,7 @@ class Objective:
         for name, (weight, loss) in self.losses.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             (value, parts), updated = loss.apply(variables, inputs, mutable=["memory"])
+            _check_scalars(name, value, parts)
             total += weight.at(step // self.steps_per_epoch) * value
             terms[name] = value
             terms |= {f"{name}/{term}": part for term, part in parts.items()}
@@ -173,10 +182,34 @@ class FunctionLoss(Method):
         return value if isinstance(value, tuple) else (value, {})
 
 
-def _as_settings(entry):
+def as_settings(entry: Any) -> dict[str, Any]:
+    """Returns the entry of a loss, see `Objective.create`, as a dictionary; numbers of NumPy become Python's."""
     if isinstance(entry, Mapping) or hasattr(entry, "to_dict"):
-        return dict(entry)
+        return {key: value.item() if isinstance(value, np.generic) else value for key, value in entry.items()}
+    if isinstance(entry, np.generic):
+        entry = entry.item()
     return {"weight": entry} if isinstance(entry, int | float) else {"loss": entry}
+
+
+def _create_weight(name, settings):
+    """Returns the weight of a loss; raises UserError for what makes no sense."""
+    weight = Weight(**{"weight": 1.0} | settings)
+    if not isinstance(weight.weight, int | float) or not 0 <= weight.weight < math.inf:
+        raise UserError(f"losses.{name}.weight is {weight.weight!r}; it must be a number of at least 0")
+    if weight.end_epoch is not None and weight.end_epoch <= weight.start_epoch:
+        start = weight.start_epoch
+        raise UserError(f"losses.{name}.end_epoch is {weight.end_epoch}; it must be more than start_epoch, {start}")
+    return weight
+
+
+def _check_scalars(name, value, parts):
+    """Raises ValueError unless a loss has returned scalars."""
+    if not isinstance(parts, Mapping):
+        raise ValueError(f"losses.{name} must return a scalar, or a scalar and a dictionary of scalars")
+    for key, part in {name: value, **{f"{name}/{term}": term_value for term, term_value in parts.items()}}.items():
+        if jnp.shape(part) != () if isinstance(part, jax.Array | int | float | np.generic) else True:
+            shape = f"shape {part.shape}" if hasattr(part, "shape") else type(part).__name__
+            raise ValueError(f"losses.{key} must be a scalar; got {shape}")
 
 
 def _create_loss(name, loss, hyper, common):

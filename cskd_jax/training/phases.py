@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from cskd_jax.errors import UserError
@@ -23,7 +24,7 @@ class Phase:
       epochs: Number of epochs.
       losses: Losses, see `Objective.create`.
       optimizer: Optimizer.
-      schedule: Learning rate of that optimizer by the number of its updates, for the log.
+      schedule: Learning rate of that optimizer by the number of its updates, for the log; read only beside `optimizer`.
       trainable: Function from the path of a parameter of the network, such as ("classifier", "kernel"), to whether it
         trains; None trains all. What losses train always trains.
     """
@@ -82,8 +83,8 @@ def make_parts(
     Raises:
       UserError: There is no phase, or one has no epochs.
     """
-    if not phases or any(phase.epochs < 1 for phase in phases):
-        raise UserError("a training needs at least one phase, and every phase at least one epoch")
+    if not phases or not all(isinstance(phase.epochs, int | np.integer) and phase.epochs >= 1 for phase in phases):
+        raise UserError("a training needs at least one phase, and every phase at least one epoch, as an integer")
     described = [losses if phase.losses is None else phase.losses for phase in phases]
     all_losses = create({name: entry for description in reversed(described) for name, entry in description.items()})
     parts: list[Part] = []

@@ -98,3 +98,15 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
     """Returns `optimizer.init(params)`; parts of optax fail under strict dtype promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return optimizer.init(params)
+
+
+def check_unchanged(before: TrainState, after: TrainState) -> None:
+    """Raises ValueError if a step gives a state of other shapes or dtypes than it takes; only these are read."""
+    shapes = []
+    for state in (before, after):
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        shapes.append({jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves})
+    for path in sorted(shapes[0].keys() | shapes[1].keys()):
+        old, new = (found.get(path, "nothing") for found in shapes)
+        if old != new:
+            raise ValueError(f"a step turns {path} from {old} into {new}; it must keep its shape and dtype")

@@ -58,7 +58,7 @@ def make_train_step(
         teacher_output = None
         if teacher is not None:
             teacher_output = lax.stop_gradient(teacher.apply(teacher_variables, images, train=False)[0])
-        student_key = _student_key(step_key, student, axis_name)
+        student_key = _student_key(step_key, axis_name)
 
         def loss(params):
             variables = {"params": params["network"], **state.collections}
@@ -106,13 +106,11 @@ def make_eval_step(
     return eval_step
 
 
-def _student_key(step_key, student, axis_name):
+def _student_key(step_key, axis_name):
     """Returns the key of the student's random draws."""
     key = jax.random.fold_in(step_key, _STUDENT)
-    if axis_name is not None and not student.synchronized:
-        # Its draws have the shape of the device's part of the batch: every device must draw its own.
-        key = jax.random.fold_in(key, lax.axis_index(axis_name))
-    return key
+    # Its draws have the shape of the device's part of the batch: every device must draw its own.
+    return key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
 
 
 def _average(collections, axis_name):

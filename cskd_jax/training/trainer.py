@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from cskd_jax.data import ImageDataset
@@ -34,7 +35,8 @@ class Student:
     Attributes:
       network: A linen module or a `Network`.
       losses: Losses, see `Objective.create`.
-      optimizer: Optimizer of the parameters of the network, and of what the losses train.
+      optimizer: Optimizer of {"network": parameters of the network, "losses": {name: what the loss trains}}. Masks and
+        labels given to optax as functions see this tree.
       schedule: Learning rate by the number of updates, for the log; None if it is not known.
       variables: Variables that it starts from; None for fresh ones.
       description: What its checkpoints say of the network; by default the name of its class.
@@ -89,7 +91,9 @@ class Trainer:
     """Trains students, each to the end of all phases.
 
     All students see the same images in the same order, with the same augmentation, so that their results pair up.
-    With a workdir the training resumes where an earlier start in the same folder left it, bit for bit.
+    With a workdir the training resumes where an earlier start in the same folder left it, bit for bit. The trainer
+    compares nothing but the shapes of arrays with that start; `distill` and recipes compare settings and data, and lock
+    the folder.
 
     Args:
       students: {name: student}.
@@ -135,6 +139,9 @@ class Trainer:
         keep_checkpoints: int = 2,
         stream: int = 1,
     ):
+        for argument, value, low in (("log_every", log_every, 1), ("seed", seed, 0)):
+            if not isinstance(value, int | np.integer) or value < low:
+                raise UserError(f"{argument} is {value!r}; it must be an integer of at least {low}")
         if len(teachers) > 1:
             raise UserError(f"a trainer takes one teacher; got {len(teachers)}")
         self._teacher, self._workdir = next(iter(teachers), None), None if workdir is None else pathlib.Path(workdir)
@@ -160,7 +167,6 @@ class Trainer:
         network = as_network(student.network)
 
         def create(losses):
-            _check_losses(losses, data)
             objective = Objective.create(
                 losses,
                 num_classes=data.num_classes,
@@ -168,6 +174,7 @@ class Trainer:
                 num_examples=len(data.train.labels),
                 steps_per_epoch=sampler.steps_per_epoch,
             )
+            _check_losses(objective, data)
             if objective.needs_teacher and self._teacher is None:
                 names = [loss for loss, (_, module) in objective.losses.items() if module.needs_teacher]
                 raise UserError(f"{name}: losses.{names[0]} needs a teacher")
@@ -216,9 +223,11 @@ class Trainer:
           DivergedError: A loss or gradient is not finite.
         """
         devices, stop = self._setup.devices, StopRequest() if stop is None else stop
-        if self._teacher is not None and self._teacher.variables is None:
-            raise UserError("the teacher has no variables: set them before fit")
-        teacher_variables = None if self._teacher is None else devices.replicate(self._teacher.variables)
+        teacher_variables = None
+        if self._teacher is not None:
+            if self._teacher.variables is None:
+                raise UserError("the teacher has no variables: set them before fit")
+            teacher_variables = devices.replicate(self._teacher.variables)
         results = {}
         for name, loop in self._loops.items():
             loop.say_what_depends_on_devices()
@@ -227,11 +236,26 @@ class Trainer:
             if self._workdir is not None:
                 rows = processes.on_first(lambda: list(read_rows(self._workdir / "metrics.jsonl")))
                 history = [row for row in rows if row["phase"] == name]
-            results[name] = _result(self.state[name].variables, progress, history)
+            results[name] = _result(name, self.state[name].variables, progress, history)
         return results
 
+    def say(self, message: str) -> None:
+        """Tells the callbacks a line for people."""
+        for callback in self._setup.callbacks:
+            callback.on_message(message)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Returns what checkpoints say of the network of a student."""
+        return self._loops[name].record.network
+
     def evaluate(self, name: str, split: str = "test") -> dict[str, float]:
-        """Returns the metrics of a student on a split, "test" or "train", after `fit`."""
+        """Returns the metrics of a student on a split, "test" or "train".
+
+        Raises:
+          UserError: There is no such student, or it has not been trained.
+        """
+        if name not in self.state:
+            raise UserError(f"{name} has not been trained: fit trains {', '.join(self._loops)}")
         return self.evaluation(name, split)(self._setup.devices.replicate(self.state[name].variables))
 
     def evaluation(self, name: str, split: str = "test") -> Evaluation:
@@ -239,8 +263,11 @@ class Trainer:
         return self._loops[name].evaluation if split == "test" else self._loops[name].evaluation_on(split)
 
 
-def _result(variables: Variables, progress: Progress, history: Sequence[Mapping[str, Any]]) -> Result:
+def _result(name: str, variables: Variables, progress: Progress, history: Sequence[Mapping[str, Any]]) -> Result:
     """Returns the result of a student, with the metrics of the last rows of its history."""
+    if not any(row["split"] == "test" for row in history):  # The file was removed, not what the checkpoint knows.
+        last = progress.evaluations["last"]
+        history = [*history, {"phase": name, "split": "test", "step": None, **last}]
     metrics = {row["split"]: {name: value for name, value in row.items() if name not in ROW_KEYS} for row in history}
     last, best = (progress.evaluations.get(name, {}) for name in ("last", "best"))
     return Result(variables, metrics, last, best, history, progress.images_per_second)
@@ -258,9 +285,11 @@ def _describe_images(data: ImageDataset, normalize: Any) -> dict[str, Any]:
     return images
 
 
-def _check_losses(losses: Mapping[str, Any], data: ImageDataset) -> None:
+def _check_losses(objective: Objective, data: ImageDataset) -> None:
     """Raises UserError for a loss that reads another kind of labels than the data set has."""
-    wrong = [name for name in losses if name in LOSSES and LOSSES[name].multilabel not in (None, data.multilabel)]
+    if not objective.losses:
+        raise UserError("losses must name at least one loss")
+    wrong = [name for name, (_, loss) in objective.losses.items() if loss.multilabel not in (None, data.multilabel)]
     if wrong:
         fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]
         kind = "any number of categories (multi-label)" if data.multilabel else "one category"
@@ -273,6 +302,8 @@ def _check_losses(losses: Mapping[str, Any], data: ImageDataset) -> None:
 def _check_batches(setup: Setup) -> None:
     """Raises UserError for batches that cannot be had, or that do not divide by the devices."""
     sampler = setup.sampler
+    if not isinstance(sampler.batch_size, int | np.integer) or sampler.batch_size < 1:
+        raise UserError(f"batch_size is {sampler.batch_size!r}; it must be an integer of at least 1")
     if sampler.batch_size > sampler.num_examples:
         raise UserError(
             f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
