@@ -61,6 +61,7 @@ def test_result():
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(result.variables))
 
 
+@pytest.mark.slow
 def test_the_order_of_losses_does_not_matter():
     losses = {"kd": 0.5, "cross_entropy": 0.5, "cc": 0.1}
     teacher = {"teacher": Net(), "teacher_variables": distill(Net()).variables}
@@ -69,12 +70,14 @@ def test_the_order_of_losses_does_not_matter():
     assert_equal(*(result.variables for result in results))
 
 
+@pytest.mark.slow
 def test_student_variables_are_where_it_starts():
     variables = distill(Net()).variables
     result = distill(Net(), student_variables=variables, optimizer=optax.sgd(0.0), epochs=1)
     assert_equal(result.variables, variables)
 
 
+@pytest.mark.slow
 def test_uint8_images_are_normalized_and_floats_taken_as_they_are():
     pixels = RNG.integers(256, size=(24, 4, 4, 1), dtype=np.uint8)
     floats = (pixels.astype(np.float32) / 255 - 0.5) / 0.25
@@ -85,6 +88,7 @@ def test_uint8_images_are_normalized_and_floats_taken_as_they_are():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *(r.variables for r in results))
 
 
+@pytest.mark.slow
 def test_resumes_bit_for_bit_and_is_extended(tmp_path):
     expected = distill(Net(dropout=0.3, norm=True), epochs=3)
     short = distill(Net(dropout=0.3, norm=True), epochs=2, workdir=tmp_path)
@@ -101,6 +105,7 @@ def test_resumes_bit_for_bit_and_is_extended(tmp_path):
         cskd_jax.load_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
     distill(Net(), workdir=tmp_path)
     named = {"train": "data", "student_features": "paths"}
@@ -115,6 +120,7 @@ def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
     assert "cannot be compared with those of the earlier start" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_workdir_of_something_else_is_left_alone(tmp_path):
     make_trainer(tmp_path / "trainer").fit()
     with pytest.raises(UserError, match="holds checkpoints that no distill has made"):
@@ -128,6 +134,7 @@ def test_a_workdir_of_something_else_is_left_alone(tmp_path):
         distill(Net(), workdir=tmp_path / "linked")
 
 
+@pytest.mark.slow
 def test_a_longer_training_than_asked_for_is_left_alone(tmp_path):
     make_trainer(tmp_path).fit()
     shorter = cskd_jax.Trainer(
@@ -138,12 +145,14 @@ def test_a_longer_training_than_asked_for_is_left_alone(tmp_path):
         shorter.fit()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_no_loss_reads_is_left_out():
     variables = distill(Net(), epochs=1).variables
     expected = distill(Net())
     assert_equal(distill(Net(), teacher=Net(), teacher_variables=variables).variables, expected.variables)
 
 
+@pytest.mark.slow
 def test_losses_may_be_given_as_numbers_of_numpy():
     expected = distill(Net(), losses={"cross_entropy": 0.5})
     for weight in (np.float32(0.5), np.float64(0.5), {"weight": np.float64(0.5)}):
@@ -176,6 +185,7 @@ def test_what_is_sown_is_not_kept():
     assert distill(Sows()).variables.keys() == {"params"}
 
 
+@pytest.mark.slow
 def test_a_network_without_training_mode_is_told_of(capsys):
     class NeverTrains(nn.Module):
         @nn.compact
@@ -233,6 +243,7 @@ def test_a_loss_says_what_the_network_does_not_return():
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_function_sees_the_whole_batch():
     results = [
@@ -242,6 +253,7 @@ def test_a_function_sees_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *(r.variables for r in results))
 
 
+@pytest.mark.slow
 def test_what_depends_on_the_number_of_devices_is_said_once(capsys):
     shown = {"callbacks": [cskd_jax.Console()]}
     one = distill(Net(norm=True, dropout=0.5), **shown)
@@ -268,6 +280,7 @@ class Sees(nn.Module):
         return bias + x.reshape(len(x), -1)[:, :3]
 
 
+@pytest.mark.slow
 def test_devices_draw_different_masks_and_their_averages_are_averaged():
     settings = {"batch_size": 16, "epochs": 1, "optimizer": optax.sgd(0.1)}
     one, two = (distill(Sees(), devices=devices, **settings).variables for devices in (1, 2))
@@ -314,6 +327,7 @@ def make_trainer(workdir=None, callbacks=()):
     )
 
 
+@pytest.mark.slow
 def test_phases():
     seen = {}
 
@@ -330,6 +344,7 @@ def test_phases():
     assert int(trainer.state["net"].step) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [3, 4, 5, 7])
 def test_stopped_in_any_phase_it_goes_on_bit_for_bit(steps, tmp_path):
     expected = make_trainer().fit()["net"]
@@ -344,6 +359,7 @@ def test_stopped_in_any_phase_it_goes_on_bit_for_bit(steps, tmp_path):
     assert actual.history == expected.history
 
 
+@pytest.mark.slow
 def test_nothing_of_the_process_is_changed():
     before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_numpy_dtype_promotion")}
     results = []
@@ -354,6 +370,7 @@ def test_nothing_of_the_process_is_changed():
     assert before == {name: getattr(jax.config, name) for name in before}
 
 
+@pytest.mark.slow
 def test_without_callbacks_it_is_quiet(capsys):
     distill(Net(norm=True), epochs=1, devices=2)
     assert capsys.readouterr() == ("", "")

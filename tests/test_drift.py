@@ -4,12 +4,12 @@ import pytest
 
 from tests import drift
 
-METHODS = ("cskd", "ce", "crd")
+METHODS = ("cskd", "crd")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["1 x float32", "2 x float64"])
-def test_nothing_has_drifted(case):
+def test_nothing_has_drifted():
+    case = "2 x float64"
     found = drift.digests_of(case, METHODS)
     expected = drift.recorded().get(case) or drift.digests_of(case, METHODS)
     assert found == {method: expected[method] for method in METHODS}

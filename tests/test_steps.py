@@ -161,7 +161,7 @@ def test_evaluation_counts_every_image_once_on_any_number_of_devices():
             collected.append(found)
     assert sums[0]["count"] == sums[1]["count"] == 13
     assert sums[0]["top1"] == sums[1]["top1"]
-    logits = student.clone(axis_name=None).apply(variables, full["image"][:13], train=False).logits
+    logits = student.on_axis(None).apply(variables, full["image"][:13], train=False)[0].logits
     assert sums[0]["top1"] == (np.argmax(logits, axis=1) == full["label"][:13]).sum()
     for found in predicted:
         np.testing.assert_array_equal(found[:13], np.argmax(logits, axis=1))

@@ -62,7 +62,7 @@ def sweep(runs: Sequence[Run], jobs: int) -> None:
                 failed[run] = f"not started: {run.teacher.name} failed"
                 report(run, failed[run])
     if failed:
-        names = ", ".join(run.name for run in failed)
+        names = ", ".join(run.name for run in runs if run in failed)
         raise FailedRunsError(f"{len(failed)} of {total} runs failed: {names}; the same command tries them again")
     say(f"all {total} runs done: python -m cskd_jax.report {runs[0].sweep}")
 

@@ -10,7 +10,7 @@ import pytest
 
 from cskd_jax.losses import LOSSES, ContrastMemory, contrastive_loss
 from cskd_jax.losses.crd import draw_negatives, new_contrast_memory, remember
-from cskd_jax.training.checkpoint import Checkpoints
+from cskd_jax.training.checkpoint import Checkpoints, Record
 from tests.method_checks import (
     BATCH,
     NUM_CLASSES,
@@ -251,7 +251,7 @@ def test_the_training_step_updates_the_memory():
     assert np.isfinite(memories[1].log_normalizers).all()
     np.testing.assert_array_equal(memories[4].log_normalizers, memories[1].log_normalizers)
     assert_finite(metrics)
-    params = [state.params["methods"]["crd"] for state in states]
+    params = [state.params["losses"]["crd"] for state in states]
     for name in ("student", "teacher"):
         assert (np.asarray(params[0][name]["kernel"]) != params[1][name]["kernel"]).any()
 
@@ -260,9 +260,9 @@ def test_the_training_step_updates_the_memory():
 def test_the_memory_is_saved_with_the_state(tmp_path):
     state = on_one_device()[0][-1]
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(4, state, {})
+        checkpoints.save(4, state, Record({"name": "small"}, channels=2))
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
-        restored, _ = checkpoints.restore(jax.eval_shape(lambda: state))
+        restored, _ = checkpoints.restore(lambda step: jax.eval_shape(lambda: state))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 

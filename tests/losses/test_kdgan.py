@@ -203,7 +203,7 @@ def test_any_number_of_devices():
 def test_training():
     states, metrics = train(LOSSES_OF_TRAINING, steps=30)
     assert_finite((states[-1], metrics))
-    before, after = states[0].params["methods"]["kdgan"], states[-1].params["methods"]["kdgan"]
+    before, after = states[0].params["losses"]["kdgan"], states[-1].params["losses"]["kdgan"]
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a != b).any()), before, after))
     other_states, other_metrics = train(LOSSES_OF_TRAINING, steps=3, num_devices=4)
     assert_close((other_states[-1].params, other_metrics), (states[3].params, metrics[:3]))
