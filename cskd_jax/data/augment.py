@@ -28,14 +28,7 @@ class Normalize:
 
 
 def augment(
-    images: jax.Array,
-    key: jax.Array,
-    positions: jax.Array,
-    *,
-    resize: int = 0,
-    crop_padding: int,
-    flip: bool,
-    upside_down: bool = False,
+    images: jax.Array, key: jax.Array, positions: jax.Array, *, resize: int = 0, crop_padding: int, flip: bool
 ) -> jax.Array:
     """Enlarges, pads with zeros (black), crops at random back to the size, and mirrors half of the images.
 
@@ -48,7 +41,6 @@ def augment(
       resize: pixels of the shorter side after enlarging; 0 to leave the images as they are.
       crop_padding: pixels of zeros on each side, added after that; 0 for none.
       flip: whether to mirror horizontally with probability 1/2.
-      upside_down: Whether to turn upside down with probability 1/2.
 
     Returns:
       uint8 [B, H, W, C].
@@ -69,8 +61,6 @@ def augment(
             image = lax.dynamic_slice(jnp.pad(image, (pad, pad, (0, 0))), (*offset, 0), shape)
         if flip:
             image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-        if upside_down:
-            image = jnp.where(jax.random.bernoulli(jax.random.fold_in(flip_key, 1)), image[::-1], image)
         return image
 
     return jax.vmap(one)(images, positions)

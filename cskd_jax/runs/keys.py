@@ -132,7 +132,6 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "unless augment.resize has enlarged the image.",
         ),
         "augment.flip": Key(False, rules.BOOL, "Whether half of the images are mirrored."),
-        "augment.upside_down": Key(False, rules.BOOL, "Whether half of the images are turned upside down."),
         "teacher.name": Key(None, _TEACHER, "Network of the teacher; needed only by losses that read a teacher."),
         "teacher.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the teacher."),
         "teacher.checkpoint": Key(
