@@ -157,7 +157,7 @@ def test_published_recipes(recipe):
         assert (config.student.name, config.student.width) == ("resnet18", 0.25)
         settings = config.optimizer
         assert (settings.learning_rate, settings.momentum, settings.weight_decay) == (0.1, 0.9, 1e-4)
-        assert dict(config.augment) == {"resize": 0, "crop_padding": 4, "flip": True}
+        assert {"resize": 0, "crop_padding": 4, "flip": True}.items() <= dict(config.augment).items()
         assert not config.drop_last
     assert (released.optimizer.milestones, paper.optimizer.milestones) == ((80, 120), (80, 120, 160))
     assert (released.optimizer.restart_momentum, paper.optimizer.restart_momentum) == (True, False)
@@ -172,7 +172,7 @@ def test_published_recipe_of_tiny_imagenet(method):
     settings = config.optimizer
     assert (settings.learning_rate, settings.momentum, settings.weight_decay) == (0.1, 0.9, 5e-4)
     assert (settings.milestones, settings.decay_factor, settings.restart_momentum) == ((50, 100, 150), 0.1, False)
-    assert dict(config.augment) == {"resize": 72, "crop_padding": 0, "flip": True}
+    assert {"resize": 72, "crop_padding": 0, "flip": True}.items() <= dict(config.augment).items()
 
 
 def test_only_the_process_that_reads_the_teacher_needs_it():
