@@ -23,7 +23,6 @@ from tests.conftest import ROOT
 
 RECIPES = {
     "digits": (10, (8, 8, 1)),
-    "digits_small": (10, (8, 8, 1)),
     "digit_pairs": (10, (16, 16, 1)),
     "cifar10": (10, (32, 32, 3)),
     "cifar100": (100, (32, 32, 3)),
