@@ -37,7 +37,6 @@ from cskd_jax.losses.pkt import PKT, pkt_loss
 from cskd_jax.losses.review import ReviewKD, hierarchical_context_loss
 from cskd_jax.losses.rkd import RKD, rkd_loss
 from cskd_jax.losses.similarity import SimilarityPreserving, similarity_preserving_loss
-from cskd_jax.losses.smooth_l1 import SmoothL1
 from cskd_jax.losses.standardization import StandardizedKD, standardized_kd_loss
 from cskd_jax.losses.vid import VID, vid_loss
 
@@ -111,7 +110,6 @@ LOSSES: dict[str, type[Method]] = {
     "pkt": PKT,
     "reviewkd": ReviewKD,
     "rkd": RKD,
-    "smooth_l1": SmoothL1,
     "sp": SimilarityPreserving,
     "vid": VID,
 }
