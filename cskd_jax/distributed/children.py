@@ -9,5 +9,5 @@ _prctl = ctypes.CDLL(None).prctl
 
 
 def die_with_parent() -> None:
-    """As `preexec_fn` of `subprocess.Popen`: the child gets SIGKILL when its parent is gone, however that ended."""
+    """Makes the child get SIGKILL when its parent is gone, however that ended: a `preexec_fn` of `subprocess.Popen`."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

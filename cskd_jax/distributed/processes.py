@@ -19,11 +19,11 @@ from jax.experimental import multihost_utils
 from cskd_jax import console
 from cskd_jax.errors import InterruptedRun, UserError
 
-# After so many seconds without a sign of life a process counts as dead, and JAX ends the others.
+# Seconds without a sign of life after which a process counts as dead, and JAX ends the others.
 HEARTBEAT_SECONDS = 20
-# So long a process that has ended waits for the others to end too.
+# Seconds that a process which has ended waits for the others to end too.
 SHUTDOWN_SECONDS = 20
-# An error is told to the other processes in a message of so many bytes.
+# Bytes of the message in which an error is told to the other processes.
 _MESSAGE_BYTES = 4096
 
 T = TypeVar("T")
@@ -35,9 +35,9 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     Args:
       coordinator: HOST:PORT of the first process, on which it listens; None with `processes` and `process` too for a
         run of one process.
-      processes: how many there are.
-      process: which of them this is, from 0.
-      cluster: asks SLURM or the TPU pod instead; what looks like a step of one of them with several processes is
+      processes: Number of processes.
+      process: Number of this process, from 0.
+      cluster: Whether SLURM or the TPU pod is asked instead; what looks like a step of one of them with several processes is
         asked even without.
 
     Raises:

@@ -13,8 +13,8 @@ class StopRequest:
     With several processes a signal to any one of them stops all after the same step; only SIGKILL ends one at once.
 
     Attributes:
-      requested: whether a signal came.
-      name: of the signal.
+      requested: Whether a signal came.
+      name: Name of the signal.
     """
 
     def __init__(self):

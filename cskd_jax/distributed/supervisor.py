@@ -23,10 +23,10 @@ class Supervisor:
     """Starts a command again until it ends in a way that another start would not mend.
 
     Args:
-      command: and its arguments.
-      processes: how many of it to start.
-      restarts: how many in a row.
-      grace: seconds from a request to stop to SIGKILL.
+      command: Command and its arguments.
+      processes: Number of processes of it to start.
+      restarts: Number of restarts in a row.
+      grace: Seconds from a request to stop to SIGKILL.
     """
 
     def __init__(self, command: Sequence[str], processes: int, restarts: int, grace: float):

@@ -29,11 +29,11 @@ def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
     Where a process of another machine holds it, waits for `PATIENCE_SECONDS`: that machine may be dead, not yet missed.
 
     Args:
-      path: file of the lock; it and its folder are made if missing.
-      holder: who holds it if this process does not, such as "another job", and where.
+      path: File of the lock; it and its folder are made if they are missing.
+      holder: Who holds it if this process does not, such as "another job", and where.
 
     Raises:
-      UserError: another process holds it, its folder cannot be written to, or there is a symbolic link in its place.
+      UserError: Another process holds it, its folder cannot be written to, or there is a symbolic link in its place.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def _acquire(file, holder):
                 patience = LOCAL_PATIENCE_SECONDS if file.read() == _machine() else PATIENCE_SECONDS
                 say(f"{holder}: waiting up to {patience} s for its end")
             if time.monotonic() - begin >= patience:
-                raise UserError(f"{holder}; wait for its end, or use another --workdir") from None
+                raise UserError(f"{holder}; wait for its end, or use another workdir") from None
             time.sleep(_POLL_SECONDS)
         else:
             file.truncate(0)
@@ -71,5 +71,5 @@ def _acquire(file, holder):
 
 
 def _machine():
-    """Of this start of this machine; containers may share their names with others."""
+    """Returns what names this start of this machine; the names of containers may not be unique."""
     return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

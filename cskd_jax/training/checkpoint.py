@@ -97,13 +97,13 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one phase of a run, in `directory`, by step; saving is asynchronous. A context manager.
+    """The checkpoints of one network, by step; saving is asynchronous. A context manager.
 
     All processes call the same methods in the same order, and get the same values or errors.
 
     Args:
-      directory: made if missing.
-      keep: how many of the newest to keep; the one with the best score is kept besides.
+      directory: Folder of the checkpoints, which is made if it is missing.
+      keep: Number of the newest checkpoints to keep; the one with the best score is kept besides.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int):
@@ -134,10 +134,10 @@ class Checkpoints:
         """Starts saving; returns once the arrays are on the host.
 
         Args:
-          step: greater than that of every checkpoint there is.
-          tree: of arrays, equal on all devices.
+          step: Number of steps done, greater than that of every checkpoint there is.
+          tree: Tree of arrays, equal on all devices.
           record: Record to go with them.
-          score: the greater the better.
+          score: Score of the network, higher for a better one.
         """
         processes.on_first(self._save, step, tree, record, score)
 

@@ -11,12 +11,12 @@ from jax import lax
 
 from cskd_jax.losses import gather_batch, sum_batch
 
-# Of no more categories than this, nearly everything is among the five most likely ones: top-5 says nothing.
+# With no more classes than this, nearly every class is among the five most likely ones: top-5 says nothing.
 _FEW_CATEGORIES = 10
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums over a batch from which accuracies and the mean loss of a split are made.
+    """Returns sums over a batch, from which the accuracies and the mean loss of a split are made.
 
     Args:
       logits: float [B, C].
@@ -42,14 +42,14 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
 
 
 def mean_average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean of `average_precision` over the categories that have samples: scalar in [0, 1]; 0 where none has."""
+    """Returns the mean of `average_precision` over the classes that have samples, in [0, 1]; 0 where none has."""
     has_samples = jnp.any(labels > 0, axis=0)
     values = average_precision(scores, labels)
     return jnp.sum(values) / jnp.maximum(jnp.sum(has_samples), 1).astype(values.dtype)
 
 
 def average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Average precision of the ranking of the samples by each category.
+    """Returns the average precision of the ranking of the samples by each class.
 
     That of a category is the mean, over its samples j, of the precision among the samples that score at least as high
     as j: that of scikit-learn's average_precision_score. Time O(N C log N), memory O(N C).
@@ -79,11 +79,11 @@ class Task(NamedTuple):
     """What follows from the labels of a data set: how a network learns from them alone, and how it is judged.
 
     Attributes:
-      supervision: the method of `LOSSES` that a teacher is trained with.
-      score: the metric of a split that says which epoch is best; greater is better.
+      supervision: Loss of `LOSSES` that a teacher is trained with.
+      score: Metric of a split that says which epoch is best; greater is better.
       names: {metric of a split: its name for people}, without the loss; top-5 is measured only of more than ten
         categories.
-      step_metric: the metric of a training step that the progress bar shows.
+      step_metric: Metric of a training step that the progress bar shows.
       measure_step: (logits, labels, axis_name) -> {`step_metric`: scalar}; the mean over devices is that of the global
         batch.
       measure_batch: (logits, labels, mask, axis_name) -> what `summarize` takes of a batch, equal on all devices.
@@ -103,17 +103,17 @@ class Task(NamedTuple):
     by_category: Callable[[Sequence[Any], np.ndarray, int], tuple[np.ndarray, np.ndarray | None]]
 
     def describe(self, values: dict[str, float]) -> str:
-        """Metrics of a split for people, without the loss."""
+        """Returns the metrics of a split for people, without the loss."""
         return ", ".join(f"{name} {values[metric]:.4f}" for metric, name in self.names.items() if metric in values)
 
 
 def task_of(multilabel: bool) -> Task:
-    """The task of a data set: with images of several categories, or of one each."""
+    """Returns the task of a data set whose images have several classes each, or one."""
     return MULTI_LABEL if multilabel else SINGLE_LABEL
 
 
 def task_that_measured(values: dict[str, float]) -> Task:
-    """The task that has given these metrics of a split."""
+    """Returns the task that has given these metrics of a split."""
     return task_of(MULTI_LABEL.score in values)
 
 
