@@ -33,15 +33,15 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     """Makes this process one of several, before any other use of JAX.
 
     Args:
-      coordinator: HOST:PORT of the first process, on which it listens; None with `processes` and `process` too for a
-        run of one process.
+      coordinator: HOST:PORT on which the first process listens; None, as `processes` and `process`, for a run of one
+        process.
       processes: Number of processes.
       process: Number of this process, from 0.
-      cluster: Whether SLURM or the TPU pod is asked instead; what looks like a step of one of them with several processes is
-        asked even without.
+      cluster: Whether SLURM or the TPU pod is asked instead. What looks like a step of one of them with several
+        processes is asked anyway.
 
     Raises:
-      UserError: some of the three are missing or make no sense.
+      UserError: Some of the three are missing or make no sense.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given):
