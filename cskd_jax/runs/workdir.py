@@ -71,7 +71,9 @@ def is_done(workdir: pathlib.Path, epochs: int) -> bool:
     path = workdir / "config.json"
     if not (workdir / RESULTS).exists():
         return False
-    return not path.exists() or read_json(path).get("epochs", epochs) >= epochs
+    if not path.exists():
+        return not _has_checkpoints(workdir)  # With checkpoints, something else than a recipe has made them.
+    return read_json(path).get("epochs", epochs) >= epochs
 
 
 def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageDataset) -> None:
@@ -84,6 +86,8 @@ def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageData
     Raises:
       UserError: The run in the workdir cannot be continued as the one asked for, or its data have changed.
     """
+    if _has_checkpoints(workdir) and not (workdir / "config.json").exists():
+        raise UserError(f"workdir {workdir} holds checkpoints that no recipe has made; use another --workdir")
     identity = {**identity, DATA_FINGERPRINT: fingerprint(dataset)}
     check_workdir(workdir, identity)
     if not _has_checkpoints(workdir):
@@ -123,11 +127,7 @@ def _has_checkpoints(workdir: pathlib.Path, phase: str = "*") -> bool:
 
 def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     path = workdir / "config.json"
-    if path.exists():
-        return read_json(path)
-    if _has_checkpoints(workdir):
-        raise UserError(f"workdir {workdir} holds checkpoints that no recipe has made; use another --workdir")
-    return dict(identity)
+    return read_json(path) if path.exists() else dict(identity)
 
 
 def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
