@@ -9,7 +9,7 @@ METHODS = ("cskd", "crd")
 
 @pytest.mark.slow
 def test_nothing_has_drifted():
-    case = "2 x float64"
+    case = "1 x float32"
     found = drift.digests_of(case, METHODS)
     expected = drift.recorded().get(case) or drift.digests_of(case, METHODS)
     assert found == {method: expected[method] for method in METHODS}
