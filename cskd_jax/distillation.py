@@ -17,11 +17,10 @@ from cskd_jax.data.augment import Normalize
 from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.errors import UserError
-from cskd_jax.files import refuse_links, write_json
+from cskd_jax.files import write_json
 from cskd_jax.losses import Method
-from cskd_jax.runs.lock import locked
-from cskd_jax.runs.results import RESULTS, WRITTEN, describe_result
-from cskd_jax.runs.workdir import read_json
+from cskd_jax.runs.results import RESULTS, describe_result
+from cskd_jax.runs.workdir import held, read_json
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import FOLDER, digest_of, mark_unfinished
 from cskd_jax.training.networks import as_network
@@ -110,7 +109,7 @@ def distill(
     teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
     network = as_network(student, student_features, student_embedding)
     workdir = None if workdir is None else pathlib.Path(workdir)
-    with contextlib.nullcontext() if workdir is None else _locked(workdir):
+    with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY):
         trainer = Trainer(
             {_STUDENT: Student(network, losses, optimizer, schedule, student_variables)},
             teachers,
@@ -132,8 +131,7 @@ def distill(
             settings["losses"] = {name: _describe_loss(as_settings(entry)) for name, entry in losses.items()}
             for name, variables in (("teacher", teacher_variables), ("student", student_variables)):
                 settings[f"{name}_variables"] = None if variables is None else digest_of(variables)
-            message = _claim(workdir, settings)
-            trainer.say(message)
+            trainer.say(_claim(workdir, settings))
         result = trainer.fit()[_STUDENT]
         if workdir is not None:
             write_json(workdir / RESULTS, {"student": describe_result(trainer.describe(_STUDENT), result)})
@@ -147,15 +145,6 @@ def _make_teachers(teacher, variables, features, embedding):
     if variables is None:
         raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")
     return [Teacher(as_network(teacher, features, embedding), variables)]
-
-
-@contextlib.contextmanager
-def _locked(workdir):
-    """Holds the workdir for this process; raises UserError if something in it is a link to elsewhere."""
-    with locked(workdir / "lock", f"another job runs in workdir {workdir}"):
-        # The workdir may be a link of the user's; what a folder from elsewhere brings along leads to their files.
-        refuse_links(workdir / name for name in (*WRITTEN, _IDENTITY))
-        yield
 
 
 def make_data(

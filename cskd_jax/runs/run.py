@@ -10,13 +10,10 @@ from cskd_jax.console import say
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
-from cskd_jax.files import refuse_links
 from cskd_jax.runs import schema
 from cskd_jax.runs.build import load_data, make_evaluation, make_network, make_trainer
-from cskd_jax.runs.lock import locked
 from cskd_jax.runs.results import (
     RESULTS,
-    WRITTEN,
     describe,
     describe_dataset,
     describe_result,
@@ -25,7 +22,7 @@ from cskd_jax.runs.results import (
     write_results,
 )
 from cskd_jax.runs.trained import check_fits, load_given_teacher
-from cskd_jax.runs.workdir import check_workdir, claim, identify, is_done
+from cskd_jax.runs.workdir import check_workdir, claim, held, identify, is_done
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.trainer import Teacher
@@ -42,31 +39,30 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       UserError: The user can mend something; InterruptedRun and DivergedError are among its kinds.
     """
     schema.validate(config)
-    Devices().check_batch_size("batch_size", config.batch_size)
+    devices = Devices()
+    devices.check_batch_size("batch_size", config.batch_size)
     given = None
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
         given = processes.on_first(load_given_teacher, config)
     # A resumed run must not go on with another teacher.
     identity = identify(config, None if given is None else given[1].digest)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
 
         def done_or_locked():
             check_workdir(workdir, identity)
             if is_done(workdir, config.epochs):
                 return True
-            held.enter_context(locked(workdir / "lock", f"another job runs in workdir {workdir}"))
-            # The workdir may be a link of the user's; what a folder from elsewhere brings along leads to their files.
-            refuse_links(workdir / name for name in WRITTEN)
+            stack.enter_context(held(workdir))
             return False
 
         if processes.on_first(done_or_locked):
             say(f"already done: {workdir / RESULTS}")
         else:
-            _run(config, workdir, identity, given)
+            _run(config, workdir, devices, identity, given)
 
 
-def _run(config, workdir, identity, given):
-    start, versions, devices = time.monotonic(), read_versions(), Devices()
+def _run(config, workdir, devices, identity, given):
+    start, versions = time.monotonic(), read_versions()
     # Several processes would prepare the same files at once.
     dataset = processes.first_then_all(lambda: load_data(config))
     # Both trainers are made before the first one starts: what does not fit should not show hours later.

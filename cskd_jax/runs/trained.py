@@ -16,12 +16,10 @@ class TrainedNetwork(NamedTuple):
     """A network with trained weights.
 
     Attributes:
-      path: Folder of its checkpoints.
       network: The network.
       saved: Its variables, and what was saved with them.
     """
 
-    path: str
     network: LinenNetwork
     saved: Saved
 
@@ -40,7 +38,7 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
     saved = load_variables(str(path))
     check_fits(f"checkpoint {path}", saved, config, dataset)
     network = build.make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
-    return TrainedNetwork(str(path), network, saved)
+    return TrainedNetwork(network, saved)
 
 
 def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:

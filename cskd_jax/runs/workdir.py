@@ -1,8 +1,9 @@
 """The folder of a run: whose it is, whether its run is done, and how it becomes that of a longer run."""
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -11,10 +12,11 @@ from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.errors import UserError
-from cskd_jax.files import write_json
+from cskd_jax.files import refuse_links, write_json
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import keys, schema
-from cskd_jax.runs.results import RESULTS
+from cskd_jax.runs.lock import locked
+from cskd_jax.runs.results import RESULTS, WRITTEN
 from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
 from cskd_jax.training.objective import needs_teacher
 
@@ -64,6 +66,23 @@ def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
         raise UserError(
             f"workdir {workdir} holds a run of another configuration ({', '.join(texts)}); use another --workdir"
         )
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path, *written: str) -> Iterator[None]:
+    """Holds a workdir for this process.
+
+    Args:
+      workdir: Folder of the run. It may be a link of the user's; a link within it, which a folder from elsewhere may
+        bring along and which leads to the user's files, is refused.
+      written: Names of what is written into it besides `results.WRITTEN`.
+
+    Raises:
+      UserError: Another process holds it, or something in it is a link.
+    """
+    with locked(workdir / "lock", f"another job runs in workdir {workdir}"):
+        refuse_links(workdir / name for name in (*WRITTEN, *written))
+        yield
 
 
 def is_done(workdir: pathlib.Path, epochs: int) -> bool:

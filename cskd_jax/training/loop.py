@@ -63,6 +63,11 @@ class Setup:
     log_every: int = 50
     keep_checkpoints: int = 2
 
+    def say(self, message: str) -> None:
+        """Tells the callbacks a line for people."""
+        for callback in self.callbacks:
+            callback.on_message(message)
+
 
 class Loop:
     """The training of one student.
@@ -144,8 +149,7 @@ class Loop:
             self._say(f"results depend on the number of devices, {count}: {', and '.join(causes)}")
 
     def _say(self, message):
-        for callback in self._setup.callbacks:
-            callback.on_message(f"{self._name}: {message}")
+        self._setup.say(f"{self._name}: {message}")
 
     def _make_step(self, part):
         normalize, augment = self._setup.normalize, self._setup.augment

@@ -206,8 +206,8 @@ def _check_scalars(name, value, parts):
     """Raises ValueError unless a loss has returned scalars."""
     if not isinstance(parts, Mapping):
         raise ValueError(f"losses.{name} must return a scalar, or a scalar and a dictionary of scalars")
-    for key, part in {name: value, **{f"{name}/{term}": term_value for term, term_value in parts.items()}}.items():
-        if jnp.shape(part) != () if isinstance(part, jax.Array | int | float | np.generic) else True:
+    for key, part in [(name, value), *((f"{name}/{term}", part) for term, part in parts.items())]:
+        if not isinstance(part, jax.Array | int | float | np.generic) or jnp.shape(part) != ():
             shape = f"shape {part.shape}" if hasattr(part, "shape") else type(part).__name__
             raise ValueError(f"losses.{key} must be a scalar; got {shape}")
 

@@ -241,8 +241,7 @@ class Trainer:
 
     def say(self, message: str) -> None:
         """Tells the callbacks a line for people."""
-        for callback in self._setup.callbacks:
-            callback.on_message(message)
+        self._setup.say(message)
 
     def describe(self, name: str) -> dict[str, Any]:
         """Returns what checkpoints say of the network of a student."""
