@@ -2,7 +2,15 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most tests run a program once: its speed does not matter, and compiling takes most of their time.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=1",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import gc
@@ -19,6 +27,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 gc.set_threshold(100_000)  # As in main: most of the quick tests' time is tracing.
 
 ROOT = pathlib.Path(__file__).parent.parent
+_HERE_ALONE = ("--xla_force_host_platform", "--xla_backend_optimization", "--xla_llvm_disable_expensive")
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +86,7 @@ def start(tmp_path_factory):
 
     `program` is a module, or the words of another command that takes such arguments.
     """
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(_HERE_ALONE))
     cache = tmp_path_factory.mktemp("cache")
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 

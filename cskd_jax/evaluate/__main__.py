@@ -34,9 +34,8 @@ from cskd_jax.errors import UserError, printable
 from cskd_jax.files import write_json
 from cskd_jax.models import count_parameters
 from cskd_jax.runs import recipes, schema
-from cskd_jax.runs.build import load_data, make_evaluation, make_normalize
+from cskd_jax.runs.build import TrainedNetwork, load_data, load_trained, make_evaluation, make_normalize
 from cskd_jax.runs.results import describe_dataset, read_versions
-from cskd_jax.runs.trained import TrainedNetwork, load_trained
 from cskd_jax.runs.workdir import run_config
 from cskd_jax.training.checkpoint import FOLDER
 from cskd_jax.training.metrics import task_of

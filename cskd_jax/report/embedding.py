@@ -17,8 +17,7 @@ from cskd_jax.errors import UserError, printable
 from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import load_data, make_normalize
-from cskd_jax.runs.trained import load_trained
+from cskd_jax.runs.build import load_data, load_trained, make_normalize
 from cskd_jax.training.checkpoint import FOLDER
 from cskd_jax.training.networks import Network
 

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_collections
@@ -11,13 +11,17 @@ import optax
 from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.data.samplers import BalancedSampler, Sampler, UniformSampler
+from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
 from cskd_jax.models import create_model
+from cskd_jax.runs.trained import check_fits
 from cskd_jax.training.callbacks import Console
+from cskd_jax.training.checkpoint import Saved, load_variables
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.networks import LinenNetwork
+from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.phases import Phase
 from cskd_jax.training.trainer import Student, Teacher, Trainer
@@ -25,6 +29,59 @@ from cskd_jax.training.trainer import Student, Teacher, Trainer
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 # Folded into the seed: a teacher and its student start from different weights.
 _STREAMS = {"teacher": 0, "student": 1}
+
+
+class Run(NamedTuple):
+    """The objects of a run.
+
+    Attributes:
+      dataset: Data set.
+      trainer: Trainer of the student.
+      teacher: Teacher of the student; None where no loss needs one.
+      teacher_trainer: Trainer of the teacher; None where there is none to train.
+      teacher_evaluation: Evaluation of the teacher; None where there is no teacher.
+    """
+
+    dataset: ImageDataset
+    trainer: Trainer
+    teacher: Teacher | None = None
+    teacher_trainer: Trainer | None = None
+    teacher_evaluation: Evaluation | None = None
+
+
+def build(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Devices, given: tuple[str, Saved] | None = None
+) -> Run:
+    """Returns the objects of a run. Both trainers are made at once: what does not fit should not show hours later.
+
+    Args:
+      config: Configuration of the run.
+      workdir: Folder of the run.
+      devices: Devices to compute on.
+      given: Folder and checkpoint of a teacher that is not to be trained.
+
+    Raises:
+      UserError: Networks, losses, data and the given teacher do not fit together; nothing has been compiled by then.
+    """
+    # Several processes would prepare the same files at once.
+    dataset = processes.first_then_all(lambda: load_data(config))
+    if not needs_teacher(config.losses):
+        return Run(dataset, make_trainer("student", config, dataset, workdir, devices))
+    teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
+    teacher_trainer = None
+    if given is None:
+        teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices)
+    else:
+        path, saved = given
+        check_fits(f"teacher.checkpoint {path}", saved, config, dataset)
+        teacher.variables = saved.variables
+    return Run(
+        dataset,
+        make_trainer("student", config, dataset, workdir, devices, teacher),
+        teacher,
+        teacher_trainer,
+        make_evaluation(teacher.network, config, dataset, devices),
+    )
 
 
 def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
@@ -55,6 +112,35 @@ def make_network(settings: Any, num_classes: int, dtype: str) -> LinenNetwork:
     """Returns the network that `config.teacher` or `config.student` describes."""
     module = create_model(settings["name"], num_classes=num_classes, width=settings["width"], dtype=_DTYPES[dtype])
     return LinenNetwork(module)
+
+
+class TrainedNetwork(NamedTuple):
+    """A network with trained weights.
+
+    Attributes:
+      network: The network.
+      saved: Its variables, and what was saved with them.
+    """
+
+    network: LinenNetwork
+    saved: Saved
+
+
+def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset) -> TrainedNetwork:
+    """Returns the network of the newest checkpoint in the folder of a network.
+
+    Args:
+      path: Folder, such as WORKDIR/student.
+      config: Configuration, which says how to compute, and how the images are normalized.
+      dataset: Data set that it is to be used on.
+
+    Raises:
+      UserError: There is no sound checkpoint, or it does not fit the data set or the configuration.
+    """
+    saved = load_variables(str(path))
+    check_fits(f"checkpoint {path}", saved, config, dataset)
+    network = make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
+    return TrainedNetwork(network, saved)
 
 
 def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> Sampler:

@@ -11,7 +11,7 @@ from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import load_data, make_evaluation, make_network, make_trainer
+from cskd_jax.runs.build import build
 from cskd_jax.runs.results import (
     RESULTS,
     describe,
@@ -21,11 +21,10 @@ from cskd_jax.runs.results import (
     say_results,
     write_results,
 )
-from cskd_jax.runs.trained import check_fits, load_given_teacher
+from cskd_jax.runs.trained import load_given_teacher
 from cskd_jax.runs.workdir import check_workdir, claim, held, identify, is_done
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.objective import needs_teacher
-from cskd_jax.training.trainer import Teacher
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -63,19 +62,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 def _run(config, workdir, devices, identity, given):
     start, versions = time.monotonic(), read_versions()
-    # Several processes would prepare the same files at once.
-    dataset = processes.first_then_all(lambda: load_data(config))
-    # Both trainers are made before the first one starts: what does not fit should not show hours later.
-    teacher = teacher_trainer = None
-    if needs_teacher(config.losses):
-        teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
-        if given is None:
-            teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices)
-        else:
-            path, saved = given
-            check_fits(f"teacher.checkpoint {path}", saved, config, dataset)
-            teacher.variables = saved.variables
-    trainer = make_trainer("student", config, dataset, workdir, devices, teacher)
+    run = build(config, workdir, devices, given)
+    dataset = run.dataset
     processes.on_first(claim, workdir, identity, dataset)
     used = devices.describe()
     say(
@@ -84,19 +72,20 @@ def _run(config, workdir, devices, identity, given):
     )
     teacher_entry = None
     with StopRequest() as stop:
-        if teacher_trainer is not None:
-            result = teacher_trainer.fit(stop)["teacher"]
-            teacher.variables, teacher_entry = result.variables, describe_result(_description(config.teacher), result)
+        if run.teacher_trainer is not None:
+            result = run.teacher_trainer.fit(stop)["teacher"]
+            run.teacher.variables = result.variables
+            teacher_entry = describe_result(run.teacher_trainer.describe("teacher"), result)
         elif given is not None:
-            teacher_entry = _evaluate_given(teacher, given, make_evaluation(teacher.network, config, dataset, devices))
-        result = trainer.fit(stop)["student"]
-    scores, confusions = trainer.evaluation("student").by_category(devices.replicate(result.variables))
+            teacher_entry = _evaluate_given(given, run.teacher_evaluation)
+        result = run.trainer.fit(stop)["student"]
+    scores, confusions = run.trainer.evaluation("student").by_category(devices.replicate(result.variables))
     by_category = dict(zip(dataset.categories, scores.tolist(), strict=True))
     results = {
         "method": config.method,
         "seed": config.seed,
         "teacher": teacher_entry,
-        "student": describe_result(_description(config.student), result) | {"by_category": by_category},
+        "student": describe_result(run.trainer.describe("student"), result) | {"by_category": by_category},
         "dataset": describe_dataset(dataset),
         "devices": used,
         "versions": versions,
@@ -106,15 +95,10 @@ def _run(config, workdir, devices, identity, given):
     say_results(results, task_of(dataset.multilabel), workdir / RESULTS, time.monotonic() - start)
 
 
-def _description(settings):
-    """Returns what results say of the network that `config.teacher` or `config.student` describes."""
-    return {"name": settings.name, "width": float(settings.width)}
-
-
-def _evaluate_given(teacher, given, evaluation):
+def _evaluate_given(given, evaluation):
     """Evaluates a given teacher; returns its entry in results.json."""
     path, saved = given
-    values = evaluation(evaluation.devices.replicate(teacher.variables))
+    values = evaluation(evaluation.devices.replicate(saved.variables))
     say(f"teacher: {saved.record.describe_network()}, from {path}, {evaluation.task.describe(values)}")
     source = {"checkpoint": path, "step": saved.step, "digest": saved.digest}
-    return describe(saved.record.network, teacher.variables, {"last": values}) | source
+    return describe(saved.record.network, saved.variables, {"last": values}) | source

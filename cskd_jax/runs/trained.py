@@ -1,44 +1,14 @@
-"""Trained networks: read back, and held against a data set."""
+"""Checkpoints of trained networks: the one that a run is given, and whether one fits a data set."""
 
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.errors import UserError
-from cskd_jax.runs import build, schema
+from cskd_jax.runs import schema
 from cskd_jax.training.checkpoint import FOLDER, Record, Saved, load_variables
-from cskd_jax.training.networks import LinenNetwork
-
-
-class TrainedNetwork(NamedTuple):
-    """A network with trained weights.
-
-    Attributes:
-      network: The network.
-      saved: Its variables, and what was saved with them.
-    """
-
-    network: LinenNetwork
-    saved: Saved
-
-
-def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset) -> TrainedNetwork:
-    """Returns the network of the newest checkpoint in the folder of a network.
-
-    Args:
-      path: Folder, such as WORKDIR/student.
-      config: Configuration, which says how to compute, and how the images are normalized.
-      dataset: Data set that it is to be used on.
-
-    Raises:
-      UserError: There is no sound checkpoint, or it does not fit the data set or the configuration.
-    """
-    saved = load_variables(str(path))
-    check_fits(f"checkpoint {path}", saved, config, dataset)
-    network = build.make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
-    return TrainedNetwork(network, saved)
 
 
 def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
