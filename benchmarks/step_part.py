@@ -37,7 +37,7 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
         make_network(part, NUM_CLASSES, config.dtype).on_axis(AXIS) for part in (config.student, config.teacher)
     )
     objective = Objective.create(config.losses.to_dict(), **settings)
-    _, optimizer = make_optimizer(config.optimizer, _STEPS_PER_EPOCH)
+    _, optimizer = make_optimizer(config.optimizer, config.epochs, _STEPS_PER_EPOCH)
     normalize, devices = make_normalize(config), Devices()
 
     def preprocess(images, key, positions):

@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from cskd_jax.losses import LOSSES, LossInputs, Method
     from cskd_jax.models import MODELS, ModelOutput, create_model
     from cskd_jax.runs.api import LoadedRun, get_config, load_run, run
+    from cskd_jax.training.adapters import FunctionNetwork, LinenNetwork
     from cskd_jax.training.callbacks import Callback, Console
-    from cskd_jax.training.networks import LinenNetwork, Network
+    from cskd_jax.training.networks import Network
+    from cskd_jax.training.nnx_adapter import NnxNetwork
     from cskd_jax.training.phases import Phase
     from cskd_jax.training.trainer import Result, Student, Teacher, Trainer
 
@@ -22,7 +24,9 @@ _PUBLIC = {
     "cskd_jax.models": ("MODELS", "ModelOutput", "create_model"),
     "cskd_jax.runs.api": ("LoadedRun", "get_config", "load_run", "run"),
     "cskd_jax.training.callbacks": ("Callback", "Console"),
-    "cskd_jax.training.networks": ("LinenNetwork", "Network"),
+    "cskd_jax.training.adapters": ("FunctionNetwork", "LinenNetwork"),
+    "cskd_jax.training.networks": ("Network",),
+    "cskd_jax.training.nnx_adapter": ("NnxNetwork",),
     "cskd_jax.training.phases": ("Phase",),
     "cskd_jax.training.trainer": ("Result", "Student", "Teacher", "Trainer"),
 }
@@ -34,6 +38,7 @@ __all__ = [
     "Callback",
     "Console",
     "DivergedError",
+    "FunctionNetwork",
     "InterruptedRun",
     "LinenNetwork",
     "LoadedRun",
@@ -41,6 +46,7 @@ __all__ = [
     "Method",
     "ModelOutput",
     "Network",
+    "NnxNetwork",
     "Phase",
     "Result",
     "Student",

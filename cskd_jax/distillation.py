@@ -21,9 +21,9 @@ from cskd_jax.files import write_json
 from cskd_jax.losses import Method
 from cskd_jax.runs.results import RESULTS, describe_result
 from cskd_jax.runs.workdir import held, read_json
+from cskd_jax.training.adapters import as_network
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import FOLDER, digest_of, mark_unfinished
-from cskd_jax.training.networks import as_network
 from cskd_jax.training.objective import as_settings
 from cskd_jax.training.phases import Phase
 from cskd_jax.training.trainer import Result, Student, Teacher, Trainer
@@ -39,6 +39,7 @@ def distill(
     optimizer: optax.GradientTransformation,
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
     teacher: Any = None,
     teacher_variables: Mapping[str, Any] | None = None,
     student_variables: Mapping[str, Any] | None = None,
@@ -47,6 +48,8 @@ def distill(
     drop_last: bool = False,
     seed: int = 0,
     schedule: Callable[[Any], Any] | None = None,
+    ema: float | None = None,
+    accumulation_steps: int = 1,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
@@ -63,23 +66,31 @@ def distill(
     """Trains a student, with the help of a teacher if its losses read one.
 
     Args:
-      student: Linen module, with any collections of variables and any random streams. It is called with images
-        [B, H, W, C], and returns logits [B, K], a dictionary with "logits" and other fields of `ModelOutput`, or a
-        `ModelOutput`. Training mode is asked for by its argument `train`, `training`, `is_training` or
-        `deterministic`, if it has one of them.
+      student: Linen module, with any collections of variables and any random streams; or an nnx module, whose weights
+        are what training starts from; or a function `(variables, images, train, rngs) -> (outputs, updates)` (see
+        `training.adapters`). It is called with images [B, H, W, C], and returns logits [B, K], a dictionary with
+        "logits" and other fields of `ModelOutput`, or a `ModelOutput`. A linen module is asked for training mode by its
+        argument `train`, `training`, `is_training` or `deterministic`, if it has one of them.
       losses: {name: weight, or settings with a "weight", or a loss of one's own}; see `training.objective.Objective`.
       optimizer: Optimizer, such as `optax.adamw(1e-3)`.
       train: Images [N, H, W, C] and labels, int [N], or 0 and 1 [N, K] where an image has any number of classes.
         uint8 images are divided by 255 and normalized by `mean` and `std`; floats are taken as they are.
-      test: Likewise; the whole of it is evaluated after every epoch.
-      teacher: Linen module; None where no loss reads a teacher.
-      teacher_variables: Variables of the teacher, such as {"params": ..., "batch_stats": ...}.
-      student_variables: Variables that the student starts from (fine-tuning); None for fresh ones.
+      test: Likewise; the whole of it is evaluated after every epoch, or at the end where there is a `validation`.
+      validation: Likewise; it then chooses the best epoch, and the test split is measured for the last and that epoch.
+      teacher: Likewise; None where no loss reads a teacher.
+      teacher_variables: Variables of the teacher, such as {"params": ..., "batch_stats": ...}; None for those of an nnx
+        module.
+      student_variables: Variables that the student starts from (fine-tuning); None for fresh ones, or for those of an
+        nnx module.
       epochs: Number of epochs.
       batch_size: Number of images in a batch, over all devices.
       drop_last: Whether the last, smaller batch of an epoch is left out.
       seed: Seed of the weights, the order of the images, the augmentation and dropout.
       schedule: Learning rate by the number of updates, for the log; it is part of the optimizer already.
+      ema: Decay of an exponential moving average of the variables of the student, which then is what is evaluated and
+        returned; None keeps none.
+      accumulation_steps: Number of micro-batches that a batch is divided into, to save memory. An update sees all
+        `batch_size` images; batch normalization, and losses that relate images to each other, see micro-batches.
       mean: Mean of pixels in [0, 1], per channel or one for all.
       std: Standard deviation, likewise.
       augment: Function of images as they are in `train`, a key and the positions of the images in the global batch.
@@ -101,7 +112,7 @@ def distill(
       UserError: Something does not fit together; the message says what.
       DivergedError: A loss or gradient is not finite.
     """
-    data = make_data(train, test, categories)
+    data = make_data(train, test, categories, validation)
     mean, std = (tuple(map(float, values)) for values in (mean, std))
     if any(len(values) not in (1, data.image_shape[-1]) for values in (mean, std)):
         raise UserError(f"mean and std must have 1 value or {data.image_shape[-1]}, one for each channel of the images")
@@ -111,7 +122,7 @@ def distill(
     workdir = None if workdir is None else pathlib.Path(workdir)
     with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY):
         trainer = Trainer(
-            {_STUDENT: Student(network, losses, optimizer, schedule, student_variables)},
+            {_STUDENT: Student(network, losses, optimizer, schedule, ema, student_variables)},
             teachers,
             data=data,
             phases=[Phase(epochs)],
@@ -123,9 +134,13 @@ def distill(
             workdir=workdir,
             devices=devices,
             log_every=log_every,
+            accumulation_steps=accumulation_steps,
         )
         if workdir is not None:
             settings = {"epochs": int(epochs), "batch_size": int(batch_size), "drop_last": drop_last, "seed": int(seed)}
+            # Settings that are off are not written: an earlier version knew none of them.
+            settings |= {} if ema is None else {"ema": float(ema)}
+            settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
             paths = [student_features, teacher_features, student_embedding, teacher_embedding]
             settings |= {"mean": mean, "std": std, "paths": paths, "data": fingerprint(data)}
             settings["losses"] = {name: _describe_loss(as_settings(entry)) for name, entry in losses.items()}
@@ -142,32 +157,39 @@ def _make_teachers(teacher, variables, features, embedding):
     """Returns the teachers, at most one; raises UserError for one without variables."""
     if teacher is None:
         return []
+    network = as_network(teacher, features, embedding)
+    variables = network.variables if variables is None else variables
     if variables is None:
         raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")
-    return [Teacher(as_network(teacher, features, embedding), variables)]
+    return [Teacher(network, variables)]
 
 
 def make_data(
-    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], categories: Sequence[str] | None = None
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    categories: Sequence[str] | None = None,
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> ImageDataset:
     """Returns the data set of arrays, as `distill` takes them.
 
     Raises:
       UserError: They are no images and labels, or those of the two splits do not fit together.
     """
-    splits = [_make_split(name, *given) for name, given in (("train", train), ("test", test))]
+    given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
+    splits = [_make_split(name, *arrays) for name, arrays in given.items()]
     kinds = [
         f"images {split.images.shape[1:]} {split.images.dtype} with labels {['N', *split.labels.shape[1:]]}"
         for split in splits
     ]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"train and test differ: {kinds[0]} and {kinds[1]}")
+    for name, kind in zip(given, kinds, strict=True):
+        if kind != kinds[0]:
+            raise UserError(f"train and {name} differ: {kinds[0]} and {kind}")
     multilabel = splits[0].labels.ndim == 2
     count = splits[0].labels.shape[1] if multilabel else 1 + max(int(split.labels.max()) for split in splits)
     names = tuple(map(str, range(count))) if categories is None else tuple(categories)
     if len(names) < count or any(split.labels.min() < 0 for split in splits):
         raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of categories less 1")
-    return ImageDataset("arrays", *splits, names)
+    return ImageDataset("arrays", splits[0], splits[1], names, splits[2] if validation is not None else None)
 
 
 def _make_split(name, images, labels):
@@ -215,12 +237,12 @@ def _claim(workdir, identity):
     if not path.exists():
         raise UserError(f"workdir {workdir} holds checkpoints that no distill has made; use another workdir")
     found = read_json(path)
-    different = sorted(key for key in identity if found.get(key) != identity[key])
+    different = sorted(key for key in identity.keys() | found.keys() if found.get(key) != identity.get(key))
     if different == ["epochs"] and found["epochs"] < identity["epochs"]:
         (workdir / RESULTS).unlink(missing_ok=True)
         mark_unfinished(workdir / _STUDENT / FOLDER)
     elif different:
-        changes = ", ".join(f"{key} {found.get(key)!r} != {identity[key]!r}" for key in different)
+        changes = ", ".join(f"{key} {found.get(key)!r} != {identity.get(key)!r}" for key in different)
         raise UserError(f"workdir {workdir} holds another run ({changes}); use another workdir")
     write_json(path, identity)
     return (

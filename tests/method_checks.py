@@ -11,7 +11,7 @@ from jax import lax
 from cskd_jax.distributed.devices import AXIS
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
-from cskd_jax.training.networks import LinenNetwork
+from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import init_network, init_state

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cskd_jax.models import BasicBlock, ModelOutput, ResNet
-from cskd_jax.training.networks import LinenNetwork, as_network, as_output, draws_random_numbers
+from cskd_jax.training.adapters import LinenNetwork, as_network
+from cskd_jax.training.networks import as_output, draws_random_numbers
 from cskd_jax.training.state import init_network
 
 IMAGES = jnp.linspace(0, 1, 2 * 4 * 4 * 1, dtype=jnp.float32).reshape(2, 4, 4, 1)

@@ -10,7 +10,7 @@ import pytest
 from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.distributed.devices import AXIS
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
-from cskd_jax.training.networks import LinenNetwork
+from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective, needs_teacher
 from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import init_network, init_state

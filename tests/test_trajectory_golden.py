@@ -7,7 +7,7 @@ import pytest
 
 from cskd_jax.interop.names import from_torch
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
-from cskd_jax.training.networks import LinenNetwork
+from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import TrainState

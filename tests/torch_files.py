@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cskd_jax.training.networks import LinenNetwork
+from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.state import init_network
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from cskd_jax.data import cifar, cub200, digit_pairs, digits, image_folder, tfds_source, tiny_imagenet
 from cskd_jax.data.streaming import ImageStream, Workers, read_batches
-from cskd_jax.data.types import ImageDataset, Split
+from cskd_jax.data.types import ImageDataset, Split, hold_out
 from cskd_jax.errors import UserError
 
 __all__ = ["DATASETS", "ImageDataset", "Split", "load_dataset", "read_batches"]
@@ -38,6 +38,8 @@ def load_dataset(
     data_dir: str | None = None,
     path: str | None = None,
     train_examples: int | None = None,
+    validation_examples: int | None = None,
+    validation_seed: int = 0,
     image_size: int | None = None,
     streaming: bool | None = None,
     workers: int | None = None,
@@ -53,6 +55,9 @@ def load_dataset(
       train_examples: The size of a category-balanced subset of the training split: the first examples of each
         category in source order; the first categories give one more where the number does not divide. Of multi-label
         data the first examples. The same for every seed. None keeps all examples.
+      validation_examples: The size of the validation split, drawn at random but class by class out of what
+        `train_examples` leaves for training; None makes no validation split.
+      validation_seed: The seed of that draw.
       image_size: Images of any size become squares of this side (`images.middle_square`); None: they stay as they are,
         and must all have one size.
       streaming: Whether the images are decoded batch by batch instead of once into memory, to the same bytes; None:
@@ -70,24 +75,26 @@ def load_dataset(
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     load = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))
     dataset = load(data_dir=data_dir, path=path, train_examples=train_examples, image_size=image_size)
+    if validation_examples is not None:
+        dataset = hold_out(dataset, validation_examples, validation_seed)
     _check_categories(dataset)
     return _decode(dataset, streaming, workers or len(os.sched_getaffinity(0)))
 
 
 def _decode(dataset: ImageDataset, streaming: bool | None, workers: int) -> ImageDataset:
     """The data set with arrays or streams in the place of readers."""
-    splits = dataset.train, dataset.test
-    if any(isinstance(split.images, np.ndarray) for split in splits):
+    splits = {name: split for name in ("train", "test", "validation") if (split := getattr(dataset, name)) is not None}
+    if any(isinstance(split.images, np.ndarray) for split in splits.values()):
         if streaming:
             raise UserError(f"data set '{dataset.name}' cannot be streamed: only image files and array_record can")
         return dataset
-    size = sum(math.prod(split.images.shape) for split in splits)
+    size = sum(math.prod(split.images.shape) for split in splits.values())
     if streaming or (streaming is None and size > _memory() / 8):
         pool = Workers(workers)
-        train, test = (Split(ImageStream(split.images, pool), split.labels) for split in splits)
+        decoded = {name: Split(ImageStream(split.images, pool), split.labels) for name, split in splits.items()}
     else:
-        train, test = (Split(split.images.read(), split.labels) for split in splits)
-    return dataclasses.replace(dataset, train=train, test=test)
+        decoded = {name: Split(split.images.read(), split.labels) for name, split in splits.items()}
+    return dataclasses.replace(dataset, **decoded)
 
 
 def _memory() -> int:

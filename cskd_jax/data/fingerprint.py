@@ -19,10 +19,11 @@ def fingerprint(dataset: ImageDataset) -> str:
     Raises:
       UserError: One of these images of a stream cannot be read.
     """
-    sizes = [len(split.labels) for split in (dataset.train, dataset.test)]
+    splits = [split for split in (dataset.train, dataset.test, dataset.validation) if split is not None]
+    sizes = [len(split.labels) for split in splits]
     facts = [list(map(int, dataset.image_shape)), list(dataset.categories), sizes]
     digest = hashlib.sha256(json.dumps(facts).encode())
-    for split in (dataset.train, dataset.test):
+    for split in splits:
         digest.update(_split_digest(split))
     return digest.hexdigest()[:16]
 

@@ -34,12 +34,15 @@ class ImageDataset:
       train: The training split, in source order.
       test: The test split, in source order, with images of the same shape.
       categories: The name of each category, by label.
+      validation: Part of the training split that is not trained on but chooses the best epoch; None where the test
+        split does.
     """
 
     name: str
     train: Split
     test: Split
     categories: tuple[str, ...]
+    validation: Split | None = None
 
     @property
     def num_classes(self) -> int:
@@ -62,7 +65,32 @@ class ImageDataset:
         return getattr(self.train.images, "dtype", np.dtype(np.uint8))
 
 
-def balanced_indices(labels: np.ndarray, categories: Sequence[str], train_examples: int | None) -> np.ndarray:
+def hold_out(dataset: ImageDataset, examples: int, seed: int) -> ImageDataset:
+    """Returns the data set with a part of its training split as validation split.
+
+    Args:
+      dataset: Data set whose images are arrays or readers.
+      examples: Size of the part: as many examples of each class as `balanced_indices` gives, drawn at random.
+      seed: Seed of the draw.
+
+    Raises:
+      UserError: There are not so many examples of a class.
+    """
+    split = dataset.train
+    order = np.random.default_rng(seed).permutation(len(split.labels))
+    chosen = balanced_indices(split.labels[order], dataset.categories, examples, "validation_examples")
+    parts = [np.sort(order[chosen]), np.sort(np.delete(order, chosen))]
+    validation, train = (Split(_select(split.images, part), split.labels[part]) for part in parts)
+    return dataclasses.replace(dataset, train=train, validation=validation)
+
+
+def _select(images: np.ndarray | Reader, index: np.ndarray) -> np.ndarray | Reader:
+    return images[index] if isinstance(images, np.ndarray) else images.select(index)
+
+
+def balanced_indices(
+    labels: np.ndarray, categories: Sequence[str], train_examples: int | None, name: str = "train_examples"
+) -> np.ndarray:
     """Chooses the first examples of each category, as evenly as `train_examples` allows.
 
     With K categories, each one gives its first `train_examples // K` examples, and the first `train_examples % K`
@@ -73,6 +101,7 @@ def balanced_indices(labels: np.ndarray, categories: Sequence[str], train_exampl
       labels: int [N] or float [N, K], the labels of the whole training split in source order.
       categories: The K category names.
       train_examples: The size of the subset; None keeps everything.
+      name: What errors call this size.
 
     Returns:
       int64 [train_examples], increasing indices into `labels`.
@@ -84,12 +113,12 @@ def balanced_indices(labels: np.ndarray, categories: Sequence[str], train_exampl
         return np.arange(len(labels))
     if labels.ndim == 2:
         if not 1 <= train_examples <= len(labels):
-            raise UserError(f"train_examples={train_examples} is out of range: allowed are 1 to {len(labels)}")
+            raise UserError(f"{name}={train_examples} is out of range: allowed are 1 to {len(labels)}")
         return np.arange(train_examples)
     share, remainder = divmod(train_examples, len(categories))
     if share < 1:
         raise UserError(
-            f"train_examples={train_examples} is fewer than the {len(categories)} categories: "
+            f"{name}={train_examples} is fewer than the {len(categories)} categories: "
             f"allowed are {len(categories)} to {len(labels)}"
         )
     wanted = np.full(len(categories), share)
@@ -99,7 +128,7 @@ def balanced_indices(labels: np.ndarray, categories: Sequence[str], train_exampl
     if short.size:
         first = short[0]
         raise UserError(
-            f"train_examples={train_examples} needs {wanted[first]} training examples of category "
+            f"{name}={train_examples} needs {wanted[first]} training examples of category "
             f"'{categories[first]}', which has {available[first]}: at most {_largest_subset(available)} are possible"
         )
     chosen = [np.flatnonzero(labels == category)[:count] for category, count in enumerate(wanted)]

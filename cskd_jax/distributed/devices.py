@@ -65,6 +65,20 @@ class Devices:
         rows = size // jax.process_count()
         return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
+    def interleave(self, index: np.ndarray, micro_batch_size: int | None) -> np.ndarray:
+        """Returns the rows of a global batch in an order in which every device finds its part of each micro-batch.
+
+        Args:
+          index: Rows of the global batch, [B].
+          micro_batch_size: Number of rows of a micro-batch over all devices; the last one may be smaller. None: the
+            order stays as it is.
+        """
+        if micro_batch_size is None:
+            return index
+        starts = range(0, len(index), micro_batch_size)
+        parts = [index[start : start + micro_batch_size].reshape(self.count, -1) for start in starts]
+        return np.concatenate(parts, axis=1).reshape(-1)
+
     def replicate(self, tree: Any) -> Any:
         """Puts a tree of arrays that are equal on all processes on every device."""
         sharding = NamedSharding(self._mesh, PartitionSpec())

@@ -22,7 +22,7 @@ from cskd_jax.models.resnet import ResNet
 from cskd_jax.models.shufflenet import ShuffleNet
 from cskd_jax.models.vgg import VGG
 from cskd_jax.models.wide_resnet import WideResNet
-from cskd_jax.training.networks import LinenNetwork
+from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.state import init_network
 
 # Of one module: the names of its layer and of its normalization.

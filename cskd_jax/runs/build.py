@@ -16,13 +16,21 @@ from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
 from cskd_jax.models import create_model
 from cskd_jax.runs.trained import check_fits
+from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.callbacks import Console
 from cskd_jax.training.checkpoint import Saved, load_variables
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.metrics import task_of
-from cskd_jax.training.networks import LinenNetwork
 from cskd_jax.training.objective import needs_teacher
-from cskd_jax.training.optimizers import StepSchedule, sgd
+from cskd_jax.training.optimizers import (
+    ConstantSchedule,
+    CosineSchedule,
+    Schedule,
+    StepSchedule,
+    clip_first,
+    no_bias_or_norm,
+    sgd,
+)
 from cskd_jax.training.phases import Phase
 from cskd_jax.training.trainer import Student, Teacher, Trainer
 
@@ -96,6 +104,8 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
         data_dir=settings.data_dir,
         path=settings.path,
         train_examples=settings.train_examples,
+        validation_examples=settings.validation_examples,
+        validation_seed=settings.validation_seed,
         image_size=settings.image_size,
         streaming=settings.streaming,
         workers=settings.workers,
@@ -199,12 +209,13 @@ def make_trainer(
         losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
         epochs, settings = config.teacher.epochs, config.teacher
     sampler = make_sampler(config, dataset)
-    schedule, optimizer = make_optimizer(config.optimizer, sampler.steps_per_epoch)
+    schedule, optimizer = make_optimizer(config.optimizer, epochs, sampler.steps_per_epoch)
     student = Student(
         make_network(settings, dataset.num_classes, config.dtype),
         losses,
         optimizer,
         schedule,
+        config.optimizer.ema_decay,
         description={"name": settings.name, "width": float(settings.width)},
         method=config.method,
     )
@@ -222,16 +233,37 @@ def make_trainer(
         devices=devices,
         log_every=config.log_every,
         keep_checkpoints=config.keep_checkpoints,
+        accumulation_steps=config.optimizer.accumulation_steps,
         stream=_STREAMS[role],
     )
 
 
-def make_optimizer(settings: Any, steps_per_epoch: int) -> tuple[StepSchedule, optax.GradientTransformation]:
-    """Returns the schedule and the optimizer that `config.optimizer` describes."""
+def make_schedule(settings: Any, epochs: int, steps_per_epoch: int) -> Schedule:
+    """Returns the schedule that `config.optimizer` describes for so many epochs."""
+    rate, warmup = settings.learning_rate, settings.warmup_epochs * steps_per_epoch
+    if settings.schedule == "constant":
+        return ConstantSchedule(rate, warmup_steps=warmup)
+    if settings.schedule == "cosine":
+        return CosineSchedule(rate, epochs * steps_per_epoch, warmup_steps=warmup)
     boundaries = tuple(epoch * steps_per_epoch for epoch in settings.milestones)
-    schedule = StepSchedule(settings.learning_rate, boundaries, settings.decay_factor)
-    restart = steps_per_epoch if settings.restart_momentum else None
-    optimizer = sgd(
-        schedule, momentum=settings.momentum, weight_decay=settings.weight_decay, restart_every_steps=restart
-    )
-    return schedule, optimizer
+    return StepSchedule(rate, boundaries, settings.decay_factor, warmup_steps=warmup)
+
+
+def make_optimizer(settings: Any, epochs: int, steps_per_epoch: int) -> tuple[Schedule, optax.GradientTransformation]:
+    """Returns the schedule and the optimizer that `config.optimizer` describes for so many epochs."""
+    schedule = make_schedule(settings, epochs, steps_per_epoch)
+    decay, mask = settings.weight_decay, None if settings.decay_all else no_bias_or_norm
+    if settings.name == "adamw":
+        betas = {"b1": settings.beta1, "b2": settings.beta2, "eps": settings.epsilon}
+        optimizer = optax.adamw(schedule, **betas, weight_decay=decay, mask=mask)
+    else:
+        restart = steps_per_epoch if settings.restart_momentum else None
+        optimizer = sgd(
+            schedule,
+            momentum=settings.momentum,
+            weight_decay=decay,
+            nesterov=settings.nesterov,
+            restart_every_steps=restart,
+            mask=mask,
+        )
+    return schedule, clip_first(optimizer, settings.clip_norm)

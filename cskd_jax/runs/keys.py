@@ -87,6 +87,15 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "Size of a class-balanced part of the training split (of multi-label data, the first examples); None takes "
             "all of it.",
         ),
+        "dataset.validation_examples": Key(
+            None,
+            rules.optional(rules.integer(1, 10**9)),
+            "Size of a class-balanced part of the training split that is held out to choose the best epoch; the test "
+            "split is then measured for the last and the best epoch alone. None chooses on the test split.",
+        ),
+        "dataset.validation_seed": Key(
+            0, rules.integer(0, 2**32 - 1), "Seed of the choice of the validation examples."
+        ),
         "dataset.image_size": Key(
             None,
             rules.optional(rules.integer(1, 4096)),
@@ -142,16 +151,59 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "teacher.epochs": Key(200, rules.integer(1), "Epochs that the teacher trains for, if it is trained here."),
         "student.name": Key(REQUIRED, _MODEL, "Network of the student."),
         "student.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the student."),
-        "optimizer.learning_rate": Key(0.1, rules.POSITIVE, "Learning rate of SGD before the first milestone."),
-        "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of SGD."),
-        "optimizer.weight_decay": Key(1e-4, rules.NOT_NEGATIVE, "L2 penalty on every parameter."),
+        "optimizer.name": Key("sgd", rules.one_of("sgd", "adamw"), "Optimizer."),
+        "optimizer.learning_rate": Key(
+            0.1, rules.POSITIVE, "Learning rate after the warm-up, before the schedule lowers it."
+        ),
+        "optimizer.schedule": Key(
+            "step",
+            rules.one_of("step", "cosine", "constant"),
+            "How the learning rate falls: step at optimizer.milestones, cosine to zero, constant not at all.",
+        ),
+        "optimizer.warmup_epochs": Key(
+            0, rules.integer(0), "Epochs over which the learning rate rises linearly from zero."
+        ),
         "optimizer.milestones": Key(
-            (), rules.EPOCHS, "Epochs at whose start the learning rate is multiplied by optimizer.decay_factor."
+            (),
+            rules.EPOCHS,
+            "Epochs at whose start the learning rate is multiplied by optimizer.decay_factor, with the step schedule.",
         ),
         "optimizer.decay_factor": Key(0.1, rules.POSITIVE, "Factor on the learning rate at each milestone."),
-        "optimizer.restart_momentum": Key(
-            False, rules.BOOL, "Whether every epoch starts with zero momentum, as in the code released with the paper."
+        "optimizer.weight_decay": Key(
+            1e-4, rules.NOT_NEGATIVE, "Factor of the weight decay: an L2 penalty of sgd, decoupled decay of adamw."
         ),
+        "optimizer.decay_all": Key(
+            True,
+            rules.BOOL,
+            "Whether biases and the parameters of normalization decay too, which have at most one dimension.",
+        ),
+        "optimizer.clip_norm": Key(
+            None,
+            rules.optional(rules.POSITIVE),
+            "Global norm to which gradients are scaled down, before the weight decay; None does not clip.",
+        ),
+        "optimizer.accumulation_steps": Key(
+            1,
+            rules.integer(1, 10**4),
+            "Micro-batches into which a batch is divided, one after the other on the devices: batch_size is what one "
+            "update sees; relations between images, batch normalization and memories see micro-batches.",
+        ),
+        "optimizer.ema_decay": Key(
+            None,
+            rules.optional(rules.FRACTION),
+            "Decay of an exponential moving average of the parameters and batch statistics, which then is what is "
+            "evaluated, saved for others, and taken as teacher; None keeps none.",
+        ),
+        "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of sgd."),
+        "optimizer.nesterov": Key(False, rules.BOOL, "Whether the momentum of sgd is Nesterov's."),
+        "optimizer.restart_momentum": Key(
+            False,
+            rules.BOOL,
+            "Whether every epoch of sgd starts with zero momentum, as in the code released with the paper.",
+        ),
+        "optimizer.beta1": Key(0.9, rules.FRACTION, "Decay of the mean of the gradients of adamw."),
+        "optimizer.beta2": Key(0.999, rules.FRACTION, "Decay of the mean of the squared gradients of adamw."),
+        "optimizer.epsilon": Key(1e-8, rules.POSITIVE, "Term of adamw that keeps its denominator from zero."),
     }
 )
 

@@ -35,7 +35,8 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
     Args:
       network: {"name", "width"}, or {"name"} of a network that is not one of this package.
       variables: Variables of the network.
-      evaluations: {"last": {"epoch", metrics}, "best": ..., "images_per_second"}, or a part of it.
+      evaluations: {"last": {"epoch", metrics}, "best": ..., "images_per_second"}, or a part of it. Where a validation
+        split has chosen the best epoch, {"chosen_on": "validation", "validation": {"last": ..., "best": ...}} besides.
     """
     return {
         "model": network["name"],
@@ -49,17 +50,22 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
 def describe_result(network: Mapping[str, Any], result: Result) -> dict[str, Any]:
     """Returns the entry of a network that was trained here in results.json."""
     evaluations = {"last": result.last, "best": result.best, "images_per_second": result.images_per_second}
+    if result.validation:
+        evaluations |= {"chosen_on": "validation", "validation": result.validation}
     return describe(network, result.variables, evaluations)
 
 
 def describe_dataset(dataset: ImageDataset) -> dict[str, Any]:
     """Returns the entry of the data in results.json."""
-    return {
+    entry = {
         "name": dataset.name,
         "categories": dataset.num_classes,
         "train_examples": len(dataset.train.labels),
         "test_examples": len(dataset.test.labels),
     }
+    if dataset.validation is not None:
+        entry["validation_examples"] = len(dataset.validation.labels)
+    return entry
 
 
 def write_results(
@@ -87,7 +93,8 @@ def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds
         if results[name] is not None:
             entry = results[name]
             best = entry.get("best")
-            best = f" (best {best[score]:.4f}, epoch {best['epoch']}, chosen on the test split)" if best else ""
+            chosen_on = f"chosen on the {entry.get('chosen_on', 'test')} split"
+            best = f" (best {best[score]:.4f}, epoch {best['epoch']}, {chosen_on})" if best else ""
             size = f"{entry['model']}, width {entry['width']:g}, {entry['parameters']:,} parameters"
             say(f"{name}: {size}, last {score_name} {entry['last'][score]:.4f}{best}")
     say(f"done in {seconds:.0f} s: {path}")

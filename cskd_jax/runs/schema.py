@@ -162,8 +162,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"method {config.method} needs a teacher: set teacher.name to one of {', '.join(sorted(MODELS))}"
         )
+    _validate_optimizer(config)
     if len(config.dataset.mean) != len(config.dataset.std):
         raise UserError(f"dataset.mean {config.dataset.mean} and dataset.std {config.dataset.std} differ in length")
+
+
+def _validate_optimizer(config: ml_collections.ConfigDict) -> None:
+    settings = config.optimizer
+    if settings.name != "sgd" and settings.nesterov:
+        raise UserError(f"optimizer.nesterov is True; it is for sgd, optimizer.name is {settings.name}")
+    trains_teacher = needs_teacher(config.losses) and config.teacher.checkpoint is None
+    epochs = {"epochs": config.epochs} | ({"teacher.epochs": config.teacher.epochs} if trains_teacher else {})
+    for key, value in epochs.items():
+        if 0 < value <= settings.warmup_epochs:
+            raise UserError(f"optimizer.warmup_epochs is {settings.warmup_epochs}; it must be less than {key}, {value}")
+    if config.batch_size % settings.accumulation_steps:
+        raise UserError(
+            f"batch_size is {config.batch_size}, which does not divide by optimizer.accumulation_steps, "
+            f"{settings.accumulation_steps}"
+        )
 
 
 def _validate_loss(name: str, settings: Any) -> None:
@@ -192,12 +209,13 @@ def check_teacher_exists(config: ml_collections.ConfigDict) -> None:
 def why_not_extend(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Says why a run cannot go on for more epochs; None if it can.
 
-    Schedules that depend on the total number of epochs belong here. The milestones of the step schedule do not: they
-    count from the start.
+    The cosine schedule depends on the number of epochs. The milestones of the step schedule count from the start.
 
     Args:
       old: Configuration of the run as its config.json has it, `complete`.
       new: Configuration that is asked for, which has more epochs.
     """
-    del old, new
+    del old
+    if new["optimizer.schedule"] == "cosine":
+        return "its cosine schedule has lowered the learning rate for the old number of epochs"
     return None

@@ -23,7 +23,9 @@ class Progress:
     """What a training has to remember beside its arrays; saved with every checkpoint as JSON.
 
     Attributes:
-      evaluations: {"last": ..., "best": ...}, each {"epoch", the metrics of the task, "loss"}; empty before the first.
+      evaluations: {"last": ..., "best": ...}, each {"epoch", the metrics of the task, "loss"}, on the split that
+        chooses the best epoch; empty before the first.
+      test: The same on the test split, where another split has chosen, once the training has ended; otherwise empty.
       sums: Sums of the training metrics since the last row of the history.
       count: Number of steps in `sums`.
       seconds: Seconds spent in training steps, over all the starts of the run, without compilation.
@@ -31,6 +33,7 @@ class Progress:
     """
 
     evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    test: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     count: int = 0
     seconds: float = 0.0
@@ -118,11 +121,11 @@ class Console(Callback):
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """See `Callback.on_row`."""
-        if row["split"] != "test":
+        if row["split"] == "train":
             return
         epochs, rate = self._start.steps // self._start.steps_per_epoch, self._start.progress.images_per_second
         say(
-            f"{row['phase']}: epoch {row['epoch']}/{epochs}, test loss {row['loss']:.4f}, "
+            f"{row['phase']}: epoch {row['epoch']}/{epochs}, {row['split']} loss {row['loss']:.4f}, "
             f"{self._start.task.describe(row)}" + (f", {rate:,.0f} images/s" if rate else "")
         )
 
@@ -202,16 +205,29 @@ class Meter:
             self._add_row("train", step, -(-step // self._start.steps_per_epoch), row)
             progress.sums, progress.count = {}, 0
 
-    def end_epoch(self, step: int, values: dict[str, float]) -> None:
-        """Takes the evaluation after the last step of an epoch."""
-        self._check_finite(step, {f"test {name}": value for name, value in values.items()})
+    def end_epoch(self, step: int, split: str, values: dict[str, float]) -> bool:
+        """Takes the evaluation on a split after the last step of an epoch; returns whether it is the best so far."""
+        self._check_finite(step, {f"{split} {name}": value for name, value in values.items()})
         epoch = step // self._start.steps_per_epoch
         entry, evaluations = {"epoch": epoch, **values}, self.progress.evaluations
         score = self._start.task.score
-        if "best" not in evaluations or values[score] > evaluations["best"][score]:
+        is_best = "best" not in evaluations or values[score] > evaluations["best"][score]
+        if is_best:
             evaluations["best"] = entry
         evaluations["last"] = entry
-        self._add_row("test", step, epoch, values)
+        self._add_row(split, step, epoch, values)
+        return is_best
+
+    def end_test(self, entries: Mapping[str, tuple[int, dict[str, float]]]) -> None:
+        """Takes the evaluations on the test split at the end.
+
+        Args:
+          entries: {"best": (its step, metrics), "last": ...}; "best" is missing if it could not be read.
+        """
+        epochs = {name: step // self._start.steps_per_epoch for name, (step, _) in entries.items()}
+        self.progress.test = {name: {"epoch": epochs[name], **values} for name, (_, values) in entries.items()}
+        for step, values in dict(entries.values()).items():
+            self._add_row("test", step, step // self._start.steps_per_epoch, values)
 
     def _add_row(self, split, step, epoch, values):
         row = {"phase": self._start.student, "split": split, "step": step, "epoch": epoch, **values}

@@ -84,7 +84,7 @@ class Saved(NamedTuple):
     """The network of a checkpoint.
 
     Attributes:
-      variables: {"params": ..., and its other collections}, numpy arrays.
+      variables: {"params": ..., and its other collections}, numpy arrays; their moving average where one was kept.
       record: Record saved with them.
       step: Number of steps after which it was saved.
       digest: Digest of all arrays of the checkpoint.
@@ -167,6 +167,19 @@ class Checkpoints:
         """
         return processes.on_first(self._restore, template)
 
+    def read(self, step: int) -> dict[str, Any]:
+        """Returns the variables of the network of a checkpoint, for use: see `Saved`.
+
+        Raises:
+          UserError: It is damaged.
+        """
+        return processes.on_first(self._read_variables, step)
+
+    def _read_variables(self, step):
+        with self._saving():
+            self._manager.wait_until_finished()
+        return _load(self._directory / str(step)).variables
+
     def _restore(self, template):
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -226,14 +239,18 @@ def load_variables(path: str) -> Saved:
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
     if not steps:
         raise UserError(f"checkpoint {path}: no checkpoint in {folder}; name the folder of one network")
-    step = max(steps)
+    return _load(folder / str(max(steps)))
+
+
+def _load(path):
+    """Returns the network of a checkpoint; raises UserError if it is damaged."""
     try:
-        arrays, record, digest = _read(folder / str(step))
+        arrays, record, digest = _read(path)
     except _Damaged as damage:
-        raise UserError(f"checkpoint {folder / str(step)} is damaged ({damage})") from None
+        raise UserError(f"checkpoint {path} is damaged ({damage})") from None
     tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    variables = {"params": tree["params"].get("network", {}), **tree.get("collections", {})}
-    return Saved(variables, record, step, digest)
+    variables = tree.get("ema", {"params": tree["params"].get("network", {}), **tree.get("collections", {})})
+    return Saved({"params": {}, **variables}, record, int(path.name), digest)
 
 
 def digest_of(tree: Any) -> str:

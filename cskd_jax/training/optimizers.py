@@ -1,12 +1,99 @@
-"""SGD as the recipes have it: L2 on every parameter, momentum, a step schedule, optional restarts of the momentum."""
+"""Learning-rate schedules, and the optimizers of the recipes."""
 
+import abc
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(abc.ABC):
+    """A learning rate by the number of updates. The same object makes the update and, on the host, the line in the log.
+
+    Attributes:
+      learning_rate: Learning rate after the warm-up, before anything lowers it.
+      warmup_steps: Number of updates over which it rises linearly from zero, as in `optax.linear_schedule`.
+    """
+
+    learning_rate: float
+    warmup_steps: int = dataclasses.field(default=0, kw_only=True)
+
+    @abc.abstractmethod
+    def after_warmup(self, count: Any, xp: Any) -> Any:
+        """Returns the learning rate after `count` updates without the warm-up, computed by `xp`, jax.numpy or numpy."""
+
+    def __call__(self, count: jax.Array) -> jax.Array:
+        """Returns the learning rate after `count` updates, as a schedule of optax does."""
+        return self._at(jnp.asarray(count, float), jnp)
+
+    def on_host(self, count: int) -> float:
+        """Returns the same without a device, on which it would queue behind the steps in flight."""
+        return float(self._at(float(count), np))
+
+    def _at(self, count, xp):
+        value = self.after_warmup(count, xp)
+        return value * xp.minimum(1.0, count / self.warmup_steps) if self.warmup_steps else value
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantSchedule(Schedule):
+    """A learning rate that stays the same after the warm-up."""
+
+    def after_warmup(self, count: Any, xp: Any) -> Any:
+        """See `Schedule.after_warmup`."""
+        return xp.full_like(count, self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSchedule(Schedule):
+    """A learning rate that falls by a factor at given steps, which count from the start of the warm-up.
+
+    Attributes:
+      boundaries: Numbers of updates after which it is multiplied by `decay_factor`, increasing.
+      decay_factor: Factor of every fall.
+    """
+
+    boundaries: tuple[int, ...] = ()
+    decay_factor: float = 0.1
+
+    def after_warmup(self, count: Any, xp: Any) -> Any:
+        """See `Schedule.after_warmup`."""
+        if xp is np:
+            return self.learning_rate * self.decay_factor ** sum(boundary <= count for boundary in self.boundaries)
+        # Optax multiplies a float by whether the count has passed: under strict promotion it takes a float count alone.
+        falls = dict.fromkeys(self.boundaries, self.decay_factor)
+        return optax.piecewise_constant_schedule(self.learning_rate, falls)(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineSchedule(Schedule):
+    """A learning rate that falls from the end of the warm-up to zero along half a cosine.
+
+    Attributes:
+      steps: Number of updates in all, the warm-up among them.
+    """
+
+    steps: int
+
+    def after_warmup(self, count: Any, xp: Any) -> Any:
+        """See `Schedule.after_warmup`."""
+        progress = (count - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return 0.5 * self.learning_rate * (1.0 + xp.cos(math.pi * xp.clip(progress, 0.0, 1.0)))
+
+
+def learning_rate_of_step(schedule: Callable[[Any], Any] | None, count: int) -> float | None:
+    """Returns the learning rate after `count` updates for the log; None where no schedule is known."""
+    if schedule is None or isinstance(schedule, int | float):
+        return schedule
+    if isinstance(schedule, Schedule):
+        return schedule.on_host(count)
+    return float(jax.device_get(schedule(count)))
 
 
 class RestartState(NamedTuple):
@@ -35,55 +122,37 @@ def restart_every(inner: optax.GradientTransformation, period: int) -> optax.Gra
     return optax.GradientTransformation(init, update)
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSchedule:
-    """A learning rate that falls by a factor at given steps; the same object makes the update and the line in the log.
-
-    Attributes:
-      learning_rate: Learning rate of the first step.
-      boundaries: Numbers of steps after which it is multiplied by `decay_factor`, increasing.
-      decay_factor: Factor of every fall.
-    """
-
-    learning_rate: float
-    boundaries: tuple[int, ...] = ()
-    decay_factor: float = 0.1
-
-    def __call__(self, count: jax.Array) -> jax.Array:
-        """Returns the learning rate after `count` steps, as a schedule of optax does."""
-        schedule = optax.piecewise_constant_schedule(
-            self.learning_rate, dict.fromkeys(self.boundaries, self.decay_factor)
-        )
-        # Optax multiplies a float by whether the count has passed: under strict promotion it takes a float count alone.
-        return schedule(jnp.asarray(count, float))
-
-    def on_host(self, count: int) -> float:
-        """Returns the same without a device, on which it would queue behind the steps in flight."""
-        return self.learning_rate * self.decay_factor ** sum(boundary <= count for boundary in self.boundaries)
-
-
-def learning_rate_of_step(schedule: Callable[[Any], Any] | None, count: int) -> float | None:
-    """Returns the learning rate after `count` steps for the log; None where no schedule is known."""
-    if schedule is None or isinstance(schedule, int | float):
-        return schedule
-    if isinstance(schedule, StepSchedule):
-        return schedule.on_host(count)
-    return float(jax.device_get(schedule(count)))
-
-
 def sgd(
-    schedule: StepSchedule, *, momentum: float, weight_decay: float, restart_every_steps: int | None = None
+    schedule: Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    restart_every_steps: int | None = None,
+    mask: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
     """Returns SGD with momentum as torch.optim.SGD computes it.
 
     Args:
       schedule: Learning rate.
-      momentum: buffer = momentum * buffer + gradient; parameters -= learning rate * buffer.
-      weight_decay: Factor of the parameter that is added to the gradient of every parameter (L2).
+      momentum: Factor of the buffer: buffer = momentum * buffer + gradient; parameters -= learning rate * buffer.
+      weight_decay: Factor of the parameter that is added to its gradient (L2).
+      nesterov: Whether the update is gradient + momentum * buffer instead of the buffer.
       restart_every_steps: Number of steps after which the buffer starts again at zero, as it does at every epoch of the
         released code; None: it never does.
+      mask: Function from the parameters to which of them decay; None decays all.
     """
-    trace = optax.trace(momentum)
+    trace = optax.trace(momentum, nesterov)
     if restart_every_steps is not None:
         trace = restart_every(trace, restart_every_steps)
-    return optax.chain(optax.add_decayed_weights(weight_decay), trace, optax.scale_by_learning_rate(schedule))
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), trace, optax.scale_by_learning_rate(schedule))
+
+
+def clip_first(optimizer: optax.GradientTransformation, norm: float | None) -> optax.GradientTransformation:
+    """Returns the optimizer with gradients scaled down to a global norm beforehand; None leaves it as it is."""
+    return optimizer if norm is None else optax.chain(optax.clip_by_global_norm(norm), optimizer)
+
+
+def no_bias_or_norm(params: Any) -> Any:
+    """Returns a mask that is False for biases and parameters of normalization: all that have at most one dimension."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)

@@ -27,6 +27,8 @@ class TrainState:
       collections: {name: the network's variables of this collection}, such as "batch_stats"; all but the parameters.
       opt_state: State of the optimizer over all of `params`.
       memory: {name: what the loss remembers from step to step without training it}; empty for most losses.
+      ema: Exponential moving average of the network's variables, {"params": ..., and its other collections}; empty
+        where none is kept.
     """
 
     step: jax.Array
@@ -34,11 +36,17 @@ class TrainState:
     collections: Any
     opt_state: Any
     memory: Any = flax.struct.field(default_factory=dict)
+    ema: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables of the network."""
+        """The variables of the network as the last update has left them."""
         return {"params": self.params["network"], **self.collections}
+
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """The variables of the network for use: their moving average where one is kept."""
+        return self.ema or self.variables
 
 
 @partial(jax.jit, static_argnames=("network", "image_shape"))
@@ -60,6 +68,7 @@ def init_state(
     teacher_output: ModelOutput | None = None,
     label: jax.ShapeDtypeStruct = _ONE_CLASS,
     variables: Variables | None = None,
+    ema: bool = False,
 ) -> TrainState:
     """Returns a fresh state.
 
@@ -72,10 +81,13 @@ def init_state(
       teacher_output: Shapes of the teacher's outputs; needed where the objective reads a teacher.
       label: Shape and dtype of the label of one image: int32 [] or float32 [K].
       variables: Variables that the student starts from; None for fresh ones.
+      ema: Whether a moving average of the variables is kept, which starts from the first ones.
     """
     student_key, losses_key = jax.random.split(key)
-    fresh, student_output = init_network(student, student_key, image_shape)
-    variables = fresh if variables is None else variables
+    if variables is None:
+        variables, student_output = init_network(student, student_key, image_shape)
+    else:
+        student_output = jax.eval_shape(partial(output_of, student, image_shape), variables)
     inputs = LossInputs(
         student=student_output,
         teacher=teacher_output,
@@ -86,7 +98,13 @@ def init_state(
     losses, memory = objective.init(losses_key, inputs)
     params = {"network": variables.get("params", {}), "losses": losses}
     opt_state = init_optimizer(optimizer, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, collections_of(variables), opt_state, memory)
+    state = TrainState(jnp.zeros((), jnp.int32), params, collections_of(variables), opt_state, memory)
+    return state.replace(ema=state.variables) if ema else state
+
+
+def output_of(network: Network, image_shape: tuple[int, ...], variables: Variables) -> ModelOutput:
+    """Returns the outputs of a network in evaluation mode for two black images."""
+    return network.on_axis(None).apply(variables, jnp.zeros((2, *image_shape)), train=False)[0]
 
 
 def collections_of(variables: Variables) -> Mapping[str, Any]:

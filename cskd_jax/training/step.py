@@ -18,8 +18,8 @@ Batch = dict[str, jax.Array]
 Preprocess = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 # Folded into the key of a step for the draws of the losses and of the student. What is folded in for the images are
-# their positions, which are smaller.
-_LOSSES, _STUDENT = 2**31 - 1, 2**31 - 2
+# their positions, which are smaller. A micro-batch has a key of its own for both.
+_LOSSES, _STUDENT, _MICRO_BATCH = 2**31 - 1, 2**31 - 2, 2**31 - 3
 
 
 def make_train_step(
@@ -31,6 +31,8 @@ def make_train_step(
     teacher: Network | None = None,
     axis_name: str | None = None,
     task: Task = SINGLE_LABEL,
+    micro_batch_size: int | None = None,
+    ema: float | None = None,
 ) -> Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns `train_step(state, teacher_variables, batch, key) -> (state, metrics)`.
 
@@ -42,6 +44,10 @@ def make_train_step(
       teacher: Network in evaluation mode, not differentiated; None where the objective reads none.
       axis_name: Mapped axis over which the batch is split: the step then equals that of the global batch.
       task: What is measured on the batch.
+      micro_batch_size: Number of images, over all devices, of the micro-batches that the batch is divided into. The
+        network and the losses see one after the other, and the mean of their gradients over all images makes the
+        update. The last one is smaller where the number does not divide. None: the batch stays whole.
+      ema: Decay of the moving average of the variables of the student; None where none is kept.
 
     Returns:
       A pure function. `batch` is {"image": [B, H, W, C], "label": int32 [B] or float32 [B, K]} and, for the losses
@@ -50,21 +56,21 @@ def make_train_step(
       of the student on the batch, `gradient_norm`.
     """
 
-    def train_step(state, teacher_variables, batch, key):
+    def differentiate(state, teacher_variables, batch, step_key, draw_key, start):
+        """Returns (gradients, collections, memory, metrics) of a micro-batch, `start` images behind the first."""
         labels = batch["label"]
-        positions = batch_positions(len(labels), axis_name)
-        step_key = jax.random.fold_in(key, state.step)
+        positions = batch_positions(len(labels), axis_name) + start
         images = preprocess(batch["image"], step_key, positions)
         teacher_output = None
         if teacher is not None:
             teacher_output = lax.stop_gradient(teacher.apply(teacher_variables, images, train=False)[0])
-        student_key = _student_key(step_key, axis_name)
+        student_key = _student_key(draw_key, axis_name)
 
         def loss(params):
             variables = {"params": params["network"], **state.collections}
             output, collections = student.apply(variables, images, train=True, key=student_key)
             inputs = LossInputs(
-                output, teacher_output, labels, batch.get("index"), jax.random.fold_in(step_key, _LOSSES)
+                output, teacher_output, labels, batch.get("index"), jax.random.fold_in(draw_key, _LOSSES)
             )
             total, terms, memory = objective(params["losses"], state.memory, inputs, state.step)
             measured = task.measure_step(output.logits, labels, axis_name)
@@ -75,16 +81,71 @@ def make_train_step(
             gradients, metrics = lax.pmean((gradients, metrics), axis_name)
             if not student.synchronized:
                 collections = _average(collections, axis_name)
+        # What this phase does not use, a later one may.
+        return gradients, {**state.collections, **collections}, {**state.memory, **memory}, metrics
+
+    def train_step(state, teacher_variables, batch, key):
+        step_key = jax.random.fold_in(key, state.step)
+        if micro_batch_size is None:
+            gradients, collections, memory, metrics = differentiate(
+                state, teacher_variables, batch, step_key, step_key, 0
+            )
+        else:
+            gradients, collections, memory, metrics = _accumulate(
+                lambda state, batch, draw_key, start: differentiate(
+                    state, teacher_variables, batch, step_key, draw_key, start
+                ),
+                state,
+                batch,
+                step_key,
+                micro_batch_size,
+                axis_name,
+            )
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         # Parts of optax fail under strict dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        # What this phase does not use, a later one may.
-        collections, memory = {**state.collections, **collections}, {**state.memory, **memory}
-        return TrainState(state.step + 1, params, collections, opt_state, memory), metrics
+        new = TrainState(state.step + 1, params, collections, opt_state, memory)
+        if ema is not None:
+            new = new.replace(ema=_move(state.ema, new.variables, ema))
+        return new, metrics
 
     return train_step
+
+
+def _accumulate(differentiate, state, batch, step_key, size, axis_name):
+    """Returns what `differentiate` does, averaged over the images of all micro-batches, one after the other."""
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    size //= devices
+    rows = len(batch["label"])
+    number, rest = divmod(rows, size)
+
+    def one(carry, part, index, start):
+        collections, memory, sums = carry
+        draw_key = jax.random.fold_in(jax.random.fold_in(step_key, _MICRO_BATCH), index)
+        seen = state.replace(collections=collections, memory=memory)
+        gradients, collections, memory, metrics = differentiate(seen, part, draw_key, start)
+        share = len(part["label"]) / rows
+        weighted = jax.tree.map(lambda x: x * share, (gradients, metrics))
+        return collections, memory, weighted if sums is None else jax.tree.map(jnp.add, sums, weighted)
+
+    def part(start, end):
+        return jax.tree.map(lambda x: x[start:end], batch)
+
+    carry = one((state.collections, state.memory, None), part(0, min(size, rows)), 0, 0)
+    if number > 1:
+        stacked = jax.tree.map(lambda x: x.reshape(number - 1, size, *x.shape[1:]), part(size, number * size))
+
+        def body(carry, indexed):
+            index, one_part = indexed
+            return one(carry, one_part, index, index * (size * devices)), None
+
+        carry, _ = lax.scan(body, carry, (jnp.arange(1, number, dtype=jnp.int32), stacked))
+    if number and rest:
+        carry = one(carry, part(number * size, rows), number, number * size * devices)
+    collections, memory, (gradients, metrics) = carry
+    return gradients, collections, memory, metrics
 
 
 def make_eval_step(
@@ -120,3 +181,12 @@ def _average(collections, axis_name):
         return lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(average, collections)
+
+
+def _move(average, variables, decay):
+    """Returns the moving average after an update; counters and the like are taken as they are."""
+
+    def move(old, new):
+        return decay * old + (1 - decay) * new if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return jax.tree.map(move, average, variables)

@@ -17,14 +17,16 @@ from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
+from cskd_jax.training.adapters import as_network
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Console, Progress
 from cskd_jax.training.checkpoint import Record
 from cskd_jax.training.evaluation import Evaluation
-from cskd_jax.training.loop import Loop, Setup
-from cskd_jax.training.networks import Network, Variables, as_network
+from cskd_jax.training.loop import Loop
+from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.phases import Phase, make_parts
 from cskd_jax.training.records import MetricsFiles, read_rows
+from cskd_jax.training.setup import Setup
 from cskd_jax.training.state import TrainState
 
 
@@ -33,11 +35,13 @@ class Student:
     """A network that is trained.
 
     Attributes:
-      network: A linen module or a `Network`.
+      network: A linen module, an nnx module, a function or a `Network`; see `training.adapters`.
       losses: Losses, see `Objective.create`.
       optimizer: Optimizer of {"network": parameters of the network, "losses": {name: what the loss trains}}. Masks and
         labels given to optax as functions see this tree.
       schedule: Learning rate by the number of updates, for the log; None if it is not known.
+      ema: Decay of an exponential moving average of its variables, which then is what is evaluated and returned; None
+        keeps none.
       variables: Variables that it starts from; None for fresh ones.
       description: What its checkpoints say of the network; by default the name of its class.
       method: Name of the method, for its checkpoints.
@@ -47,6 +51,7 @@ class Student:
     losses: Mapping[str, Any]
     optimizer: optax.GradientTransformation
     schedule: Callable[[Any], Any] | None = None
+    ema: float | None = None
     variables: Variables | None = None
     description: Mapping[str, Any] | None = None
     method: str = ""
@@ -57,8 +62,9 @@ class Teacher:
     """A network that is not trained, in evaluation mode.
 
     Attributes:
-      network: A linen module or a `Network`.
-      variables: Its variables. A trainer may be made before they exist; they must be set before `fit`.
+      network: A linen module, an nnx module, a function or a `Network`; see `training.adapters`.
+      variables: Its variables; None where they are those of an nnx module. A trainer may be made before they exist;
+        they must be set before `fit`.
     """
 
     network: Any
@@ -71,10 +77,12 @@ class Result:
 
     Attributes:
       variables: Variables of the network, numpy arrays: {"params": ..., and its other collections}.
-      metrics: {split: {metric: value}} after the last epoch. Of the split "test", accuracies are fractions of the whole
-        split; of "train", the values are means over the last steps.
+      metrics: {split: {metric: value}} after the last epoch. Of the splits "test" and "validation", accuracies are
+        fractions of the whole split; of "train", the values are means over the last steps.
       last: {"epoch", metrics} of the last epoch on the test split.
-      best: {"epoch", metrics} of the epoch that is best on the test split, whose figures are optimistic for that.
+      best: {"epoch", metrics} of the best epoch on the test split. It is the best on the validation split; without one,
+        on the test split, whose figures are optimistic for that.
+      validation: {"last": ..., "best": ...}, the same on the validation split; empty without one.
       history: Rows in the order of the steps: {"phase": name of the student, "split", "step", "epoch", metrics}.
       images_per_second: Training speed; None if nothing was trained.
     """
@@ -83,6 +91,7 @@ class Result:
     metrics: Mapping[str, Mapping[str, float]]
     last: Mapping[str, float]
     best: Mapping[str, float]
+    validation: Mapping[str, Mapping[str, float]]
     history: Sequence[Mapping[str, Any]]
     images_per_second: float | None
 
@@ -98,7 +107,7 @@ class Trainer:
     Args:
       students: {name: student}.
       teachers: At most one teacher for now; losses that read one need it.
-      data: Training and test split.
+      data: Training and test split, and possibly a validation split, which then chooses the best epoch.
       phases: Phases, in their order.
       batch_size: Number of images in a batch, over all devices.
       seed: Seed of the weights, the order of the images and the augmentation.
@@ -111,6 +120,8 @@ class Trainer:
       devices: Devices to compute on, or how many of all; None for all.
       log_every: Number of steps between two rows of the history.
       keep_checkpoints: Number of newest checkpoints that are kept beside the best.
+      accumulation_steps: Number of micro-batches that a batch is divided into, to save memory: `batch_size` is what an
+        update sees; batch normalization, memories, and losses that relate images to each other see micro-batches.
       stream: Number folded into the seed for weights and augmentation; trainers with different ones draw differently.
 
     Attributes:
@@ -137,14 +148,18 @@ class Trainer:
         devices: Devices | int | Sequence[jax.Device] | None = None,
         log_every: int = 50,
         keep_checkpoints: int = 2,
+        accumulation_steps: int = 1,
         stream: int = 1,
     ):
-        for argument, value, low in (("log_every", log_every, 1), ("seed", seed, 0)):
+        integers = (("log_every", log_every, 1), ("seed", seed, 0), ("accumulation_steps", accumulation_steps, 1))
+        for argument, value, low in integers:
             if not isinstance(value, int | np.integer) or value < low:
                 raise UserError(f"{argument} is {value!r}; it must be an integer of at least {low}")
         if len(teachers) > 1:
             raise UserError(f"a trainer takes one teacher; got {len(teachers)}")
-        self._teacher, self._workdir = next(iter(teachers), None), None if workdir is None else pathlib.Path(workdir)
+        self._workdir = None if workdir is None else pathlib.Path(workdir)
+        self._teacher = next(iter(teachers), None)
+        self._teacher_network = None if self._teacher is None else as_network(self._teacher.network)
         self.state: dict[str, TrainState] = {}
         files = () if self._workdir is None else (MetricsFiles(self._workdir),)
         self._setup = Setup(
@@ -158,6 +173,7 @@ class Trainer:
             workdir=self._workdir,
             log_every=log_every,
             keep_checkpoints=keep_checkpoints,
+            accumulation_steps=accumulation_steps,
         )
         _check_batches(self._setup)
         self._loops = {name: self._make_loop(name, student, phases) for name, student in students.items()}
@@ -165,6 +181,8 @@ class Trainer:
     def _make_loop(self, name, student, phases):
         data, sampler = self._setup.data, self._setup.sampler
         network = as_network(student.network)
+        if student.ema is not None and not 0 <= student.ema < 1:
+            raise UserError(f"ema is {student.ema!r}; it must be a number in [0, 1), or None")
 
         def create(losses):
             objective = Objective.create(
@@ -189,7 +207,7 @@ class Trainer:
             create=create,
         )
         # A teacher that no loss reads would cost a forward pass for nothing.
-        teacher = self._teacher if parts[0].all_losses.may_read_teacher else None
+        has_teacher = self._teacher is not None and parts[0].all_losses.may_read_teacher
         record = Record(
             network=dict(student.description or {"name": _class_name(network)}),
             channels=data.image_shape[-1],
@@ -204,10 +222,16 @@ class Trainer:
             parts,
             record,
             self._setup,
-            variables=student.variables,
-            teacher=None if teacher is None else as_network(teacher.network),
-            teacher_variables=None if teacher is None else teacher.variables,
+            variables=network.variables if student.variables is None else student.variables,
+            teacher=self._teacher_network if has_teacher else None,
+            teacher_variables=self._teacher_variables() if has_teacher else None,
+            ema=student.ema,
         )
+
+    def _teacher_variables(self):
+        if self._teacher is None:
+            return None
+        return self._teacher_network.variables if self._teacher.variables is None else self._teacher.variables
 
     def fit(self, stop: StopRequest | None = None) -> dict[str, Result]:
         """Trains every student to the end, one after the other.
@@ -223,11 +247,11 @@ class Trainer:
           DivergedError: A loss or gradient is not finite.
         """
         devices, stop = self._setup.devices, StopRequest() if stop is None else stop
-        teacher_variables = None
+        teacher_variables = self._teacher_variables()
         if self._teacher is not None:
-            if self._teacher.variables is None:
+            if teacher_variables is None:
                 raise UserError("the teacher has no variables: set them before fit")
-            teacher_variables = devices.replicate(self._teacher.variables)
+            teacher_variables = devices.replicate(teacher_variables)
         results = {}
         for name, loop in self._loops.items():
             loop.say_what_depends_on_devices()
@@ -236,7 +260,7 @@ class Trainer:
             if self._workdir is not None:
                 rows = processes.on_first(lambda: list(read_rows(self._workdir / "metrics.jsonl")))
                 history = [row for row in rows if row["phase"] == name]
-            results[name] = _result(name, self.state[name].variables, progress, history)
+            results[name] = _result(name, self.state[name].averaged, progress, history)
         return results
 
     def say(self, message: str) -> None:
@@ -248,32 +272,34 @@ class Trainer:
         return self._loops[name].record.network
 
     def evaluate(self, name: str, split: str = "test") -> dict[str, float]:
-        """Returns the metrics of a student on a split, "test" or "train".
+        """Returns the metrics of a student on a split, "test", "train" or "validation".
 
         Raises:
           UserError: There is no such student, or it has not been trained.
         """
         if name not in self.state:
             raise UserError(f"{name} has not been trained: fit trains {', '.join(self._loops)}")
-        return self.evaluation(name, split)(self._setup.devices.replicate(self.state[name].variables))
+        return self.evaluation(name, split)(self._setup.devices.replicate(self.state[name].averaged))
 
     def evaluation(self, name: str, split: str = "test") -> Evaluation:
         """Returns the evaluation of a student on a split."""
-        return self._loops[name].evaluation if split == "test" else self._loops[name].evaluation_on(split)
+        return self._loops[name].evaluation_on(split)
 
 
 def _result(name: str, variables: Variables, progress: Progress, history: Sequence[Mapping[str, Any]]) -> Result:
     """Returns the result of a student, with the metrics of the last rows of its history."""
+    validation = progress.evaluations if progress.test else {}
+    test = progress.test or progress.evaluations
     if not any(row["split"] == "test" for row in history):  # The file was removed, not what the checkpoint knows.
-        last = progress.evaluations["last"]
-        history = [*history, {"phase": name, "split": "test", "step": None, **last}]
+        history = [*history, {"phase": name, "split": "test", "step": None, **test["last"]}]
     metrics = {row["split"]: {name: value for name, value in row.items() if name not in ROW_KEYS} for row in history}
-    last, best = (progress.evaluations.get(name, {}) for name in ("last", "best"))
-    return Result(variables, metrics, last, best, history, progress.images_per_second)
+    last, best = (test.get(name, {}) for name in ("last", "best"))
+    return Result(variables, metrics, last, best, validation, history, progress.images_per_second)
 
 
 def _class_name(network: Network) -> str:
-    return type(getattr(network, "module", network)).__name__
+    inner = getattr(network, "module", getattr(network, "function", network))
+    return getattr(inner, "__name__", type(inner).__name__)
 
 
 def _describe_images(data: ImageDataset, normalize: Any) -> dict[str, Any]:
@@ -313,3 +339,21 @@ def _check_batches(setup: Setup) -> None:
             "the last batch of an epoch holds one image, which has nothing to relate to: set drop_last=True"
         )
     setup.devices.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)
+    if setup.accumulation_steps > 1:
+        _check_micro_batches(setup)
+
+
+def _check_micro_batches(setup: Setup) -> None:
+    """Raises UserError for micro-batches that cannot be had."""
+    sampler, steps = setup.sampler, setup.accumulation_steps
+    if sampler.batch_size % steps:
+        raise UserError(f"batch_size is {sampler.batch_size}, which does not divide by accumulation_steps, {steps}")
+    size = sampler.batch_size // steps
+    setup.devices.check_batch_size(
+        f"a micro-batch (batch_size {sampler.batch_size} / accumulation_steps {steps})", size
+    )
+    if 1 in (size, sampler.last_batch_size % size):
+        raise UserError(
+            f"with accumulation_steps={steps}, a micro-batch holds one image, which has nothing to relate to: "
+            "set another number, or drop_last=True"
+        )

@@ -1,0 +1,253 @@
+"""Makes networks for the trainer of what people write: linen modules, functions and, in `nnx_adapter`, nnx modules.
+
+A module of flax.linen, whoever wrote it:
+
+- The collections of its variables besides "params", such as "batch_stats", are kept and updated, whatever their names.
+- Its random streams get keys in training mode: those named in `streams`, and any other from that of "params".
+- The argument that switches training mode on is found by its name; a module without one is called the same way always.
+- What it sows for others to read is not kept from step to step.
+- It returns a `ModelOutput`, a dictionary with the same keys, or logits alone. Feature maps that it does not return are
+  taken from within it by the paths of its submodules.
+
+A function `(variables, images, train, rngs) -> (outputs, updates)`:
+
+- `variables` is {"params": ..., and other collections}. Training starts from those that it is given with.
+- `train` is True or False; `rngs` is {"params": key, "dropout": key} in training, otherwise None.
+- `updates` holds the new values of the other collections that it changes, such as {"batch_stats": ...}; it is read in
+  training only.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from cskd_jax.models import ModelOutput
+from cskd_jax.training.networks import Network, Variables, as_output, make_rngs
+
+# The names of the argument of `__call__` that asks for training mode, and the value that does.
+_TRAINING_FLAGS = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+_INTERMEDIATES = "intermediates"
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenNetwork:
+    """A linen module as a `Network`. The module is called directly, never wrapped in another: its weights are its own.
+
+    Attributes:
+      module: The module, called with images [B, H, W, C].
+      features: Paths of the submodules whose outputs are the features, first stage first, such as "Conv_1" or
+        "encoder/block_3". Empty where the module returns them itself, or where no loss reads them.
+      embedding: The path of the submodule whose output is the embedding; None as above.
+      streams: Names of the random streams that get a key of their own. A module that draws from another with
+        `make_rng` draws from "params" instead; one that asks `has_rng`, or splits a stream, needs its name here.
+    """
+
+    module: nn.Module
+    features: tuple[str, ...] = ()
+    embedding: str | None = None
+    streams: tuple[str, ...] = ("dropout",)
+
+    @property
+    def variables(self) -> None:
+        """See `Network`: `init` makes fresh ones."""
+        return None
+
+    @property
+    def synchronized(self) -> bool:
+        """Whether the module takes the name of the axis over which a batch is split."""
+        return "axis_name" in _field_names(self.module)
+
+    def on_axis(self, axis_name: str | None) -> "LinenNetwork":
+        """See `Network.on_axis`."""
+        if not self.synchronized:
+            return self
+        return dataclasses.replace(self, module=self.module.clone(axis_name=axis_name))
+
+    def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
+        """See `Network.init`."""
+        dtype = getattr(self.module, "dtype", None) or jnp.float32
+        images = jnp.zeros((2, *image_shape), dtype)
+        alone = self.on_axis(None)
+        args, flags = self._flags(train=False)
+        outputs, variables = alone.module.init_with_output(key, images, *args, **flags)
+        variables = {name: collection for name, collection in variables.items() if not _is_sown(collection)}
+        if not self._paths:
+            return variables, as_output(outputs)
+        return variables, alone.apply(variables, images, train=False)[0]
+
+    def apply(
+        self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[ModelOutput, Variables]:
+        """See `Network.apply`."""
+        mutable = [name for name in variables if name != "params"] if train else []
+        rngs = make_rngs(key, self.streams) if train else None
+        args, flags = self._flags(train=train)
+        if not (mutable or self._paths):
+            return as_output(self.module.apply(variables, images, *args, rngs=rngs, **flags)), {}
+        if self._paths:
+            # Everything is captured and the paths are selected afterwards: within a jitted submodule a filter is not
+            # asked. What is not selected costs nothing in a compiled program.
+            mutable = [*mutable, _INTERMEDIATES]
+            flags |= {"capture_intermediates": True}
+        outputs, updated = self.module.apply(variables, images, *args, rngs=rngs, mutable=mutable, **flags)
+        updated = dict(updated)
+        return self._select(as_output(outputs), updated.pop(_INTERMEDIATES, {})), updated
+
+    @property
+    def _paths(self) -> tuple[str, ...]:
+        return (*self.features, *([] if self.embedding is None else [self.embedding]))
+
+    @property
+    def has_training_mode(self) -> bool:
+        """Whether the module can be told that it is trained."""
+        return any(self._flags(train=True))
+
+    def _flags(self, *, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
+        """Returns what asks for training mode: positional arguments behind the images, and keywords."""
+        parameters = list(inspect.signature(type(self.module).__call__).parameters.values())
+        # An attribute of the module that has a value may not be given once more.
+        asked = {
+            name: value == train
+            for name, value in _TRAINING_FLAGS.items()
+            if name in [parameter.name for parameter in parameters] and getattr(self.module, name, None) is None
+        }
+        # By position where that is allowed: `nn.jit` and `nn.remat` know their static arguments by it.
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if len(parameters) > 2 and parameters[2].name in asked and parameters[2].kind in by_position:
+            return (asked.pop(parameters[2].name),), asked
+        return (), asked
+
+    def _select(self, output: ModelOutput, intermediates: Any) -> ModelOutput:
+        if not self._paths:
+            return output
+        found = _by_path(intermediates)
+        for path in self._paths:
+            if path not in found:
+                near = difflib.get_close_matches(path, found, n=5, cutoff=0.3) or sorted(found)[:5]
+                raise ValueError(
+                    f"{type(self.module).__name__} has no output at path {path!r}; the nearest are {', '.join(near)}"
+                )
+        if self.features:
+            output = output._replace(features=tuple(found[path] for path in self.features))
+        if self.embedding is not None:
+            output = output._replace(embedding=found[self.embedding])
+        return output
+
+    def __hash__(self):
+        try:
+            return hash((self.module, self.features, self.embedding))
+        except TypeError:  # A module may have fields that cannot be hashed.
+            return id(self.module)
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionNetwork:
+    """A pure function `(variables, images, train, rngs) -> (outputs, updates)` as a `Network`.
+
+    Attributes:
+      function: The function.
+      variables: Variables that it starts from; None where they are given with it, as `student_variables`.
+    """
+
+    function: Callable[[Variables, jax.Array, bool, Mapping[str, jax.Array] | None], tuple[Any, Variables]]
+    variables: Variables | None = None
+
+    synchronized = False
+
+    def on_axis(self, axis_name: str | None) -> "FunctionNetwork":
+        """See `Network.on_axis`."""
+        del axis_name
+        return self
+
+    def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
+        """See `Network.init`; raises ValueError: a function makes no variables."""
+        raise ValueError("a function makes no variables of its own: give it student_variables to start from")
+
+    def apply(
+        self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[ModelOutput, Variables]:
+        """See `Network.apply`."""
+        returned = self.function(variables, images, train, make_rngs(key, ("dropout",)) if train else None)
+        if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], Mapping):
+            raise ValueError(
+                "a function as network must return (outputs, updates), the updates as a dictionary, which may be empty"
+            )
+        outputs, updates = returned
+        unknown = sorted(updates.keys() - variables.keys() | updates.keys() & {"params"})
+        if train and unknown:
+            raise ValueError(
+                f"the function returns updates of {', '.join(unknown)}; it may update the collections of its variables "
+                "besides params"
+            )
+        return as_output(outputs), updates if train else {}
+
+    def __hash__(self):
+        return hash(self.function)
+
+
+def as_network(module: Any, features: Sequence[str] = (), embedding: str | None = None) -> Network:
+    """Returns the network that a module is.
+
+    Args:
+      module: A linen module, an nnx module, a function, or a `Network`; see the top of this file.
+      features: Paths of the features of a linen module, as in `LinenNetwork`.
+      embedding: Path of its embedding, likewise.
+
+    Raises:
+      TypeError: It is none of these, or paths are given for a network that is not a linen module.
+    """
+    if isinstance(module, nn.Module):
+        return LinenNetwork(module, tuple(features), embedding)
+    if isinstance(module, LinenNetwork) and (features or embedding):
+        return dataclasses.replace(module, features=tuple(features), embedding=embedding)
+    kind = module.__name__ if isinstance(module, type) else type(module).__name__
+    if features or embedding:
+        raise TypeError(f"features are taken by path from a flax.linen.Module only; got {kind}")
+    if isinstance(module, type):
+        raise TypeError(f"a network must be an instance; got the class {kind}")
+    # Importing nnx takes a while. Whoever has a module of it has imported it.
+    if "flax.nnx" in sys.modules and isinstance(module, sys.modules["flax.nnx"].Module):
+        from cskd_jax.training.nnx_adapter import NnxNetwork
+
+        return NnxNetwork(module)
+    if isinstance(module, Network):
+        return module
+    if callable(module):
+        return FunctionNetwork(module)
+    raise TypeError(f"a network must be a flax.linen.Module, a flax.nnx.Module, a function or a Network; got {kind}")
+
+
+def _by_path(intermediates: Any) -> dict[str, Any]:
+    """Returns {path: output} of captured intermediates; of a submodule called several times, the last output."""
+    flat = traverse_util.flatten_dict(dict(intermediates), sep="/")
+    found = {}
+    for path, values in flat.items():
+        value = values[-1] if isinstance(values, tuple) and values else values
+        if isinstance(value, jax.Array):
+            found[path.removesuffix("/__call__").removesuffix("__call__")] = value
+    found.pop("", None)
+    return found
+
+
+def _is_sown(collection: Any) -> bool:
+    """Returns whether a collection holds what was sown, which comes in tuples that grow at every call."""
+    leaves = jax.tree.leaves(collection, is_leaf=lambda x: isinstance(x, tuple))
+    return any(isinstance(leaf, tuple) for leaf in leaves)
+
+
+def _field_names(module: nn.Module) -> set[str]:
+    return {field.name for field in dataclasses.fields(module)}

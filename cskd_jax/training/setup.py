@@ -1,0 +1,58 @@
+"""What the students of a trainer share."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+
+from cskd_jax.data import ImageDataset
+from cskd_jax.data.samplers import Sampler
+from cskd_jax.distributed.devices import Devices
+from cskd_jax.training.callbacks import Callback
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all students of a trainer share.
+
+    Attributes:
+      data: Training, test and possibly validation split.
+      sampler: Which images make up a batch.
+      normalize: Function from images as they are in the data to images as the networks take them.
+      augment: Function of images, a key and positions in the global batch, before that; None: the images stay as they
+        are.
+      key: Key of weights and augmentation; the same for all students, so that their runs pair up.
+      devices: Devices to compute on.
+      callbacks: Callbacks.
+      workdir: Folder of the checkpoints and logs; None: nothing is written.
+      log_every: Number of steps between two rows of the history.
+      keep_checkpoints: Number of newest checkpoints that are kept beside the best.
+      accumulation_steps: Number of micro-batches that a batch is divided into.
+    """
+
+    data: ImageDataset
+    sampler: Sampler
+    normalize: Callable[[jax.Array], jax.Array]
+    augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None
+    key: jax.Array
+    devices: Devices
+    callbacks: Sequence[Callback] = ()
+    workdir: pathlib.Path | None = None
+    log_every: int = 50
+    keep_checkpoints: int = 2
+    accumulation_steps: int = 1
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Number of images of a micro-batch over all devices; None where batches stay whole."""
+        return None if self.accumulation_steps == 1 else self.sampler.batch_size // self.accumulation_steps
+
+    def preprocess(self, images: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
+        """Returns the images of a training batch as the networks take them."""
+        return self.normalize(images if self.augment is None else self.augment(images, key, positions))
+
+    def say(self, message: str) -> None:
+        """Tells the callbacks a line for people."""
+        for callback in self.callbacks:
+            callback.on_message(message)
