@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import optax
 
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.data.augment import Normalize
+from cskd_jax.data.batches import EpochBatches
 from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.errors import UserError
@@ -37,9 +39,10 @@ def distill(
     *,
     losses: Mapping[str, Any],
     optimizer: optax.GradientTransformation,
-    train: tuple[np.ndarray, np.ndarray],
+    train: tuple[np.ndarray, np.ndarray] | Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]],
     test: tuple[np.ndarray, np.ndarray],
     validation: tuple[np.ndarray, np.ndarray] | None = None,
+    steps_per_epoch: int | None = None,
     teacher: Any = None,
     teacher_variables: Mapping[str, Any] | None = None,
     student_variables: Mapping[str, Any] | None = None,
@@ -74,10 +77,13 @@ def distill(
       losses: {name: weight, or settings with a "weight", or a loss of one's own}; see `training.objective.Objective`.
       optimizer: Optimizer, such as `optax.adamw(1e-3)`.
       train: Images [N, H, W, C] and labels, int [N], or 0 and 1 [N, K] where an image has any number of classes.
-        uint8 images are divided by 255 and normalized by `mean` and `std`; floats are taken as they are.
+        uint8 images are divided by 255 and normalized by `mean` and `std`; floats are taken as they are. Or a function
+        from the number of an epoch, from 0, to an iterable of batches of them, such as a data loader: see
+        `data.batches.EpochBatches`.
       test: Likewise; the whole of it is evaluated after every epoch, or at the end where there is a `validation`.
       validation: Likewise; it then chooses the best epoch, and the test split is measured for the last and that epoch.
-      teacher: Likewise; None where no loss reads a teacher.
+      steps_per_epoch: Number of batches of an epoch, where `train` is a function; None counts those of epoch 0.
+      teacher: Network likewise; None where no loss reads a teacher.
       teacher_variables: Variables of the teacher, such as {"params": ..., "batch_stats": ...}; None for those of an nnx
         module.
       student_variables: Variables that the student starts from (fine-tuning); None for fresh ones, or for those of an
@@ -112,7 +118,10 @@ def distill(
       UserError: Something does not fit together; the message says what.
       DivergedError: A loss or gradient is not finite.
     """
-    data = make_data(train, test, categories, validation)
+    sampler = _make_batches(train, steps_per_epoch)
+    data = make_data(train if sampler is None else sampler.first, test, categories, validation)
+    if sampler is not None:
+        sampler.num_classes = data.num_classes
     mean, std = (tuple(map(float, values)) for values in (mean, std))
     if any(len(values) not in (1, data.image_shape[-1]) for values in (mean, std)):
         raise UserError(f"mean and std must have 1 value or {data.image_shape[-1]}, one for each channel of the images")
@@ -127,7 +136,7 @@ def distill(
             data=data,
             phases=[Phase(epochs)],
             seed=seed,
-            sampler=UniformSampler(len(data.train.labels), batch_size, seed, drop_last),
+            sampler=sampler or UniformSampler(len(data.train.labels), batch_size, seed, drop_last),
             normalize=None if floats else Normalize(mean, std),
             augment=augment,
             callbacks=callbacks,
@@ -137,7 +146,8 @@ def distill(
             accumulation_steps=accumulation_steps,
         )
         if workdir is not None:
-            settings = {"epochs": int(epochs), "batch_size": int(batch_size), "drop_last": drop_last, "seed": int(seed)}
+            size = batch_size if sampler is None else sampler.batch_size
+            settings = {"epochs": int(epochs), "batch_size": int(size), "drop_last": drop_last, "seed": int(seed)}
             # Settings that are off are not written: an earlier version knew none of them.
             settings |= {} if ema is None else {"ema": float(ema)}
             settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
@@ -162,6 +172,18 @@ def _make_teachers(teacher, variables, features, embedding):
     if variables is None:
         raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")
     return [Teacher(network, variables)]
+
+
+def _make_batches(train, steps_per_epoch):
+    """Returns the batches that a function makes; None if `train` holds arrays."""
+    if callable(train):
+        return EpochBatches(train, functools.partial(_make_split, "train"), steps_per_epoch)
+    if not isinstance(train, tuple | list):
+        raise UserError(
+            f"train is a {type(train).__name__}, which may be spent after one epoch: give arrays, or a function from "
+            "the number of an epoch to an iterable of (images, labels), such as train=lambda epoch: loader"
+        )
+    return None
 
 
 def make_data(
@@ -246,6 +268,6 @@ def _claim(workdir, identity):
         raise UserError(f"workdir {workdir} holds another run ({changes}); use another workdir")
     write_json(path, identity)
     return (
-        f"workdir {workdir}: going on; the optimizer, the augmentation and the code of networks and functions "
-        "cannot be compared with those of the earlier start"
+        f"workdir {workdir}: going on; the optimizer, the augmentation, the batches that a function makes after the "
+        "first, and the code of networks and functions cannot be compared with those of the earlier start"
     )

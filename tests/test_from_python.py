@@ -12,6 +12,11 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILI
 CHECKS = """
 assert student.metrics["test"]["top1"] > 0.5, student.metrics
 assert vit.metrics["test"]["top1"] > 0.2, vit.metrics
+assert distilled.metrics["test"]["top1"] > 0.3, distilled.metrics
+assert options.validation["best"]["epoch"] == options.best["epoch"]
+assert options.metrics["test"]["top1"] > 0.2, options.metrics
+assert loaded.metrics["test"]["top1"] > 0.2, loaded.metrics
+assert trained(images[:5].astype(np.float32)).shape == (5, 10)
 assert {"at", "rkd/angle"} <= at.history[0].keys(), at.history[0]
 assert best.top1 > 0.1
 assert [row["epoch"] for row in result.history if row["split"] == "test"] == [1, 2, 3]

@@ -127,6 +127,3 @@ class BalancedSampler:
             batch[:] = generator.permutation(np.concatenate([groups[c][left[c]] for c in chosen]))
         batches.setflags(write=False)
         return batches
-
-
-Sampler = UniformSampler | BalancedSampler

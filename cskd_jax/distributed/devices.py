@@ -65,14 +65,15 @@ class Devices:
         rows = size // jax.process_count()
         return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
-    def interleave(self, index: np.ndarray, micro_batch_size: int | None) -> np.ndarray:
+    def interleave(self, size: int, micro_batch_size: int | None) -> np.ndarray:
         """Returns the rows of a global batch in an order in which every device finds its part of each micro-batch.
 
         Args:
-          index: Rows of the global batch, [B].
+          size: Size of the global batch.
           micro_batch_size: Number of rows of a micro-batch over all devices; the last one may be smaller. None: the
             order stays as it is.
         """
+        index = np.arange(size)
         if micro_batch_size is None:
             return index
         starts = range(0, len(index), micro_batch_size)

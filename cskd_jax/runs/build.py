@@ -10,7 +10,7 @@ import optax
 
 from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.data.augment import Normalize, augment
-from cskd_jax.data.samplers import BalancedSampler, Sampler, UniformSampler
+from cskd_jax.data.samplers import BalancedSampler, UniformSampler
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
@@ -153,7 +153,7 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
     return TrainedNetwork(network, saved)
 
 
-def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> Sampler:
+def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> UniformSampler | BalancedSampler:
     """Returns the sampler that `config.sampler` describes; raises UserError where the labels do not allow it."""
     labels = dataset.train.labels
     if config.sampler.name == "uniform":

@@ -151,7 +151,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "teacher.epochs": Key(200, rules.integer(1), "Epochs that the teacher trains for, if it is trained here."),
         "student.name": Key(REQUIRED, _MODEL, "Network of the student."),
         "student.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the student."),
-        "optimizer.name": Key("sgd", rules.one_of("sgd", "adamw"), "Optimizer."),
+        "optimizer.name": Key("sgd", rules.one_of("sgd", "adamw"), "Name of the optimizer."),
         "optimizer.learning_rate": Key(
             0.1, rules.POSITIVE, "Learning rate after the warm-up, before the schedule lowers it."
         ),

@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cskd_jax.data import read_batches
+from cskd_jax.data.batches import read_steps
 from cskd_jax.distributed.devices import AXIS
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import InterruptedRun, UserError
@@ -119,16 +118,13 @@ class Loop:
 
     def _batches(self, step):
         """Yields (size of the global batch, this process's rows of it) of each step from `step` on."""
-        split, steps = self._setup.data.train, range(step, self._total_steps)
-        for step, images in zip(steps, read_batches(split.images, map(self._local_indices, steps)), strict=True):
-            index = self._local_indices(step)
-            batch = {"image": images, "label": split.labels[index], "index": index.astype(np.int32)}
-            yield len(self._sampler.indices(step)), self._setup.devices.shard(batch)
+        devices, micro_batch_size = self._setup.devices, self._setup.micro_batch_size
 
-    def _local_indices(self, step):
-        index = self._sampler.indices(step)
-        index = self._setup.devices.interleave(index, self._setup.micro_batch_size)
-        return index[self._setup.devices.local_rows(len(index))]
+        def rows(size):
+            return devices.interleave(size, micro_batch_size)[devices.local_rows(size)]
+
+        for size, batch in read_steps(self._setup.data.train, self._sampler, range(step, self._total_steps), rows):
+            yield size, devices.shard(batch)
 
     def run(self, stop: StopRequest, teacher_variables: Any = None) -> tuple[TrainState, Progress, list[Row]]:
         """Trains to the end from the newest checkpoint.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from cskd_jax.data import ImageDataset
-from cskd_jax.data.samplers import Sampler
+from cskd_jax.data.batches import Sampler
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.training.callbacks import Callback
 

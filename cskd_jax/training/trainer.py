@@ -11,7 +11,8 @@ import optax
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import Normalize
-from cskd_jax.data.samplers import Sampler, UniformSampler
+from cskd_jax.data.batches import EpochBatches, Sampler
+from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.distributed.signals import StopRequest
@@ -111,7 +112,8 @@ class Trainer:
       phases: Phases, in their order.
       batch_size: Number of images in a batch, over all devices.
       seed: Seed of the weights, the order of the images and the augmentation.
-      sampler: Which images make up a batch; by default each once an epoch in random order.
+      sampler: Which images make up a batch; by default each once an epoch in random order. `EpochBatches` are made by
+        a function; `data` then has their first batch as training split.
       normalize: Function from images as they are in the data to images as the networks take them; None if they are.
       augment: Function of images [B, H, W, C], a key and the positions of the images in the global batch, before
         `normalize`; None leaves the images as they are.
@@ -189,7 +191,7 @@ class Trainer:
                 losses,
                 num_classes=data.num_classes,
                 axis_name=AXIS,
-                num_examples=len(data.train.labels),
+                num_examples=0 if isinstance(sampler, EpochBatches) else len(data.train.labels),
                 steps_per_epoch=sampler.steps_per_epoch,
             )
             _check_losses(objective, data)
@@ -282,7 +284,9 @@ class Trainer:
         return self.evaluation(name, split)(self._setup.devices.replicate(self.state[name].averaged))
 
     def evaluation(self, name: str, split: str = "test") -> Evaluation:
-        """Returns the evaluation of a student on a split."""
+        """Returns the evaluation of a student on a split; raises UserError if it can be read once only."""
+        if split == "train" and isinstance(self._setup.sampler, EpochBatches):
+            raise UserError("the batches that a function makes are not evaluated; give arrays to evaluate on them")
         return self._loops[name].evaluation_on(split)
 
 

@@ -1,0 +1,132 @@
+"""The batches of a training: taken from a split by a sampler, or made by a function of the epoch."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from cskd_jax.data.samplers import BalancedSampler, UniformSampler
+from cskd_jax.data.streaming import read_batches
+from cskd_jax.data.types import Split
+from cskd_jax.errors import UserError
+
+
+class EpochBatches:
+    """Batches that a function of the epoch makes, in the place of a split and a sampler.
+
+    The function is called anew for every epoch. A resumed training calls it for the epoch that was cut off and passes
+    over the batches that were trained on: it resumes exactly if the same epoch always gives the same batches.
+
+    Args:
+      function: Function from the number of an epoch, from 0, to an iterable of (images, labels).
+      convert: Function from images and labels to what is trained on; raises UserError for what is none.
+      steps_per_epoch: Number of batches of an epoch, all of one size. None counts those of epoch 0, of which the last
+        may be smaller; this reads them all once more.
+
+    Attributes:
+      first: First batch of epoch 0.
+      batch_size: Number of images in a batch.
+      last_batch_size: Number of images in the last batch of an epoch.
+      steps_per_epoch: Number of batches of an epoch.
+      num_examples: Number of images in an epoch.
+      num_classes: Number of classes that labels are checked against, to be set before `read`; None does not check.
+
+    Raises:
+      UserError: The function gives no batches, or batches that differ in anything but the size of the last one.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[int], Iterable[tuple[Any, Any]]],
+        convert: Callable[[Any, Any], Split],
+        steps_per_epoch: int | None = None,
+    ):
+        self._function, self._convert, self.num_classes = function, convert, None
+        batches = self._epoch(0)
+        first = next(batches, None)
+        if first is None:
+            raise UserError("train gives no batch for epoch 0")
+        self.first, self.batch_size = first, len(first.labels)
+        sizes = [self.batch_size]
+        if steps_per_epoch is None:
+            sizes += [len(batch.labels) for batch in batches]
+        self.last_batch_size, self.steps_per_epoch = sizes[-1], steps_per_epoch or len(sizes)
+        if any(size != self.batch_size for size in sizes[:-1]) or self.last_batch_size > self.batch_size:
+            raise UserError(f"train gives batches of {sorted(set(sizes))} images; only the last may be smaller")
+        self.num_examples = self.images_before(self.steps_per_epoch)
+
+    def images_before(self, step: int) -> int:
+        """Returns how many images the steps before `step` have trained on."""
+        return step * self.batch_size - step // self.steps_per_epoch * (self.batch_size - self.last_batch_size)
+
+    def read(self, steps: range) -> Iterator[Split]:
+        """Yields the batches of consecutive steps.
+
+        Raises:
+          UserError: An epoch has fewer batches than epoch 0, or batches of other shapes.
+        """
+        position = steps.start
+        while position < steps.stop:
+            epoch, done = divmod(position, self.steps_per_epoch)
+            end = min(steps.stop, (epoch + 1) * self.steps_per_epoch)
+            for batch in itertools.islice(self._epoch(epoch), done, done + end - position):
+                self._check(batch, position)
+                yield batch
+                position += 1
+            if position < end:
+                raise UserError(
+                    f"train gives {position - epoch * self.steps_per_epoch} batches for epoch {epoch}, epoch 0 had "
+                    f"{self.steps_per_epoch}: the function must make new ones every time it is called"
+                )
+
+    def _epoch(self, epoch):
+        return itertools.starmap(self._convert, self._function(epoch))
+
+    def _check(self, batch, step):
+        if self.num_classes is not None and not 0 <= batch.labels.min() <= batch.labels.max() < self.num_classes:
+            raise UserError(f"train gives a label at step {step + 1} that is not from 0 to {self.num_classes - 1}")
+        is_last = (step + 1) % self.steps_per_epoch == 0
+        size = self.last_batch_size if is_last else self.batch_size
+        found = [(array.shape, array.dtype) for array in batch]
+        wanted = [((size, *array.shape[1:]), array.dtype) for array in self.first]
+        if found != wanted:
+            texts = [", ".join(f"{dtype}{list(shape)}" for shape, dtype in arrays) for arrays in (found, wanted)]
+            raise UserError(
+                f"train gives images and labels {texts[0]} at step {step + 1}, not {texts[1]} as in epoch 0"
+            )
+
+
+Sampler = UniformSampler | BalancedSampler | EpochBatches
+
+
+def read_steps(
+    split: Split, sampler: Sampler, steps: range, rows: Callable[[int], np.ndarray]
+) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+    """Yields (size of the global batch, this process's part of it) of consecutive steps.
+
+    Args:
+      split: Training split; not read where the sampler makes the batches itself.
+      sampler: Which images make up a batch.
+      steps: Steps.
+      rows: Function from the size of a global batch to the rows of it that make up the part, in their order.
+
+    Yields:
+      The part is {"image", "label", "index": int32, positions in the training split}; zeros where these are not known.
+    """
+    if isinstance(sampler, EpochBatches):
+        for batch in sampler.read(steps):
+            size = len(batch.labels)
+            part = rows(size)
+            index = np.zeros(len(part), np.int32)
+            yield size, {"image": batch.images[part], "label": batch.labels[part], "index": index}
+        return
+
+    def part_of(step):
+        index = sampler.indices(step)
+        return index[rows(len(index))]
+
+    for step, images in zip(steps, read_batches(split.images, map(part_of, steps)), strict=True):
+        index = part_of(step)
+        batch = {"image": images, "label": split.labels[index], "index": index.astype(np.int32)}
+        yield len(sampler.indices(step)), batch
