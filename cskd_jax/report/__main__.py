@@ -1,10 +1,11 @@
-"""Sets runs beside each other and beside the published results: one HTML page and the same tables as Markdown.
+"""Sets runs beside each other and beside the published results: a page, and tables as Markdown, LaTeX and CSV.
 
 python -m cskd_jax.report RUNS... [--out=DIR] [--data_dir=DIR]
 python -m cskd_jax.report --published
 
   RUNS           folders of finished runs, or of sweeps, or any folders above them
-  --out          folder of report.html and report.md; default: the folder report in the first of RUNS
+  --out          folder of report.html (the page), report.md and report.tex (its tables), report.csv (a line for each
+                 method) and report_runs.csv (a line for each run); default: the folder report in the first of RUNS
   --data_dir     of the data sets, where the runs were made with another; embeddings need the test images
   --published    prints the published tables alone, as Markdown
 
@@ -21,9 +22,9 @@ from cskd_jax.commands import command_line
 from cskd_jax.console import say
 from cskd_jax.errors import UserError, printable
 from cskd_jax.files import refuse_link, write_text
-from cskd_jax.report import markdown, page, published, tables
+from cskd_jax.report import latex, markdown, page, published, spreadsheet, tables
+from cskd_jax.report.curves import Curve
 from cskd_jax.report.runs import Comparison, Row, compare, find_runs
-from cskd_jax.report.svg import Curve
 
 
 def main(argv: list[str]) -> int:
@@ -56,28 +57,35 @@ def _run(argv):
 
 
 def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None) -> None:
-    """Writes report.html and report.md into `out`.
+    """Writes report.html, report.md, report.tex, report.csv and report_runs.csv into `out`.
 
     Args:
-      comparisons: what to show.
-      out: a folder that exists.
-      data_dir: see `embedding.measure`.
+      comparisons: What to show.
+      out: A folder that exists.
+      data_dir: See `embedding.measure`.
     """
-    sections, texts = [], []
+    sections, texts, papers = [], [], [latex.HEADER]
     for comparison in comparisons:
-        parts, tables_of = _comparison(comparison, data_dir)
+        parts, shown = _comparison(comparison, data_dir)
         sections += [page.heading(comparison.title), page.note(tables.recipe(comparison)), *parts]
-        texts.append(markdown.render(comparison.title, tables.recipe(comparison), tables_of))
+        texts.append(markdown.render(comparison.title, tables.recipe(comparison), shown))
+        papers.append(latex.render(comparison.title, shown))
     count = len({run for comparison in comparisons for run in comparison.runs})
     lead = f"{count} runs on {', '.join(sorted({c.dataset for c in comparisons}))}; {_made_with(comparisons)}."
-    html = page.render("Knowledge distillation: comparison of runs", lead, sections)
-    write_text(out / "report.html", html)
-    write_text(out / "report.md", "\n".join(texts))
-    say(f"{count} runs: {out / 'report.html'}, {out / 'report.md'}")
+    files = {
+        "report.html": page.render("Knowledge distillation: comparison of runs", lead, sections),
+        "report.md": "\n".join(texts),
+        "report.tex": "\n".join(papers),
+        "report.csv": spreadsheet.methods(comparisons),
+        "report_runs.csv": spreadsheet.runs(comparisons),
+    }
+    for name, text in files.items():
+        write_text(out / name, text)
+    say(f"{count} runs: {out / 'report.html'}, and {', '.join(list(files)[1:])} beside it")
 
 
 def _made_with(comparisons):
-    """Devices and version of all runs."""
+    """Returns devices and versions of all runs."""
     results = [run.results for comparison in comparisons for run in comparison.runs]
     devices = {f"{r['devices']['count']} x {r['devices']['kind']}" for r in results}
     versions = {r["versions"]["cskd_jax"] for r in results}
@@ -85,17 +93,19 @@ def _made_with(comparisons):
 
 
 def _comparison(comparison, data_dir):
-    """Its sections of the page, and its tables."""
+    """Returns the sections of the page for a comparison, and its tables."""
     # Imported late: mistakes in the command should not wait for it.
     from cskd_jax.report import embedding
 
-    shown = [tables.results(comparison), tables.differences(comparison), tables.ablation(comparison)]
+    shown = [tables.results(comparison), tables.differences(comparison), *tables.ablations(comparison)]
     shown = [table for table in shown if table is not None] + [tables.sizes(comparison)]
     sections = [page.table(table) for table in shown]
     task = comparison.runs[0].task
     lines = [curve for row in comparison.rows if (curve := mean_curve(row)) is not None]
     if lines:
-        sections.append(page.training_curves(lines, task.names[task.score]))
+        teacher = comparison.teacher_summary("last")
+        score = None if teacher is None else teacher.mean
+        sections.append(page.training_curves(lines, score, task.names[task.score]))
     try:
         measured = embedding.measure(comparison, data_dir)
     except UserError as error:
@@ -108,7 +118,7 @@ def _comparison(comparison, data_dir):
 
 
 def mean_curve(row: Row) -> Curve | None:
-    """Mean and deviation over the seeds of the epochs that all of them have evaluated; None without any."""
+    """Returns mean and deviation over the seeds at the epochs that all of them have evaluated; None without any."""
     runs = [dict(run.curve()) for run in row.runs]
     epochs = sorted(set.intersection(*(set(run) for run in runs)))
     if not epochs:

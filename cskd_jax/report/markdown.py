@@ -23,4 +23,4 @@ def _row(cells):
 
 def _escape(text):
     """Markdown that shows `text` as it is: no cell of its own, code, HTML, link or picture."""
-    return re.sub(r"([\\|`<\[])", r"\\\1", text)
+    return re.sub(r"([\\|`<\[*&])", r"\\\1", text)

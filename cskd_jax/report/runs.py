@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cskd_jax.errors import UserError, printable
+from cskd_jax.losses import LOSSES, Method
 from cskd_jax.report.published import network_label
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
@@ -97,6 +98,28 @@ class Row:
     method: str
     runs: tuple[Run, ...]
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the first run."""
+        return self.runs[0].config
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the runs have a teacher."""
+        return self.runs[0].results["teacher"] is not None
+
+    @property
+    def losses(self) -> dict[str, type[Method]]:
+        """The losses of the method by name; one that this version does not know is taken for any loss."""
+        names = {key.split(".")[1] for key in self.config if key.startswith("losses.")}
+        return {name: LOSSES.get(name, Method) for name in sorted(names)}
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the runs distill by nothing but a loss that declares itself a baseline."""
+        distilling = [loss for loss in self.losses.values() if loss.needs_teacher]
+        return len(distilling) == 1 and distilling[0].baseline
+
     def scores(self, epoch: str) -> dict[int, float]:
         """{seed: `Run.score`}."""
         return {run.results["seed"]: run.score(epoch) for run in self.runs}
@@ -114,7 +137,7 @@ class Comparison:
       dataset: name.
       teacher: label as in the published tables; empty where the recipe names none.
       student: likewise.
-      rows: ce and kd first, where they are there.
+      rows: the methods without a teacher, then those with one; the best mean score after the last epoch comes first.
       given_teacher: the start of its digest where there is such a comparison for each of several teachers; or empty.
     """
 
@@ -135,9 +158,12 @@ class Comparison:
         which = f", teacher {self.given_teacher}" if self.given_teacher else ""
         return f"{self.dataset}: {f'{self.teacher} → ' if self.teacher else ''}{self.student}{which}"
 
-    def row(self, method: str) -> Row | None:
-        """The first row of a method."""
-        return next((row for row in self.rows if row.method == method), None)
+    @property
+    def references(self) -> list[Row]:
+        """The rows that others are compared with: the best one without a teacher, and the best one of a baseline."""
+        without_teacher = [row for row in self.rows if not row.has_teacher]
+        baselines = [row for row in self.rows if row.is_baseline]
+        return [*without_teacher[:1], *baselines[:1]]
 
     @property
     def distilled(self) -> list[Run]:
@@ -147,6 +173,11 @@ class Comparison:
             if run.results["teacher"] is not None:
                 teachers.setdefault(run.results["teacher"].get("digest", str(run.folder)), run)
         return list(teachers.values())
+
+    def teacher_summary(self, epoch: str) -> Summary | None:
+        """Returns the summary of `Run.teacher_score` over the teachers; None where it is not known of any."""
+        scores = [score for run in self.distilled if (score := run.teacher_score(epoch)) is not None]
+        return summarize(scores) if scores else None
 
 
 def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
@@ -221,7 +252,7 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
         method = same[0].results["method"]
         others = [json.loads(other) for other in kinds if other != key and json.loads(other)["method"] == method]
         rows.append(Row(_label(method, json.loads(key), others), method, tuple(by_seed.values())))
-    rows.sort(key=lambda row: ({"ce": 0, "bce": 0, "kd": 1, "bkd": 1}.get(row.method, 2), row.label))
+    rows.sort(key=lambda row: (row.has_teacher, -row.summary("last").mean, row.label))
     config = runs[0].config
     teacher, student = (network_label(config[f"{n}.name"], config[f"{n}.width"]) for n in ("teacher", "student"))
     return Comparison(config["dataset.name"], teacher, student, tuple(rows), given_teacher)

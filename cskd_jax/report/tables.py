@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cskd_jax.report import published
+from cskd_jax.report import deviations, published
+from cskd_jax.report.ablation import find_ablations
 from cskd_jax.report.embedding import Embeddings
 from cskd_jax.report.runs import Comparison, Row
-from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference, summarize
+from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference
 
 _NONE = "-"
-_BASELINES = ("ce", "bce", "kd", "bkd")
-_ABLATION = {"ce": "labels alone", "kd": "neither part, KD", "intra": "intra", "inter": "inter", "cskd": "both"}
 
 
 class Table(NamedTuple):
@@ -40,30 +39,39 @@ def recipe(comparison: Comparison) -> str:
 
 
 def results(comparison: Comparison) -> Table:
-    """Scores of every row, beside the published ones where there are any."""
-    rows = [_teacher(comparison)] if comparison.distilled else []
-    for row in comparison.rows:
-        best, last = row.summary("best"), row.summary("last")
-        beside = _beside(comparison, row.method, last, best)
-        rows.append((row.label, str(last.count), summary(last), summary(best), *beside))
-    table = _without_empty(Table("Results", ("method", "seeds", *_scores(comparison)), rows))
+    """Returns the scores of every row, beside the published ones where there are any."""
+    marks = deviations.mark(comparison)
+    rows = [(*_teacher(comparison), marks.of_row["teacher"] or _NONE)] if comparison.distilled else []
+    rows += [(row.label, *_scores_of(comparison, row), marks.of_row[row.label] or _NONE) for row in comparison.rows]
+    table = _without_empty(Table("Results", ("method", *_scores(comparison), "notes"), rows))
     notes = [
+        "The teacher, then methods without a teacher, then distillation; the best mean after the last epoch first. "
         "Mean ± sample standard deviation over the seeds. The best epoch is chosen on the test split by its own score, "
         "so it is optimistic: compare methods by the last epoch."
     ]
-    if "source" in table.header:
-        notes += [published.MEANING, *_different_recipe(comparison)]
-    else:
+    if marks.notes:
+        notes += [deviations.MEANING, *marks.notes]
+    if "source" not in table.header:
         notes.append("There are no published values for this data set with these networks.")
+    else:
+        notes.append(published.MEANING)
+        if marks.notes:
+            notes.append("Differences to published values say little where a note says that the recipe was another.")
     return table._replace(notes=tuple(notes))
 
 
+def _scores_of(comparison, row):
+    """Returns the cells of a row below `_scores`."""
+    last, best = row.summary("last"), row.summary("best")
+    return str(last.count), summary(last), summary(best), *_beside(comparison, row.method, last, best)
+
+
 def _scores(comparison):
-    """The columns of scores."""
+    """Returns the columns of scores."""
     task = comparison.runs[0].task
     name = task.names[task.score]
     ours = f"last epoch: {name}, %", f"best epoch: {name}, %"
-    return *ours, "published: %", "best - published", "last - published", "source"
+    return "seeds", *ours, "published: %", "best - published", "last - published", "source"
 
 
 def _without_empty(table):
@@ -75,12 +83,8 @@ def _without_empty(table):
 
 
 def _teacher(comparison):
-    """The row of the teacher."""
-    last, best = (
-        [score for run in comparison.distilled if (score := run.teacher_score(epoch)) is not None]
-        for epoch in ("last", "best")
-    )
-    last, best = summarize(last), summarize(best) if best else None
+    """Returns the row of the teacher."""
+    last, best = comparison.teacher_summary("last"), comparison.teacher_summary("best")
     values = summary(last), _NONE if best is None else summary(best)
     return ("teacher", str(last.count), *values, *_beside(comparison, "teacher", last, best))
 
@@ -95,28 +99,13 @@ def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | 
     return shown, *differences, "; ".join(value.source for value in values)
 
 
-def _different_recipe(comparison):
-    config = comparison.runs[0].config
-    different = []
-    if config["epochs"] != published.EPOCHS:
-        different.append(f"{config['epochs']} epochs instead of {published.EPOCHS}")
-    if config["dataset.train_examples"] is not None:
-        different.append(f"{config['dataset.train_examples']:,} training images instead of all")
-    if different:
-        return [f"Not the published recipe: {', '.join(different)}. Differences to published values say little."]
-    return []
-
-
 def differences(comparison: Comparison) -> Table | None:
-    """Every method against cross-entropy and KD, seed by seed, after the last epoch; None without such a pair."""
+    """Returns how every row differs from `Comparison.references`, seed by seed; None without a seed of both."""
     rows = []
-    for baseline in _BASELINES:
+    for position, reference in enumerate(comparison.references, 1):
         for row in comparison.rows:
-            reference = comparison.row(baseline)
-            if reference is None or row is reference or row.method in _BASELINES[: _BASELINES.index(baseline)]:
-                continue
             found = paired(row, reference)
-            if found is not None:
+            if row not in comparison.references[:position] and found is not None:
                 label = f"{row.label} - {reference.label}"
                 rows.append((label, str(found.count), f"{found.mean:+.2f}", interval(found), found.verdict))
     if not rows:
@@ -145,20 +134,18 @@ def paired(row: Row, baseline: Row) -> PairedDifference | None:
     return paired_difference(row.scores("last"), baseline.scores("last"))
 
 
-def ablation(comparison: Comparison) -> Table | None:
-    """Table 4 of the paper: the two parts of category structure; None unless its runs are there."""
-    present = {method: comparison.row(method) for method in _ABLATION}
-    if any(present[method] is None for method in ("intra", "inter", "cskd")):
-        return None
-    rows = []
-    for method, parts in _ABLATION.items():
-        if present[method] is not None:
-            best, last = present[method].summary("best"), present[method].summary("last")
-            beside = _beside(comparison, method, last, best)
-            rows.append((parts, method, str(last.count), summary(last), summary(best), *beside))
-    header = ("parts", "method", "seeds", *_scores(comparison))
-    notes = ("As in table 4 of the paper, whose value for neither part is that of KD in its table 3.",)
-    return _without_empty(Table("Ablation", header, rows, notes))
+def ablations(comparison: Comparison) -> list[Table]:
+    """Returns a table for each loss of which some rows have all parts and others only some."""
+    found = []
+    for entries in find_ablations(comparison):
+        rows = [(parts, row.label, *_scores_of(comparison, row)) for parts, row in entries]
+        table = _without_empty(Table("Ablation", ("parts", "method", *_scores(comparison)), rows))
+        if "source" in table.header:
+            table = table._replace(
+                notes=("As in table 4 of the paper, whose value for neither part is that of KD in its table 3.",)
+            )
+        found.append(table)
+    return found
 
 
 def sizes(comparison: Comparison) -> Table:
