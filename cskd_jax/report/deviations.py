@@ -14,6 +14,7 @@ from cskd_jax.runs.keys import indifferent
 _STATED = {"method", "seed", "dataset.name", "teacher.name", "teacher.width", "teacher.checkpoint", "student.name",
            "student.width", *indifferent()}  # fmt: skip
 _UNKNOWN_TEACHER = "how it was trained is not known: its run is not among these"
+_NO_RECIPE = "no packaged recipe of this data set has this method"
 MEANING = (
     "Notes name the settings in which a row differs from the packaged recipe of its data set and method or, where it "
     "follows the recipe or there is none, from most of the other rows."
@@ -24,7 +25,7 @@ class Marks(NamedTuple):
     """Notes on the rows of a comparison.
 
     Attributes:
-      of_row: {row label or "teacher": its marks, such as "(1), (3)", or an empty text}.
+      of_row: {row label or "teacher": its marks, such as "1, 3", or an empty text}.
       notes: What the marks mean, in their order.
     """
 
@@ -43,10 +44,12 @@ def mark(comparison: Comparison) -> Marks:
     for text, labels in rows_with.items():
         texts_of.setdefault(tuple(labels), []).append(text)
     of_row = {
-        label: ", ".join(f"({number})" for number, labels in enumerate(texts_of, 1) if label in labels)
+        label: ", ".join(str(number) for number, labels in enumerate(texts_of, 1) if label in labels)
         for label in deviations
     }
-    return Marks(of_row, tuple(f"({number}) {'; '.join(texts)}." for number, texts in enumerate(texts_of.values(), 1)))
+    return Marks(
+        of_row, tuple(f"Note {number}: {'; '.join(texts)}." for number, texts in enumerate(texts_of.values(), 1))
+    )
 
 
 def find(comparison: Comparison) -> dict[str, list[str]]:
@@ -64,7 +67,9 @@ def find(comparison: Comparison) -> dict[str, list[str]]:
 def _of_student(run: Run, usual: Mapping[str, Any]) -> Iterator[str]:
     settings, recipe = _student_settings(run), _recipe(run)
     different = []
-    if recipe is not None:
+    if recipe is None:
+        yield _NO_RECIPE
+    else:
         expected = {key: value for key, value in recipe.items() if key not in _STATED}
         if "teacher.epochs" not in settings:
             del expected["teacher.epochs"]
@@ -83,6 +88,7 @@ def _of_teacher(run: Run) -> Iterator[str]:
     trained = run.teacher_run or run
     recipe = _recipe(trained)
     if recipe is None:
+        yield _NO_RECIPE
         return
     settings, expected = ({k: v for k, v in c.items() if k not in _STATED} for c in (trained.config, recipe))
     if run.teacher_run is not None:

@@ -8,9 +8,9 @@ from cskd_jax.report.tables import Table
 HEADER = """\
 % Tables for \\input. The preamble needs \\usepackage{booktabs}.
 """
-# Too long for a table on paper; the notes say what the source of published values is.
-_LEFT_OUT = {"source"}
-_WORDS = {"method", "parts", "difference", "what it shows", "notes"}
+_WORDS = {"method", "network", "parts", "difference", "what it shows", "notes"}
+# Longer cells have a line for each of their parts.
+_LONGEST_LINE = 18
 _SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -35,22 +35,22 @@ def render(title: str, tables: Iterable[Table]) -> str:
 
 
 def _table(title, table):
-    kept = [i for i, name in enumerate(table.header) if name not in _LEFT_OUT]
-    columns = "".join("l" if table.header[i] in _WORDS else "r" for i in kept)
-    rows = [" & ".join(_cell(row[i]) for i in kept) + r" \\" for row in table.rows]
+    columns = "".join("l" if name in _WORDS else "r" for name in table.header)
+    rows = [" & ".join(map(_cell, row, table.header)) + r" \\" for row in table.rows]
     notes = "\n\n".join(map(escape, table.notes))
     return rf"""\begin{{table}}
 \centering
 \caption{{{escape(f"{table.title}, {title}")}}}
 \footnotesize
 \setlength{{\tabcolsep}}{{3pt}}
+\makebox[\linewidth]{{%
 \begin{{tabular}}{{@{{}}{columns}@{{}}}}
 \toprule
-{" & ".join(_heading(table.header[i]) for i in kept)} \\
+{" & ".join(map(_heading, table.header))} \\
 \midrule
 {chr(10).join(rows)}
 \bottomrule
-\end{{tabular}}
+\end{{tabular}}}}
 
 \medskip
 \begin{{minipage}}{{\linewidth}}
@@ -62,18 +62,23 @@ def _table(title, table):
 
 
 def _heading(text):
-    """Returns the head of a column, in several lines where it has several parts."""
-    position = "l" if text in _WORDS else "r"
-    parts = [escape(part) for part in re.split(r"(?<=:) | (?=- )|(?<=,) ", text)]
-    lines = r" \\ ".join(parts)
-    return rf"\shortstack[{position}]{{{lines}}}" if len(parts) > 1 else lines
+    """Returns the head of a column, in two lines where it has two parts."""
+    return _lines(re.split(r"(?<=:) |(?<= -) ", text), "b", text in _WORDS)
 
 
-def _cell(text):
-    """Returns the text of a cell with the signs of its numbers as such."""
-    if text == "-":
-        return "--"
-    return re.sub(r"(^| )([+-])(?=\d)", r"\1$\2$", escape(text))
+def _cell(text, head):
+    """Returns a cell of the column with this head."""
+    parts = re.split(r"(?<=[,;]) ", text) if len(text) > _LONGEST_LINE else [text]
+    return "--" if text == "-" else _lines(parts, "t", head in _WORDS)
+
+
+def _lines(parts, position, words):
+    """Returns texts below each other, with the signs of their numbers as such."""
+    shown = [re.sub(r"(^| )([+-])(?=\d)", r"\1$\2$", escape(part)) for part in parts]
+    if len(shown) == 1:
+        return shown[0]
+    lines = r" \\ ".join(shown)
+    return rf"\begin{{tabular}}[{position}]{{@{{}}{'l' if words else 'r'}@{{}}}}{lines}\end{{tabular}}"
 
 
 def escape(text: str) -> str:

@@ -9,9 +9,9 @@ from cskd_jax.report.embedding import Embeddings
 from cskd_jax.report.tables import Table
 
 # As many columns fit on a phone.
-_NARROW = 4
+_NARROW = 5
 # Columns of words rather than numbers.
-_WORDS = {"source", "what it shows", "method", "parts", "notes"}
+_WORDS = {"what it shows", "method", "parts", "notes"}
 
 
 def render(title: str, lead: str, sections: Iterable[str]) -> str:
@@ -73,24 +73,25 @@ def _cell(kind: str, text: str, style: str, label: str = "") -> str:
 
 
 def training_curves(lines: Sequence[curves.Curve], teacher: float | None, score: str) -> str:
-    """Returns the chart of the scores by epoch.
+    """Returns the charts of the scores by epoch.
 
     Args:
       lines: A curve for each row.
       teacher: Score of the teacher, or None.
       score: Name of the score.
     """
-    title = "Training curves"
-    described = f"{title}: {', '.join(line.label for line in lines)}"
-    chart = curves.draw(lines, teacher, "epoch", f"{score} on the test split, %", described)
-    caption = "Mean over the seeds; the band is one standard deviation to each side."
-    if teacher is not None:
-        caption += " The dotted line is the teacher after its last epoch."
-    if curves.is_cut(lines, teacher):
-        caption += " The axis shows what is reached in the last third of the training; the rest is cut off."
+    axis = f"{score} on the test split, %"
+    charts = (
+        (curves.draw_whole(lines, teacher, axis), "The whole training"),
+        (curves.draw_end(lines, teacher, axis), "The second half, zoomed to the scores of the last third"),
+    )
+    figures = "".join(f"<figure>{chart}\n<figcaption>{title}</figcaption></figure>\n" for chart, title in charts)
     shortened = any(curves.shown_label(line.label) != line.label for line in lines)
     legend = _legend((svg.line_key(number), line.label) for number, line in enumerate(lines)) if shortened else ""
-    return f"<h3>{title}</h3>\n<figure>\n{chart}\n{legend}<figcaption>{caption}</figcaption>\n</figure>\n"
+    text = "Mean over the seeds; a band is one standard deviation to each side. "
+    text += "" if teacher is None else "The dotted line is the teacher after its last epoch. "
+    text += "An arrow points to what ends beyond the picture."
+    return f'<h3>Training curves</h3>\n<div class="curves">\n{figures}</div>\n{legend}{note(text)}'
 
 
 def embeddings(content: Embeddings) -> str:

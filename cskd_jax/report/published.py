@@ -6,7 +6,7 @@ import json
 from typing import Any, NamedTuple
 
 MEANING = (
-    "Published values are of one run or of an unstated number of runs, without a deviation. The paper does not say "
+    "They are of one run or of an unstated number of runs, without a deviation. The paper does not say "
     "which epoch they are of; the released code reports the best test accuracy over the epochs, so that the best epoch "
     "is the like-for-like comparison, and the last epoch the one without choice on the test split. Where there are "
     "several values, the differences are to the first."
@@ -20,7 +20,7 @@ class PublishedValue(NamedTuple):
     Attributes:
       top1: percent.
       top5: percent, or None where it was not published.
-      source: table or place.
+      source: Table or place.
     """
 
     top1: float
@@ -66,7 +66,7 @@ def lookup(dataset: str, teacher: str, student: str, method: str) -> list[Publis
             for column, value in zip(table["columns"], row["values"], strict=True):
                 if column in columns:
                     top1, top5 = value if isinstance(value, list) else (value, None)
-                    found.append(PublishedValue(top1, top5, f"{table['source']}, {column}"))
+                    found.append(PublishedValue(top1, top5, table["source"]))
     return found
 
 

@@ -40,8 +40,8 @@ class PairedDifference(NamedTuple):
         if self.margin is None:
             return "the same difference in every seed, interval unknown: no claim"
         if abs(self.mean) <= self.margin:
-            return f"no difference shown by {self.count} seeds"
-        return f"{'higher' if self.mean > 0 else 'lower'}, {self.count} seeds"
+            return "no difference shown"
+        return "higher" if self.mean > 0 else "lower"
 
 
 def summarize(values: Sequence[float]) -> Summary:

@@ -51,10 +51,11 @@ def results(comparison: Comparison) -> Table:
     ]
     if marks.notes:
         notes += [deviations.MEANING, *marks.notes]
-    if "source" not in table.header:
+    sources = _sources(comparison)
+    if not sources:
         notes.append("There are no published values for this data set with these networks.")
     else:
-        notes.append(published.MEANING)
+        notes.append(f"Published values: {'; '.join(sources)}. {published.MEANING}")
         if marks.notes:
             notes.append("Differences to published values say little where a note says that the recipe was another.")
     return table._replace(notes=tuple(notes))
@@ -71,7 +72,7 @@ def _scores(comparison):
     task = comparison.runs[0].task
     name = task.names[task.score]
     ours = f"last epoch: {name}, %", f"best epoch: {name}, %"
-    return "seeds", *ours, "published: %", "best - published", "last - published", "source"
+    return "seeds", *ours, "published: %", "best - published", "last - published"
 
 
 def _without_empty(table):
@@ -89,14 +90,20 @@ def _teacher(comparison):
     return ("teacher", str(last.count), *values, *_beside(comparison, "teacher", last, best))
 
 
-def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | None) -> tuple[str, str, str, str]:
-    """Published values, the differences to the first, and the sources."""
+def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | None) -> tuple[str, str, str]:
+    """Returns the published values, and the differences to the first."""
     values = published.lookup(comparison.dataset, comparison.teacher, comparison.student, method)
     if not values:
-        return _NONE, _NONE, _NONE, _NONE
+        return _NONE, _NONE, _NONE
     differences = [_NONE if ours is None else f"{ours.mean - values[0].top1:+.2f}" for ours in (best, last)]
-    shown = "; ".join(f"{value.top1:.2f}" for value in values)
-    return shown, *differences, "; ".join(value.source for value in values)
+    return "; ".join(f"{value.top1:.2f}" for value in values), *differences
+
+
+def _sources(comparison):
+    """Returns where the published values come from, in the order in which a row shows them."""
+    methods = ["teacher", *(row.method for row in comparison.rows)]
+    found = (published.lookup(comparison.dataset, comparison.teacher, comparison.student, m) for m in methods)
+    return list(dict.fromkeys(value.source for values in found for value in values))
 
 
 def differences(comparison: Comparison) -> Table | None:
@@ -140,7 +147,7 @@ def ablations(comparison: Comparison) -> list[Table]:
     for entries in find_ablations(comparison):
         rows = [(parts, row.label, *_scores_of(comparison, row)) for parts, row in entries]
         table = _without_empty(Table("Ablation", ("parts", "method", *_scores(comparison)), rows))
-        if "source" in table.header:
+        if _sources(comparison):
             table = table._replace(
                 notes=("As in table 4 of the paper, whose value for neither part is that of KD in its table 3.",)
             )
