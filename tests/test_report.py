@@ -62,7 +62,7 @@ def test_report_of_a_grid(grid, capsys):
     assert rows["ce"][1:7] == ["3", "61.00 ± 1.00", "61.50 ± 1.00", "65.64", "-4.14", "-4.64"]
     assert rows["cskd"][4] == "69.14; 67.57; 67.37"
     assert rows["cskd"][5:7] == ["-0.97", "-1.47"]
-    assert "Published values: paper, Table 2; released code's repository, issue 2 (2022-08-11). They are" in table
+    assert "values: paper, Table 2; released code's repository, issue 2 (2022-08-11).\n" in table
     assert rows["teacher"][1:6] == ["1", "70.00", "70.50", "71.77", "-1.27"]
     assert rows["kd - ce"][1:] == ["3", "+4.00", "-", "the same difference in every seed, interval unknown: no claim"]
     expected = stats.ttest_rel(TOP1["cskd"], TOP1["ce"]).confidence_interval(0.95)

@@ -20,7 +20,7 @@ def render(title: str, lead: str, sections: Iterable[str]) -> str:
     Args:
       title: Plain text.
       lead: Plain text below it.
-      sections: HTML.
+      sections: Sections as HTML.
     """
     style = importlib.resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>

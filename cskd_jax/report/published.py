@@ -6,7 +6,7 @@ import json
 from typing import Any, NamedTuple
 
 MEANING = (
-    "They are of one run or of an unstated number of runs, without a deviation. The paper does not say "
+    "Published values are of one run or of an unstated number of runs, without a deviation. The paper does not say "
     "which epoch they are of; the released code reports the best test accuracy over the epochs, so that the best epoch "
     "is the like-for-like comparison, and the last epoch the one without choice on the test split. Where there are "
     "several values, the differences are to the first."
@@ -18,8 +18,8 @@ class PublishedValue(NamedTuple):
     """A published number.
 
     Attributes:
-      top1: percent.
-      top5: percent, or None where it was not published.
+      top1: Top-1 accuracy in percent.
+      top5: Top-5 accuracy in percent, or None where it was not published.
       source: Table or place.
     """
 

@@ -16,10 +16,10 @@ class Table(NamedTuple):
     """A table of texts.
 
     Attributes:
-      title: of the table.
-      header: a text for each column; the first column names the row.
-      rows: as many texts each.
-      notes: sentences below it.
+      title: Title of the table.
+      header: A text for each column; the first column names the row.
+      rows: As many texts each.
+      notes: Sentences below it.
     """
 
     title: str
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 
 def recipe(comparison: Comparison) -> str:
-    """How all runs were trained, and by which teacher where there are several."""
+    """Says how all runs were trained, and by which teacher where there are several."""
     config, data = comparison.runs[0].config, comparison.runs[0].results["dataset"]
     teacher = comparison.distilled[0].results["teacher"].get("checkpoint") if comparison.given_teacher else None
     return (
@@ -55,7 +55,7 @@ def results(comparison: Comparison) -> Table:
     if not sources:
         notes.append("There are no published values for this data set with these networks.")
     else:
-        notes.append(f"Published values: {'; '.join(sources)}. {published.MEANING}")
+        notes += [f"Sources of the published values: {'; '.join(sources)}.", published.MEANING]
         if marks.notes:
             notes.append("Differences to published values say little where a note says that the recipe was another.")
     return table._replace(notes=tuple(notes))
@@ -76,7 +76,7 @@ def _scores(comparison):
 
 
 def _without_empty(table):
-    """Without the columns that say nothing in any row."""
+    """Returns a table without the columns that say nothing in any row."""
     kept = [i for i in range(len(table.header)) if any(row[i] != _NONE for row in table.rows)]
     return table._replace(
         header=tuple(table.header[i] for i in kept), rows=[tuple(row[i] for i in kept) for row in table.rows]
@@ -137,7 +137,7 @@ def _teachers(comparison):
 
 
 def paired(row: Row, baseline: Row) -> PairedDifference | None:
-    """Of the last epochs."""
+    """Returns the difference of the last epochs, seed by seed."""
     return paired_difference(row.scores("last"), baseline.scores("last"))
 
 
@@ -156,7 +156,7 @@ def ablations(comparison: Comparison) -> list[Table]:
 
 
 def sizes(comparison: Comparison) -> Table:
-    """Parameters of teacher and student."""
+    """Returns the parameters of teacher and student."""
     student = comparison.runs[0].results["student"]["parameters"]
     rows = [(f"student {comparison.student}", f"{student:,}", _NONE)]
     if comparison.distilled:
@@ -169,7 +169,7 @@ def sizes(comparison: Comparison) -> Table:
 
 
 def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
-    """Distances within categories over those between them."""
+    """Returns the distances within categories over those between them."""
     header = ("network", "runs", "within / between")
     rows = [(label, str(s.count), summary(s, 3)) for label, s in embeddings.ratios.items()]
     notes = (
@@ -180,7 +180,7 @@ def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
 
 
 def published_tables() -> list[Table]:
-    """The published tables alone."""
+    """Returns the published tables alone."""
     return [
         Table(
             f"{table['source']}: {table['dataset']}, {table['metric']}, %",
@@ -196,13 +196,13 @@ def _published_value(value: float | Sequence[float]) -> str:
 
 
 def summary(values: Summary, digits: int = 2) -> str:
-    """Mean and deviation."""
+    """Returns mean and deviation as a text."""
     deviation = "" if values.deviation is None else f" ± {values.deviation:.{digits}f}"
     return f"{values.mean:.{digits}f}{deviation}"
 
 
 def interval(difference: PairedDifference) -> str:
-    """Its ends, or that it has none."""
+    """Returns the ends of the interval, or that it has none."""
     if difference.margin is None:
         return _NONE
     return f"{difference.mean - difference.margin:+.2f} to {difference.mean + difference.margin:+.2f}"
