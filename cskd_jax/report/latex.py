@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from cskd_jax.report.tables import Table
+from cskd_jax.report.tables import NONE, Table
 
 HEADER = """\
 % Tables for \\input. The preamble needs \\usepackage{booktabs}.
@@ -69,7 +69,7 @@ def _heading(text):
 def _cell(text, head):
     """Returns a cell of the column with this head."""
     parts = re.split(r"(?<=[,;]) ", text) if len(text) > _LONGEST_LINE else [text]
-    return "--" if text == "-" else _lines(parts, "t", head in _WORDS)
+    return "--" if text == NONE else _lines(parts, "t", head in _WORDS)
 
 
 def _lines(parts, position, words):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from cskd_jax.report import curves, scatter, svg
 from cskd_jax.report.embedding import Embeddings
-from cskd_jax.report.tables import Table
+from cskd_jax.report.tables import NONE, Table
 
 # As many columns fit on a phone.
 _NARROW = 5
@@ -67,6 +67,7 @@ def table(content: Table) -> str:
 
 
 def _cell(kind: str, text: str, style: str, label: str = "") -> str:
+    style = f"{style} none".strip() if text == NONE else style
     attributes = f' class="{style}"' if style else ""
     attributes += f' data-label="{html.escape(label)}"' if label else ""
     return f"<{kind}{attributes}>{html.escape(text)}</{kind}>"

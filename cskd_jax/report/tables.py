@@ -9,7 +9,7 @@ from cskd_jax.report.embedding import Embeddings
 from cskd_jax.report.runs import Comparison, Row
 from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference
 
-_NONE = "-"
+NONE = "-"  # The text of a cell without a value.
 
 
 class Table(NamedTuple):
@@ -41,8 +41,8 @@ def recipe(comparison: Comparison) -> str:
 def results(comparison: Comparison) -> Table:
     """Returns the scores of every row, beside the published ones where there are any."""
     marks = deviations.mark(comparison)
-    rows = [(*_teacher(comparison), marks.of_row["teacher"] or _NONE)] if comparison.distilled else []
-    rows += [(row.label, *_scores_of(comparison, row), marks.of_row[row.label] or _NONE) for row in comparison.rows]
+    rows = [(*_teacher(comparison), marks.of_row["teacher"] or NONE)] if comparison.distilled else []
+    rows += [(row.label, *_scores_of(comparison, row), marks.of_row[row.label] or NONE) for row in comparison.rows]
     table = _without_empty(Table("Results", ("method", *_scores(comparison), "notes"), rows))
     notes = [
         "The teacher, then methods without a teacher, then distillation; the best mean after the last epoch first. "
@@ -77,7 +77,7 @@ def _scores(comparison):
 
 def _without_empty(table):
     """Returns a table without the columns that say nothing in any row."""
-    kept = [i for i in range(len(table.header)) if any(row[i] != _NONE for row in table.rows)]
+    kept = [i for i in range(len(table.header)) if any(row[i] != NONE for row in table.rows)]
     return table._replace(
         header=tuple(table.header[i] for i in kept), rows=[tuple(row[i] for i in kept) for row in table.rows]
     )
@@ -86,7 +86,7 @@ def _without_empty(table):
 def _teacher(comparison):
     """Returns the row of the teacher."""
     last, best = comparison.teacher_summary("last"), comparison.teacher_summary("best")
-    values = summary(last), _NONE if best is None else summary(best)
+    values = summary(last), NONE if best is None else summary(best)
     return ("teacher", str(last.count), *values, *_beside(comparison, "teacher", last, best))
 
 
@@ -94,8 +94,8 @@ def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | 
     """Returns the published values, and the differences to the first."""
     values = published.lookup(comparison.dataset, comparison.teacher, comparison.student, method)
     if not values:
-        return _NONE, _NONE, _NONE
-    differences = [_NONE if ours is None else f"{ours.mean - values[0].top1:+.2f}" for ours in (best, last)]
+        return NONE, NONE, NONE
+    differences = [NONE if ours is None else f"{ours.mean - values[0].top1:+.2f}" for ours in (best, last)]
     return "; ".join(f"{value.top1:.2f}" for value in values), *differences
 
 
@@ -158,11 +158,11 @@ def ablations(comparison: Comparison) -> list[Table]:
 def sizes(comparison: Comparison) -> Table:
     """Returns the parameters of teacher and student."""
     student = comparison.runs[0].results["student"]["parameters"]
-    rows = [(f"student {comparison.student}", f"{student:,}", _NONE)]
+    rows = [(f"student {comparison.student}", f"{student:,}", NONE)]
     if comparison.distilled:
         teacher = comparison.distilled[0].results["teacher"]["parameters"]
         rows = [
-            (f"teacher {comparison.teacher}", f"{teacher:,}", _NONE),
+            (f"teacher {comparison.teacher}", f"{teacher:,}", NONE),
             (f"student {comparison.student}", f"{student:,}", f"{teacher / student:.2f}x"),
         ]
     return Table("Size", ("network", "parameters", "compression"), rows)
@@ -204,5 +204,5 @@ def summary(values: Summary, digits: int = 2) -> str:
 def interval(difference: PairedDifference) -> str:
     """Returns the ends of the interval, or that it has none."""
     if difference.margin is None:
-        return _NONE
+        return NONE
     return f"{difference.mean - difference.margin:+.2f} to {difference.mean + difference.margin:+.2f}"
