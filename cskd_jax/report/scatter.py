@@ -10,7 +10,7 @@ from cskd_jax.report import labels, svg
 _SIDE, _MARGIN = 260, 8
 _LONGEST = 12
 # Of a bold character where the chart is smallest, on a phone; and from where on a line leads to what is named.
-_CHARACTER, _HEIGHT, _FAR = 9, 18, 24
+_CHARACTER, _HEIGHT, _FAR = 10, 18, 24
 
 
 def draw(points: np.ndarray, categories: np.ndarray, names: Mapping[int, str], title: str) -> str:
