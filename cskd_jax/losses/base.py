@@ -1,5 +1,6 @@
 """What a distillation method is: a linen module from the outputs of student and teacher to a loss."""
 
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple, Protocol
 
 import jax
@@ -50,6 +51,9 @@ class Method(nn.Module):
       num_examples: size of the training split, 0 if unknown; set by the objective, not by configurations.
       needs_teacher: whether `inputs.teacher` is read.
       multilabel: which labels the method is for: True [B, C], False [B]; None: it reads none and takes both.
+      baseline: Whether a student that distills by this loss alone, beside losses of the labels, is one that other
+        methods are compared with.
+      parts: Parts of the loss whose contributions are studied apart: {name: the setting with its weight}.
       version: Version of the formula. It is raised when the same settings lead to other values than before, so that no
         run that was begun with the old formula is continued with the new one.
     """
@@ -59,4 +63,6 @@ class Method(nn.Module):
     num_examples: int = 0
     needs_teacher: ClassVar[bool] = True
     multilabel: ClassVar[bool | None] = None
+    baseline: ClassVar[bool] = False
+    parts: ClassVar[Mapping[str, str]] = {}
     version: ClassVar[int] = 1

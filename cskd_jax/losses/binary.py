@@ -83,6 +83,7 @@ class BinaryKD(Method):
 
     temperature: float = 4.0
     multilabel: ClassVar[bool] = True
+    baseline: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
         return binary_kd_loss(inputs.student.logits, inputs.teacher.logits, temperature=self.temperature), {}

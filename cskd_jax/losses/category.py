@@ -4,6 +4,7 @@ Chen, Zheng, Shen, Zeng, Zhou, Zhao, "Improving Knowledge Distillation via Categ
 below) and the code that its authors released ("the released code"). The two differ; both are here, by name.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -566,6 +567,7 @@ class CategoryStructure(Method):
     filter_misclassified: bool | None = None
     center_momentum: float | None = None
     multilabel: ClassVar[bool] = False
+    parts: ClassVar[Mapping[str, str]] = {"intra": "intra_weight", "inter": "inter_weight"}
 
     @nn.compact
     def __call__(self, inputs: LossInputs):

@@ -91,6 +91,7 @@ class KD(Method):
     """
 
     temperature: float = 4.0
+    baseline: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
         return kd_loss(inputs.student.logits, inputs.teacher.logits, temperature=self.temperature), {}

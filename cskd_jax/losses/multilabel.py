@@ -4,6 +4,7 @@ The loss of `cskd_jax.losses.category` with a row of weights per sample in the p
 one-hot, both are equal.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -147,6 +148,7 @@ class MultilabelCategoryStructure(Method):
     intra_weight: float | None = None
     inter_weight: float | None = None
     multilabel: ClassVar[bool] = True
+    parts: ClassVar[Mapping[str, str]] = {"intra": "intra_weight", "inter": "inter_weight"}
 
     @nn.compact
     def __call__(self, inputs: LossInputs):

@@ -30,8 +30,8 @@ class Tightness(NamedTuple):
     """Distances between embeddings.
 
     Attributes:
-      within: mean distance of a sample from the center of its category.
-      between: mean distance between the centers of two categories.
+      within: Mean distance of a sample from the center of its category.
+      between: Mean distance between the centers of two categories.
     """
 
     within: float
@@ -39,15 +39,15 @@ class Tightness(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Within over between: the smaller, the tighter and further apart are the categories."""
+        """The first over the second: the smaller, the tighter and further apart are the categories."""
         return self.within / self.between
 
 
 class Panel(NamedTuple):
-    """A picture of one network.
+    """The picture of one network.
 
     Attributes:
-      title: method and seed.
+      title: Method and seed.
       points: float [N, 2], in the unit square.
     """
 
@@ -56,14 +56,14 @@ class Panel(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """What is measured of the networks of a comparison, on the same test images.
+    """Measurements of the networks of a comparison, on the same test images.
 
     Attributes:
-      images: how many were measured.
+      images: Number of images that were measured.
       ratios: {row label or "teacher": `Tightness.ratio` over its runs}.
       labels: int [N], categories of the points of every panel.
       categories: {label: name} of those.
-      panels: the teacher and the first run of every row.
+      panels: The teacher and the first run of every row.
     """
 
     images: int
@@ -77,11 +77,11 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
     """Embeds test images with the networks of all runs.
 
     Args:
-      comparison: of runs with their checkpoints.
-      data_dir: in the place of the runs' own `dataset.data_dir`, where not None.
+      comparison: Runs with their checkpoints.
+      data_dir: Folder of the data sets in the place of the runs' own `dataset.data_dir`, where not None.
 
     Raises:
-      UserError: data or checkpoints are not there, or images have several categories.
+      UserError: Data or checkpoints are not there, or images have several categories.
     """
     networks = _networks(comparison)
     for _, folder in itertools.chain(*networks.values()):
@@ -111,7 +111,7 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
 
 
 def _networks(comparison: Comparison) -> dict[str, list[tuple[str, pathlib.Path]]]:
-    """{row label or "teacher": [(title, folder of its checkpoints)]}."""
+    """Returns {row label or "teacher": [(title, folder of its checkpoints)]}."""
     networks = {}
     if comparison.distilled:
         networks["teacher"] = [(f"teacher {comparison.teacher}", _teacher_folder(run)) for run in comparison.distilled]
@@ -121,7 +121,7 @@ def _networks(comparison: Comparison) -> dict[str, list[tuple[str, pathlib.Path]
 
 
 def _teacher_folder(run: Run) -> pathlib.Path:
-    """The first of those where it may be that is there, or else the last."""
+    """Returns the first folder that exists of those where a teacher may be, or else the last of them."""
     folders = run.teacher_folders
     return next((folder for folder in folders if folder.is_dir()), folders[-1])
 
@@ -129,12 +129,12 @@ def _teacher_folder(run: Run) -> pathlib.Path:
 def embed_images(
     folder: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset, images: np.ndarray
 ) -> np.ndarray:
-    """Embeddings of images by the network of a phase.
+    """Returns the embeddings of images by the network of a phase.
 
     Args:
-      folder: of the phase.
-      config: of its run.
-      dataset: that the images are of.
+      folder: Folder of the phase.
+      config: Configuration of its run.
+      dataset: Data set that the images are of.
       images: uint8 [N, H, W, C].
 
     Returns:
@@ -157,7 +157,7 @@ def _embed(network: Network, normalize: Normalize, variables: Any, images: jax.A
 
 
 def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
-    """Of embeddings [N, D] with labels int [N] of at least two categories."""
+    """Returns the tightness of embeddings [N, D] with labels int [N] of at least two categories."""
     present, index = np.unique(labels, return_inverse=True)
     members = index == np.arange(len(present))[:, None]
     centers = members @ embeddings / members.sum(axis=1, keepdims=True)
@@ -167,7 +167,7 @@ def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
 
 
 def project(embeddings: np.ndarray) -> np.ndarray:
-    """t-SNE of embeddings [N, D] into the unit square, [N, 2]; equal input gives equal output."""
+    """Projects embeddings [N, D] into the unit square, [N, 2], by t-SNE; equal input gives equal output."""
     perplexity = min(30, (len(embeddings) - 1) / 3)
     # So few points gain nothing from threads, which on a busy machine wait for each other for minutes.
     with threadpool_limits(1):

@@ -4,23 +4,23 @@ import html
 import importlib.resources
 from collections.abc import Iterable, Sequence
 
-from cskd_jax.report import svg
+from cskd_jax.report import curves, scatter, svg
 from cskd_jax.report.embedding import Embeddings
-from cskd_jax.report.tables import Table
+from cskd_jax.report.tables import NONE, Table
 
 # As many columns fit on a phone.
-_NARROW = 4
+_NARROW = 5
 # Columns of words rather than numbers.
-_WORDS = {"source", "what it shows", "method", "parts"}
+_WORDS = {"what it shows", "method", "parts", "notes"}
 
 
 def render(title: str, lead: str, sections: Iterable[str]) -> str:
-    """The page.
+    """Returns the page.
 
     Args:
-      title: plain text.
-      lead: plain text below it.
-      sections: HTML.
+      title: Plain text.
+      lead: Plain text below it.
+      sections: Sections as HTML.
     """
     style = importlib.resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
@@ -43,17 +43,17 @@ def render(title: str, lead: str, sections: Iterable[str]) -> str:
 
 
 def heading(text: str) -> str:
-    """Of a section."""
+    """Returns the heading of a section."""
     return f"<h2>{html.escape(text)}</h2>\n"
 
 
 def note(text: str) -> str:
-    """A sentence in small print."""
+    """Returns a sentence in small print."""
     return f'<p class="note">{html.escape(text)}</p>\n'
 
 
 def table(content: Table) -> str:
-    """A table; one of many columns turns into cards on a narrow screen."""
+    """Returns a table; one of many columns turns into cards on a narrow screen."""
     classes = ["text" if name in _WORDS else "" for name in content.header]
     header = "".join(_cell("th", name, style) for name, style in zip(content.header, classes, strict=True))
     rows = "".join(
@@ -67,24 +67,38 @@ def table(content: Table) -> str:
 
 
 def _cell(kind: str, text: str, style: str, label: str = "") -> str:
+    style = f"{style} none".strip() if text == NONE else style
     attributes = f' class="{style}"' if style else ""
     attributes += f' data-label="{html.escape(label)}"' if label else ""
     return f"<{kind}{attributes}>{html.escape(text)}</{kind}>"
 
 
-def training_curves(lines: Sequence[svg.Curve], score: str) -> str:
-    """The chart of the scores by epoch."""
-    title = "Training curves"
-    chart = svg.curves(lines, "epoch", f"{score} on the test split, %", f"{title}: {', '.join(c.label for c in lines)}")
-    legend = _legend((svg.line_key(number), line.label) for number, line in enumerate(lines))
-    caption = "Mean over the seeds; the band is one standard deviation to each side."
-    return f"<h3>{title}</h3>\n<figure>\n{chart}\n{legend}<figcaption>{caption}</figcaption>\n</figure>\n"
+def training_curves(lines: Sequence[curves.Curve], teacher: float | None, score: str) -> str:
+    """Returns the charts of the scores by epoch.
+
+    Args:
+      lines: A curve for each row.
+      teacher: Score of the teacher, or None.
+      score: Name of the score.
+    """
+    axis = f"{score} on the test split, %"
+    charts = (
+        (curves.draw_whole(lines, teacher, axis), "The whole training"),
+        (curves.draw_end(lines, teacher, axis), "The second half, zoomed to the scores of the last third"),
+    )
+    figures = "".join(f"<figure>{chart}\n<figcaption>{title}</figcaption></figure>\n" for chart, title in charts)
+    shortened = any(curves.shown_label(line.label) != line.label for line in lines)
+    legend = _legend((svg.line_key(number), line.label) for number, line in enumerate(lines)) if shortened else ""
+    text = "Mean over the seeds; a band is one standard deviation to each side. "
+    text += "" if teacher is None else "The dotted line is the teacher after its last epoch. "
+    text += "An arrow points to what ends beyond the picture."
+    return f'<h3>Training curves</h3>\n<div class="curves">\n{figures}</div>\n{legend}{note(text)}'
 
 
 def embeddings(content: Embeddings) -> str:
-    """The panels of the embeddings."""
+    """Returns the panels of the embeddings."""
     panels = "".join(
-        f"<figure>{svg.scatter(panel.points, content.labels, content.categories, panel.title)}\n"
+        f"<figure>{scatter.draw(panel.points, content.labels, content.categories, panel.title)}\n"
         f"<figcaption>{html.escape(panel.title)}</figcaption></figure>\n"
         for panel in content.panels
     )

@@ -5,16 +5,12 @@ import importlib.resources
 import json
 from typing import Any, NamedTuple
 
-# All published recipes train for so long; of CUB-200-2011 nothing is known.
-EPOCHS = 200
 MEANING = (
     "Published values are of one run or of an unstated number of runs, without a deviation. The paper does not say "
     "which epoch they are of; the released code reports the best test accuracy over the epochs, so that the best epoch "
     "is the like-for-like comparison, and the last epoch the one without choice on the test split. Where there are "
     "several values, the differences are to the first."
 )
-# Of table 4, "neither" has the value that table 3 gives for KD.
-_METHODS = {"neither": "kd", "both": "cskd", "CSKD run 1": "cskd", "CSKD run 2": "cskd"}
 _DATASETS = {"cub200_2011": "cub200"}
 
 
@@ -22,9 +18,9 @@ class PublishedValue(NamedTuple):
     """A published number.
 
     Attributes:
-      top1: percent.
-      top5: percent, or None where it was not published.
-      source: table or place.
+      top1: Top-1 accuracy in percent.
+      top5: Top-5 accuracy in percent, or None where it was not published.
+      source: Table or place.
     """
 
     top1: float
@@ -33,14 +29,17 @@ class PublishedValue(NamedTuple):
 
 
 @functools.cache
+def _content() -> dict[str, Any]:
+    return json.loads(importlib.resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8"))
+
+
 def tables() -> list[dict[str, Any]]:
-    """The tables of published.json: id, source, dataset, metric, columns, rows (teacher, student, values)."""
-    text = importlib.resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8")
-    return json.loads(text)["tables"]
+    """Returns the tables of published.json: id, source, dataset, metric, columns, rows (teacher, student, values)."""
+    return _content()["tables"]
 
 
 def network_label(name: str | None, width: float) -> str:
-    """A network as the tables name it, such as R101_0.5 for ("resnet101", 0.5); empty for no network."""
+    """Returns the name of a network in the tables, such as R101_0.5 for ("resnet101", 0.5); empty for no network."""
     if not name:
         return ""
     depth = name.removesuffix("_224").removeprefix("resnet")
@@ -49,8 +48,15 @@ def network_label(name: str | None, width: float) -> str:
 
 
 def lookup(dataset: str, teacher: str, student: str, method: str) -> list[PublishedValue]:
-    """The published values of a data set, a pair of networks (`network_label`) and a method of ours or "teacher"."""
-    found = []
+    """Returns the published values of a method, or of its teacher.
+
+    Args:
+      dataset: Name of the data set.
+      teacher: Teacher as `network_label` names it.
+      student: Student, likewise.
+      method: Name of the method, or "teacher".
+    """
+    found, columns = [], _content()["methods"].get(method, [])
     for table in tables():
         if _DATASETS.get(table["dataset"], table["dataset"]) != dataset:
             continue
@@ -58,12 +64,12 @@ def lookup(dataset: str, teacher: str, student: str, method: str) -> list[Publis
             if (_network(row["teacher"]), _network(row["student"])) != (_network(teacher), _network(student)):
                 continue
             for column, value in zip(table["columns"], row["values"], strict=True):
-                if _METHODS.get(column, column.lower()) == method.removesuffix("_paper"):
+                if column in columns:
                     top1, top5 = value if isinstance(value, list) else (value, None)
-                    found.append(PublishedValue(top1, top5, f"{table['source']}, {column}"))
+                    found.append(PublishedValue(top1, top5, table["source"]))
     return found
 
 
 def _network(label):
-    """One spelling for R50, ResNet50 and resnet50."""
+    """Returns one spelling for R50, ResNet50 and resnet50."""
     return label.lower().replace("-", "_").replace("resnet", "r")

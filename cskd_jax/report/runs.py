@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cskd_jax.errors import UserError, printable
+from cskd_jax.losses import LOSSES, Method
 from cskd_jax.report.published import network_label
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
@@ -28,9 +29,9 @@ class Run:
     """A finished run.
 
     Attributes:
-      folder: its workdir.
-      results: results.json, with all its texts `printable`.
-      teacher_run: the run that trained its teacher, where it is among those read.
+      folder: Workdir of the run.
+      results: Content of results.json, with all its texts `printable`.
+      teacher_run: The run that trained its teacher, where it is among those read.
     """
 
     folder: pathlib.Path
@@ -39,27 +40,27 @@ class Run:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration as {key: value}; what its version of cskd_jax did not know has the value that it meant."""
+        """The configuration as {key: value}; a key that its version did not know has the value that it meant."""
         return schema.complete(self.results["config"])
 
     @property
     def task(self) -> Task:
-        """Says what the score is."""
+        """The task, which says what the score is."""
         return task_that_measured(self.results["student"]["last"])
 
     def score(self, epoch: str) -> float:
-        """Of the student, in percent, after the "last" or the "best" epoch."""
+        """Returns the score of the student in percent after the "last" or the "best" epoch."""
         return 100 * self.results["student"][epoch][self.task.score]
 
     def teacher_score(self, epoch: str) -> float | None:
-        """Of the teacher, likewise; None where it is not known, as the best epoch of a teacher brought along."""
+        """Returns the score of the teacher likewise; None where it is unknown, as the best of a given teacher."""
         entry = self.results["teacher"]
         if epoch not in entry and self.teacher_run is not None:
             return self.teacher_run.score(epoch)
         return 100 * entry[epoch][self.task.score] if epoch in entry else None
 
     def curve(self) -> list[tuple[int, float]]:
-        """(epoch, score of the student in percent) of every evaluation."""
+        """Returns (epoch, score of the student in percent) of every evaluation."""
         rows = read_rows(self.folder / "metrics.jsonl")
         wanted = [row for row in rows if (row["phase"], row["split"]) == ("student", "test")]
         return [(row["epoch"], 100 * row[self.task.score]) for row in wanted]
@@ -88,21 +89,43 @@ class Row:
     """Runs that differ in their seed alone.
 
     Attributes:
-      label: the method, and the settings in which the row differs from another one of the same method.
-      method: of all runs.
-      runs: by seed.
+      label: Name of the method, and the settings in which the row differs from another one of the same method.
+      method: Method of all runs.
+      runs: Runs in the order of their seeds.
     """
 
     label: str
     method: str
     runs: tuple[Run, ...]
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the first run."""
+        return self.runs[0].config
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the runs have a teacher."""
+        return self.runs[0].results["teacher"] is not None
+
+    @property
+    def losses(self) -> dict[str, type[Method]]:
+        """The losses of the method by name; one that this version does not know is taken for any loss."""
+        names = {key.split(".")[1] for key in self.config if key.startswith("losses.")}
+        return {name: LOSSES.get(name, Method) for name in sorted(names)}
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the runs distill by nothing but a loss that declares itself a baseline."""
+        distilling = [loss for loss in self.losses.values() if loss.needs_teacher]
+        return len(distilling) == 1 and distilling[0].baseline
+
     def scores(self, epoch: str) -> dict[int, float]:
-        """{seed: `Run.score`}."""
+        """Returns {seed: `Run.score`}."""
         return {run.results["seed"]: run.score(epoch) for run in self.runs}
 
     def summary(self, epoch: str) -> Summary:
-        """Of the scores."""
+        """Returns the summary of the scores."""
         return summarize(list(self.scores(epoch).values()))
 
 
@@ -111,11 +134,11 @@ class Comparison:
     """Runs on one data set with one pair of networks, equally long, and one teacher where they were given it.
 
     Attributes:
-      dataset: name.
-      teacher: label as in the published tables; empty where the recipe names none.
-      student: likewise.
-      rows: ce and kd first, where they are there.
-      given_teacher: the start of its digest where there is such a comparison for each of several teachers; or empty.
+      dataset: Name of the data set.
+      teacher: Name as in the published tables; empty where the recipe names none.
+      student: Name of the student, likewise.
+      rows: The methods without a teacher, then those with one; the best mean score after the last epoch comes first.
+      given_teacher: Start of its digest where there is such a comparison for each of several teachers; or empty.
     """
 
     dataset: str
@@ -126,18 +149,21 @@ class Comparison:
 
     @property
     def runs(self) -> list[Run]:
-        """Of all rows."""
+        """The runs of all rows."""
         return [run for row in self.rows for run in row.runs]
 
     @property
     def title(self) -> str:
-        """Data set and networks, and the teacher where that is not enough."""
+        """The data set and the networks, and the teacher where that is not enough."""
         which = f", teacher {self.given_teacher}" if self.given_teacher else ""
         return f"{self.dataset}: {f'{self.teacher} → ' if self.teacher else ''}{self.student}{which}"
 
-    def row(self, method: str) -> Row | None:
-        """The first row of a method."""
-        return next((row for row in self.rows if row.method == method), None)
+    @property
+    def references(self) -> list[Row]:
+        """The rows that others are compared with: the best one without a teacher, and the best one of a baseline."""
+        without_teacher = [row for row in self.rows if not row.has_teacher]
+        baselines = [row for row in self.rows if row.is_baseline]
+        return [*without_teacher[:1], *baselines[:1]]
 
     @property
     def distilled(self) -> list[Run]:
@@ -148,12 +174,17 @@ class Comparison:
                 teachers.setdefault(run.results["teacher"].get("digest", str(run.folder)), run)
         return list(teachers.values())
 
+    def teacher_summary(self, epoch: str) -> Summary | None:
+        """Returns the summary of `Run.teacher_score` over the teachers; None where it is not known of any."""
+        scores = [score for run in self.distilled if (score := run.teacher_score(epoch)) is not None]
+        return summarize(scores) if scores else None
+
 
 def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
-    """The runs in these folders and the folders in them; not those whose network is the teacher of others.
+    """Returns the runs in folders and the folders in them, but for those whose network is the teacher of others.
 
     Raises:
-      UserError: a folder holds no finished run, or one that is damaged.
+      UserError: A folder holds no finished run, or one that is damaged.
     """
     runs = {}
     for folder in folders:
@@ -179,7 +210,7 @@ def _read_results(path):
 
 
 def _printable(content):
-    """A JSON value with all texts printable: runs of others are shown on a console and in files that people open."""
+    """Returns a JSON value with all texts printable: runs of others are shown on consoles and in files."""
     if isinstance(content, dict):
         return {printable(key): _printable(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -191,7 +222,7 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
     """Sorts runs into comparisons: one for each teacher that runs were given, with those that have none in each.
 
     Raises:
-      UserError: the same seed of the same configuration is there twice, with different results.
+      UserError: The same seed of the same configuration is there twice, with different results.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -221,7 +252,7 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
         method = same[0].results["method"]
         others = [json.loads(other) for other in kinds if other != key and json.loads(other)["method"] == method]
         rows.append(Row(_label(method, json.loads(key), others), method, tuple(by_seed.values())))
-    rows.sort(key=lambda row: ({"ce": 0, "bce": 0, "kd": 1, "bkd": 1}.get(row.method, 2), row.label))
+    rows.sort(key=lambda row: (row.has_teacher, -row.summary("last").mean, row.label))
     config = runs[0].config
     teacher, student = (network_label(config[f"{n}.name"], config[f"{n}.width"]) for n in ("teacher", "student"))
     return Comparison(config["dataset.name"], teacher, student, tuple(rows), given_teacher)

@@ -22,10 +22,10 @@ class PairedDifference(NamedTuple):
     """Mean difference of runs with the same seed.
 
     Attributes:
-      mean: over the seeds that both have.
-      margin: half the width of Student's t interval at `CONFIDENCE`; None where it cannot be estimated: for a single
+      mean: Mean over the seeds that both have.
+      margin: Half the width of Student's t interval at `CONFIDENCE`; None where it cannot be estimated: for a single
         seed, and where the differences are all the same, as happens on small test splits.
-      count: of seeds.
+      count: Number of seeds.
     """
 
     mean: float
@@ -34,24 +34,24 @@ class PairedDifference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What may be claimed, in words."""
+        """A claim that the difference allows, in words."""
         if self.count == 1:
             return "one seed: no claim"
         if self.margin is None:
             return "the same difference in every seed, interval unknown: no claim"
         if abs(self.mean) <= self.margin:
-            return f"no difference shown by {self.count} seeds"
-        return f"{'higher' if self.mean > 0 else 'lower'}, {self.count} seeds"
+            return "no difference shown"
+        return "higher" if self.mean > 0 else "lower"
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Of at least one value."""
+    """Returns the summary of at least one value."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Summary(statistics.fmean(values), deviation, len(values))
 
 
 def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
-    """Ours minus the baseline's, each {seed: value}, over the seeds of both; None where they share none."""
+    """Returns our values minus the baseline's, each {seed: value}, over common seeds; None without any."""
     differences = [ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys())]
     if not differences:
         return None

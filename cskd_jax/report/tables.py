@@ -3,24 +3,23 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cskd_jax.report import published
+from cskd_jax.report import deviations, published
+from cskd_jax.report.ablation import find_ablations
 from cskd_jax.report.embedding import Embeddings
 from cskd_jax.report.runs import Comparison, Row
-from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference, summarize
+from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference
 
-_NONE = "-"
-_BASELINES = ("ce", "bce", "kd", "bkd")
-_ABLATION = {"ce": "labels alone", "kd": "neither part, KD", "intra": "intra", "inter": "inter", "cskd": "both"}
+NONE = "-"  # The text of a cell without a value.
 
 
 class Table(NamedTuple):
     """A table of texts.
 
     Attributes:
-      title: of the table.
-      header: a text for each column; the first column names the row.
-      rows: as many texts each.
-      notes: sentences below it.
+      title: Title of the table.
+      header: A text for each column; the first column names the row.
+      rows: As many texts each.
+      notes: Sentences below it.
     """
 
     title: str
@@ -30,7 +29,7 @@ class Table(NamedTuple):
 
 
 def recipe(comparison: Comparison) -> str:
-    """How all runs were trained, and by which teacher where there are several."""
+    """Says how all runs were trained, and by which teacher where there are several."""
     config, data = comparison.runs[0].config, comparison.runs[0].results["dataset"]
     teacher = comparison.distilled[0].results["teacher"].get("checkpoint") if comparison.given_teacher else None
     return (
@@ -40,83 +39,80 @@ def recipe(comparison: Comparison) -> str:
 
 
 def results(comparison: Comparison) -> Table:
-    """Scores of every row, beside the published ones where there are any."""
-    rows = [_teacher(comparison)] if comparison.distilled else []
-    for row in comparison.rows:
-        best, last = row.summary("best"), row.summary("last")
-        beside = _beside(comparison, row.method, last, best)
-        rows.append((row.label, str(last.count), summary(last), summary(best), *beside))
-    table = _without_empty(Table("Results", ("method", "seeds", *_scores(comparison)), rows))
+    """Returns the scores of every row, beside the published ones where there are any."""
+    marks = deviations.mark(comparison)
+    rows = [(*_teacher(comparison), marks.of_row["teacher"] or NONE)] if comparison.distilled else []
+    rows += [(row.label, *_scores_of(comparison, row), marks.of_row[row.label] or NONE) for row in comparison.rows]
+    table = _without_empty(Table("Results", ("method", *_scores(comparison), "notes"), rows))
     notes = [
+        "The teacher, then methods without a teacher, then distillation; the best mean after the last epoch first. "
         "Mean ± sample standard deviation over the seeds. The best epoch is chosen on the test split by its own score, "
         "so it is optimistic: compare methods by the last epoch."
     ]
-    if "source" in table.header:
-        notes += [published.MEANING, *_different_recipe(comparison)]
-    else:
+    if marks.notes:
+        notes += [deviations.MEANING, *marks.notes]
+    sources = _sources(comparison)
+    if not sources:
         notes.append("There are no published values for this data set with these networks.")
+    else:
+        notes += [f"Sources of the published values: {'; '.join(sources)}.", published.MEANING]
+        if marks.notes:
+            notes.append("Differences to published values say little where a note says that the recipe was another.")
     return table._replace(notes=tuple(notes))
 
 
+def _scores_of(comparison, row):
+    """Returns the cells of a row below `_scores`."""
+    last, best = row.summary("last"), row.summary("best")
+    return str(last.count), summary(last), summary(best), *_beside(comparison, row.method, last, best)
+
+
 def _scores(comparison):
-    """The columns of scores."""
+    """Returns the columns of scores."""
     task = comparison.runs[0].task
     name = task.names[task.score]
     ours = f"last epoch: {name}, %", f"best epoch: {name}, %"
-    return *ours, "published: %", "best - published", "last - published", "source"
+    return "seeds", *ours, "published: %", "best - published", "last - published"
 
 
 def _without_empty(table):
-    """Without the columns that say nothing in any row."""
-    kept = [i for i in range(len(table.header)) if any(row[i] != _NONE for row in table.rows)]
+    """Returns a table without the columns that say nothing in any row."""
+    kept = [i for i in range(len(table.header)) if any(row[i] != NONE for row in table.rows)]
     return table._replace(
         header=tuple(table.header[i] for i in kept), rows=[tuple(row[i] for i in kept) for row in table.rows]
     )
 
 
 def _teacher(comparison):
-    """The row of the teacher."""
-    last, best = (
-        [score for run in comparison.distilled if (score := run.teacher_score(epoch)) is not None]
-        for epoch in ("last", "best")
-    )
-    last, best = summarize(last), summarize(best) if best else None
-    values = summary(last), _NONE if best is None else summary(best)
+    """Returns the row of the teacher."""
+    last, best = comparison.teacher_summary("last"), comparison.teacher_summary("best")
+    values = summary(last), NONE if best is None else summary(best)
     return ("teacher", str(last.count), *values, *_beside(comparison, "teacher", last, best))
 
 
-def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | None) -> tuple[str, str, str, str]:
-    """Published values, the differences to the first, and the sources."""
+def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | None) -> tuple[str, str, str]:
+    """Returns the published values, and the differences to the first."""
     values = published.lookup(comparison.dataset, comparison.teacher, comparison.student, method)
     if not values:
-        return _NONE, _NONE, _NONE, _NONE
-    differences = [_NONE if ours is None else f"{ours.mean - values[0].top1:+.2f}" for ours in (best, last)]
-    shown = "; ".join(f"{value.top1:.2f}" for value in values)
-    return shown, *differences, "; ".join(value.source for value in values)
+        return NONE, NONE, NONE
+    differences = [NONE if ours is None else f"{ours.mean - values[0].top1:+.2f}" for ours in (best, last)]
+    return "; ".join(f"{value.top1:.2f}" for value in values), *differences
 
 
-def _different_recipe(comparison):
-    config = comparison.runs[0].config
-    different = []
-    if config["epochs"] != published.EPOCHS:
-        different.append(f"{config['epochs']} epochs instead of {published.EPOCHS}")
-    if config["dataset.train_examples"] is not None:
-        different.append(f"{config['dataset.train_examples']:,} training images instead of all")
-    if different:
-        return [f"Not the published recipe: {', '.join(different)}. Differences to published values say little."]
-    return []
+def _sources(comparison):
+    """Returns where the published values come from, in the order in which a row shows them."""
+    methods = ["teacher", *(row.method for row in comparison.rows)]
+    found = (published.lookup(comparison.dataset, comparison.teacher, comparison.student, m) for m in methods)
+    return list(dict.fromkeys(value.source for values in found for value in values))
 
 
 def differences(comparison: Comparison) -> Table | None:
-    """Every method against cross-entropy and KD, seed by seed, after the last epoch; None without such a pair."""
+    """Returns how every row differs from `Comparison.references`, seed by seed; None without a seed of both."""
     rows = []
-    for baseline in _BASELINES:
+    for position, reference in enumerate(comparison.references, 1):
         for row in comparison.rows:
-            reference = comparison.row(baseline)
-            if reference is None or row is reference or row.method in _BASELINES[: _BASELINES.index(baseline)]:
-                continue
             found = paired(row, reference)
-            if found is not None:
+            if row not in comparison.references[:position] and found is not None:
                 label = f"{row.label} - {reference.label}"
                 rows.append((label, str(found.count), f"{found.mean:+.2f}", interval(found), found.verdict))
     if not rows:
@@ -141,41 +137,39 @@ def _teachers(comparison):
 
 
 def paired(row: Row, baseline: Row) -> PairedDifference | None:
-    """Of the last epochs."""
+    """Returns the difference of the last epochs, seed by seed."""
     return paired_difference(row.scores("last"), baseline.scores("last"))
 
 
-def ablation(comparison: Comparison) -> Table | None:
-    """Table 4 of the paper: the two parts of category structure; None unless its runs are there."""
-    present = {method: comparison.row(method) for method in _ABLATION}
-    if any(present[method] is None for method in ("intra", "inter", "cskd")):
-        return None
-    rows = []
-    for method, parts in _ABLATION.items():
-        if present[method] is not None:
-            best, last = present[method].summary("best"), present[method].summary("last")
-            beside = _beside(comparison, method, last, best)
-            rows.append((parts, method, str(last.count), summary(last), summary(best), *beside))
-    header = ("parts", "method", "seeds", *_scores(comparison))
-    notes = ("As in table 4 of the paper, whose value for neither part is that of KD in its table 3.",)
-    return _without_empty(Table("Ablation", header, rows, notes))
+def ablations(comparison: Comparison) -> list[Table]:
+    """Returns a table for each loss of which some rows have all parts and others only some."""
+    found = []
+    for entries in find_ablations(comparison):
+        rows = [(parts, row.label, *_scores_of(comparison, row)) for parts, row in entries]
+        table = _without_empty(Table("Ablation", ("parts", "method", *_scores(comparison)), rows))
+        if _sources(comparison):
+            table = table._replace(
+                notes=("As in table 4 of the paper, whose value for neither part is that of KD in its table 3.",)
+            )
+        found.append(table)
+    return found
 
 
 def sizes(comparison: Comparison) -> Table:
-    """Parameters of teacher and student."""
+    """Returns the parameters of teacher and student."""
     student = comparison.runs[0].results["student"]["parameters"]
-    rows = [(f"student {comparison.student}", f"{student:,}", _NONE)]
+    rows = [(f"student {comparison.student}", f"{student:,}", NONE)]
     if comparison.distilled:
         teacher = comparison.distilled[0].results["teacher"]["parameters"]
         rows = [
-            (f"teacher {comparison.teacher}", f"{teacher:,}", _NONE),
+            (f"teacher {comparison.teacher}", f"{teacher:,}", NONE),
             (f"student {comparison.student}", f"{student:,}", f"{teacher / student:.2f}x"),
         ]
     return Table("Size", ("network", "parameters", "compression"), rows)
 
 
 def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
-    """Distances within categories over those between them."""
+    """Returns the distances within categories over those between them."""
     header = ("network", "runs", "within / between")
     rows = [(label, str(s.count), summary(s, 3)) for label, s in embeddings.ratios.items()]
     notes = (
@@ -186,7 +180,7 @@ def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
 
 
 def published_tables() -> list[Table]:
-    """The published tables alone."""
+    """Returns the published tables alone."""
     return [
         Table(
             f"{table['source']}: {table['dataset']}, {table['metric']}, %",
@@ -202,13 +196,13 @@ def _published_value(value: float | Sequence[float]) -> str:
 
 
 def summary(values: Summary, digits: int = 2) -> str:
-    """Mean and deviation."""
+    """Returns mean and deviation as a text."""
     deviation = "" if values.deviation is None else f" ± {values.deviation:.{digits}f}"
     return f"{values.mean:.{digits}f}{deviation}"
 
 
 def interval(difference: PairedDifference) -> str:
-    """Its ends, or that it has none."""
+    """Returns the ends of the interval, or that it has none."""
     if difference.margin is None:
-        return _NONE
+        return NONE
     return f"{difference.mean - difference.margin:+.2f} to {difference.mean + difference.margin:+.2f}"

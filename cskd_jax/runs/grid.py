@@ -14,9 +14,6 @@ from cskd_jax.runs.build import load_data
 from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done, read_json
 from cskd_jax.training.objective import needs_teacher
 
-# The word of a teacher's training, for images with one class each or with several.
-_SUPERVISED = {False: "ce", True: "bce"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -109,7 +106,7 @@ def _teacher_run(
     recipe: str, config: ml_collections.ConfigDict, overrides: Sequence[str], workdir: pathlib.Path
 ) -> Run:
     """Returns the run that trains the teacher of `config`, as any network is trained from labels alone."""
-    word = _SUPERVISED[any(LOSSES[name].multilabel for name in config.losses)]
+    word = recipes.word_without_teacher(multilabel=any(LOSSES[name].multilabel for name in config.losses))
     teacher = config.teacher
     replaced = ("losses.", "student.", "teacher.")
     kept = [o for o in overrides if not (recipes.override_key(o) + ".").startswith((*replaced, "epochs."))]

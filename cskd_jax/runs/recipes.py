@@ -13,6 +13,7 @@ import cskd_jax.configs
 from cskd_jax.configs import methods, networks
 from cskd_jax.errors import UserError
 from cskd_jax.runs import schema
+from cskd_jax.training.objective import needs_teacher
 
 _PACKAGED = pathlib.Path(cskd_jax.configs.__file__).parent
 # What a recipe may import as `configs`, by the names that the modules have then.
@@ -69,6 +70,21 @@ def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.P
 def packaged_recipes() -> list[str]:
     """Returns the names of the recipes that the package brings along."""
     return sorted({path.stem for path in _PACKAGED.glob("*.py")} - {"__init__", "methods", "networks"})
+
+
+def packaged_recipe(name: str, word: str) -> ml_collections.ConfigDict:
+    """Returns the configuration of a packaged recipe with a word; raises UserError if it does not know the word."""
+    return load_recipe(f"{_PACKAGED / name}.py:{word}", [])
+
+
+def word_without_teacher(multilabel: bool) -> str:
+    """Returns the word of the packaged method that needs no teacher.
+
+    Args:
+      multilabel: Whether the images have any number of classes instead of one.
+    """
+    known = methods.MULTILABEL_METHODS if multilabel else methods.METHODS
+    return next(word for word in known if not needs_teacher(methods.losses(word, multilabel=multilabel)))
 
 
 def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_collections.ConfigDict:

@@ -1,0 +1,170 @@
+"""What runs did otherwise than their recipes say, or than the runs beside them."""
+
+import collections
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from cskd_jax.errors import UserError
+from cskd_jax.report.runs import Comparison, Run
+from cskd_jax.runs import recipes, schema
+from cskd_jax.runs.keys import indifferent
+
+# Keys that change no results, and those whose values the title, the rows and the number of seeds say already.
+_STATED = {"method", "seed", "dataset.name", "teacher.name", "teacher.width", "teacher.checkpoint", "student.name",
+           "student.width", *indifferent()}  # fmt: skip
+_UNKNOWN_TEACHER = "how it was trained is not known: its run is not among these"
+_NO_RECIPE = "no packaged recipe of this data set has this method"
+MEANING = (
+    "Notes name the settings in which a row differs from the packaged recipe of its data set and method or, where it "
+    "follows the recipe or there is none, from most of the other rows."
+)
+
+
+class Marks(NamedTuple):
+    """Notes on the rows of a comparison.
+
+    Attributes:
+      of_row: {row label or "teacher": its marks, such as "1, 3", or an empty text}.
+      notes: What the marks mean, in their order.
+    """
+
+    of_row: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def mark(comparison: Comparison) -> Marks:
+    """Returns a mark for each set of rows that have deviations in common."""
+    deviations = find(comparison)
+    rows_with: dict[str, list[str]] = {}
+    for label, texts in deviations.items():
+        for text in texts:
+            rows_with.setdefault(text, []).append(label)
+    texts_of: dict[tuple[str, ...], list[str]] = {}
+    for text, labels in rows_with.items():
+        texts_of.setdefault(tuple(labels), []).append(text)
+    of_row = {
+        label: ", ".join(str(number) for number, labels in enumerate(texts_of, 1) if label in labels)
+        for label in deviations
+    }
+    return Marks(
+        of_row, tuple(f"Note {number}: {'; '.join(texts)}." for number, texts in enumerate(texts_of.values(), 1))
+    )
+
+
+def find(comparison: Comparison) -> dict[str, list[str]]:
+    """Returns {row label or "teacher": its deviations}, such as "epochs 6 (recipe 30)"."""
+    found = {}
+    if comparison.distilled:
+        texts = [text for run in comparison.distilled for text in _of_teacher(run)]
+        found["teacher"] = list(dict.fromkeys(texts))
+    usual = _usual(_student_settings(row.runs[0]) for row in comparison.rows)
+    for row in comparison.rows:
+        found[row.label] = list(_of_student(row.runs[0], usual))
+    return found
+
+
+def _of_student(run: Run, usual: Mapping[str, Any]) -> Iterator[str]:
+    settings, recipe = _student_settings(run), _recipe(run)
+    different = []
+    if recipe is None:
+        yield _NO_RECIPE
+    else:
+        expected = {key: value for key, value in recipe.items() if key not in _STATED}
+        if "teacher.epochs" not in settings:
+            del expected["teacher.epochs"]
+        different = _differences(settings, expected)
+        yield from (_text(key, settings, "recipe", expected) for key in different)
+    for key in settings:
+        if key in usual and key not in different and settings[key] != usual[key]:
+            yield _text(key, settings, "other rows", usual)
+
+
+def _of_teacher(run: Run) -> Iterator[str]:
+    """Yields the deviations of the teacher of a run, under the names that its keys have in the run of the student."""
+    if run.given_teacher and run.teacher_run is None:
+        yield _UNKNOWN_TEACHER
+        return
+    trained = run.teacher_run or run
+    recipe = _recipe(trained)
+    if recipe is None:
+        yield _NO_RECIPE
+        return
+    settings, expected = ({k: v for k, v in c.items() if k not in _STATED} for c in (trained.config, recipe))
+    if run.teacher_run is not None:
+        settings["teacher.epochs"] = settings["epochs"]
+    else:  # The losses are those of the student, and the teacher has learned from the labels alone.
+        settings, expected = ({k: v for k, v in c.items() if _loss(k) is None} for c in (settings, expected))
+    for key in _differences(settings, expected):
+        if key != "epochs":
+            yield _text(key, settings, "recipe", expected)
+
+
+def _student_settings(run: Run) -> dict[str, Any]:
+    """Returns what has decided the results of a student: without what only its teacher reads, if that is not known."""
+    settings = {key: value for key, value in run.config.items() if key not in _STATED}
+    if run.teacher_run is not None:
+        settings["teacher.epochs"] = run.teacher_run.config["epochs"]
+    elif run.given_teacher != "":
+        settings.pop("teacher.epochs", None)
+    return settings
+
+
+def _recipe(run: Run) -> Mapping[str, Any] | None:
+    return _packaged(run.config["dataset.name"], run.results["method"])
+
+
+@functools.cache
+def _packaged(dataset: str, method: str) -> Mapping[str, Any] | None:
+    """Returns the configuration that a packaged recipe has for a method; None if there is none."""
+    if dataset not in recipes.packaged_recipes():
+        return None
+    try:
+        found = schema.complete(schema.plain(recipes.packaged_recipe(dataset, method)))
+    except UserError:
+        return None
+    return found if (found["dataset.name"], found["method"]) == (dataset, method) else None
+
+
+def _usual(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the most frequent value of every setting that does not belong to a loss."""
+    values: dict[str, list[Any]] = {}
+    for settings in rows:
+        for key, value in settings.items():
+            if not key.startswith("losses."):
+                values.setdefault(key, []).append(value)
+    # Lists cannot be counted, and their texts can.
+    return {key: found[_position_of_mode([repr(v) for v in found])] for key, found in values.items()}
+
+
+def _position_of_mode(texts):
+    return texts.index(collections.Counter(texts).most_common(1)[0][0])
+
+
+def _differences(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Returns the keys whose values differ; a loss that one of both lacks is named by its weight alone."""
+    alone = _losses(settings) ^ _losses(expected)
+    details = {key for key in [*settings, *expected] if _loss(key) in alone and not key.endswith(".weight")}
+    missing = object()
+    keys = dict.fromkeys([*expected, *settings])
+    return [k for k in keys if k not in details and settings.get(k, missing) != expected.get(k, missing)]
+
+
+def _losses(settings):
+    return {_loss(key) for key in settings} - {None}
+
+
+def _loss(key):
+    """Returns the name of the loss that a key belongs to; None if it belongs to none."""
+    return key.split(".")[1] if key.startswith("losses.") else None
+
+
+def _text(key, settings, source, expected):
+    return f"{key} {_value(settings, key)} ({source} {_value(expected, key)})"
+
+
+def _value(settings, key):
+    value = settings.get(key)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,87 @@
+"""Tables as LaTeX, for a paper."""
+
+import re
+from collections.abc import Iterable
+
+from cskd_jax.report.tables import NONE, Table
+
+HEADER = """\
+% Tables for \\input. The preamble needs \\usepackage{booktabs}.
+"""
+_WORDS = {"method", "network", "parts", "difference", "what it shows", "notes"}
+# Longer cells have a line for each of their parts.
+_LONGEST_LINE = 18
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+    '"': "{''}",
+    "[": "{[}",  # At the start of a row, it would be read as an option of the line break before it.
+    "]": "{]}",
+    "*": "{*}",
+    "±": r"$\pm$",
+    "→": r"$\rightarrow$",
+}
+_SPECIAL |= {character: rf"\{character}" for character in "&%$#_{}"}
+
+
+def render(title: str, tables: Iterable[Table]) -> str:
+    """Returns a table environment for each table, with the title of its section in the caption."""
+    return "\n".join(_table(title, table) for table in tables)
+
+
+def _table(title, table):
+    columns = "".join("l" if name in _WORDS else "r" for name in table.header)
+    rows = [" & ".join(map(_cell, row, table.header)) + r" \\" for row in table.rows]
+    notes = "\n\n".join(map(escape, table.notes))
+    return rf"""\begin{{table}}
+\centering
+\caption{{{escape(f"{table.title}, {title}")}}}
+\footnotesize
+\setlength{{\tabcolsep}}{{3pt}}
+\makebox[\linewidth]{{%
+\begin{{tabular}}{{@{{}}{columns}@{{}}}}
+\toprule
+{" & ".join(map(_heading, table.header))} \\
+\midrule
+{chr(10).join(rows)}
+\bottomrule
+\end{{tabular}}}}
+
+\medskip
+\begin{{minipage}}{{\linewidth}}
+\scriptsize
+{notes}
+\end{{minipage}}
+\end{{table}}
+"""
+
+
+def _heading(text):
+    """Returns the head of a column, in two lines where it has two parts."""
+    return _lines(re.split(r"(?<=:) |(?<= -) ", text), "b", text in _WORDS)
+
+
+def _cell(text, head):
+    """Returns a cell of the column with this head."""
+    parts = re.split(r"(?<=[,;]) ", text) if len(text) > _LONGEST_LINE else [text]
+    return "--" if text == NONE else _lines(parts, "t", head in _WORDS)
+
+
+def _lines(parts, position, words):
+    """Returns texts below each other, with the signs of their numbers as such."""
+    shown = [re.sub(r"(^| )([+-])(?=\d)", r"\1$\2$", escape(part)) for part in parts]
+    if len(shown) == 1:
+        return shown[0]
+    lines = r" \\ ".join(shown)
+    return rf"\begin{{tabular}}[{position}]{{@{{}}{'l' if words else 'r'}@{{}}}}{lines}\end{{tabular}}"
+
+
+def escape(text: str) -> str:
+    """Returns LaTeX that shows `text` as it is; what is neither ASCII nor known above appears as Python writes it."""
+    text = "".join(c if c.isascii() or c in _SPECIAL else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(_SPECIAL.get(character, character) for character in text)

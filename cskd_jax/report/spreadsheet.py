@@ -1,0 +1,82 @@
+"""The scores as CSV: plain numbers, for programs and spreadsheets."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from cskd_jax.report import deviations, published
+from cskd_jax.report.runs import Comparison
+from cskd_jax.report.statistics import Summary
+
+_SECTION = ("dataset", "teacher", "student", "teacher_digest")
+_SCORES = ("last_mean", "last_std", "best_mean", "best_std")
+# A spreadsheet takes a text for a formula that begins with one of these, or with its full-width form.
+_FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def methods(comparisons: Iterable[Comparison]) -> str:
+    """Returns a line for each row of the comparisons: scores in percent, those that are not known empty."""
+    header = (*_SECTION, "method", "metric", "seeds", *_SCORES, "published", "published_source", "differs")
+    return _write(header, (line for comparison in comparisons for line in _methods(comparison)))
+
+
+def runs(comparisons: Iterable[Comparison]) -> str:
+    """Returns a line for each run of the comparisons: scores in percent."""
+    header = (*_SECTION, "method", "metric", "seed", "last", "best", "best_epoch", "folder")
+    return _write(header, (line for comparison in comparisons for line in _runs(comparison)))
+
+
+def _methods(comparison: Comparison) -> Iterator[list[Any]]:
+    differs = deviations.find(comparison)
+    if comparison.distilled:
+        last, best = comparison.teacher_summary("last"), comparison.teacher_summary("best")
+        yield _method(comparison, "teacher", "teacher", last, best, differs["teacher"])
+    for row in comparison.rows:
+        last, best = row.summary("last"), row.summary("best")
+        yield _method(comparison, row.label, row.method, last, best, differs[row.label])
+
+
+def _method(comparison, label, method, last, best, differs):
+    values = published.lookup(comparison.dataset, comparison.teacher, comparison.student, method)
+    beside = (values[0].top1, values[0].source) if values else (None, None)
+    scores = *_numbers(last), *_numbers(best)
+    return [*_section(comparison), label, _metric(comparison), last.count, *scores, *beside, "; ".join(differs)]
+
+
+def _runs(comparison: Comparison) -> Iterator[list[Any]]:
+    for row in comparison.rows:
+        for run in row.runs:
+            scores = _rounded(run.score("last")), _rounded(run.score("best")), run.results["student"]["best"]["epoch"]
+            folder = str(run.folder)
+            yield [*_section(comparison), row.label, _metric(comparison), run.results["seed"], *scores, folder]
+
+
+def _section(comparison):
+    return comparison.dataset, comparison.teacher, comparison.student, comparison.given_teacher
+
+
+def _metric(comparison):
+    return comparison.runs[0].task.score
+
+
+def _numbers(values: Summary | None):
+    return (None, None) if values is None else (_rounded(values.mean), _rounded(values.deviation))
+
+
+def _rounded(value):
+    """Returns a number without the digits that are rounding."""
+    return None if value is None else round(value, 6)
+
+
+def _write(header, lines):
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_disarm(cell) for cell in line] for line in lines)
+    return text.getvalue()
+
+
+def _disarm(cell):
+    """Returns a cell that no spreadsheet executes: a text that would be a formula begins with an apostrophe."""
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(_FORMULAS) else cell

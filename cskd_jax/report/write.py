@@ -1,0 +1,84 @@
+"""Writes the report of comparisons: a page, and its tables as Markdown, LaTeX and CSV."""
+
+import pathlib
+
+import numpy as np
+
+from cskd_jax.console import say
+from cskd_jax.errors import UserError, printable
+from cskd_jax.files import write_text
+from cskd_jax.report import latex, markdown, page, spreadsheet, tables
+from cskd_jax.report.curves import Curve
+from cskd_jax.report.runs import Comparison, Row
+
+
+def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None) -> None:
+    """Writes report.html, report.md, report.tex, report.csv and report_runs.csv into `out`.
+
+    Args:
+      comparisons: What to show.
+      out: A folder that exists.
+      data_dir: See `embedding.measure`.
+    """
+    sections, texts, papers = [], [], [latex.HEADER]
+    for comparison in comparisons:
+        parts, shown = _comparison(comparison, data_dir)
+        sections += [page.heading(comparison.title), page.note(tables.recipe(comparison)), *parts]
+        texts.append(markdown.render(comparison.title, tables.recipe(comparison), shown))
+        papers.append(latex.render(comparison.title, shown))
+    count = len({run for comparison in comparisons for run in comparison.runs})
+    lead = f"{count} runs on {', '.join(sorted({c.dataset for c in comparisons}))}; {_made_with(comparisons)}."
+    files = {
+        "report.html": page.render("Knowledge distillation: comparison of runs", lead, sections),
+        "report.md": "\n".join(texts),
+        "report.tex": "\n".join(papers),
+        "report.csv": spreadsheet.methods(comparisons),
+        "report_runs.csv": spreadsheet.runs(comparisons),
+    }
+    for name, text in files.items():
+        write_text(out / name, text)
+    say(f"{count} runs: {out / 'report.html'}, and {', '.join(list(files)[1:])} beside it")
+
+
+def _made_with(comparisons):
+    """Returns devices and versions of all runs."""
+    results = [run.results for comparison in comparisons for run in comparison.runs]
+    devices = {f"{r['devices']['count']} x {r['devices']['kind']}" for r in results}
+    versions = {r["versions"]["cskd_jax"] for r in results}
+    return f"made on {', '.join(sorted(devices))} with cskd_jax {', '.join(sorted(versions))}"
+
+
+def _comparison(comparison, data_dir):
+    """Returns the sections of the page for a comparison, and its tables."""
+    # Imported late: mistakes in the command should not wait for it.
+    from cskd_jax.report import embedding
+
+    shown = [tables.results(comparison), tables.differences(comparison), *tables.ablations(comparison)]
+    shown = [table for table in shown if table is not None] + [tables.sizes(comparison)]
+    sections = [page.table(table) for table in shown]
+    task = comparison.runs[0].task
+    lines = [curve for row in comparison.rows if (curve := mean_curve(row)) is not None]
+    if lines:
+        teacher = comparison.teacher_summary("last")
+        score = None if teacher is None else teacher.mean
+        sections.append(page.training_curves(lines, score, task.names[task.score]))
+    try:
+        measured = embedding.measure(comparison, data_dir)
+    except UserError as error:
+        reason = printable(str(error))
+        say(f"{comparison.title}: no embeddings: {reason}")
+        return [*sections, page.note(f"Embeddings and tightness are left out: {reason}.")], shown
+    tightness = tables.tightness(comparison, measured)
+    pictures = page.embeddings(measured)
+    return [*sections, pictures, page.table(tightness)], [*shown, tightness]
+
+
+def mean_curve(row: Row) -> Curve | None:
+    """Returns mean and deviation over the seeds at the epochs that all of them have evaluated; None without any."""
+    runs = [dict(run.curve()) for run in row.runs]
+    epochs = sorted(set.intersection(*(set(run) for run in runs)))
+    if not epochs:
+        return None
+    scores = np.array([[run[epoch] for epoch in epochs] for run in runs])
+    band = scores.std(axis=0, ddof=1) if len(runs) > 1 else None
+    return Curve(row.label, np.array(epochs, float), scores.mean(axis=0), band)

@@ -1,0 +1,159 @@
+"""Which rows the report has, in which order, and what it says of runs that differ from their recipes."""
+
+import json
+
+import pytest
+
+from cskd_jax.losses import LOSSES
+from cskd_jax.report import deviations
+from cskd_jax.report.__main__ import main
+from cskd_jax.report.ablation import find_ablations
+from cskd_jax.report.runs import compare, find_runs
+from tests.report_runs import write_run
+
+
+def change(folder, method=None, config=None):
+    """Changes what a run says of itself."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    results["method"] = method or results["method"]
+    results["config"] |= {"method": results["method"], **(config or {})}
+    path.write_text(json.dumps(results))
+
+
+def comparison_of(folder):
+    (comparison,) = compare(find_runs([folder]))
+    return comparison
+
+
+def test_rows_are_in_the_order_of_their_scores(tmp_path):
+    for method, score in {"kd": 0.60, "at": 0.62, "ce": 0.50, "sp": 0.61}.items():
+        write_run(tmp_path / method, "cifar100", method, 0, score)
+    comparison = comparison_of(tmp_path)
+    assert [row.label for row in comparison.rows] == ["ce", "at", "sp", "kd"]
+    assert [row.label for row in comparison.references] == ["ce", "kd"]
+
+
+def test_roles_are_those_of_the_losses_and_not_of_names(tmp_path):
+    """Methods of another name, and KD together with another loss, which is no baseline."""
+    for method, name in {"ce": "labels", "kd": "hinton", "at": "kd+at"}.items():
+        write_run(tmp_path / name, "cifar100", method, 0, 0.5)
+        change(tmp_path / name, name)
+    change(tmp_path / "kd+at", config={"losses.kd.weight": 0.9})
+    comparison = comparison_of(tmp_path)
+    assert [row.label for row in comparison.references] == ["labels", "hinton"]
+    assert main(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    for line in ("hinton - labels", "kd+at - labels", "kd+at - hinton"):
+        assert f"| {line} |" in text
+    assert "| hinton - hinton |" not in text
+
+
+def test_roles_of_several_classes_per_image(tmp_path):
+    for method in ("bce", "bkd", "mlcskd"):
+        write_run(tmp_path / method, "digit_pairs", method, 0, 0.5)
+    change(tmp_path / "bce", config={})
+    assert [row.label for row in comparison_of(tmp_path).rows if row.is_baseline] == ["bkd"]
+
+
+def test_parts_of_a_loss_are_those_that_have_weights(tmp_path):
+    scores = {"ce": 0.4, "kd": 0.5, "intra": 0.53, "inter": 0.52, "cskd": 0.54, "at": 0.6}
+    for method, score in scores.items():
+        write_run(tmp_path / method, "tiny_imagenet", method, 0, score)
+    (found,) = find_ablations(comparison_of(tmp_path))
+    assert [(parts, row.label) for parts, row in found] == [
+        ("labels alone", "ce"), ("none", "kd"), ("intra", "intra"), ("inter", "inter"), ("intra + inter", "cskd"),
+    ]  # fmt: skip
+    for name, loss in LOSSES.items():
+        assert set(loss.parts.values()) <= set(loss.__dataclass_fields__), name
+
+
+def test_no_ablation_without_all_parts_or_without_some(tmp_path):
+    for method in ("kd", "intra", "inter"):
+        write_run(tmp_path / "some" / method, "tiny_imagenet", method, 0, 0.5)
+    assert not [*find_ablations(comparison_of(tmp_path / "some"))]
+    for method in ("kd", "cskd"):
+        write_run(tmp_path / "all" / method, "tiny_imagenet", method, 0, 0.5)
+    assert not [*find_ablations(comparison_of(tmp_path / "all"))]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "texts"),
+    [
+        ({}, []),
+        ({"log_every": 7, "dataset__data_dir": "elsewhere", "student__width": 0.5}, []),
+        ({"epochs": 6, "dtype": "bfloat16"}, ["dtype bfloat16 (recipe float32)", "epochs 6 (recipe 200)"]),
+        ({"losses__kd__temperature": 2.0}, ["losses.kd.temperature 2.0 (recipe 4.0)"]),
+        ({"optimizer__milestones": "(3,)"}, ["optimizer.milestones 3 (recipe 80, 120)"]),
+        ({"dataset__train_examples": 500}, ["dataset.train_examples 500 (recipe none)"]),
+    ],
+)
+def test_what_differs_from_the_recipe(overrides, texts, tmp_path):
+    write_run(tmp_path / "run", "cifar100", "kd", 0, 0.5, **overrides)
+    assert sorted(deviations.find(comparison_of(tmp_path))["kd"]) == texts
+
+
+def test_a_loss_more_than_the_recipe_has_is_named_once(tmp_path):
+    write_run(tmp_path / "run", "cifar100", "kd", 0, 0.5)
+    change(tmp_path / "run", config={"losses.at.weight": 10.0})
+    assert deviations.find(comparison_of(tmp_path))["kd"] == ["losses.at.weight 10.0 (recipe none)"]
+
+
+def test_rows_without_a_recipe_are_compared_with_the_others(tmp_path):
+    for method in ("ce", "kd", "at"):
+        write_run(tmp_path / method, "cifar100", method, 0, 0.5)
+    change(tmp_path / "at", "mine", {"batch_size": 32, "losses.at.weight": 7.0})
+    found = deviations.find(comparison_of(tmp_path))
+    assert found["mine"] == ["no packaged recipe of this data set has this method", "batch_size 32 (other rows 128)"]
+    assert found["ce"] == found["kd"] == []
+
+
+def test_a_recipe_with_another_optimizer_than_the_others(tmp_path):
+    for method in ("ce", "kd", "cskd_paper"):
+        write_run(tmp_path / method, "cifar100", method, 0, 0.5)
+    texts = deviations.find(comparison_of(tmp_path))["cskd_paper"]
+    assert "optimizer.milestones 80, 120, 160 (other rows 80, 120)" in texts
+
+
+def test_teachers(tmp_path):
+    """One whose run is there, one that is not known, and one that was trained with its student."""
+    teacher = {"student__name": "resnet101", "student__width": 0.5}
+    write_run(tmp_path / "sweep" / "kd", "cifar100", "kd", 0, 0.5, teacher__epochs=9)
+    write_run(tmp_path / "sweep" / "teacher-net", "cifar100", "ce", 0, 0.5, **teacher, epochs=9, batch_size=64)
+    found = deviations.find(comparison_of(tmp_path / "sweep"))
+    assert sorted(found["teacher"]) == ["batch_size 64 (recipe 128)", "teacher.epochs 9 (recipe 200)"]
+    assert found["kd"] == ["teacher.epochs 9 (recipe 200)"]
+
+    write_run(tmp_path / "alone" / "kd", "cifar100", "kd", 0, 0.5, teacher__epochs=9)
+    found = deviations.find(comparison_of(tmp_path / "alone"))
+    assert found["teacher"] == ["how it was trained is not known: its run is not among these"]
+    assert found["kd"] == [], "the configuration of the run says nothing about a teacher that it was given"
+
+    write_run(tmp_path / "own" / "kd", "cifar100", "kd", 0, 0.5, teacher__epochs=9, losses__kd__temperature=2.0)
+    path = tmp_path / "own" / "kd" / "results.json"
+    results = json.loads(path.read_text())
+    del results["teacher"]["digest"]
+    path.write_text(json.dumps(results))
+    found = deviations.find(comparison_of(tmp_path / "own"))
+    assert found["teacher"] == ["teacher.epochs 9 (recipe 200)"]
+    assert "losses.kd.temperature 2.0 (recipe 4.0)" in found["kd"]
+
+
+def test_marks_are_shared_by_the_rows_that_share_deviations(tmp_path):
+    write_run(tmp_path / "ce", "cifar100", "ce", 0, 0.5, epochs=6)
+    write_run(tmp_path / "kd", "cifar100", "kd", 0, 0.5, epochs=6, losses__kd__temperature=2.0)
+    write_run(tmp_path / "teacher-net", "cifar100", "ce", 0, 0.7, student__name="resnet101", student__width=0.5)
+    marks = deviations.mark(comparison_of(tmp_path))
+    assert marks.of_row == {"teacher": "", "ce": "1", "kd": "1, 2"}
+    assert marks.notes == ("Note 1: epochs 6 (recipe 200).", "Note 2: losses.kd.temperature 2.0 (recipe 4.0).")
+
+
+def test_a_name_that_only_a_file_has_is_no_recipe(tmp_path, monkeypatch):
+    """The data set of a run from elsewhere names a packaged recipe or none, and never a file to execute."""
+    (tmp_path / "mine").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "kd", "cifar100", "kd", 0, 0.5)
+    change(tmp_path / "runs" / "kd", config={"dataset.name": "mine"})
+    assert deviations.find(comparison_of(tmp_path / "runs"))["kd"] == [
+        "no packaged recipe of this data set has this method"
+    ]
