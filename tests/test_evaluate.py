@@ -10,8 +10,8 @@ from tests.conftest import ROOT
 CONFIG = f"--config={ROOT}/configs/digits.py"
 
 BAD_INPUT = {
-    "nothing": ([], ["--workdir=DIR", "--checkpoint=DIR"]),
-    "both": (["--workdir={done}", "--checkpoint={done}/student"], ["either"]),
+    "nothing": ([], ["name one folder, such as cskd-jax evaluate runs/digits/kd-seed0; got none"]),
+    "both": (["--workdir={done}", "--checkpoint={done}/student"], ["name one folder", "{done} and {done}/student"]),
     "no folder": (["--workdir={done}/nothing"], ["is no folder"]),
     "no run": (["--workdir={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "no configuration beside it": (["--checkpoint={empty}"], ["holds no config.json", "--config=RECIPE"]),

@@ -126,7 +126,7 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys):
     assert "4 runs, 1 done, 3 to go, 2 at a time" in output
     assert "teacher: FAILED, exit code 2: error: --config=RECIPE must name a file" in output
     assert "kd: not started: teacher failed" in output
-    assert "bad: FAILED, exit code 2: error: arguments are given as" in output
+    assert "bad: FAILED, exit code 2: error: there is one recipe, got" in output
     assert sweep.FailedRunsError.exit_code == 1
 
 
