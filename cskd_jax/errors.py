@@ -46,14 +46,16 @@ def printable(text: str) -> str:
 def close_to(name: str, known: Iterable[str]) -> list[str]:
     """Returns what was probably meant by a name that does not exist: at most three of `known`, the likeliest first.
 
-    Names are close if they are spelled alike, or if one begins with the other. Nothing is better than something that
-    means something else.
+    Names are close if they are spelled alike, or if one begins with the other; case, hyphens and underscores make no
+    difference at all. Nothing is better than something that means something else.
     """
-    return sorted((k for k in known if _likeness(name, k) > 0), key=lambda k: -_likeness(name, k))[:3]
+    likeness = {other: _likeness(name, other) for other in known}
+    least = 1.0 if 1.0 in likeness.values() else _ALIKE
+    return sorted((k for k, value in likeness.items() if value >= least), key=lambda k: -likeness[k])[:3]
 
 
 def _likeness(name: str, other: str) -> float:
-    name, other = (text.lower().replace("-", "_") for text in (name, other))
-    ratio = difflib.SequenceMatcher(None, name, other).ratio()
+    """Returns how alike two names are, from 0 to 1."""
+    name, other = (text.lower().replace("-", "").replace("_", "") for text in (name, other))
     begins = min(len(name), len(other)) >= 3 and (name.startswith(other) or other.startswith(name))
-    return ratio if ratio >= _ALIKE or begins else 0.0
+    return max(difflib.SequenceMatcher(None, name, other).ratio(), _ALIKE if begins else 0.0)

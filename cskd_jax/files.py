@@ -79,6 +79,6 @@ def local_folder(path: str | pathlib.Path) -> pathlib.Path:
     if address:
         raise UserError(
             f"{path} is an address, not a folder: name a local or a mounted folder, and copy it from or to "
-            f"{address[1]}:// with a tool for that"
+            f"{address[1]}:// by other means, such as gcloud storage or rclone"
         )
     return pathlib.Path(path).expanduser()

@@ -34,14 +34,23 @@ def test_a_file_wins_over_a_packaged_recipe(tmp_path, monkeypatch):
     assert load_recipe("digits:kd", []).epochs == 30
 
 
-@pytest.mark.parametrize("recipe", ["", "digit", "configs/nothing.py:kd", "methods", "cifar100.py"])
-def test_no_such_recipe(recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("recipe", "hint"),
+    [
+        ("", ""),
+        ("digit", "; did you mean digits or digit_pairs?"),
+        ("configs/nothing.py:kd", ""),
+        ("methods", ""),
+        ("cifar100.py", "; did you mean cifar100?"),
+    ],
+)
+def test_no_such_recipe(recipe, hint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["main", f"--config={recipe}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "error: --config=RECIPE must name a file such as configs/digits.py, or one of the recipes cifar10, cifar100, "
-        f"cub200, digit_pairs, digits, tiny_imagenet; got {recipe or 'none'}"
+        f"cub200, digit_pairs, digits, tiny_imagenet; got {recipe or 'none'}{hint}"
     )
 
 

@@ -7,6 +7,7 @@ import argparse
 import gc
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -78,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
           UserError: A flag is unknown or wrong.
         """
-        config, overrides, own = None, [], list(argv[1:])
+        config, overrides, own = None, [], [_with_two_dashes(argument) for argument in argv[1:]]
         if self._takes_config:
             recipes, overrides, own = _split_config(own)
             if len(recipes) > 1:
@@ -86,9 +87,8 @@ class Parser(argparse.ArgumentParser):
             config = recipes[0] if recipes else None
         values, words = self.parse_known_args(own)
         for position, word in enumerate(words):
-            if word.startswith("-") and word != "-":
-                following = [after for after in words[position + 1 :][:1] if not after.startswith("-")]
-                raise UserError(self._explain(word, following))
+            if word.startswith("-") or _lacks_dashes(word):
+                raise UserError(self._explain(word, words[position + 1 :]))
         values.config, values.overrides, values.words = config, overrides, words
         return values
 
@@ -100,9 +100,6 @@ class Parser(argparse.ArgumentParser):
         """
         found = [values.config] if values.config is not None else []
         found += values.words
-        for word in values.words:
-            if "=" in word and not pathlib.Path(word.partition(":")[0]).exists():
-                raise UserError(f"{word} is no recipe: {self._explain(f'--{word}', [])}")
         if len(found) > 1:
             raise UserError(
                 f"there is one recipe, got {' and '.join(found)}; all else is given as --NAME=VALUE, "
@@ -112,24 +109,37 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError; argparse calls it for what it finds wrong."""
-        raise UserError(f"{message.removeprefix('argument ')}; --help shows what is allowed")
+        message = message.removeprefix("argument ").replace(": expected one argument", " needs a value")
+        message = message.replace(": ignored explicit argument", " takes no value, got")
+        raise UserError(f"{message}; --help shows what is allowed")
 
-    def _explain(self, flag: str, following: Sequence[str]) -> str:
-        """Says what to write in place of a flag that does not exist."""
-        name, equals, value = flag.lstrip("-").partition("=")
+    def _explain(self, argument: str, following: Sequence[str]) -> str:
+        """Says what to write in place of a flag that does not exist, or of a word that should be one."""
+        name, equals, value = argument.lstrip("-").partition("=")
         known = [option for action in self._actions for option in action.option_strings]
         known += ["--config"] if self._takes_config else []
-        value = value if equals else next(iter(following), "VALUE")
-        meant = close_to(name, [option.lstrip("-") for option in known])
-        if name.startswith("config"):
-            return f"this command takes no --{name}; its flags are {', '.join(known)}"
+        problem = f"there is no flag --{name}" if argument.startswith("-") else f"{argument} lacks its dashes"
+        if f"--{name}" in known or (self._takes_config and name.startswith("config.")):
+            meant = [f"--{argument}"]
+        else:
+            meant = [f"--{option}" for option in close_to(name, [option.lstrip("-") for option in known])]
         if not meant and self._takes_config:
-            meant = [f"config.{key}={value}" for key in _keys_called(name)]
-            if meant:
-                return f"{name} is a key of the configuration: write {' or '.join(f'--{key}' for key in meant)}"
-        hint = f"did you mean {' or '.join(f'--{m}' for m in meant)}?" if meant else f"the flags are {', '.join(known)}"
-        keys = ", and --config.KEY for the keys of cskd-jax config keys" if self._takes_config and not meant else ""
-        return f"there is no flag --{name}; {hint}{keys}"
+            if not equals:
+                value = next((after for after in following[:1] if not _is_flag(after)), "VALUE")
+            meant = [f"--config.{key}={value}" for key in _keys_like(name)]
+        if meant:
+            return f"{problem}; did you mean {' or '.join(meant)}?"
+        keys = "; cskd-jax config keys shows the keys of --config.KEY" if self._takes_config else ""
+        return f"{problem}; the flags are {', '.join(known)}{keys}"
+
+
+def _with_two_dashes(argument: str) -> str:
+    return f"-{argument}" if re.match("-[A-Za-z][A-Za-z]", argument) else argument
+
+
+def _lacks_dashes(word: str) -> bool:
+    """Returns whether a word such as epochs=1 can only be meant as a flag."""
+    return re.match(r"[\w.-]+=", word) is not None and not pathlib.Path(word.partition(":")[0]).exists()
 
 
 def _split_config(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -157,17 +167,14 @@ def _is_flag(argument: str) -> bool:
     return argument.startswith("-") and not argument[1:2].isdecimal() and argument[1:2] != "."
 
 
-def _keys_called(name: str) -> list[str]:
-    """Returns the keys of a configuration that are called `name`, whatever their section."""
+def _keys_like(name: str) -> list[str]:
+    """Returns the keys of a configuration that may be meant by a flag."""
     from cskd_jax.losses import LOSSES
-    from cskd_jax.runs import keys
+    from cskd_jax.runs import keys, schema
 
     name = name.replace("-", "_")
-    if name in keys.KEYS:
-        return [name]
-    found = [key for key in keys.KEYS if name == key.rpartition(".")[2]]
-    in_losses = any(name in keys.loss_keys(loss) for loss in LOSSES)
-    return found or ([f"losses.NAME.{name}"] if in_losses else [])
+    in_losses = [f"losses.NAME.{name}"] if any(name in keys.loss_keys(loss) for loss in LOSSES) else []
+    return schema.close_keys(name, keys.KEYS) or in_losses
 
 
 def set_up_jax() -> None:

@@ -32,8 +32,9 @@ def _run(argv):
     values = parser.parse(argv)
     action = values.words.pop(0) if values.words else ""
     if action not in _ACTIONS:
-        close = close_to(action, _ACTIONS) or _ACTIONS
-        raise UserError(f"config takes show or keys first, got {action or 'none'}: cskd-jax config {close[0]}")
+        close = close_to(action, _ACTIONS)
+        meant = [close[0], *values.words] if close else ["show", action or "digits:kd"]
+        raise UserError(f"config takes show or keys first, such as cskd-jax config {' '.join(meant)}")
     if action == "show":
         print(show(parser.recipe(values), values.overrides))
     elif len(values.words) > 1 or values.config is not None or values.overrides:

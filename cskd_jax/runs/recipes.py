@@ -14,7 +14,7 @@ import ml_collections
 
 import cskd_jax.configs
 from cskd_jax.configs import methods, networks
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, close_to
 from cskd_jax.runs import keys, rules, schema
 
 _PACKAGED = pathlib.Path(cskd_jax.configs.__file__).parent
@@ -59,9 +59,11 @@ def recipe_file(recipe: str) -> pathlib.Path:
         return pathlib.Path(name)
     if name in packaged_recipes():
         return _PACKAGED / f"{name}.py"
+    close = close_to(pathlib.Path(name).stem, packaged_recipes())
     raise UserError(
         "--config=RECIPE must name a file such as configs/digits.py, or one of the recipes "
         f"{', '.join(packaged_recipes())}; got {recipe or 'none'}"
+        + (f"; did you mean {' or '.join(close)}?" if close else "")
     )
 
 
