@@ -1,7 +1,9 @@
 """The commands as programs: their list, their help, their console that goes away; and the configuration shown."""
 
+import configparser
 import json
 import os
+import pathlib
 import pty
 import re
 import resource
@@ -9,10 +11,15 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 
+import cskd_jax
 from cskd_jax.__main__ import main
 from cskd_jax.commands.table import COMMANDS
+from cskd_jax.files import local_folder
 from cskd_jax.runs import keys, schema
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.workdir import default_workdir, identify
@@ -27,6 +34,7 @@ MODULES = {
     "cskd_jax.interop.export": "cskd-jax export WORKDIR",
     "cskd_jax.interop.import_torch": "cskd-jax import-torch FILE",
 }
+DATA = np.zeros((4, 2, 2, 1), np.float32), np.array([0, 1, 0, 1])
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
@@ -44,6 +52,16 @@ def test_all_commands_are_listed(capsys):
     for name, command in COMMANDS.items():
         assert f"  {name.ljust(12)}  {command.summary}\n" in listed
     assert python("-m", "cskd_jax").stdout == listed
+
+
+def test_the_installed_command_is_this_one():
+    package = configparser.ConfigParser()
+    package.read(ROOT / "setup.cfg")
+    name, entry = package["options.entry_points"]["console_scripts"].split("=")
+    assert (name.strip(), entry.strip()) == ("cskd-jax", "cskd_jax.__main__:start")
+    process = python("-c", "from cskd_jax.__main__ import start; start()", "config", "shwo")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("error: config takes show or keys first")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -244,3 +262,27 @@ def test_a_run_that_an_earlier_version_has_left_in_the_plain_folder_is_found(tmp
     assert default_workdir("digits:kd", other) == named.with_name("kd-seed0-epochs=2")
     named.mkdir()
     assert default_workdir("digits:kd", config) == named
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda folder: cskd_jax.run("digits:ce", folder),
+        lambda folder: cskd_jax.load_run(folder),
+        lambda folder: cskd_jax.distill(
+            nn.Dense(2), losses={"cross_entropy": 1.0}, optimizer=optax.sgd(0.1), train=DATA, test=DATA, workdir=folder
+        ),
+    ],
+    ids=["run", "load_run", "distill"],
+)
+@pytest.mark.parametrize("folder", ["gs://bucket/run", pathlib.Path("s3://bucket/run")])
+def test_addresses_are_no_folders_in_python_either(use, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cskd_jax.UserError, match=f"{folder} is an address, not a folder: name a local or a mounted"):
+        use(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder_may_be_named(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert local_folder("~/runs") == pathlib.Path("/home/me/runs")

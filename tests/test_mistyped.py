@@ -179,7 +179,7 @@ report nothing
 report gs://b/runs
     gs://b/runs is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by ...
 report runs --config=digits
-    a report takes folders of runs; the recipe is in their results: leave out --config
+    there is no flag --config; the flags are --workdir, --out, --data_dir, --published
 report runs --output=x
     there is no flag --output; did you mean --out?
 evaluate

@@ -54,6 +54,19 @@ def test_no_such_recipe(recipe, hint, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_a_configuration_takes_no_new_keys():
+    with pytest.raises(AttributeError, match="epoch"):
+        load_recipe("digits:kd", []).epoch = 3
+
+
+def test_recipe_that_fails(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config(word): return {}[word]\n")
+    with pytest.raises(UserError, match=r"^--config=.*mine.py:kd: KeyError: 'kd'$"):
+        load_recipe(f"{tmp_path / 'mine.py'}:kd", [])
+    with pytest.raises(UserError, match=r"mine.py: TypeError: get_config\(\) missing 1 required"):
+        load_recipe(str(tmp_path / "mine.py"), [])
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [("3", "mine.py must return a ConfigDict"), ("ConfigDict({'seed': 3})", "mine.py must set the key method")],

@@ -79,17 +79,19 @@ class Parser(argparse.ArgumentParser):
         Raises:
           UserError: A flag is unknown or wrong.
         """
-        config, overrides, own = None, [], [_with_two_dashes(argument) for argument in argv[1:]]
+        own, given = list(argv[1:]), argparse.Namespace()
         if self._takes_config:
-            recipes, overrides, own = _split_config(own)
+            recipes, given.overrides, own = _split_config(own)
             if len(recipes) > 1:
                 raise UserError(f"--config is given twice: {' and '.join(recipes)}")
-            config = recipes[0] if recipes else None
-        values, words = self.parse_known_args(own)
+            given.config = recipes[0] if recipes else None
+        end = own.index("--") if "--" in own else len(own)  # of what is for this command
+        own[:end] = map(self._with_two_dashes, own[:end])
+        values, words = self.parse_known_args(own, given)
         for position, word in enumerate(words):
             if word.startswith("-") or _lacks_dashes(word):
                 raise UserError(self._explain(word, words[position + 1 :]))
-        values.config, values.overrides, values.words = config, overrides, words
+        values.words = words
         return values
 
     def recipe(self, values: argparse.Namespace) -> str:
@@ -113,6 +115,11 @@ class Parser(argparse.ArgumentParser):
         message = message.replace(": ignored explicit argument", " takes no value, got")
         raise UserError(f"{message}; --help shows what is allowed")
 
+    def _with_two_dashes(self, argument: str) -> str:
+        """Returns a flag that was given with one dash, which was always allowed, with two."""
+        name = f"-{argument.partition('=')[0]}"
+        return f"-{argument}" if name.startswith("--") and name in self._option_string_actions else argument
+
     def _explain(self, argument: str, following: Sequence[str]) -> str:
         """Says what to write in place of a flag that does not exist, or of a word that should be one."""
         name, equals, value = argument.lstrip("-").partition("=")
@@ -131,10 +138,6 @@ class Parser(argparse.ArgumentParser):
             return f"{problem}; did you mean {' or '.join(meant)}?"
         keys = "; cskd-jax config keys shows the keys of --config.KEY" if self._takes_config else ""
         return f"{problem}; the flags are {', '.join(known)}{keys}"
-
-
-def _with_two_dashes(argument: str) -> str:
-    return f"-{argument}" if re.match("-[A-Za-z][A-Za-z]", argument) else argument
 
 
 def _lacks_dashes(word: str) -> bool:

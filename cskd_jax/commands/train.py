@@ -10,7 +10,7 @@ cskd-jax train RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VALUE ...]
   --config.KEY   overrides a key, such as --config.epochs=10; `cskd-jax config keys` explains all of them,
                  `cskd-jax config show RECIPE` shows their values
 
-  One of several processes, each with its part of every batch (docs/scaling.md):
+  One of several processes, each with its part of every batch (launch/ has scripts):
   --coordinator  HOST:PORT, where the first process listens
   --processes    how many there are
   --process      which of them this is, from 0

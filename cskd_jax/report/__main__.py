@@ -24,14 +24,12 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv):
-    parser = command_line.Parser(takes_config=True)
+    parser = command_line.Parser()
     parser.add_argument("--workdir", action="append", default=[])
     parser.add_argument("--out", type=local_folder)
     parser.add_argument("--data_dir")
     parser.add_argument("--published", action="store_true")
     values = parser.parse(argv)
-    if values.config is not None or values.overrides:
-        raise UserError("a report takes folders of runs; the recipe is in their results: leave out --config")
     folders = [local_folder(folder) for folder in [*values.words, *values.workdir]]
     if not folders and not values.published:
         raise UserError("name the folders of the runs, such as runs/sweep/digits")

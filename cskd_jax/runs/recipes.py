@@ -45,7 +45,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
         raise UserError(f"get_config of {file} must return a ConfigDict, as that of configs/digits.py does")
     if "method" not in config:
         raise UserError(f"get_config of {file} must set the key method, the name of the method")
-    return override(schema.fill(config), overrides)
+    return override(schema.fill(config).lock(), overrides)
 
 
 def recipe_file(recipe: str) -> pathlib.Path:

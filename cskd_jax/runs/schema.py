@@ -142,7 +142,9 @@ def unknown_key(key: str, known: Iterable[str]) -> UserError:
     while section and not any(k.startswith(f"{section}.") for k in known):
         section = section.rpartition(".")[0]
     if section:
-        inner = dict.fromkeys(k.removeprefix(f"{section}.").partition(".")[0] for k in known if k.startswith(section))
+        inner = dict.fromkeys(
+            k.removeprefix(f"{section}.").partition(".")[0] for k in known if k.startswith(f"{section}.")
+        )
         return UserError(f"unknown configuration key {key}; {section} has {', '.join(inner)}")
     return UserError(f"unknown configuration key {key}; cskd-jax config keys lists all")
 
@@ -164,10 +166,8 @@ def close_keys(key: str, known: Iterable[str]) -> list[str]:
         elif "losses" not in sections and (name == last or not sections):
             elsewhere.append(path)
     found = same or elsewhere
-    ranked = [
-        path for last in close_to(name, [p.rpartition(".")[2] for p in found]) for path in found if path.endswith(last)
-    ]
-    return list(dict.fromkeys(ranked))[:3]
+    likeliest = close_to(name, [path.rpartition(".")[2] for path in found])
+    return [path for last in likeliest for path in found if path.rpartition(".")[2] == last][:3]
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
