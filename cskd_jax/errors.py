@@ -1,4 +1,4 @@
-"""Exceptions that the commands show as one line, each with its exit code."""
+"""Exceptions that the commands show as one line, each with its exit code, and what their messages are made with."""
 
 import difflib
 from collections.abc import Iterable

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import operator
 import pathlib
 import sys
@@ -101,11 +100,12 @@ def override_key(argument: str) -> str:
 
 
 def _read(file: pathlib.Path) -> types.ModuleType:
-    """Returns the module of a recipe."""
-    # A loader of one's own, for the name of the file may have any suffix.
-    spec = importlib.util.spec_from_loader("cskd_jax_recipe", SourceFileLoader("cskd_jax_recipe", str(file)))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Returns the module of a recipe, whose file may have any suffix."""
+    loader = SourceFileLoader("cskd_jax_recipe", str(file))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(file)
+    sys.modules[loader.name] = module  # Dataclasses look up the module that they are in.
+    loader.exec_module(module)
     return module
 
 
