@@ -49,11 +49,13 @@ def _run(argv):
     _check_each_once("--methods", values.methods)
     _check_each_once("--seeds", values.seeds)
     from cskd_jax.runs import recipes
+
+    file = recipes.recipe_file(recipe)
+    # Imported late: mistakes in the command should not wait for everything.
     from cskd_jax.runs.grid import check, make_grid
     from cskd_jax.runs.lock import locked
     from cskd_jax.runs.sweep import sweep
 
-    file = recipes.recipe_file(recipe)
     workdir = values.workdir or pathlib.Path("runs") / "sweep" / file.stem
     runs = make_grid(str(file), values.methods, values.seeds, workdir, values.overrides)
     check(runs)

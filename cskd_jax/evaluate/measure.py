@@ -54,16 +54,17 @@ def evaluate_all(
 def evaluate(
     trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
 ) -> dict[str, Any]:
-    """What is measured of one network.
+    """Measures one network.
 
     Args:
-      trained: the network.
-      config: says how images are normalized, and the batch size.
-      dataset: its test split is used.
+      trained: Trained network.
+      config: Configuration that gives the normalization of images and the batch size.
+      dataset: Data set whose test split is used.
+      devices: Devices that compute the scores.
 
     Returns:
-      {"model", "width", "step" of the checkpoint, "finished", "parameters", "flops_per_image", "latency_ms": {"batch
-      SIZE": float}, the metrics of the task and "loss", "by_category": {category: score}}.
+      A dict {"model", "width", "step" of the checkpoint, "finished", "parameters", "flops_per_image", "latency_ms":
+      {"batch SIZE": float}, the metrics of the task and "loss", "by_category": {class: score}}.
     """
     network, saved = trained.network, trained.saved
     evaluation, normalize = make_evaluation(network, config, dataset, devices), make_normalize(config)
@@ -91,7 +92,10 @@ def evaluate(
 
 
 def latency(program: Callable[..., jax.Array], *arguments: Any) -> float:
-    """Median time of a call in ms: of at most 100 calls, in about 5 seconds, after one that does not count."""
+    """Returns the median time of a call in ms.
+
+    It is the median of at most 100 calls in about 5 seconds, after one that does not count.
+    """
     program(*arguments).block_until_ready()
     times, end = [], time.perf_counter() + _SECONDS
     while len(times) < _REPETITIONS and (not times or time.perf_counter() < end):
@@ -123,12 +127,12 @@ def tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
         rows[f"latency, {size}, ms"] = [f"{n['latency_ms'][size]:,.2f}" for n in networks.values()]
     first = _align([["", *networks], *([name, *cells] for name, cells in rows.items())])
     scores = [n["by_category"] for n in networks.values()]
-    second = _align([["category", *networks], *([printable(c), *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
+    second = _align([["class", *networks], *([printable(c), *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
     return f"{first}\n\n{second}"
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left and the others right."""
+    """Returns rows as text in columns, the first flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])

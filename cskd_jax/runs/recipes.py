@@ -14,7 +14,6 @@ import ml_collections
 import cskd_jax.configs
 from cskd_jax.configs import methods, networks
 from cskd_jax.errors import UserError, close_to
-from cskd_jax.runs import keys, rules, schema
 
 _PACKAGED = pathlib.Path(cskd_jax.configs.__file__).parent
 # What a recipe may import as `configs`, by the names that the modules have then.
@@ -44,6 +43,9 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
         raise UserError(f"get_config of {file} must return a ConfigDict, as that of configs/digits.py does")
     if "method" not in config:
         raise UserError(f"get_config of {file} must set the key method, the name of the method")
+    # Imports JAX, which takes seconds: a recipe or a word that does not exist should not wait for it.
+    from cskd_jax.runs import schema
+
     return override(schema.fill(config).lock(), overrides)
 
 
@@ -77,6 +79,8 @@ def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_coll
     Raises:
       UserError: A key is unknown, or a value is not of its type.
     """
+    from cskd_jax.runs import keys, rules, schema
+
     known = schema.flatten(config)
     for argument in overrides:
         key = override_key(argument)
