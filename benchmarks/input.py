@@ -10,13 +10,12 @@ import pathlib
 import sys
 import time
 
-from absl import flags
-
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Part, render
 from cskd_jax.commands import command_line
+from cskd_jax.commands.arguments import number
 from cskd_jax.data import read_batches
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.runs import recipes, schema
@@ -54,10 +53,10 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv):
-    values = flags.FlagValues()
-    flags.DEFINE_float("seconds", 10, "Of each measurement.", flag_values=values)
-    command = command_line.parse(argv, values)
-    config = recipes.load_recipe(command.recipe, command.overrides)
+    parser = command_line.Parser(takes_config=True)
+    parser.add_argument("--seconds", type=number(float, 0, 86400), default=10.0)
+    values = parser.parse(argv)
+    config = recipes.load_recipe(parser.recipe(values), values.overrides)
     schema.validate(config)
     command_line.set_up_jax()
     print(render(measure(config, values.seconds)))

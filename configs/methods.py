@@ -80,17 +80,66 @@ def multilabel_table():
 
 METHODS, MULTILABEL_METHODS = tuple(table(1, 1)), tuple(multilabel_table())
 
+# Losses that supervise by the labels: they stand once in a combination, with weight 1.
+SUPERVISION = ("cross_entropy", "binary_cross_entropy")
+# Weights of combinations that were published with others than those of their methods: {methods: {loss: weight}}.
+COMBINATIONS = {
+    frozenset({"crd", "kd"}): {"cross_entropy": 1.0, "kd": 1.0, "crd": 0.8},  # Tian et al. 2020, reference code
+}
+
 
 def losses(method, *, init_epochs=30, warmup_epochs=20, multilabel=False):
     """Returns the losses of a method, for `config.losses`.
 
     Args:
-      method: One of METHODS, or of MULTILABEL_METHODS; the ValueError for another names them.
+      method: One of METHODS, or of MULTILABEL_METHODS, or several with + between them, such as "kd+at"; the ValueError
+        for what is no method names them.
       init_epochs: Length of the first phase of the methods that have one (fitnet, fsp, ab).
       warmup_epochs: Epochs over which the weights of dkd and reviewkd grow.
       multilabel: Whether the images of the recipe have any number of classes instead of one.
     """
     known = multilabel_table() if multilabel else table(init_epochs, warmup_epochs)
-    if method not in known:
-        raise ValueError(f"unknown method {method!r} after the ':' of --config; known: {', '.join(known)}")
-    return ConfigDict(known[method])
+    parts = method.split("+")
+    for part in parts:
+        if part not in known:
+            raise ValueError(f"unknown method {part!r} after the ':' of --config; known: {', '.join(known)}")
+    if len(parts) == 1:
+        return ConfigDict(known[method])
+    try:
+        return ConfigDict(combine({part: known[part] for part in parts}, len(parts)))
+    except ValueError as error:
+        raise ValueError(f"{method} after the ':' of --config: {error}") from None
+
+
+def combine(parts, count):
+    """Returns the losses of several methods together: each at its own weight, and supervision once with weight 1.
+
+    During the first phase that a method has for itself, the losses of the others are off, as supervision is.
+
+    Args:
+      parts: {method: its losses}.
+      count: Number of methods that were named; more than there are in `parts` if one was named twice.
+    """
+    if len(parts) < count:
+        raise ValueError("a method is named twice")
+    phases = {part: _first_phase(terms) for part, terms in parts.items() if _first_phase(terms)}
+    if len(phases) > 1:
+        raise ValueError(f"{' and '.join(phases)} need a first phase of their own")
+    losses = {}
+    for part, terms in parts.items():
+        for name, settings in terms.items():
+            if name in losses and name not in SUPERVISION:
+                raise ValueError(f"the loss {name} is that of {part} and of another method")
+            losses[name] = {"weight": 1.0} if name in SUPERVISION else dict(settings)
+    for part, epochs in phases.items():
+        for name in losses:
+            if name in SUPERVISION or name not in parts[part]:
+                losses[name]["start_epoch"] = epochs
+    for name, weight in COMBINATIONS.get(frozenset(parts), {}).items():
+        losses[name]["weight"] = weight
+    return losses
+
+
+def _first_phase(terms):
+    """Returns the number of epochs that a method has for itself before the labels are read; 0 for most methods."""
+    return max(terms[name].get("start_epoch", 0) for name in SUPERVISION if name in terms)

@@ -1,7 +1,13 @@
 """Knowledge distillation via category structure, and the methods it is compared with, in JAX and Flax."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"]:  # Python looks for the module of `python -m cskd_jax.NAME`.
+    from cskd_jax.commands import table
+
+    table.check_module("".join(sys.orig_argv[-len(sys.argv) :][:1]).removeprefix("-m"))
 
 if TYPE_CHECKING:
     from cskd_jax.distillation import distill

@@ -19,7 +19,7 @@ from cskd_jax.data.batches import EpochBatches
 from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.errors import UserError
-from cskd_jax.files import write_json
+from cskd_jax.files import local_folder, write_json
 from cskd_jax.losses import Method
 from cskd_jax.runs.results import RESULTS, describe_result
 from cskd_jax.runs.workdir import held, read_json
@@ -128,7 +128,7 @@ def distill(
     floats = data.image_dtype != np.uint8
     teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
     network = as_network(student, student_features, student_embedding)
-    workdir = None if workdir is None else pathlib.Path(workdir)
+    workdir = None if workdir is None else local_folder(workdir)
     with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY):
         trainer = Trainer(
             {_STUDENT: Student(network, losses, optimizer, schedule, ema, student_variables)},

@@ -1,8 +1,10 @@
-"""Exceptions that the commands show as one line, each with its exit code."""
+"""Exceptions that the commands show as one line, each with its exit code, and what their messages are made with."""
 
-import sys
-from collections.abc import Callable
-from typing import Any
+import difflib
+from collections.abc import Iterable
+
+# Share of common letters from which two names are taken for alike: below it, adamw would be momentum.
+_ALIKE = 0.75
 
 
 class UserError(Exception):
@@ -41,17 +43,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
-    """Runs a command; returns its exit code, or 0. What the user can mend becomes one line on standard error."""
-    for stream in (sys.stdout, sys.stderr):
-        # A name that the console cannot show should not end a run.
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        return command(*arguments) or 0
-    except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        print(f"error: {printable(f'{error.strerror or error}{place}')}", file=sys.stderr)
-        return UserError.exit_code
+def close_to(name: str, known: Iterable[str]) -> list[str]:
+    """Returns what was probably meant by a name that does not exist: at most three of `known`, the likeliest first.
+
+    Names are close if they are spelled alike, or if one begins with the other; case, hyphens and underscores make no
+    difference at all. Nothing is better than something that means something else.
+    """
+    likeness = {other: _likeness(name, other) for other in known}
+    least = 1.0 if 1.0 in likeness.values() else _ALIKE
+    return sorted((k for k, value in likeness.items() if value >= least), key=lambda k: -likeness[k])[:3]
+
+
+def _likeness(name: str, other: str) -> float:
+    """Returns how alike two names are, from 0 to 1."""
+    name, other = (text.lower().replace("-", "").replace("_", "") for text in (name, other))
+    begins = min(len(name), len(other)) >= 3 and (name.startswith(other) or other.startswith(name))
+    return max(difflib.SequenceMatcher(None, name, other).ratio(), _ALIKE if begins else 0.0)

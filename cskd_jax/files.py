@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -66,3 +67,18 @@ def refuse_links(paths: Iterable[pathlib.Path]) -> None:
         refuse_link(path)
         if path.is_dir():
             refuse_links(path.iterdir())
+
+
+def local_folder(path: str | pathlib.Path) -> pathlib.Path:
+    """Returns the path of a folder, with ~ expanded; raises UserError for an address such as gs://bucket/run.
+
+    Args:
+      path: Text as it was typed. A `Path` of an address has lost one of its slashes, and is recognized nevertheless.
+    """
+    address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
+    if address:
+        raise UserError(
+            f"{path} is an address, not a folder: name a local or a mounted folder, and copy it from or to "
+            f"{address[1]}:// by other means, such as gcloud storage or rclone"
+        )
+    return pathlib.Path(path).expanduser()

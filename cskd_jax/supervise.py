@@ -1,8 +1,7 @@
 """`python -m cskd_jax.supervise`: see cskd_jax/commands/supervise.py."""
 
-import sys
-
+from cskd_jax.commands import command_line
 from cskd_jax.commands.supervise import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line.start(main)

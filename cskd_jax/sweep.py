@@ -1,8 +1,7 @@
 """`python -m cskd_jax.sweep`: see cskd_jax/commands/sweep.py."""
 
-import sys
-
+from cskd_jax.commands import command_line
 from cskd_jax.commands.sweep import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    command_line.start(main)

@@ -1,11 +1,12 @@
 """A configuration that a run has written down comes back as it was, with overrides of the right type; the console."""
 
-import io
+import os
+import subprocess
 import sys
 
 import pytest
 
-from cskd_jax.errors import UserError, run_command
+from cskd_jax.errors import UserError
 from cskd_jax.runs import schema
 from cskd_jax.runs.recipes import load_recipe, override
 from tests.conftest import ROOT
@@ -47,9 +48,14 @@ def test_configuration_that_lacks_keys():
         schema.restore(flat, "config.json")
 
 
-def test_console_that_cannot_show_a_letter(monkeypatch):
-    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", console)
-    assert run_command(lambda: print("R34 → R18")) == 0
-    console.flush()
-    assert console.buffer.getvalue() == b"R34 \\u2192 R18\n"
+PROGRAM = """
+import sys
+from cskd_jax.commands import command_line
+command_line.start(lambda argv: print("R34 \\u2192 R18") or 3)
+"""
+
+
+def test_console_that_cannot_show_a_letter():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True)
+    assert (process.returncode, process.stdout, process.stderr) == (3, b"R34 \\u2192 R18\n", b"")

@@ -1,6 +1,7 @@
 """Every recipe with every method, every published value: valid, as published, and one step of it traces."""
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -226,6 +227,55 @@ def test_words_are_of_one_kind_of_data():
     for recipe, word in (("digit_pairs", "cskd"), ("digits", "bce")):
         with pytest.raises(ValueError, match=f"unknown method '{word}' after the ':' of --config; known: "):
             get_config(recipe, word)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        ("kd+at", {"cross_entropy": 1.0, "kd": 0.9, "at": 1000.0}),
+        ("crd+kd", {"cross_entropy": 1.0, "kd": 1.0, "crd": 0.8}),  # as its authors combine them
+        ("ce+lskd", {"cross_entropy": 1.0, "lskd": 9.0}),
+        ("R34_0.25/R18_0.125/rkd+pkt+sp", {"cross_entropy": 1.0, "rkd": 1.0, "pkt": 30000.0, "sp": 3000.0}),
+    ],
+)
+def test_combined_methods(method, weights):
+    config = get_config("digits", method)
+    schema.validate(config)
+    assert config.method == method.rpartition("/")[2]
+    assert {name: settings.weight for name, settings in config.losses.items()} == weights
+    networks, slash, words = method.rpartition("/")
+    reverse = "+".join(reversed(words.split("+")))
+    assert get_config("digits", f"{networks}{slash}{reverse}").losses == config.losses, "whatever their order"
+
+
+def test_other_methods_wait_for_the_first_phase_of_one():
+    losses = get_config("digits", "at+fsp").losses
+    phases = {name: (settings.start_epoch, settings.end_epoch) for name, settings in losses.items()}
+    assert phases == {"cross_entropy": (4, None), "at": (4, None), "fsp": (0, 4)}
+    assert (
+        get_config("digits", "fitnet+dkd").losses.dkd.to_dict().items()
+        >= {"start_epoch": 4, "warmup_epochs": 5}.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "message"),
+    [
+        ("digits", "kd+at+kd", "kd+at+kd after the ':' of --config: a method is named twice"),
+        ("digits", "cskd+cskd_paper", "the loss mse_logits is that of cskd_paper and of another method"),
+        ("digits", "ab+kd+fitnet", "ab and fitnet need a first phase of their own"),
+        ("digits", "kd+", "unknown method '' after the ':' of --config; known: cskd, "),
+        ("digit_pairs", "mlcskd+bkd", "the loss binary_kd is that of bkd and of another method"),
+    ],
+)
+def test_methods_that_do_not_go_together(recipe, method, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_config(recipe, method)
+
+
+@pytest.mark.parametrize("method", ["kd+at", "crd+kd", "fitnet+rkd"])
+def test_one_step_of_combined_methods_traces(method, tmp_path):
+    trace_one_step("digits", get_config("digits", method), tmp_path)
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD)

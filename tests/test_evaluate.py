@@ -10,8 +10,8 @@ from tests.conftest import ROOT
 CONFIG = f"--config={ROOT}/configs/digits.py"
 
 BAD_INPUT = {
-    "nothing": ([], ["--workdir=DIR", "--checkpoint=DIR"]),
-    "both": (["--workdir={done}", "--checkpoint={done}/student"], ["either"]),
+    "nothing": ([], ["name one folder, such as cskd-jax evaluate runs/digits/kd-seed0; got none"]),
+    "both": (["--workdir={done}", "--checkpoint={done}/student"], ["name one folder", "{done} and {done}/student"]),
     "no folder": (["--workdir={done}/nothing"], ["is no folder"]),
     "no run": (["--workdir={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "no configuration beside it": (["--checkpoint={empty}"], ["holds no config.json", "--config=RECIPE"]),
@@ -21,6 +21,8 @@ BAD_INPUT = {
         ["no checkpoint in {done}/checkpoints"],
     ),
     "unknown key": (["--workdir={done}", "--config.batchsize=3"], ["did you mean batch_size"]),
+    "a run as a word": (["{done}", "--config.batchsize=3"], ["did you mean batch_size"]),
+    "a network as a word": (["{done}/student", "--config.batchsize=3"], ["did you mean batch_size"]),
     "batch and devices": (["--workdir={done}", "--config.batch_size=60"], ["batch_size is 60", "8 devices"]),
     "other labels": (["--workdir={done}", "--config.dataset.name=digit_pairs"], ["one category per image"]),
     "other program's flag": (["--workdir={done}", "--jobs=3"], ["jobs"]),

@@ -7,7 +7,8 @@ import stat
 import numpy as np
 import pytest
 
-from cskd_jax.errors import UserError, printable, run_command
+from cskd_jax.commands.command_line import exit_code
+from cskd_jax.errors import UserError, printable
 from cskd_jax.files import open_append, refuse_links, write_bytes, write_json, write_text
 from cskd_jax.main import main
 from cskd_jax.runs import grid, lock, sweep
@@ -173,9 +174,9 @@ def test_output_of_a_sweep(workdir, outside):
     ],
 )
 def test_printable(text, shown, capsys):
-    def fail():
+    def fail(argv):
         raise UserError(text)
 
     assert printable(text) == shown
-    assert run_command(fail) == 2
+    assert exit_code(fail, []) == 2
     assert capsys.readouterr().err == f"error: {shown}\n"

@@ -34,15 +34,37 @@ def test_a_file_wins_over_a_packaged_recipe(tmp_path, monkeypatch):
     assert load_recipe("digits:kd", []).epochs == 30
 
 
-@pytest.mark.parametrize("recipe", ["", "digit", "configs/nothing.py:kd", "methods", "cifar100.py"])
-def test_no_such_recipe(recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("recipe", "hint"),
+    [
+        ("", ""),
+        ("digit", "; did you mean digits or digit_pairs?"),
+        ("configs/nothing.py:kd", ""),
+        ("methods", ""),
+        ("cifar100.py", "; did you mean cifar100?"),
+    ],
+)
+def test_no_such_recipe(recipe, hint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["main", f"--config={recipe}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "error: --config=RECIPE must name a file such as configs/digits.py, or one of the recipes cifar10, cifar100, "
-        f"cub200, digit_pairs, digits, tiny_imagenet; got {recipe or 'none'}"
+        f"cub200, digit_pairs, digits, tiny_imagenet; got {recipe or 'none'}{hint}"
     )
+
+
+def test_a_configuration_takes_no_new_keys():
+    with pytest.raises(AttributeError, match="epoch"):
+        load_recipe("digits:kd", []).epoch = 3
+
+
+def test_recipe_that_fails(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config(word): return {}[word]\n")
+    with pytest.raises(UserError, match=r"^--config=.*mine.py:kd: KeyError: 'kd'$"):
+        load_recipe(f"{tmp_path / 'mine.py'}:kd", [])
+    with pytest.raises(UserError, match=r"mine.py: TypeError: get_config\(\) missing 1 required"):
+        load_recipe(str(tmp_path / "mine.py"), [])
 
 
 @pytest.mark.parametrize(

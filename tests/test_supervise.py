@@ -48,6 +48,24 @@ def test_starts_again_until_it_is_done(supervise, tmp_path):
     assert len((tmp_path / "starts").read_text().split()) == 3
 
 
+def test_a_lost_connection_ends_nothing(supervise, tmp_path):
+    process = supervise("echo start >> starts; sleep 0.5; echo end >> ends")
+    wait_for_lines(tmp_path / "starts", 1)
+    process.send_signal(signal.SIGHUP)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 0, error
+    assert (tmp_path / "ends").read_text() == "end\n"
+
+
+def test_what_follows_the_dashes_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "cskd_jax", "supervise", "-restarts=1", "--grace", "3", "--"]
+    arguments = ["-um", "-grace=3", "--help", "--processes=2"]
+    process = subprocess.run(
+        [*command, "sh", "-c", 'echo "$@"', "script", *arguments], cwd=ROOT, text=True, capture_output=True
+    )
+    assert (process.returncode, process.stdout) == (0, " ".join(arguments) + "\n"), process.stderr
+
+
 @pytest.mark.parametrize(("ending", "code"), [("exit 7", 7), ("kill -9 $$", 128 + 9)])
 def test_gives_up(supervise, tmp_path, ending, code):
     process = supervise(f"echo start >> starts; {ending}", "--restarts=1")

@@ -33,6 +33,14 @@ def test_grid(tmp_path):
     assert kd.config.teacher.checkpoint == f"{tmp_path}/teacher-resnet18_0.5/student"
 
 
+def test_combined_methods(tmp_path):
+    overrides = ["--config.losses.kd.temperature=2.0"]
+    runs = grid.make_grid(DIGITS, ["at", "kd+at", "R18_0.25/R18_0.125/kd+at"], [0], tmp_path, overrides)
+    assert [run.name for run in runs[1:]] == ["at-seed0", "kd+at-seed0", "R18_0.25/R18_0.125/kd+at-seed0"]
+    assert {run.config.method for run in runs[2:]} == {"kd+at"}
+    assert [run.config.losses.kd.temperature for run in runs[2:]] == [2.0, 2.0]
+
+
 def test_teacher_of_each_network_and_of_several_categories(tmp_path):
     runs = grid.make_grid(DIGITS, ["kd", "R34_0.5/R18_0.125/kd", "at"], [0], tmp_path, [])
     assert [run.name for run in runs[:2]] == ["teacher-resnet18_0.25", "teacher-resnet34_0.5"]
@@ -126,7 +134,7 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys):
     assert "4 runs, 1 done, 3 to go, 2 at a time" in output
     assert "teacher: FAILED, exit code 2: error: --config=RECIPE must name a file" in output
     assert "kd: not started: teacher failed" in output
-    assert "bad: FAILED, exit code 2: error: arguments are given as" in output
+    assert "bad: FAILED, exit code 2: error: there is one recipe, got" in output
     assert sweep.FailedRunsError.exit_code == 1
 
 

@@ -1,1 +1,1 @@
-"""What is typed: the parts that the commands share, and one thin module a command."""
+"""What is typed: the parts that the commands share, the list of the commands, and one module for a command."""

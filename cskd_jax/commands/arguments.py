@@ -1,22 +1,15 @@
-"""What the commands that take no recipe have in common."""
+"""Values that flags take, and folders that commands write into or read from."""
 
 import argparse
 import pathlib
+import re
 from collections.abc import Callable
 
 from cskd_jax.errors import UserError
+from cskd_jax.files import local_folder
 
-
-class Parser(argparse.ArgumentParser):
-    """Takes arguments as --NAME=VALUE; shows `description` as it is; a mistake is a UserError."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-
-    def error(self, message: str):
-        raise UserError(f"{message}; --help shows what is allowed")
+_MAX_SEEDS = 10_000
+_IN_WORDS = {int: "an integer", float: "a number"}
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -28,7 +21,7 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {_IN_WORDS[kind]} from {low} to {high}")
         return value
 
     return parse
@@ -38,6 +31,35 @@ def numbers(kind: type, low: float, high: float) -> Callable[[str], list[float]]
     """Parses ints or floats from `low` to `high` with commas between them."""
     parse = number(kind, low, high)
     return lambda text: [parse(part) for part in text.split(",")]
+
+
+def seeds(text: str) -> list[int]:
+    """Parses seeds with commas between them, and a range such as 0-2 for all in it."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < min(2**32, first + _MAX_SEEDS):
+            raise UserError(f"--seeds is {text}; it must be integers from 0 to 4294967295, such as 0,1,2 or 0-2")
+        found += range(first, last + 1)
+    return found
+
+
+def one_folder(values: argparse.Namespace, *flags: str, example: str) -> pathlib.Path:
+    """Returns the folder that a command reads, which is given as a word or by one of some flags.
+
+    Args:
+      values: Values of the command line.
+      flags: Names of the flags.
+      example: Command line that names one, for the message.
+
+    Raises:
+      UserError: There is none, or there are several.
+    """
+    found = [*values.words, *(getattr(values, flag) for flag in flags if getattr(values, flag) is not None)]
+    if len(found) != 1:
+        raise UserError(f"name one folder, such as {example}; got {' and '.join(map(str, found)) or 'none'}")
+    return local_folder(found[0])
 
 
 def check_new(folder: pathlib.Path) -> None:

@@ -1,34 +1,34 @@
-"""The parts that commands with a recipe share: the recipe, its overrides, and one line for an error."""
+"""The parts that the commands share: how they start and end, their flags, a recipe, and one line for an error.
 
+What needs JAX is imported where it is used, so that --help and most mistakes show at once.
+"""
+
+import argparse
 import gc
 import os
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from absl import flags
+from cskd_jax.commands.streams import outlive_console
+from cskd_jax.errors import UserError, close_to, printable
 
-from cskd_jax.errors import UserError, run_command
-from cskd_jax.runs.recipes import parse_flags
-
-
-class CommandLine(NamedTuple):
-    """The parts of a command line.
-
-    Attributes:
-      recipe: RECIPE or RECIPE:WORD of --config; empty if there is none.
-      overrides: Arguments --config.KEY=VALUE.
-      values: Values of the program's own flags.
-      rest: Arguments that are no flags.
-    """
-
-    recipe: str
-    overrides: list[str]
-    values: flags.FlagValues
-    rest: list[str]
+Program = Callable[[list[str]], int | None]
 
 
-def run_program(program: Callable[[list[str]], None], documentation: str, argv: list[str]) -> int:
+def start(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a command as the program of this process, and ends the process with its exit code."""
+    outlive_console()
+    code = main(sys.argv)
+    processes = sys.modules.get("cskd_jax.distributed.processes")
+    if processes is not None:
+        processes.leave(code)
+    sys.exit(code)
+
+
+def run_program(program: Program, documentation: str, argv: list[str]) -> int:
     """Runs a program and returns its exit code; a mistake of the user is shown as one line.
 
     Args:
@@ -36,38 +36,148 @@ def run_program(program: Callable[[list[str]], None], documentation: str, argv: 
       documentation: Text that --help shows instead.
       argv: Command line, with the name of the program first.
     """
-    if {"-h", "--help"} & set(argv):
+    # What follows -- is another command with a --help of its own.
+    if {"-h", "--help"} & set(argv[: argv.index("--")] if "--" in argv else argv):
         print(documentation)
         return 0
-    return run_command(program, argv)
+    return exit_code(program, argv)
 
 
-def parse(argv: list[str], values: flags.FlagValues) -> CommandLine:
-    """Splits a command line into its parts.
+def exit_code(program: Program, argv: list[str]) -> int:
+    """Runs a program and returns its exit code, or 0. What the user can mend becomes one line on standard error."""
+    try:
+        return program(argv) or 0
+    except UserError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        print(f"error: {printable(f'{error.strerror or error}{place}')}", file=sys.stderr)
+        return UserError.exit_code
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes --NAME=VALUE, or --NAME VALUE, and words; a mistake is a UserError.
 
     Args:
-      argv: Command line, with the name of the program first.
-      values: Definitions of the program's own flags, which get their values.
-
-    Raises:
-      UserError: A flag is unknown or wrong.
+      takes_config: Whether the command takes a recipe, --config=RECIPE, and overrides, --config.KEY=VALUE.
     """
-    recipe, overrides, own = "", [], []
-    for argument in argv[1:]:
-        name, _, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == "config":
-            recipe = value
-        elif argument.startswith("-") and name.startswith("config."):
-            overrides.append(argument)
+
+    def __init__(self, *, takes_config: bool = False):
+        super().__init__(add_help=False, allow_abbrev=False)
+        self._takes_config = takes_config
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Returns the values of the flags, and besides them `words`, the arguments that are no flags.
+
+        A command that takes a recipe also gets `config`, the text of --config or None, and `overrides`, every
+        --config.KEY=VALUE.
+
+        Args:
+          argv: Command line, with the name of the program first.
+
+        Raises:
+          UserError: A flag is unknown or wrong.
+        """
+        own, given = list(argv[1:]), argparse.Namespace()
+        if self._takes_config:
+            recipes, given.overrides, own = _split_config(own)
+            if len(recipes) > 1:
+                raise UserError(f"--config is given twice: {' and '.join(recipes)}")
+            given.config = recipes[0] if recipes else None
+        end = own.index("--") if "--" in own else len(own)  # of what is for this command
+        own[:end] = map(self._with_two_dashes, own[:end])
+        values, words = self.parse_known_args(own, given)
+        for position, word in enumerate(words):
+            if word.startswith("-") or _lacks_dashes(word):
+                raise UserError(self._explain(word, words[position + 1 :]))
+        values.words = words
+        return values
+
+    def recipe(self, values: argparse.Namespace) -> str:
+        """Returns the recipe of a command that takes no other word: that of --config, or the word; "" without one.
+
+        Raises:
+          UserError: There are more words.
+        """
+        found = [values.config] if values.config is not None else []
+        found += values.words
+        if len(found) > 1:
+            raise UserError(
+                f"there is one recipe, got {' and '.join(found)}; all else is given as --NAME=VALUE, "
+                "with commas between several values"
+            )
+        return found[0] if found else ""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError; argparse calls it for what it finds wrong."""
+        message = message.removeprefix("argument ").replace(": expected one argument", " needs a value")
+        message = message.replace(": ignored explicit argument", " takes no value, got")
+        raise UserError(f"{message}; --help shows what is allowed")
+
+    def _with_two_dashes(self, argument: str) -> str:
+        """Returns a flag that was given with one dash, which was always allowed, with two."""
+        name = f"-{argument.partition('=')[0]}"
+        return f"-{argument}" if name.startswith("--") and name in self._option_string_actions else argument
+
+    def _explain(self, argument: str, following: Sequence[str]) -> str:
+        """Says what to write in place of a flag that does not exist, or of a word that should be one."""
+        name, equals, value = argument.lstrip("-").partition("=")
+        known = [option for action in self._actions for option in action.option_strings]
+        known += ["--config"] if self._takes_config else []
+        problem = f"there is no flag --{name}" if argument.startswith("-") else f"{argument} lacks its dashes"
+        if f"--{name}" in known or (self._takes_config and name.startswith("config.")):
+            meant = [f"--{argument}"]
         else:
-            own.append(argument)
-    return CommandLine(recipe, overrides, values, parse_flags(values, [argv[0], *own])[1:])
+            meant = [f"--{option}" for option in close_to(name, [option.lstrip("-") for option in known])]
+        if not meant and self._takes_config:
+            if not equals:
+                value = next((after for after in following[:1] if not _is_flag(after)), "VALUE")
+            meant = [f"--config.{key}={value}" for key in _keys_like(name)]
+        if meant:
+            return f"{problem}; did you mean {' or '.join(meant)}?"
+        keys = "; cskd-jax config keys shows the keys of --config.KEY" if self._takes_config else ""
+        return f"{problem}; the flags are {', '.join(known)}{keys}"
 
 
-def refuse_rest(command: CommandLine) -> None:
-    """Raises UserError if there is an argument that is no flag."""
-    if command.rest:
-        raise UserError(f"arguments are given as --NAME=VALUE; got {' '.join(command.rest)}")
+def _lacks_dashes(word: str) -> bool:
+    """Returns whether a word such as epochs=1 can only be meant as a flag."""
+    return re.match(r"[\w.-]+=", word) is not None and not pathlib.Path(word.partition(":")[0]).exists()
+
+
+def _split_config(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Returns the values of --config, every --config.KEY=VALUE, and all other arguments."""
+    recipes, overrides, others = [], [], []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or not f"{name}.".startswith("config."):
+            others.append(argument)
+            continue
+        if not equals and left and not _is_flag(left[0]):
+            value, equals = left.pop(0), "="
+        if name != "config":
+            overrides.append(f"--{name}{equals}{value}")
+        elif equals:
+            recipes.append(value)
+        else:
+            raise UserError("--config needs a value, such as --config=digits:kd")
+    return recipes, overrides, others
+
+
+def _is_flag(argument: str) -> bool:
+    return argument.startswith("-") and not argument[1:2].isdecimal() and argument[1:2] != "."
+
+
+def _keys_like(name: str) -> list[str]:
+    """Returns the keys of a configuration that may be meant by a flag."""
+    from cskd_jax.losses import LOSSES
+    from cskd_jax.runs import keys, schema
+
+    name = name.replace("-", "_")
+    in_losses = [f"losses.NAME.{name}"] if any(name in keys.loss_keys(loss) for loss in LOSSES) else []
+    return schema.close_keys(name, keys.KEYS) or in_losses
 
 
 def set_up_jax() -> None:

@@ -1,15 +1,16 @@
 """Runs a command as one or several processes of this machine, and starts it again when one of them dies.
 
-python -m cskd_jax.supervise [--processes=N] [--restarts=N] [--grace=SECONDS] -- COMMAND ...
+cskd-jax supervise [--processes=N] [--restarts=N] [--grace=SECONDS] -- COMMAND ...
 
   --processes  how many to start; if more than one, each gets --coordinator, --processes and --process of
-               cskd_jax.main (default: 1)
+               cskd-jax train (default: 1)
   --restarts   how often in a row to start again, waiting 1, 2, 4, ... up to 60 seconds before; a start that lasted
                ten minutes begins a new row (default: 5)
   --grace      seconds for saving after SIGTERM or Ctrl-C, before what still runs is killed (default: 120)
 
-When a process dies the others are ended (SIGTERM, after three seconds SIGKILL) and all start again: cskd_jax.main goes
-on from the last sound checkpoint. SIGTERM and Ctrl-C are passed on to all; the second one kills.
+When a process dies the others are ended (SIGTERM, after three seconds SIGKILL) and all start again: cskd-jax train goes
+on from the last sound checkpoint. SIGTERM and Ctrl-C are passed on to all; the second one kills. A closed terminal or a
+lost connection ends nothing. `python -m cskd_jax.supervise` is the same command.
 
 Exit codes: 0 done; 2 and 3 of a process are not tried again and passed on, like 75 (stopped with everything saved, or
 before there was anything to save); 2 for a command that cannot be started; otherwise, when the restarts are used up or
@@ -18,24 +19,26 @@ after a signal, that of the process that died, or 128 and the number of the sign
 
 import argparse
 
-from cskd_jax.commands.arguments import Parser, number
-from cskd_jax.distributed.supervisor import Supervisor
-from cskd_jax.errors import run_command
+from cskd_jax.commands import command_line
+from cskd_jax.commands.arguments import number
 
 
 def main(argv: list[str]) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    return run_command(_run, argv)
+    return command_line.run_program(_run, __doc__, argv)
 
 
 def _run(argv):
-    parser = Parser(__doc__)
+    parser = command_line.Parser()
     parser.add_argument("--processes", type=number(int, 1, 1000), default=1)
     parser.add_argument("--restarts", type=number(int, 0, 1000), default=5)
     parser.add_argument("--grace", type=number(float, 0, 86400), default=120)
     parser.add_argument("command", nargs=argparse.REMAINDER)
-    arguments = parser.parse_args(argv)
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    values = parser.parse(argv)
+    command = values.command[1:] if values.command[:1] == ["--"] else values.command
     if not command:
         parser.error("there is no -- COMMAND")
-    return Supervisor(command, arguments.processes, arguments.restarts, arguments.grace).run()
+    # Imported late: it is not needed for --help.
+    from cskd_jax.distributed.supervisor import Supervisor
+
+    return Supervisor(command, values.processes, values.restarts, values.grace).run()

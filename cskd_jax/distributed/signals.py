@@ -1,5 +1,6 @@
 """Turns SIGTERM and SIGINT into a request that the loop answers between two steps."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -44,5 +45,6 @@ class StopRequest:
     def _handle(self, number, _frame):
         self.requested, self.name = True, signal.Signals(number).name
         # Not print: it may be what the signal has interrupted.
-        os.write(2, f"\n{self.name}: saving after the current step; once more to end at once\n".encode())
+        with contextlib.suppress(OSError):  # Nobody may be there to read it.
+            os.write(2, f"\n{self.name}: saving after the current step; once more to end at once\n".encode())
         signal.signal(number, signal.SIG_DFL)

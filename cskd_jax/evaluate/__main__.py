@@ -1,55 +1,21 @@
 """Measures trained networks: scores on the test split, by category too, parameters, operations, latency.
 
-python -m cskd_jax.evaluate --workdir=DIR [--config.KEY=VALUE ...]
-python -m cskd_jax.evaluate --checkpoint=DIR [--config=RECIPE] [--config.KEY=VALUE ...]
+cskd-jax evaluate DIR [--config=RECIPE] [--config.KEY=VALUE ...]
 
-  --workdir      folder of a run: its student, and its teacher if it has trained one
-  --checkpoint   folder of one network, such as WORKDIR/student, or WORKDIR/teacher
-  --config       recipe; needed only for a checkpoint that lies in no workdir
+  DIR            folder of a run: its student, and its teacher if it has trained one; or folder of one network, such as
+                 WORKDIR/student. --workdir=DIR and --checkpoint=DIR name the one or the other.
+  --config       recipe; needed only for a network that lies in no workdir
   --config.KEY   overrides a key of the run's configuration, such as --config.dataset.data_dir=DIR
 
 Prints a table and writes it as evaluation.json into DIR. Every network is that of its newest checkpoint.
+`python -m cskd_jax.evaluate` is the same command.
 
 Exit codes: 0 done; 2 something to mend in the command, the configuration or the data.
 """
 
-import pathlib
-import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import ml_collections
-import numpy as np
-from absl import flags
-
 from cskd_jax.commands import command_line
-from cskd_jax.console import say
-from cskd_jax.data import ImageDataset
-from cskd_jax.distributed.devices import Devices
-from cskd_jax.errors import UserError, printable
-from cskd_jax.files import write_json
-from cskd_jax.models import count_parameters
-from cskd_jax.runs import recipes, schema
-from cskd_jax.runs.build import TrainedNetwork, load_data, load_trained, make_evaluation, make_normalize
-from cskd_jax.runs.results import describe_dataset, read_versions
-from cskd_jax.runs.workdir import run_config
-from cskd_jax.training.checkpoint import FOLDER
-from cskd_jax.training.metrics import task_of
-
-FLOPS_MEANING = (
-    "floating-point operations of one image in evaluation mode, from XLA's cost analysis of the program before the "
-    "compiler's changes, which is the same on every device: a multiplication and an addition count as two, products "
-    "with padding are not counted; of a batch of config.batch_size, divided by its size"
-)
-LATENCY_MEANING = (
-    "median time in ms from pixels on one device to logits, after compilation and a first run, without the transfer of "
-    "the images"
-)
-_REPETITIONS, _SECONDS = 100, 5.0  # of a measurement of time, at most
+from cskd_jax.commands.arguments import one_folder
+from cskd_jax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -58,137 +24,57 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv):
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of a run.", values)
-    flags.DEFINE_string("checkpoint", None, "Folder of one network.", values)
-    command = command_line.parse(argv, values)
-    command_line.refuse_rest(command)
-    if (values.workdir is None) == (values.checkpoint is None):
-        raise UserError(
-            "give either --workdir=DIR of a run or --checkpoint=DIR of one network, such as WORKDIR/student"
-        )
-    folder = pathlib.Path(values.workdir or values.checkpoint)
+    parser = command_line.Parser(takes_config=True)
+    parser.add_argument("--workdir")
+    parser.add_argument("--checkpoint")
+    values = parser.parse(argv)
+    folder = one_folder(values, "workdir", "checkpoint", example="cskd-jax evaluate runs/digits/kd-seed0")
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder")
-    config = _config(folder if values.workdir else folder.absolute().parent, command)
-    folders = _phases(folder) if values.workdir else [folder]
+    # Imported late: mistakes in the command should not wait for everything.
+    from cskd_jax.console import say
+    from cskd_jax.distributed.devices import Devices
+    from cskd_jax.evaluate.measure import evaluate_all, tables
+    from cskd_jax.files import write_json
+    from cskd_jax.runs.build import load_data, load_trained
+    from cskd_jax.training.checkpoint import FOLDER
+    from cskd_jax.training.metrics import task_of
+
+    is_network = values.checkpoint is not None or (values.workdir is None and (folder / FOLDER).is_dir())
+    config = _config(folder.absolute().parent if is_network else folder, values)
+    folders = [folder] if is_network else _networks(folder, FOLDER)
     command_line.set_up_jax()
     devices = Devices()
     devices.check_batch_size("batch_size", config.batch_size)
     dataset = load_data(config)
     networks = {path.resolve().name: load_trained(path, config, dataset) for path in folders}
-    evaluation = {
-        "networks": {name: evaluate(network, config, dataset, devices) for name, network in networks.items()},
-        "dataset": describe_dataset(dataset),
-        "batch_size": config.batch_size,
-        "flops_per_image": FLOPS_MEANING,
-        "latency_ms": LATENCY_MEANING,
-        "devices": devices.describe(),
-        "versions": read_versions(),
-    }
-    say(_tables(evaluation, task_of(dataset.multilabel).names))
+    evaluation = evaluate_all(networks, config, dataset, devices)
+    say(tables(evaluation, task_of(dataset.multilabel).names))
     write_json(folder / "evaluation.json", evaluation)
     say(f"written: {folder / 'evaluation.json'}")
 
 
-def _config(workdir: pathlib.Path, command: command_line.CommandLine) -> ml_collections.ConfigDict:
-    """From the recipe if one is given, or else of the run."""
-    if command.recipe:
-        config = recipes.load_recipe(command.recipe, command.overrides)
+def _config(workdir, values):
+    """Returns the configuration of the recipe if one is given, or else of the run."""
+    from cskd_jax.runs import recipes, schema
+    from cskd_jax.runs.workdir import run_config
+
+    if values.config:
+        config = recipes.load_recipe(values.config, values.overrides)
     elif not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} holds no config.json of a run: name the recipe by --config=RECIPE")
     else:
-        config = recipes.override(run_config(workdir), command.overrides)
+        config = recipes.override(run_config(workdir), values.overrides)
     schema.validate(config)
     return config
 
 
-def _phases(workdir: pathlib.Path) -> list[pathlib.Path]:
-    folders = [workdir / name for name in ("teacher", "student") if (workdir / name / FOLDER).is_dir()]
+def _networks(workdir, checkpoints):
+    folders = [workdir / name for name in ("teacher", "student") if (workdir / name / checkpoints).is_dir()]
     if not folders:
         raise UserError(f"{workdir} holds no checkpoints of a teacher or a student")
     return folders
 
 
-def evaluate(
-    trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
-) -> dict[str, Any]:
-    """What is measured of one network.
-
-    Args:
-      trained: the network.
-      config: says how images are normalized, and the batch size.
-      dataset: its test split is used.
-
-    Returns:
-      {"model", "width", "step" of the checkpoint, "finished", "parameters", "flops_per_image", "latency_ms": {"batch
-      SIZE": float}, the metrics of the task and "loss", "by_category": {category: score}}.
-    """
-    network, saved = trained.network, trained.saved
-    evaluation, normalize = make_evaluation(network, config, dataset, devices), make_normalize(config)
-    values, scores, _ = evaluation.all(devices.replicate(saved.variables))
-
-    def predict(variables, images):
-        return network.apply(variables, normalize(images), train=False)[0].logits
-
-    latencies, variables = {}, jax.device_put(saved.variables)
-    for size in sorted({1, config.batch_size}):
-        images = jnp.asarray(np.resize(dataset.test.images[:size], (size, *dataset.image_shape)))
-        lowered = jax.jit(predict).lower(variables, images)
-        latencies[f"batch {size}"] = latency(lowered.compile(), variables, images)
-    return {
-        "model": saved.record.network["name"],
-        "width": saved.record.network["width"],
-        "step": saved.step,
-        "finished": saved.record.finished,
-        "parameters": count_parameters(saved.variables["params"]),
-        "flops_per_image": lowered.cost_analysis()["flops"] / config.batch_size,
-        "latency_ms": latencies,
-        **values,
-        "by_category": dict(zip(dataset.categories, scores.tolist(), strict=True)),
-    }
-
-
-def latency(program: Callable[..., jax.Array], *arguments: Any) -> float:
-    """Median time of a call in ms: of at most 100 calls, in about 5 seconds, after one that does not count."""
-    program(*arguments).block_until_ready()
-    times, end = [], time.perf_counter() + _SECONDS
-    while len(times) < _REPETITIONS and (not times or time.perf_counter() < end):
-        start = time.perf_counter()
-        program(*arguments).block_until_ready()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def _tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
-    """Two tables for people: the networks, and their categories."""
-    networks = evaluation["networks"]
-    rows = {
-        "network": [f"{n['model']}, width {n['width']:g}" for n in networks.values()],
-        "step": [f"{n['step']:,}" + ("" if n["finished"] else " (unfinished)") for n in networks.values()],
-    }
-    for metric, name in names.items():
-        if all(metric in n for n in networks.values()):
-            rows[name] = [f"{n[metric]:.4f}" for n in networks.values()]
-    rows["loss"] = [f"{n['loss']:.4f}" for n in networks.values()]
-    rows["parameters"] = [f"{n['parameters']:,}" for n in networks.values()]
-    rows["million FLOPs per image"] = [f"{n['flops_per_image'] / 1e6:,.2f}" for n in networks.values()]
-    for size in next(iter(networks.values()))["latency_ms"]:
-        rows[f"latency, {size}, ms"] = [f"{n['latency_ms'][size]:,.2f}" for n in networks.values()]
-    first = _align([["", *networks], *([name, *cells] for name, cells in rows.items())])
-    scores = [n["by_category"] for n in networks.values()]
-    second = _align([["category", *networks], *([printable(c), *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
-    return f"{first}\n\n{second}"
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    command_line.start(main)

@@ -1,8 +1,18 @@
 """Writes a trained network for PyTorch and for programs that have jax alone (and flatbuffers, which jax.export needs).
 
-python -m cskd_jax.interop.export WORKDIR --out=DIR [--network=teacher]
+cskd-jax export WORKDIR --out=DIR [--network=teacher]
 
-WORKDIR is the folder of a run, of one of its networks (WORKDIR/teacher), or of an imported one. DIR then holds
+  WORKDIR        folder of a run, of one of its networks (WORKDIR/teacher), or of an imported one; --workdir=WORKDIR is
+                 the same
+  --network      student or teacher of a run; default: student
+  --out          new folder
+
+  Images of an imported network, which does not know them:
+  --size         HEIGHT,WIDTH in pixels
+  --mean         per channel, or one for all, of pixels in [0, 1]
+  --std          likewise
+
+DIR then holds
 
 - weights.safetensors: the state dict by PyTorch's names, for `load_state_dict(safetensors.torch.load_file(PATH))` of
   the network as torchvision, the released code or the field's comparison tables define it. That network takes images
@@ -13,15 +23,18 @@ WORKDIR is the folder of a run, of one of its networks (WORKDIR/teacher), or of 
       logits = network.call(images)
 - network.json: name, width, categories in the order of the logits (null if an import did not name them), size of the
   images, mean and deviation.
+
+`python -m cskd_jax.interop.export` is the same command.
+
+Exit codes: 0 done; 2 something to mend in the command or the checkpoint.
 """
 
-import pathlib
-import sys
 from typing import Any
 
-from cskd_jax.commands.arguments import Parser, check_new, numbers
-from cskd_jax.errors import UserError, run_command
-from cskd_jax.files import write_bytes, write_json
+from cskd_jax.commands import command_line
+from cskd_jax.commands.arguments import check_new, numbers, one_folder
+from cskd_jax.errors import UserError
+from cskd_jax.files import local_folder, write_bytes, write_json
 
 WEIGHTS, FUNCTION, DESCRIPTION = "weights.safetensors", "network.jax_export", "network.json"
 # What the function runs on, wherever it is exported.
@@ -30,20 +43,20 @@ _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 def main(argv: list[str]) -> int:
     """Parses the command line, exports, and returns the exit code."""
-    return run_command(_run, argv)
+    return command_line.run_program(_run, __doc__, argv)
 
 
 def _parse(argv):
-    parser = Parser(__doc__)
-    parser.add_argument("workdir", type=pathlib.Path, metavar="WORKDIR")
-    parser.add_argument("--network", choices=("student", "teacher"), default="student", help="default: student")
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="new folder")
-    images = parser.add_argument_group("images", "of an imported network, which does not know them")
-    images.add_argument("--size", type=numbers(int, 1, 10**5), metavar="HEIGHT,WIDTH", help="in pixels")
-    channels = {"metavar": "X,...", "help": "per channel, or one for all, of pixels in [0, 1]"}
-    images.add_argument("--mean", type=numbers(float, -1e6, 1e6), **channels)
-    images.add_argument("--std", type=numbers(float, 1e-6, 1e6), **channels)
-    return parser.parse_args(argv[1:])
+    parser = command_line.Parser()
+    parser.add_argument("--workdir")
+    parser.add_argument("--network", choices=("student", "teacher"), default="student")
+    parser.add_argument("--out", type=local_folder, required=True)
+    parser.add_argument("--size", type=numbers(int, 1, 10**5))
+    parser.add_argument("--mean", type=numbers(float, -1e6, 1e6))
+    parser.add_argument("--std", type=numbers(float, 1e-6, 1e6))
+    values = parser.parse(argv)
+    values.workdir = one_folder(values, "workdir", example="cskd-jax export runs/digits/kd-seed0 --out=exported")
+    return values
 
 
 def _run(argv):
@@ -129,4 +142,4 @@ def export_function(module: Any, variables: Any, channels: int, *, size: Any, me
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    command_line.start(main)

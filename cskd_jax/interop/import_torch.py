@@ -1,6 +1,15 @@
 """Makes a teacher's checkpoint of a file that PyTorch wrote. Nothing in the file is executed; PyTorch is not needed.
 
-python -m cskd_jax.interop.import_torch FILE --model=resnet101 --width=0.5 --num_classes=100 --out=DIR
+cskd-jax import-torch FILE --model=resnet101 --width=0.5 --num_classes=100 --out=DIR
+
+  --model        a network of docs/networks.md
+  --width        factor on its channels; default: 1
+  --num_classes  number of categories
+  --channels     channels of the images; default: 3
+  --categories   file of the names of the categories, one a line
+  --multilabel   an image has any number of categories
+  --key          of the network, in a dictionary that holds several
+  --out          new folder of the checkpoint
 
 FILE is a state dict, a dictionary that holds one (such as {"epoch", "model", "optimizer"}), or a whole pickled network,
 in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of
@@ -14,34 +23,40 @@ others; cskd_jax/interop/names.py). What a file cannot tell is up to you:
   those of torchvision, but pads, and halves the side of an image less often: it computes something else.
 
 DIR is then what --config.teacher.checkpoint takes, with the same --config.teacher.name and --config.teacher.width.
+`python -m cskd_jax.interop.import_torch` is the same command.
+
+Exit codes: 0 done; 2 something to mend in the command or the file.
 """
 
 import hashlib
 import pathlib
-import sys
 
-from cskd_jax.commands.arguments import Parser, check_new, number
-from cskd_jax.errors import UserError, run_command
-from cskd_jax.files import write_json
+from cskd_jax.commands import command_line
+from cskd_jax.commands.arguments import check_new, number
+from cskd_jax.errors import UserError
+from cskd_jax.files import local_folder, write_json
 
 
 def main(argv: list[str]) -> int:
     """Parses the command line, imports, and returns the exit code."""
-    return run_command(_run, argv)
+    return command_line.run_program(_run, __doc__, argv)
 
 
 def _parse(argv):
-    parser = Parser(__doc__)
-    parser.add_argument("file", type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--model", required=True, help="a name of docs/networks.md")
-    parser.add_argument("--width", type=number(float, 1e-3, 64), default=1.0, help="factor on the channels; default 1")
-    parser.add_argument("--num_classes", type=number(int, 2, 10**6), required=True, help="number of categories")
-    parser.add_argument("--channels", type=number(int, 1, 1024), default=3, help="of the images; default 3")
-    parser.add_argument("--categories", type=pathlib.Path, metavar="NAMES", help="file of their names, one a line")
-    parser.add_argument("--multilabel", action="store_true", help="an image has any number of categories")
-    parser.add_argument("--key", help="of the network, in a dictionary that holds several")
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="new folder of the checkpoint")
-    return parser.parse_args(argv[1:])
+    parser = command_line.Parser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--width", type=number(float, 1e-3, 64), default=1.0)
+    parser.add_argument("--num_classes", type=number(int, 2, 10**6), required=True)
+    parser.add_argument("--channels", type=number(int, 1, 1024), default=3)
+    parser.add_argument("--categories", type=pathlib.Path)
+    parser.add_argument("--multilabel", action="store_true")
+    parser.add_argument("--key")
+    parser.add_argument("--out", type=local_folder, required=True)
+    values = parser.parse(argv)
+    if len(values.words) != 1:
+        raise UserError(f"name one file, such as teacher.pth; got {' and '.join(values.words) or 'none'}")
+    values.file = pathlib.Path(values.words[0])
+    return values
 
 
 def _run(argv):
@@ -105,4 +120,4 @@ def _read_categories(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    command_line.start(main)

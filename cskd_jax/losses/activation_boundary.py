@@ -10,7 +10,7 @@ from jax import lax
 from cskd_jax.losses._arrays import pool_to_common_size
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, pair_stages
 from cskd_jax.losses._connectors import Connector
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
 def activation_boundary_loss(
@@ -64,7 +64,7 @@ class ActivationBoundary(Method):
       margin: Margin around a boundary, by which a neuron is pushed below or above it; greater than 0.
     """
 
-    margin: float = 1.0
+    margin: Positive = 1.0
 
     @nn.compact
     def __call__(self, inputs: LossInputs):

@@ -1,10 +1,16 @@
 """What a distillation method is: a linen module from the outputs of student and teacher to a loss."""
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Annotated, ClassVar, NamedTuple, Protocol
 
 import jax
 from flax import linen as nn
+
+# Types of the settings of a loss, for which a plain float (at least 0) or int (at least 0) allows too much.
+Positive = Annotated[float, "greater than 0"]
+Fraction = Annotated[float, "in [0, 1)"]
+Share = Annotated[float, "in [0, 1]"]
+Count = Annotated[int, "at least 1"]
 
 
 class NetworkOutput(Protocol):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cskd_jax.losses._checks import at_least_float32, check_float, check_logits, check_multilabels, check_temperature
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
 def binary_cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ class BinaryKD(Method):
       temperature: Temperature of the sigmoid, greater than 0.
     """
 
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     multilabel: ClassVar[bool] = True
     baseline: ClassVar[bool] = True
 

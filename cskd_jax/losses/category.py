@@ -6,7 +6,7 @@ below) and the code that its authors released ("the released code"). The two dif
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import lax
 from cskd_jax.losses._arrays import rounding_of_difference, safe_sqrt
 from cskd_jax.losses._batch import gather_batch, sum_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_same_shape
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import Fraction, LossInputs, Method
 
 # variant -> default (intra_weight, inter_weight, compactness_weight). Paper, section 4.1 (beta, gamma); released code.
 VARIANT_WEIGHTS = {"paper": (0.01, 0.2, 0.0), "reference": (0.002, 0.04, 0.1)}
@@ -560,12 +560,12 @@ class CategoryStructure(Method):
         filter_misclassified=False; None takes the centers of the batch alone.
     """
 
-    variant: str = "reference"
+    variant: Literal["reference", "paper"] = "reference"
     intra_weight: float | None = None
     inter_weight: float | None = None
     compactness_weight: float | None = None
     filter_misclassified: bool | None = None
-    center_momentum: float | None = None
+    center_momentum: Fraction | None = None
     multilabel: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, str]] = {"intra": "intra_weight", "inter": "inter_weight"}
 

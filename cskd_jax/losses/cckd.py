@@ -9,7 +9,7 @@ from jax import lax
 from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._batch import gather_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch, check_several_samples
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import Count, LossInputs, Method, Positive
 
 
 def correlation_congruence_loss(
@@ -79,8 +79,8 @@ class CorrelationCongruence(Method):
       order: Order of the Taylor form of the kernel, at least 1.
     """
 
-    gamma: float = 0.4
-    order: int = 2
+    gamma: Positive = 0.4
+    order: Count = 2
 
     def __call__(self, inputs: LossInputs):
         value = correlation_congruence_loss(

@@ -7,7 +7,7 @@ from flax import linen as nn
 from cskd_jax.losses._batch import gather_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, check_several_samples
 from cskd_jax.losses._connectors import Pointwise
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import Count, LossInputs, Method
 
 
 def correlation_delta_loss(
@@ -51,7 +51,7 @@ class CorrelationDelta(Method):
       embedding_size: Number of outputs of the linear layers.
     """
 
-    embedding_size: int = 128
+    embedding_size: Count = 128
 
     @nn.compact
     def __call__(self, inputs: LossInputs):

@@ -12,7 +12,7 @@ from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._batch import batch_positions, gather_batch
 from cskd_jax.losses._checks import check_float, check_labels, check_same_batch, check_same_shape, check_temperature
 from cskd_jax.losses._connectors import Pointwise
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import Count, Fraction, LossInputs, Method, Positive
 
 
 class ContrastMemory(NamedTuple):
@@ -199,10 +199,10 @@ class CRD(Method):
       momentum: Momentum of the remembered embeddings.
     """
 
-    embedding_size: int = 128
-    num_negatives: int = 16384
-    temperature: float = 0.07
-    momentum: float = 0.5
+    embedding_size: Count = 128
+    num_negatives: Count = 16384
+    temperature: Positive = 0.07
+    momentum: Fraction = 0.5
     multilabel: ClassVar[bool] = False
 
     @nn.compact

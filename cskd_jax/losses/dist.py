@@ -7,7 +7,7 @@ from jax import lax
 from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._batch import gather_batch
 from cskd_jax.losses._checks import at_least_float32, check_logits, check_several_samples, check_temperature
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
 def dist_loss(
@@ -78,7 +78,7 @@ class DIST(Method):
 
     beta: float = 1.0
     gamma: float = 1.0
-    temperature: float = 4.0
+    temperature: Positive = 4.0
 
     def __call__(self, inputs: LossInputs):
         return dist_loss(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cskd_jax.losses._checks import at_least_float32, check_labels, check_logits, check_temperature
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
 def dkd_loss(
@@ -82,7 +82,7 @@ class DKD(Method):
 
     alpha: float = 1.0
     beta: float = 8.0
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     multilabel: ClassVar[bool] = False
 
     def __call__(self, inputs: LossInputs):

@@ -9,7 +9,7 @@ from cskd_jax.losses._arrays import normalize, pool_to_common_size
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch
 from cskd_jax.losses._connectors import Convolution
 from cskd_jax.losses.attention import attention_map
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
 def factor_transfer_loss(
@@ -91,7 +91,7 @@ class FactorTransfer(Method):
         makes it 1 under the usual weight of this loss, 200.
     """
 
-    rate: float = 0.5
+    rate: Positive = 0.5
     pool_channels: bool | None = None
     reconstruction_weight: float = 0.005
 

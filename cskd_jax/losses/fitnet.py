@@ -8,7 +8,7 @@ from jax import lax
 from cskd_jax.losses._arrays import pool_to_common_size
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, pair_stages
 from cskd_jax.losses._connectors import Connector
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import Count, LossInputs, Method
 
 
 def hint_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ class FitNet(Method):
       stage: Stage of student and teacher, counted from 1.
     """
 
-    stage: int = 2
+    stage: Count = 2
 
     @nn.compact
     def __call__(self, inputs: LossInputs):

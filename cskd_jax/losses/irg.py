@@ -7,7 +7,7 @@ from jax import lax
 from cskd_jax.losses._arrays import average_pool, pool_to_common_size
 from cskd_jax.losses._batch import gather_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch, check_several_samples
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import Count, LossInputs, Method
 from cskd_jax.losses.logits import mse_logits_loss
 
 
@@ -138,8 +138,8 @@ class IRG(Method):
       transformation_weight: Weight of the transformations, the distances between the two maps of a sample.
     """
 
-    lower_stage: int = 2
-    upper_stage: int = 3
+    lower_stage: Count = 2
+    upper_stage: Count = 3
     vertex_weight: float = 0.1
     edge_weight: float = 5.0
     transformation_weight: float = 5.0

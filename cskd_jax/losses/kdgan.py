@@ -11,7 +11,7 @@ from jax import lax
 from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._batch import batch_positions
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape, check_temperature
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import Count, LossInputs, Method, Positive, Share
 from cskd_jax.losses.logits import kd_loss
 
 
@@ -163,12 +163,12 @@ class KDGAN(Method):
       hidden_size: Number of hidden units of the discriminator.
     """
 
-    student_share: float = 0.5
+    student_share: Share = 0.5
     student_distillation: float = 1.0
     teacher_distillation: float = 0.1
-    temperature: float = 4.0
-    sample_temperature: float = 1.0
-    hidden_size: int = 128
+    temperature: Positive = 4.0
+    sample_temperature: Positive = 1.0
+    hidden_size: Count = 128
     multilabel: ClassVar[bool] = False
 
     @nn.compact

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_temperature
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
 def cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -90,7 +90,7 @@ class KD(Method):
       temperature: Temperature of the softmax, greater than 0.
     """
 
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     baseline: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):

@@ -6,7 +6,7 @@ one-hot, both are equal.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ class MultilabelCategoryStructure(Method):
       inter_weight: Weight of the structure between classes; None is 0.2 for "paper" and 0.04 for "reference".
     """
 
-    variant: str = "paper"
+    variant: Literal["reference", "paper"] = "paper"
     intra_weight: float | None = None
     inter_weight: float | None = None
     multilabel: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from jax import lax
 from cskd_jax.losses._arrays import safe_sqrt
 from cskd_jax.losses._batch import gather_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch, check_several_samples
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
 def pkt_loss(
@@ -69,7 +69,7 @@ class PKT(Method):
       epsilon: Small number that keeps divisions and logarithms finite, greater than 0.
     """
 
-    epsilon: float = 1e-7
+    epsilon: Positive = 1e-7
 
     def __call__(self, inputs: LossInputs):
         student, teacher = inputs.student.embedding, inputs.teacher.embedding

@@ -8,7 +8,7 @@ from jax import lax
 from cskd_jax.losses._arrays import average_pool, resize
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, pair_stages
 from cskd_jax.losses._connectors import Connector, Pointwise
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import Count, LossInputs, Method
 
 # Sides of the maps that are compared beside the full size; each has half the weight of the one before.
 _POOLED_SIZES = (4, 2, 1)
@@ -92,7 +92,7 @@ class ReviewKD(Method):
       with_embedding: Whether the pooled embedding counts as a stage.
     """
 
-    mid_channels: int | None = None
+    mid_channels: Count | None = None
     with_embedding: bool = True
 
     @nn.compact

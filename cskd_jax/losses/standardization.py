@@ -8,7 +8,7 @@ from jax import lax
 
 from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._checks import at_least_float32, check_logits
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import LossInputs, Method, Positive
 from cskd_jax.losses.logits import kd_loss
 
 
@@ -57,7 +57,7 @@ class StandardizedKD(Method):
       temperature: Temperature of the softmax, greater than 0.
     """
 
-    temperature: float = 2.0
+    temperature: Positive = 2.0
 
     def __call__(self, inputs: LossInputs):
         student, teacher = inputs.student.logits, inputs.teacher.logits

@@ -10,7 +10,7 @@ from jax import lax
 from cskd_jax.losses._arrays import pool_to_common_size
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, pair_stages
 from cskd_jax.losses._connectors import Pointwise
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import LossInputs, Method, Positive
 
 # Added to every variance, so that none vanishes.
 MIN_VARIANCE = 1e-5
@@ -78,7 +78,7 @@ class VID(Method):
       initial_variance: Variance of every channel at the start, greater than 1e-5.
     """
 
-    initial_variance: float = 5.0
+    initial_variance: Positive = 5.0
 
     @nn.compact
     def __call__(self, inputs: LossInputs):

@@ -1,28 +1,22 @@
 """Sets runs beside each other and beside the published results: a page, and tables as Markdown, LaTeX and CSV.
 
-python -m cskd_jax.report RUNS... [--out=DIR] [--data_dir=DIR]
-python -m cskd_jax.report --published
+cskd-jax report RUNS... [--out=DIR] [--data_dir=DIR]
+cskd-jax report --published
 
-  RUNS           folders of finished runs, or of sweeps, or any folders above them
+  RUNS           folders of finished runs, or of sweeps, or any folders above them; --workdir=DIR names one, too
   --out          folder of report.html (the page), report.md and report.tex (its tables), report.csv (a line for each
                  method) and report_runs.csv (a line for each run); default: the folder report in the first of RUNS
   --data_dir     of the data sets, where the runs were made with another; embeddings need the test images
   --published    prints the published tables alone, as Markdown
 
+`python -m cskd_jax.report` is the same command.
+
 Exit codes: 0 done; 2 something to mend in the command or the runs.
 """
 
-import pathlib
-import sys
-
-from absl import flags
-
 from cskd_jax.commands import command_line
 from cskd_jax.errors import UserError
-from cskd_jax.files import refuse_link
-from cskd_jax.report import markdown, published, tables
-from cskd_jax.report.runs import compare, find_runs
-from cskd_jax.report.write import write
+from cskd_jax.files import local_folder, refuse_link
 
 
 def main(argv: list[str]) -> int:
@@ -31,28 +25,32 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv):
-    values = flags.FlagValues()
-    flags.DEFINE_string("out", None, "Folder of the report.", values)
-    flags.DEFINE_string("data_dir", None, "Of the data sets.", values)
-    flags.DEFINE_boolean("published", False, "Print the published tables alone.", values)
-    command = command_line.parse(argv, values)
-    if command.recipe or command.overrides:
-        raise UserError("a report takes folders of runs; the recipe is in their results: leave out --config")
+    parser = command_line.Parser()
+    parser.add_argument("--workdir", action="append", default=[])
+    parser.add_argument("--out", type=local_folder)
+    parser.add_argument("--data_dir")
+    parser.add_argument("--published", action="store_true")
+    values = parser.parse(argv)
+    folders = [local_folder(folder) for folder in [*values.words, *values.workdir]]
+    if not folders and not values.published:
+        raise UserError("name the folders of the runs, such as runs/sweep/digits")
+    # Imported late: mistakes in the command should not wait for everything.
+    from cskd_jax.report import markdown, published, tables
+    from cskd_jax.report.runs import compare, find_runs
+    from cskd_jax.report.write import write
+
     if values.published:
         print(markdown.render("Published results", published.MEANING, tables.published_tables()))
         return
-    if not command.rest:
-        raise UserError("name the folders of the runs, such as runs/sweep/digits")
-    folders = [pathlib.Path(folder) for folder in command.rest]
     comparisons = compare(find_runs(folders))
     if values.out is None:
         # The runs may come from elsewhere; --out may be a link, for it comes from the user.
         refuse_link(folders[0] / "report")
-    out = pathlib.Path(values.out or folders[0] / "report")
+    out = values.out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     command_line.set_up_jax()
     write(comparisons, out, values.data_dir)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    command_line.start(main)

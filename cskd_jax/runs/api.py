@@ -7,11 +7,12 @@ import ml_collections
 from flax import linen as nn
 
 from cskd_jax.errors import UserError
+from cskd_jax.files import local_folder
 from cskd_jax.models import create_model
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.results import RESULTS
 from cskd_jax.runs.run import train
-from cskd_jax.runs.workdir import read_json
+from cskd_jax.runs.workdir import default_workdir, read_json
 from cskd_jax.training.checkpoint import load_variables
 
 
@@ -56,8 +57,8 @@ def run(recipe: str | ml_collections.ConfigDict, workdir: str | pathlib.Path | N
     if workdir is None:
         if not isinstance(recipe, str):
             raise UserError("run(config) needs a workdir; only a recipe has one by default")
-        workdir = recipes.default_workdir(recipe, config)
-    workdir = pathlib.Path(workdir)
+        workdir = default_workdir(recipe, config)
+    workdir = local_folder(workdir)
     train(config, workdir)
     return load_run(workdir)
 
@@ -72,7 +73,7 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
     Raises:
       UserError: There is no such run, or its network is not one of this package and `student` is not given.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local_folder(workdir)
     saved = load_variables(str(workdir / "student"))
     if student is None:
         try:

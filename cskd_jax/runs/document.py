@@ -27,7 +27,8 @@ _INTRODUCTION = """\
 <!-- Generated: python -m cskd_jax.runs.document > docs/configuration.md -->
 
 A recipe sets what differs from the defaults below, and must set the keys whose default is *required*. On the command
-line, `--config.KEY=VALUE` overrides any key, such as `--config.epochs=10` or `--config.losses.kd.temperature=2`.
+line, `--config.KEY=VALUE` overrides any key, such as `--config.epochs=10` or `--config.losses.kd.temperature=2`;
+`cskd-jax config show RECIPE` shows all values, and `cskd-jax config keys PATTERN` a part of this page.
 """
 
 _RESUMING = """\

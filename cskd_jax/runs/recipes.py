@@ -1,19 +1,19 @@
 """Recipes: found, read, filled with the defaults, and changed by what stands on the command line."""
 
 import contextlib
+import functools
+import operator
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
 import cskd_jax.configs
 from cskd_jax.configs import methods, networks
-from cskd_jax.errors import UserError
-from cskd_jax.runs import schema
-from cskd_jax.training.objective import needs_teacher
+from cskd_jax.errors import UserError, close_to
 
 _PACKAGED = pathlib.Path(cskd_jax.configs.__file__).parent
 # What a recipe may import as `configs`, by the names that the modules have then.
@@ -32,16 +32,21 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
     """
     file = recipe_file(recipe)
     _, colon, word = recipe.partition(":")
-    argv, values = ["cskd_jax", f"--config={file}{colon}{word}"], flags.FlagValues()
-    with _importable_configs(file):
-        config_flags.DEFINE_config_file("config", None, "Recipe.", values, lock_config=True, sys_argv=argv)
-        parse_flags(values, argv)
-    config = values["config"].value
+    try:
+        with _importable_configs(file):
+            config = _read(file).get_config(*([word] if colon else []))
+    except ValueError as error:  # What recipes raise for a word that they do not know.
+        raise UserError(str(error)) from None
+    except Exception as error:  # A recipe is code: it may raise anything.
+        raise UserError(f"--config={recipe}: {type(error).__name__}: {error}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"get_config of {file} must return a ConfigDict, as that of configs/digits.py does")
     if "method" not in config:
         raise UserError(f"get_config of {file} must set the key method, the name of the method")
-    return override(schema.fill(config), overrides)
+    # Imports JAX, which takes seconds: a recipe or a word that does not exist should not wait for it.
+    from cskd_jax.runs import schema
+
+    return override(schema.fill(config).lock(), overrides)
 
 
 def recipe_file(recipe: str) -> pathlib.Path:
@@ -55,16 +60,12 @@ def recipe_file(recipe: str) -> pathlib.Path:
         return pathlib.Path(name)
     if name in packaged_recipes():
         return _PACKAGED / f"{name}.py"
+    close = close_to(pathlib.Path(name).stem, packaged_recipes())
     raise UserError(
         "--config=RECIPE must name a file such as configs/digits.py, or one of the recipes "
         f"{', '.join(packaged_recipes())}; got {recipe or 'none'}"
+        + (f"; did you mean {' or '.join(close)}?" if close else "")
     )
-
-
-def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.Path:
-    """Returns the folder of a run of a recipe for which none is given."""
-    word = recipe.partition(":")[2] or config.method
-    return pathlib.Path("runs") / recipe_file(recipe).stem / f"{word}-seed{config.seed}"
 
 
 def packaged_recipes() -> list[str]:
@@ -83,17 +84,35 @@ def word_without_teacher(multilabel: bool) -> str:
     Args:
       multilabel: Whether the images have any number of classes instead of one.
     """
+    from cskd_jax.training.objective import needs_teacher
+
     known = methods.MULTILABEL_METHODS if multilabel else methods.METHODS
     return next(word for word in known if not needs_teacher(methods.losses(word, multilabel=multilabel)))
 
 
 def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_collections.ConfigDict:
-    """Returns a configuration with --config.KEY=VALUE arguments applied; raises UserError where they do not fit."""
-    _check_overrides(overrides, schema.flatten(config))
-    argv, values = ["cskd_jax", *overrides], flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, "Configuration.", values, sys_argv=argv)
-    parse_flags(values, argv)
-    return values["config"].value
+    """Applies --config.KEY=VALUE arguments to a configuration, the last of the same key, and returns it.
+
+    Raises:
+      UserError: A key is unknown, or a value is not of its type.
+    """
+    from cskd_jax.runs import keys, rules, schema
+
+    known = schema.flatten(config)
+    for argument in overrides:
+        key = override_key(argument)
+        if key == "method":
+            raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")
+        found = keys.find_key(key)
+        if found is None or key not in known:
+            raise schema.unknown_key(key, known)
+        _, equals, text = argument.partition("=")
+        if not equals and found.rule.types[0] is not bool:
+            raise UserError(f"--config.{key} needs a value: {key} must be {found.rule.allowed}")
+        *sections, name = key.split(".")
+        section = functools.reduce(operator.getitem, sections, config)
+        section[name] = rules.parse(key, text if equals else "true", found.rule)
+    return config
 
 
 def override_key(argument: str) -> str:
@@ -101,23 +120,14 @@ def override_key(argument: str) -> str:
     return argument.lstrip("-").partition("=")[0].removeprefix("config.")
 
 
-def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Returns the arguments that are no flags; raises UserError for one line of what is wrong."""
-    try:
-        return values(argv)
-    except flags.Error as error:
-        # The last line is the message; what comes before it is a traceback through the recipe.
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-    except Exception as error:  # A recipe is code: it may raise anything.
-        raise UserError(f"{' '.join(argv[1:2])}: {type(error).__name__}: {str(error).strip()}") from None
-
-
-def _check_overrides(overrides: list[str], known: Iterable[str]) -> None:
-    for key in map(override_key, overrides):
-        if key == "method":
-            raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")
-        if key not in known:
-            raise schema.unknown_key(key, known)
+def _read(file: pathlib.Path) -> types.ModuleType:
+    """Returns the module of a recipe, whose file may have any suffix."""
+    loader = SourceFileLoader("cskd_jax_recipe", str(file))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(file)
+    sys.modules[loader.name] = module  # Dataclasses look up the module that they are in.
+    loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager

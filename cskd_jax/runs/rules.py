@@ -1,11 +1,13 @@
 """Rules for the values of a configuration; every violation names the key, the value, and what is allowed."""
 
+import ast
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from cskd_jax.errors import UserError
+from cskd_jax.losses.base import Count, Fraction, Positive, Share
 
 
 class Rule(NamedTuple):
@@ -44,30 +46,39 @@ def optional(rule: Rule) -> Rule:
     )
 
 
-BOOL = Rule((bool,), lambda _: True, "True or False")
+BOOL = Rule((bool,), lambda _: True, "true or false")
 TEXT = Rule((str,), bool, "a text")
 POSITIVE = Rule((float, int), lambda value: 0 < value < math.inf, "a number greater than 0")
 NOT_NEGATIVE = Rule((float, int), lambda value: 0 <= value < math.inf, "a number of at least 0")
 WIDTH = Rule((float, int), lambda value: 0 < value <= 64, "a number above 0, up to 64")
 FRACTION = Rule((float, int), lambda value: 0 <= value < 1, "a number in [0, 1)")
+SHARE = Rule((float, int), lambda value: 0 <= value <= 1, "a number in [0, 1]")
+COUNT = Rule((int,), lambda value: value >= 1, "an integer of at least 1")
 CHANNELS = Rule(
     (tuple,),
     lambda value: value and all(isinstance(v, int | float) and math.isfinite(v) for v in value),
-    "a tuple of finite numbers",
+    "finite numbers in parentheses, such as (0.5,) or (0.49,0.48,0.45)",
 )
-DEVIATIONS = Rule((tuple,), lambda value: CHANNELS.test(value) and min(value) > 0, "a tuple of numbers above 0")
+DEVIATIONS = Rule(
+    (tuple,),
+    lambda value: CHANNELS.test(value) and min(value) > 0,
+    "numbers above 0 in parentheses, such as (0.5,) or (0.2,0.2,0.2)",
+)
 EPOCHS = Rule(
     (tuple,),
     lambda value: all(type(v) is int and 0 < v <= 10**6 for v in value) and list(value) == sorted(set(value)),
-    "an increasing tuple of epochs up to 1000000",
+    "increasing epochs up to 1000000 in parentheses, such as (100,150)",
 )
-
 
 _OF_TYPES = {
     bool: BOOL,
     int: Rule((int,), lambda value: value >= 0, "an integer of at least 0"),
     float: NOT_NEGATIVE,
     str: TEXT,
+    Positive: POSITIVE,
+    Fraction: FRACTION,
+    Share: SHARE,
+    Count: COUNT,
 }
 
 
@@ -75,10 +86,47 @@ def of_field(field: dataclasses.Field) -> Rule:
     """Returns the rule for a hyperparameter of a loss, which follows from the type of its field, `T` or `T | None`.
 
     No hyperparameter of a loss is a negative or infinite number.
+
+    Args:
+      field: Field whose T is bool, int, float, str, a literal, or a type of `cskd_jax.losses.base`.
     """
-    kinds = getattr(field.type, "__args__", None) or (field.type,)
-    rule = _OF_TYPES.get(kinds[0]) or Rule((kinds[0],), lambda _: True, f"of type {kinds[0].__name__}")
-    return optional(rule) if type(None) in kinds else rule
+    kind, *others = get_args(field.type) if type(None) in get_args(field.type) else (field.type,)
+    rule = one_of(*get_args(kind)) if get_origin(kind) is Literal else _OF_TYPES[kind]
+    return optional(rule) if others else rule
+
+
+def parse(key: str, text: str, rule: Rule) -> Any:
+    """Returns the value that a text of the command line means for a key; it is not checked by the rule.
+
+    Args:
+      key: Name of the key, for the message.
+      text: Text behind `--config.KEY=`.
+      rule: Rule of the key, which has the type.
+
+    Raises:
+      UserError: The text is not of that type.
+    """
+    if text == "None" and type(None) in rule.types:
+        return None
+    try:
+        return _PARSERS.get(rule.types[0], str)(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f"{key} is {text!r}; it must be {rule.allowed}") from None
+
+
+def _parse_bool(text):
+    found = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
+    if found is None:
+        raise ValueError
+    return found
+
+
+def _parse_tuple(text):
+    value = ast.literal_eval(text)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+_PARSERS = {bool: _parse_bool, int: int, float: float, tuple: _parse_tuple}
 
 
 def check(key: str, value: Any, rule: Rule) -> None:

@@ -1,6 +1,5 @@
 """Configurations made from the table of keys: filled with defaults, validated, written down, and read back."""
 
-import difflib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ import ml_collections
 from flax import traverse_util
 from ml_collections import config_dict
 
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, close_to
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS
 from cskd_jax.runs import keys, rules
@@ -130,15 +129,45 @@ def restore(flat: Mapping[str, Any], source: str) -> ml_collections.ConfigDict:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> UserError:
-    """Returns the error for a key that does not exist, with what was probably meant."""
-    known = sorted(known)
+    """Returns the error for a key that does not exist, with what was probably meant, or what there is in its place."""
+    known = list(known)
     loss = key.split(".")[1] if key.startswith("losses.") else ""
     present = sorted({k.split(".")[1] for k in known if k.startswith("losses.")})
     if loss in LOSSES and loss not in present:
         return UserError(f"{key}: this method has no {loss}, only {', '.join(present)}; see configs/methods.py")
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
-    return UserError(f"unknown configuration key {key}; {hint}")
+    close = close_keys(key, known)
+    if close:
+        return UserError(f"unknown configuration key {key}; did you mean {' or '.join(close)}?")
+    section = key
+    while section and not any(k.startswith(f"{section}.") for k in known):
+        section = section.rpartition(".")[0]
+    if section:
+        inner = dict.fromkeys(
+            k.removeprefix(f"{section}.").partition(".")[0] for k in known if k.startswith(f"{section}.")
+        )
+        return UserError(f"unknown configuration key {key}; {section} has {', '.join(inner)}")
+    return UserError(f"unknown configuration key {key}; cskd-jax config keys lists all")
+
+
+def close_keys(key: str, known: Iterable[str]) -> list[str]:
+    """Returns at most three of the known keys that may have been meant.
+
+    Keys of one section are compared part by part. Of another section, only a key with the very same name is close, or
+    one that is like a name without a section.
+    """
+    *sections, name = key.split(".")
+    same, elsewhere = [], []
+    for path in known:
+        *theirs, last = path.split(".")
+        if not close_to(name, [last]):
+            continue
+        if len(theirs) == len(sections) and all(map(close_to, sections, ([part] for part in theirs))):
+            same.append(path)
+        elif "losses" not in sections and (name == last or not sections):
+            elsewhere.append(path)
+    found = same or elsewhere
+    likeliest = close_to(name, [path.rpartition(".")[2] for path in found])
+    return [path for last in likeliest for path in found if path.rpartition(".")[2] == last][:3]
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

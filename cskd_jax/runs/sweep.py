@@ -64,7 +64,7 @@ def sweep(runs: Sequence[Run], jobs: int) -> None:
     if failed:
         names = ", ".join(run.name for run in runs if run in failed)
         raise FailedRunsError(f"{len(failed)} of {total} runs failed: {names}; the same command tries them again")
-    say(f"all {total} runs done: python -m cskd_jax.report {runs[0].sweep}")
+    say(f"all {total} runs done: cskd-jax report {runs[0].sweep}")
 
 
 def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,10 @@
 """The folder of a run: whose it is, whether its run is done, and how it becomes that of a longer run."""
 
 import contextlib
+import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.errors import UserError
 from cskd_jax.files import refuse_links, write_json
 from cskd_jax.losses import LOSSES
-from cskd_jax.runs import keys, schema
+from cskd_jax.runs import keys, recipes, schema
 from cskd_jax.runs.lock import locked
 from cskd_jax.runs.results import RESULTS, WRITTEN
 from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
@@ -25,6 +27,9 @@ from cskd_jax.training.objective import needs_teacher
 TEACHER_DIGEST = "teacher.checkpoint digest"
 DATA_FINGERPRINT = "dataset fingerprint"
 _VERSION = " version"
+
+# Characters that the changes of a run may take in the name of its default folder; beyond, a digest stands for them.
+_NAME_LENGTH = 100
 
 # The key with the number of epochs of each phase.
 _EPOCHS = {"teacher": "teacher.epochs", "student": "epochs"}
@@ -40,6 +45,55 @@ def identify(config: ml_collections.ConfigDict, teacher_digest: str | None = Non
     identity = schema.plain(config)
     identity |= {f"losses.{name}{_VERSION}": LOSSES[name].version for name in config.losses if LOSSES[name].version > 1}
     return identity if teacher_digest is None else identity | {TEACHER_DIGEST: teacher_digest}
+
+
+def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.Path:
+    """Returns the folder of a run of a recipe for which none is given: runs/RECIPE/WORD-seedSEED.
+
+    What the configuration changes of the recipe stands behind it, as far as it changes results, so that a trial with
+    one epoch does not stand in the way of the run. A larger number of epochs does not: it extends the run.
+
+    Args:
+      recipe: RECIPE or RECIPE:WORD.
+      config: Configuration of the run, that of the recipe with overrides.
+    """
+    word = recipe.partition(":")[2] or config.method
+    plain = pathlib.Path("runs") / recipes.recipe_file(recipe).stem / f"{word}-seed{config.seed}"
+    changes = _describe_changes(schema.flatten(recipes.load_recipe(recipe, [])), schema.flatten(config))
+    named = plain.with_name(plain.name + changes)
+    # Earlier versions called it so whatever it changed.
+    return plain if not named.exists() and _holds(plain, config) else named
+
+
+def _describe_changes(base: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """Returns "-KEY=VALUE" for every change that changes results, as a part of a file name."""
+    in_order = [*(key for key in keys.KEYS if key in values), *(key for key in values if key not in keys.KEYS)]
+    passed = {"seed", *keys.indifferent()}
+    changed = {key: values[key] for key in in_order if key not in passed and values[key] != base.get(key)}
+    if changed.get("epochs", 0) > base["epochs"]:
+        del changed["epochs"]
+    text = "".join(f"-{key}={_in_file_name(value)}" for key, value in changed.items())
+    return text if len(text) <= _NAME_LENGTH else f"-{_short_digest(text)}"
+
+
+def _in_file_name(value):
+    if isinstance(value, tuple):
+        return ",".join(map(_in_file_name, value))
+    text = str(value).removesuffix(".0")
+    return text if re.fullmatch(r"[A-Za-z0-9._+-]{1,40}", text) else _short_digest(text)
+
+
+def _short_digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _holds(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
+    """Returns whether the folder holds just this run."""
+    try:
+        found = read_json(workdir / "config.json")
+    except (OSError, UserError):
+        return False
+    return not _differences(found, identify(config, found.get(TEACHER_DIGEST)))
 
 
 def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:

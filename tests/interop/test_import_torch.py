@@ -384,7 +384,7 @@ BAD_ARGUMENTS = {
     "channels": (["--channels=1"], ["conv1.weight (4, 3, 3, 3) instead of (4, 1, 3, 3)"]),
     "width without channels": (["--width=0.001"], ["width 0.001 leaves"]),
     "key": (["--key=ema"], ["no network under the key ema", "none"]),
-    "unknown argument": (["--classes=7"], ["--classes=7"]),
+    "unknown argument": (["--classes=7"], ["there is no flag --classes; did you mean --num_classes?"]),
     "out exists": (["--out={full}"], ["exists already"]),
     "no categories file": (["--categories={full}/none"], ["none", "No such file"]),
     "number of categories": (["--categories={full}/two"], ["2 names", "must hold 7"]),

@@ -1,0 +1,20 @@
+"""The command `cskd-jax`, which `python -m cskd_jax` is too."""
+
+from cskd_jax.commands import command_line, table
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command that the first argument names, or lists the commands; returns the exit code."""
+    if not argv[1:] or argv[1] in ("-h", "--help"):
+        print(table.describe_commands())
+        return 0
+    return command_line.exit_code(lambda argv: table.run_command(argv[1], argv[2:]), argv)
+
+
+def start() -> None:
+    """Starts `main`; the entry point of the package."""
+    command_line.start(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,110 @@
+"""Shows the configuration of a recipe, and what every key means. Nothing is trained, read or written.
+
+cskd-jax config show RECIPE[:WORD] [--config.KEY=VALUE ...]
+cskd-jax config keys [PATTERN]
+
+  show       the value of every key that `cskd-jax train` would run with, after all checks that need no data; * marks
+             what differs from the default, which stands behind it
+  keys       default, allowed values and meaning of every key, those of the losses too; of PATTERN, of the keys that
+             hold this text, or fit it where it has a *: optimizer, temperature, losses.kd, "*.width"
+
+`python -m cskd_jax config` is the same command.
+
+Exit codes: 0 done; 2 something to mend in the command or the configuration.
+"""
+
+import fnmatch
+import textwrap
+
+from cskd_jax.commands import command_line
+from cskd_jax.errors import UserError, close_to
+
+_ACTIONS = ("show", "keys")
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, prints, and returns the exit code."""
+    return command_line.run_program(_run, __doc__, argv)
+
+
+def _run(argv):
+    parser = command_line.Parser(takes_config=True)
+    values = parser.parse(argv)
+    action = values.words.pop(0) if values.words else ""
+    if action not in _ACTIONS:
+        close = close_to(action, _ACTIONS)
+        meant = [close[0], *values.words] if close else ["show", action or "digits:kd"]
+        raise UserError(f"config takes show or keys first, such as cskd-jax config {' '.join(meant)}")
+    if action == "show":
+        print(show(parser.recipe(values), values.overrides))
+    elif len(values.words) > 1 or values.config is not None or values.overrides:
+        raise UserError("config keys takes one pattern, such as cskd-jax config keys optimizer, and no recipe")
+    else:
+        print(explain(values.words[0] if values.words else ""))
+
+
+def show(recipe: str, overrides: list[str]) -> str:
+    """Returns the configuration of a recipe as text, a line for every key.
+
+    Args:
+      recipe: RECIPE or RECIPE:WORD.
+      overrides: Arguments --config.KEY=VALUE.
+
+    Raises:
+      UserError: There is no such recipe, or the configuration is wrong.
+    """
+    from cskd_jax.runs import keys, recipes, schema
+    from cskd_jax.runs.keys import REQUIRED
+    from cskd_jax.runs.workdir import default_workdir
+
+    config = recipes.load_recipe(recipe, overrides)
+    schema.validate(config)
+    values = schema.flatten(config)
+    losses = [f"losses.{name}.{key}" for name in sorted(config.losses) for key in keys.loss_keys(name)]
+    rows = []
+    for path in [*keys.KEYS, *losses]:
+        default = keys.find_key(path).default
+        differs = values[path] != default
+        note = f"(default {_value(default)})" if differs and default is not REQUIRED else ""
+        rows.append(("*" if differs else " ", path, _value(values[path]), note))
+    width, value_width = (max(len(row[column]) for row in rows) for column in (1, 2))
+    lines = [f"{mark} {path:{width}}  {value:{value_width}}  {note}".rstrip() for mark, path, value, note in rows]
+    return "\n".join([f"{recipe}, workdir {default_workdir(recipe, config)}", "", *lines])
+
+
+def explain(pattern: str) -> str:
+    """Returns what is known about the keys that hold a text, or fit a pattern with *; all keys if it is empty.
+
+    Raises:
+      UserError: No key does.
+    """
+    from cskd_jax.losses import LOSSES
+    from cskd_jax.runs import keys, schema
+    from cskd_jax.runs.keys import REQUIRED
+
+    common = keys.weight_keys()
+    found = dict(keys.KEYS)
+    # The settings that every loss has are told once, unless the pattern is about one loss.
+    found |= {f"losses.NAME.{setting}": key for setting, key in common.items()}
+    for name in sorted(LOSSES):
+        found |= {f"losses.{name}.{s}": key for s, key in keys.loss_keys(name).items() if pattern or s not in common}
+    shown = [path for path in found if fnmatch.fnmatchcase(path, pattern if "*" in pattern else f"*{pattern}*")]
+    if not shown:
+        close = schema.close_keys(pattern, found)
+        sections = dict.fromkeys(path.partition(".")[0] for path in found)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"all of them begin with {', '.join(sections)}"
+        raise UserError(f"no key fits {pattern}; {hint}")
+    entries = []
+    for path in shown:
+        key = found[path]
+        default = "required" if key.default is REQUIRED else f"default {_value(key.default)}"
+        lines = textwrap.wrap(f"{default}; {key.rule.allowed}", 100) + textwrap.wrap(key.meaning, 100)
+        entries.append("\n".join([path, *(f"    {line}" for line in lines)]))
+    return "\n".join(entries)
+
+
+def _value(value):
+    """Returns a value as it is typed: --config.KEY=VALUE."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"({','.join(map(repr, value))}{',' * (len(value) == 1)})" if isinstance(value, tuple) else str(value)

@@ -1,0 +1,88 @@
+"""The commands: what each is for, and the module that is it. Nothing here imports one before it is used."""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+from cskd_jax.errors import UserError, close_to
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+      module: Module whose `main(argv)` it is.
+      summary: One sentence for the list of commands.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("cskd_jax.commands.train", "Trains a teacher and distills a student."),
+    "sweep": Command("cskd_jax.commands.sweep", "Trains several methods with several seeds and one teacher."),
+    "report": Command("cskd_jax.report.__main__", "Compares finished runs with each other and with published results."),
+    "evaluate": Command("cskd_jax.evaluate.__main__", "Measures trained networks: scores, size, operations, latency."),
+    "export": Command("cskd_jax.interop.export", "Writes a trained network for PyTorch and for jax.export."),
+    "import-torch": Command("cskd_jax.interop.import_torch", "Makes a teacher of a file that PyTorch wrote."),
+    "supervise": Command("cskd_jax.commands.supervise", "Runs a command and starts it again when it dies."),
+    "config": Command("cskd_jax.commands.config", "Shows the configuration of a recipe, and what every key means."),
+}
+
+# What `python -m` may start.
+_STARTED = ("main", "sweep", "report", "evaluate", "supervise", "interop.export", "interop.import_torch")
+_MODULES = {"cskd_jax", "cskd_jax.runs.document", *(f"cskd_jax.{name}" for name in _STARTED)}
+# Other names for a command, none of which exists.
+_MEANT = {"main": "train", "distill": "train", "distillation": "train", "run": "train", "import_torch": "import-torch"}
+
+
+def describe_commands() -> str:
+    """Returns the list of the commands for people."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "cskd-jax COMMAND ...",
+            "python -m cskd_jax COMMAND ...",
+            "",
+            *lines,
+            "",
+            "cskd-jax COMMAND --help says what a command takes.",
+        ]
+    )
+
+
+def run_command(name: str, arguments: list[str]) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+      name: Name of the command.
+      arguments: What follows it.
+
+    Raises:
+      UserError: There is no such command.
+    """
+    if name.startswith("-"):
+        raise UserError(f"name the command first, such as cskd-jax train {' '.join([name, *arguments])}")
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name}; {_hint(name)}")
+    return importlib.import_module(COMMANDS[name].module).main([f"cskd-jax {name}", *arguments])
+
+
+def check_module(module: str) -> None:
+    """Ends a `python -m cskd_jax.NAME` that is no command: it would do nothing, and end as if all had gone well.
+
+    Args:
+      module: What follows -m.
+    """
+    if module.partition(".")[0] == "cskd_jax" and module.removesuffix(".__main__") not in _MODULES:
+        print(f"error: {module} is no command; {_hint(module.rpartition('.')[2])}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
+
+
+def _hint(name: str) -> str:
+    close = dict.fromkeys(_MEANT.get(found, found) for found in close_to(name, [*COMMANDS, *_MEANT]))
+    if close:
+        return f"did you mean {' or '.join(f'cskd-jax {found}' for found in close)}?"
+    return f"the commands are {', '.join(COMMANDS)}"

@@ -1,0 +1,55 @@
+"""Trains a teacher and distills a student.
+
+cskd-jax train RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VALUE ...]
+
+  RECIPE         a packaged recipe such as digits, or a file such as configs/digits.py; --config=RECIPE is the same.
+                 WORD is a method of docs/methods.md such as kd, several of them such as kd+at, or networks and a
+                 method such as R152_0.5/R34_0.25/kd
+  --workdir      folder of the run; default: runs/RECIPE/WORD-seedSEED, with what --config.KEY changes behind it. The
+                 same command again resumes there, and with a larger --config.epochs extends the run.
+  --config.KEY   overrides a key, such as --config.epochs=10; `cskd-jax config keys` explains all of them,
+                 `cskd-jax config show RECIPE` shows their values
+
+  One of several processes, each with its part of every batch (launch/ has scripts):
+  --coordinator  HOST:PORT, where the first process listens
+  --processes    how many there are
+  --process      which of them this is, from 0
+  --cluster      instead of the three: SLURM or the TPU pod knows; a SLURM step of several tasks needs no flag
+
+A run goes on when its terminal is closed or its connection is lost. `python -m cskd_jax.main` is the same command.
+
+Exit codes: 0 done; 2 something to mend in the command, the configuration or the data; 3 a loss or gradient is not
+finite any more; 75 stopped by a signal with everything saved, and 1 a process that decodes images was killed: the same
+command resumes.
+"""
+
+from cskd_jax.commands import command_line
+from cskd_jax.commands.arguments import number
+from cskd_jax.files import local_folder
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, runs, and returns the exit code."""
+    return command_line.run_program(_run, __doc__, argv)
+
+
+def _run(argv):
+    parser = command_line.Parser(takes_config=True)
+    parser.add_argument("--workdir", type=local_folder)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=number(int, 1, 10**6))
+    parser.add_argument("--process", type=number(int, 0, 10**6))
+    parser.add_argument("--cluster", action="store_true")
+    values = parser.parse(argv)
+    recipe = parser.recipe(values)
+    from cskd_jax.runs import recipes
+
+    config = recipes.load_recipe(recipe, values.overrides)
+    command_line.set_up_jax()
+    from cskd_jax.distributed import processes
+    from cskd_jax.runs.run import train
+    from cskd_jax.runs.workdir import default_workdir
+
+    workdir = values.workdir or default_workdir(recipe, config)
+    processes.initialize(values.coordinator, values.processes, values.process, values.cluster)
+    train(config, workdir)

@@ -1,0 +1,288 @@
+"""The commands as programs: their list, their help, their console that goes away; and the configuration shown."""
+
+import configparser
+import json
+import os
+import pathlib
+import pty
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import cskd_jax
+from cskd_jax.__main__ import main
+from cskd_jax.commands.table import COMMANDS
+from cskd_jax.files import local_folder
+from cskd_jax.runs import keys, schema
+from cskd_jax.runs.recipes import load_recipe
+from cskd_jax.runs.workdir import default_workdir, identify
+from tests.conftest import ROOT
+
+MODULES = {
+    "cskd_jax.main": "cskd-jax train RECIPE",
+    "cskd_jax.sweep": "cskd-jax sweep RECIPE",
+    "cskd_jax.report": "cskd-jax report RUNS",
+    "cskd_jax.evaluate": "cskd-jax evaluate DIR",
+    "cskd_jax.supervise": "cskd-jax supervise ",
+    "cskd_jax.interop.export": "cskd-jax export WORKDIR",
+    "cskd_jax.interop.import_torch": "cskd-jax import-torch FILE",
+}
+DATA = np.zeros((4, 2, 2, 1), np.float32), np.array([0, 1, 0, 1])
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def python(*arguments, **settings):
+    """Runs Python on arguments, elsewhere than in the repository."""
+    settings = {"cwd": "/", "env": ENVIRONMENT, "capture_output": True, "text": True} | settings
+    return subprocess.run([sys.executable, *arguments], **settings)
+
+
+def test_all_commands_are_listed(capsys):
+    assert main(["cskd-jax"]) == 0
+    listed = capsys.readouterr().out
+    assert main(["cskd-jax", "--help"]) == 0
+    assert capsys.readouterr().out == listed
+    for name, command in COMMANDS.items():
+        assert f"  {name.ljust(12)}  {command.summary}\n" in listed
+    assert python("-m", "cskd_jax").stdout == listed
+
+
+def test_the_installed_command_is_this_one():
+    package = configparser.ConfigParser()
+    package.read(ROOT / "setup.cfg")
+    name, entry = package["options.entry_points"]["console_scripts"].split("=")
+    assert (name.strip(), entry.strip()) == ("cskd-jax", "cskd_jax.__main__:start")
+    process = python("-c", "from cskd_jax.__main__ import start; start()", "config", "shwo")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("error: config takes show or keys first")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_of_a_module_is_that_of_its_command(module, capsys):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = python("-m", module, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (process.returncode, process.stderr) == (0, "")
+    usage = MODULES[module]
+    assert process.stdout.splitlines()[2].startswith(usage)
+    assert main([*usage.split()[:2], "-h"]) == 0
+    assert capsys.readouterr().out == process.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3, "seconds of a processor"
+
+
+HELP_OF_ALL = """
+import sys
+from cskd_jax.__main__ import main
+from cskd_jax.commands.table import COMMANDS
+for name in COMMANDS:
+    assert main(["cskd-jax", name, "--help"]) == 0
+print(sorted({"absl", "flax", "jax", "numpy", "sklearn", "tensorflow_datasets", "tqdm"} & sys.modules.keys()))
+"""
+
+
+def test_help_imports_nothing():
+    process = python("-c", HELP_OF_ALL)
+    assert process.stdout.splitlines()[-1] == "[]", process.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "hint"),
+    [
+        ("cskd_jax.train", "did you mean cskd-jax train?"),
+        ("cskd_jax.distillation", "did you mean cskd-jax train?"),
+        ("cskd_jax.commands.train", "did you mean cskd-jax train?"),
+        ("cskd_jax.runs.sweep", "did you mean cskd-jax sweep?"),
+        ("cskd_jax.export", "did you mean cskd-jax export?"),
+        ("cskd_jax.console", f"the commands are {', '.join(COMMANDS)}"),
+    ],
+)
+def test_other_modules_are_no_commands(module, hint):
+    process = python("-m", module, "--config=digits:kd")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == f"error: {module} is no command; {hint}\n"
+
+
+TALKING = """
+import os, pathlib, signal, sys
+from cskd_jax.commands import command_line
+
+def talk(argv):
+    print("first", flush=True)
+    sys.stdin.read()  # until the reader is gone
+    os.kill(os.getpid(), signal.SIGHUP)
+    for _ in range(1000):
+        print("more", 100 * "x")
+        print("more", file=sys.stderr)
+    pathlib.Path(argv[1]).write_text("done")
+    print("not flushed before the end")
+
+command_line.start(talk)
+"""
+
+
+def talk(path, **streams):
+    command = [sys.executable, "-c", TALKING, str(path)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=ENVIRONMENT, **streams)
+
+
+def test_a_reader_that_goes_away_ends_nothing(tmp_path):
+    """As `| head -1` does, with standard error to the same pipe, and a connection that is lost."""
+    process = talk(tmp_path / "result", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout.readline() == b"first\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(timeout=20) == 0
+    assert (tmp_path / "result").read_text() == "done"
+
+
+def test_nothing_is_said_about_a_reader_that_goes_away(tmp_path):
+    process = talk(tmp_path / "result", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"first\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == 1000 * b"more\n"
+    process.stderr.close()
+    assert process.wait(timeout=20) == 0
+
+
+def test_a_terminal_that_is_closed_ends_nothing(tmp_path):
+    terminal, end = pty.openpty()
+    process = talk(tmp_path / "result", stdout=end, stderr=end)
+    os.close(end)
+    assert os.read(terminal, 100).strip() == b"first"
+    os.close(terminal)
+    process.stdin.close()
+    assert process.wait(timeout=20) == 0
+    assert (tmp_path / "result").read_text() == "done"
+
+
+def test_console_that_was_closed_before_the_start(tmp_path):
+    process = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m cskd_jax >&- 2>&-'], env=ENVIRONMENT, capture_output=True, cwd=tmp_path
+    )
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_training_without_a_console(start, small_run, tmp_path):
+    process = start([f"{small_run[0]}:ce", *small_run[1:], "--config.epochs=1", f"--workdir={tmp_path / 'run'}"])
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_flags_with_and_without_an_equals_sign(capsys):
+    shown = []
+    for words in (
+        ["digits:kd", "--config.epochs=3", "--config.augment.flip=true"],
+        ["--config=digits:kd", "--config.epochs=4", "--config.augment.flip", "--config.epochs=3"],
+        ["--config", "digits:kd", "--config.epochs", "3", "--config.augment.flip"],
+        ["-config.epochs=3", "-config", "digits:kd", "-config.augment.flip", "1"],
+    ):
+        assert main(["cskd-jax", "config", "show", *words]) == 0
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1
+    assert "* epochs                              3          (default 200)\n" in shown[0]
+    assert "* augment.flip                        true       (default false)\n" in shown[0]
+
+
+def test_shown_configuration(capsys):
+    assert main(["cskd-jax", "config", "show", "digits:kd+at", "--config.losses.kd.temperature=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["digits:kd+at, workdir runs/digits/kd+at-seed0-losses.kd.temperature=2", ""]
+    config = load_recipe("digits:kd+at", ["--config.losses.kd.temperature=2"])
+    values = schema.flatten(config)
+    names = [line[2:].split()[0] for line in lines[2:]]
+    assert names[: len(keys.KEYS)] == list(keys.KEYS), "in the order of the schema"
+    assert set(names) == set(values)
+    marked = {line[2:].split()[0] for line in lines if line.startswith("* ")}
+    assert marked == {name for name in names if values[name] != keys.find_key(name).default}
+    # What is shown can be typed.
+    typed = [f"--config.{name}={line[2:].split()[1]}" for name, line in zip(names, lines[2:], strict=True)]
+    again = load_recipe("digits:kd+at", [argument for argument in typed if "config.method=" not in argument])
+    assert schema.flatten(again) == values
+
+
+def test_explained_keys(capsys):
+    assert main(["cskd-jax", "config", "keys"]) == 0
+    everything = capsys.readouterr().out
+    for path, key in keys.KEYS.items():
+        assert f"{path}\n    " in everything
+        assert " ".join(key.meaning.split()) in " ".join(everything.split())
+    assert "losses.NAME.start_epoch\n    default 0; an integer from 0 to 1000000\n" in everything
+    assert main(["cskd-jax", "config", "keys", "losses.kd."]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert shown == [f"losses.kd.{setting}" for setting in keys.loss_keys("kd")]
+    assert main(["cskd-jax", "config", "keys", "*.width"]) == 0
+    assert capsys.readouterr().out.startswith("teacher.width\n    default 1.0; a number above 0, up to 64\n")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "kd-seed0"),
+        (["seed=3"], "kd-seed3"),
+        (["epochs=30", "student.width=0.125"], "kd-seed0"),
+        (["dataset.data_dir=/data", "log_every=3"], "kd-seed0"),
+        (["student.width=0.5", "epochs=1"], "kd-seed0-epochs=1-student.width=0.5"),
+        (["epochs=300"], "kd-seed0"),
+        (["epochs=300", "drop_last=true", "seed=1"], "kd-seed1-drop_last=True"),
+        (
+            ["optimizer.milestones=(3,5)", "losses.kd.temperature=2"],
+            "kd-seed0-optimizer.milestones=3,5-losses.kd.temperature=2",
+        ),
+        (["teacher.checkpoint=/some where/else"], "kd-seed0-teacher.checkpoint=[0-9a-f]{8}"),
+        ([f"optimizer.milestones={tuple(range(1, 60))}"], "kd-seed0-[0-9a-f]{8}"),
+    ],
+)
+def test_default_folder_is_called_by_what_changes_results(overrides, name):
+    config = load_recipe("digits:kd", [f"--config.{override}" for override in overrides])
+    assert re.fullmatch(f"runs/digits/{name}", str(default_workdir("digits:kd", config)))
+
+
+def test_a_run_that_an_earlier_version_has_left_in_the_plain_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_recipe("digits:kd", ["--config.epochs=1"])
+    named = default_workdir("digits:kd", config)
+    plain = named.with_name("kd-seed0")
+    plain.mkdir(parents=True)
+    (plain / "config.json").write_text(json.dumps(identify(config)))
+    assert default_workdir("digits:kd", config) == plain
+    other = load_recipe("digits:kd", ["--config.epochs=2"])
+    assert default_workdir("digits:kd", other) == named.with_name("kd-seed0-epochs=2")
+    named.mkdir()
+    assert default_workdir("digits:kd", config) == named
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda folder: cskd_jax.run("digits:ce", folder),
+        lambda folder: cskd_jax.load_run(folder),
+        lambda folder: cskd_jax.distill(
+            nn.Dense(2), losses={"cross_entropy": 1.0}, optimizer=optax.sgd(0.1), train=DATA, test=DATA, workdir=folder
+        ),
+    ],
+    ids=["run", "load_run", "distill"],
+)
+@pytest.mark.parametrize("folder", ["gs://bucket/run", pathlib.Path("s3://bucket/run")])
+def test_addresses_are_no_folders_in_python_either(use, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cskd_jax.UserError, match=f"{folder} is an address, not a folder: name a local or a mounted"):
+        use(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder_may_be_named(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert local_folder("~/runs") == pathlib.Path("/home/me/runs")

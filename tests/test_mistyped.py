@@ -1,0 +1,289 @@
+"""What people mistype, what the commands say to it, and that what they advise is right."""
+
+import shlex
+
+import pytest
+
+from cskd_jax.__main__ import main
+from cskd_jax.runs import grid, run, schema, sweep
+
+# What is typed; the message, with ... for what is left out; and, where there is one, what it advises in its place.
+MISTYPED = """
+trian digits:kd
+    there is no command trian; did you mean cskd-jax train?
+    -> train digits:kd
+distill digits:kd
+    there is no command distill; did you mean cskd-jax train?
+    -> train digits:kd
+main --config=digits:kd
+    there is no command main; did you mean cskd-jax train?
+    -> train --config=digits:kd
+rport runs
+    there is no command rport; did you mean cskd-jax report?
+eval runs
+    there is no command eval; did you mean cskd-jax evaluate?
+import_torch t.pth
+    there is no command import_torch; did you mean cskd-jax import-torch?
+foo
+    there is no command foo; the commands are train, sweep, report, evaluate, export, import-torch, supervise, ...
+--config=digits:kd
+    name the command first, such as cskd-jax train --config=digits:kd
+    -> train --config=digits:kd
+train
+    --config=RECIPE must name a file such as configs/digits.py, or one of the recipes ..., tiny_imagenet; got none
+    -> train digits
+train digit:kd
+    --config=RECIPE must name a file such as ... got digit:kd; did you mean digits or digit_pairs?
+    -> train digits
+train cifar-100:kd
+    --config=RECIPE must name a file such as ... got cifar-100:kd; did you mean cifar100?
+    -> train cifar100
+train digits:kdd
+    unknown method 'kdd' after the ':' of --config; known: cskd, cskd_paper, intra, inter, ce, kd, lskd, fitnet, ...
+train digits:kd+kdd
+    unknown method 'kdd' after the ':' of --config; known: cskd, cskd_paper, intra, inter, ce, kd, lskd, fitnet, ...
+train digits:kd+kd
+    kd+kd after the ':' of --config: a method is named twice
+train digits:cskd+intra
+    cskd+intra after the ':' of --config: the loss mse_logits is that of intra and of another method
+train digits:fitnet+ab
+    fitnet+ab after the ':' of --config: fitnet and ab need a first phase of their own
+train digit_pairs:kd
+    unknown method 'kd' after the ':' of --config; known: mlcskd, mlcskd_reference, bkd, bce
+train digits:R18/kd
+    'R18/kd' after the ':' of --config must be METHOD or TEACHER/STUDENT/METHOD
+train digits:kd at
+    there is one recipe, got digits:kd and at; all else is given as --NAME=VALUE, with commas between several values
+train --config digits:kd --config digits:at
+    --config is given twice: digits:kd and digits:at
+train --config
+    --config needs a value, such as --config=digits:kd
+    -> train --config=digits:kd
+train config=digits:kd
+    config=digits:kd lacks its dashes; did you mean --config=digits:kd?
+    -> train --config=digits:kd
+train digits:kd --epochs=1
+    there is no flag --epochs; did you mean --config.epochs=1?
+    -> train digits:kd --config.epochs=1
+train digits:kd --epochs 1
+    there is no flag --epochs; did you mean --config.epochs=1?
+    -> train digits:kd --config.epochs=1
+train digits:kd epochs=1
+    epochs=1 lacks its dashes; did you mean --config.epochs=1?
+    -> train digits:kd --config.epochs=1
+train digits:kd config.epochs=1
+    config.epochs=1 lacks its dashes; did you mean --config.epochs=1?
+    -> train digits:kd --config.epochs=1
+train digits:kd --learning-rate=0.2
+    there is no flag --learning-rate; did you mean --config.optimizer.learning_rate=0.2?
+    -> train digits:kd --config.optimizer.learning_rate=0.2
+train digits:kd --width=0.5
+    there is no flag --width; did you mean --config.teacher.width=0.5 or --config.student.width=0.5?
+    -> train digits:kd --config.student.width=0.5
+train digits:kd --batch-size 32
+    there is no flag --batch-size; did you mean --config.batch_size=32?
+    -> train digits:kd --config.batch_size=32
+train digits:kd --temperature=2
+    there is no flag --temperature; did you mean --config.losses.NAME.temperature=2?
+train digits:kd --workdr=x
+    there is no flag --workdr; did you mean --workdir?
+train digits:kd --adamw
+    there is no flag --adamw; the flags are --workdir, --coordinator, --processes, --process, --cluster, --config; ...
+    -> config keys
+train digits:kd --workdir
+    --workdir needs a value; --help shows what is allowed
+    -> train --help
+train digits:kd --cluster=yes
+    --cluster takes no value, got 'yes'; --help shows what is allowed
+train digits:kd --processes=two
+    --processes: 'two' is not an integer from 1 to 1000000; --help shows what is allowed
+train digits:kd --workdir=gs://b/run
+    gs://b/run is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by other ...
+train digits:kd --config.epoch=1
+    unknown configuration key epoch; did you mean epochs?
+    -> train digits:kd --config.epochs=1
+train digits:kd --config.learning_rate=0.2
+    unknown configuration key learning_rate; did you mean optimizer.learning_rate?
+    -> train digits:kd --config.optimizer.learning_rate=0.2
+train digits:kd --config.kd.temprature=2
+    unknown configuration key kd.temprature; cskd-jax config keys lists all
+    -> config keys
+train digits:kd --config.losses.kd.temprature=2
+    unknown configuration key losses.kd.temprature; did you mean losses.kd.temperature?
+    -> train digits:kd --config.losses.kd.temperature=2
+train digits:kd --config.optimizer.adamw=1
+    unknown configuration key optimizer.adamw; optimizer has ...
+train digits:kd --config.optimizer=adamw
+    unknown configuration key optimizer; optimizer has ...
+train digits:kd --config.adamw=1
+    unknown configuration key adamw; cskd-jax config keys lists all
+train digits:kd --config.losses.at.weight=1
+    losses.at.weight: this method has no at, only cross_entropy, kd; see configs/methods.py
+train digits:kd --config.losses.kd=2
+    unknown configuration key losses.kd; losses.kd has end_epoch, start_epoch, temperature, warmup_epochs, weight
+train digits:kd --config.method=at
+    the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method
+train digits:kd --config.epochs=many
+    epochs is 'many'; it must be an integer from 1 to 1000000
+train digits:kd --config.epochs=1.5
+    epochs is '1.5'; it must be an integer from 1 to 1000000
+train digits:kd --config.epochs
+    --config.epochs needs a value: epochs must be an integer from 1 to 1000000
+train digits:kd --config.augment.flip=maybe
+    augment.flip is 'maybe'; it must be true or false
+train digits:kd --config.student.width=wide
+    student.width is 'wide'; it must be a number above 0, up to 64
+train digits:kd --config.student.name=
+    student.name is ''; it must be one of inception_v3, mobilenet_v2, mobilenet_v2_crd, resnet101, resnet101_224, ...
+train digits:kd --config.optimizer.milestones=ten
+    optimizer.milestones is 'ten'; it must be increasing epochs up to 1000000 in parentheses, such as (100,150)
+    -> train digits:kd --config.optimizer.milestones=(100,150)
+train digits:kd --config.dataset.mean=x
+    dataset.mean is 'x'; it must be finite numbers in parentheses, such as (0.5,) or (0.49,0.48,0.45)
+train digits:kd --config.losses.kd.temperature=0
+    losses.kd.temperature is 0.0; it must be a number greater than 0
+train digits:crd --config.losses.crd.momentum=1
+    losses.crd.momentum is 1.0; it must be a number in [0, 1)
+train digits:cckd --config.losses.cckd.order=0
+    losses.cckd.order is 0; it must be an integer of at least 1
+train digits:cskd --config.losses.category_structure.variant=papr
+    losses.category_structure.variant is 'papr'; it must be one of paper, reference
+    -> train digits:cskd_paper --config.losses.category_structure.variant=paper
+sweep digits
+    --methods must name at least one method, such as --methods=ce,kd,cskd
+    -> sweep digits --methods=ce,kd,cskd
+sweep digits --methods ce kd
+    there is one recipe, got digits and kd; all else is given as --NAME=VALUE, with commas between several values
+sweep digits:kd --methods=ce
+    --config=digits:kd: the methods of a sweep are given by --methods
+sweep digits --methods=ce,ce
+    --methods names ce twice
+sweep digits --methods=ce --seeds=0..2
+    --seeds is 0..2; it must be integers from 0 to 4294967295, such as 0,1,2 or 0-2
+    -> sweep digits --methods=ce --seeds=0-2
+sweep digits --methods=ce --seeds=2-0
+    --seeds is 2-0; it must be integers from 0 to 4294967295, such as 0,1,2 or 0-2
+sweep digits --methods=ce --seeds=0-2,1
+    --seeds names 1 twice
+sweep digits --methods=ce --seed=0
+    there is no flag --seed; did you mean --seeds?
+sweep digits --methods=ce --jobs=0
+    --jobs: '0' is not an integer from 1 to 1000; --help shows what is allowed
+    -> sweep --help
+sweep digits --methods=ce --workdir s3://b/x
+    s3://b/x is an address, not a folder: name a local or a mounted folder, and copy it from or to s3:// by other ...
+report
+    name the folders of the runs, such as runs/sweep/digits
+report nothing
+    nothing holds no finished run: there is no results.json in it or below
+report gs://b/runs
+    gs://b/runs is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by ...
+report runs --config=digits
+    there is no flag --config; the flags are --workdir, --out, --data_dir, --published
+report runs --output=x
+    there is no flag --output; did you mean --out?
+evaluate
+    name one folder, such as cskd-jax evaluate runs/digits/kd-seed0; got none
+evaluate a --workdir=b
+    name one folder, such as cskd-jax evaluate runs/digits/kd-seed0; got a and b
+evaluate nothing
+    nothing is no folder
+evaluate --checkpoint=gs://b/run
+    gs://b/run is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by other ...
+evaluate workdir=runs
+    workdir=runs lacks its dashes; did you mean --workdir=runs?
+export runs/x
+    the following arguments are required: --out; --help shows what is allowed
+    -> export --help
+export --out=y
+    name one folder, such as cskd-jax export runs/digits/kd-seed0 --out=exported; got none
+export runs/x --out=gs://b/x
+    gs://b/x is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by other ...
+export gs://b/x --out=y
+    gs://b/x is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by other ...
+export runs/x --out=y --config=digits
+    there is no flag --config; the flags are --workdir, --network, --out, --size, --mean, --std
+export runs/x --out=y --network=techer
+    --network: invalid choice: 'techer' (choose from 'student', 'teacher'); --help shows what is allowed
+import-torch --model=vgg8 --num_classes=10 --out=y
+    name one file, such as teacher.pth; got none
+import-torch t.pth --model=vgg8 --num_classes=ten --out=y
+    --num_classes: 'ten' is not an integer from 2 to 1000000; --help shows what is allowed
+import-torch t.pth --model=vgg8 --num_classes=10 --out=s3://b
+    s3://b is an address, not a folder: name a local or a mounted folder, and copy it from or to s3:// by other ...
+supervise
+    there is no -- COMMAND; --help shows what is allowed
+    -> supervise --help
+supervise --restart=3 -- true
+    there is no flag --restart; did you mean --restarts?
+supervise -- /no/such/program
+    No such file or directory: /no/such/program
+config
+    config takes show or keys first, such as cskd-jax config show digits:kd
+    -> config show digits:kd
+config digits:kd
+    config takes show or keys first, such as cskd-jax config show digits:kd
+    -> config show digits:kd
+config shwo digits:kd
+    config takes show or keys first, such as cskd-jax config show digits:kd
+    -> config show digits:kd
+config show digits:kd --epochs=1
+    there is no flag --epochs; did you mean --config.epochs=1?
+    -> config show digits:kd --config.epochs=1
+config keys adamw
+    no key fits adamw; all of them begin with ...
+    -> config keys batch_size
+config keys temprature
+    no key fits temprature; did you mean losses.binary_kd.temperature or losses.crd.temperature or ...
+    -> config keys losses.crd.temperature
+config keys a b
+    config keys takes one pattern, such as cskd-jax config keys optimizer, and no recipe
+    -> config keys optimizer
+"""
+
+
+def cases():
+    """Returns [(what is typed, message, advice or None)]."""
+    found = []
+    for line in MISTYPED.strip().splitlines():
+        text = line.strip()
+        if line == text:
+            found.append([text, None, None])
+        elif text.startswith("-> "):
+            found[-1][2] = text.removeprefix("-> ")
+        else:
+            found[-1][1] = text
+    return found
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a command up to where a training or a sweep would start; returns its exit code and what it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "train", lambda config, workdir: schema.validate(config))
+    monkeypatch.setattr(sweep, "sweep", lambda runs, jobs: None)
+    monkeypatch.setattr(grid, "load_data", lambda config: None)
+
+    def call(line):
+        code = main(["cskd-jax", *shlex.split(line)])
+        return code, capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(("typed", "message", "advised"), cases(), ids=[typed for typed, _, _ in cases()])
+def test_mistyped(typed, message, advised, command, tmp_path):
+    code, said = command(typed)
+    assert code == 2
+    (line,) = said.err.splitlines()
+    beginning, dots, end = f"error: {message}".partition(" ...")
+    assert line.startswith(beginning)
+    assert line.endswith(end) if dots else line == beginning
+    assert list(tmp_path.iterdir()) == [], "something was written"
+    if advised is not None:
+        code, said = command(advised)
+        assert code == 0, said.err
+
+
+def test_there_are_enough():
+    assert len({typed for typed, _, _ in cases()}) == len(cases()) >= 40
