@@ -19,10 +19,13 @@ finite any more; 75 stopped by a signal with everything saved, and 1 a process t
 command resumes.
 """
 
+import os
 import pathlib
 import sys
 
 from absl import flags
+
+from cskd_jax import console
 
 # Arguments of processes.initialize: how the flag is defined, and its default.
 _PROCESSES = {
@@ -51,15 +54,29 @@ def _run(argv):
         define(name, default, "See processes.initialize.", flag_values=values)
     command = command_line.parse(argv, values)
     command_line.refuse_rest(command)
-    config = recipes.load_recipe(command.recipe, command.overrides)
-    default = recipes.default_workdir(command.recipe, config)
-    command_line.set_up_jax()
-    # Imported late: mistakes in the command should not wait for everything.
-    from cskd_jax.distributed import processes
-    from cskd_jax.runs.run import train
+    name = recipes.recipe_file(command.recipe).stem
+    console.set_up_logging()
+    if not _is_first(values.process):
+        console.mute()
+    with console.pause(f"loading JAX to train {command.recipe}"):
+        config = recipes.load_recipe(command.recipe, command.overrides)
+        command_line.set_up_jax()
+        from cskd_jax.distributed import processes
+        from cskd_jax.runs.run import train
 
+    workdir = pathlib.Path(values.workdir or recipes.default_workdir(command.recipe, config))
+    word = command.recipe.partition(":")[2] or config.method
+    console.say(f"{name}:{word}, seed {config.seed}, into {workdir}")
     processes.initialize(**{name: values[name].value for name in _PROCESSES})
-    train(config, pathlib.Path(values.workdir or default))
+    train(config, workdir)
+
+
+def _is_first(process: int | None) -> bool:
+    """Whether this is the first of several processes, or the only one: it alone speaks, from its first line on."""
+    if process is not None:
+        return process == 0
+    # As SLURM and TPU pods number them.
+    return (os.environ.get("SLURM_PROCID") or os.environ.get("TPU_WORKER_ID") or "0") == "0"
 
 
 if __name__ == "__main__":

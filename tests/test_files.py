@@ -97,7 +97,7 @@ def test_metrics(workdir, outside):
     (workdir / "metrics.jsonl").symlink_to(outside)
     (workdir / "metrics.jsonl.tmp").symlink_to(outside)
     files = MetricsFiles(workdir)
-    files.on_start(Start("student", 0, 1, 1, 0, 1, SINGLE_LABEL, Progress()))
+    files.on_start(Start("student", 0, 1, 1, 0, 1, SINGLE_LABEL, Progress(), lambda _: None))
     files.on_end()
     assert not (workdir / "metrics.jsonl").is_symlink()
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from cskd_jax.console import pause
 from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.data.samplers import BalancedSampler, Sampler, UniformSampler
@@ -63,8 +64,9 @@ def build(
     Raises:
       UserError: Networks, losses, data and the given teacher do not fit together; nothing has been compiled by then.
     """
-    # Several processes would prepare the same files at once.
-    dataset = processes.first_then_all(lambda: load_data(config))
+    with pause(f"loading the data set {config.dataset.name}"):
+        # Several processes would prepare the same files at once.
+        dataset = processes.first_then_all(lambda: load_data(config))
     if not needs_teacher(config.losses):
         return Run(dataset, make_trainer("student", config, dataset, workdir, devices))
     teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))

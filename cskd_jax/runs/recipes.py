@@ -12,7 +12,6 @@ from ml_collections import config_flags
 import cskd_jax.configs
 from cskd_jax.configs import methods, networks
 from cskd_jax.errors import UserError
-from cskd_jax.runs import schema
 
 _PACKAGED = pathlib.Path(cskd_jax.configs.__file__).parent
 # What a recipe may import as `configs`, by the names that the modules have then.
@@ -29,6 +28,9 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
     Raises:
       UserError: There is no such recipe, or a key or value does not fit.
     """
+    # Imports JAX, which takes seconds: what is wrong with a command line should not wait for it.
+    from cskd_jax.runs import schema
+
     file = recipe_file(recipe)
     _, colon, word = recipe.partition(":")
     argv, values = ["cskd_jax", f"--config={file}{colon}{word}"], flags.FlagValues()
@@ -73,6 +75,8 @@ def packaged_recipes() -> list[str]:
 
 def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_collections.ConfigDict:
     """Returns a configuration with --config.KEY=VALUE arguments applied; raises UserError where they do not fit."""
+    from cskd_jax.runs import schema
+
     _check_overrides(overrides, schema.flatten(config))
     argv, values = ["cskd_jax", *overrides], flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, "Configuration.", values, sys_argv=argv)
@@ -97,6 +101,8 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
 
 
 def _check_overrides(overrides: list[str], known: Iterable[str]) -> None:
+    from cskd_jax.runs import schema
+
     for key in map(override_key, overrides):
         if key == "method":
             raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import pathlib
 import re
@@ -22,12 +23,13 @@ import flax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from cskd_jax.distributed import processes
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.files import write_json
+
+_logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 _ARRAYS, _RECORD = "arrays", "record"
@@ -176,7 +178,7 @@ class Checkpoints:
                 return _unflatten(arrays, template(step)), record
             except _Damaged as damage:
                 aside = path.with_name(f"{step}.damaged")
-                logging.warning(
+                _logger.warning(
                     "checkpoint %s is damaged (%s): renamed to %s, looking for an older one", path, damage, aside.name
                 )
                 shutil.rmtree(aside, ignore_errors=True)

@@ -5,9 +5,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -68,6 +67,14 @@ class Setup:
         for callback in self.callbacks:
             callback.on_message(message)
 
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """A context in which something other than training happens, of which the callbacks know."""
+        with contextlib.ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(callback.pause(what))
+            yield
+
 
 class Loop:
     """The training of one student.
@@ -108,7 +115,8 @@ class Loop:
         self._steps = [self._make_step(part) for part in parts]
         self._compiled: dict[tuple[int, int], Callable] = {}
         self._evaluate = self.evaluation_on("test")
-        self._lower(teacher_variables)
+        with self._pause("tracing the training step"):
+            self._lower(teacher_variables)
 
     @property
     def record(self) -> Record:
@@ -150,6 +158,9 @@ class Loop:
 
     def _say(self, message):
         self._setup.say(f"{self._name}: {message}")
+
+    def _pause(self, what):
+        return self._setup.pause(f"{self._name}: {what}")
 
     def _make_step(self, part):
         normalize, augment = self._setup.normalize, self._setup.augment
@@ -285,8 +296,9 @@ class Loop:
                 images=self._sampler.images_before(self._total_steps),
                 task=self._task,
                 progress=progress,
+                learning_rate=self._learning_rate,
             )
-            with Meter(start, self._setup.callbacks, self._setup.log_every, self._learning_rate) as meter:
+            with Meter(start, self._setup.callbacks, self._setup.log_every) as meter:
                 batches = self._batches(step)
                 while step < self._total_steps:
                     begin = step
@@ -300,10 +312,16 @@ class Loop:
                         raise InterruptedRun(f"stopped by {stop.name}{saved} at {where}: the same command resumes")
             return state, progress, meter.history
 
+    @contextlib.contextmanager
     def _open_checkpoints(self):
         if self._setup.workdir is None:
-            return contextlib.nullcontext()
-        return Checkpoints(self._setup.workdir / self._name / FOLDER, self._setup.keep_checkpoints)
+            yield None
+            return
+        folder = self._setup.workdir / self._name / FOLDER
+        with contextlib.ExitStack() as stack, Checkpoints(folder, self._setup.keep_checkpoints) as checkpoints:
+            yield checkpoints
+            # Left after the checkpoints, which wait until all is written.
+            stack.enter_context(self._pause("saving"))
 
     def _restore(self, checkpoints):
         """Returns (state of the newest checkpoint or None, progress)."""
@@ -332,15 +350,14 @@ class Loop:
 
     def _compile(self, state, step):
         """Compiles the next step and, where `state` is None, makes a new one meanwhile; returns the state."""
-        start, number = time.perf_counter(), self._part_of(step)
-        with ThreadPoolExecutor() as pool:
+        number = self._part_of(step)
+        with self._pause("compiling the training step"), ThreadPoolExecutor() as pool:
             compiled = pool.submit(self._lowered_steps[number].compile)
             if state is None:
                 # Of one process: another kind of machine might round otherwise.
                 state = processes.on_first(lambda: jax.device_get(self._lowered_state.compile()(self._variables)))
             # By batch size: the last batch of an epoch may be smaller.
             self._compiled[number, self._sampler.batch_size] = compiled.result()
-        self._say(f"compiled in {time.perf_counter() - start:.1f} s")
         return state
 
     def _enter_part(self, state, step):
@@ -363,7 +380,9 @@ class Loop:
             if (number, size) not in self._compiled:
                 # Compiling holds up the host: it should not count as time of the steps in flight, or of the next.
                 _drain(pending, meter)
-                self._compiled[number, size] = self._lower_step(number, size).compile()
+                phase = f" of phase {number + 1}" if number else ""
+                with self._pause(f"compiling the training step{phase} for batches of {size}"):
+                    self._compiled[number, size] = self._lower_step(number, size).compile()
                 meter.start_clock()
             state, metrics = self._compiled[number, size](state, teacher_variables, batch, self._key)
             step += 1
@@ -378,13 +397,16 @@ class Loop:
         """Evaluates if an epoch has ended, and saves where there is a workdir."""
         score = -math.inf  # what is saved in the middle of an epoch is never the best
         if step % self._sampler.steps_per_epoch == 0:
-            values = self._evaluate(state.variables)
+            is_first = all(row["split"] == "train" for row in meter.history)
+            with self._pause("compiling and running the evaluation" if is_first else "evaluating"):
+                values = self._evaluate(state.variables)
             meter.end_epoch(step, values)
             score = values[self._task.score]
         if checkpoints is not None:
             progress = dataclasses.asdict(meter.progress)
             record = dataclasses.replace(self._record, finished=step == self._total_steps, progress=progress)
-            checkpoints.save(step, state, record, score)
+            with self._pause("saving"):
+                checkpoints.save(step, state, record, score)
 
 
 def _drain(pending, meter):
