@@ -64,9 +64,8 @@ def build(
     Raises:
       UserError: Networks, losses, data and the given teacher do not fit together; nothing has been compiled by then.
     """
-    with pause(f"loading the data set {config.dataset.name}"):
-        # Several processes would prepare the same files at once.
-        dataset = processes.first_then_all(lambda: load_data(config))
+    # Several processes would prepare the same files at once.
+    dataset = processes.first_then_all(lambda: load_data(config))
     if not needs_teacher(config.losses):
         return Run(dataset, make_trainer("student", config, dataset, workdir, devices))
     teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
@@ -93,15 +92,16 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
       UserError: The data cannot be had, or mean and deviation are not per channel of its images, or one for all.
     """
     settings = config.dataset
-    dataset = load_dataset(
-        settings.name,
-        data_dir=settings.data_dir,
-        path=settings.path,
-        train_examples=settings.train_examples,
-        image_size=settings.image_size,
-        streaming=settings.streaming,
-        workers=settings.workers,
-    )
+    with pause(f"loading the data set {settings.name}"):
+        dataset = load_dataset(
+            settings.name,
+            data_dir=settings.data_dir,
+            path=settings.path,
+            train_examples=settings.train_examples,
+            image_size=settings.image_size,
+            streaming=settings.streaming,
+            workers=settings.workers,
+        )
     channels = dataset.image_shape[-1]
     if len(settings.mean) not in (1, channels):
         raise UserError(

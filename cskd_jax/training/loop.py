@@ -345,7 +345,7 @@ class Loop:
         epochs = self._total_steps // self._sampler.steps_per_epoch
         self._say(
             f"{verb} {self._record.describe_network()}, {size:,} parameters, "
-            f"{epochs} epochs of {self._sampler.steps_per_epoch} steps"
+            f"{epochs} epoch{'s' if epochs > 1 else ''} of {self._sampler.steps_per_epoch} steps"
         )
 
     def _compile(self, state, step):
