@@ -34,14 +34,18 @@ class _Handler(logging.Handler):
             tqdm.tqdm.write(f"{level}: {message}", file=sys.stderr)
 
 
-def set_up_logging() -> None:
-    """Shows what this package and JAX log in one style, and of other libraries only errors.
+def start(*, speaks: bool = True) -> None:
+    """Prepares the console of a command; to be called before JAX is imported.
 
-    To be called before JAX is imported.
+    What this package and JAX log is shown in one style, and of other libraries only errors. XLA's errors come as
+    exceptions too: what its C++ code writes besides, such as a request to report a slow compilation, helps nobody here;
+    only what it writes before it ends the process is shown.
 
-    The compiler's errors come as exceptions too: what its C++ code writes besides, such as its request for a report of
-    a slow compilation, helps nobody here. Only its last words before it ends the process are shown.
+    Args:
+      speaks: Whether this process speaks to people; of several, only the first one does.
     """
+    global _muted
+    _muted = not speaks
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     root = logging.getLogger()
     if not any(isinstance(handler, _Handler) for handler in root.handlers):

@@ -55,9 +55,7 @@ def _run(argv):
     command = command_line.parse(argv, values)
     command_line.refuse_rest(command)
     name = recipes.recipe_file(command.recipe).stem
-    console.set_up_logging()
-    if not _is_first(values.process):
-        console.mute()
+    console.start(speaks=_is_first(values.process))
     with console.pause(f"loading JAX to train {command.recipe}"):
         config = recipes.load_recipe(command.recipe, command.overrides)
         command_line.set_up_jax()

@@ -237,7 +237,7 @@ def test_warnings_are_one_line(capsys, monkeypatch):
     before = root.handlers[:], absl.level, own.level
     try:
         for _ in range(2):
-            console.set_up_logging()
+            console.start()
         own.getChild("training").warning("checkpoint %s is damaged\n(twice)", "3")
         own.getChild("data").info("downloading")
         logging.getLogger("jax._src.xla_bridge").warning("no GPU found")
