@@ -173,10 +173,12 @@ class Console(Callback):
         images, seconds = self._start.progress.images - self._before[0], self._start.progress.seconds - self._before[1]
         if not images or not seconds:
             return []
-        evaluations = self._epochs - step // self._start.steps_per_epoch
-        left = (self._start.images - self._images) * seconds / images + evaluations * self._evaluation_seconds
-        speed = f"{images / seconds:,.0f} images/s"
-        return [speed, f"{console.duration(left)} left"] if step < self._start.steps else [speed]
+        images_left, speed = self._start.images - self._images, f"{images / seconds:,.0f} images/s"
+        if not images_left:
+            return [speed]
+        evaluations_left = self._epochs - step // self._start.steps_per_epoch
+        left = images_left * seconds / images + evaluations_left * self._evaluation_seconds
+        return [speed, f"{console.duration(left)} left"]
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """See `Callback.on_row`."""

@@ -156,6 +156,14 @@ class Checkpoints:
         if not saved:
             raise RuntimeError(f"Orbax refused to save step {step} into {self._directory}")
 
+    def wait(self) -> None:
+        """Waits until what is being saved is written."""
+        processes.on_first(self._wait)
+
+    def _wait(self):
+        with self._saving():
+            self._manager.wait_until_finished()
+
     def restore(self, template: Callable[[int], Any]) -> tuple[Any, Record] | None:
         """Returns the newest sound checkpoint as (tree of numpy arrays, record); None if there is none.
 

@@ -312,16 +312,10 @@ class Loop:
                         raise InterruptedRun(f"stopped by {stop.name}{saved} at {where}: the same command resumes")
             return state, progress, meter.history
 
-    @contextlib.contextmanager
     def _open_checkpoints(self):
         if self._setup.workdir is None:
-            yield None
-            return
-        folder = self._setup.workdir / self._name / FOLDER
-        with contextlib.ExitStack() as stack, Checkpoints(folder, self._setup.keep_checkpoints) as checkpoints:
-            yield checkpoints
-            # Left after the checkpoints, which wait until all is written.
-            stack.enter_context(self._pause("saving"))
+            return contextlib.nullcontext()
+        return Checkpoints(self._setup.workdir / self._name / FOLDER, self._setup.keep_checkpoints)
 
     def _restore(self, checkpoints):
         """Returns (state of the newest checkpoint or None, progress)."""
@@ -407,6 +401,8 @@ class Loop:
             record = dataclasses.replace(self._record, finished=step == self._total_steps, progress=progress)
             with self._pause("saving"):
                 checkpoints.save(step, state, record, score)
+                if step == self._total_steps:
+                    checkpoints.wait()
 
 
 def _drain(pending, meter):
