@@ -55,12 +55,12 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     elif not (cluster or _in_cluster(os.environ)):
         return
     timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
-    try:
-        with console.pause("waiting for the other processes"):
+    with console.pause("waiting for the other processes"):
+        try:
             jax.distributed.initialize(coordinator, processes, process, **timeouts)
-            _connect()
-    except ValueError as error:
-        raise UserError(f"--cluster: neither SLURM nor a TPU pod says which process this is ({error})") from None
+        except ValueError as error:
+            raise UserError(f"--cluster: neither SLURM nor a TPU pod says which process this is ({error})") from None
+        _connect()
     if not is_first():
         console.mute()
 
