@@ -140,16 +140,16 @@ class Console(Callback):
         self._epochs = start.steps // start.steps_per_epoch
         # Only of this start: an earlier one may have had another device.
         self._before = start.progress.images, start.progress.seconds
-        self._evaluations, self._evaluation_seconds = 0, 0.0
+        self._evaluations, self._first_pauses, self._pause_seconds = 0, 0.0, 0.0
         self._train_row: Mapping[str, Any] = {}
         self._bar = console.progress_bar(start.images, start.images_done)
         self._bar.set_description_str(start.student)
-        self._last_step = self._last_line = self._clock()
+        self._begin = self._last_line = self._clock()
         self._last_shown = -self._BAR_SECONDS
 
     def on_step(self, step: int, images: int, metrics: Mapping[str, float]) -> None:
         """See `Callback.on_step`."""
-        now = self._last_step = self._clock()
+        now = self._clock()
         self._images += images
         epoch = f"epoch {-(-step // self._start.steps_per_epoch)}/{self._epochs}"
         if not self._bar.disable and now - self._last_shown >= self._BAR_SECONDS:
@@ -176,8 +176,8 @@ class Console(Callback):
         images_left, speed = self._start.images - self._images, f"{images / seconds:,.0f} images/s"
         if not images_left:
             return [speed]
-        evaluations_left = self._epochs - step // self._start.steps_per_epoch
-        left = images_left * seconds / images + evaluations_left * self._evaluation_seconds
+        epochs_left = self._epochs - step // self._start.steps_per_epoch
+        left = images_left * seconds / images + epochs_left * self._pause_seconds
         return [speed, f"{console.duration(left)} left"]
 
     def on_row(self, row: Mapping[str, Any]) -> None:
@@ -185,10 +185,13 @@ class Console(Callback):
         if row["split"] == "train":
             self._train_row = row
             return
+        # Mean of what evaluating and saving take; the first epoch does not count, as it compiles too.
+        pauses = self._clock() - self._begin - (self._start.progress.seconds - self._before[1])
+        if self._evaluations:
+            self._pause_seconds = (pauses - self._first_pauses) / self._evaluations
+        else:
+            self._first_pauses = pauses
         self._evaluations += 1
-        # The first one compiles.
-        if self._evaluations > 1:
-            self._evaluation_seconds = self._clock() - self._last_step
         split, parts = row["split"], []
         if self._train_row.get("step") == row["step"]:
             parts.append(f"train loss {self._train_row['loss']:.4f}")
