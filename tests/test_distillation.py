@@ -55,7 +55,7 @@ def assert_equal(actual, expected):
 def test_result():
     result = distill(Net(), log_every=1)
     assert result.metrics["test"].keys() == {"top1", "loss"}
-    assert {"loss", "cross_entropy", "accuracy", "gradient_norm"} <= result.metrics["train"].keys()
+    assert {"loss", "cross_entropy", "top1", "gradient_norm"} <= result.metrics["train"].keys()
     assert [row["step"] for row in result.history if row["split"] == "train"] == [1, 2, 3, 4]
     assert result.last["epoch"] == 2
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(result.variables))

@@ -62,6 +62,6 @@ def test_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with caplog.at_level("WARNING"), lock.locked(tmp_path / "lock", ""):
+    with caplog.at_level("WARNING", logger="cskd_jax"), lock.locked(tmp_path / "lock", ""):
         pass
     assert f"{tmp_path / 'lock'}: this file system has no locks ({os.strerror(number)})" in caplog.text

@@ -146,7 +146,7 @@ def test_multilabel_step_measures_the_global_batch():
     rng = np.random.default_rng(0)
     scores, labels = rng.normal(size=(16, 4)).astype(np.float32), rng.integers(0, 2, (16, 4)).astype(np.float32)
     measure = jax.pmap(lambda *batch: MULTI_LABEL.measure_step(*batch, "d"), "d", devices=jax.devices()[:4])
-    values = measure(scores.reshape(4, 4, 4), labels.reshape(4, 4, 4))[MULTI_LABEL.step_metric]
+    values = measure(scores.reshape(4, 4, 4), labels.reshape(4, 4, 4))[MULTI_LABEL.score]
     np.testing.assert_allclose(values, average_precision(scores, labels), rtol=1e-6)
 
 
@@ -160,6 +160,8 @@ def test_tasks_name_methods_and_metrics(multilabel):
     task = task_of(multilabel)
     assert LOSSES[task.supervision].multilabel is multilabel
     assert task.score in task.names
+    logits, labels = jnp.eye(2, dtype=jnp.float32), jnp.eye(2) if multilabel else jnp.arange(2)
+    assert task.measure_step(logits, labels, None).keys() == {task.score}, "a step is measured as a split is"
     assert task.describe(dict.fromkeys(task.names, 0.5)).endswith(" 0.5000")
 
 

@@ -29,7 +29,7 @@ def test_several_processes_are_recognized(environment, expected):
 
 
 def open_metrics(path):
-    start = Start("x", 0, 1, 1, 0, 1, SINGLE_LABEL, Progress())
+    start = Start("x", 0, 1, 1, 0, 1, SINGLE_LABEL, Progress(), lambda _: None)
     MetricsFiles(path).on_start(start)
 
 

@@ -23,6 +23,9 @@ finite any more; 75 stopped by a signal with everything saved, and 1 a process t
 command resumes.
 """
 
+import os
+
+from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import number
 from cskd_jax.files import local_folder
@@ -44,12 +47,24 @@ def _run(argv):
     recipe = parser.recipe(values)
     from cskd_jax.runs import recipes
 
-    config = recipes.load_recipe(recipe, values.overrides)
-    command_line.set_up_jax()
-    from cskd_jax.distributed import processes
-    from cskd_jax.runs.run import train
-    from cskd_jax.runs.workdir import default_workdir
+    name = recipes.recipe_file(recipe).stem
+    console.start(speaks=_is_first(values.process))
+    with console.pause(f"loading JAX to train {recipe}"):
+        config = recipes.load_recipe(recipe, values.overrides)
+        command_line.set_up_jax()
+        from cskd_jax.distributed import processes
+        from cskd_jax.runs.run import train
+        from cskd_jax.runs.workdir import default_workdir
 
     workdir = values.workdir or default_workdir(recipe, config)
+    console.say(f"{name}:{recipe.partition(':')[2] or config.method}, seed {config.seed}, into {workdir}")
     processes.initialize(values.coordinator, values.processes, values.process, values.cluster)
     train(config, workdir)
+
+
+def _is_first(process: int | None) -> bool:
+    """Returns whether this is the first of several processes, or the only one: it alone speaks, from its first line."""
+    if process is not None:
+        return process == 0
+    # As SLURM and TPU pods number them.
+    return (os.environ.get("SLURM_PROCID") or os.environ.get("TPU_WORKER_ID") or "0") == "0"

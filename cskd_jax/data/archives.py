@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import http.client
 import io
+import logging
 import lzma
 import os
 import posixpath
@@ -19,12 +20,13 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
 from cskd_jax.data.images import open_image
 from cskd_jax.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 TAR_SUFFIXES = (".tar.gz", ".tar", ".tar.xz")
 _TIMEOUT_SECONDS = 30
@@ -69,7 +71,7 @@ def locate(archive: Archive, data_root: Path) -> Path:
     if path is None:
         return download(archive, data_root / "downloads")
     if sha256(path) != archive.sha256:
-        logging.warning("%s is not the official %s: its contents are checked and used.", path, archive.url)
+        _logger.warning("%s is not the official %s: its contents are checked and used.", path, archive.url)
     return path
 
 
@@ -117,7 +119,7 @@ def download(archive: Archive, folder: Path) -> Path:
 def _stream(archive: Archive, part: Path) -> str:
     """Writes what the URL gives to `part` and returns its SHA-256."""
     digest = hashlib.sha256()
-    logging.info("Downloading %s", archive.url)
+    _logger.info("downloading %s, %.0f MB", archive.url, archive.size / 1e6)
     with (
         urllib.request.urlopen(archive.url, timeout=_TIMEOUT_SECONDS) as response,
         part.open("wb") as file,

@@ -9,7 +9,7 @@ tensorflow-datasets is imported inside the functions, so that importing `cskd_ja
 import contextlib
 import dataclasses
 import io
-import sys
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from cskd_jax.data.images import MODES
 from cskd_jax.data.tfds_records import ArrayRecords, RecordImages, TfRecords, _open, one_line, require_tensorflow
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
 from cskd_jax.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 
 class SourceSplit(NamedTuple):
@@ -285,11 +287,11 @@ def _prepare(builder: Any) -> None:
     """Writes the builder's array_record files, or accepts those that another process has written in the meantime."""
     import tensorflow_datasets as tfds
 
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
+    _logger.info("preparing the data set %s in %s", builder.name, builder.data_dir)
+    tfds.disable_progress_bar()
     try:
-        # tensorflow-datasets announces itself on stdout, which belongs to the program's results.
-        with contextlib.redirect_stdout(sys.stderr):
+        # tensorflow-datasets prints its own words to the standard output; what goes wrong it raises.
+        with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format="array_record")
     except UserError:
         raise  # A damaged image, found on the way; the message names it.

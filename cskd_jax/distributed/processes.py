@@ -55,12 +55,32 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     elif not (cluster or _in_cluster(os.environ)):
         return
     timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
-    try:
-        jax.distributed.initialize(coordinator, processes, process, **timeouts)
-    except ValueError as error:
-        raise UserError(f"--cluster: neither SLURM nor a TPU pod says which process this is ({error})") from None
+    with console.pause("waiting for the other processes"):
+        try:
+            jax.distributed.initialize(coordinator, processes, process, **timeouts)
+        except ValueError as error:
+            raise UserError(f"--cluster: neither SLURM nor a TPU pod says which process this is ({error})") from None
+        _connect()
     if not is_first():
         console.mute()
+
+
+def _connect():
+    """Connects the processes. Between CPUs Gloo does it, and prints about it to the standard output, which is not its.
+
+    Nothing else connects them later: all that they exchange is between all devices.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    sys.stdout.flush()
+    own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        multihost_utils.sync_global_devices("start")
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
+        os.close(nowhere)
 
 
 def _in_cluster(environment):

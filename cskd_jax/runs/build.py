@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from cskd_jax.console import pause
 from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.data.samplers import BalancedSampler, UniformSampler
@@ -99,17 +100,18 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
       UserError: The data cannot be had, or mean and deviation are not per channel of its images, or one for all.
     """
     settings = config.dataset
-    dataset = load_dataset(
-        settings.name,
-        data_dir=settings.data_dir,
-        path=settings.path,
-        train_examples=settings.train_examples,
-        validation_examples=settings.validation_examples,
-        validation_seed=settings.validation_seed,
-        image_size=settings.image_size,
-        streaming=settings.streaming,
-        workers=settings.workers,
-    )
+    with pause(f"loading the data set {settings.name}"):
+        dataset = load_dataset(
+            settings.name,
+            data_dir=settings.data_dir,
+            path=settings.path,
+            train_examples=settings.train_examples,
+            validation_examples=settings.validation_examples,
+            validation_seed=settings.validation_seed,
+            image_size=settings.image_size,
+            streaming=settings.streaming,
+            workers=settings.workers,
+        )
     channels = dataset.image_shape[-1]
     if len(settings.mean) not in (1, channels):
         raise UserError(

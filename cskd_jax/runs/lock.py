@@ -3,15 +3,16 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import pathlib
 import time
 from collections.abc import Iterator
 
-from absl import logging
-
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
 from cskd_jax.files import open_append
+
+_logger = logging.getLogger(__name__)
 
 # A file server lets go only some time after a machine has died: NFS, by default, after 90 seconds.
 PATIENCE_SECONDS = 120
@@ -46,7 +47,7 @@ def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 raise
-            logging.warning("%s: this file system has no locks (%s); start no second job", path, error.strerror)
+            _logger.warning("%s: this file system has no locks (%s); start no second job", path, error.strerror)
         yield
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cskd_jax.console import say
+from cskd_jax.console import duration, say
 from cskd_jax.data import ImageDataset
 from cskd_jax.files import write_json, write_text
 from cskd_jax.models import count_parameters
@@ -97,4 +97,4 @@ def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds
             best = f" (best {best[score]:.4f}, epoch {best['epoch']}, {chosen_on})" if best else ""
             size = f"{entry['model']}, width {entry['width']:g}, {entry['parameters']:,} parameters"
             say(f"{name}: {size}, last {score_name} {entry['last'][score]:.4f}{best}")
-    say(f"done in {seconds:.0f} s: {path}")
+    say(f"done in {duration(seconds)}: {path}")

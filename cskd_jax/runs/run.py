@@ -6,7 +6,7 @@ import time
 
 import ml_collections
 
-from cskd_jax.console import say
+from cskd_jax.console import pause, say
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
@@ -38,7 +38,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       UserError: The user can mend something; InterruptedRun and DivergedError are among its kinds.
     """
     schema.validate(config)
-    devices = Devices()
+    with pause("starting the devices"):
+        devices = Devices()
     devices.check_batch_size("batch_size", config.batch_size)
     given = None
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
@@ -68,7 +69,7 @@ def _run(config, workdir, devices, identity, given):
     used = devices.describe()
     say(
         f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images, "
-        f"{dataset.num_classes} categories; {used['count']} x {used['kind']}; workdir {workdir}"
+        f"{dataset.num_classes} categories; {used['count']} x {used['kind']}"
     )
     teacher_entry = None
     with StopRequest() as stop:
@@ -79,7 +80,8 @@ def _run(config, workdir, devices, identity, given):
         elif given is not None:
             teacher_entry = _evaluate_given(given, run.teacher_evaluation)
         result = run.trainer.fit(stop)["student"]
-    scores, confusions = run.trainer.evaluation("student").by_category(devices.replicate(result.variables))
+    with pause("student: evaluating"):
+        scores, confusions = run.trainer.evaluation("student").by_category(devices.replicate(result.variables))
     by_category = dict(zip(dataset.categories, scores.tolist(), strict=True))
     results = {
         "method": config.method,
@@ -98,7 +100,8 @@ def _run(config, workdir, devices, identity, given):
 def _evaluate_given(given, evaluation):
     """Evaluates a given teacher; returns its entry in results.json."""
     path, saved = given
-    values = evaluation(evaluation.devices.replicate(saved.variables))
+    with pause("teacher: compiling and running the evaluation"):
+        values = evaluation(evaluation.devices.replicate(saved.variables))
     say(f"teacher: {saved.record.describe_network()}, from {path}, {evaluation.task.describe(values)}")
     source = {"checkpoint": path, "step": saved.step, "digest": saved.digest}
     return describe(saved.record.network, saved.variables, {"last": values}) | source

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cskd_jax.console import progress_bar, say
+from cskd_jax import console
 from cskd_jax.errors import DivergedError
 from cskd_jax.training.metrics import Task
 
@@ -39,6 +39,10 @@ class Progress:
     seconds: float = 0.0
     images: int = 0
 
+    def __post_init__(self):
+        if "accuracy" in self.sums:  # So earlier versions called it.
+            self.sums["top1"] = self.sums.pop("accuracy")
+
     @property
     def images_per_second(self) -> float | None:
         """Training speed; None before it is known."""
@@ -57,6 +61,8 @@ class Start(NamedTuple):
       images: Number of images trained on in all.
       task: What is measured of the student.
       progress: What was measured so far; kept up to date.
+      learning_rate: Function from the number of a step, from 1, to its learning rate, or to None if it is not known.
+        It may wait for a device: not to be asked in every step.
     """
 
     student: str
@@ -67,6 +73,7 @@ class Start(NamedTuple):
     images: int
     task: Task
     progress: Progress
+    learning_rate: Callable[[int], float | None]
 
 
 class Callback:
@@ -77,6 +84,15 @@ class Callback:
 
     def on_message(self, message: str) -> None:
         """Called with a line for people: what is about to happen, or what to know about the results."""
+
+    def pause(self, what: str) -> contextlib.AbstractContextManager:
+        """Returns a context in which something other than training happens that may take a while.
+
+        Args:
+          what: What happens, such as "student: evaluating".
+        """
+        del what
+        return contextlib.nullcontext()
 
     def on_start(self, start: Start) -> None:
         """Called when the training of a student starts or resumes."""
@@ -102,32 +118,89 @@ class Callback:
 
 
 class Console(Callback):
-    """Shows messages, a progress bar on a terminal, and a line for every epoch."""
+    """Shows messages, a progress bar on a terminal, and a line for every epoch; without a terminal, one a minute too.
+
+    Args:
+      clock: Function that returns the time in seconds.
+    """
+
+    _BAR_SECONDS, _LINE_SECONDS = 0.5, 60.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
 
     def on_message(self, message: str) -> None:
         """See `Callback.on_message`."""
-        say(message)
+        console.say(message)
+
+    def pause(self, what: str) -> contextlib.AbstractContextManager:
+        """See `Callback.pause`."""
+        return console.pause(what)
 
     def on_start(self, start: Start) -> None:
         """See `Callback.on_start`."""
-        self._start = start
-        self._bar = progress_bar(start.student, start.images, start.images_done, "images")
+        self._start, self._images = start, start.images_done
+        self._epochs = start.steps // start.steps_per_epoch
+        # Only of this start: an earlier one may have had another device.
+        self._before = start.progress.images, start.progress.seconds
+        self._evaluations, self._first_pauses, self._pause_seconds = 0, 0.0, 0.0
+        self._train_row: Mapping[str, Any] = {}
+        self._bar = console.progress_bar(start.images, start.images_done)
+        self._bar.set_description_str(start.student)
+        self._begin = self._last_line = self._clock()
+        self._last_shown = -self._BAR_SECONDS
 
     def on_step(self, step: int, images: int, metrics: Mapping[str, float]) -> None:
         """See `Callback.on_step`."""
-        self._bar.update(images)
-        shown = {name: f"{metrics[name]:.3f}" for name in ("loss", self._start.task.step_metric)}
-        self._bar.set_postfix(shown, refresh=False)
+        now = self._clock()
+        self._images += images
+        epoch = f"epoch {-(-step // self._start.steps_per_epoch)}/{self._epochs}"
+        if not self._bar.disable and now - self._last_shown >= self._BAR_SECONDS:
+            self._last_shown, self._bar.n = now, self._images
+            self._bar.set_description_str(f"{self._start.student}: {epoch}, {self._describe(step)}")
+        if now - self._last_line >= self._LINE_SECONDS and not console.is_live():
+            self._last_line = now
+            console.say(f"{self._start.student}: {epoch}, step {step:,}/{self._start.steps:,}, {self._describe(step)}")
+
+    def _describe(self, step):
+        """Returns the means since the last row of the history, the learning rate, the speed, and the time left."""
+        sums, count = self._start.progress.sums, self._start.progress.count
+        means = {name: total / count for name, total in sums.items()}
+        parts = [f"loss {means['loss']:.4f}", self._start.task.describe(means)]
+        learning_rate = self._start.learning_rate(step)
+        if learning_rate is not None:
+            parts.append(f"learning rate {learning_rate:.4g}")
+        return ", ".join([*parts, *self._describe_speed(step)])
+
+    def _describe_speed(self, step):
+        images, seconds = self._start.progress.images - self._before[0], self._start.progress.seconds - self._before[1]
+        if not images or not seconds:
+            return []
+        images_left, speed = self._start.images - self._images, f"{images / seconds:,.0f} images/s"
+        if not images_left:
+            return [speed]
+        epochs_left = self._epochs - step // self._start.steps_per_epoch
+        left = images_left * seconds / images + epochs_left * self._pause_seconds
+        return [speed, f"{console.duration(left)} left"]
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """See `Callback.on_row`."""
         if row["split"] == "train":
+            self._train_row = row
             return
-        epochs, rate = self._start.steps // self._start.steps_per_epoch, self._start.progress.images_per_second
-        say(
-            f"{row['phase']}: epoch {row['epoch']}/{epochs}, {row['split']} loss {row['loss']:.4f}, "
-            f"{self._start.task.describe(row)}" + (f", {rate:,.0f} images/s" if rate else "")
-        )
+        # Mean of what evaluating and saving take; the first epoch does not count, as it compiles too.
+        pauses = self._clock() - self._begin - (self._start.progress.seconds - self._before[1])
+        if self._evaluations:
+            self._pause_seconds = (pauses - self._first_pauses) / self._evaluations
+        else:
+            self._first_pauses = pauses
+        self._evaluations += 1
+        split, parts = row["split"], []
+        if self._train_row.get("step") == row["step"]:
+            parts.append(f"train loss {self._train_row['loss']:.4f}")
+        parts += [f"{split} loss {row['loss']:.4f}", f"{split} {self._start.task.describe(row)}"]
+        parts += self._describe_speed(row["step"])
+        console.say(f"{row['phase']}: epoch {row['epoch']}/{self._epochs}, {', '.join(parts)}")
 
     def on_end(self) -> None:
         """See `Callback.on_end`."""
@@ -141,7 +214,6 @@ class Meter:
       start: What the callbacks are told first.
       callbacks: Callbacks.
       log_every: Number of steps between two rows of the history.
-      learning_rate: Function from the number of a step to its learning rate, or to None if it is not known.
 
     Attributes:
       progress: That of `start`.
@@ -153,11 +225,10 @@ class Meter:
         start: Start,
         callbacks: Sequence[Callback],
         log_every: int,
-        learning_rate: Callable[[int], float | None],
     ):
         self.progress, self.history = start.progress, []
         self._start, self._callbacks = start, callbacks
-        self._log_every, self._learning_rate = log_every, learning_rate
+        self._log_every = log_every
         self._clock = 0.0
 
     def __enter__(self):
@@ -199,7 +270,7 @@ class Meter:
             callback.on_step(step, images, values)
         if step % self._log_every == 0 or step % self._start.steps_per_epoch == 0:
             row = {name: total / progress.count for name, total in progress.sums.items()}
-            learning_rate = self._learning_rate(step)
+            learning_rate = self._start.learning_rate(step)
             if learning_rate is not None:
                 row["learning_rate"] = learning_rate
             self._add_row("train", step, -(-step // self._start.steps_per_epoch), row)

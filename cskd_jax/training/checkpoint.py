@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import pathlib
 import re
@@ -22,12 +23,13 @@ import flax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from cskd_jax.distributed import processes
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.files import write_json
+
+_logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 _ARRAYS, _RECORD = "arrays", "record"
@@ -154,6 +156,14 @@ class Checkpoints:
         if not saved:
             raise RuntimeError(f"Orbax refused to save step {step} into {self._directory}")
 
+    def wait(self) -> None:
+        """Waits until what is being saved is written."""
+        processes.on_first(self._wait)
+
+    def _wait(self):
+        with self._saving():
+            self._manager.wait_until_finished()
+
     def restore(self, template: Callable[[int], Any]) -> tuple[Any, Record] | None:
         """Returns the newest sound checkpoint as (tree of numpy arrays, record); None if there is none.
 
@@ -189,7 +199,7 @@ class Checkpoints:
                 return _unflatten(arrays, template(step)), record
             except _Damaged as damage:
                 aside = path.with_name(f"{step}.damaged")
-                logging.warning(
+                _logger.warning(
                     "checkpoint %s is damaged (%s): renamed to %s, looking for an older one", path, damage, aside.name
                 )
                 shutil.rmtree(aside, ignore_errors=True)

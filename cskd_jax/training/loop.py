@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -67,16 +66,17 @@ class Loop:
         self._choice = "test" if setup.data.validation is None else "validation"
         # Where nothing is written, the variables of the best epoch are kept here until the test split is measured.
         self._best_variables: Variables | None = None
-        self._programs = Programs(
-            name,
-            self._network,
-            parts,
-            setup,
-            variables=variables,
-            teacher=None if teacher is None else teacher.on_axis(AXIS),
-            teacher_variables=teacher_variables,
-            ema=ema,
-        )
+        with self._pause("tracing the training step"):
+            self._programs = Programs(
+                name,
+                self._network,
+                parts,
+                setup,
+                variables=variables,
+                teacher=None if teacher is None else teacher.on_axis(AXIS),
+                teacher_variables=teacher_variables,
+                ema=ema,
+            )
 
     @property
     def record(self) -> Record:
@@ -115,6 +115,9 @@ class Loop:
 
     def _say(self, message):
         self._setup.say(f"{self._name}: {message}")
+
+    def _pause(self, what):
+        return self._setup.pause(f"{self._name}: {what}")
 
     def _batches(self, step):
         """Yields (size of the global batch, this process's rows of it) of each step from `step` on."""
@@ -161,8 +164,9 @@ class Loop:
                 images=self._sampler.images_before(self._total_steps),
                 task=self._task,
                 progress=progress,
+                learning_rate=self._learning_rate,
             )
-            with Meter(start, self._setup.callbacks, self._setup.log_every, self._learning_rate) as meter:
+            with Meter(start, self._setup.callbacks, self._setup.log_every) as meter:
                 batches = self._batches(step)
                 while step < self._total_steps:
                     begin = step
@@ -203,17 +207,17 @@ class Loop:
         epochs = self._total_steps // self._sampler.steps_per_epoch
         self._say(
             f"{verb} {self._record.describe_network()}, {size:,} parameters, "
-            f"{epochs} epochs of {self._sampler.steps_per_epoch} steps"
+            f"{epochs} epoch{'s' if epochs > 1 else ''} of {self._sampler.steps_per_epoch} steps"
         )
 
     def _compile(self, state, step):
         """Compiles the next step and, where `state` is None, makes a new one meanwhile; returns the state."""
-        start, number = time.perf_counter(), self._part_of(step)
-        if state is None:
-            state = self._programs.compile_and_init(number)
-        else:
-            self._programs.compile(number, self._sampler.batch_size)
-        self._say(f"compiled in {time.perf_counter() - start:.1f} s")
+        number = self._part_of(step)
+        with self._pause("compiling the training step"):
+            if state is None:
+                state = self._programs.compile_and_init(number)
+            else:
+                self._programs.compile(number, self._sampler.batch_size)
         return state
 
     def _enter_part(self, state, step):
@@ -233,7 +237,9 @@ class Loop:
             if not self._programs.is_compiled(number, size):
                 # Compiling holds up the host: it should not count as time of the steps in flight, or of the next.
                 _drain(pending, meter)
-                self._programs.compile(number, size)
+                phase = f" of phase {number + 1}" if number else ""
+                with self._pause(f"compiling the training step{phase} for batches of {size}"):
+                    self._programs.compile(number, size)
                 meter.start_clock()
             state, metrics = self._programs.step(number, size, state, teacher_variables, batch)
             step += 1
@@ -248,18 +254,24 @@ class Loop:
         """Evaluates if an epoch has ended, and saves where there is a workdir."""
         score = -math.inf  # what is saved in the middle of an epoch is never the best
         if step % self._sampler.steps_per_epoch == 0:
-            values = self.evaluation_on(self._choice)(state.averaged)
+            is_first = all(row["split"] == "train" for row in meter.history)
+            with self._pause("compiling and running the evaluation" if is_first else "evaluating"):
+                values = self.evaluation_on(self._choice)(state.averaged)
             is_best = meter.end_epoch(step, self._choice, values)
             score = values[self._task.score]
             if self._choice != "test":
                 if is_best and checkpoints is None:
                     self._best_variables = jax.device_get(state.averaged)
                 if step == self._total_steps:
-                    self._measure_test(state, meter, checkpoints)
+                    with self._pause("evaluating the test split"):
+                        self._measure_test(state, meter, checkpoints)
         if checkpoints is not None:
             progress = dataclasses.asdict(meter.progress)
             record = dataclasses.replace(self._record, finished=step == self._total_steps, progress=progress)
-            checkpoints.save(step, state, record, score)
+            with self._pause("saving"):
+                checkpoints.save(step, state, record, score)
+                if step == self._total_steps:
+                    checkpoints.wait()
 
     def _measure_test(self, state, meter, checkpoints):
         """Measures the test split for the best epoch, which the validation split has chosen, and for the last."""

@@ -83,9 +83,7 @@ class Task(NamedTuple):
       score: Metric of a split that says which epoch is best; greater is better.
       names: {metric of a split: its name for people}, without the loss; top-5 is measured only of more than ten
         categories.
-      step_metric: Metric of a training step that the progress bar shows.
-      measure_step: (logits, labels, axis_name) -> {`step_metric`: scalar}; the mean over devices is that of the global
-        batch.
+      measure_step: (logits, labels, axis_name) -> {`score`: scalar}; the mean over devices is that of the global batch.
       measure_batch: (logits, labels, mask, axis_name) -> what `summarize` takes of a batch, equal on all devices.
       summarize: (what `measure_batch` gave of each batch of a split, in order, on the host; the labels of the split)
         -> {metric: value}, `loss` among them.
@@ -96,7 +94,6 @@ class Task(NamedTuple):
     supervision: str
     score: str
     names: dict[str, str]
-    step_metric: str
     measure_step: Callable[[jax.Array, jax.Array, str | None], dict[str, jax.Array]]
     measure_batch: Callable[[jax.Array, jax.Array, jax.Array, str | None], Any]
     summarize: Callable[[Sequence[Any], np.ndarray], dict[str, float]]
@@ -117,9 +114,9 @@ def task_that_measured(values: dict[str, float]) -> Task:
     return task_of(MULTI_LABEL.score in values)
 
 
-def _accuracy(logits, labels, axis_name):
+def _batch_top1(logits, labels, axis_name):
     del axis_name
-    return {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels)}
+    return {"top1": jnp.mean(jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels)}
 
 
 def _classification_sums(logits, labels, mask, axis_name):
@@ -175,8 +172,7 @@ SINGLE_LABEL = Task(
     supervision="cross_entropy",
     score="top1",
     names={"top1": "top-1", "top5": "top-5"},
-    step_metric="accuracy",
-    measure_step=_accuracy,
+    measure_step=_batch_top1,
     measure_batch=_classification_sums,
     summarize=_divide_sums,
     by_category=_confusions,
@@ -185,7 +181,6 @@ MULTI_LABEL = Task(
     supervision="binary_cross_entropy",
     score="mean_average_precision",
     names={"mean_average_precision": "mean average precision"},
-    step_metric="mean_average_precision",
     measure_step=_batch_average_precision,
     measure_batch=_logits,
     summarize=_summarize_logits,

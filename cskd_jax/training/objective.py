@@ -13,9 +13,10 @@ from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch
 from cskd_jax.models import ModelOutput
 
-# The metrics and the columns of the history that are not losses.
+# The metrics and the columns of the history that are not losses; "accuracy" is what earlier versions called "top1".
 _RESERVED = frozenset(
     {"accuracy", "epoch", "gradient_norm", "learning_rate", "loss", "mean_average_precision", "phase", "split", "step"}
+    | {"top1"}
 )
 _SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "parent", "name"}
 

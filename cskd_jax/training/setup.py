@@ -1,8 +1,9 @@
 """What the students of a trainer share."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
@@ -56,3 +57,11 @@ class Setup:
         """Tells the callbacks a line for people."""
         for callback in self.callbacks:
             callback.on_message(message)
+
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """A context in which something other than training happens, of which the callbacks know."""
+        with contextlib.ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(callback.pause(what))
+            yield

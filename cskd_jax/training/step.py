@@ -52,7 +52,7 @@ def make_train_step(
     Returns:
       A pure function. `batch` is {"image": [B, H, W, C], "label": int32 [B] or float32 [B, K]} and, for the losses
       that keep a memory of the samples, "index": int32 [B], their positions in the training split. `key` is the key of
-      the run (the step is folded in here). metrics are scalars: `loss`, the terms of the objective, `task.step_metric`
+      the run (the step is folded in here). metrics are scalars: `loss`, the terms of the objective, `task.score`
       of the student on the batch, `gradient_norm`.
     """
 

@@ -112,14 +112,14 @@ def test_other_places_and_suffixes(tmp_path, no_network, file):
 
 def test_another_checksum_is_accepted_with_a_warning(tmp_path, caplog):
     write_tar(tmp_path / "cifar-100-binary.tar.gz", members_100())
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="cskd_jax"):
         cifar.read(cifar.ARCHIVE_100, tmp_path)
     assert "cifar-100-binary.tar.gz is not the official" in caplog.text
 
 
 def test_no_warning_about_the_official_checksum(tmp_path, caplog):
     path = write_tar(tmp_path / "cifar-100-binary.tar.gz", members_100())
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="cskd_jax"):
         cifar.read(dataclasses.replace(cifar.ARCHIVE_100, sha256=archives.sha256(path)), tmp_path)
     assert not caplog.text
 

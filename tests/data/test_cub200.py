@@ -83,7 +83,7 @@ def test_the_same_when_prepared_twice(tmp_path, prepared, no_network):
 
 def test_another_checksum_is_accepted_with_a_warning(tmp_path, caplog):
     path = write_tar(tmp_path / "CUB_200_2011.tar.gz", MEMBERS)
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="cskd_jax"):
         cub200.read(cub200.ARCHIVE, tmp_path)
     assert f"{path} is not the official" in caplog.text
 
@@ -91,7 +91,7 @@ def test_another_checksum_is_accepted_with_a_warning(tmp_path, caplog):
 def test_download(tmp_path, server, caplog):
     path = write_tar(tmp_path / "web" / "CUB_200_2011.tgz", MEMBERS)
     archive = dataclasses.replace(cub200.ARCHIVE, url=f"{server}/{path.name}", sha256=archives.sha256(path))
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="cskd_jax"):
         content = cub200.read(archive, tmp_path / "data")
     assert not caplog.text
     assert len(content.splits["train"].images) == 200

@@ -108,7 +108,7 @@ print("tensorflow" in sys.modules)
 
 def test_another_checksum_is_accepted_with_a_warning(tmp_path, caplog):
     path = write_zip(tmp_path / "tiny-imagenet-200.zip", MEMBERS)
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="cskd_jax"):
         tiny_imagenet.read(tiny_imagenet.ARCHIVE, tmp_path)
     assert f"{path} is not the official" in caplog.text
 
@@ -118,7 +118,7 @@ def test_download(tmp_path, server, caplog):
     archive = dataclasses.replace(
         tiny_imagenet.ARCHIVE, url=f"{server}/{path.name}", sha256=archives.sha256(path), size=path.stat().st_size
     )
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="cskd_jax"):
         content = tiny_imagenet.read(archive, tmp_path / "data")
     assert not caplog.text
     assert len(list(content.splits["train"].images)) == 400
