@@ -139,7 +139,7 @@ def measure_steps(sizes: list[tuple[int, int, int]], networks: list[str]) -> Par
         print(rows[-1], file=sys.stderr, flush=True)
     notes = [
         "kB: taken in by the collectives of one step on one device; a ring all-reduce of them sends and receives about "
-        "twice as much. The collectives are counted before XLA combines neighbours.",
+        "twice as much. The collectives are counted before XLA combines neighbors.",
         "MB: on one device, by XLA's account for the CPU: state, teacher and batch; and what the step needs besides.",
         f"{outcome['parameters']:,} trained parameters are {outcome['parameters'] * 4 / 1e3:,.0f} kB.",
     ]

@@ -44,7 +44,7 @@ def rkd_loss(
     Returns:
       A scalar and the unweighted terms `distance` and `angle`, means over all B^2 pairs and B^3 triples of the global
       batch (i = j and so on included), of at least float32. Samples that coincide have no gradient through their
-      distance or through angles at one of them towards the other.
+      distance or through angles at one of them toward the other.
 
     Raises:
       TypeError: If the embeddings are not floating point.

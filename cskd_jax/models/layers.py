@@ -224,7 +224,7 @@ class Classifier(nn.Module):
 
     Attributes:
       num_classes: Number of classes.
-      dtype: Dtype of the computation before the layer.
+      dtype: Dtype of the network.
     """
 
     num_classes: int

@@ -48,18 +48,19 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """3x3 stem, inverted residuals in four stages with strides 1, 2, 2, 2, 1x1 head, of which the last stage ends.
+    """3x3 stem, inverted residuals in four stages with strides 1, 2, 2, 2, and a 1x1 head that ends the last stage.
 
-    Blocks end linearly. So `features` and `preactivations` of the first three stages are the same maps, of both signs.
-    Those of the last stage are the head's, after and before its activation: its features are what the pool reads.
+    Blocks end linearly, so `features` and `preactivations` of the first three stages are the same maps, of both signs.
+    Those of the last stage are the head's, after and before its activation, so that its features are the input of the
+    pool.
 
     Attributes:
-      num_classes: size of the output.
-      width: factor on the widths of stem, stages and, above 1, head.
-      stem_stride: stride of the stem.
-      activation: after every convolution but the linear ones.
-      dtype: of the computation; parameters, batch statistics and logits are at least float32.
-      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+      num_classes: Number of classes.
+      width: Factor on the widths of stem, stages and, above 1, head.
+      stem_stride: Stride of the stem.
+      activation: Activation after every convolution but the linear ones.
+      dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
 
     num_classes: int

@@ -545,7 +545,7 @@ def test_rkd_of_a_shifted_student_is_zero():
 
 
 def test_rkd_of_coinciding_samples():
-    """They are no distance apart, and no angle is at one of them towards the other."""
+    """They are no distance apart, and no angle is at one of them toward the other."""
     student = np.array([[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]], np.float32)
     teacher = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], np.float32)
     _, terms = jax.jit(rkd_loss)(student, teacher)
