@@ -3,17 +3,18 @@
 python -m cskd_jax.interop.import_torch FILE --model=resnet101 --width=0.5 --num_classes=100 --out=DIR
 
 FILE is a state dict, a dictionary that holds one (such as {"epoch", "model", "optimizer"}), or a whole pickled network,
-in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of
-torchvision or the released code (ResNets), of torchvision (Inception), or of the field's comparison tables (all
-others; cskd_jax/interop/names.py). What a file cannot tell is up to you:
+in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of torchvision
+or of the code of Chen et al. 2020, https://github.com/xeanzheng/CSKD (ResNets), of torchvision (Inception), or of the
+code of Tian et al. 2020, https://github.com/HobbitLong/RepDistiller (all others; cskd_jax/interop/names.py). Some
+things cannot be read from a file and are up to you:
 
-- Categories are numbers in it: their ORDER must be that of the data set. That is the alphabetical order of the
+- Classes are numbers in the file: their ORDER must be that of the data set. That is the alphabetical order of the
   names for CIFAR-10, CIFAR-100 and image folders. With --categories the names are checked when a run uses the teacher.
-- The images it was trained on must have been normalized by the run's dataset.mean and dataset.std.
+- The images that it was trained on must have been normalized by the run's dataset.mean and dataset.std.
 - mobilenet_v2 and mobilenet_v2_crd have the same tensors, but not the same activations and strides. inception_v3 has
-  those of torchvision, but pads, and halves the side of an image less often: it computes something else.
+  the tensors of torchvision, but pads, and halves the side of an image less often, so its outputs differ.
 
-DIR is then what --config.teacher.checkpoint takes, with the same --config.teacher.name and --config.teacher.width.
+DIR is then the value of --config.teacher.checkpoint, with the same --config.teacher.name and --config.teacher.width.
 """
 
 import hashlib
@@ -35,10 +36,10 @@ def _parse(argv):
     parser.add_argument("file", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--model", required=True, help="a name of docs/networks.md")
     parser.add_argument("--width", type=number(float, 1e-3, 64), default=1.0, help="factor on the channels; default 1")
-    parser.add_argument("--num_classes", type=number(int, 2, 10**6), required=True, help="number of categories")
+    parser.add_argument("--num_classes", type=number(int, 2, 10**6), required=True, help="number of classes")
     parser.add_argument("--channels", type=number(int, 1, 1024), default=3, help="of the images; default 3")
-    parser.add_argument("--categories", type=pathlib.Path, metavar="NAMES", help="file of their names, one a line")
-    parser.add_argument("--multilabel", action="store_true", help="an image has any number of categories")
+    parser.add_argument("--categories", type=pathlib.Path, metavar="NAMES", help="file of class names, one a line")
+    parser.add_argument("--multilabel", action="store_true", help="an image has any number of classes")
     parser.add_argument("--key", help="of the network, in a dictionary that holds several")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="new folder of the checkpoint")
     return parser.parse_args(argv[1:])
@@ -56,7 +57,7 @@ def _run(argv):
 
     module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width)
     state_dict = read_state_dict(arguments.file, arguments.key)
-    network = f"{arguments.model} of width {arguments.width:g} with {arguments.num_classes} categories"
+    network = f"{arguments.model} of width {arguments.width:g} with {arguments.num_classes} classes"
     try:
         variables, used, unused = from_torch(module, arguments.channels, state_dict)
     except (UserError, ValueError) as error:
@@ -89,17 +90,17 @@ def _run(argv):
 
 
 def _read_categories(arguments):
-    """Their names, or None."""
+    """Returns the names of the classes, or None."""
     if arguments.categories is None:
         return None
     try:
         names = arguments.categories.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"{arguments.categories} is no text") from None
+        raise UserError(f"{arguments.categories} is not a text file") from None
     if len(names) != arguments.num_classes or len(set(names)) != len(names):
         raise UserError(
             f"{arguments.categories} holds {len(names)} names, {len(set(names))} different; "
-            f"it must hold {arguments.num_classes} different ones, one a line, as --num_classes says"
+            f"it must hold {arguments.num_classes} different ones, one in each line, as --num_classes says"
         )
     return names
 
