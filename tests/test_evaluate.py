@@ -12,7 +12,7 @@ CONFIG = f"--config={ROOT}/configs/digits.py"
 BAD_INPUT = {
     "nothing": ([], ["--workdir=DIR", "--checkpoint=DIR"]),
     "both": (["--workdir={done}", "--checkpoint={done}/student"], ["either"]),
-    "no folder": (["--workdir={done}/nothing"], ["is no folder"]),
+    "no folder": (["--workdir={done}/nothing"], ["is not a folder"]),
     "no run": (["--workdir={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "no configuration beside it": (["--checkpoint={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "a run for a network": (["--checkpoint={done}/tensorboard"], ["no checkpoint in"]),

@@ -109,7 +109,7 @@ def _records(archive: CifarArchive, path: Path, member: str, data: bytes) -> np.
     """Returns the records of a member, uint8 [N, labels + 3072], with every label in range."""
     size = len(archive.label_files) + _IMAGE_BYTES
     if len(data) % size:
-        raise UserError(f"{path}: member {member} has {len(data)} bytes, which is no whole number of records of {size}")
+        raise UserError(f"{path}: member {member} has {len(data)} bytes, not a whole number of records of {size}")
     records = np.frombuffer(data, np.uint8).reshape(-1, size)
     for column, key in enumerate(archive.label_files):
         wrong = np.flatnonzero(records[:, column] >= archive.label_sizes[key])

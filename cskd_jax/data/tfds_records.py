@@ -168,7 +168,7 @@ def unreadable(directory: str, split: str) -> Iterator[None]:
     # The readers are C++ libraries that raise RuntimeError, ValueError, IndexError or TensorFlow's own errors.
     except Exception as error:
         raise UserError(
-            f"cannot read split {split} in {directory}: {one_line(error)}; remove the folder to prepare it anew"
+            f"cannot read split {split} in {directory}: {one_line(error)}; remove the folder to prepare it again"
         ) from error
 
 

@@ -281,7 +281,7 @@ def _is_prepared(builder: Any) -> bool:
         raise UserError(f"cannot look into {builder.data_dir}: {one_line(error)}") from error
     if exists:
         # tensorflow-datasets would take the folder for a prepared one.
-        raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it anew")
+        raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it again")
     return False
 
 

@@ -1,4 +1,4 @@
-"""Measures trained networks: scores on the test split, by category too, parameters, operations, latency.
+"""Measures trained networks: scores on the test split, also for each class, parameters, operations, latency.
 
 python -m cskd_jax.evaluate --workdir=DIR [--config.KEY=VALUE ...]
 python -m cskd_jax.evaluate --checkpoint=DIR [--config=RECIPE] [--config.KEY=VALUE ...]
@@ -8,9 +8,9 @@ python -m cskd_jax.evaluate --checkpoint=DIR [--config=RECIPE] [--config.KEY=VAL
   --config       recipe; needed only for a checkpoint that lies in no workdir
   --config.KEY   overrides a key of the run's configuration, such as --config.dataset.data_dir=DIR
 
-Prints a table and writes it as evaluation.json into DIR. Every network is that of its newest checkpoint.
+It prints a table and writes it as evaluation.json into DIR. Every network is that of its newest checkpoint.
 
-Exit codes: 0 done; 2 something to mend in the command, the configuration or the data.
+Exit codes: 0 done; 2 mistake in the command, the configuration or the data.
 """
 
 import pathlib
@@ -49,7 +49,7 @@ LATENCY_MEANING = (
     "median time in ms from pixels on one device to logits, after compilation and a first run, without the transfer of "
     "the images"
 )
-_REPETITIONS, _SECONDS = 100, 5.0  # of a measurement of time, at most
+_REPETITIONS, _SECONDS = 100, 5.0  # The most for a measurement of time.
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +69,7 @@ def _run(argv):
         )
     folder = pathlib.Path(values.workdir or values.checkpoint)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
+        raise UserError(f"{folder} is not a folder")
     config = _config(folder if values.workdir else folder.absolute().parent, command)
     folders = _phases(folder) if values.workdir else [folder]
     command_line.set_up_jax()
@@ -92,7 +92,7 @@ def _run(argv):
 
 
 def _config(workdir: pathlib.Path, command: command_line.CommandLine) -> ml_collections.ConfigDict:
-    """From the recipe if one is given, or else of the run."""
+    """Returns the configuration of the recipe if one is given, or else that of the run."""
     if command.recipe:
         config = recipes.load_recipe(command.recipe, command.overrides)
     elif not (workdir / "config.json").is_file():
@@ -113,16 +113,17 @@ def _phases(workdir: pathlib.Path) -> list[pathlib.Path]:
 def evaluate(
     trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
 ) -> dict[str, Any]:
-    """What is measured of one network.
+    """Measures one network.
 
     Args:
-      trained: the network.
-      config: says how images are normalized, and the batch size.
-      dataset: its test split is used.
+      trained: Trained network.
+      config: Configuration that gives the normalization of images and the batch size.
+      dataset: Data set whose test split is used.
+      devices: Devices that compute the scores.
 
     Returns:
-      {"model", "width", "step" of the checkpoint, "finished", "parameters", "flops_per_image", "latency_ms": {"batch
-      SIZE": float}, the metrics of the task and "loss", "by_category": {category: score}}.
+      A dict {"model", "width", "step" of the checkpoint, "finished", "parameters", "flops_per_image", "latency_ms":
+      {"batch SIZE": float}, the metrics of the task and "loss", "by_category": {class: score}}.
     """
     network, saved = trained.network, trained.saved
     evaluation, normalize = make_evaluation(network, config, dataset, devices), make_normalize(config)
@@ -150,7 +151,10 @@ def evaluate(
 
 
 def latency(program: Callable[..., jax.Array], *arguments: Any) -> float:
-    """Median time of a call in ms: of at most 100 calls, in about 5 seconds, after one that does not count."""
+    """Returns the median time of a call in ms.
+
+    It is the median of at most 100 calls in about 5 seconds, after one that does not count.
+    """
     program(*arguments).block_until_ready()
     times, end = [], time.perf_counter() + _SECONDS
     while len(times) < _REPETITIONS and (not times or time.perf_counter() < end):
@@ -161,7 +165,7 @@ def latency(program: Callable[..., jax.Array], *arguments: Any) -> float:
 
 
 def _tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
-    """Two tables for people: the networks, and their categories."""
+    """Returns two tables for people: the networks, and their classes."""
     networks = evaluation["networks"]
     rows = {
         "network": [f"{n['model']}, width {n['width']:g}" for n in networks.values()],
@@ -177,12 +181,12 @@ def _tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
         rows[f"latency, {size}, ms"] = [f"{n['latency_ms'][size]:,.2f}" for n in networks.values()]
     first = _align([["", *networks], *([name, *cells] for name, cells in rows.items())])
     scores = [n["by_category"] for n in networks.values()]
-    second = _align([["category", *networks], *([printable(c), *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
+    second = _align([["class", *networks], *([printable(c), *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
     return f"{first}\n\n{second}"
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left and the others right."""
+    """Returns rows as text in columns, the first flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])

@@ -170,7 +170,7 @@ def test_truncated_record_file(tmp_path):
     (file,) = folder.glob("*train*")
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(
-        UserError, match=f"cannot read split train in {folder}: .*; remove the folder to prepare it anew"
+        UserError, match=f"cannot read split train in {folder}: .*; remove the folder to prepare it again"
     ):
         load_dataset("shapes", data_dir=str(tmp_path))
 
