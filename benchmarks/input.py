@@ -1,9 +1,10 @@
-"""How many images per second a recipe's data give, in memory and streamed.
+"""Measures how many images per second a recipe's data give, in memory and streamed.
 
 python benchmarks/input.py --config=RECIPE [--seconds=10] [--config.KEY=VALUE ...]
 
-Batches as the training takes them, put on the devices, with nothing else to do. Memory: decoded once, when the data are
-loaded. Stream: decoded by `dataset.workers` processes, which start with the first batch.
+It takes batches as the training does and puts them on the devices, with nothing else to do. In memory, images are
+decoded once, when the data are loaded. A stream is decoded by `dataset.workers` processes, which start with the first
+batch.
 """
 
 import pathlib
@@ -26,7 +27,7 @@ _STEPS = 10**6  # More than there is time for.
 
 
 def measure(config, seconds: float) -> Part:
-    """Loads the data in both ways, and takes batches for so long."""
+    """Loads the data in both ways, and takes batches for `seconds`."""
     devices, rows = Devices(), []
     for name, streaming in (("memory", False), ("stream", True)):
         config.dataset.streaming = streaming
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 def _run(argv):
     values = flags.FlagValues()
-    flags.DEFINE_float("seconds", 10, "Of each measurement.", flag_values=values)
+    flags.DEFINE_float("seconds", 10, "Seconds of each measurement.", flag_values=values)
     command = command_line.parse(argv, values)
     config = recipes.load_recipe(command.recipe, command.overrides)
     schema.validate(config)
