@@ -16,6 +16,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
+        """Raises UserError with the message."""
         raise UserError(f"{message}; --help shows what is allowed")
 
 

@@ -69,6 +69,7 @@ class Placeholder(metaclass=_PlaceholderType):
     """An instance of a class that the file names; it accepts any state and does nothing."""
 
     def __new__(cls, *_, **__):
+        """Makes an instance from any arguments and calls nothing."""
         return object.__new__(cls)
 
     def __setstate__(self, state):
