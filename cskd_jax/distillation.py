@@ -57,7 +57,7 @@ def distill(
     teacher_embedding: str | None = None,
     callbacks: Sequence[Callback] | None = None,
     workdir: str | pathlib.Path | None = None,
-    devices: int | Sequence[jax.Device] | None = None,
+    devices: int | Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     log_every: int = 50,
 ) -> Result:
     """Trains a student, with the help of a teacher if its losses read one.
@@ -155,7 +155,7 @@ def make_data(
     Raises:
       UserError: They are no images and labels, or those of the two splits do not fit together.
     """
-    splits = [_make_split(name, *given) for name, given in (("train", train), ("test", test))]
+    splits: list[Any] = [_make_split(name, *given) for name, given in (("train", train), ("test", test))]
     kinds = [
         f"images {split.images.shape[1:]} {split.images.dtype} with labels {['N', *split.labels.shape[1:]]}"
         for split in splits
@@ -167,7 +167,7 @@ def make_data(
     names = tuple(map(str, range(count))) if categories is None else tuple(categories)
     if len(names) < count or any(split.labels.min() < 0 for split in splits):
         raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of categories less 1")
-    return ImageDataset("arrays", *splits, names)
+    return ImageDataset("arrays", splits[0], splits[1], names)
 
 
 def _make_split(name, images, labels):

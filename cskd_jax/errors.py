@@ -1,5 +1,6 @@
 """Exceptions that the commands show as one line, each with its exit code."""
 
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,8 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
     """Runs a command; returns its exit code, or 0. What the user can mend becomes one line on standard error."""
     for stream in (sys.stdout, sys.stderr):
         # A name that the console cannot show should not end a run.
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command(*arguments) or 0
     except UserError as error:

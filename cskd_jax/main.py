@@ -21,6 +21,7 @@ command resumes.
 
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -58,7 +59,8 @@ def _run(argv):
     from cskd_jax.distributed import processes
     from cskd_jax.runs.run import train
 
-    processes.initialize(**{name: values[name].value for name in _PROCESSES})
+    options: dict[str, Any] = {name: values[name].value for name in _PROCESSES}
+    processes.initialize(**options)
     train(config, pathlib.Path(values.workdir or default))
 
 

@@ -10,7 +10,7 @@ from cskd_jax.errors import UserError
 class Parser(argparse.ArgumentParser):
     """Takes arguments as --NAME=VALUE; shows `description` as it is; a mistake is a UserError."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )

@@ -4,7 +4,7 @@ import gc
 import os
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -28,7 +28,7 @@ class CommandLine(NamedTuple):
     rest: list[str]
 
 
-def run_program(program: Callable[[list[str]], None], documentation: str, argv: list[str]) -> int:
+def run_program(program: Callable[[list[str]], None], documentation: str | None, argv: list[str]) -> int:
     """Runs a program and returns its exit code; a mistake of the user is shown as one line.
 
     Args:
@@ -76,7 +76,8 @@ def set_up_jax() -> None:
     os.environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    options: Any = jax.config  # Its options are attributes, which type checkers do not see.
+    if options.jax_compilation_cache_dir is None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "cskd_jax"))
     # Compiling many small programs adds up: keep them all.

@@ -35,7 +35,7 @@ class PublishedValue(NamedTuple):
 @functools.cache
 def tables() -> list[dict[str, Any]]:
     """The tables of published.json: id, source, dataset, metric, columns, rows (teacher, student, values)."""
-    text = importlib.resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8")
+    text = importlib.resources.files(str(__package__)).joinpath("published.json").read_text(encoding="utf-8")
     return json.loads(text)["tables"]
 
 

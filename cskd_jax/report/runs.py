@@ -178,7 +178,7 @@ def _read_results(path):
     return results
 
 
-def _printable(content):
+def _printable(content: Any) -> Any:
     """A JSON value with all texts printable: runs of others are shown on a console and in files that people open."""
     if isinstance(content, dict):
         return {printable(key): _printable(value) for key, value in content.items()}
@@ -198,7 +198,8 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
         groups.setdefault(json.dumps([run.config.get(key) for key in _COMMON]), []).append(run)
     comparisons = []
     for key in sorted(groups):
-        teachers = sorted({run.given_teacher for run in groups[key]} - {None}) or [None]
+        given = {run.given_teacher for run in groups[key] if run.given_teacher is not None}
+        teachers: list[Any] = sorted(given) or [None]
         for teacher in teachers:
             runs = [run for run in groups[key] if run.given_teacher in (None, teacher)]
             comparisons.append(_comparison(runs, (teacher[:8] or "of each run") if len(teachers) > 1 else ""))

@@ -1,7 +1,7 @@
 """The tables of the report, as text: what pages of any kind are made of."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cskd_jax.report import published
 from cskd_jax.report.embedding import Embeddings
@@ -41,7 +41,7 @@ def recipe(comparison: Comparison) -> str:
 
 def results(comparison: Comparison) -> Table:
     """Scores of every row, beside the published ones where there are any."""
-    rows = [_teacher(comparison)] if comparison.distilled else []
+    rows: list[tuple[str, ...]] = [_teacher(comparison)] if comparison.distilled else []
     for row in comparison.rows:
         best, last = row.summary("best"), row.summary("last")
         beside = _beside(comparison, row.method, last, best)
@@ -92,7 +92,7 @@ def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | 
         return _NONE, _NONE, _NONE, _NONE
     differences = [_NONE if ours is None else f"{ours.mean - values[0].top1:+.2f}" for ours in (best, last)]
     shown = "; ".join(f"{value.top1:.2f}" for value in values)
-    return shown, *differences, "; ".join(value.source for value in values)
+    return shown, differences[0], differences[1], "; ".join(value.source for value in values)
 
 
 def _different_recipe(comparison):
@@ -147,7 +147,7 @@ def paired(row: Row, baseline: Row) -> PairedDifference | None:
 
 def ablation(comparison: Comparison) -> Table | None:
     """Table 4 of the paper: the two parts of category structure; None unless its runs are there."""
-    present = {method: comparison.row(method) for method in _ABLATION}
+    present: dict[str, Any] = {method: comparison.row(method) for method in _ABLATION}
     if any(present[method] is None for method in ("intra", "inter", "cskd")):
         return None
     rows = []

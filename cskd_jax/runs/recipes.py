@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -77,7 +78,8 @@ def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_coll
     argv, values = ["cskd_jax", *overrides], flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, "Configuration.", values, sys_argv=argv)
     parse_flags(values, argv)
-    return values["config"].value
+    overridden: Any = values["config"].value
+    return overridden
 
 
 def override_key(argument: str) -> str:

@@ -76,7 +76,7 @@ def of_field(field: dataclasses.Field) -> Rule:
 
     No hyperparameter of a loss is a negative or infinite number.
     """
-    kinds = getattr(field.type, "__args__", None) or (field.type,)
+    kinds: tuple[Any, ...] = getattr(field.type, "__args__", None) or (field.type,)
     rule = _OF_TYPES.get(kinds[0]) or Rule((kinds[0],), lambda _: True, f"of type {kinds[0].__name__}")
     return optional(rule) if type(None) in kinds else rule
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 
 from cskd_jax.data import ImageDataset, read_batches
 from cskd_jax.data.samplers import Sampler
@@ -174,7 +174,7 @@ class Loop:
             teacher_output = None
             self._abstract_teacher = None
             if self._teacher is not None:
-                self._abstract_teacher, teacher_output = self._trace_teacher(teacher_variables)
+                self._abstract_teacher, teacher_output = self._trace_teacher(self._teacher, teacher_variables)
             first, data = self._parts[0], self._setup.data
             self._check_logits()
             label = jax.ShapeDtypeStruct(data.train.labels.shape[1:], data.train.labels.dtype)
@@ -196,11 +196,11 @@ class Loop:
             self._abstract_states = [state]
             for part in self._parts[1:]:
                 opt_state = jax.eval_shape(functools.partial(init_optimizer, part.optimizer), state.params)
-                self._abstract_states.append(state.replace(opt_state=opt_state))
+                self._abstract_states.append(dataclasses.replace(state, opt_state=opt_state))
             size = self._sampler.batch_size
             self._lowered_steps = [self._lower_step(number, size) for number in range(len(self._parts))]
             check_unchanged(state, self._lowered_steps[0].out_info[0])
-        except (TypeError, ValueError, ArithmeticError, flax.errors.FlaxError) as error:
+        except (TypeError, ValueError, ArithmeticError, FlaxError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{self._name}: {lines[0]}") from error
 
@@ -214,13 +214,13 @@ class Loop:
                 f"asks for {(2, classes)}"
             )
 
-    def _trace_teacher(self, variables):
+    def _trace_teacher(self, teacher, variables):
         """Returns the shapes of the teacher's variables and outputs."""
         shape = self._setup.data.image_shape
         if variables is None:
-            return jax.eval_shape(lambda: init_network(self._teacher, self._init_key, shape))
+            return jax.eval_shape(lambda: init_network(teacher, self._init_key, shape))
         images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-        alone = self._teacher.on_axis(None)
+        alone = teacher.on_axis(None)
         outputs = jax.eval_shape(lambda v, x: alone.apply(v, x, train=False)[0], variables, images)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables), outputs
 
@@ -270,7 +270,7 @@ class Loop:
                     f"{self._name}: the workdir holds a training of {step} steps, more than the {self._total_steps} "
                     "asked for; use another workdir"
                 )
-            if step == self._total_steps:
+            if state is not None and step == self._total_steps:
                 return state, progress, []
             self._announce(step)
             state = self._setup.devices.replicate(self._compile(state, step))

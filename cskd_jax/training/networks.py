@@ -39,15 +39,15 @@ _INTERMEDIATES = "intermediates"
 
 @runtime_checkable
 class Network(Protocol):
-    """What the trainer needs of a network.
+    """What the trainer needs of a network."""
 
-    Attributes:
-      synchronized: Whether the network itself computes what it computes of a batch, such as the statistics of batch
-        normalization, from the global batch. If not, the trainer averages its updated collections over the devices, and
-        results depend on the number of devices.
-    """
+    @property
+    def synchronized(self) -> bool:
+        """Returns whether the network itself computes the statistics of a batch from the global batch.
 
-    synchronized: bool
+        If not, the trainer averages its updated collections over the devices, and results depend on their number.
+        """
+        ...
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
         """Returns fresh variables, and the outputs for two black images of shape [H, W, C]."""
@@ -135,7 +135,7 @@ class LinenNetwork:
         """Whether the module can be told that it is trained."""
         return any(self._flags(train=True))
 
-    def _flags(self, *, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
+    def _flags(self, *, train: bool) -> tuple[tuple[bool, ...], dict[str, Any]]:
         """Returns what asks for training mode: positional arguments behind the images, and keywords."""
         parameters = list(inspect.signature(type(self.module).__call__).parameters.values())
         # An attribute of the module that has a value may not be given once more.

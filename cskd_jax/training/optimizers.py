@@ -12,7 +12,7 @@ import optax
 class RestartState(NamedTuple):
     """State of `restart_every`."""
 
-    count: jax.Array
+    count: Any
     inner: optax.OptState
 
 
@@ -49,7 +49,7 @@ class StepSchedule:
     boundaries: tuple[int, ...] = ()
     decay_factor: float = 0.1
 
-    def __call__(self, count: jax.Array) -> jax.Array:
+    def __call__(self, count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         """Returns the learning rate after `count` steps, as a schedule of optax does."""
         schedule = optax.piecewise_constant_schedule(
             self.learning_rate, dict.fromkeys(self.boundaries, self.decay_factor)
