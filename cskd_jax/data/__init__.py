@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -76,16 +77,18 @@ def load_dataset(
 def _decode(dataset: ImageDataset, streaming: bool | None, workers: int) -> ImageDataset:
     """Returns the data set with arrays or streams in the place of readers."""
     splits = dataset.train, dataset.test
-    if any(isinstance(split.images, np.ndarray) for split in splits):
+    readers: list[Any] = [split.images for split in splits]
+    if any(isinstance(reader, np.ndarray) for reader in readers):
         if streaming:
             raise UserError(f"data set '{dataset.name}' cannot be streamed: only image files and array_record can")
         return dataset
-    size = sum(math.prod(split.images.shape) for split in splits)
+    size = sum(math.prod(reader.shape) for reader in readers)
     if streaming or (streaming is None and size > _memory() / 8):
         pool = Workers(workers)
-        train, test = (Split(ImageStream(split.images, pool), split.labels) for split in splits)
+        images = [ImageStream(reader, pool) for reader in readers]
     else:
-        train, test = (Split(split.images.read(), split.labels) for split in splits)
+        images = [reader.read() for reader in readers]
+    train, test = (Split(decoded, split.labels) for decoded, split in zip(images, splits, strict=True))
     return dataclasses.replace(dataset, train=train, test=test)
 
 

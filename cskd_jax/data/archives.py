@@ -158,8 +158,8 @@ def read_tar(archive: Archive, path: Path, wanted: Callable[[str], bool]) -> Ite
         with tarfile.open(path, "r:*") as tar:
             for member in tar:
                 name = posixpath.normpath(member.name)  # In repacked archives, names often begin with "./".
-                if wanted(name) and member.isfile():
-                    yield name, tar.extractfile(member).read()
+                if wanted(name) and member.isfile() and (file := tar.extractfile(member)):
+                    yield name, file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged or no tar archive ({reason}): replace it by {archive.url}") from error
@@ -191,7 +191,7 @@ def check_categories(path: Path, split: str, names: Sequence[str], labels: np.nd
     """Raises UserError unless the labels of a split, int [N], include every class."""
     missing = np.setdiff1d(np.arange(len(names)), labels)
     if len(missing):
-        raise UserError(f"{path}: the {split} split has no image of {', '.join(names[label] for label in missing[:5])}")
+        raise UserError(f"{path}: the {split} split has no image of {', '.join(np.array(names)[missing[:5]])}")
 
 
 def decode(path: Path, member: str, data: bytes) -> Image.Image:

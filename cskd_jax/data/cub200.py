@@ -118,7 +118,7 @@ def _check_values(
 ) -> None:
     """Raises UserError unless the table gives every image one of the allowed values."""
     for image, file in files.items():
-        if table.get(image) not in allowed:
+        if table.get(image, "") not in allowed:
             found = f"says '{table[image]}' of" if image in table else "says nothing of"
             raise UserError(f"{path}: member {member} {found} image {image}, {file}")
 

@@ -38,7 +38,8 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None, 
     splits = {}
     for seed, (name, rounds) in enumerate(ROUNDS.items()):
         generator = np.random.default_rng(seed)
-        made = [_pair(sources[name].images, sources[name].labels["label"], generator) for _ in range(rounds)]
+        images, labels = np.asarray(sources[name].images), sources[name].labels["label"]
+        made = [_pair(images, labels, generator) for _ in range(rounds)]
         splits[name] = Split(*(np.concatenate(parts) for parts in zip(*made, strict=True)))
     chosen = balanced_indices(splits["train"].labels, CATEGORIES, train_examples)
     train = Split(*(array[chosen] for array in splits["train"]))

@@ -1,6 +1,7 @@
 """The 1797 handwritten digits that are part of scikit-learn: a real data set that needs no download."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def read(data_root: Path) -> Content:
     del data_root
     from sklearn.datasets import load_digits  # This takes a second to import.
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = digits.target.astype(np.int32)
     line = np.argsort(labels, kind="stable")

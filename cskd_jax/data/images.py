@@ -29,6 +29,7 @@ class Reader(Protocol):
 
         Sending it is quick where n is small.
         """
+        ...
 
     def read(self) -> np.ndarray:
         """Returns all images, uint8 [N, H, W, C].
@@ -36,6 +37,7 @@ class Reader(Protocol):
         Raises:
           UserError: If an image is damaged or has another size; the message names it.
         """
+        ...
 
 
 def open_image(file: Path | BinaryIO) -> Image.Image:

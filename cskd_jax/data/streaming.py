@@ -102,9 +102,11 @@ def read_batches(images: np.ndarray | ImageStream, indices: Iterable[np.ndarray]
 
 def _end_with_parent():
     """Makes a worker end when the run ends, however that is."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker has a parent"
 
     def wait():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -73,7 +73,7 @@ def _open(directory: str, split: str) -> tuple[Any, Any]:
     """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(directory)
+    builder: Any = tfds.builder_from_directory(directory)
     source = builder.as_data_source(
         split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )

@@ -198,7 +198,7 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
         image_shape = reader.shape[1:]
         images = reader if isinstance(source, ArrayRecords) else reader.read()
         opened.append(Split(images, labels[split][chosen[split]]))
-    return ImageDataset(name, *opened, categories)
+    return ImageDataset(name, opened[0], opened[1], categories)
 
 
 def refuse_path(name: str, path: str | None) -> None:
@@ -231,8 +231,9 @@ def _builder_class(source: ArraySource) -> type:
             )
 
         def _split_generators(self, dl_manager):
+            features: Any = self.info.features
             for key, names in self.content.label_names.items():
-                self.info.features[key].names = list(names)
+                features[key].names = list(names)
             return {name: self._generate_examples(name, split) for name, split in self.content.splits.items()}
 
         def _generate_examples(self, split_name, split):
@@ -316,6 +317,11 @@ def _check_features(builder: Any, name: str) -> None:
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         has = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(found.items())) or "none by name"
         raise UserError(f"data set '{name}' needs the features image (Image) and label (ClassLabel): it has {has}")
+    _check_image(image, name)
+
+
+def _check_image(image: Any, name: str) -> None:
+    """Raises UserError unless the feature `image` is of 8 bits, with 1, 3 or 4 channels."""
     if image.np_dtype != np.uint8 or len(image.shape) != 3 or image.shape[-1] not in MODES:
         raise UserError(
             f"data set '{name}' needs uint8 images with 1, 3 or 4 channels: "

@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cskd_jax.data.images import Reader
 from cskd_jax.data.streaming import ImageStream
 from cskd_jax.errors import UserError
 
@@ -21,7 +20,7 @@ class Split(NamedTuple):
         (multi-label), float32 [N, K], 1 for each class of an image and 0 for the others.
     """
 
-    images: np.ndarray | Reader | ImageStream
+    images: np.ndarray | ImageStream | Any  # Any stands for a Reader, which only the loaders meet.
     labels: np.ndarray
 
 

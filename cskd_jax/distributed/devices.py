@@ -25,13 +25,14 @@ class Devices:
       UserError: If there are not so many devices.
     """
 
-    def __init__(self, devices: int | Sequence[jax.Device] | None = None):
+    # jax.Device is assigned where pyright cannot see that it is a class.
+    def __init__(self, devices: int | Sequence[jax.Device] | None = None):  # pyright: ignore[reportInvalidTypeForm]
         # The devices of a process come one after the other.
         found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         if isinstance(devices, int) and not 1 <= devices <= len(found):
             raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of devices here")
         devices = [devices] if isinstance(devices, jax.Device) else devices
-        self._devices = found[:devices] if devices is None or isinstance(devices, int) else list(devices)
+        self._devices: list[Any] = found[:devices] if devices is None or isinstance(devices, int) else list(devices)
         if is_distributed() and len(self._devices) != len(found):
             raise UserError("a run of several processes uses all of their devices")
         self._mesh = Mesh(np.array(self._devices), (AXIS,))

@@ -43,20 +43,25 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     Raises:
       UserError: If some of the three are missing or invalid.
     """
-    given = [value is not None for value in (coordinator, processes, process)]
-    if any(given):
-        if cluster or not all(given):
+    if coordinator is None or processes is None or process is None or cluster:
+        if (coordinator, processes, process) != (None, None, None):
             raise UserError("--coordinator, --processes and --process are given together, and without --cluster")
+        if not (cluster or _in_cluster(os.environ)):
+            return
+    else:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"--coordinator must be HOST:PORT; got {coordinator}")
         if not 0 <= process < processes:
             raise UserError(f"--process must be from 0 to --processes - 1 = {processes - 1}; got {process}")
-    elif not (cluster or _in_cluster(os.environ)):
-        return
-    timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
     try:
-        jax.distributed.initialize(coordinator, processes, process, **timeouts)
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
     except ValueError as error:
         raise UserError(f"--cluster: neither SLURM nor a TPU pod says which process this is ({error})") from None
     if not is_first():
@@ -101,15 +106,14 @@ def first_then_all(function: Callable[[], T]) -> T:
     """
     if not is_distributed():
         return function()
-    value, error = _outcome(function) if is_first() else (None, None)
-    _raise_everywhere(error)
-    if not is_first():
-        value, error = _outcome(function)
+    outcome = _outcome(function) if is_first() else None
+    _raise_everywhere(outcome and outcome[1])
+    value, error = outcome or _outcome(function)
     _raise_everywhere(error)
     return value
 
 
-def _outcome(function, *args):
+def _outcome(function: Callable[..., Any], *args: Any) -> tuple[Any, Exception | None]:
     """Calls the function; returns (value, None), or (None, the error)."""
     try:
         return function(*args), None

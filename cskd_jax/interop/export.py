@@ -41,7 +41,7 @@ def _parse(argv):
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="new folder")
     images = parser.add_argument_group("images", "of an imported network, which does not know them")
     images.add_argument("--size", type=numbers(int, 1, 10**5), metavar="HEIGHT,WIDTH", help="in pixels")
-    channels = {"metavar": "X,...", "help": "per channel, or one for all, of pixels in [0, 1]"}
+    channels: dict[str, Any] = {"metavar": "X,...", "help": "per channel, or one for all, of pixels in [0, 1]"}
     images.add_argument("--mean", type=numbers(float, -1e6, 1e6), **channels)
     images.add_argument("--std", type=numbers(float, 1e-6, 1e6), **channels)
     return parser.parse_args(argv[1:])

@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 
 from cskd_jax.errors import UserError
 from cskd_jax.models.inception import InceptionV3
@@ -65,7 +65,11 @@ def _two_sided_shuffle_layer(stage, layer):
 
 
 def _wide_layer(suffix):
-    return lambda stage, block: (f"block{stage}.layer.{block - 1}.{suffix}",) * 2
+    def names(stage, block):
+        name = f"block{stage}.layer.{block - 1}.{suffix}"
+        return name, name
+
+    return names
 
 
 def _vgg_layer(stage, number):
@@ -153,8 +157,9 @@ FAMILIES = {
         {
             **_STEM,
             rf"{_BLOCK}_norm": _wide_layer("bn1"),
-            rf"{_BLOCK}_conv1": lambda stage, block: tuple(
-                f"block{stage}.layer.{block - 1}.{layer}" for layer in ("conv1", "bn2")
+            rf"{_BLOCK}_conv1": lambda stage, block: (
+                f"block{stage}.layer.{block - 1}.conv1",
+                f"block{stage}.layer.{block - 1}.bn2",
             ),
             rf"{_BLOCK}_conv2": _wide_layer("conv2"),
             rf"{_BLOCK}_shortcut": _wide_layer("convShortcut"),
@@ -245,7 +250,7 @@ def from_torch(
     arrays = {path: _from_torch_layout(array, wanted[path].dtype) for path, array in found.items()}
     _refuse({"not finite": {sources[path]: "" for path, array in arrays.items() if not np.isfinite(array).all()}})
     used = {name: "/".join(path) for path, name in sources.items()}
-    return flax.traverse_util.unflatten_dict(arrays), used, unused
+    return traverse_util.unflatten_dict(arrays), used, unused
 
 
 def to_torch(module: nn.Module, variables: Mapping[str, Any], batches: int) -> dict[str, np.ndarray]:
@@ -260,7 +265,7 @@ def to_torch(module: nn.Module, variables: Mapping[str, Any], batches: int) -> d
       The arrays by PyTorch's names.
     """
     family, state_dict = _family(module), {}
-    for path, array in flax.traverse_util.flatten_dict(dict(variables)).items():
+    for path, array in traverse_util.flatten_dict(dict(variables)).items():
         name = _torch_name(family, path)
         state_dict[name] = np.ascontiguousarray(_transpose(np.asarray(array), (3, 2, 0, 1)))
         if path[-1] == "mean":
@@ -272,10 +277,10 @@ def _family(module):
     return FAMILIES[type(module), getattr(module, "version", None)]
 
 
-def _abstract_variables(module, channels):
+def _abstract_variables(module: nn.Module, channels: int) -> dict[tuple[str, ...], Any]:
     """Returns {path: shape and dtype} of the variables, which do not depend on the size of the images."""
     variables, _ = jax.eval_shape(lambda: init_network(LinenNetwork(module), jax.random.PRNGKey(0), (32, 32, channels)))
-    return flax.traverse_util.flatten_dict(variables)
+    return traverse_util.flatten_dict(variables)
 
 
 def _torch_name(family, path):

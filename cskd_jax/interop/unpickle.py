@@ -62,7 +62,7 @@ class _PlaceholderType(type):
     def __call__(cls, *_, **__):
         if cls.__name__ not in _INERT_CALLS:
             raise UserError(f"asks to call {shown(cls.__name__)}, which is not allowed")
-        return cls.__new__(cls)
+        return object.__new__(cls)
 
 
 class Placeholder(metaclass=_PlaceholderType):
@@ -74,7 +74,7 @@ class Placeholder(metaclass=_PlaceholderType):
 
     def __setstate__(self, state):
         if isinstance(state, dict):
-            self.__dict__ = state  # It is not copied, because a file can give one state to many objects.
+            object.__setattr__(self, "__dict__", state)  # Not a copy: many objects can have one state.
 
     def __setitem__(self, *_):
         pass
@@ -207,6 +207,6 @@ def _check_operations(stream):
     for number, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         tuples += operation.name.startswith("TUPLE")
         # The unpickler allocates memory for all numbers below that of an object that it memoizes.
-        far = operation.name.endswith("PUT") and argument > number
+        far = operation.name.endswith("PUT") and (argument or 0) > number
         if far or tuples > _MAX_TUPLES or number > _MAX_OPERATIONS:
             raise UserError("is built to use too much memory")

@@ -53,7 +53,7 @@ def activation_boundary_loss(
         violation = jnp.where(on, nn.relu(margin - student), nn.relu(margin + student))
         factor = 2.0 ** (stage - len(student_stages)) * 3 / (1000 * len(student))
         total += factor * jnp.sum(jnp.square(violation))
-    return total
+    return jnp.asarray(total)
 
 
 class ActivationBoundary(Method):

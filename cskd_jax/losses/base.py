@@ -1,6 +1,6 @@
 """The interface of a distillation method: a linen module from the outputs of student and teacher to a loss."""
 
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 from flax import linen as nn
@@ -9,10 +9,25 @@ from flax import linen as nn
 class NetworkOutput(Protocol):
     """The part of `cskd_jax.models.ModelOutput` that losses read."""
 
-    logits: jax.Array
-    features: tuple[jax.Array, ...]
-    embedding: jax.Array
-    preactivations: tuple[jax.Array, ...]
+    @property
+    def logits(self) -> jax.Array:
+        """Returns the logits [B, C]."""
+        ...
+
+    @property
+    def features(self) -> tuple[jax.Array, ...]:
+        """Returns the maps after each stage."""
+        ...
+
+    @property
+    def embedding(self) -> Any:
+        """Returns the pooled last map [B, D]; None where a network does not give it."""
+        ...
+
+    @property
+    def preactivations(self) -> tuple[jax.Array, ...]:
+        """Returns the maps before the last ReLU of each stage."""
+        ...
 
 
 class LossInputs(NamedTuple):
@@ -27,7 +42,7 @@ class LossInputs(NamedTuple):
     """
 
     student: NetworkOutput
-    teacher: NetworkOutput | None
+    teacher: NetworkOutput | Any  # Any stands for None, which no method that needs a teacher meets.
     labels: jax.Array
     indices: jax.Array | None = None
     key: jax.Array | None = None

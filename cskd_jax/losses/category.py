@@ -6,7 +6,7 @@ both are here, as variants with names of their own.
 """
 
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -328,10 +328,18 @@ def _category_structure(
     axis_name,
     running=None,
     momentum=0.0,
-):
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """Returns (category, terms, new running centers or None): the computation that both public losses share."""
     filter_misclassified = _check_arguments(
-        student_features, teacher_features, labels, num_classes, *logits, variant, weights[2], filter_misclassified
+        student_features,
+        teacher_features,
+        labels,
+        num_classes,
+        logits[0],
+        logits[1],
+        variant,
+        weights[2],
+        filter_misclassified,
     )
     intra_weight, inter_weight, compactness_weight = (
         default if weight is None else weight for weight, default in zip(weights, VARIANT_WEIGHTS[variant], strict=True)
@@ -419,7 +427,7 @@ def _reference_terms(student, teacher, sums, counts, logits, labels, index, filt
     }
     if with_logits:
         sums = tuple(_category_sums(z, index, axis_name=axis_name)[0] for z in logits)
-        difference = _intra_difference(*logits, sums, index.counts, index.slots)
+        difference = _intra_difference(logits[0], logits[1], sums, index.counts, index.slots)
         terms["intra_logits"] = jnp.mean(jnp.square(difference)) / difference.shape[1]
         terms["inter_logits"] = _inter_mse(sums, index.present)
         deviation = intra_category_structure(logits[0], _means(sums[0], index.counts), index.counts, index.slots)

@@ -65,7 +65,8 @@ def fsp_loss(student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.A
     student_stages = [at_least_float32(stage) for stage in student_stages]
     teacher_stages = [lax.stop_gradient(at_least_float32(stage)) for stage in teacher_stages]
     pairs = zip(pairwise(student_stages), pairwise(teacher_stages), strict=True)
-    return sum(jnp.mean(jnp.square(fsp_matrix(*student) - fsp_matrix(*teacher))) for student, teacher in pairs)
+    differences = (fsp_matrix(*student) - fsp_matrix(*teacher) for student, teacher in pairs)
+    return jnp.asarray(sum(jnp.mean(jnp.square(difference)) for difference in differences))
 
 
 class FSP(Method):

@@ -86,7 +86,7 @@ def irg_loss(
     edges = [
         jnp.mean(jnp.square(_edges(s, axis_name) - _edges(t, axis_name))) for s, t in zip(student, teacher, strict=True)
     ]
-    edge = sum(edges) / len(edges)
+    edge = jnp.asarray(sum(edges) / len(edges))
     movements = [_transformation(network[0], network[1], axis_name) for network in (student, teacher)]
     transformation = jnp.mean(jnp.square(movements[0] - movements[1]))
     total = vertex_weight * vertex + edge_weight * edge + transformation_weight * transformation
@@ -153,12 +153,12 @@ class IRG(Method):
                 f"lower_stage {self.lower_stage} and upper_stage {self.upper_stage} must be two stages, in order, of "
                 f"both networks, which have {len(student.features)} and {len(teacher.features)}"
             )
-        stages = (self.lower_stage - 1, self.upper_stage - 1)
+        lower, upper = self.lower_stage - 1, self.upper_stage - 1
         return irg_loss(
             student.logits,
             teacher.logits,
-            tuple(student.features[stage] for stage in stages),
-            tuple(teacher.features[stage] for stage in stages),
+            (student.features[lower], student.features[upper]),
+            (teacher.features[lower], teacher.features[upper]),
             student.embedding,
             teacher.embedding,
             vertex_weight=self.vertex_weight,

@@ -109,11 +109,12 @@ class ReviewKD(Method):
     def __call__(self, inputs: LossInputs):
         pairs = pair_stages(inputs.student.preactivations, inputs.teacher.preactivations)
         if self.with_embedding:
-            pairs.append(tuple(output.embedding[:, None, None, :] for output in (inputs.student, inputs.teacher)))
+            student, teacher = inputs.student.embedding, inputs.teacher.embedding
+            pairs.append((student[:, None, None, :], teacher[:, None, None, :]))
         mid_channels = self.mid_channels or min(512, pairs[-1][0].shape[-1])
         total, fused = 0.0, None
         for stage, (student, teacher) in reversed(list(enumerate(pairs, start=1))):
             fusion = AttentionFusion(mid_channels, teacher.shape[-1], self.axis_name, name=f"fusion{stage}")
-            output, fused = fusion(student, fused, teacher.shape[1:3])
+            output, fused = fusion(student, fused, (teacher.shape[1], teacher.shape[2]))
             total += hierarchical_context_loss(output, teacher)
         return total, {}

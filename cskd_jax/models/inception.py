@@ -84,7 +84,7 @@ class Mixed(nn.Module):
             elif kind == "max":
                 x = max_pool(x, *settings)
             elif kind == "split":
-                width = scale_width(*settings, self.width)
+                width = scale_width(settings[0], self.width)
                 both = [
                     self.conv(width, kernel, name=f"{name}_{suffix}")(x, train=train)
                     for kernel, suffix in (((1, 3), "row"), ((3, 1), "column"))

@@ -62,7 +62,9 @@ def convolve(
 
 def max_pool(x: jax.Array, stride: int) -> jax.Array:
     """Applies a 3x3 max-pool to [B, H, W, C]; the side becomes ceil(side / stride)."""
-    return nn.max_pool(x, (3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)))
+    # flax annotates padding as a string alone, and documents pairs of numbers.
+    padding: Any = ((1, 1), (1, 1))
+    return nn.max_pool(x, (3, 3), strides=(stride, stride), padding=padding)
 
 
 def average_pool(x: jax.Array, stride: int) -> jax.Array:
@@ -204,7 +206,7 @@ class ConvBatchNorm(BatchNorm):
         shape = (*size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", kaiming_normal_fan_out, shape, np.promote_types(self.dtype, np.float32))
         norm = self._variables(self.features)
-        offset = 0
+        offset: Any = 0
         if self.use_bias:
             offset = self.param("conv_bias", nn.initializers.zeros, (self.features,), kernel.dtype)
         x, padding = x.astype(self.dtype), (size[0] // 2, size[1] // 2)
