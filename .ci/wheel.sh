@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a user of the wheel alone has: an empty environment, an empty folder, and a packaged recipe by its name.
+# Tests the wheel as its user has it: an empty environment, an empty folder, and a packaged recipe by its name.
 # usage: .ci/wheel.sh [PYTHON [RECIPE]], where PYTHON has `build`, of the extra "test"
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,7 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 unset PYTHONPATH
 
-# The wheel is made from the source distribution, which so proves to be complete.
+# The wheel is made from the source distribution, which thus proves to be complete.
 "$python" -m build --outdir "$work/dist" . >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 "$python" -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet "$work"/dist/*.whl
@@ -17,7 +17,7 @@ cd "$work/empty"
 small=(--config.teacher.name=resnet8 --config.teacher.width=0.25 --config.student.name=resnet8 --config.student.width=0.25)
 "$work/venv/bin/python" -m cskd_jax.main --config="$recipe" --config.epochs=1 --config.teacher.epochs=1 \
     "${small[@]}" --config.dataset.data_dir=data --workdir=runs/student
-# The report reads files that are no Python code and must lie in the wheel too.
+# The report reads files other than Python code, which must be in the wheel too.
 "$work/venv/bin/python" -m cskd_jax.report runs
 test -s runs/student/results.json
 test -s runs/report/report.html

@@ -1,0 +1,1 @@
+"""Benchmarks, which need the repository and are not installed with the package."""

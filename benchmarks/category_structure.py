@@ -1,9 +1,9 @@
 """Benchmark: `python benchmarks/category_structure.py [--json FILE] [--parts loss,step,loop,start] [--repeats N]`.
 
-Prints one table per part:
+It prints one table for each part:
   loss   value and gradient of the category-structure loss, 100 and 20,000 categories, against PyTorch
   step   one training step of the CIFAR-100 recipe against PyTorch
-  loop   what the training loop costs beyond the compiled step
+  loop   time of the training loop beyond the compiled step
   start  seconds from starting a run to its first training step, without and with a compilation cache
 """
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def describe_environment(with_torch: bool) -> dict[str, Any]:
-    """Versions and devices."""
+    """Returns versions and devices."""
     packages = [*_PACKAGES, "torch"] if with_torch else _PACKAGES
     environment = {
         "python": platform.python_version(),

@@ -3,9 +3,9 @@
 python benchmarks/faults.py [--kills=50] [--processes=1,2] [--seed=0] [--folder=DIR]
 
 Each run trains a teacher and a student on the digits under `cskd_jax.supervise`, with data that it prepares itself, and
-is sent up to four SIGKILL, each to one of its processes and at a random moment of the start: while it imports, prepares
-data, compiles, trains, evaluates or saves. Printed are for every kill the seconds until the supervisor
-has noticed and until training goes on; the benchmark ends with code 1 when a run does not end as it should.
+is sent up to four SIGKILL, each to one of its processes and at a random moment: while it imports, prepares data,
+compiles, trains, evaluates or saves. For every kill the benchmark prints the seconds until the supervisor has noticed
+and until training goes on. It ends with code 1 when a run does not end as it should.
 """
 
 import argparse
@@ -44,9 +44,9 @@ class Job:
     """A supervised run in a folder of its own.
 
     Args:
-      folder: of the run; made.
-      processes: of the run.
-      cache: of what JAX compiles.
+      folder: Folder of the run, which is made.
+      processes: Number of processes of the run.
+      cache: Folder of JAX's compilation cache.
     """
 
     def __init__(self, folder: pathlib.Path, processes: int, cache: pathlib.Path):
@@ -67,7 +67,7 @@ class Job:
         self._lines.put(None)
 
     def wait_for(self, text: str, seconds: float = 600) -> float | None:
-        """The moment when a line with `text` came; None if there is none in the given seconds or up to the end."""
+        """Returns the moment when a line with `text` came; None if there is none in time or up to the end."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -83,7 +83,7 @@ class Job:
                 return moment
 
     def kill_one(self, rng: random.Random) -> float | None:
-        """Sends SIGKILL to one of the processes; the moment, or None if there is none."""
+        """Sends SIGKILL to one of the processes; returns the moment, or None if there is none."""
         pid = self._process.pid
         try:
             children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
@@ -93,7 +93,7 @@ class Job:
         return time.monotonic()
 
     def finish(self) -> dict[str, object]:
-        """What a run computes, after its end: digests of all final arrays, evaluations, and the rows of its log."""
+        """Waits for the end; returns digests of all final arrays, evaluations, and the rows of the log."""
         self.wait_for("no line says this")
         if self._process.wait() != 0:
             raise RuntimeError(f"{self.folder} ended with {self._process.returncode}:\n{''.join(self._read)}")
@@ -106,7 +106,7 @@ class Job:
 
 
 def campaign(kills: int, processes: int, folder: pathlib.Path, rng: random.Random) -> Part:
-    """Runs with `kills` kills in all; RuntimeError if one does not end as an undisturbed one."""
+    """Runs with `kills` kills in all; raises RuntimeError if one does not end as an undisturbed one."""
     cache = folder / "cache"
     Job(folder / f"{processes}-first", processes, cache).finish()
     start = time.monotonic()
@@ -116,14 +116,14 @@ def campaign(kills: int, processes: int, folder: pathlib.Path, rng: random.Rando
     while len(noticed) < kills:
         job = Job(folder / f"{processes}-{runs}", processes, cache)
         for _ in range(min(KILLS_PER_RUN, kills - len(noticed))):
-            # What is left of a run gets shorter: with its whole length most would end before the second kill.
+            # The rest of a run gets shorter: with its whole length most runs would end before the second kill.
             time.sleep(rng.uniform(0, 0.8 * length))
             moment = job.kill_one(rng)
             end = moment and job.wait_for("ended by SIGKILL")
             if end is None:
                 break
             noticed.append(end - moment)
-            # The first sign that it trains again; a kill near the end may leave nothing to train.
+            # This is the first sign that it trains again; a kill near the end may leave nothing to train.
             again = job.wait_for("compiled in")
             if again is not None:
                 resumed.append(again - moment)

@@ -1,9 +1,10 @@
-"""How many images per second a recipe's data give, in memory and streamed.
+"""Measures how many images per second a recipe's data give, in memory and streamed.
 
 python benchmarks/input.py --config=RECIPE [--seconds=10] [--config.KEY=VALUE ...]
 
-Batches as the training takes them, put on the devices, with nothing else to do. Memory: decoded once, when the data are
-loaded. Stream: decoded by `dataset.workers` processes, which start with the first batch.
+It takes batches as the training does and puts them on the devices, with nothing else to do. In memory, images are
+decoded once, when the data are loaded. A stream is decoded by `dataset.workers` processes, which start with the first
+batch.
 """
 
 import pathlib
@@ -25,7 +26,7 @@ _STEPS = 10**6  # More than there is time for.
 
 
 def measure(config, seconds: float) -> Part:
-    """Loads the data in both ways, and takes batches for so long."""
+    """Loads the data in both ways, and takes batches for `seconds`."""
     devices, rows = Devices(), []
     for name, streaming in (("memory", False), ("stream", True)):
         config.dataset.streaming = streaming

@@ -1,4 +1,4 @@
-"""What the training loop costs beyond the compiled step: data, metrics, logging."""
+"""Measures the time of the training loop beyond the compiled step: data, metrics, logging."""
 
 import contextlib
 import io
@@ -20,12 +20,12 @@ from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
 
 NUM_CLASSES = 100
-# name -> (width of the ResNet18s, side of the images, steps in an epoch)
+# {name: (width of the ResNet18s, side of the images, steps in an epoch)}
 CASES = {"small": (0.125, 16, 40), "large": (0.25, 32, 12)}
 
 
 def make_config(width: float, steps: int) -> ml_collections.ConfigDict:
-    """The CIFAR-100 recipe with a small teacher and one epoch."""
+    """Returns the CIFAR-100 recipe with a small teacher and one epoch."""
     config = load_recipe("cifar100", [])
     config.epochs = 1
     for network in (config.teacher, config.student):
@@ -35,7 +35,7 @@ def make_config(width: float, steps: int) -> ml_collections.ConfigDict:
 
 
 def make_dataset(train_examples: int, side: int) -> ImageDataset:
-    """Random images."""
+    """Returns a data set of random images."""
     generator = np.random.default_rng(0)
 
     def split(size):
@@ -47,7 +47,7 @@ def make_dataset(train_examples: int, side: int) -> ImageDataset:
 
 
 class Runner:
-    """Runs the same compiled step within the loop of a phase and bare."""
+    """Runs the same compiled step within the training loop and bare."""
 
     def __init__(self, width: float, side: int, steps: int, folder: pathlib.Path):
         self._steps, self._folder, self._runs = steps, folder, 0
@@ -61,9 +61,9 @@ class Runner:
         self.loop(), self.bare()
 
     def loop(self) -> float:
-        """Milliseconds per step of one epoch of the loop."""
+        """Returns the milliseconds per step of one epoch of the loop."""
         self._runs += 1
-        # A folder of its own: a training resumes where its folder ends.
+        # Each run has a folder of its own, because a training resumes where its folder ends.
         folder = self._folder / str(self._runs)
         folder.mkdir()
         with contextlib.redirect_stdout(io.StringIO()):
@@ -72,7 +72,7 @@ class Runner:
         return 1e3 * self._batch_size / result.images_per_second
 
     def bare(self) -> float:
-        """Milliseconds per step of as many calls of the compiled step, on one batch."""
+        """Returns the milliseconds per step of as many calls of the compiled step, on one batch."""
         loop = self._trainer._loops["student"]
         state, (_, batch) = self._devices.replicate(loop._lowered_state.compile()(None)), next(loop._batches(0))
         variables = self._devices.replicate(self._teacher.variables)
@@ -86,7 +86,7 @@ class Runner:
 
 
 def measure(repeats: int, with_torch: bool) -> Part:
-    """Time per step in the loop and bare, alternating."""
+    """Measures the time per step in the loop and bare, in turns."""
     del with_torch
     rows = []
     for name, (width, side, steps) in CASES.items():

@@ -1,4 +1,4 @@
-"""The loss alone: value and gradient, few and many categories, against PyTorch."""
+"""Measures the loss alone: value and gradient, few and many categories, against PyTorch."""
 
 import statistics
 from collections.abc import Callable
@@ -15,7 +15,7 @@ BATCH = 128
 FEATURES = (4, 4, 1024)
 TRAINED = ("student_features", "student_logits")
 FEW, MANY = 100, 20_000
-# name -> (static arguments of category_structure_loss, whether it takes logits)
+# {name: (static arguments of category_structure_loss, whether it takes logits)}
 CASES = {
     "paper": ({"variant": "paper"}, False),
     "reference": ({"variant": "reference"}, True),
@@ -24,7 +24,7 @@ CASES = {
 
 
 def make_inputs(num_classes: int, with_logits: bool) -> dict[str, np.ndarray]:
-    """Random arguments of the loss; the student is right about 70 % of the samples, the teacher about 85 %."""
+    """Returns random arguments of the loss; the student is right about 70 % of the samples, the teacher about 85 %."""
     generator = np.random.default_rng(0)
     labels = generator.integers(num_classes, size=BATCH, dtype=np.int32)
     inputs = {"labels": labels}
@@ -38,19 +38,19 @@ def make_inputs(num_classes: int, with_logits: bool) -> dict[str, np.ndarray]:
 
 
 def jax_call(inputs: dict[str, np.ndarray], num_classes: int, settings: dict[str, Any]) -> Callable[[], Any]:
-    """A function without arguments that computes (value, {name: gradient}), compiled, from arrays on the device."""
+    """Returns a compiled function without arguments that computes (value, {name: gradient}) from device arrays."""
     inputs = jax.device_put(inputs)
     trained = {name: inputs.pop(name) for name in TRAINED if name in inputs}
 
     def loss(trained, inputs):
         return category_structure_loss(**trained, **inputs, num_classes=num_classes, **settings)[0]
 
-    # All arrays are arguments: XLA would compute with closed-over ones while it compiles.
+    # All arrays are arguments, because XLA would compute with closed-over ones while it compiles.
     return partial(jax.jit(jax.value_and_grad(loss)), trained, inputs)
 
 
 def torch_call(inputs: dict[str, np.ndarray], settings: dict[str, Any], by_product: bool) -> Callable[[], Any]:
-    """The same in PyTorch; `by_product`: with the cosines from one matrix product instead of row by row."""
+    """Returns the same in PyTorch, with cosines from one matrix product or row by row (`by_product`)."""
     import torch
 
     from benchmarks import torch_reference
@@ -79,13 +79,13 @@ def check_equal(name: str, ours: Any, theirs: Any) -> None:
     np.testing.assert_allclose(float(ours[0]), float(theirs[0]), rtol=1e-4, err_msg=f"{name}: value")
     for argument, gradient in ours[1].items():
         expected = theirs[1][argument].cpu().numpy()
-        # Single elements near 0 hold no digits in float32.
+        # Single elements near 0 have no significant digits in float32.
         atol = 1e-5 * np.abs(expected).max()
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=atol, err_msg=f"{name}: gradient of {argument}")
 
 
 def measure(repeats: int, with_torch: bool) -> Part:
-    """Median times at 100 and 20,000 categories, and of PyTorch at 100."""
+    """Measures median times at 100 and 20,000 categories, and of PyTorch at 100."""
     rows = []
     for name, (settings, with_logits) in CASES.items():
         inputs = make_inputs(FEW, with_logits)

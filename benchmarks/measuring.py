@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, ratios that withstand a noisy machine, plain tables."""
+"""Functions that the benchmarks share: timing, ratios that withstand a noisy machine, plain tables."""
 
 import statistics
 import time
@@ -14,9 +14,9 @@ class Part(NamedTuple):
     """The outcome of one part of the benchmark.
 
     Attributes:
-      title: heading of the table.
-      rows: one dictionary a row, {column: value}, all with the same columns.
-      notes: what a reader must know beside the figures.
+      title: Heading of the table.
+      rows: Rows of the table, {column: value}, all with the same columns.
+      notes: Notes that a reader needs to understand the figures.
     """
 
     title: str
@@ -25,16 +25,16 @@ class Part(NamedTuple):
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
-    """Time of one call, up to the moment when the arrays that it returns are there."""
+    """Returns the time of one call, up to the moment when the arrays that it returns are ready."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return 1e3 * (time.perf_counter() - start)
 
 
 def interleaved(functions: Sequence[Callable[[], Any]], repeats: int, warm_up: int = 3) -> list[list[float]]:
-    """Milliseconds of each function in each of `repeats` rounds, every function once a round.
+    """Returns the milliseconds of each function in each of `repeats` rounds, every function once in a round.
 
-    What slows the machine down for a while then falls on all functions alike.
+    If the machine becomes slower for a while, that affects all functions alike.
     """
     for function in functions:
         for _ in range(warm_up):
@@ -44,12 +44,12 @@ def interleaved(functions: Sequence[Callable[[], Any]], repeats: int, warm_up: i
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Median of the ratios within each round."""
+    """Returns the median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def render(part: Part) -> str:
-    """A table with a heading, aligned columns and the notes below."""
+    """Returns a table with a heading, aligned columns and the notes below."""
     columns = list(part.rows[0])
     cells = [columns] + [[_text(row[column]) for column in columns] for row in part.rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,11 +1,11 @@
-"""What several devices cost: bytes that a training step moves between them, memory, and the time of the sums.
+"""Measures the cost of several devices: bytes that a step moves between them, memory, and the time of the sums.
 
 python benchmarks/scaling.py [--devices=1,2,8] [--sizes=1:64:100,1:128:100,1:128:1000] [--processes=1,2,4]
 
-Bytes and memory are read from the compiled step of the CIFAR-100 recipe, for fake CPU devices: what the all-reduces
-and all-gathers of the program take in on each device, by what asked for them, and XLA's own account of the memory of a
-device. Time is that of a sum of a million floats over fake devices of one process and over local processes. --teacher
-and --student (NAME:WIDTH) and --image take the place of the recipe's networks and images.
+Bytes and memory are read from the compiled step of the CIFAR-100 recipe, for fake CPU devices: the bytes that the
+all-reduces and all-gathers of the program receive on each device, by their cause, and XLA's own account of the memory
+of a device. Time is that of a sum of a million floats over fake devices of one process and over local processes.
+--teacher and --student (NAME:WIDTH) and --image take the place of the recipe's networks and images.
 """
 
 import argparse
@@ -40,12 +40,12 @@ _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s64": 8, "s32": 4, "u32": 4, "s8": 1, 
 _COLLECTIVE = re.compile(r" = (?P<type>.*?) (?P<kind>all-reduce|all-gather)(?:-start)?\((?P<rest>.*)")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 _REPEATS = 30
-# What collectives are for.
+# The purposes of collectives.
 BATCH_NORM, LOSSES, STEP = "BatchNorm statistics", "losses", "gradients, metrics"
 
 
 def collectives(program: str) -> Iterator[tuple[str, int, str]]:
-    """(all-reduce or all-gather, bytes that it takes in on a device, JAX's name) of each in a compiled program."""
+    """Returns (all-reduce or all-gather, bytes received on a device, JAX's name) of each collective in a program."""
     for line in program.splitlines():
         if found := _COLLECTIVE.search(line):
             size = sum(
@@ -53,7 +53,7 @@ def collectives(program: str) -> Iterator[tuple[str, int, str]]:
                 for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", found["type"])
             )
             if found["kind"] == "all-gather":
-                # Its outcome is that of all devices of the group.
+                # Its result is that of all devices of the group.
                 listed, number = _GROUP.search(line).groups()
                 size //= len(listed.split(",")) if listed else int(number)
             name = re.search(r'op_name="([^"]*)"', line)
@@ -61,15 +61,15 @@ def collectives(program: str) -> Iterator[tuple[str, int, str]]:
 
 
 def cause(name: str) -> str:
-    """What a collective of this name is for."""
+    """Returns the purpose of a collective of this name."""
     if normalize_by_batch.__name__ in name:
         return BATCH_NORM
-    # Sums within the losses carry the name of a method, those of the step itself none.
+    # The names of sums within the losses contain the name of a method; those of the step itself do not.
     return LOSSES if re.search(r"jvp\(\w+\)", name) else STEP
 
 
 def inspect(arguments: argparse.Namespace) -> dict[str, object]:
-    """Bytes by cause, number of collectives and memory of the compiled step on the devices of this process."""
+    """Measures bytes by cause, number of collectives and memory of the compiled step on this process's devices."""
     config = load_recipe("cifar100", [])
     config.batch_size = arguments.batch
     for network, given in ((config.teacher, arguments.teacher), (config.student, arguments.student)):
@@ -83,7 +83,7 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
     teacher = Teacher(make_network(config.teacher, arguments.categories, config.dtype))
     trainer = make_trainer("student", config, dataset, None, Devices(), teacher)
     loop = trainer._loops["student"]
-    # What LLVM does with the program changes neither.
+    # The optimizations of LLVM change neither.
     compiled = loop._lowered_steps[0].compile(compiler_options={"xla_backend_optimization_level": 0})
     moved, count = {}, 0
     for _, size, name in collectives(compiled.as_text()):
@@ -101,7 +101,7 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def time_sum(arguments: argparse.Namespace) -> float | None:
-    """Median milliseconds of summing `--floats` floats over all devices; None but on the first process."""
+    """Returns the median milliseconds of a sum of `--floats` floats over all devices; None but on the first process."""
     processes.initialize(arguments.coordinator, arguments.processes, arguments.process)
     devices = Devices()
     mapped = devices.map_eval_step(lambda _, batch: lax.psum(batch["x"], AXIS))
@@ -112,8 +112,8 @@ def time_sum(arguments: argparse.Namespace) -> float | None:
 
 
 def ask(devices: int, *arguments: str, processes: int = 1) -> object:
-    """What a process of its own with so many fake devices prints as JSON: their number is fixed at its start."""
-    # Combined, the collectives would lose their names.
+    """Returns the JSON output of a process with that many fake devices, whose number is fixed at its start."""
+    # Combined collectives would lose their names.
     flags = f"--xla_force_host_platform_device_count={devices} --xla_disable_hlo_passes=cpu-all-reduce-combiner"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "cskd_jax.supervise", f"--processes={processes}", "--restarts=0", "--"]
@@ -123,7 +123,7 @@ def ask(devices: int, *arguments: str, processes: int = 1) -> object:
 
 
 def measure_steps(sizes: list[tuple[int, int, int]], networks: list[str]) -> Part:
-    """Bytes and memory for (devices, global batch, categories)."""
+    """Measures bytes and memory for (devices, global batch, classes)."""
     rows = []
     for count, batch, categories in sizes:
         outcome = ask(count, "--ask=step", f"--batch={batch}", f"--categories={categories}", *networks)
@@ -139,7 +139,7 @@ def measure_steps(sizes: list[tuple[int, int, int]], networks: list[str]) -> Par
         print(rows[-1], file=sys.stderr, flush=True)
     notes = [
         "kB: taken in by the collectives of one step on one device; a ring all-reduce of them sends and receives about "
-        "twice as much. The collectives are counted before XLA combines neighbours.",
+        "twice as much. The collectives are counted before XLA combines neighbors.",
         "MB: on one device, by XLA's account for the CPU: state, teacher and batch; and what the step needs besides.",
         f"{outcome['parameters']:,} trained parameters are {outcome['parameters'] * 4 / 1e3:,.0f} kB.",
     ]
@@ -147,7 +147,7 @@ def measure_steps(sizes: list[tuple[int, int, int]], networks: list[str]) -> Par
 
 
 def measure_time(floats: int, devices: list[int], processes: list[int]) -> Part:
-    """Time of a sum, with the same work on each device."""
+    """Measures the time of a sum, with the same work on each device."""
     places = [(1, count) for count in devices] + [(count, 1) for count in processes if count > 1]
     rows = [
         {
@@ -162,7 +162,7 @@ def measure_time(floats: int, devices: list[int], processes: list[int]) -> Part:
 
 
 def main() -> None:
-    """Prints the tables, or as a process of its own one outcome."""
+    """Prints the tables, or the outcome of one measurement in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="1,2,8")
     parser.add_argument("--sizes", default="1:64:100,1:128:100,1:128:1000", help="devices:batch:categories, ...")
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="NAME:WIDTH")
     parser.add_argument("--student", help="NAME:WIDTH")
     parser.add_argument("--image", type=int, default=32, help="pixels of its side")
-    # Of the processes that this one starts; the supervisor adds the last ones.
+    # Arguments of the processes that this one starts; the supervisor adds the last ones.
     hidden = {"help": argparse.SUPPRESS}
     parser.add_argument("--ask", choices=("step", "sum"), **hidden)
     parser.add_argument("--batch", type=int, default=128, **hidden)

@@ -1,4 +1,4 @@
-"""Seconds from starting a run to its first training step, without and with a compilation cache."""
+"""Measures the seconds from starting a run to its first training step, without and with a compilation cache."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ NUM_CLASSES = 100
 
 
 def make_images(folder: pathlib.Path) -> None:
-    """Random images of 32x32 pixels for image_folder, of 100 categories: two for training and one for test of each."""
+    """Makes random images of 32x32 pixels for image_folder: for each of 100 classes, two for training and one test."""
     generator = np.random.default_rng(0)
     for split, number in (("train", 2), ("test", 1)):
         for category in range(NUM_CLASSES):
@@ -33,9 +33,9 @@ def seconds_to_first_steps(phases: tuple[str, ...], workdir: pathlib.Path, *argu
     """Starts a run, and kills it once the last of `phases` has compiled its step.
 
     Args:
-      phases: "teacher", "student" or both.
-      workdir: of the run; made.
-      arguments: of `python -m cskd_jax.main`; JAX keeps what it compiles in a folder beside `workdir`.
+      phases: Names of the phases, "teacher", "student" or both.
+      workdir: Folder of the run, which is made.
+      arguments: Arguments of `python -m cskd_jax.main`; JAX keeps its compilation cache in a folder beside `workdir`.
 
     Returns:
       {phase: seconds from the start to its first step}.
@@ -62,7 +62,7 @@ def seconds_to_first_steps(phases: tuple[str, ...], workdir: pathlib.Path, *argu
 
 
 def measure(repeats: int, with_torch: bool) -> Part:
-    """Seconds to the first steps with an empty cache, and with the one that this leaves behind."""
+    """Measures the seconds to the first steps with an empty cache, and with the one that this leaves behind."""
     del with_torch
     rows, warm_runs = [], min(repeats, 3)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""One whole training step of the CIFAR-100 recipe against PyTorch."""
+"""Measures one whole training step of the CIFAR-100 recipe against PyTorch."""
 
 import statistics
 import time
@@ -23,14 +23,14 @@ _STEPS_PER_EPOCH = 391
 
 
 def make_batch(batch_size: int) -> dict[str, np.ndarray]:
-    """Random images and labels."""
+    """Returns random images and labels."""
     generator = np.random.default_rng(0)
     images = generator.integers(256, size=(batch_size, *IMAGE_SHAPE), dtype=np.uint8)
     return {"image": images, "label": generator.integers(NUM_CLASSES, size=batch_size, dtype=np.int32)}
 
 
 def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
-    """A function that takes one step, from uint8 images to the new state, and the seconds of its first call."""
+    """Returns a function that takes one step, from uint8 images to the new state, and the seconds of its first call."""
     config = load_recipe("cifar100", [])
     settings = {"num_classes": NUM_CLASSES, "axis_name": AXIS}
     student, teacher = (
@@ -66,7 +66,7 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
 
 
 def torch_call(batch: dict[str, np.ndarray]) -> Callable[[], dict[str, float]]:
-    """A function that takes one step in PyTorch, from normalized images, and returns the milliseconds of its parts."""
+    """Returns a function that takes a step in PyTorch on normalized images and returns milliseconds of its parts."""
     import torch
 
     from benchmarks import torch_reference
@@ -83,7 +83,7 @@ def torch_call(batch: dict[str, np.ndarray]) -> Callable[[], dict[str, float]]:
 
 
 def measure(repeats: int, with_torch: bool) -> Part:
-    """Median times of the parts in PyTorch and of the whole step in both."""
+    """Measures the median times of the parts in PyTorch and of the whole step in both."""
     batch = make_batch(load_recipe("cifar100", []).batch_size)
     repeats = max(3, repeats // 2)
     ours, compile_seconds = jax_call(batch)

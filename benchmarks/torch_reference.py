@@ -1,8 +1,8 @@
-"""The loss and the training step in PyTorch, as a direct port of the equations writes them: with Python loops.
+"""The loss and the training step in PyTorch, as a direct port of the equations with Python loops.
 
-Samples are gathered by category in dictionaries of lists, centers are means of stacked lists, cosines are computed row
-by row, or by one matrix product where a caller asks for that. The networks and the objective are those of the CIFAR-100
-recipe (configs/cifar100.py).
+Samples are gathered by category in dictionaries of lists, centers are means of stacked lists, and cosines are computed
+row by row, or by one matrix product where a caller asks for that. The networks and the objective are those of the
+CIFAR-100 recipe (configs/cifar100.py).
 """
 
 import time
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 def group_by_category(samples: Tensor, labels: Tensor) -> dict[int, list[Tensor]]:
-    """{category: its samples}, in the order in which the categories first occur."""
+    """Returns {category: its samples}, in the order in which the categories first occur."""
     groups = {}
     for sample, label in zip(samples, labels.tolist(), strict=True):
         groups.setdefault(label, []).append(sample)
@@ -22,22 +22,22 @@ def group_by_category(samples: Tensor, labels: Tensor) -> dict[int, list[Tensor]
 
 
 def category_centers(samples: Tensor, labels: Tensor) -> dict[int, Tensor]:
-    """{category: mean of its samples}."""
+    """Returns {category: mean of its samples}."""
     groups = group_by_category(samples, labels)
     return {category: torch.mean(torch.stack(members), dim=0) for category, members in groups.items()}
 
 
 def deviations(samples: Tensor, labels: Tensor, correct: Tensor | None = None) -> Tensor:
-    """Samples minus the detached center of their category.
+    """Returns the samples minus the detached center of their category.
 
     Args:
-      samples: float [B, D].
-      labels: int [B].
-      correct: bool [B], the samples that make up the centers; None takes all. In a category without any, each sample is
-        its own center.
+      samples: Samples, float [B, D].
+      labels: Labels, int [B].
+      correct: Samples that make up the centers, bool [B]; None takes all. In a category without any, each sample is its
+        own center.
 
     Returns:
-      [B, D].
+      Deviations [B, D].
     """
     chosen = slice(None) if correct is None else correct
     centers = category_centers(samples.detach()[chosen], labels[chosen])
@@ -46,13 +46,13 @@ def deviations(samples: Tensor, labels: Tensor, correct: Tensor | None = None) -
 
 
 def cosines_by_rows(centers: dict[int, Tensor]) -> Tensor:
-    """Cosine of each pair of centers, [K, K], one row at a time."""
+    """Returns the cosine of each pair of centers, [K, K], computed one row at a time."""
     stacked = torch.stack(list(centers.values()))
     return torch.stack([functional.cosine_similarity(center[None], stacked, dim=1) for center in stacked])
 
 
 def cosines_by_product(centers: dict[int, Tensor]) -> Tensor:
-    """The same by one matrix product."""
+    """Returns the cosine of each pair of centers, [K, K], computed by one matrix product."""
     unit = functional.normalize(torch.stack(list(centers.values())), dim=1)
     return unit @ unit.T
 
@@ -63,7 +63,7 @@ Cosines = Callable[[dict[int, Tensor]], Tensor]
 def paper_loss(
     student_features: Tensor, teacher_features: Tensor, labels: Tensor, cosines: Cosines = cosines_by_rows
 ) -> Tensor:
-    """Category structure of the paper: Eq. 9, with beta = 0.01 and gamma = 0.2."""
+    """Computes the category-structure loss of the paper: Eq. 9, with beta = 0.01 and gamma = 0.2."""
     student, teacher = student_features.flatten(1), teacher_features.flatten(1)
     groups_s, groups_t = group_by_category(student, labels), group_by_category(teacher, labels)
     centers_s = {category: torch.mean(torch.stack(members), dim=0) for category, members in groups_s.items()}
@@ -86,19 +86,20 @@ def reference_terms(
     filter_misclassified: bool = True,
     cosines: Cosines = cosines_by_rows,
 ) -> dict[str, Tensor]:
-    """Category structure of the released code, term by term; `category` is their weighted sum.
+    """Computes the terms of the code that Chen et al. 2020 released (https://github.com/xeanzheng/CSKD).
 
     Args:
-      student_features: float [B, ...], after sigma.
-      teacher_features: of the same shape.
-      labels: int [B].
-      student_logits: float [B, C], or None: the terms on logits are then left out.
-      teacher_logits: see student_logits.
-      filter_misclassified: centers of intra_feature only from what each network classifies correctly.
-      cosines: of centers.
+      student_features: Features of the student after sigma, float [B, ...].
+      teacher_features: Features of the teacher in the same shape.
+      labels: Labels, int [B].
+      student_logits: Logits of the student, float [B, C]; with None, the terms on logits are left out.
+      teacher_logits: Logits of the teacher, float [B, C], or None.
+      filter_misclassified: Whether the centers of intra_feature are only of samples that each network classifies
+        correctly.
+      cosines: Function that computes the cosines of centers.
 
     Returns:
-      Scalars by name.
+      Scalars by name; `category` is their weighted sum.
     """
     student, teacher = student_features.flatten(1), teacher_features.flatten(1)
     correct_s = correct_t = None
@@ -127,7 +128,7 @@ def _inter_mse(student, teacher, labels, cosines):
 
 
 class ConvBatchNorm(nn.Sequential):
-    """Convolution without bias, then batch normalization."""
+    """A convolution without bias, followed by batch normalization."""
 
     def __init__(self, channels: int, features: int, kernel_size: int = 3, stride: int = 1):
         conv = nn.Conv2d(channels, features, kernel_size, stride, padding=kernel_size // 2, bias=False)
@@ -152,7 +153,7 @@ class Block(nn.Module):
         self.downsample = nn.Identity() if same else ConvBatchNorm(channels, features, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, features, H', W']."""
+        """Maps x [B, C, H, W] to [B, features, H', W']."""
         y = x
         for layer in self.layers[:-1]:
             y = functional.relu(layer(y), inplace=True)
@@ -163,10 +164,10 @@ class ResNet(nn.Module):
     """Residual network for small images: 3x3 stem, 3x3 max-pool with stride 1, four stages with strides 1, 2, 2, 2.
 
     Args:
-      num_classes: size of the output.
-      stage_sizes: blocks per stage.
-      bottleneck: blocks of three convolutions (ResNet-50 and deeper) instead of two.
-      width: factor on the channels.
+      num_classes: Number of classes.
+      stage_sizes: Numbers of blocks of the stages.
+      bottleneck: Whether blocks have three convolutions (ResNet-50 and deeper) instead of two.
+      width: Factor on the channels.
     """
 
     def __init__(self, num_classes: int, stage_sizes: Sequence[int], bottleneck: bool, width: float):
@@ -187,7 +188,7 @@ class ResNet(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] -> logits [B, num_classes] and the last feature map [B, D, H', W']."""
+        """Maps images [B, 3, H, W] to logits [B, num_classes] and the last feature map [B, D, H', W']."""
         x = self.pool(functional.relu(self.stem(images), inplace=True))
         for stage in self.stages:
             x = stage(x)
@@ -198,9 +199,9 @@ class Step:
     """One training step: frozen teacher, trained student and sigma, variant `reference`, SGD.
 
     Args:
-      teacher: put in evaluation mode.
-      student: put in training mode.
-      device: that both are moved to.
+      teacher: Teacher, which is put in evaluation mode.
+      student: Student, which is put in training mode.
+      device: Device that both are moved to.
     """
 
     def __init__(self, teacher: ResNet, student: ResNet, device: str = "cpu"):
@@ -212,7 +213,7 @@ class Step:
         self.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The total loss, and the milliseconds of each part of the step."""
+        """Takes a step; returns the total loss, and the milliseconds of each part of the step."""
         clock = _Clock(images.device)
         with torch.no_grad():
             teacher_logits, teacher_features = self.teacher(images)
@@ -232,7 +233,7 @@ class Step:
 
 
 class _Clock:
-    """Milliseconds of consecutive parts."""
+    """A clock of the milliseconds of consecutive parts."""
 
     def __init__(self, device):
         self.parts, self._device = {}, device
@@ -250,7 +251,7 @@ class _Clock:
 
 
 def pick_device(platform: str) -> str:
-    """The PyTorch device to compare with a JAX platform."""
+    """Returns the PyTorch device to compare with a JAX platform."""
     return "cuda" if platform == "gpu" and torch.cuda.is_available() else "cpu"
 
 

@@ -1,8 +1,9 @@
 """CIFAR-10, teacher ResNet101 (width 0.5), student ResNet18 (width 0.25): Chen et al. 2020, table 1, first row.
 
-`--config=cifar10` is category-structure distillation as in the code released with the paper; `:METHOD` picks another
-method (configs/methods.py) with the same optimizer. Only `:cskd_paper` has the optimizer of the paper, which lowers the
-learning rate once more and keeps the momentum from epoch to epoch.
+`--config=cifar10` is category-structure distillation as in the code released with the paper
+(https://github.com/xeanzheng/CSKD); `:METHOD` picks another method (configs/methods.py) with the same optimizer. Only
+`:cskd_paper` has the optimizer of the paper, which lowers the learning rate once more and keeps the momentum from epoch
+to epoch.
 """
 
 from ml_collections import ConfigDict

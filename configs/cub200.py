@@ -1,8 +1,9 @@
 """CUB-200-2011, teacher ResNet50, student ResNet18 (width 0.5): the supplement of Chen et al. 2020.
 
-`--config=cub200` is category-structure distillation in the variant of the code released with the paper, `:cskd_paper`
-in that of the paper; `:METHOD` picks another method (configs/methods.py). Settings for this data set are not published:
-those of the optimizer are the paper's for Tiny ImageNet, which has as many classes.
+`--config=cub200` is category-structure distillation in the variant of the code released with the paper
+(https://github.com/xeanzheng/CSKD), `:cskd_paper` in that of the paper; `:METHOD` picks another method
+(configs/methods.py). Settings for this data set are not published: those of the optimizer are the paper's for Tiny
+ImageNet, which has as many classes.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ def get_config(word="cskd"):
     )
     config = ConfigDict()
     config.method = method
-    config.batch_size = 200  # as many as there are classes
+    config.batch_size = 200  # One for each class.
     config.log_every = 10
     # Mean and standard deviation of ImageNet.
     config.dataset = ConfigDict({"name": "cub200", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)})

@@ -1,8 +1,8 @@
-"""Two handwritten digits in each image of 16x16 pixels: the smallest multi-label job, without a download.
+"""Two handwritten digits in each image of 16x16 pixels: the smallest multi-label recipe, without a download.
 
 An image has the classes of its digits; networks are judged by their mean average precision. `--config=digit_pairs` is
-the paper's category structure for several classes per image together with the distillation of logits, `:bkd` leaves
-category structure out, and `:bce` the teacher (configs/methods.py).
+the paper's category structure for several classes per image together with the distillation of logits. `:bkd` leaves
+category structure out, and `:bce` the teacher too (configs/methods.py).
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ def get_config(word="mlcskd"):
     config.epochs = 16
     config.log_every = 10
     config.dataset = ConfigDict({"name": "digit_pairs", "mean": (0.1528,), "std": (0.3067,)})
-    config.augment = ConfigDict({"crop_padding": 1})  # no flip: a mirrored digit is another sign
+    config.augment = ConfigDict({"crop_padding": 1})  # There is no flip, because it would change most digits.
     config.teacher = ConfigDict({"name": teacher[0], "width": teacher[1], "epochs": 16})
     config.student = ConfigDict({"name": student[0], "width": student[1]})
     config.losses = methods.losses(method, multilabel=True)

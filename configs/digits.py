@@ -1,7 +1,7 @@
-"""The 1,797 handwritten digits of scikit-learn, 8x8 pixels: the whole job in two minutes, without a download.
+"""The 1,797 handwritten digits of scikit-learn, 8x8 pixels: a whole run in two minutes, without a download.
 
-`--config=digits` is category-structure distillation as in the code released with the paper; `:METHOD` picks another
-method (configs/methods.py).
+`--config=digits` is category-structure distillation as in the code released with the paper
+(https://github.com/xeanzheng/CSKD); `:METHOD` picks another method (configs/methods.py).
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ def get_config(word="cskd"):
     config.epochs = 30
     config.log_every = 10
     config.dataset = ConfigDict({"name": "digits", "mean": (0.3055,), "std": (0.3766,)})
-    config.augment = ConfigDict({"crop_padding": 1})  # no flip: a mirrored digit is another sign
+    config.augment = ConfigDict({"crop_padding": 1})  # There is no flip, because it would change most digits.
     config.teacher = ConfigDict({"name": teacher[0], "width": teacher[1], "epochs": 30})
     config.student = ConfigDict({"name": student[0], "width": student[1]})
     config.losses = methods.losses(method, init_epochs=4, warmup_epochs=5)

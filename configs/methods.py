@@ -1,7 +1,8 @@
 """The methods that may follow the name of a recipe, as losses with the weights of the published recipes.
 
-An entry of `losses` names its weight and what differs from the defaults of its loss; docs/methods.md explains the
-methods, docs/configuration.md the settings of every loss.
+An entry of `losses` names its weight and what differs from the defaults of its loss. docs/methods.md explains the
+methods, docs/configuration.md the settings of every loss. "The released code" is that of Chen et al. 2020,
+https://github.com/xeanzheng/CSKD.
 """
 
 from ml_collections import ConfigDict
@@ -14,9 +15,9 @@ def category_structure(variant, *, intra=True, inter=True):
         cross_entropy, mse = 0.1, 0.9  # alpha and 1 - alpha, Eq. 10
         structure |= {"variant": "paper", "intra_weight": 0.01, "inter_weight": 0.2}  # beta and gamma, Eq. 9
     else:
-        cross_entropy, mse = 0.9, 1e-6  # released code: 0.1 times its 1e-5
+        cross_entropy, mse = 0.9, 1e-6  # The released code has 0.1 times 1e-5.
         structure |= {"intra_weight": 0.002, "inter_weight": 0.04, "compactness_weight": 0.1}
-        structure["filter_misclassified"] = True  # centers are of features that a network classifies correctly
+        structure["filter_misclassified"] = True
     if not intra:
         structure |= {key: 0.0 for key in ("intra_weight", "compactness_weight") if key in structure}
     if not inter:
@@ -25,14 +26,14 @@ def category_structure(variant, *, intra=True, inter=True):
 
 
 def with_cross_entropy(name, weight, *, wait=0, **settings):
-    """Returns cross-entropy with weight 1, from epoch `wait` on, and one more loss, as published tables compare."""
+    """Returns cross-entropy with weight 1, from epoch `wait` on, and one more loss, as in published comparisons."""
     cross_entropy = {"weight": 1.0} | ({"start_epoch": wait} if wait else {})
     return {"cross_entropy": cross_entropy, name: {"weight": weight, **settings}}
 
 
 def table(init_epochs, warmup_epochs):
     """Returns {method: its losses} for data whose images have one class each."""
-    init = {"wait": init_epochs}  # until a first phase of the method alone is over
+    init = {"wait": init_epochs}  # Until a first phase of the method alone is over.
     warmup = {"warmup_epochs": warmup_epochs}
     return {
         "cskd": category_structure("reference"),
@@ -97,6 +98,12 @@ def losses(method, *, init_epochs=30, warmup_epochs=20, multilabel=False):
       init_epochs: Length of the first phase of the methods that have one (fitnet, fsp, ab).
       warmup_epochs: Epochs over which the weights of dkd and reviewkd grow.
       multilabel: Whether the images of the recipe have any number of classes instead of one.
+
+    Returns:
+      A ConfigDict with the settings of each loss.
+
+    Raises:
+      ValueError: If there is no such method; the message names the methods.
     """
     known = multilabel_table() if multilabel else table(init_epochs, warmup_epochs)
     parts = method.split("+")

@@ -10,6 +10,12 @@ def split_word(word, teacher, student, small_images=True):
       teacher: Teacher of the recipe, for a METHOD alone.
       student: Student of the recipe, for a METHOD alone.
       small_images: Whether R18 means resnet18 rather than resnet18_224.
+
+    Returns:
+      A tuple of (name, width) of the teacher, (name, width) of the student, and the name of the method.
+
+    Raises:
+      ValueError: If the word has another number of parts.
     """
     parts = word.split("/")
     if len(parts) == 1:

@@ -1,8 +1,8 @@
 """Tiny ImageNet, teacher ResNet152, student ResNet18 (width 0.25): Chen et al. 2020, tables 3 and 4.
 
-`--config=tiny_imagenet` is category-structure distillation in the variant of the released code, `:cskd_paper` in that
-of the paper; `:METHOD` picks another method (configs/methods.py). The released code has no settings for this data set:
-those of the paper hold for all methods.
+`--config=tiny_imagenet` is category-structure distillation in the variant of the code released with the paper
+(https://github.com/xeanzheng/CSKD), `:cskd_paper` in that of the paper; `:METHOD` picks another method
+(configs/methods.py). The released code has no settings for this data set: those of the paper hold for all methods.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ def get_config(word="cskd"):
     teacher, student, method = networks.split_word(word, ("resnet152", 1.0), ("resnet18", 0.25))
     config = ConfigDict()
     config.method = method
-    config.batch_size = 200  # as many as there are classes
+    config.batch_size = 200  # One for each class.
     config.dataset = ConfigDict(
         {"name": "tiny_imagenet", "mean": (0.4802, 0.4481, 0.3975), "std": (0.2770, 0.2691, 0.2821)}
     )

@@ -63,7 +63,7 @@ def distill(
     teacher_embedding: str | None = None,
     callbacks: Sequence[Callback] | None = None,
     workdir: str | pathlib.Path | None = None,
-    devices: int | Sequence[jax.Device] | None = None,
+    devices: int | Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     log_every: int = 50,
 ) -> Result:
     """Trains a student, with the help of a teacher if its losses read one.

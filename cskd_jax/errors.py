@@ -35,10 +35,10 @@ class InterruptedRun(UserError):
 
 
 def printable(text: str) -> str:
-    """A text from outside as one line that a console only shows.
+    r"""Returns a text from outside as one line that a console only shows.
 
-    Line ends, terminal escapes, marks that turn the direction of text, and what else is not printable become visible:
-    they stand as Python would write them, such as \\x1b.
+    Line ends, terminal escapes, marks that turn the direction of text, and all else that is not printable become
+    visible as Python would write them, such as \x1b.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 

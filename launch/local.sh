@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains with several processes of this machine, under the supervisor: for trying what a cluster will do.
+# Trains with several processes of this machine, under the supervisor, to try what a cluster will do.
 #
 # usage: launch/local.sh [--dry-run] PROCESSES --config=RECIPE [--workdir=DIR] [--config.KEY=VALUE ...]
 #

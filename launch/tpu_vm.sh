@@ -47,7 +47,7 @@ state() {
   fi
 }
 
-# Until the VM is ready; one that was preempted is of no use any more.
+# Until the VM is ready; one that was preempted is of no more use.
 create() {
   local attempt found spot=()
   [[ ${SPOT:-1} == 1 ]] && spot=(--spot)
@@ -68,8 +68,8 @@ create() {
   exit 1
 }
 
-# Joined by &&: set -e does not hold where the caller asks for the code. The Python of the image is older than the
-# package allows, so uv brings one.
+# Commands are joined by &&, because set -e has no effect where the caller uses the code. uv brings a Python, because
+# that of the image is older than the package allows.
 install() {
   local archive
   archive=$(mktemp) &&
@@ -90,7 +90,7 @@ run() {
   tpu ssh "$name" --worker=all --command="cd cskd_jax; mkdir -p $workdir
 keep() { gcloud storage rsync --recursive --delete-unmatched-destination-objects $workdir $BUCKET/$name; }
 case \$(hostname) in *-w-0)
-  # With the file there is something to copy the first time too: what fails then is a failure.
+  # The file gives the first copy something to copy, so that any failure is a real one.
   : | gcloud storage cp - $BUCKET/$name/lock && gcloud storage rsync --recursive $BUCKET/$name $workdir || exit 1
   while sleep 60; do keep; done >/dev/null 2>&1 & copying=\$!
 esac
@@ -109,7 +109,7 @@ for ((start = 1; start <= ${ATTEMPTS:-20}; start++)); do
   create
   code=0
   { install && run "$@"; } || code=$?
-  # What failed on a VM that still runs is no preemption: the supervisor has tried.
+  # A failure on a VM that still runs is not a preemption, and the supervisor has tried again already.
   if $dry_run || [[ $code == 0 || $(state) == READY ]]; then
     exit "$code"
   fi

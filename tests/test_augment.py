@@ -201,7 +201,7 @@ def test_normalize():
     np.testing.assert_allclose(result, (images / 255 - np.array(mean)) / np.array(std), rtol=1e-5, atol=1e-6)
 
 
-def test_normalize_grey():
+def test_normalize_gray():
     images = np.array([0, 51, 255], np.uint8).reshape(1, 1, 3, 1)
     np.testing.assert_allclose(Normalize((0.2,), (0.5,))(images).ravel(), [-0.4, 0, 1.6], atol=1e-6)
 

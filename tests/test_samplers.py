@@ -119,7 +119,7 @@ def test_balanced_batches_have_as_many_of_each_category(batch_size, size, epoch)
     ids=str,
 )
 def test_balanced_epochs_are_as_long_as_can_be(counts, steps):
-    """Groups of 4, two categories a batch: the steps that the groups allow, counted by hand."""
+    """Groups of 4, two classes in each batch: the steps that the groups allow, counted by hand."""
     labels = np.repeat(np.arange(len(counts)), counts)
     sampler = BalancedSampler(labels, 8, 4, seed=0)
     assert sampler.steps_per_epoch == steps
@@ -131,7 +131,7 @@ def test_balanced_epochs_use_everything_in_the_long_run():
     labels = unbalanced_labels()
     sampler = BalancedSampler(labels, 12, 4, seed=0)
     used = np.concatenate([np.concatenate(epoch_batches(sampler, epoch)) for epoch in range(60)])
-    # The category of 3 examples never fills a group of 4.
+    # The class of 3 examples never fills a group of 4.
     assert set(used.tolist()) == set(np.flatnonzero(labels != 1).tolist())
 
 
@@ -148,9 +148,9 @@ def test_balanced_batches_depend_on_seed_and_step_alone():
     ("batch_size", "size", "text"),
     [
         (10, 4, "batch_size 10 does not divide by sampler.samples_per_category 4"),
-        (40, 4, "needs 10 categories of so many examples, the training split has 8"),
+        (40, 4, "needs 10 classes of so many examples, the training split has 8"),
         (40, 20, None),
-        (60, 20, "needs 3 categories of so many examples, the training split has 2"),
+        (60, 20, "needs 3 classes of so many examples, the training split has 2"),
     ],
 )
 def test_balanced_errors(batch_size, size, text):

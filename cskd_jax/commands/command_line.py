@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cskd_jax.commands.streams import outlive_console
 from cskd_jax.errors import UserError, close_to, printable
@@ -186,7 +186,8 @@ def set_up_jax() -> None:
     os.environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    options: Any = jax.config  # Its options are attributes, which type checkers do not see.
+    if options.jax_compilation_cache_dir is None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "cskd_jax"))
     # Compiling many small programs adds up: keep them all.

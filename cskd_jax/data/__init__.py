@@ -1,6 +1,6 @@
 """Image data sets, decoded once and held in memory or, where they would not fit, streamed.
 
-`load_dataset` loads one by name. Importing this package imports neither tensorflow-datasets nor TensorFlow.
+`load_dataset` loads a data set by name. Importing this package imports neither tensorflow-datasets nor TensorFlow.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -47,29 +48,28 @@ def load_dataset(
     """Loads a data set, preparing it on disk the first time.
 
     Args:
-      name: A key of `DATASETS`, or any name that tensorflow-datasets knows: its features must include `image` and
-        `label`, and its splits train and test (or validation).
-      data_dir: The folder of prepared data sets and downloads; None is ~/tensorflow_datasets, or what the environment
-        variable TFDS_DATA_DIR says. Not used by image_folder.
-      path: The folder of image_folder; not allowed for any other data set.
-      train_examples: The size of a category-balanced subset of the training split: the first examples of each
-        category in source order; the first categories give one more where the number does not divide. Of multi-label
-        data the first examples. The same for every seed. None keeps all examples.
-      validation_examples: The size of the validation split, drawn at random but class by class out of what
-        `train_examples` leaves for training; None makes no validation split.
-      validation_seed: The seed of that draw.
-      image_size: Images of any size become squares of this side (`images.middle_square`); None: they stay as they are,
-        and must all have one size.
-      streaming: Whether the images are decoded batch by batch instead of once into memory, to the same bytes; None:
-        if they would take more than an eighth of the memory: other processes may hold them too.
-      workers: Processes that decode what is streamed; None: one for each processor.
+      name: Name of the data set, a key of `DATASETS` or any name that tensorflow-datasets knows. Its features must then
+        include `image` and `label`, and its splits train and test (or validation).
+      data_dir: Folder of prepared data sets and downloads; None is the folder that the environment variable
+        TFDS_DATA_DIR names, or else ~/tensorflow_datasets. It is not used by image_folder.
+      path: Folder of image_folder; not allowed for any other data set.
+      train_examples: Size of a class-balanced subset of the training split, as `balanced_indices` chooses it, the same
+        for every seed. None keeps all examples.
+      validation_examples: Size of the validation split, drawn at random but class by class out of these examples, which
+        are then not trained on. None makes no validation split.
+      validation_seed: Seed of that draw.
+      image_size: Side of the squares that images of any size become (`images.middle_square`). None leaves them as they
+        are, and then all must have one size.
+      streaming: Whether the images are decoded batch by batch instead of once into memory, to the same bytes. None
+        streams images that would take more than an eighth of the memory, because other processes may hold them too.
+      workers: Number of processes that decode streamed images; None starts one for each processor.
 
     Returns:
-      The data set: images uint8 [N, H, W, C], an array or an `ImageStream`; labels int32 [N], or float32 [N, K] of
-      multi-label data.
+      The data set. Its images are uint8 [N, H, W, C], an array or an `ImageStream`; its labels are int32 [N], or
+      float32 [N, K] of multi-label data.
 
     Raises:
-      UserError: The data cannot be had, is damaged or does not fit; the message says what is wrong and what is
+      UserError: If the data cannot be obtained, is damaged or does not fit; the message names what is wrong and what is
         allowed.
     """
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
@@ -82,23 +82,25 @@ def load_dataset(
 
 
 def _decode(dataset: ImageDataset, streaming: bool | None, workers: int) -> ImageDataset:
-    """The data set with arrays or streams in the place of readers."""
+    """Returns the data set with arrays or streams in the place of readers."""
     splits = {name: split for name in ("train", "test", "validation") if (split := getattr(dataset, name)) is not None}
-    if any(isinstance(split.images, np.ndarray) for split in splits.values()):
+    readers: list[Any] = [split.images for split in splits.values()]
+    if any(isinstance(reader, np.ndarray) for reader in readers):
         if streaming:
             raise UserError(f"data set '{dataset.name}' cannot be streamed: only image files and array_record can")
         return dataset
-    size = sum(math.prod(split.images.shape) for split in splits.values())
+    size = sum(math.prod(reader.shape) for reader in readers)
     if streaming or (streaming is None and size > _memory() / 8):
         pool = Workers(workers)
-        decoded = {name: Split(ImageStream(split.images, pool), split.labels) for name, split in splits.items()}
+        images = [ImageStream(reader, pool) for reader in readers]
     else:
-        decoded = {name: Split(split.images.read(), split.labels) for name, split in splits.items()}
-    return dataclasses.replace(dataset, **decoded)
+        images = [reader.read() for reader in readers]
+    decoded = zip(splits.items(), images, strict=True)
+    return dataclasses.replace(dataset, **{name: Split(found, split.labels) for (name, split), found in decoded})
 
 
 def _memory() -> int:
-    """Bytes that the machine has, or those that a container may use of them."""
+    """Returns the bytes of memory that the machine has, or those of them that a container may use."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # It is "max" where there is no limit.
@@ -108,7 +110,7 @@ def _memory() -> int:
 
 def _check_categories(dataset: ImageDataset) -> None:
     if dataset.num_classes < 2:
-        raise UserError(f"data set '{dataset.name}' has {dataset.num_classes} category: classification needs two")
+        raise UserError(f"data set '{dataset.name}' has {dataset.num_classes} class: classification needs two")
     for split_name, split in (("train", dataset.train), ("test", dataset.test)):
         found = np.flatnonzero(split.labels.any(axis=0)) if dataset.multilabel else split.labels
         missing = np.setdiff1d(np.arange(dataset.num_classes), found)

@@ -1,6 +1,6 @@
-"""Original archives of data sets: finding, downloading and reading them without trusting what they hold.
+"""Original archives of data sets: finding, downloading and reading them without trusting their contents.
 
-An archive is looked for in the data folder and in its subfolder downloads, and downloaded where it is in neither. Its
+An archive is looked for in the data folder and in its subfolder downloads, and downloaded if it is in neither. Its
 members are read in memory; nothing is extracted to a path that an archive names.
 """
 
@@ -38,11 +38,11 @@ class Archive:
     """An original archive.
 
     Attributes:
-      url: Where the official archive is.
-      size: Its size in bytes.
-      sha256: Its checksum.
-      stem: Its file name without the suffix.
-      suffixes: Those that a file on disk may have; the first one is that of the official archive.
+      url: Address of the official archive.
+      size: Size of the official archive in bytes.
+      sha256: Checksum of the official archive.
+      stem: File name of the archive without the suffix.
+      suffixes: Suffixes that a file on disk may have; the first one is that of the official archive.
     """
 
     url: str
@@ -55,17 +55,18 @@ class Archive:
 def locate(archive: Archive, data_root: Path) -> Path:
     """Finds the archive on disk or downloads it.
 
-    A file with another checksum than the official one is accepted with a warning: whoever reads it checks its contents.
+    A file whose checksum differs from the official one is accepted with a warning, because its contents are checked
+    when it is read.
 
     Args:
-      archive: Which one.
-      data_root: The data folder.
+      archive: Archive to find.
+      data_root: Data folder.
 
     Returns:
       The path of the file.
 
     Raises:
-      UserError: There is none and the download failed, or it cannot be read.
+      UserError: If there is no file and the download failed, or if the file cannot be read.
     """
     path = find_archive(archive, data_root)
     if path is None:
@@ -89,18 +90,18 @@ def download(archive: Archive, folder: Path) -> Path:
     """Downloads the official archive.
 
     Args:
-      archive: Which one.
-      folder: Where to put it; it is created.
+      archive: Archive to download.
+      folder: Folder of the downloaded file; it is created.
 
     Returns:
       The path of the complete, verified file.
 
     Raises:
-      UserError: The download failed, or what arrived is not the official archive.
+      UserError: If the download failed, or if the downloaded file is not the official archive.
     """
     target = folder / (archive.stem + archive.suffixes[0])
     by_hand = f"download it by other means and put it at {target}"
-    # A name of its own per process: several may download at once, and the last rename wins with the same bytes.
+    # Each process has a file of its own: several may download at once, and the last rename wins with the same bytes.
     part = folder / f"{target.name}.{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def download(archive: Archive, folder: Path) -> Path:
 
 
 def _stream(archive: Archive, part: Path) -> str:
-    """Writes what the URL gives to `part` and returns its SHA-256."""
+    """Downloads the archive to `part` and returns the SHA-256 of the file."""
     digest = hashlib.sha256()
     _logger.info("downloading %s, %.0f MB", archive.url, archive.size / 1e6)
     with (
@@ -133,7 +134,7 @@ def _stream(archive: Archive, part: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal digits; UserError if it cannot be read."""
+    """Returns the SHA-256 of a file in hexadecimal digits; raises UserError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -145,19 +146,22 @@ def read_tar(archive: Archive, path: Path, wanted: Callable[[str], bool]) -> Ite
     """Yields the normalized name and the bytes of every wanted file of a tar archive, in its order.
 
     Args:
-      archive: Which one it should be, for messages.
-      path: The file: a tar archive, compressed or not.
-      wanted: Whether the member of a name is.
+      archive: Archive that the file should be, for messages.
+      path: Path of a tar archive, compressed or not.
+      wanted: Function that tells whether the member of a name is wanted.
+
+    Yields:
+      Pairs (name, bytes).
 
     Raises:
-      UserError: It is damaged or no tar archive.
+      UserError: If the file is damaged or not a tar archive.
     """
     try:
         with tarfile.open(path, "r:*") as tar:
             for member in tar:
-                name = posixpath.normpath(member.name)  # Repacked archives often say "./".
-                if wanted(name) and member.isfile():
-                    yield name, tar.extractfile(member).read()
+                name = posixpath.normpath(member.name)  # In repacked archives, names often begin with "./".
+                if wanted(name) and member.isfile() and (file := tar.extractfile(member)):
+                    yield name, file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged or no tar archive ({reason}): replace it by {archive.url}") from error
@@ -172,7 +176,7 @@ def require_members(archive: Archive, path: Path, wanted: Iterable[str], present
 
 
 def text_lines(data: bytes) -> list[str]:
-    """Returns the lines of a member that say something, without the white space around them."""
+    """Returns the lines of a member that are not empty, without the white space around them."""
     return [line.strip() for line in data.decode("utf-8", errors="replace").splitlines() if line.strip()]
 
 
@@ -186,22 +190,22 @@ def check_names(path: Path, member: str, names: list[str], expected: int) -> Non
 
 
 def check_categories(path: Path, split: str, names: Sequence[str], labels: np.ndarray) -> None:
-    """Raises UserError unless the labels of a split, int [N], hold every category."""
+    """Raises UserError unless the labels of a split, int [N], include every class."""
     missing = np.setdiff1d(np.arange(len(names)), labels)
     if len(missing):
-        raise UserError(f"{path}: the {split} split has no image of {', '.join(names[label] for label in missing[:5])}")
+        raise UserError(f"{path}: the {split} split has no image of {', '.join(np.array(names)[missing[:5]])}")
 
 
 def decode(path: Path, member: str, data: bytes) -> Image.Image:
-    """Decodes an image file completely, keeping its mode.
+    """Decodes an image file completely and keeps its mode.
 
     Raises:
-      UserError: It is no sound image; the message names the archive and the member.
+      UserError: If it is not a sound image; the message names the archive and the member.
     """
     try:
         image = open_image(io.BytesIO(data))
         image.load()
-    # Pillow's decoders raise many types.
+    # Pillow's decoders raise exceptions of many types.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: member {member} is not a sound image ({reason})") from error

@@ -13,8 +13,8 @@ class Normalize:
     """A function from uint8 [B, H, W, C] to (x / 255 - mean) / std, float32.
 
     Attributes:
-      mean: Mean of pixels in [0, 1], per channel or one for all.
-      std: Standard deviation, likewise.
+      mean: Mean of pixels in [0, 1], one number for each channel or one for all.
+      std: Standard deviation of pixels in [0, 1], one number for each channel or one for all.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -32,21 +32,21 @@ def augment(
 ) -> jax.Array:
     """Enlarges, pads with zeros (black), crops at random back to the size, and mirrors half of the images.
 
-    The draw of an image depends on `key` and its position in the global batch alone, not on how the batch is split.
+    The draw for an image depends on `key` and its position in the global batch alone, not on how the batch is split.
 
     Args:
-      images: uint8 [B, H, W, C].
-      key: of the step.
-      positions: int32 [B], positions in the global batch.
-      resize: pixels of the shorter side after enlarging; 0 to leave the images as they are.
-      crop_padding: pixels of zeros on each side, added after that; 0 for none.
-      flip: whether to mirror horizontally with probability 1/2.
+      images: Images, uint8 [B, H, W, C].
+      key: Key of the step.
+      positions: Positions of the images in the global batch, int32 [B].
+      resize: Pixels of the shorter side after enlarging; 0 leaves the images as they are.
+      crop_padding: Pixels of zeros on each side, added after enlarging; 0 adds none.
+      flip: Whether to mirror horizontally with probability 1/2.
 
     Returns:
-      uint8 [B, H, W, C].
+      Images, uint8 [B, H, W, C].
 
     Raises:
-      ValueError: `resize` would make the images smaller.
+      ValueError: If `resize` would make the images smaller.
     """
     shape = images.shape[1:]
     if resize:
@@ -69,17 +69,17 @@ def augment(
 def enlarge(images: jax.Array, shorter_side: int) -> jax.Array:
     """Enlarges images bilinearly, rounding to the nearest value.
 
-    Computed in integers, and so exactly: the same on every device and however the batch is split.
+    The computation is in integers and therefore exact: it is the same on every device and however the batch is split.
 
     Args:
-      images: uint8 [B, H, W, C].
-      shorter_side: pixels of the shorter side of the result; at least those of the images.
+      images: Images, uint8 [B, H, W, C].
+      shorter_side: Pixels of the shorter side of the result, at least those of the images.
 
     Returns:
-      uint8 [B, H', W', C] with the proportions of the images.
+      Images uint8 [B, H', W', C] with the same proportions.
 
     Raises:
-      ValueError: The result would be smaller than the images, or have more than 2 million pixels.
+      ValueError: If the result would be smaller than the images, or have more than 2 million pixels.
     """
     height, width = images.shape[1:3]
     if shorter_side < min(height, width):
@@ -88,12 +88,12 @@ def enlarge(images: jax.Array, shorter_side: int) -> jax.Array:
     if new_height * new_width > 2**21:
         raise ValueError(f"resize is {shorter_side}: {new_width}x{new_height} pixels are too many for 32-bit integers")
     rows = _interpolate(images.astype(jnp.int32), 1, new_height)
-    total = 4 * new_height * new_width  # of the weights
+    total = 4 * new_height * new_width  # The sum of the weights.
     return ((_interpolate(rows, 2, new_width) + total // 2) // total).astype(jnp.uint8)
 
 
 def _interpolate(values: jax.Array, axis: int, new_size: int) -> jax.Array:
-    """Linear interpolation of int32 values along an axis, times 2 * new_size."""
+    """Interpolates int32 values linearly along an axis; returns them times 2 * new_size."""
     size, scale = values.shape[axis], 2 * new_size
     # Pixel i of the result has its middle at (i + 1/2) * size / new_size - 1/2 in the old pixels, here times `scale`.
     middle = np.clip((2 * np.arange(new_size) + 1) * size - new_size, 0, (size - 1) * scale)

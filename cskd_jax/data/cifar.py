@@ -17,12 +17,12 @@ _IMAGE_BYTES = 32 * 32 * 3
 
 @dataclasses.dataclass(frozen=True)
 class CifarArchive(Archive):
-    """An original archive. A record is one byte per label, then the red, the green and the blue plane of the image.
+    """An archive of CIFAR, whose records are a byte for each label and the red, green and blue plane of the image.
 
     Attributes:
-      splits: The binary members by split.
-      label_files: The members with the label names by label feature, in the order of the label bytes of a record.
-      label_sizes: The number of categories by label feature.
+      splits: Binary members of each split.
+      label_files: Members with the label names of each label feature, in the order of the label bytes of a record.
+      label_sizes: Numbers of classes of the label features.
     """
 
     splits: Mapping[str, Sequence[str]]
@@ -63,14 +63,14 @@ def read(archive: CifarArchive, data_root: Path) -> Content:
     """Finds or downloads the archive, and reads it.
 
     Args:
-      archive: Which one.
-      data_root: The data folder.
+      archive: Archive to read.
+      data_root: Data folder.
 
     Returns:
       The content in the order of the archive, with images uint8 [N, 32, 32, 3].
 
     Raises:
-      UserError: The archive is unsound, or there is none and the download failed.
+      UserError: If the archive is unsound, or if there is none and the download failed.
     """
     return read_archive(archive, locate(archive, data_root))
 
@@ -79,14 +79,14 @@ def read_archive(archive: CifarArchive, path: Path) -> Content:
     """Reads an archive and checks all of it: members, whole records, labels, label names, no empty split.
 
     Args:
-      archive: Which one it should be.
-      path: The file: a tar archive, compressed or not.
+      archive: Archive that the file should be.
+      path: Path of a tar archive, compressed or not.
 
     Returns:
       The content in the order of the archive, with images uint8 [N, 32, 32, 3].
 
     Raises:
-      UserError: Something is missing or damaged; the message names the archive and the member.
+      UserError: If something is missing or damaged; the message names the archive and the member.
     """
     wanted = [*archive.label_files.values(), *(file for files in archive.splits.values() for file in files)]
     members = dict(read_tar(archive, path, wanted.__contains__))
@@ -109,7 +109,7 @@ def _records(archive: CifarArchive, path: Path, member: str, data: bytes) -> np.
     """Returns the records of a member, uint8 [N, labels + 3072], with every label in range."""
     size = len(archive.label_files) + _IMAGE_BYTES
     if len(data) % size:
-        raise UserError(f"{path}: member {member} has {len(data)} bytes, which is no whole number of records of {size}")
+        raise UserError(f"{path}: member {member} has {len(data)} bytes, not a whole number of records of {size}")
     records = np.frombuffer(data, np.uint8).reshape(-1, size)
     for column, key in enumerate(archive.label_files):
         wrong = np.flatnonzero(records[:, column] >= archive.label_sizes[key])
@@ -124,7 +124,7 @@ def _records(archive: CifarArchive, path: Path, member: str, data: bytes) -> np.
 def _source(name: str, archive: CifarArchive, description: str) -> ArraySource:
     return ArraySource(
         name=name,
-        version="3.0.2",  # That of the stock builder, whose features and folder these are.
+        version="3.0.2",  # The version of the stock builder, which has the same features and folder.
         description=description,
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         image_shape=_IMAGE_SHAPE,
@@ -133,5 +133,5 @@ def _source(name: str, archive: CifarArchive, description: str) -> ArraySource:
     )
 
 
-CIFAR10 = _source("cifar10", ARCHIVE_10, "Colour images of 32x32 pixels in 10 categories.")
-CIFAR100 = _source("cifar100", ARCHIVE_100, "Colour images of 32x32 pixels in 100 categories, which form 20 groups.")
+CIFAR10 = _source("cifar10", ARCHIVE_10, "Color images of 32x32 pixels in 10 classes.")
+CIFAR100 = _source("cifar100", ARCHIVE_100, "Color images of 32x32 pixels in 100 classes, which form 20 groups.")

@@ -1,7 +1,7 @@
 """CUB-200-2011, photographs of birds, from its original archive, without TensorFlow.
 
 The photographs have many sizes. They are stored as squares of 224 pixels: the shorter side is resized to 256 pixels,
-and the middle is cut out, which is how the field evaluates on them.
+and the middle is cut out, which is the usual evaluation on such photographs.
 """
 
 import functools
@@ -49,14 +49,14 @@ def read(archive: Archive, data_root: Path) -> Content:
     """Finds or downloads the archive, and reads it.
 
     Args:
-      archive: `ARCHIVE`, or one of another address and checksum.
-      data_root: The data folder.
+      archive: Archive to read, `ARCHIVE` or one with another address and checksum.
+      data_root: Data folder.
 
     Returns:
       The content in the order of images.txt, with images uint8 [224, 224, 3].
 
     Raises:
-      UserError: The archive is unsound, or there is none and the download failed.
+      UserError: If the archive is unsound, or if there is none and the download failed.
     """
     return read_archive(archive, locate(archive, data_root))
 
@@ -65,22 +65,22 @@ def read_archive(archive: Archive, path: Path) -> Content:
     """Reads an archive and checks all of it: the tables, and that every image is there and sound.
 
     Args:
-      archive: Which one it should be, for messages.
-      path: The file: a tar archive, compressed or not.
+      archive: Archive that the file should be, for messages.
+      path: Path of a tar archive, compressed or not.
 
     Returns:
-      See `read`.
+      The content in the order of images.txt, with images uint8 [224, 224, 3].
 
     Raises:
-      UserError: Something is missing or damaged; the message names the archive and the member.
+      UserError: If something is missing or damaged; the message names the archive and the member.
     """
     texts, pixels = {}, {}
-    # In one pass, because the archive cannot be read from the middle; the images are kept as small as they will be.
+    # One pass, because the archive cannot be read from the middle; images are resized at once to take less memory.
     for member, data in read_tar(archive, path, lambda name: name in _TABLES or name.startswith(_IMAGE_FOLDER)):
         if member in _TABLES:
             texts[member] = text_lines(data)
         elif member.endswith(".jpg") and not posixpath.basename(member).startswith("."):
-            # Some are grey. Converted first: the modes that Pillow knows are not all resized bilinearly.
+            # Some are gray. They are converted first, because Pillow does not resize images of all modes bilinearly.
             pixels[member] = np.asarray(middle_square(decode(path, member, data).convert("RGB"), _SIDE))
     require_members(archive, path, _TABLES, texts)
     classes, files, class_of, is_training = (_table(path, member, texts[member]) for member in _TABLES)
@@ -118,7 +118,7 @@ def _check_values(
 ) -> None:
     """Raises UserError unless the table gives every image one of the allowed values."""
     for image, file in files.items():
-        if table.get(image) not in allowed:
+        if table.get(image, "") not in allowed:
             found = f"says '{table[image]}' of" if image in table else "says nothing of"
             raise UserError(f"{path}: member {member} {found} image {image}, {file}")
 
@@ -126,7 +126,7 @@ def _check_values(
 SOURCE = ArraySource(
     name="cub200",
     version="1.0.0",
-    description="Photographs of birds in 200 categories, as squares of 224x224 pixels.",
+    description="Photographs of birds in 200 classes, as squares of 224x224 pixels.",
     homepage="https://www.vision.caltech.edu/datasets/cub_200_2011/",
     image_shape=(_SIDE, _SIDE, 3),
     label_sizes={"label": NUM_CLASSES},

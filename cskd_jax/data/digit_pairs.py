@@ -1,4 +1,4 @@
-"""Two digits in one image: a small multi-label data set, made of the digits that scikit-learn carries."""
+"""Two digits in one image: a small multi-label data set, made of the digits that are part of scikit-learn."""
 
 from pathlib import Path
 
@@ -16,16 +16,16 @@ ROUNDS = {"train": 1, "test": 4}
 def load(*, data_dir: str | None, path: str | None, train_examples: int | None, image_size: int | None) -> ImageDataset:
     """Makes the images: two digits side by side, each at a random height.
 
-    An image of the categories a and b is labelled 1 at a and at b and 0 elsewhere; one with a digit twice, only there.
-    In each round of a split every digit of that split of `digits` stands once at the left and once at the right: 1440
-    training images from its 1440 training digits and, in four rounds, 1428 test images from its 357 test digits. Pairs
-    and heights are drawn with fixed seeds: the images are always the same.
+    An image of the classes a and b is labeled 1 at a and at b and 0 elsewhere; an image that shows a digit twice is
+    labeled 1 only there. In each round of a split every digit of that split of `digits` stands once at the left and
+    once at the right: 1440 training images from its 1440 training digits and, in four rounds, 1428 test images from its
+    357 test digits. Pairs and heights are drawn with fixed seeds, so the images are always the same.
 
     Args:
-      data_dir: Not used: the digits lie inside scikit-learn, and making the images takes less time than reading them.
-      path: Must be None: it is an argument of image_folder.
-      train_examples: See `balanced_indices`.
-      image_size: Must be None.
+      data_dir: Not used: the digits are part of scikit-learn, and making the images takes less time than reading them.
+      path: None, because it is an argument of image_folder.
+      train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
+      image_size: None, because the images have a fixed size.
 
     Returns:
       The data set, with images uint8 [N, 16, 16, 1] and labels float32 [N, 10].
@@ -38,7 +38,8 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None, 
     splits = {}
     for seed, (name, rounds) in enumerate(ROUNDS.items()):
         generator = np.random.default_rng(seed)
-        made = [_pair(sources[name].images, sources[name].labels["label"], generator) for _ in range(rounds)]
+        images, labels = np.asarray(sources[name].images), sources[name].labels["label"]
+        made = [_pair(images, labels, generator) for _ in range(rounds)]
         splits[name] = Split(*(np.concatenate(parts) for parts in zip(*made, strict=True)))
     chosen = balanced_indices(splits["train"].labels, CATEGORIES, train_examples)
     train = Split(*(array[chosen] for array in splits["train"]))
@@ -46,7 +47,7 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None, 
 
 
 def _pair(images: np.ndarray, categories: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """N images of two digits from N digits, and their labels."""
+    """Returns N images of two digits from N digits, and their labels."""
     count, height, width, channels = images.shape
     pairs = np.zeros((count, SIZE, SIZE, channels), np.uint8)
     labels = np.zeros((count, len(CATEGORIES)), np.float32)

@@ -1,6 +1,7 @@
-"""The 1797 handwritten digits that scikit-learn carries: a real data set that needs no download."""
+"""The 1797 handwritten digits that are part of scikit-learn: a real data set that needs no download."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,20 +13,20 @@ TEST_EXAMPLES = 357
 def read(data_root: Path) -> Content:
     """Returns the digits, split into 1440 training and 357 test examples.
 
-    The rule of the split: the examples are lined up by category (in source order within one), and 357 of them at equal
-    distances along that line are for testing. So each category gives its share, to within one example, and both splits
-    keep the source order. The values 0..16 are scaled to 0..255 and rounded.
+    The examples are sorted by class (and by source order within a class), and 357 of them at equal distances in that
+    order are for testing. Each class thus gives its share, to within one example. Both splits keep the source order.
+    The values 0..16 are scaled to 0..255 and rounded.
 
     Args:
-      data_root: Not used: the examples lie inside scikit-learn.
+      data_root: Not used: the examples are part of scikit-learn.
 
     Returns:
       The content, with images uint8 [N, 8, 8, 1].
     """
     del data_root
-    from sklearn.datasets import load_digits  # Takes a second to import.
+    from sklearn.datasets import load_digits  # This takes a second to import.
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = digits.target.astype(np.int32)
     line = np.argsort(labels, kind="stable")

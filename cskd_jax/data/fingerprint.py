@@ -1,4 +1,4 @@
-"""Recognizes a data set by what is in it, wherever it lies."""
+"""Fingerprints, by which data sets are recognized wherever they lie."""
 
 import hashlib
 import json
@@ -13,11 +13,11 @@ _IMAGES = 16
 def fingerprint(dataset: ImageDataset) -> str:
     """Returns a short digest of a data set, the same whether its images are in memory or streamed.
 
-    It covers the shape of the images, the names of the classes, the number of examples, all labels, and the pixels of
-    a few images spread evenly over each split.
+    It covers the shape of the images, the names of the classes, the number of examples, all labels, and the pixels of a
+    few images spread evenly over each split.
 
     Raises:
-      UserError: One of these images of a stream cannot be read.
+      UserError: If one of these images of a stream cannot be read.
     """
     splits = [split for split in (dataset.train, dataset.test, dataset.validation) if split is not None]
     sizes = [len(split.labels) for split in splits]

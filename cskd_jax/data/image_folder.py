@@ -1,4 +1,4 @@
-"""A folder of image files: PATH/train/CATEGORY/* and PATH/test/CATEGORY/* (or PATH/val/CATEGORY/*)."""
+"""A folder of image files: PATH/train/CLASS/* and PATH/test/CLASS/* (or PATH/val/CLASS/*)."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,30 +17,31 @@ _CHANNELS = 3
 def load(*, data_dir: str | None, path: str | None, train_examples: int | None, image_size: int | None) -> ImageDataset:
     """Finds the images of a folder.
 
-    The categories are the sorted names of the folders in train. The images of a category are its files in the order of
-    their names; other extensions, hidden files and deeper folders are ignored. Images are always converted to three
-    channels, RGB: grey is repeated, transparency is dropped.
+    The classes are the sorted names of the folders in train. The images of a class are its files in the order of their
+    names; other extensions, hidden files and deeper folders are ignored. Images are always converted to three channels,
+    RGB: gray is repeated, transparency is dropped.
 
     Args:
       data_dir: Not used.
-      path: The folder.
-      train_examples: See `balanced_indices`.
-      image_size: See `read_image`; None: all images must have the size of the first.
+      path: Folder of the images.
+      train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
+      image_size: Side of the squares that `images.read_image` makes of the images; with None, all images must have the
+        size of the first.
 
     Returns:
       The data set, with readers of images uint8 [N, H, W, 3].
 
     Raises:
-      UserError: Something is missing, damaged or does not fit; the message names the folder or the file.
+      UserError: If something is missing, damaged or does not fit; the message names the folder or the file.
     """
     del data_dir
     if path is None:
-        raise UserError("data set image_folder needs path: a folder with train/CATEGORY/* and test/CATEGORY/*")
+        raise UserError("data set image_folder needs path: a folder with train/CLASS/* and test/CLASS/*")
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: path of image_folder is one that holds train and test (or val)")
     if not (root / "train").is_dir():
-        raise UserError(f"{root} has no folder train: image_folder reads train/CATEGORY/*")
+        raise UserError(f"{root} has no folder train: image_folder reads train/CLASS/*")
     test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if test_folder is None:
         raise UserError(f"{root} has neither a folder test nor val: image_folder reads one of them")
@@ -60,10 +61,10 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None, 
 
 
 def _list_split(folder: Path) -> dict[str, list[str]]:
-    """Returns the image files by category, both sorted by name."""
+    """Returns the image files of each class; classes and files are sorted by name."""
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise UserError(f"{folder} has no category folders: image_folder reads {folder.name}/CATEGORY/*")
+        raise UserError(f"{folder} has no class folders: image_folder reads {folder.name}/CLASS/*")
     files = {}
     for name in names:
         files[name] = sorted(
@@ -77,29 +78,29 @@ def _list_split(folder: Path) -> dict[str, list[str]]:
 
 
 def _check_categories(categories: Sequence[str], test_files: Mapping[str, list[str]], test_folder: Path) -> None:
-    """Raises UserError unless the test split has the categories of the training split."""
+    """Raises UserError unless the test split has the classes of the training split."""
     for name in categories:
         if name not in test_files:
-            raise UserError(f"{test_folder} lacks the category '{name}', which train has")
+            raise UserError(f"{test_folder} lacks the class '{name}', which train has")
     for name in test_files:
         if name not in categories:
-            raise UserError(f"{test_folder} has the category '{name}', which train lacks")
+            raise UserError(f"{test_folder} has the class '{name}', which train lacks")
 
 
 def _flatten(files: Mapping[str, list[str]], categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all files, category by category, as str objects [N], and their labels, int32 [N]."""
+    """Returns all files, class by class, as str objects [N], and their labels, int32 [N]."""
     counts = [len(files[name]) for name in categories]
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return np.array([file for name in categories for file in files[name]], object), labels
 
 
 class FileImages:
-    """Reads image files; see `images.Reader`.
+    """A `Reader` of image files.
 
     Args:
-      files: str objects [N], their paths.
-      image_shape: (H, W, C) that each must have.
-      image_size: see `read_image`.
+      files: Paths of the files, str objects [N].
+      image_shape: (H, W, C) that every image must have.
+      image_size: Side of the squares that `read_image` makes of the images, or None.
     """
 
     def __init__(self, files: np.ndarray, image_shape: tuple[int, int, int], image_size: int | None):
@@ -107,11 +108,11 @@ class FileImages:
         self._files, self._image_size = files, image_size
 
     def select(self, index: np.ndarray) -> "FileImages":
-        """See `images.Reader.select`."""
+        """Returns a reader of the images at positions `index`, int [n]."""
         return FileImages(self._files[index], self.shape[1:], self._image_size)
 
     def read(self) -> np.ndarray:
-        """See `images.Reader.read`."""
+        """Returns all images, uint8 [N, H, W, C]; raises UserError if one is damaged or has another size."""
         images = np.empty(self.shape, np.uint8)
         for row, file in enumerate(self._files):
             image = read_image(file, file, _CHANNELS, self._image_size)

@@ -1,4 +1,4 @@
-"""Image files into arrays of one size."""
+"""Image files and the arrays of one size into which they are decoded."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,37 +9,42 @@ from PIL import Image, UnidentifiedImageError
 
 from cskd_jax.errors import UserError
 
-# Pillow's names of what image files may be, whatever their suffix says. Of the many others that Pillow knows, some
-# start programs: EPS is drawn by Ghostscript.
+# Pillow's names of the formats that image files may have, whatever their suffix. Some of the many others that Pillow
+# knows start programs: EPS is drawn by Ghostscript.
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with so many channels.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of the mode by number of channels.
 
 
 class Reader(Protocol):
-    """Images of one size that are decoded when they are asked for.
+    """Images of one size that are decoded when they are requested.
 
     Attributes:
-      shape: (N, H, W, C).
+      shape: Shape of all images together, (N, H, W, C).
     """
 
     shape: tuple[int, int, int, int]
 
     def select(self, index: np.ndarray) -> "Reader":
-        """A reader of the images at positions `index`, int [n]; quickly sent to another process where n is small."""
+        """Returns a reader of the images at positions `index`, int [n], which can be sent to another process.
+
+        Sending it is quick where n is small.
+        """
+        ...
 
     def read(self) -> np.ndarray:
-        """All images, uint8 [N, H, W, C].
+        """Returns all images, uint8 [N, H, W, C].
 
         Raises:
-          UserError: one is damaged or has another size; the message names it.
+          UserError: If an image is damaged or has another size; the message names it.
         """
+        ...
 
 
 def open_image(file: Path | BinaryIO) -> Image.Image:
     """Opens an image file of one of `FORMATS`; Pillow raises errors of many types here and when it decodes.
 
     Raises:
-      UserError: It is of none of them.
+      UserError: If the file has none of these formats.
     """
     try:
         return Image.open(file, formats=FORMATS)
@@ -51,21 +56,21 @@ def read_image(file: Path | BinaryIO, name: str, channels: int, image_size: int 
     """Decodes an image file.
 
     Args:
-      file: to decode.
-      name: of the image, for messages.
-      channels: 1, 3 or 4, to which it is converted.
-      image_size: if given, the side of the square that `middle_square` makes of it.
+      file: File to decode.
+      name: Name of the image, for messages.
+      channels: Number of channels to which the image is converted: 1, 3 or 4.
+      image_size: Side of the square that `middle_square` makes of the image, or None.
 
     Returns:
-      uint8 [H, W, channels].
+      An array uint8 [H, W, channels].
 
     Raises:
-      UserError: It is no sound image of 8 bits per channel.
+      UserError: If it is not a sound image of 8 bits per channel.
     """
     try:
         with open_image(file) as image:
             if not image.mode.startswith(("I", "F")):
-                if image.mode == "P":  # A palette may hold transparency, which Pillow wants to see kept at first.
+                if image.mode == "P":  # A palette may hold transparency, and Pillow warns unless it is kept at first.
                     image = image.convert("RGBA")
                 if image.mode != MODES[channels]:
                     image = image.convert(MODES[channels])
@@ -73,7 +78,7 @@ def read_image(file: Path | BinaryIO, name: str, channels: int, image_size: int 
                     image = middle_square(image, image_size)
                 return np.asarray(image).reshape(image.height, image.width, channels)
             mode = image.mode
-    # Pillow's decoders raise many types.
+    # Pillow's decoders raise exceptions of many types.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name} is not a sound image ({reason}): replace or remove it") from error
@@ -81,7 +86,7 @@ def read_image(file: Path | BinaryIO, name: str, channels: int, image_size: int 
 
 
 def check_size(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
-    """Raises UserError unless the image `name` has the (H, W, C) that is expected."""
+    """Raises UserError unless the image `name` has the expected shape (H, W, C)."""
     if tuple(shape) != tuple(expected):
         (height, width), (wanted_height, wanted_width) = shape[:2], expected[:2]
         raise UserError(
@@ -93,8 +98,8 @@ def check_size(name: str, shape: Sequence[int], expected: Sequence[int]) -> None
 def middle_square(image: Image.Image, side: int) -> Image.Image:
     """Resizes the shorter side to 8/7 of `side`, bilinearly, and cuts out the middle.
 
-    224 pixels of 256: how the field evaluates on photographs. The mode must be one that Pillow resizes bilinearly,
-    such as L, RGB and RGBA.
+    For `side` 224, this is the usual evaluation of networks for ImageNet: 224 pixels out of 256. The mode must be one
+    that Pillow resizes bilinearly, such as L, RGB and RGBA.
     """
     scale = round(side * 8 / 7) / min(image.size)
     width, height = (round(length * scale) for length in image.size)

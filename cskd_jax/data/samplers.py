@@ -1,4 +1,4 @@
-"""Which examples make up the batch of a step: a pure function of (seed, step), so that resuming needs no state."""
+"""Samplers: the examples of each step's batch, as a pure function of (seed, step), so that resuming needs no state."""
 
 import dataclasses
 import functools
@@ -11,19 +11,20 @@ from cskd_jax.errors import UserError
 @functools.lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     order = np.random.default_rng((seed, epoch)).permutation(num_examples)
-    order.setflags(write=False)  # Slices of it are handed out.
+    order.setflags(write=False)  # Callers get slices of the cached array.
     return order
 
 
 @dataclasses.dataclass(frozen=True)
 class UniformSampler:
-    """Every example once an epoch, in an order drawn anew for each epoch.
+    """A sampler that shows every example once in each epoch, in an order drawn anew for each epoch.
 
     Attributes:
-      num_examples: in the training split.
-      batch_size: of the global batch.
-      seed: of the order.
-      drop_last: leave out the last, smaller batch of an epoch; otherwise it is kept, as PyTorch's loader does.
+      num_examples: Size of the training split.
+      batch_size: Size of the global batch.
+      seed: Seed of the order.
+      drop_last: Whether to leave out the last, smaller batch of an epoch; otherwise it is kept, as PyTorch's loader
+        does.
     """
 
     num_examples: int
@@ -33,54 +34,54 @@ class UniformSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimization steps in an epoch."""
+        """Returns the number of optimization steps in an epoch."""
         if self.drop_last:
             return self.num_examples // self.batch_size
         return -(-self.num_examples // self.batch_size)
 
     @property
     def last_batch_size(self) -> int:
-        """Size of the last batch of an epoch."""
+        """Returns the size of the last batch of an epoch."""
         return self.batch_size if self.drop_last else (self.num_examples - 1) % self.batch_size + 1
 
     def images_before(self, step: int) -> int:
-        """How many images the steps before `step` have trained on."""
+        """Returns the number of images that the steps before `step` have trained on."""
         epochs, position = divmod(step, self.steps_per_epoch)
         per_epoch = (self.steps_per_epoch - 1) * self.batch_size + self.last_batch_size
         return epochs * per_epoch + position * self.batch_size
 
     def indices(self, step: int) -> np.ndarray:
-        """Positions in the training split of the global batch of `step`, int64 [batch_size] or [last_batch_size]."""
+        """Returns the training examples of the global batch of `step`, int64 [batch_size] or [last_batch_size]."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.seed, epoch, self.num_examples)
         return order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
 class BalancedSampler:
-    """Batches of P categories with K examples of each, P times K being the batch size.
+    """A sampler of batches of P classes with K examples of each, where P times K is the batch size.
 
-    A uniform batch of 128 over 100 categories leaves some 36 examples alone in their category, where they say nothing
-    about the structure within it. Here every example has K - 1 others of its category beside it.
+    A uniform batch of 128 over 100 classes leaves some 36 examples alone in their class, where they say nothing about
+    the structure within it. Here every example has K - 1 others of its class beside it.
 
-    In each epoch the examples of every category are shuffled and dealt into groups of K, and each batch takes the
-    groups of P different categories: those with the most groups left, drawn at random among equals. An epoch ends when
-    no such batch is left; what is left over then (fewer than K examples of a category, or groups of too few categories)
-    differs from epoch to epoch, so that all examples are used in the long run.
+    In each epoch the examples of every class are shuffled and dealt into groups of K, and each batch takes the groups
+    of P different classes: those with the most groups left, drawn at random among equals. An epoch ends when no such
+    batch is left. The examples left over then (fewer than K examples of a class, or groups of too few classes) differ
+    from epoch to epoch, so that all examples are used in the long run.
 
     Args:
-      labels: int [N], of the training split.
-      batch_size: of the global batch.
-      samples_per_category: K, a divisor of batch_size.
-      seed: of all draws.
+      labels: Labels of the training split, int [N].
+      batch_size: Size of the global batch.
+      samples_per_category: Number K of examples of a class, a divisor of batch_size.
+      seed: Seed of all draws.
 
     Attributes:
-      num_examples: N.
-      batch_size: P times K.
-      steps_per_epoch: the most batches that an epoch can have.
-      last_batch_size: equal to batch_size.
+      num_examples: Size N of the training split.
+      batch_size: Size of the global batch, P times K.
+      steps_per_epoch: Number of batches in an epoch, the most that are possible.
+      last_batch_size: Size of the last batch of an epoch, equal to batch_size.
 
     Raises:
-      UserError: K does not divide the batch size, or fewer than P categories have K examples.
+      UserError: If K does not divide the batch size, or if fewer than P classes have K examples.
     """
 
     def __init__(self, labels: np.ndarray, batch_size: int, samples_per_category: int, seed: int):
@@ -93,21 +94,22 @@ class BalancedSampler:
         groups = np.array([len(members) // self._size for members in self._members])
         if np.count_nonzero(groups) < self._categories_per_batch:
             raise UserError(
-                f"a batch of {batch_size} with {self._size} examples a category needs {self._categories_per_batch} "
-                f"categories of so many examples, the training split has {np.count_nonzero(groups)}"
+                f"a batch of {batch_size} with {self._size} examples for each class needs {self._categories_per_batch} "
+                f"classes of so many examples, the training split has {np.count_nonzero(groups)}"
             )
-        # S batches can be filled if and only if the groups do, where a category counts at most S: once a batch.
+        # S batches can be filled if and only if there are at least S times P groups, of which a class counts at most S,
+        # one for each batch.
         steps = np.arange(1, groups.sum() // self._categories_per_batch + 1)
         filled = [np.minimum(groups, step).sum() >= step * self._categories_per_batch for step in steps]
         self.steps_per_epoch = int(steps[filled][-1])
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def images_before(self, step: int) -> int:
-        """How many images the steps before `step` have trained on."""
+        """Returns the number of images that the steps before `step` have trained on."""
         return step * self.batch_size
 
     def indices(self, step: int) -> np.ndarray:
-        """Positions in the training split of the global batch of `step`, int64 [batch_size], shuffled."""
+        """Returns the training examples of the global batch of `step`, shuffled, int64 [batch_size]."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[position]
 
@@ -120,10 +122,10 @@ class BalancedSampler:
         left = np.array([len(group) for group in groups])
         batches = np.empty((self.steps_per_epoch, self.batch_size), np.int64)
         for batch in batches:
-            # lexsort: by the groups left, most first; equals in random order.
+            # The classes are sorted by the groups left, most first, and in random order among equals.
             chosen = np.lexsort((generator.random(len(left)), -left))[: self._categories_per_batch]
             left[chosen] -= 1
-            # Shuffled, so that the devices that share the batch get samples of all its categories.
+            # Shuffled, so that the devices that share the batch get samples of all its classes.
             batch[:] = generator.permutation(np.concatenate([groups[c][left[c]] for c in chosen]))
         batches.setflags(write=False)
         return batches

@@ -1,4 +1,4 @@
-"""Images that do not fit in memory: other processes decode the batches that are needed next."""
+"""Streams of images that do not fit in memory; other processes decode the batches that are needed next."""
 
 import concurrent.futures
 import multiprocessing
@@ -16,10 +16,10 @@ from cskd_jax.errors import LostWorkerError
 
 
 class Workers:
-    """Processes that decode; they start when the first batch is asked for.
+    """Processes that decode images; they start when the first batch is requested.
 
     Args:
-      count: of processes.
+      count: Number of processes.
     """
 
     def __init__(self, count: int):
@@ -29,12 +29,13 @@ class Workers:
         """Starts `reader.read()` in one of the processes."""
         if self._pool is not None:
             return self._pool.submit(reader.read)
-        # Not forked: the threads of JAX would not be, and what they hold locked would stay locked.
+        # A fork would copy the locks that JAX's threads hold but not the threads, so that nobody would release them.
         self._pool = concurrent.futures.ProcessPoolExecutor(
             self.count, multiprocessing.get_context("spawn"), initializer=_end_with_parent
         )
-        # What stops a run is for the run to handle, which may still want batches: the processes are born deaf to it.
-        resource_tracker.ensure_running()  # It would hear again in between.
+        # Only the run handles signals that stop it, because it may still need batches; the processes start with these
+        # signals blocked. The resource tracker unblocks them when it starts, so it starts first.
+        resource_tracker.ensure_running()
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             return self._pool.submit(reader.read)
@@ -43,33 +44,33 @@ class Workers:
 
 
 class ImageStream:
-    """What stands in the place of an array of images where it would not fit in memory.
+    """A stream that takes the place of an array of images that would not fit in memory.
 
     Args:
-      reader: of the images.
-      workers: decode them.
+      reader: Reader of the images.
+      workers: Processes that decode them.
 
     Attributes:
-      shape: (N, H, W, C).
+      shape: Shape of all images together, (N, H, W, C).
     """
 
     def __init__(self, reader: Reader, workers: Workers):
         self.shape, self._reader, self._workers = reader.shape, reader, workers
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        """The images at `index`, uint8 [n, H, W, C], decoded here and now."""
+        """Returns the images at `index`, uint8 [n, H, W, C], decoded in this process."""
         return self._reader.select(np.arange(len(self))[index]).read()
 
     def __len__(self):
         return self.shape[0]
 
     def batches(self, indices: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """See `read_batches`."""
+        """Yields the images at each index, decoded ahead by the workers; raises LostWorkerError if one was killed."""
         ahead = deque()
         try:
             for index in indices:
                 ahead.append(self._workers.submit(self._reader.select(index)))
-                # One for each worker, and one that is done when the loop comes for it.
+                # One batch for each worker, and one that is done when the loop comes for it.
                 if len(ahead) > self._workers.count + 1:
                     yield ahead.popleft().result()
             while ahead:
@@ -85,13 +86,14 @@ class ImageStream:
 
 
 def read_batches(images: np.ndarray | ImageStream, indices: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The batches images[index], uint8 [n, H, W, C], for each index, int [n], of `indices`, in their order.
+    """Iterates over the batches images[index], uint8 [n, H, W, C], for each index, int [n], of `indices`.
 
-    Those of a stream are decoded ahead of being asked for, as many as there are workers.
+    The batches come in the order of `indices`. Those of a stream are decoded ahead of time, as many as there are
+    workers.
 
     Raises:
-      UserError: an image of a stream cannot be read.
-      LostWorkerError: a process that decodes was killed.
+      UserError: If an image of a stream cannot be read.
+      LostWorkerError: If a process that decodes was killed.
     """
     if isinstance(images, ImageStream):
         return images.batches(indices)
@@ -99,10 +101,12 @@ def read_batches(images: np.ndarray | ImageStream, indices: Iterable[np.ndarray]
 
 
 def _end_with_parent():
-    """In a worker: it ends when the run ends, however that is."""
+    """Makes a worker end when the run ends, however that is."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker has a parent"
 
     def wait():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

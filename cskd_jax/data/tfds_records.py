@@ -1,4 +1,4 @@
-"""The records of a data set that tensorflow-datasets has prepared: array_record, or tfrecord by way of TensorFlow."""
+"""Records of data sets that tensorflow-datasets has prepared: array_record, or tfrecord by way of TensorFlow."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from cskd_jax.data.images import check_size, read_image
 from cskd_jax.errors import UserError
 
-_RECORDS_AT_ONCE = 4096  # Read in one go: quicker than one by one, without holding all of them encoded.
+_RECORDS_AT_ONCE = 4096  # Quicker than reading one by one, and does not hold all of them encoded.
 INSTALL = "pip install 'cskd_jax[tf]'"
 
 
@@ -22,15 +22,18 @@ class ArrayRecords:
     """The records of a split that is prepared as array_record, read at random and without TensorFlow.
 
     Args:
-      directory: Of the prepared data set.
-      split: One of its splits.
+      directory: Folder of the prepared data set.
+      split: Name of one of its splits.
     """
 
     def __init__(self, directory: str, split: str):
         self.directory, self.split = directory, split
 
     def labels(self) -> np.ndarray:
-        """int32 [N]; kept in a file beside the records, because to read through all of them may take long."""
+        """Returns the labels, int32 [N].
+
+        They are kept in a file beside the records, because reading through all of the records may take long.
+        """
         path, count = Path(self.directory) / f"labels-{self.split}.npy", self._count()
         with contextlib.suppress(OSError, ValueError, EOFError):
             labels = np.load(path)
@@ -40,7 +43,7 @@ class ArrayRecords:
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as file:
             np.save(file, labels)
             file.flush()
-            os.link(file.name, path)  # Whole or not at all; an older one that does not fit stays, and is not used.
+            os.link(file.name, path)  # Atomic. An older file that does not fit stays, and is not used.
         return labels
 
     def examples(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
@@ -54,7 +57,7 @@ class ArrayRecords:
                 for record in source.__getitems__(indices[start : start + _RECORDS_AT_ONCE]):
                     example = fields.deserialize_example_np(record, decoders=decoders)
                     if example["image"] is None or example["label"] is None:
-                        raise ValueError("a record is empty")  # So array_record reads some truncated files.
+                        raise ValueError("a record is empty")  # This is how array_record reads some truncated files.
                     yield example["image"], example["label"]
 
     def _count(self):
@@ -64,10 +67,13 @@ class ArrayRecords:
 
 @functools.lru_cache(maxsize=8)
 def _open(directory: str, split: str) -> tuple[Any, Any]:
-    """The tfds.data_source of a split, and the features that are used; kept, as a process reads from them often."""
+    """Returns the tfds.data_source of a split, and the features that are used.
+
+    Both are cached, because a process reads from them often.
+    """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(directory)
+    builder: Any = tfds.builder_from_directory(directory)
     source = builder.as_data_source(
         split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
@@ -86,14 +92,14 @@ class TfRecords:
             decoders=tfds.decode.PartialDecoding(
                 {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
             ),
-            read_config=tfds.ReadConfig(interleave_cycle_length=1),  # One file after the other: the files' order.
+            read_config=tfds.ReadConfig(interleave_cycle_length=1),  # One file after the other keeps their order.
         )
         self.directory, self.split = builder.data_dir, split
         with unreadable(self.directory, split):
             self._examples = [(example["image"], example["label"]) for example in tfds.as_numpy(dataset)]
 
     def labels(self) -> np.ndarray:
-        """int32 [N]."""
+        """Returns the labels, int32 [N]."""
         return np.array([label for _, label in self._examples], np.int32)
 
     def examples(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
@@ -102,15 +108,15 @@ class TfRecords:
 
 
 class RecordImages:
-    """Reads the images of records; see `images.Reader`.
+    """A `Reader` of the images of records.
 
     Args:
-      records: Of a split.
-      chosen: The positions of the examples in the split.
-      where: What is read, for messages.
-      channels: 1, 3 or 4, to which images are converted.
-      image_size: See `images.read_image`.
-      image_shape: (H, W, C) that all must have; None is that of the first one.
+      records: Records of a split.
+      chosen: Positions of the examples in the split.
+      where: Name of the split, for messages.
+      channels: Number of channels to which images are converted: 1, 3 or 4.
+      image_size: Side of the squares that `images.read_image` makes of the images, or None.
+      image_shape: (H, W, C) that every image must have; None takes that of the first one.
     """
 
     def __init__(
@@ -129,14 +135,15 @@ class RecordImages:
         self.shape = (len(chosen), *image_shape)
 
     def select(self, index: np.ndarray) -> "RecordImages":
-        """See `images.Reader.select`."""
+        """Returns a reader of the images at positions `index`, int [n]."""
         settings = self._where, self._channels, self._image_size, self.shape[1:]
         return RecordImages(self._records, self._chosen[index], *settings)
 
     def read(self) -> np.ndarray:
-        """See `images.Reader.read`.
+        """Returns all images, uint8 [N, H, W, C]; raises UserError if one is damaged or has another size.
 
-        A plain loop: small images are decoded so quickly (10,000 a second) that threads only wait for each other.
+        This is a plain loop, because small images are decoded so quickly (10,000 a second) that threads would only wait
+        for each other.
         """
         images = np.empty(self.shape, np.uint8)
         for row, (name, image) in enumerate(self._images(self._chosen)):
@@ -153,15 +160,15 @@ class RecordImages:
 
 @contextlib.contextmanager
 def unreadable(directory: str, split: str) -> Iterator[None]:
-    """Turns what the readers raise into UserError."""
+    """Turns the errors of the readers into UserError."""
     try:
         yield
     except UserError:
         raise
-    # They are C++ libraries that raise RuntimeError, ValueError, IndexError or errors of TensorFlow's own.
+    # The readers are C++ libraries that raise RuntimeError, ValueError, IndexError or TensorFlow's own errors.
     except Exception as error:
         raise UserError(
-            f"cannot read split {split} in {directory}: {one_line(error)}; remove the folder to prepare it anew"
+            f"cannot read split {split} in {directory}: {one_line(error)}; remove the folder to prepare it again"
         ) from error
 
 
@@ -171,11 +178,11 @@ def require_tensorflow(what: str) -> None:
         import tensorflow as tf
     except ImportError as error:
         raise UserError(f"{what} needs TensorFlow, which is not installed: {INSTALL}") from error
-    # TensorFlow reserves the memory of every accelerator that it sees, which JAX needs.
+    # TensorFlow would reserve the memory of every accelerator that it sees, and JAX needs it.
     tf.config.set_visible_devices([], "GPU")
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
+    """Returns the first line of an error's text, or its type if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

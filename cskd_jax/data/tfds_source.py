@@ -1,7 +1,8 @@
-"""Data sets that lie on disk in the layout of tensorflow-datasets: preparing our own, reading any.
+"""Data sets on disk in the layout of tensorflow-datasets: those of this package are prepared here, any can be read.
 
-Our own data sets are written as array_record, which needs no TensorFlow to write or to read. TensorFlow is asked for
-only where tensorflow-datasets itself cannot do without it: tfrecord files, and the preparation of its stock data sets.
+The data sets of this package are written as array_record, which needs no TensorFlow to write or to read. TensorFlow is
+required only where tensorflow-datasets cannot do without it: for tfrecord files, and for the preparation of its stock
+data sets.
 
 tensorflow-datasets is imported inside the functions, so that importing `cskd_jax.data` stays cheap.
 """
@@ -26,12 +27,13 @@ _logger = logging.getLogger(__name__)
 
 
 class SourceSplit(NamedTuple):
-    """One split of a data set of ours, as its source holds it.
+    """One split of a data set of this package, as its source holds it.
 
     Attributes:
       images: N images, each uint8 [H, W, C] or the bytes of an image file that decodes to that. A source whose images
-        would not fit in memory gives an iterable that decodes as it goes, and raises UserError where one is damaged.
-      labels: The labels by feature name, each uint8 or int [N].
+        would not fit in memory gives an iterable that decodes them one by one, and raises UserError where one is
+        damaged.
+      labels: Labels of each label feature, uint8 or int [N].
     """
 
     images: Iterable[np.ndarray | bytes]
@@ -39,11 +41,11 @@ class SourceSplit(NamedTuple):
 
 
 class Content(NamedTuple):
-    """All of a data set of ours.
+    """All of a data set of this package.
 
     Attributes:
-      splits: The splits by name: train and test.
-      label_names: The names of the labels by feature name.
+      splits: Splits by name: train and test (or validation).
+      label_names: Names of the labels of each label feature.
     """
 
     splits: Mapping[str, SourceSplit]
@@ -52,16 +54,16 @@ class Content(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """A data set of ours, prepared from its original archive or from another package.
+    """A data set of this package, prepared from its original archive or from another package.
 
     Attributes:
-      name: Its name in tensorflow-datasets, and the name of its folder.
-      version: Its version; raise it when the same source gives other examples.
+      name: Name in tensorflow-datasets, and of the folder.
+      version: Version, to be raised when the same source gives other examples.
       description: One or two sentences for dataset_info.json.
-      homepage: Where the data comes from.
-      image_shape: (H, W, C), with C one of 1, 3 and 4.
-      label_sizes: The number of categories by label feature; `label` is the one to learn.
-      read: Takes the root data folder and returns the content; called only when nothing is prepared yet.
+      homepage: Address of the origin of the data.
+      image_shape: Shape (H, W, C) of an image, with C one of 1, 3 and 4.
+      label_sizes: Number of classes of each label feature; `label` is the one to learn.
+      read: Function from the root data folder to the content; it is called only when nothing is prepared yet.
     """
 
     name: str
@@ -81,20 +83,20 @@ def load_own(
     train_examples: int | None,
     image_size: int | None,
 ) -> ImageDataset:
-    """Opens a data set of ours, preparing it first where that has not been done.
+    """Opens a data set of this package, preparing it first where that has not been done.
 
     Args:
-      source: The data set.
-      data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
-      path: Must be None: it is an argument of image_folder.
-      train_examples: See `balanced_indices`.
-      image_size: See `images.read_image`.
+      source: Data set to open.
+      data_dir: Root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
+      path: None, because it is an argument of image_folder.
+      train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
+      image_size: Side of the squares that `images.read_image` makes of the images, or None.
 
     Returns:
       The data set, in source order, with readers of its images.
 
     Raises:
-      UserError: The source cannot be had or is damaged, or the folder cannot be written.
+      UserError: If the source cannot be obtained or is damaged, or if the folder cannot be written.
     """
     refuse_path(source.name, path)
     builder_class = _builder_class(source)
@@ -102,9 +104,9 @@ def load_own(
     if not _is_prepared(builder):
         builder.content = source.read(Path(builder.data_dir_root))
         _prepare(builder)
-        # The builder is part of a cycle of references, which would keep gigabytes until Python happens to look for one.
+        # The builder is part of a cycle of references, which would keep gigabytes until the garbage collector runs.
         del builder.content
-        # Built anew, because the files may be those of another process that was faster.
+        # The builder is made anew, because the files may be those of another process that was faster.
         builder = builder_class(data_dir=data_dir)
     return load_prepared(builder, source.name, train_examples, image_size)
 
@@ -121,19 +123,19 @@ def load_named(
     """Opens any data set that tensorflow-datasets knows or finds prepared under `data_dir`.
 
     Args:
-      name: The tensorflow-datasets name, with its configuration and version if need be ("name/config:1.0.0").
-      table: The names of the data sets that need no tensorflow-datasets name, for the message about unknown ones.
-      data_dir: The root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
-      path: Must be None: it is an argument of image_folder.
-      train_examples: See `balanced_indices`.
-      image_size: See `images.read_image`.
+      name: Name in tensorflow-datasets, with its configuration and version if need be ("name/config:1.0.0").
+      table: Names of the data sets of this package, for the message about unknown ones.
+      data_dir: Root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
+      path: None, because it is an argument of image_folder.
+      train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
+      image_size: Side of the squares that `images.read_image` makes of the images, or None.
 
     Returns:
-      See `load_prepared`.
+      The data set as `load_prepared` returns it.
 
     Raises:
-      UserError: The name is unknown, TensorFlow is needed and not installed, the preparation failed, or the data
-        set is not one of labelled images with the splits train and test (or validation).
+      UserError: If the name is unknown, if TensorFlow is needed and not installed, if the preparation failed, or if the
+        data set is not one of labeled images with the splits train and test (or validation).
     """
     import tensorflow_datasets as tfds
 
@@ -145,7 +147,7 @@ def load_named(
             f"unknown data set '{name}': allowed are {', '.join(table)} and any tensorflow-datasets name"
         ) from error
     if not _is_prepared(builder):
-        _check_features(builder, name)  # Before a download that may take hours.
+        _check_features(builder, name)  # This comes before a download that may take hours.
         require_tensorflow(f"data set '{name}' is not prepared in {builder.data_dir}, and preparing it")
         _prepare(builder)
         builder = tfds.builder(name, data_dir=data_dir)
@@ -156,20 +158,22 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
     """Opens the splits train and test (or validation) of a prepared builder.
 
     Args:
-      builder: A `tfds.core.DatasetBuilder` whose files are prepared.
-      name: The name of the data set, for the result and for messages.
-      train_examples: See `balanced_indices`.
-      image_size: See `images.read_image`; None: all images must have the size of the first.
+      builder: `tfds.core.DatasetBuilder` whose files are prepared.
+      name: Name of the data set, for the result and for messages.
+      train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
+      image_size: Side of the squares that `images.read_image` makes of the images; with None, all images must have the
+        size of the first.
 
     Returns:
       The data set, in the order of its files. Its images are readers; those prepared as tfrecord, which can only be
       read from front to back, are arrays.
 
     Raises:
-      UserError: See `load_named`.
+      UserError: If TensorFlow is needed and not installed, or if the data set is not one of labeled images with the
+        splits train and test (or validation).
     """
     _check_features(builder, name)
-    _open.cache_clear()  # What was opened in the same place may have been prepared anew.
+    _open.cache_clear()  # The same folder may have been prepared anew.
     splits = builder.info.splits
     test_name = "test" if "test" in splits else "validation"
     if "train" not in splits or test_name not in splits:
@@ -196,7 +200,7 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
         image_shape = reader.shape[1:]
         images = reader if isinstance(source, ArrayRecords) else reader.read()
         opened.append(Split(images, labels[split][chosen[split]]))
-    return ImageDataset(name, *opened, categories)
+    return ImageDataset(name, opened[0], opened[1], categories)
 
 
 def refuse_path(name: str, path: str | None) -> None:
@@ -206,10 +210,10 @@ def refuse_path(name: str, path: str | None) -> None:
 
 
 def _builder_class(source: ArraySource) -> type:
-    """The tensorflow-datasets builder of a data set of ours; its attribute `content` is set before it prepares."""
+    """Returns the builder class of a data set of this package, which prepares it from its attribute `content`."""
     import tensorflow_datasets as tfds
 
-    # Not registered, because tensorflow-datasets has stock builders of the same names.
+    # The class is not registered, because tensorflow-datasets has stock builders of the same names.
     class ArrayBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = source.name
         VERSION = tfds.core.Version(source.version)
@@ -229,8 +233,9 @@ def _builder_class(source: ArraySource) -> type:
             )
 
         def _split_generators(self, dl_manager):
+            features: Any = self.info.features
             for key, names in self.content.label_names.items():
-                self.info.features[key].names = list(names)
+                features[key].names = list(names)
             return {name: self._generate_examples(name, split) for name, split in self.content.splits.items()}
 
         def _generate_examples(self, split_name, split):
@@ -244,21 +249,21 @@ def _builder_class(source: ArraySource) -> type:
 
 
 def _encode(image: np.ndarray) -> bytes:
-    """A PNG file; tensorflow-datasets would use TensorFlow, and a compression that takes four times as long."""
+    """Returns a PNG file; tensorflow-datasets would use TensorFlow, and a compression that takes four times as long."""
     file = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
-    """Calls `make`, which constructs a builder; only an unknown name is left for the caller to explain."""
+    """Calls `make`, which constructs a builder, and turns all errors but that of an unknown name into UserError."""
     import tensorflow_datasets as tfds
 
     try:
         return make()
     except tfds.core.DatasetNotFoundError:
         raise
-    # Everything, because builders run code of their own, and a damaged dataset_info.json raises an error of protobuf's.
+    # Builders run code of their own, which may raise anything; a damaged dataset_info.json raises protobuf's errors.
     except Exception as error:
         if isinstance(error, ImportError) and "'tensorflow'" in str(error):
             require_tensorflow(f"opening data set '{name}'")
@@ -266,10 +271,10 @@ def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
 
 
 def _is_prepared(builder: Any) -> bool:
-    """Whether the builder's folder holds a finished preparation.
+    """Returns whether the builder's folder holds a finished preparation.
 
-    tensorflow-datasets writes into a folder of another name and renames it at the end, so that what a killed
-    preparation leaves behind is never found here.
+    tensorflow-datasets writes into a folder of another name and renames it at the end, so a preparation that was killed
+    leaves nothing here.
     """
     try:
         if (builder.data_path / "dataset_info.json").exists():
@@ -279,7 +284,7 @@ def _is_prepared(builder: Any) -> bool:
         raise UserError(f"cannot look into {builder.data_dir}: {one_line(error)}") from error
     if exists:
         # tensorflow-datasets would take the folder for a prepared one.
-        raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it anew")
+        raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it again")
     return False
 
 
@@ -294,10 +299,10 @@ def _prepare(builder: Any) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format="array_record")
     except UserError:
-        raise  # A damaged image, found on the way; the message names it.
-    # Everything, because a stock builder runs code of its own, which may raise anything.
+        raise  # An image is damaged, which the message names.
+    # A stock builder runs code of its own, which may raise anything.
     except Exception as error:
-        # Several processes may prepare the same folder: all but the first fail when they rename theirs.
+        # If several processes prepare the same folder, all but the first fail when they rename theirs.
         if not _is_prepared(builder):
             raise UserError(
                 f"cannot prepare data set '{builder.name}' in {builder.data_dir}: {one_line(error)}"
@@ -314,6 +319,11 @@ def _check_features(builder: Any, name: str) -> None:
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         has = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(found.items())) or "none by name"
         raise UserError(f"data set '{name}' needs the features image (Image) and label (ClassLabel): it has {has}")
+    _check_image(image, name)
+
+
+def _check_image(image: Any, name: str) -> None:
+    """Raises UserError unless the feature `image` is of 8 bits, with 1, 3 or 4 channels."""
     if image.np_dtype != np.uint8 or len(image.shape) != 3 or image.shape[-1] not in MODES:
         raise UserError(
             f"data set '{name}' needs uint8 images with 1, 3 or 4 channels: "
@@ -322,10 +332,10 @@ def _check_features(builder: Any, name: str) -> None:
 
 
 def _labels(records: ArrayRecords | TfRecords, name: str) -> np.ndarray:
-    """The labels of a split, int32 [N]; UserError if there are none."""
+    """Returns the labels of a split, int32 [N]; raises UserError if there are none."""
     labels = records.labels()
     if not len(labels) or labels.min() < 0:
-        raise UserError(f"data set '{name}' has no examples or unlabelled ones in its split {records.split}")
+        raise UserError(f"data set '{name}' has no examples or unlabeled ones in its split {records.split}")
     return labels
 
 

@@ -1,7 +1,7 @@
 """Tiny ImageNet from its original archive, without TensorFlow.
 
-The categories are the WordNet ids of wnids.txt, in its order; words.txt, which gives their English names, is not used:
-several of its names are long lists of synonyms. The images of val, whose labels are known, are for evaluation; those of
+The classes are the WordNet ids of wnids.txt, in its order. Their English names in words.txt are not used, because
+several of them are long lists of synonyms. The images of val, whose labels are known, are for evaluation; those of
 test, whose labels are not, are left out.
 """
 
@@ -37,12 +37,12 @@ ARCHIVE = Archive(
 
 @dataclasses.dataclass(frozen=True)
 class ZippedImages:
-    """An iterable over images that lie in a zip archive: decoded one by one, so that they need no memory together.
+    """Images in a zip archive, decoded one by one, so that they do not take memory all at once.
 
     Attributes:
-      archive: Which one it should be, for messages.
-      path: The file.
-      members: The members with the images, in the order to give them.
+      archive: Archive that the file should be, for messages.
+      path: Path of the file.
+      members: Members with the images, in the order of iteration.
     """
 
     archive: Archive
@@ -53,7 +53,7 @@ class ZippedImages:
         """Yields the file where it is in RGB, and otherwise its pixels converted to RGB, uint8 [64, 64, 3].
 
         Raises:
-          UserError: An image is damaged or of another size; the message names the archive and the member.
+          UserError: If an image is damaged or has another size; the message names the archive and the member.
         """
         with _open(self.archive, self.path) as file:
             for member in self.members:
@@ -65,7 +65,7 @@ class ZippedImages:
                         f"{self.path}: member {member.filename} is {width}x{height} pixels where {_SIDE}x{_SIDE} are "
                         "expected"
                     )
-                # Some are grey.
+                # Some are gray.
                 yield data if image.mode == "RGB" else np.asarray(image.convert("RGB"))
 
 
@@ -73,14 +73,14 @@ def read(archive: Archive, data_root: Path) -> Content:
     """Finds or downloads the archive, and reads it.
 
     Args:
-      archive: `ARCHIVE`, or one of another address and checksum.
-      data_root: The data folder.
+      archive: Archive to read, `ARCHIVE` or one with another address and checksum.
+      data_root: Data folder.
 
     Returns:
-      The content: train by category and then by file name, validation in the order of its annotations.
+      The content: train by class and then by file name, validation in the order of its annotations.
 
     Raises:
-      UserError: The archive is unsound, or there is none and the download failed.
+      UserError: If the archive is unsound, or if there is none and the download failed.
     """
     return read_archive(archive, locate(archive, data_root))
 
@@ -89,17 +89,17 @@ def read_archive(archive: Archive, path: Path) -> Content:
     """Reads an archive and checks all of it but the images, which are checked when they are decoded.
 
     Args:
-      archive: Which one it should be, for messages.
-      path: The file: a zip archive.
+      archive: Archive that the file should be, for messages.
+      path: Path of a zip archive.
 
     Returns:
-      See `read`.
+      The content: train by class and then by file name, validation in the order of its annotations.
 
     Raises:
-      UserError: Something is missing or damaged; the message names the archive and the member.
+      UserError: If something is missing or damaged; the message names the archive and the member.
     """
     with _open(archive, path) as file:
-        # Repacked archives may say "./".
+        # In repacked archives, names may begin with "./".
         members = {posixpath.normpath(member.filename): member for member in file.infolist() if not member.is_dir()}
         require_members(archive, path, (_NAMES, _ANNOTATIONS), members)
         names, annotations = (
@@ -108,26 +108,26 @@ def read_archive(archive: Archive, path: Path) -> Content:
     check_names(path, _NAMES, names, NUM_CLASSES)
     labels = {name: label for label, name in enumerate(names)}
     splits = {}
-    for split, labelled in (
+    for split, labeled in (
         ("train", _train_labels(path, members, labels)),
         ("validation", _validation_labels(archive, path, members, labels, annotations)),
     ):
-        label_values = np.fromiter(labelled.values(), np.int32)
+        label_values = np.fromiter(labeled.values(), np.int32)
         check_categories(path, split, names, label_values)
-        images = ZippedImages(archive, path, [members[name] for name in labelled])
+        images = ZippedImages(archive, path, [members[name] for name in labeled])
         splits[split] = SourceSplit(images, {"label": label_values})
     return Content(splits, {"label": names})
 
 
 def _train_labels(path: Path, members: Mapping[str, zipfile.ZipInfo], labels: Mapping[str, int]) -> dict[str, int]:
-    """Returns {member: label} of train/WNID/images/*.JPEG, by category and then by name."""
+    """Returns {member: label} of train/WNID/images/*.JPEG, by class and then by name."""
     found = {}
     for member in members:
         folder, file = posixpath.split(member)
         category = posixpath.basename(posixpath.dirname(folder))
         if folder == f"{_ROOT}train/{category}/images" and _is_image(file):
             if category not in labels:
-                raise UserError(f"{path}: member {member} is of the category {category}, which {_NAMES} does not name")
+                raise UserError(f"{path}: member {member} is of the class {category}, which {_NAMES} does not name")
             found[member] = labels[category]
     return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
 
@@ -139,13 +139,13 @@ def _validation_labels(
     labels: Mapping[str, int],
     annotations: Sequence[str],
 ) -> dict[str, int]:
-    """Returns {member: label} of val/images/*.JPEG, in the order of the annotations: file, category, bounding box."""
+    """Returns {member: label} of val/images/*.JPEG, in the order of the annotations: file, class, bounding box."""
     found = {}
     for line in annotations:
         file, category, *_ = (*line.split(), "")
         member = f"{_ROOT}val/images/{file}"
         if category not in labels:
-            raise UserError(f"{path}: member {_ANNOTATIONS} says '{category}' of {file}: {_NAMES} has no such category")
+            raise UserError(f"{path}: member {_ANNOTATIONS} says '{category}' of {file}: {_NAMES} has no such class")
         if member in found:
             raise UserError(f"{path}: member {_ANNOTATIONS} names {file} twice")
         found[member] = labels[category]
@@ -182,7 +182,7 @@ def _read_member(archive: Archive, path: Path, file: zipfile.ZipFile, member: zi
 SOURCE = ArraySource(
     name="tiny_imagenet",
     version="1.0.0",
-    description="Colour images of 64x64 pixels in 200 categories of ImageNet.",
+    description="Color images of 64x64 pixels in 200 classes of ImageNet.",
     homepage="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     image_shape=(_SIDE, _SIDE, 3),
     label_sizes={"label": NUM_CLASSES},

@@ -1,12 +1,11 @@
-"""What a data set is once it is loaded, and how a smaller training split is chosen."""
+"""The data set as it is once loaded, and the choice of a smaller training split."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cskd_jax.data.images import Reader
 from cskd_jax.data.streaming import ImageStream
 from cskd_jax.errors import UserError
 
@@ -15,13 +14,13 @@ class Split(NamedTuple):
     """Images and their labels.
 
     Attributes:
-      images: uint8 [N, H, W, C]: an array, what decodes them when they are asked for (`images.Reader`), or, once it is
-        loaded, a stream of them (`streaming.ImageStream`).
-      labels: int32 [N], indices into the categories of the data set; or, where an image has any number of categories
-        (multi-label), float32 [N, K], 1 for each category of an image and 0 for the others.
+      images: Images, uint8 [N, H, W, C]: an array, a reader that decodes them when they are requested
+        (`images.Reader`), or, once the data set is loaded, a stream of them (`streaming.ImageStream`).
+      labels: Labels, int32 [N], indices into the classes of the data set; or, where an image has any number of classes
+        (multi-label), float32 [N, K], 1 for each class of an image and 0 for the others.
     """
 
-    images: np.ndarray | Reader | ImageStream
+    images: np.ndarray | ImageStream | Any  # Any stands for a Reader, which only the loaders meet.
     labels: np.ndarray
 
 
@@ -30,10 +29,10 @@ class ImageDataset:
     """A classification data set.
 
     Attributes:
-      name: The name that it was loaded by.
-      train: The training split, in source order.
-      test: The test split, in source order, with images of the same shape.
-      categories: The name of each category, by label.
+      name: Name that it was loaded by.
+      train: Training split, in source order.
+      test: Test split, in source order, with images of the same shape.
+      categories: Names of the classes, by label.
       validation: Part of the training split that is not trained on but chooses the best epoch; None where the test
         split does.
     """
@@ -46,22 +45,22 @@ class ImageDataset:
 
     @property
     def num_classes(self) -> int:
-        """The number of categories, K."""
+        """Returns the number K of classes."""
         return len(self.categories)
 
     @property
     def multilabel(self) -> bool:
-        """Whether an image has any number of categories instead of one."""
+        """Returns whether an image has any number of classes instead of one."""
         return self.train.labels.ndim == 2
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """The shape of one image, (H, W, C)."""
+        """Returns the shape of one image, (H, W, C)."""
         return self.train.images.shape[1:]
 
     @property
     def image_dtype(self) -> np.dtype:
-        """The type of a pixel: uint8, but for arrays of floats of one's own."""
+        """Returns the dtype of a pixel: uint8, or that of the arrays of floats that a caller may give."""
         return getattr(self.train.images, "dtype", np.dtype(np.uint8))
 
 
@@ -84,7 +83,7 @@ def hold_out(dataset: ImageDataset, examples: int, seed: int) -> ImageDataset:
     return dataclasses.replace(dataset, train=train, validation=validation)
 
 
-def _select(images: np.ndarray | Reader, index: np.ndarray) -> np.ndarray | Reader:
+def _select(images, index):
     return images[index] if isinstance(images, np.ndarray) else images.select(index)
 
 
@@ -93,21 +92,21 @@ def balanced_indices(
 ) -> np.ndarray:
     """Chooses the first examples of each category, as evenly as `train_examples` allows.
 
-    With K categories, each one gives its first `train_examples // K` examples, and the first `train_examples % K`
-    categories give one more. There is no randomness: the same data and number always give the same subset. Examples of
-    several categories cannot be balanced like that: of multi-label data the first `train_examples` are taken.
+    With K classes, each one gives its first `train_examples // K` examples, and the first `train_examples % K` classes
+    give one more. There is no randomness: the same data and number always give the same subset. Examples of several
+    classes cannot be balanced like that: of multi-label data the first `train_examples` are taken.
 
     Args:
-      labels: int [N] or float [N, K], the labels of the whole training split in source order.
-      categories: The K category names.
-      train_examples: The size of the subset; None keeps everything.
+      labels: Labels of the whole training split in source order, int [N] or float [N, K].
+      categories: Names of the K classes.
+      train_examples: Size of the subset; None keeps everything.
       name: What errors call this size.
 
     Returns:
-      int64 [train_examples], increasing indices into `labels`.
+      Increasing indices into `labels`, int64 [train_examples].
 
     Raises:
-      UserError: A category holds too few examples, or `train_examples` is smaller than K.
+      UserError: If a class has too few examples, or if `train_examples` is smaller than K.
     """
     if train_examples is None:
         return np.arange(len(labels))
@@ -118,7 +117,7 @@ def balanced_indices(
     share, remainder = divmod(train_examples, len(categories))
     if share < 1:
         raise UserError(
-            f"{name}={train_examples} is fewer than the {len(categories)} categories: "
+            f"{name}={train_examples} is fewer than the {len(categories)} classes: "
             f"allowed are {len(categories)} to {len(labels)}"
         )
     wanted = np.full(len(categories), share)
@@ -128,7 +127,7 @@ def balanced_indices(
     if short.size:
         first = short[0]
         raise UserError(
-            f"{name}={train_examples} needs {wanted[first]} training examples of category "
+            f"{name}={train_examples} needs {wanted[first]} training examples of class "
             f"'{categories[first]}', which has {available[first]}: at most {_largest_subset(available)} are possible"
         )
     chosen = [np.flatnonzero(labels == category)[:count] for category, count in enumerate(wanted)]
@@ -136,7 +135,7 @@ def balanced_indices(
 
 
 def _largest_subset(available: np.ndarray) -> int:
-    """The largest `train_examples` that the counts per category allow."""
+    """Returns the largest `train_examples` that the counts of the classes allow."""
     smallest = int(available.min())
     # One more from each of the first categories, up to the first that has no more to give.
     return smallest * len(available) + int(np.argmax(available == smallest))

@@ -1,4 +1,4 @@
-"""The devices of a run: the only file that names `jax.pmap`."""
+"""The devices of a run; no other file names `jax.pmap`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,30 +19,31 @@ class Devices:
     """The devices over which every batch of a run is split.
 
     Args:
-      devices: The devices, or how many of all; None for all. A run of several processes uses all.
+      devices: Devices, or their number; None takes all. A run of several processes uses all.
 
     Raises:
-      UserError: There are not so many devices.
+      UserError: If there are not so many devices.
     """
 
-    def __init__(self, devices: int | Sequence[jax.Device] | None = None):
-        # Those of a process lie beside each other.
+    # jax.Device is assigned where pyright cannot see that it is a class.
+    def __init__(self, devices: int | Sequence[jax.Device] | None = None):  # pyright: ignore[reportInvalidTypeForm]
+        # The devices of a process come one after the other.
         found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         if isinstance(devices, int) and not 1 <= devices <= len(found):
             raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of devices here")
         devices = [devices] if isinstance(devices, jax.Device) else devices
-        self._devices = found[:devices] if devices is None or isinstance(devices, int) else list(devices)
+        self._devices: list[Any] = found[:devices] if devices is None or isinstance(devices, int) else list(devices)
         if is_distributed() and len(self._devices) != len(found):
             raise UserError("a run of several processes uses all of their devices")
         self._mesh = Mesh(np.array(self._devices), (AXIS,))
 
     @property
     def count(self) -> int:
-        """The number of devices, over all processes."""
+        """Returns the number of devices, over all processes."""
         return len(self._devices)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a run computes on, for its results."""
+        """Returns the platform, kind and number of the devices and the number of processes, for a run's results."""
         device = self._devices[0]
         return {
             "platform": device.platform,
@@ -110,10 +111,10 @@ class Devices:
 
     @functools.cached_property
     def steps_in_flight(self) -> int:
-        """How many steps may be dispatched before the host waits for the oldest.
+        """Returns how many steps may be dispatched before the host waits for the oldest.
 
-        A few keep a device busy while the host prepares what follows. CPU devices share one thread pool: with two steps
-        in flight the threads of the first can all wait for a device whose turn never comes.
+        A few keep a device busy while the host prepares the next ones. CPU devices share one thread pool: with two
+        steps in flight the threads of the first can all wait for a device whose turn never comes.
         """
         several_cpu_devices = self._devices[0].platform == "cpu" and self.count > 1
         return 1 if several_cpu_devices else 4
@@ -122,10 +123,10 @@ class Devices:
 def lower(mapped: Callable, *args: Any) -> jax.stages.Lowered:
     """Traces a mapped step for arguments like these, arrays or only their shapes and types.
 
-    What is compiled from it takes arrays that are `replicate`d and `shard`ed.
+    The program compiled from it takes arrays that are `replicate`d and `shard`ed.
     """
     if is_distributed():
-        # pmap then wants arrays. These take memory until it has traced.
+        # pmap then needs arrays, which take memory until it has traced.
         args = jax.tree.map(_zeros_for_shape, args)
     return mapped.lower(*args)
 

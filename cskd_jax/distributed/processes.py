@@ -1,8 +1,8 @@
 """The processes of a run.
 
-A run on several machines is one process a machine (or a GPU), each of which runs the same program on its rows of every
-global batch. The first process alone reads and writes the workdir and speaks to people; what it finds there it tells
-the others, its errors too.
+A run on several machines has one process for each machine (or GPU), which runs the same program on its rows of every
+global batch. The first process alone reads and writes the workdir and prints messages; it tells the others what it
+finds there, its errors included.
 """
 
 import os
@@ -21,9 +21,9 @@ from cskd_jax.errors import InterruptedRun, UserError
 
 # Seconds without a sign of life after which a process counts as dead, and JAX ends the others.
 HEARTBEAT_SECONDS = 20
-# Seconds that a process which has ended waits for the others to end too.
+# Seconds that a finished process waits for the others to end too.
 SHUTDOWN_SECONDS = 20
-# Bytes of the message in which an error is told to the other processes.
+# Bytes of the message that tells the other processes of an error.
 _MESSAGE_BYTES = 4096
 
 T = TypeVar("T")
@@ -33,31 +33,36 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     """Makes this process one of several, before any other use of JAX.
 
     Args:
-      coordinator: HOST:PORT on which the first process listens; None, as `processes` and `process`, for a run of one
-        process.
+      coordinator: Address HOST:PORT on which the first process listens; None, like `processes` and `process`, for a run
+        of one process.
       processes: Number of processes.
       process: Number of this process, from 0.
-      cluster: Whether SLURM or the TPU pod is asked instead. What looks like a step of one of them with several
-        processes is asked anyway.
+      cluster: Whether to ask SLURM or the TPU pod instead. They are asked anyway in a step of theirs that seems to have
+        several processes.
 
     Raises:
-      UserError: Some of the three are missing or make no sense.
+      UserError: If some of the three are missing or invalid.
     """
-    given = [value is not None for value in (coordinator, processes, process)]
-    if any(given):
-        if cluster or not all(given):
+    if coordinator is None or processes is None or process is None or cluster:
+        if (coordinator, processes, process) != (None, None, None):
             raise UserError("--coordinator, --processes and --process are given together, and without --cluster")
+        if not (cluster or _in_cluster(os.environ)):
+            return
+    else:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"--coordinator must be HOST:PORT; got {coordinator}")
         if not 0 <= process < processes:
             raise UserError(f"--process must be from 0 to --processes - 1 = {processes - 1}; got {process}")
-    elif not (cluster or _in_cluster(os.environ)):
-        return
-    timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
     with console.pause("waiting for the other processes"):
         try:
-            jax.distributed.initialize(coordinator, processes, process, **timeouts)
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            )
         except ValueError as error:
             raise UserError(f"--cluster: neither SLURM nor a TPU pod says which process this is ({error})") from None
         _connect()
@@ -84,18 +89,18 @@ def _connect():
 
 
 def _in_cluster(environment):
-    # SLURM_NTASKS would be that of the job, of which an interactive step is one task.
+    # SLURM_NTASKS would be the number of the job, of which an interactive step is one task.
     return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def is_first() -> bool:
-    """Whether this process is the one that reads and writes the workdir and speaks to people."""
-    # A program that computes nothing itself must not take the devices by asking.
+    """Returns whether this process is the one that reads and writes the workdir and prints messages."""
+    # A program that computes nothing itself must not take the devices by asking for its index.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def is_distributed() -> bool:
-    """Whether there are other processes."""
+    """Returns whether there are other processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -114,23 +119,22 @@ def on_first(function: Callable[..., T], *args: Any) -> T:
 
 
 def first_then_all(function: Callable[[], T]) -> T:
-    """Calls the function on the first process and then on all others, which find what the first put on a shared disk.
+    """Calls the function on the first process and then on all others, which find its files on a shared disk.
 
     Raises:
-      UserError: that of the first process that met one, on all of them.
+      UserError: On all processes, that of the first process that raised one.
     """
     if not is_distributed():
         return function()
-    value, error = _outcome(function) if is_first() else (None, None)
-    _raise_everywhere(error)
-    if not is_first():
-        value, error = _outcome(function)
+    outcome = _outcome(function) if is_first() else None
+    _raise_everywhere(outcome and outcome[1])
+    value, error = outcome or _outcome(function)
     _raise_everywhere(error)
     return value
 
 
-def _outcome(function, *args):
-    """(value, None), or (None, the error)."""
+def _outcome(function: Callable[..., Any], *args: Any) -> tuple[Any, Exception | None]:
+    """Calls the function; returns (value, None), or (None, the error)."""
     try:
         return function(*args), None
     except (UserError, OSError) as error:
@@ -148,21 +152,21 @@ def _raise_everywhere(error):
 
 
 def stop_agreed(call: int) -> bool:
-    """Whether all processes stop here because one of them was sent SIGTERM.
+    """Returns whether all processes stop here because one of them was sent SIGTERM.
 
     Args:
-      call: 1, 2, ...; the same on all processes.
+      call: Number of the call, 1, 2, ..., the same on all processes.
     """
     return multihost_utils.reached_preemption_sync_point(call)
 
 
 def leave(code: int) -> None:
-    """Ends the process with an exit code; after an error without waiting for others, which may wait for this one."""
+    """Ends the process with an exit code; after an error it does not wait for others, which may wait for it."""
     if code in (0, InterruptedRun.exit_code) or not jax.distributed.is_initialized():
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     if is_first():
-        # The others are aborted as soon as this one is gone: those that know of the error may end by themselves.
+        # The others are aborted as soon as this one is gone; until then, those that know of the error can end.
         time.sleep(2)
     os._exit(code)

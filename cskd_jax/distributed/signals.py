@@ -24,7 +24,7 @@ class StopRequest:
     def __enter__(self):
         handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
         if threading.current_thread() is not threading.main_thread():
-            handlers = {}  # Python allows them in the main thread alone.
+            handlers = {}  # Python allows handlers only in the main thread.
         elif processes.is_distributed():
             # JAX itself waits for SIGTERM, and tells the other processes.
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
@@ -36,7 +36,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def reached(self) -> bool:
-        """Whether to stop before the next step; asked before every step, by all processes."""
+        """Returns whether to stop before the next step; all processes must ask before every step."""
         self._calls += 1
         if not self.requested and processes.is_distributed() and processes.stop_agreed(self._calls):
             self.requested, self.name = True, signal.SIGTERM.name
@@ -44,7 +44,7 @@ class StopRequest:
 
     def _handle(self, number, _frame):
         self.requested, self.name = True, signal.Signals(number).name
-        # Not print: it may be what the signal has interrupted.
+        # The signal may have interrupted a print, which must not be called again.
         with contextlib.suppress(OSError):  # Nobody may be there to read it.
             os.write(2, f"\n{self.name}: saving after the current step; once more to end at once\n".encode())
         signal.signal(number, signal.SIG_DFL)

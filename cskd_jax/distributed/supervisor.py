@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cskd_jax.distributed.children import die_with_parent
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
 
-# Tried again, they would end in the same way.
+# Exit codes of runs that would end in the same way again.
 _FINAL = (UserError.exit_code, DivergedError.exit_code)
 _END_SECONDS = 3
 _POLL_SECONDS = 0.05
@@ -20,7 +20,7 @@ _MAX_DELAY_SECONDS = 60
 
 
 class Supervisor:
-    """Starts a command again until it ends in a way that another start would not mend.
+    """A supervisor that starts a command again until it ends in a way that another start would not fix.
 
     Args:
       command: Command and its arguments.
@@ -34,7 +34,10 @@ class Supervisor:
         self._signals = 0
 
     def run(self) -> int:
-        """Returns the exit code, see the module."""
+        """Runs the command and returns its exit code.
+
+        The code is that of the process that failed, or that of an interrupted run if a signal asked to stop.
+        """
         for request in (signal.SIGTERM, signal.SIGINT):
             signal.signal(request, self._count_signal)
         failures = 0
@@ -73,7 +76,7 @@ class Supervisor:
         return [[*self._command, *shared, f"--process={index}"] for index in range(self._processes)]
 
     def _end(self, workers, codes):
-        """Ends what still runs: gently and with time for saving if the whole job is to stop, quickly otherwise."""
+        """Ends the remaining processes: with time for saving if the whole job is to stop, quickly otherwise."""
         for index, code in codes.items():
             if code not in (0, InterruptedRun.exit_code):
                 _say(f"process {index} ended {_describe(code)}")
@@ -85,7 +88,7 @@ class Supervisor:
         begin, signals = time.monotonic(), self._signals
         seconds = self._grace if stopping else _END_SECONDS
         while len(_collect(workers, codes)) < len(workers):
-            # Of one that dies while the job is stopping the others would wait in vain.
+            # If one dies while the job is stopping, the others would wait for it in vain.
             late = time.monotonic() - begin > (_END_SECONDS if _failed(codes) else seconds)
             if late or self._signals > max(signals, 1):
                 _signal_groups(workers, signal.SIGKILL)
@@ -93,7 +96,7 @@ class Supervisor:
         _say(f"the others ended after {time.monotonic() - begin:.1f} s")
 
     def _wait(self, is_over, seconds):
-        """Until it is over, a signal came, or time is up."""
+        """Waits until `is_over()`, until a signal came, or until time is up."""
         begin = time.monotonic()
         while not is_over() and not self._signals and (seconds is None or time.monotonic() - begin < seconds):
             time.sleep(_POLL_SECONDS)
@@ -104,7 +107,7 @@ class Supervisor:
                 return code
         if set(codes) == {0}:
             return 0
-        # SIGTERM ends what has nothing to save yet; one that ends with 75 knows that all is saved.
+        # SIGTERM ends a process that has nothing to save yet; a process that ends with 75 knows that all is saved.
         harmless = (0, -signal.SIGTERM) if self._signals else (0,)
         failed = [code for code in codes if code not in harmless]
         if InterruptedRun.exit_code in codes or not failed:
@@ -116,7 +119,7 @@ class Supervisor:
 
 
 def _collect(workers, codes):
-    """Adds the exit codes of those that have ended since, {index: code}."""
+    """Adds the exit codes of processes that have ended to {index: code}, and returns it."""
     for index, worker in enumerate(workers):
         if index not in codes and worker.poll() is not None:
             codes[index] = worker.returncode
@@ -128,7 +131,7 @@ def _failed(codes):
 
 
 def _signal_groups(workers, which):
-    """To the workers that still run, with all that they have started."""
+    """Sends a signal to the workers that still run, with all the processes that they have started."""
     for worker in workers:
         if worker.poll() is None:
             os.killpg(worker.pid, which)

@@ -1,4 +1,4 @@
-"""Measures trained networks: scores on the test split, by category too, parameters, operations, latency.
+"""Measures trained networks: scores on the test split, also for each class, parameters, operations, latency.
 
 cskd-jax evaluate DIR [--config=RECIPE] [--config.KEY=VALUE ...]
 
@@ -10,7 +10,7 @@ cskd-jax evaluate DIR [--config=RECIPE] [--config.KEY=VALUE ...]
 Prints a table and writes it as evaluation.json into DIR. Every network is that of its newest checkpoint.
 `python -m cskd_jax.evaluate` is the same command.
 
-Exit codes: 0 done; 2 something to mend in the command, the configuration or the data.
+Exit codes: 0 done; 2 mistake in the command, the configuration or the data.
 """
 
 from cskd_jax.commands import command_line

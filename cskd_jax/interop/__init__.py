@@ -1,1 +1,1 @@
-"""PyTorch weights in and out: `import_torch` and `export` are commands."""
+"""PyTorch weights in and out; `import_torch` and `export` are commands."""

@@ -1,4 +1,4 @@
-"""Writes a trained network for PyTorch and for programs that have jax alone (and flatbuffers, which jax.export needs).
+"""Exports a trained network to PyTorch and to programs that have only jax (and flatbuffers, which jax.export needs).
 
 cskd-jax export WORKDIR --out=DIR [--network=teacher]
 
@@ -15,10 +15,11 @@ cskd-jax export WORKDIR --out=DIR [--network=teacher]
 DIR then holds
 
 - weights.safetensors: the state dict by PyTorch's names, for `load_state_dict(safetensors.torch.load_file(PATH))` of
-  the network as torchvision, the released code or the field's comparison tables define it. That network takes images
-  [B, C, H, W] that are scaled to [0, 1] and normalized by the mean and deviation of network.json;
+  the network as torchvision, the code of Chen et al. 2020 (https://github.com/xeanzheng/CSKD) or that of Tian et al.
+  2020 (https://github.com/HobbitLong/RepDistiller) defines it. That network takes images [B, C, H, W] that are scaled
+  to [0, 1] and normalized by the mean and deviation of network.json;
 - network.jax_export: the network in evaluation mode, normalization included, from uint8 images [B, H, W, C] of any
-  number B to logits [B, number of categories]. In an environment with jax and flatbuffers, nothing else:
+  number B to logits [B, number of classes]. In an environment with only jax and flatbuffers:
       network = jax.export.deserialize(bytearray(open(PATH, "rb").read()))
       logits = network.call(images)
 - network.json: name, width, categories in the order of the logits (null if an import did not name them), size of the
@@ -37,7 +38,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_bytes, write_json
 
 WEIGHTS, FUNCTION, DESCRIPTION = "weights.safetensors", "network.jax_export", "network.json"
-# What the function runs on, wherever it is exported.
+# The platforms on which the exported function runs.
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -89,7 +90,7 @@ def _run(argv):
         "finished": record.finished,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    # What reads such files for PyTorch wants to be told that they are meant for it.
+    # Readers of such files for PyTorch look for this entry.
     write_bytes(arguments.out / WEIGHTS, safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
     write_bytes(arguments.out / FUNCTION, function)
     write_json(arguments.out / DESCRIPTION, description)
@@ -102,7 +103,7 @@ def _run(argv):
 
 
 def _images(arguments, record) -> dict[str, Any]:
-    """{"size", "mean", "std"} of the images, as trained on or as given."""
+    """Returns {"size", "mean", "std"} of the images, as trained on or as given."""
     given = {"size": arguments.size, "mean": arguments.mean, "std": arguments.std}
     if record.images:
         wrong = [name for name, value in given.items() if value is not None]
@@ -118,15 +119,18 @@ def _images(arguments, record) -> dict[str, Any]:
 
 
 def export_function(module: Any, variables: Any, channels: int, *, size: Any, mean: Any, std: Any) -> bytes:
-    """The serialized `jax.export` of uint8 images [B, H, W, C] -> logits [B, K], B left open.
+    """Serializes the `jax.export` of a function from uint8 images [B, H, W, C] to logits [B, K], with B left open.
 
     Args:
-      module: the network, without `axis_name`.
-      variables: its {"params", "batch_stats"}, which become constants.
-      channels: C.
-      size: (H, W).
-      mean: per channel or one for all, of pixels in [0, 1].
-      std: likewise.
+      module: Network, without `axis_name`.
+      variables: Variables {"params", "batch_stats"} of the network, which become constants.
+      channels: Number C of channels.
+      size: Size (H, W) of the images.
+      mean: Mean of pixels in [0, 1], one number for each channel or one for all.
+      std: Standard deviation of pixels in [0, 1], one number for each channel or one for all.
+
+    Returns:
+      The serialized function.
     """
     import jax
     import jax.numpy as jnp

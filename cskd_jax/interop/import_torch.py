@@ -12,15 +12,16 @@ cskd-jax import-torch FILE --model=resnet101 --width=0.5 --num_classes=100 --out
   --out          new folder of the checkpoint
 
 FILE is a state dict, a dictionary that holds one (such as {"epoch", "model", "optimizer"}), or a whole pickled network,
-in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of
-torchvision or the released code (ResNets), of torchvision (Inception), or of the field's comparison tables (all
-others; cskd_jax/interop/names.py). What a file cannot tell is up to you:
+in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of torchvision
+or of the code of Chen et al. 2020, https://github.com/xeanzheng/CSKD (ResNets), of torchvision (Inception), or of the
+code of Tian et al. 2020, https://github.com/HobbitLong/RepDistiller (all others; cskd_jax/interop/names.py). Some
+things cannot be read from a file and are up to you:
 
-- Categories are numbers in it: their ORDER must be that of the data set. That is the alphabetical order of the
+- Classes are numbers in the file: their ORDER must be that of the data set. That is the alphabetical order of the
   names for CIFAR-10, CIFAR-100 and image folders. With --categories the names are checked when a run uses the teacher.
-- The images it was trained on must have been normalized by the run's dataset.mean and dataset.std.
+- The images that it was trained on must have been normalized by the run's dataset.mean and dataset.std.
 - mobilenet_v2 and mobilenet_v2_crd have the same tensors, but not the same activations and strides. inception_v3 has
-  those of torchvision, but pads, and halves the side of an image less often: it computes something else.
+  the tensors of torchvision, but pads, and halves the side of an image less often, so its outputs differ.
 
 DIR is then what --config.teacher.checkpoint takes, with the same --config.teacher.name and --config.teacher.width.
 `python -m cskd_jax.interop.import_torch` is the same command.
@@ -71,7 +72,7 @@ def _run(argv):
 
     module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width)
     state_dict = read_state_dict(arguments.file, arguments.key)
-    network = f"{arguments.model} of width {arguments.width:g} with {arguments.num_classes} categories"
+    network = f"{arguments.model} of width {arguments.width:g} with {arguments.num_classes} classes"
     try:
         variables, used, unused = from_torch(module, arguments.channels, state_dict)
     except (UserError, ValueError) as error:
@@ -104,17 +105,17 @@ def _run(argv):
 
 
 def _read_categories(arguments):
-    """Their names, or None."""
+    """Returns the names of the classes, or None."""
     if arguments.categories is None:
         return None
     try:
         names = arguments.categories.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"{arguments.categories} is no text") from None
+        raise UserError(f"{arguments.categories} is not a text file") from None
     if len(names) != arguments.num_classes or len(set(names)) != len(names):
         raise UserError(
             f"{arguments.categories} holds {len(names)} names, {len(set(names))} different; "
-            f"it must hold {arguments.num_classes} different ones, one a line, as --num_classes says"
+            f"it must hold {arguments.num_classes} different ones, one in each line, as --num_classes says"
         )
     return names
 

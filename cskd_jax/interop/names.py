@@ -1,19 +1,20 @@
 """Names and layouts of PyTorch: one table of rules for both directions.
 
-A rule turns the path of one of our modules into the names that its layer (convolution or linear) and its normalization
-have in a PyTorch state dict. ResNets are named as in torchvision and in the released code, whose `branch1` to
-`branch4` besides; Inception as in torchvision; the others as in the field's comparison tables for CIFAR (RepDistiller).
+A rule turns the path of a module of this package into the names that its layer (convolution or linear) and its
+normalization have in a PyTorch state dict. ResNets are named as in torchvision and in the code of Chen et al. 2020
+(https://github.com/xeanzheng/CSKD), which adds `branch1` to `branch4`; Inception is named as in torchvision; the others
+are named as in the code of Tian et al. 2020 for CIFAR (https://github.com/HobbitLong/RepDistiller).
 """
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 
 from cskd_jax.errors import UserError
 from cskd_jax.models.inception import InceptionV3
@@ -25,16 +26,16 @@ from cskd_jax.models.wide_resnet import WideResNet
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.state import init_network
 
-# Of one module: the names of its layer and of its normalization.
+# The names of a module's layer and of its normalization.
 _Pair = tuple[str, str]
 
 
 class Family(NamedTuple):
-    """How the networks of a class are named in PyTorch.
+    """The names that the networks of a class have in PyTorch.
 
     Attributes:
-      rules: regular expression of a module's path -> function of its groups, numbers as int, to the pair of names.
-      unused: regular expression of the names that a file may hold besides, and that our network has no use for.
+      rules: {regular expression of a module's path: function from its groups, numbers as int, to the pair of names}.
+      unused: Regular expression of additional names that a file may hold, for which this package's network has no use.
     """
 
     rules: dict[str, Callable[..., _Pair]]
@@ -46,7 +47,7 @@ def _same(name):
 
 
 def _numbered(stage, block, number):
-    """Layer `number` of a block in the networks that call stages layers."""
+    """Returns the names of layer `number` of a block in the networks that call stages layers."""
     return f"layer{stage}.{block - 1}.conv{number}", f"layer{stage}.{block - 1}.bn{number}"
 
 
@@ -59,19 +60,23 @@ def _shuffle_layer(stage, block, layer):
 
 
 def _two_sided_shuffle_layer(stage, layer):
-    """Of the first block of a stage of version 2, where those of the left branch are counted first."""
+    """Returns the names in the first block of a stage of version 2; layers of the left branch are counted first."""
     return _numbered(stage, 1, ("left_depthwise", "left_conv", "conv1", "depthwise", "conv2").index(layer) + 1)
 
 
 def _wide_layer(suffix):
-    return lambda stage, block: (f"block{stage}.layer.{block - 1}.{suffix}",) * 2
+    def names(stage, block):
+        name = f"block{stage}.layer.{block - 1}.{suffix}"
+        return name, name
+
+    return names
 
 
 def _vgg_layer(stage, number):
     return f"block{stage}.{3 * (number - 1)}", f"block{stage}.{3 * (number - 1) + 1}"
 
 
-# Stage -> the first of its groups, a row of the paper's table, and the blocks of that; the others are in the next one.
+# {stage: (its first group, a row of the paper's table, number of blocks in that)}; the other blocks are in the next.
 _MOBILE_GROUPS = {1: (0, 1), 2: (2, 3), 3: (3, 4), 4: (5, 3)}
 
 
@@ -84,7 +89,7 @@ def _mobile_layer(stage, block, layer):
     return f"blocks.{group}.{block}.conv.{index}", f"blocks.{group}.{block}.conv.{index + 1}"
 
 
-# BRANCH_LAYER of ours -> name in the block; a pool, which has no name, is counted as a layer of its branch.
+# {BRANCH_LAYER of this package: name in the block}; a pool, which has no name, is counted as a layer of its branch.
 _DOUBLE_3X3 = {f"3_{number}": f"branch3x3dbl_{number}" for number in (1, 2, 3)}
 _MIXED_5 = {"1_1": "branch1x1", "2_1": "branch5x5_1", "2_2": "branch5x5_2", **_DOUBLE_3X3, "4_2": "branch_pool"}
 _MIXED_6 = {
@@ -104,7 +109,7 @@ _MIXED_7 = {
     "3_3_column": "branch3x3dbl_3b",
     "4_2": "branch_pool",
 }
-# (stage, block) -> prefix of the block, names in it
+# {(stage, block): (prefix of the block, names in it)}
 _INCEPTION_BLOCKS = {
     (1, 1): ("", {"1_1": "Conv2d_1a_3x3", "1_2": "Conv2d_2a_3x3", "1_3": "Conv2d_2b_3x3"}),
     (2, 1): ("", {"1_2": "Conv2d_3b_1x1", "1_3": "Conv2d_4a_3x3"}),
@@ -136,7 +141,7 @@ _BLOCK = r"stage(\d+)_block(\d+)"
 
 _SHUFFLE = {**_STEM, "classifier": _same("linear")}
 
-# (class of the network, its version if it has one) -> names. A parameter of the network itself has the path "".
+# {(class of the network, its version if it has one): names}; a parameter of the network itself has the path "".
 FAMILIES = {
     (ResNet, None): Family(
         {
@@ -152,8 +157,9 @@ FAMILIES = {
         {
             **_STEM,
             rf"{_BLOCK}_norm": _wide_layer("bn1"),
-            rf"{_BLOCK}_conv1": lambda stage, block: tuple(
-                f"block{stage}.layer.{block - 1}.{layer}" for layer in ("conv1", "bn2")
+            rf"{_BLOCK}_conv1": lambda stage, block: (
+                f"block{stage}.layer.{block - 1}.conv1",
+                f"block{stage}.layer.{block - 1}.bn2",
             ),
             rf"{_BLOCK}_conv2": _wide_layer("conv2"),
             rf"{_BLOCK}_shortcut": _wide_layer("convShortcut"),
@@ -191,7 +197,7 @@ FAMILIES = {
     ),
 }
 
-# Our name of an array -> whether it belongs to the layer or to the normalization, and its name there.
+# {name of an array in this package: (0 for the layer or 1 for the normalization, its name there)}
 _ARRAYS = {
     "kernel": (0, "weight"),
     "projection": (0, "weight"),
@@ -203,26 +209,26 @@ _ARRAYS = {
 }
 # PyTorch counts the batches of a normalization; nothing reads the count.
 _COUNT = "num_batches_tracked"
-# Names that an error lists of each kind.
+# Number of names of each kind that an error lists.
 _LISTED = 6
 
 
 def from_torch(
     module: nn.Module, channels: int, state_dict: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """The variables of a network from its PyTorch state dict.
+    """Converts the PyTorch state dict of a network to its variables.
 
     Args:
-      module: the network.
-      channels: of its images.
-      state_dict: floating-point arrays by name, in PyTorch's layout.
+      module: Network.
+      channels: Number of channels of its images.
+      state_dict: Floating-point arrays by name, in PyTorch's layout.
 
     Returns:
-      ({"params", "batch_stats"} of numpy arrays in the dtypes of the network,
-      {name in `state_dict`: path of ours} of what was used, names of what was not needed).
+      A tuple of {"params", "batch_stats"} of numpy arrays in the dtypes of the network, {name in `state_dict`: path in
+      the network} of the arrays that were used, and the names of those that were not needed.
 
     Raises:
-      UserError: tensors are missing, unknown, of another shape, not floating-point, or not finite.
+      UserError: If tensors are missing, unknown, of another shape, not floating-point, or not finite.
     """
     family, wanted = _family(module), _abstract_variables(module, channels)
     sources = {path: _torch_name(family, path) for path in wanted}
@@ -244,19 +250,22 @@ def from_torch(
     arrays = {path: _from_torch_layout(array, wanted[path].dtype) for path, array in found.items()}
     _refuse({"not finite": {sources[path]: "" for path, array in arrays.items() if not np.isfinite(array).all()}})
     used = {name: "/".join(path) for path, name in sources.items()}
-    return flax.traverse_util.unflatten_dict(arrays), used, unused
+    return traverse_util.unflatten_dict(arrays), used, unused
 
 
 def to_torch(module: nn.Module, variables: Mapping[str, Any], batches: int) -> dict[str, np.ndarray]:
-    """The PyTorch state dict of a network: contiguous arrays by name.
+    """Converts the variables of a network to its PyTorch state dict of contiguous arrays.
 
     Args:
-      module: the network.
-      variables: its {"params", "batch_stats"}.
-      batches: the network was trained on, which PyTorch keeps with every normalization.
+      module: Network.
+      variables: Variables {"params", "batch_stats"} of the network.
+      batches: Number of batches that the network was trained on, which PyTorch keeps with every normalization.
+
+    Returns:
+      The arrays by PyTorch's names.
     """
     family, state_dict = _family(module), {}
-    for path, array in flax.traverse_util.flatten_dict(dict(variables)).items():
+    for path, array in traverse_util.flatten_dict(dict(variables)).items():
         name = _torch_name(family, path)
         state_dict[name] = np.ascontiguousarray(_transpose(np.asarray(array), (3, 2, 0, 1)))
         if path[-1] == "mean":
@@ -268,14 +277,14 @@ def _family(module):
     return FAMILIES[type(module), getattr(module, "version", None)]
 
 
-def _abstract_variables(module, channels):
-    """{path: shape and dtype}; they do not depend on the size of the images."""
+def _abstract_variables(module: nn.Module, channels: int) -> dict[tuple[str, ...], Any]:
+    """Returns {path: shape and dtype} of the variables, which do not depend on the size of the images."""
     variables, _ = jax.eval_shape(lambda: init_network(LinenNetwork(module), jax.random.PRNGKey(0), (32, 32, channels)))
-    return flax.traverse_util.flatten_dict(variables)
+    return traverse_util.flatten_dict(variables)
 
 
 def _torch_name(family, path):
-    """PyTorch's name of the array at (collection, module, ..., name)."""
+    """Returns PyTorch's name of the array at (collection, module, ..., name)."""
     which, suffix = _ARRAYS[path[-1]]
     for pattern, names in family.rules.items():
         if match := re.fullmatch(pattern, "/".join(path[1:-1])):
@@ -285,12 +294,12 @@ def _torch_name(family, path):
 
 
 def _transpose(array, kernel_axes):
-    """Kernels by `kernel_axes`, matrices, and what has one axis."""
+    """Transposes kernels by `kernel_axes` and matrices; arrays with one axis stay as they are."""
     return array.transpose(kernel_axes) if array.ndim == 4 else array.T
 
 
 def _from_torch_layout(array, dtype):
-    with np.errstate(over="ignore"):  # what becomes infinite is refused
+    with np.errstate(over="ignore"):  # Values that become infinite are refused.
         return np.ascontiguousarray(_transpose(array, (2, 3, 1, 0))).astype(dtype)
 
 
@@ -299,7 +308,7 @@ def _torch_shape(shape):
 
 
 def _refuse(problems):
-    """Raises UserError if there are any: {kind: {name: what there is to say}}."""
+    """Raises UserError if there are problems, given as {kind: {name: details}}."""
     lines = []
     for kind, names in problems.items():
         shown = [f"{name} {text}".strip() for name, text in list(names.items())[:_LISTED]]

@@ -1,8 +1,8 @@
-"""The tensors of a file that PyTorch wrote, or of a safetensors file, without PyTorch and without trusting the file.
+"""Reads the tensors of a file that PyTorch wrote, or of a safetensors file, without PyTorch or trust in the file.
 
-Three formats of PyTorch's own: a state dict, a dictionary that holds one, or a whole network, each as a zip archive
-(`torch.save` since 1.6) or as a sequence of pickles (before). What a file says about sizes is checked against what it
-holds before anything is read.
+PyTorch's own files hold a state dict, a dictionary that holds one, or a whole network, each as a zip archive
+(`torch.save` since 1.6) or as a sequence of pickles (before). The sizes that a file claims are checked against its
+content before anything is read.
 """
 
 import io
@@ -45,24 +45,27 @@ _SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# What the first pickle of the older format holds, and the second.
+# The contents of the first and second pickle of the older format.
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
-# A network that holds itself would have no end.
+# A limit, because a network that contains itself would have no end.
 _MAX_MODULES = 20_000
-# Wrappers that put the network into an attribute of theirs, one into the other: torch.compile, DataParallel.
+# Prefixes of wrappers around the network and around each other: torch.compile, DataParallel, torch.compile.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 
 
 def read_state_dict(path: pathlib.Path, key: str | None = None) -> dict[str, np.ndarray]:
-    """The tensors of a network by name, read-only and in PyTorch's layout; prefixes of wrappers are taken off.
+    """Returns the tensors of a network by name, read-only and in PyTorch's layout, without prefixes of wrappers.
 
     Args:
-      path: of the file.
-      key: of the state dict or network in a dictionary that holds several.
+      path: Path of the file.
+      key: Key of the state dict or network in a dictionary that holds several.
+
+    Returns:
+      The tensors by name.
 
     Raises:
-      UserError: the file is damaged, asks for code to be executed, or holds no network.
-      OSError: it cannot be read.
+      UserError: If the file is damaged, asks for code to be executed, or holds no network.
+      OSError: If the file cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -84,7 +87,7 @@ def _read_safetensors(data):
     try:
         content = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise UserError(f"is no sound safetensors file ({shown(str(error))})") from None
+        raise UserError(f"is not a sound safetensors file ({shown(str(error))})") from None
     tensors = {}
     for name, entry in content:
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
@@ -94,10 +97,10 @@ def _read_safetensors(data):
 
 
 def _read_zip(path: pathlib.Path) -> tuple[Any, Callable[[Storage], bytes]]:
-    """Content of a zip archive and a function that reads the bytes of a storage."""
+    """Returns the content of a zip archive and a function that reads the bytes of a storage."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # PyTorch does not compress: what unpacks to more than there is, it did not write.
+            # PyTorch does not compress, so it did not write an archive that unpacks to more than its size.
             sizes = sum(member.file_size for member in archive.infolist())
             compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
             if compressed or sizes > path.stat().st_size:
@@ -126,16 +129,17 @@ def _read_zip(path: pathlib.Path) -> tuple[Any, Callable[[Storage], bytes]]:
 
 
 def _read_pickles(data: bytes) -> tuple[Any, Callable[[Storage], bytes]]:
-    """Content of the older format and a function that reads the bytes of a storage.
+    """Returns the content of the older format and a function that reads the bytes of a storage.
 
-    Five pickles: a number, a version, the byte order, the content, the keys of the storages. Then the storages.
+    The format has five pickles: a number, a version, the byte order, the content, and the keys of the storages. The
+    storages follow.
     """
     if not data.startswith(pickle.PROTO):
         raise UserError("is neither an archive nor a pickle: torch.save did not write it")
     stream = io.BytesIO(data)
     magic, _ = unpickle.load(stream)
     if magic != _MAGIC:
-        raise UserError("is a pickle, but none of torch.save")
+        raise UserError("is a pickle that torch.save did not write")
     version, _ = unpickle.load(stream)
     system, _ = unpickle.load(stream)
     if version != _VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
@@ -162,7 +166,7 @@ def _read_pickles(data: bytes) -> tuple[Any, Callable[[Storage], bytes]]:
 
 
 def _find_tensors(content: Any, key: str | None) -> dict[str, Tensor]:
-    """The tensors of the one network that a file holds, or of that which `key` names."""
+    """Returns the tensors of the one network that a file holds, or of that which `key` names."""
     inner = content if isinstance(content, dict) else {}
     networks = {name: tensors for name, value in inner.items() if (tensors := _tensors_of(value))}
     if key is not None:
@@ -185,18 +189,18 @@ def _listed(names: Iterable[Any]) -> str:
 
 
 def _tensors_of(content: Any) -> dict[str, Tensor]:
-    """Tensors by name, if this is a state dict or a pickled network; else none."""
+    """Returns the tensors by name if this is a state dict or a pickled network, and else none."""
     return _tensors_of_network(content) if isinstance(content, Placeholder) else _named(content, Tensor)
 
 
 def _named(content: Any, kind: type) -> dict[str, Any]:
-    """The entries of a dictionary that are a `kind` with a name."""
+    """Returns the entries of a dictionary that are of type `kind` and have a name."""
     items = content.items() if isinstance(content, dict) else ()
     return {name: value for name, value in items if isinstance(name, str) and isinstance(value, kind)}
 
 
 def _tensors_of_network(network: Placeholder) -> dict[str, Tensor]:
-    """What its state dict would hold: parameters and persistent buffers, its own and those of its parts."""
+    """Returns the state dict of a network: parameters and persistent buffers, its own and those of its parts."""
     tensors, pending, count = {}, [("", network)], 0
     while pending:
         prefix, module = pending.pop()
@@ -214,13 +218,13 @@ def _tensors_of_network(network: Placeholder) -> dict[str, Tensor]:
 
 
 def _arrays(tensors: dict[str, Tensor], read: Callable[[Storage], bytes]) -> dict[str, np.ndarray]:
-    """Views of the bytes that hold the values; UserError where a tensor reaches beyond its storage."""
+    """Returns views of the bytes that hold the values; raises UserError if a tensor reaches beyond its storage."""
     arrays = {}
     for name, tensor in tensors.items():
         dtype, data = _dtype(tensor.storage), read(tensor.storage)
         if len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > 8:
             raise UserError(f"{shown(name)} has {len(tensor.shape)} sizes and {len(tensor.strides)} strides")
-        # Along an axis of size 1 nothing is ever stepped, whatever the stride.
+        # The stride of an axis of size 1 has no effect.
         strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.strides, strict=True)]
         steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
         needed = max(math.prod(tensor.shape), tensor.offset + steps + 1) * dtype.itemsize

@@ -1,8 +1,8 @@
-"""Pickles as PyTorch writes them, read without executing anything they ask for.
+"""Reads pickles as PyTorch writes them, without executing anything that they ask for.
 
-A pickle is a program: it names functions and classes, and has them called. Here a function that is not on the list of
-`TorchUnpickler` is refused, and a class that is not becomes an inert `Placeholder` that only holds its state. So a
-pickled network gives its tensors although its code is nowhere.
+A pickle is a program that names functions and classes, and has them called. Here a function that is not on the list of
+`TorchUnpickler` is refused, and a class that is not becomes an inert `Placeholder` that only holds its state. A pickled
+network thus gives its tensors although its code is not available.
 """
 
 import io
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 from cskd_jax.errors import UserError
 
-# A pickle may have so many operations, make so many tuples, and have so many elements and letters copied by what it
-# calls and names. These bound the memory: no other operation makes more than a little or what the file has bytes for.
-# The second also bounds the stack, because the hash of a tuple recurses into the tuples that it holds. ResNet152 has
-# 79,000 operations and, with Adam's state, 8,100 tuples.
+# Limits on the operations of a pickle, the tuples that it makes, and the elements and letters that its calls and names
+# copy. They bound the memory: every other operation makes little, or as much as the file has bytes for it. The second
+# also bounds the stack, because the hash of a tuple recurses into the tuples that it holds. ResNet152 has 79,000
+# operations and, with Adam's state, 8,100 tuples.
 _MAX_OPERATIONS = 5_000_000
 _MAX_TUPLES = 30_000
 _MAX_COPIED = 300_000
-# Called by harmless files, with a result that nothing here reads: a Placeholder stands for it.
+# Functions that harmless files call, with results that are not read here; a Placeholder takes their place.
 _INERT_CALLS = (
     "torch.device",
     "torch.nn.backends.thnn._get_thnn_function_backend",  # in every module before 1.2
@@ -30,17 +30,17 @@ _INERT_CALLS = (
 )
 
 
-# Tuples, because a pickle can change whatever has attributes or a state, but no tuple.
+# These are tuples, because a pickle can change objects with attributes or a state, but no tuple.
 
 
 class Storage(NamedTuple):
-    """Where the values of tensors lie.
+    """The place of the values of tensors.
 
     Attributes:
-      key: of the storage in the file.
+      key: Key of the storage in the file.
       kind: PyTorch's name of its type, such as "FloatStorage".
-      size: number of values.
-      start: of a view into a storage, in values; its size is still that of the whole.
+      size: Number of values.
+      start: Start of a view into a storage, in values; its size is still that of the whole storage.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor whose values are not read yet; offset and strides in values."""
+    """A tensor whose values are not read yet; offset and strides are in values."""
 
     storage: Storage
     offset: int
@@ -62,23 +62,25 @@ class _PlaceholderType(type):
     def __call__(cls, *_, **__):
         if cls.__name__ not in _INERT_CALLS:
             raise UserError(f"asks to call {shown(cls.__name__)}, which is not allowed")
-        return cls.__new__(cls)
+        return object.__new__(cls)
 
 
 class Placeholder(metaclass=_PlaceholderType):
-    """An instance of a class that the file names: takes every state, and does nothing."""
+    """An instance of a class that the file names; it accepts any state and does nothing."""
 
     def __new__(cls, *_, **__):
+        """Makes an instance from any arguments and calls nothing."""
         return object.__new__(cls)
 
     def __setstate__(self, state):
         if isinstance(state, dict):
-            self.__dict__ = state  # not copied: a file can give one state to many
+            object.__setattr__(self, "__dict__", state)  # Not a copy: many objects can have one state.
 
     def __setitem__(self, *_):
         pass
 
     def extend(self, _):
+        """Ignores the values of a list."""
         pass
 
 
@@ -90,7 +92,11 @@ class _Dictionary(dict):
 
 
 class TorchUnpickler(pickle.Unpickler):
-    """Reads one pickle from a stream; `storages` are those it named, by key."""
+    """An unpickler of one pickle from a stream.
+
+    Attributes:
+      storages: Storages that the pickle named, by key.
+    """
 
     def __init__(self, stream: io.BytesIO):
         super().__init__(stream, encoding="utf-8")
@@ -111,7 +117,7 @@ class TorchUnpickler(pickle.Unpickler):
         }
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a function or class that the file names; nothing is imported."""
+        """Returns the substitute of a function or class that the file names; nothing is imported."""
         full = f"{module}.{name}"
         if module in ("torch", "torch.cuda") and name.endswith("Storage"):
             return name
@@ -122,7 +128,7 @@ class TorchUnpickler(pickle.Unpickler):
         return self._placeholders[full]
 
     def persistent_load(self, pid: Any) -> Any:
-        """What lies outside of the pickle: a storage, or a class whose source code the file holds besides."""
+        """Returns an object outside of the pickle: a storage, or a class whose source code the file holds too."""
         if pid[0] == "module":
             return pid[1]
         kind, key, size = pid[1], pid[2], pid[4]
@@ -134,13 +140,13 @@ class TorchUnpickler(pickle.Unpickler):
         self.storages[key] = storage
         return storage
 
-    # Methods, because a pickle can set attributes of what it gets, but none of a method.
+    # These are methods, because a pickle can set attributes of the objects that it gets, but not of a method.
 
     def _counted(self, values):
-        """What is about to be copied; UserError if that is too much in all."""
+        """Counts and returns values that are about to be copied; raises UserError if they are too many in total."""
         self._copied += len(values)
         if self._copied > _MAX_COPIED:
-            raise UserError("is built to use memory beyond measure")
+            raise UserError("is built to use too much memory")
         return values
 
     def _ordered(self, pairs=()):
@@ -161,7 +167,7 @@ class TorchUnpickler(pickle.Unpickler):
         shape, strides = self._size(shape), self._size(strides)
         numbers = (storage.start, offset, *shape, *strides)
         if any(type(number) is not int or number < 0 for number in numbers):
-            raise UserError("holds a tensor whose sizes are no sizes")
+            raise UserError("holds a tensor with invalid sizes")
         return Tensor(storage, storage.start + offset, shape, strides)
 
     def _parameter(self, tensor, *_):
@@ -172,11 +178,11 @@ def load(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
     """Reads the pickle at the position of a stream, and leaves the position behind it.
 
     Returns:
-      (content, storages by key). Content is made of dicts, lists, tuples, sets, texts, numbers, `Tensor`, `Storage`
-      and `Placeholder`.
+      The content and the storages by key. The content is made of dicts, lists, tuples, sets, texts, numbers, `Tensor`,
+      `Storage` and `Placeholder`.
 
     Raises:
-      UserError: it asks for a call that is not allowed, is damaged, or is beyond all measure.
+      UserError: If the pickle asks for a call that is not allowed, is damaged, or exceeds a limit.
     """
     try:
         start = stream.tell()
@@ -191,16 +197,16 @@ def load(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
 
 
 def shown(text: str) -> str:
-    """A text out of a file as it may stand in a message: short, and printable."""
+    """Returns a text of a file in the form in which a message may show it: short and printable."""
     return (text if text.isprintable() else ascii(text))[:200]
 
 
 def _check_operations(stream):
-    """Raises UserError for a pickle that would take memory or stack beyond measure, ValueError for a damaged one."""
+    """Raises UserError for a pickle that would take too much memory or stack, ValueError for a damaged one."""
     tuples = 0
     for number, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         tuples += operation.name.startswith("TUPLE")
-        # The unpickler makes room for all the numbers below that of an object to remember.
-        far = operation.name.endswith("PUT") and argument > number
+        # The unpickler allocates memory for all numbers below that of an object that it memoizes.
+        far = operation.name.endswith("PUT") and (argument or 0) > number
         if far or tuples > _MAX_TUPLES or number > _MAX_OPERATIONS:
-            raise UserError("is built to use memory beyond measure")
+            raise UserError("is built to use too much memory")

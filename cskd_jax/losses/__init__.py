@@ -1,7 +1,7 @@
-"""Distillation losses: pure array functions, and the methods that configurations name.
+"""Distillation losses: pure functions of arrays, and the methods that configurations name.
 
 The functions take arrays and stand alone. `LOSSES` is the table of the methods: linen modules that apply a function to
-the outputs of student and teacher, whose fields are the hyper-parameters that `config.losses.NAME` may set.
+the outputs of student and teacher. Their fields are the hyper-parameters that `config.losses.NAME` may set.
 """
 
 from cskd_jax.losses._batch import batch_positions, gather_batch, sum_batch

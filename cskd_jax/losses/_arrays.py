@@ -1,4 +1,4 @@
-"""Array functions shared by the losses: roots and norms with a gradient at 0, maps brought to one size."""
+"""Array functions that the losses share: roots and norms with a gradient at 0, and maps brought to one size."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ _SMALLEST_SQUARED_NORM = 1e-24
 
 
 def safe_sqrt(x: jax.Array, negligible: jax.Array | float = 0.0) -> jax.Array:
-    """Returns sqrt(x), but 0 with derivative 0 where x is at most `negligible` (at 0 that of sqrt is infinite)."""
+    """Returns sqrt(x), but 0 with derivative 0 where x is at most `negligible` (at 0 the derivative is infinite)."""
     positive = x > negligible
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
@@ -25,7 +25,8 @@ def rounding_of_difference(squared_norms: jax.Array) -> jax.Array:
       squared_norms: Sum of the squared norms of the two arrays.
 
     Returns:
-      An array of the same shape: the square of 8 eps times the norms, eps that of the type. Not differentiated.
+      An array of the same shape: the square of 8 eps times the norms, where eps is that of the dtype. It is not
+      differentiated.
     """
     # Measured: cosines of 128 centers of 16,384 numbers lie up to 2 eps of their norm from those in float64.
     bound = 8 * float(jnp.finfo(squared_norms.dtype).eps)
@@ -33,21 +34,21 @@ def rounding_of_difference(squared_norms: jax.Array) -> jax.Array:
 
 
 def safe_rsqrt(x: jax.Array) -> jax.Array:
-    """1 / sqrt(x), but 0 with derivative 0 for x below 1e-24."""
+    """Returns 1 / sqrt(x), but 0 with derivative 0 for x below 1e-24."""
     nonzero = x > _SMALLEST_SQUARED_NORM
     return jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, x, 1)), 0)
 
 
 def normalize(x: jax.Array) -> jax.Array:
-    """Vectors along the last axis divided by their Euclidean norm; a zero vector stays zero, with zero gradient."""
+    """Divides vectors along the last axis by their Euclidean norm; a zero vector stays zero, with zero gradient."""
     return x * safe_rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
 
 
 def average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Mean over equal cells: [B, H, W, D] -> [B, *size, D] with size of at most (H, W).
+    """Averages maps over equal cells: [B, H, W, D] -> [B, *size, D], with `size` at most (H, W).
 
-    Where a size does not divide, cell i of n covers the positions from floor(i H / n) to ceil((i + 1) H / n): cells
-    overlap, as in torch's adaptive average pooling.
+    Where a size does not divide, cell i of n covers the positions from floor(i H / n) to ceil((i + 1) H / n). Such
+    cells overlap, as in torch's adaptive average pooling.
     """
     return _pool_axis(_pool_axis(x, 1, size[0]), 2, size[1])
 
@@ -67,13 +68,13 @@ def _pool_axis(x, axis, size):
 
 
 def pool_to_common_size(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both maps [B, H, W, D], the larger average-pooled to the height and width of the smaller."""
+    """Returns both maps [B, H, W, D], the larger average-pooled to the height and width of the smaller."""
     size = min(x.shape[1], y.shape[1]), min(x.shape[2], y.shape[2])
     return average_pool(x, size), average_pool(y, size)
 
 
 def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """[B, H, W, D] -> [B, *size, D]: averaged where `size` is smaller, nearest neighbour where it is larger."""
+    """Resizes [B, H, W, D] to [B, *size, D]: averages where `size` is smaller, repeats neighbors where it is larger."""
     x = average_pool(x, (min(x.shape[1], size[0]), min(x.shape[2], size[1])))
     for axis in (1, 2):
         length, wanted = x.shape[axis], size[axis - 1]

@@ -1,4 +1,4 @@
-"""Argument checks shared by the losses: they run while tracing, so they cost nothing in a compiled step."""
+"""Argument checks that the losses share; they run while tracing, so they cost nothing in a compiled step."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def check_multilabels(labels: jax.Array, batch_size: int, num_classes: int | Non
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.bool_)):
         raise TypeError(f"multi-label labels must have a floating-point dtype or be bool, got {dtype}")
     if len(shape) != 2 or shape[0] != batch_size or num_classes not in (None, shape[1]):
-        wanted = f"({batch_size}, {'categories' if num_classes is None else num_classes})"
+        wanted = f"({batch_size}, {'classes' if num_classes is None else num_classes})"
         raise ValueError(f"multi-label labels must have shape {wanted} to go with the batch, got {shape}")
 
 
@@ -75,7 +75,19 @@ def check_several_samples(loss: str, global_batch: int) -> None:
 def pair_stages(
     student: Sequence[jax.Array], teacher: Sequence[jax.Array], at_least: int = 1
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Stage l of the student with stage l of the teacher; ValueError unless both have equally many stages."""
+    """Pairs stage l of the student with stage l of the teacher.
+
+    Args:
+      student: Stages of the student.
+      teacher: Stages of the teacher.
+      at_least: Smallest number of stages allowed.
+
+    Returns:
+      A list of pairs (student, teacher).
+
+    Raises:
+      ValueError: If student and teacher have different numbers of stages, or too few.
+    """
     if len(student) != len(teacher):
         raise ValueError(
             f"student has {len(student)} stages and teacher {len(teacher)}: stages are paired one to one, "
@@ -87,5 +99,5 @@ def pair_stages(
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:
-    """Losses are computed in float32 even when the networks compute in bfloat16; float64 stays float64."""
+    """Casts types narrower than float32 to it: losses are computed in float32 even if networks compute in bfloat16."""
     return array.astype(np.promote_types(array.dtype, np.float32))

@@ -1,6 +1,6 @@
 """Layers that methods train beside the student, to bring its maps to the teacher's channels.
 
-They are used in training only: normalization is by the statistics of the batch, and no running averages are kept.
+They are used in training only: they normalize by the statistics of the batch and keep no running averages.
 """
 
 from collections.abc import Callable
@@ -11,16 +11,16 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what torch.nn.Linear and torch.nn.Conv2d draw their weights from.
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the distribution from which torch.nn.Linear and torch.nn.Conv2d draw weights.
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Pointwise(nn.Module):
-    """Linear map of the last axis (on maps: a 1x1 convolution), in at least float32.
+    """A linear map of the last axis (a 1x1 convolution where the input is a map), in at least float32.
 
     Attributes:
-      features: output channels.
-      use_bias: whether to add a bias, which starts at 0.
+      features: Number of output channels.
+      use_bias: Whether to add a bias, which starts at 0.
     """
 
     features: int
@@ -28,7 +28,7 @@ class Pointwise(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., features]."""
+        """Maps x [..., D] to [..., features]."""
         dtype = np.promote_types(x.dtype, np.float32)
         kernel = self.param("kernel", torch_uniform, (x.shape[-1], self.features), dtype)
         x = x.astype(dtype) @ kernel
@@ -38,12 +38,12 @@ class Pointwise(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Convolution with stride 1 that keeps the size of the map, without bias, in at least float32.
+    """A convolution with stride 1 and without bias that keeps the size of the map, in at least float32.
 
     Attributes:
-      features: output channels.
-      kernel_size: side of the square kernel, odd.
-      kernel_init: of the kernel.
+      features: Number of output channels.
+      kernel_size: Side of the square kernel, an odd number.
+      kernel_init: Initializer of the kernel.
     """
 
     features: int
@@ -52,7 +52,7 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H, W, D] -> [B, H, W, features]."""
+        """Maps x [B, H, W, D] to [B, H, W, features]."""
         dtype = np.promote_types(x.dtype, np.float32)
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, dtype)
@@ -63,14 +63,14 @@ class Convolution(nn.Module):
 
 
 class Connector(nn.Module):
-    """`Convolution`, then batch normalization by the statistics of the global batch.
+    """A `Convolution`, followed by batch normalization by the statistics of the global batch.
 
     Attributes:
-      features: output channels.
-      kernel_size: side of the square kernel.
-      axis_name: mapped axis over which the batch is split, or None.
-      kernel_init: of the kernel.
-      epsilon: added to the variance.
+      features: Number of output channels.
+      kernel_size: Side of the square kernel.
+      axis_name: Name of the mapped axis over which the batch is split, or None.
+      kernel_init: Initializer of the kernel.
+      epsilon: Number added to the variance.
     """
 
     features: int
@@ -81,7 +81,7 @@ class Connector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H, W, D] -> [B, H, W, features]."""
+        """Maps x [B, H, W, D] to [B, H, W, features]."""
         x = Convolution(self.features, self.kernel_size, self.kernel_init, name="convolution")(x)
         scale = self.param("scale", nn.initializers.ones, (self.features,), x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), x.dtype)

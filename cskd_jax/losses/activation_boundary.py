@@ -1,4 +1,4 @@
-"""Activation boundaries: which neurons are on, whatever their strength."""
+"""Activation boundaries: the student learns which neurons are on, whatever their strength."""
 
 from collections.abc import Sequence
 
@@ -16,27 +16,30 @@ from cskd_jax.losses.base import LossInputs, Method, Positive
 def activation_boundary_loss(
     student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.Array], *, margin: float = 1.0
 ) -> jax.Array:
-    """Transfer of activation boundaries, with a margin m around them.
+    """Computes the activation boundary loss, with a margin m around the boundaries.
 
-    sum over stages l = 1..L of 2^(l - L) 3 / (1000 B) sum of relu(s + m)^2 where t <= 0, relu(m - s)^2 where t > 0:
-    a neuron that is off in the teacher is pushed below -m, one that is on above m. The sum is over all elements of
-    the stage; 3 / 1000 is the constant of the comparison tables of the field. Time and memory O(B H W D) per stage.
+    The loss is the sum over stages l = 1..L of 2^(l - L) 3 / (1000 B) sum of relu(s + m)^2 where t <= 0, relu(m - s)^2
+    where t > 0: a neuron that is off in the teacher is pushed below -m, one that is on above m. The inner sum is over
+    all elements of the stage. The constant 3 / 1000 is that of the reference code of CRD (Tian et al. 2020,
+    https://github.com/HobbitLong/RepDistiller). Time and memory are O(B H W D) per stage.
 
     Args:
-      student_stages: float [B, H_l, W_l, D_l], pre-activations, first stage first, brought to the teacher's channels.
-      teacher_stages: pre-activations in the same shapes. Never differentiated; only their signs are read.
-      margin: m > 0.
+      student_stages: Pre-activations of the student, float [B, H_l, W_l, D_l], the first stage first, brought to the
+        teacher's channels.
+      teacher_stages: Pre-activations of the teacher in the same shapes. They are never differentiated; only their signs
+        are read.
+      margin: Margin m, greater than 0.
 
     Returns:
-      Scalar, mean over the batch (B is that of the arrays) of sums over the elements, at least float32.
+      A scalar of at least float32: the mean over the batch (B is that of the arrays) of sums over the elements.
 
     Raises:
-      TypeError: a stage is not floating point.
-      ValueError: numbers of stages or shapes that differ, or a margin that is not positive.
+      TypeError: If a stage is not floating point.
+      ValueError: If numbers of stages or shapes differ, or if the margin is not positive.
 
     References:
-      Heo, Lee, Yun, Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons",
-      AAAI 2019, https://arxiv.org/abs/1811.03233.
+      Heo, Lee, Yun, Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons", AAAI
+      2019, https://arxiv.org/abs/1811.03233.
     """
     if not margin > 0:
         raise ValueError(f"margin must be greater than 0, got {margin}")
@@ -50,15 +53,15 @@ def activation_boundary_loss(
         violation = jnp.where(on, nn.relu(margin - student), nn.relu(margin + student))
         factor = 2.0 ** (stage - len(student_stages)) * 3 / (1000 * len(student))
         total += factor * jnp.sum(jnp.square(violation))
-    return total
+    return jnp.asarray(total)
 
 
 class ActivationBoundary(Method):
-    """`activation_boundary_loss` on the pre-activations of all stages.
+    """Applies `activation_boundary_loss` to the pre-activations of all stages.
 
-    The student's are brought to the teacher's channels by a trainable 1x1 convolution with batch normalization. Where
-    maps differ in size, the larger is average-pooled to the smaller. The paper uses the loss alone to initialize the
-    student, which is then trained with cross-entropy.
+    A trainable 1x1 convolution with batch normalization brings the student's pre-activations to the teacher's channels.
+    Where maps differ in size, the larger is average-pooled to the smaller. The paper uses the loss alone to initialize
+    the student, which is then trained with cross-entropy.
 
     Attributes:
       margin: Margin around a boundary, by which a neuron is pushed below or above it; greater than 0.

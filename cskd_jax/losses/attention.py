@@ -1,4 +1,4 @@
-"""Attention transfer: where on a stage's map the activation is."""
+"""Attention transfer: the student learns where on a stage's map the activation lies."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from cskd_jax.losses.base import LossInputs, Method
 
 
 def attention_map(features: jax.Array) -> jax.Array:
-    """Mean of the squared channels at each position, flattened and scaled to Euclidean norm 1.
+    """Averages the squared channels at each position, flattens the map and scales it to Euclidean norm 1.
 
     Args:
-      features: float [B, H, W, D].
+      features: Feature maps, float [B, H, W, D].
 
     Returns:
       Q [B, H W]; zero, with zero gradient, for a sample whose features are all zero.
@@ -22,25 +22,27 @@ def attention_map(features: jax.Array) -> jax.Array:
 
 
 def attention_transfer_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
-    """Attention transfer at one stage: mean (Q^s - Q^t)^2, with Q of `attention_map`.
+    """Computes attention transfer at one stage: the mean of (Q^s - Q^t)^2, where Q is that of `attention_map`.
 
-    Where the maps differ in size, the larger is average-pooled to the smaller first. Time O(B H W D), memory O(B H W)
-    beyond the features.
+    Where the maps differ in size, the larger is first average-pooled to the smaller. Time is O(B H W D), memory O(B H
+    W) beyond the features.
 
     Args:
-      student_features: float [B, H, W, D].
-      teacher_features: float [B, H', W', D'], any size and number of channels. Never differentiated.
+      student_features: Feature maps of the student, float [B, H, W, D].
+      teacher_features: Feature maps of the teacher, float [B, H', W', D'], with any size and number of channels. They
+        are never differentiated.
 
     Returns:
-      Scalar, mean over the B H W elements of Q, at least float32.
+      A scalar of at least float32: the mean over the B H W elements of Q.
 
     Raises:
-      TypeError: features are not floating point.
-      ValueError: features without 4 dimensions, or of different batches.
+      TypeError: If the features are not floating point.
+      ValueError: If the features do not have 4 dimensions, or if their batches differ.
 
     References:
-      Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, https://arxiv.org/abs/1612.03928, Eq. 2
-      (with the squared difference averaged instead of its norm, as comparison tables of the field have it).
+      Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, https://arxiv.org/abs/1612.03928, Eq. 2.
+      The squared difference is averaged instead of its norm taken, as in the reference code of CRD (Tian et al. 2020,
+      https://github.com/HobbitLong/RepDistiller).
     """
     check_float("student_features", student_features, ndim=4)
     check_float("teacher_features", teacher_features, ndim=4)
@@ -50,7 +52,7 @@ def attention_transfer_loss(student_features: jax.Array, teacher_features: jax.A
 
 
 class AttentionTransfer(Method):
-    """Sum of `attention_transfer_loss` over all stages."""
+    """Sums `attention_transfer_loss` over all stages."""
 
     def __call__(self, inputs: LossInputs):
         stages = pair_stages(inputs.student.features, inputs.teacher.features)

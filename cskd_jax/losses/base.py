@@ -1,7 +1,7 @@
-"""What a distillation method is: a linen module from the outputs of student and teacher to a loss."""
+"""The interface of a distillation method: a linen module from the outputs of student and teacher to a loss."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import jax
 from flax import linen as nn
@@ -16,47 +16,64 @@ Count = Annotated[int, "at least 1"]
 class NetworkOutput(Protocol):
     """The part of `cskd_jax.models.ModelOutput` that losses read."""
 
-    logits: jax.Array
-    features: tuple[jax.Array, ...]
-    embedding: jax.Array
-    preactivations: tuple[jax.Array, ...]
+    @property
+    def logits(self) -> jax.Array:
+        """Returns the logits [B, C]."""
+        ...
+
+    @property
+    def features(self) -> tuple[jax.Array, ...]:
+        """Returns the maps after each stage."""
+        ...
+
+    @property
+    def embedding(self) -> Any:
+        """Returns the pooled last map [B, D]; None where a network does not give it."""
+        ...
+
+    @property
+    def preactivations(self) -> tuple[jax.Array, ...]:
+        """Returns the maps before the last ReLU of each stage."""
+        ...
 
 
 class LossInputs(NamedTuple):
-    """One batch as the methods see it.
+    """A batch as the methods see it.
 
     Attributes:
-      student: outputs of the student, differentiated.
-      teacher: outputs of the teacher, not differentiated; None where no method of the run needs a teacher.
-      labels: int32 [B], or float32 [B, C] where images have several categories (multi-label).
-      indices: int32 [B], positions of the samples in the training split; None where the batch does not say.
-      key: of the random draws of this step, the same on all devices; None in uses without draws.
+      student: Outputs of the student, which are differentiated.
+      teacher: Outputs of the teacher, which are not differentiated; None where no method of the run needs a teacher.
+      labels: Labels, int32 [B], or float32 [B, C] where images have several classes (multi-label).
+      indices: Positions of the samples in the training split, int32 [B]; None where the batch does not carry them.
+      key: Key of the random draws of this step, the same on all devices; None where nothing is drawn.
     """
 
     student: NetworkOutput
-    teacher: NetworkOutput | None
+    teacher: NetworkOutput | Any  # Any stands for None, which no method that needs a teacher meets.
     labels: jax.Array
     indices: jax.Array | None = None
     key: jax.Array | None = None
 
 
 class Method(nn.Module):
-    """A term of the objective, with its hyper-parameters as fields and whatever it trains as its variables.
+    """A term of the objective: its hyper-parameters are its fields, and whatever it trains are its variables.
 
     Subclasses define `__call__(inputs: LossInputs) -> (scalar, {term: scalar})` and follow the contract of the losses:
-    a batch mean is of the local samples, a relation is of the global batch over `axis_name`.
+    a mean over the batch is taken over the local samples, a relation between samples over the global batch along
+    `axis_name`.
 
-    What a method trains are its "params". What it has to remember from step to step without training it are its
-    variables of the collection "memory"; it assigns their new values, computed from the global batch so that they are
-    equal on all devices, in every call but that of `init`. A draw from `inputs.key` is folded with the position of
-    the sample in the global batch, so that it does not depend on the number of devices.
+    The collection "params" holds what a method trains. The collection "memory" holds what it remembers from step to
+    step without training it. A method assigns new values to its memory in every call but that of `init`, and computes
+    them from the global batch, so that they are equal on all devices. A draw from `inputs.key` is folded with the
+    position of the sample in the global batch, so that it does not depend on the number of devices.
 
     Attributes:
-      num_classes: size of the label set; set by the objective, not by configurations.
-      axis_name: mapped axis over which the batch is split; set by the objective, not by configurations.
-      num_examples: size of the training split, 0 if unknown; set by the objective, not by configurations.
-      needs_teacher: whether `inputs.teacher` is read.
-      multilabel: which labels the method is for: True [B, C], False [B]; None: it reads none and takes both.
+      num_classes: Number of classes; set by the objective, not by configurations.
+      axis_name: Name of the mapped axis over which the batch is split; set by the objective, not by configurations.
+      num_examples: Size of the training split, 0 if unknown; set by the objective, not by configurations.
+      needs_teacher: Whether the method reads `inputs.teacher`.
+      multilabel: Kind of labels that the method reads: True for [B, C], False for [B], None if it reads no labels and
+        so takes both.
       baseline: Whether a student that distills by this loss alone, beside losses of the labels, is one that other
         methods are compared with.
       parts: Parts of the loss whose contributions are studied apart: {name: the setting with its weight}.

@@ -1,4 +1,4 @@
-"""Losses on the logits of multi-label networks, whose categories are so many yes-or-no questions."""
+"""Losses on the logits of multi-label networks, in which every class is a yes-or-no question of its own."""
 
 from typing import ClassVar
 
@@ -11,18 +11,18 @@ from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
 def binary_cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of sigmoid(logits): -y ln p - (1 - y) ln(1 - p).
+    """Computes the cross-entropy of sigmoid(logits): -y ln p - (1 - y) ln(1 - p).
 
     Args:
-      logits: float [B, C].
-      labels: float or bool [B, C], in [0, 1] (not checked).
+      logits: Logits, float [B, C].
+      labels: Labels, float or bool [B, C], in [0, 1] (not checked).
 
     Returns:
-      Scalar, mean over all B C elements, at least float32.
+      A scalar of at least float32: the mean over all B C elements.
 
     Raises:
-      TypeError: logits are not floating point, labels neither that nor bool.
-      ValueError: shapes that do not fit.
+      TypeError: If the logits are not floating point, or the labels neither floating point nor bool.
+      ValueError: If shapes do not fit.
     """
     check_float("logits", logits, ndim=2)
     check_multilabels(labels, *logits.shape)
@@ -32,26 +32,26 @@ def binary_cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array
 
 
 def binary_kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 4.0) -> jax.Array:
-    """Knowledge distillation of multi-label logits: T^2 sum_c KL(Bernoulli(p^t_c) || Bernoulli(p^s_c)).
+    """Computes distillation of multi-label logits: T^2 sum_c KL(Bernoulli(p^t_c) || Bernoulli(p^s_c)).
 
-    p = sigmoid(z / T). The counterpart of `kd_loss`, and equal to it where that has two categories with the logits z
-    and 0.
+    Here p = sigmoid(z / T). The loss is the counterpart of `kd_loss`, and equal to it where `kd_loss` has two classes
+    with the logits z and 0.
 
     Args:
-      student_logits: float [B, C].
-      teacher_logits: float [B, C]. Never differentiated.
-      temperature: T > 0.
+      student_logits: Logits of the student, float [B, C].
+      teacher_logits: Logits of the teacher, float [B, C], never differentiated.
+      temperature: Temperature T, greater than 0.
 
     Returns:
-      Scalar, mean over the batch of the sum over categories, at least float32.
+      A scalar of at least float32: the mean over the batch of the sum over classes.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: shapes that differ, or a temperature that is not positive.
+      TypeError: If the logits are not floating point.
+      ValueError: If shapes differ, or if the temperature is not positive.
 
     References:
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531, for
-      one category per sample.
+      one class per sample.
     """
     check_logits(student_logits, teacher_logits)
     check_temperature(temperature)
@@ -65,7 +65,7 @@ def binary_kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temp
 
 
 class BinaryCrossEntropy(Method):
-    """`binary_cross_entropy_loss` of the student with the labels."""
+    """Applies `binary_cross_entropy_loss` to the student's logits and the labels."""
 
     needs_teacher: ClassVar[bool] = False
     multilabel: ClassVar[bool] = True
@@ -75,7 +75,7 @@ class BinaryCrossEntropy(Method):
 
 
 class BinaryKD(Method):
-    """`binary_kd_loss` on the logits.
+    """Applies `binary_kd_loss` to the logits.
 
     Attributes:
       temperature: Temperature of the sigmoid, greater than 0.

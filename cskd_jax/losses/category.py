@@ -1,12 +1,13 @@
 """Category structure: how samples lie around the center of their category, and how the centers lie to each other.
 
-Chen, Zheng, Shen, Zeng, Zhou, Zhao, "Improving Knowledge Distillation via Category Structure", ECCV 2020 ("the paper"
-below) and the code that its authors released ("the released code"). The two differ; both are here, by name.
+"The paper" below is Chen, Zheng, Shen, Zeng, Zhou, Zhao, "Improving Knowledge Distillation via Category Structure",
+ECCV 2020. "The released code" is the code that its authors released, https://github.com/xeanzheng/CSKD. The two differ;
+both are here, as variants with names of their own.
 """
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +20,20 @@ from cskd_jax.losses._batch import gather_batch, sum_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_same_shape
 from cskd_jax.losses.base import Fraction, LossInputs, Method
 
-# variant -> default (intra_weight, inter_weight, compactness_weight). Paper, section 4.1 (beta, gamma); released code.
+# {variant: default (intra_weight, inter_weight, compactness_weight)}, those of "paper" from its section 4.1.
 VARIANT_WEIGHTS = {"paper": (0.01, 0.2, 0.0), "reference": (0.002, 0.04, 0.1)}
 
 
 class CategoryIndex(NamedTuple):
-    """Which samples of the global batch belong together.
+    """The categories of the global batch, and the samples that belong to each.
 
-    At most K = min(global batch size, num_classes) categories can occur in a batch, so everything that is kept per
-    category has K rows ("slots") however many categories the label set has.
+    At most K = min(global batch size, num_classes) categories can occur in a batch, so every array with a row per
+    category has K rows ("slots") however many classes there are.
 
     Attributes:
-      slots: int32 [B], the slot of each sample of this device, in [0, K).
-      counts: float32 [K], how many samples of the global batch lie in each slot; 0 for a slot that no category uses.
-      categories: int32 [K], the category of each slot; of no meaning for a slot that no category uses.
+      slots: Slot of each sample of this device, int32 [B], in [0, K).
+      counts: Number of samples of the global batch in each slot, float32 [K]; 0 for a slot that no category uses.
+      categories: Category of each slot, int32 [K]; without meaning for a slot that no category uses.
     """
 
     slots: jax.Array
@@ -41,7 +42,7 @@ class CategoryIndex(NamedTuple):
 
     @property
     def present(self) -> jax.Array:
-        """bool [K]: the slots that hold a category of this batch."""
+        """Returns whether each slot holds a category of this batch, bool [K]."""
         return self.counts > 0
 
 
@@ -49,9 +50,9 @@ def category_index(labels: jax.Array, *, num_classes: int, axis_name: str | None
     """Assigns the labels of a batch to at most min(global batch size, num_classes) slots.
 
     Args:
-      labels: int [B], in [0, num_classes).
-      num_classes: the size of the label set, static.
-      axis_name: mapped axis over which the global batch is split, or None on one device.
+      labels: Labels, int [B], in [0, num_classes).
+      num_classes: Number of classes, static.
+      axis_name: Name of the mapped axis over which the global batch is split, or None on one device.
 
     Returns:
       The `CategoryIndex` of the global batch.
@@ -72,27 +73,27 @@ def category_index(labels: jax.Array, *, num_classes: int, axis_name: str | None
 def category_centers(
     features: jax.Array, index: CategoryIndex, *, mask: jax.Array | None = None, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Centers of the categories of the global batch: C_i = mean of F_j over the samples j with y_j = i (paper, Eq. 6).
+    """Computes the centers of the categories: C_i = mean of F_j over the samples j with y_j = i (paper, Eq. 6).
 
     Args:
-      features: float [B, D].
-      index: from `category_index`.
-      mask: bool [B]; samples that are False are left out of their center. None takes all.
-      axis_name: mapped axis over which the global batch is split, or None on one device.
+      features: Features, float [B, D].
+      index: Index of the global batch from `category_index`.
+      mask: Samples that count, bool [B]; the others are left out of their center. None takes all.
+      axis_name: Name of the mapped axis over which the global batch is split, or None on one device.
 
     Returns:
-      centers [K, D], zero where no sample takes part, and counts [K], the samples that take part.
+      The centers [K, D] of the global batch, zero where no sample counts, and the numbers [K] of samples that count.
     """
     sums, counts = _category_sums(features, index, mask=mask, axis_name=axis_name)
     return _means(sums, counts), counts
 
 
 def _category_sums(features, index, *, mask=None, axis_name=None):
-    """Like `category_centers`, before the division."""
+    """Returns the sums of which `category_centers` are the means, and the numbers of samples."""
     num_slots = index.counts.shape[0]
     slots, counts = index.slots, index.counts
     if mask is not None:
-        # What lies past the last slot is dropped: no masked copy of the features is needed.
+        # Samples past the last slot are dropped, so no masked copy of the features is needed.
         slots = jnp.where(mask, slots, num_slots)
         counts = _segment_sum(mask.astype(counts.dtype), index.slots, num_slots, axis_name)
     return _segment_sum(features, slots, num_slots, axis_name), counts
@@ -103,17 +104,17 @@ def _means(sums, counts):
 
 
 def intra_category_structure(features: jax.Array, centers: jax.Array, counts: jax.Array, slots: jax.Array) -> jax.Array:
-    """Deviation of each sample from the center of its category: Psi(F^i) = {F_j - C_i} (paper, Eq. 7).
+    """Computes the deviation of each sample from the center of its category: Psi(F^i) = {F_j - C_i} (paper, Eq. 7).
 
     The center is not differentiated. For the paper's term this changes no gradient (deviations sum to zero within a
     category, so the center's share of the gradient vanishes); the released code detaches it as well.
 
     Args:
-      features: float [B, D].
-      centers: float [K, D] and counts float [K], both from `category_centers`.
-      counts: see centers. A sample whose category has count 0 is its own center: its deviation is 0, but the gradient
-        flows through the sample.
-      slots: int [B].
+      features: Features, float [B, D].
+      centers: Centers from `category_centers`, float [K, D].
+      counts: Numbers of samples from `category_centers`, float [K]. A sample whose category has count 0 is its own
+        center: its deviation is 0, but the gradient flows through the sample.
+      slots: Slot of each sample, int [B].
 
     Returns:
       Deviations [B, D].
@@ -123,22 +124,23 @@ def intra_category_structure(features: jax.Array, centers: jax.Array, counts: ja
 
 
 def inter_category_structure(centers: jax.Array) -> jax.Array:
-    """Cosine of each pair of centers: M(i, k) = <C_i, C_k> / (||C_i|| ||C_k||) (paper, Eq. 8).
+    """Computes the cosine of each pair of centers: M(i, k) = <C_i, C_k> / (||C_i|| ||C_k||) (paper, Eq. 8).
+
+    Time is O(K^2 D), and memory O(K^2) beyond the centers.
 
     Args:
-      centers: float [K, D].
+      centers: Centers, float [K, D].
 
     Returns:
       M [K, K]. The diagonal is 1; rows and columns of centers that are zero (absent categories among them) are 0, and
       their gradient is 0. A norm so small that its derivative would overflow (4e-12 in float32) counts as zero.
-      O(K^2 D) time, O(K^2) memory beyond the centers.
     """
     gram = _gram(centers)
     squared_norms = jnp.diagonal(gram)
     nonzero = squared_norms > float(jnp.finfo(gram.dtype).tiny) ** 0.6
     inverse_norms = jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, squared_norms, 1)), 0)
     cosines = gram * inverse_norms[:, None] * inverse_norms[None, :]
-    # Exactly 1, not 1 up to rounding: the norm of a difference of two such matrices has a steep gradient near 0.
+    # The diagonal is exactly 1: the norm of a difference of two such matrices has a steep gradient near 0.
     return jnp.where(jnp.eye(len(centers), dtype=bool), nonzero.astype(cosines.dtype), cosines)
 
 
@@ -158,7 +160,7 @@ def category_structure_loss(
     filter_misclassified: bool | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Category-structure distillation loss: intra-category plus inter-category structure.
+    """Computes the category-structure loss: intra-category plus inter-category structure.
 
     With deviations Psi (Eq. 7), cosines of centers M (Eq. 8), K categories present in the batch, f features of one
     sample flattened to D numbers, D' = D, P the center of the sample's category and Z that of its logits z:
@@ -173,38 +175,39 @@ def category_structure_loss(
     intra = intra_weight (intra_feature + intra_logits) + compactness_weight compactness
     inter = inter_weight (inter_feature + inter_logits),      category = intra + inter, where absent terms count 0.
 
-    Time O(B D + K^2 D) and memory O(B D + K^2) with K <= min(B, num_classes): the size of the label set does not enter
+    Time is O(B D + K^2 D) and memory O(B D + K^2) with K <= min(B, num_classes): the number of classes does not enter
     beyond the logits themselves. Values and gradients are finite for absent categories, categories with one sample,
-    zero features, and networks that misclassify everything. In variant "paper" a difference of at most 8 eps times the
-    norm of what it is taken of (eps that of the type) is rounding and counts as exactly 0: a norm that is not squared
-    would have a gradient of full size there.
+    zero features, and networks that misclassify everything. In variant "paper" a difference counts as rounding, and so
+    as exactly 0, if it is at most 8 eps times the norm of what is subtracted (eps is that of the dtype): a norm that is
+    not squared would have a gradient of full size there.
 
     Args:
-      student_features: float [B, ..., D'], after sigma (projected to the teacher's channels).
-      teacher_features: float, the shape of student_features. Never differentiated.
-      labels: int [B], in [0, num_classes).
-      num_classes: the size of the label set. Static.
-      student_logits: float [B, C]; needed by the logit terms of "reference" and by its filter, unused by "paper".
-      teacher_logits: float [B, C], with student_logits. Never differentiated.
-      variant: "paper" or "reference". Static.
-      intra_weight: weight of the intra-category terms; None: 0.01 (beta of the paper) or 0.002.
-      inter_weight: weight of the inter-category terms; None: 0.2 (gamma of the paper) or 0.04.
-      compactness_weight: weight of compactness, of "reference" only; None: 0.1.
-      filter_misclassified: "reference" only: the centers of intra_feature use only the samples that each network
-        itself classifies correctly; a category with no such sample has each sample as its own center. None: True for
-        "reference". False allows "reference" without logits: the logit terms are then left out. Static.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. Batch means are then of the local samples and
-        relations are of the global batch, so that the mean of the loss and of its gradients over devices equals the
-        loss and the gradient of the global batch on one device. Static.
+      student_features: Features of the student after sigma (projected to the teacher's channels), float [B, ..., D'].
+      teacher_features: Features of the teacher, float, in the shape of student_features, never differentiated.
+      labels: Labels, int [B], in [0, num_classes).
+      num_classes: Number of classes, static.
+      student_logits: Logits of the student, float [B, C], which the logit terms of "reference" and its filter need;
+        "paper" does not use them.
+      teacher_logits: Logits of the teacher, float [B, C], given together with student_logits, never differentiated.
+      variant: Variant of the loss, "paper" or "reference", static.
+      intra_weight: Weight of the intra-category terms; None is 0.01 for "paper" (its beta) and 0.002 for "reference".
+      inter_weight: Weight of the inter-category terms; None is 0.2 for "paper" (its gamma) and 0.04 for "reference".
+      compactness_weight: Weight of compactness, for "reference" only; None is 0.1.
+      filter_misclassified: Whether the centers of intra_feature use only the samples that each network itself
+        classifies correctly, for "reference" only, static. A category with no such sample has each sample as its own
+        center. None is True for "reference". False allows "reference" without logits, whose terms are then left out.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Means over the batch are
+        then of the local samples and relations of the global batch, so that the mean of the loss and of its gradients
+        over devices equals the loss and the gradient of the global batch on one device.
 
     Returns:
-      The scalar category, and a dict of scalars: the unweighted terms above, and `intra`, `inter`, `category`.
-      Computed in float32, or float64 where the inputs are.
+      The scalar category, and a dict of scalars: the unweighted terms above, and `intra`, `inter`, `category`. They are
+      computed in float32, or in float64 where the inputs are float64.
 
     Raises:
-      TypeError: features or logits are not floating point, labels not integer.
-      ValueError: shapes that do not fit, an unknown variant, "reference" without the logits it needs, or an argument
-        that the variant does not have.
+      TypeError: If features or logits are not floating point, or the labels not integers.
+      ValueError: If shapes do not fit, if the variant is unknown, if "reference" lacks logits that it needs, or if an
+        argument is given that the variant does not have.
 
     References:
       Chen et al., ECCV 2020, https://doi.org/10.1007/978-3-030-58604-1_13, Eq. 6 to 9.
@@ -226,12 +229,13 @@ def category_structure_loss(
 class RunningCenters(NamedTuple):
     """Exponential moving averages of the centers of all categories; equal on all devices.
 
-    Without bias, as the moments of Adam: averages of the batches that had the category, however few these were.
+    They are corrected for their bias, as are the moments of Adam: a center averages over the batches that had the
+    category, however few these were.
 
     Attributes:
-      student: float [C, D], the student's centers; 0 for a category not seen yet.
-      teacher: float [C, D], the teacher's.
-      weights: float [C], what a moving average of ones that starts at 0 has come to.
+      student: Centers of the student, float [C, D]; 0 for a category not seen yet.
+      teacher: Centers of the teacher, float [C, D]; 0 for a category not seen yet.
+      weights: Moving average of ones that starts at 0, for each category, float [C].
     """
 
     student: jax.Array
@@ -240,7 +244,7 @@ class RunningCenters(NamedTuple):
 
     @classmethod
     def zeros(cls, num_classes: int, size: int, dtype=jnp.float32):
-        """Those of `num_classes` categories and flattened features of `size` numbers, before the first batch."""
+        """Returns the centers before the first batch, of `num_classes` categories and `size` numbers per sample."""
         return cls(
             jnp.zeros((num_classes, size), dtype), jnp.zeros((num_classes, size), dtype), jnp.zeros(num_classes, dtype)
         )
@@ -263,38 +267,39 @@ def running_category_structure_loss(
     compactness_weight: float | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], RunningCenters]:
-    """`category_structure_loss` around centers that remember earlier batches.
+    """Computes `category_structure_loss` around centers that remember earlier batches.
 
-    With a uniform batch many a sample is the only one of its category: it is its own center then and says nothing
+    In a uniform batch many samples are the only one of their category. Such a sample is its own center and says nothing
     about the structure within the category. Here the features of a category i of the batch lie around
       R_i <- (1 - a) R_i + a C_i,   a = (1 - momentum) / w_i,   w_i <- momentum w_i + (1 - momentum),
-    with C_i the center of the batch (Eq. 6) and w zero at first: a category that is seen for the first time has a = 1
-    and the center of the batch. With momentum 0 the loss is that of `category_structure_loss` without the filter.
-    The inter-category part differentiates C_i within R_i. The terms of the logits use the centers of the batch.
+    with the center C_i of the batch (Eq. 6) and w zero at first: a category that is seen for the first time has a = 1
+    and the center of the batch. With momentum 0 the loss is that of `category_structure_loss` without the filter. The
+    inter-category part differentiates C_i within R_i. The terms of the logits use the centers of the batch.
 
-    Time as `category_structure_loss`; memory O(num_classes D) for `running` on every device.
+    Time is that of `category_structure_loss`; memory is O(num_classes D) for `running` on every device.
 
     Args:
-      student_features: see `category_structure_loss`, as all that is not said here.
-      teacher_features: see there.
-      labels: see there.
-      running: from the last batch, or `RunningCenters.zeros`. Never differentiated.
-      momentum: in [0, 1). Static.
-      num_classes: see there.
-      student_logits: see there; for the logit terms of "reference", which are left out without.
-      teacher_logits: see there.
-      variant: see there.
-      intra_weight: see there.
-      inter_weight: see there.
-      compactness_weight: see there.
-      axis_name: see there.
+      student_features: Features of the student after sigma (projected to the teacher's channels), float [B, ..., D'].
+      teacher_features: Features of the teacher, float, in the shape of student_features, never differentiated.
+      labels: Labels, int [B], in [0, num_classes).
+      running: Centers returned for the last batch, or `RunningCenters.zeros`, never differentiated.
+      momentum: Momentum of the centers, in [0, 1), static.
+      num_classes: Number of classes, static.
+      student_logits: Logits of the student, float [B, C]; without them the logit terms of "reference" are left out.
+      teacher_logits: Logits of the teacher, float [B, C], given together with student_logits, never differentiated.
+      variant: Variant of the loss, "paper" or "reference", static.
+      intra_weight: Weight of the intra-category terms, with the defaults of `category_structure_loss`.
+      inter_weight: Weight of the inter-category terms, with the defaults of `category_structure_loss`.
+      compactness_weight: Weight of compactness, for "reference" only; None is 0.1.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static.
 
     Returns:
       The scalar category, the terms, and the new running centers (without gradient).
 
     Raises:
-      TypeError: as `category_structure_loss`.
-      ValueError: as there, or running centers of other shapes, or a momentum out of range.
+      TypeError: If features or logits are not floating point, or the labels not integers.
+      ValueError: If `category_structure_loss` would raise it, if the running centers have other shapes, or if the
+        momentum is out of range.
     """
     return _category_structure(
         student_features,
@@ -324,10 +329,18 @@ def _category_structure(
     axis_name,
     running=None,
     momentum=0.0,
-):
-    """(category, terms, new running centers or None): what both public losses compute."""
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    """Returns (category, terms, new running centers or None): the computation that both public losses share."""
     filter_misclassified = _check_arguments(
-        student_features, teacher_features, labels, num_classes, *logits, variant, weights[2], filter_misclassified
+        student_features,
+        teacher_features,
+        labels,
+        num_classes,
+        logits[0],
+        logits[1],
+        variant,
+        weights[2],
+        filter_misclassified,
     )
     intra_weight, inter_weight, compactness_weight = (
         default if weight is None else weight for weight, default in zip(weights, VARIANT_WEIGHTS[variant], strict=True)
@@ -352,17 +365,21 @@ def _category_structure(
 
 
 def _mix_running(running, momentum, sums, index):
-    """The batch within the running averages: centers [K, D] of student and teacher, zero if absent; what to keep."""
+    """Mixes the batch into the running averages.
+
+    Returns:
+      The centers [K, D] of student and teacher, zero for absent categories, and the new `RunningCenters`.
+    """
     running = RunningCenters(*map(lax.stop_gradient, running))
     present = index.present
     weights = momentum * running.weights[index.categories] + (1 - momentum)
     share = ((1 - momentum) / weights)[:, None]
     mixed = tuple(
-        # Not old + share (new - old): where the share is 1, the center must be that of the batch to the last digit.
+        # Unlike old + share (new - old), this is the center of the batch to the last digit where the share is 1.
         jnp.where(present[:, None], (1 - share) * old[index.categories] + share * _means(new, index.counts), 0)
         for old, new in zip(running[:2], sums, strict=True)
     )
-    # What lies past the last category is dropped: the slots that no category uses.
+    # Rows past the last category are dropped, which are the slots that no category uses.
     rows = jnp.where(present, index.categories, len(running.weights))
     kept = (
         old.at[rows].set(lax.stop_gradient(new), mode="drop")
@@ -372,7 +389,7 @@ def _mix_running(running, momentum, sums, index):
 
 
 def _paper_terms(student, teacher, sums, counts, index, axis_name):
-    """Eq. 9 without its weights; `sums` is (student, teacher)."""
+    """Returns the terms of Eq. 9 without their weights; `sums` is (student, teacher)."""
     squared = jnp.sum(jnp.square(_intra_difference(student, teacher, sums, counts, index.slots)), axis=1)
     squared_norms = lax.stop_gradient(jnp.sum(jnp.square(student) + jnp.square(teacher), axis=1))
     # The norm of a category stacks all its samples, which may lie on several devices.
@@ -389,7 +406,7 @@ def _paper_terms(student, teacher, sums, counts, index, axis_name):
 
 
 def _reference_terms(student, teacher, sums, counts, logits, labels, index, filter_misclassified, axis_name):
-    """The terms of the released code without their weights; `sums` and `logits` are (student, teacher)."""
+    """Returns the terms of the released code without their weights; `sums` and `logits` are (student, teacher)."""
     with_logits = logits[0] is not None
     if with_logits:
         logits = at_least_float32(logits[0]), lax.stop_gradient(at_least_float32(logits[1]))
@@ -411,7 +428,7 @@ def _reference_terms(student, teacher, sums, counts, logits, labels, index, filt
     }
     if with_logits:
         sums = tuple(_category_sums(z, index, axis_name=axis_name)[0] for z in logits)
-        difference = _intra_difference(*logits, sums, index.counts, index.slots)
+        difference = _intra_difference(logits[0], logits[1], sums, index.counts, index.slots)
         terms["intra_logits"] = jnp.mean(jnp.square(difference)) / difference.shape[1]
         terms["inter_logits"] = _inter_mse(sums, index.present)
         deviation = intra_category_structure(logits[0], _means(sums[0], index.counts), index.counts, index.slots)
@@ -420,26 +437,30 @@ def _reference_terms(student, teacher, sums, counts, logits, labels, index, filt
 
 
 def _intra_difference(student, teacher, sums, counts, slots):
-    """Psi(F^t) - Psi(F^s) of the whole batch [B, D]; Psi is linear, so it is the structure of the difference."""
+    """Returns Psi(F^t) - Psi(F^s) [B, D]; Psi is linear, so it is the structure of the difference."""
     sums_s, sums_t = sums
     return intra_category_structure(teacher - student, _means(sums_t - sums_s, counts), counts, slots)
 
 
 def _inter_difference(sums):
-    """M^t - M^s [K, K]; cosines do not depend on lengths, so the sums do as well as the centers."""
+    """Returns M^t - M^s [K, K]; cosines do not depend on lengths, so the sums serve as well as the centers."""
     sums_s, sums_t = sums
     return inter_category_structure(sums_t) - inter_category_structure(sums_s)
 
 
 def _inter_mse(sums, present):
-    # Rows of absent categories are zero in both matrices: the sum needs no mask, only the mean its count.
+    # Rows of absent categories are zero in both matrices, so the sum needs no mask; only the mean needs their count.
     difference = _inter_difference(sums)
     num_present = jnp.sum(present).astype(difference.dtype)
     return jnp.sum(jnp.square(difference)) / num_present**3
 
 
 def _is_correct(logits, labels):
-    """bool [B]: argmax(logits) == labels, said so that it vectorizes: no category comes before the label."""
+    """Returns whether argmax(logits) == labels, bool [B].
+
+    The condition is written in comparisons, which vectorize: no logit is larger than that of the label, and none of an
+    earlier class is equal to it.
+    """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(logits.shape[1], dtype=jnp.int32) < labels.astype(jnp.int32)[:, None]
     return ~jnp.any((logits > own) | (earlier & (logits == own)), axis=1)
@@ -451,9 +472,9 @@ def _flatten(features):
 
 
 def _segment_sum(values, segments, num_segments, axis_name):
-    """jax.ops.segment_sum over the global batch; values [B] or [B, D]."""
-    # Written as the scatter that XLA makes of segment_sum, but with windows [1, D]: XLA reads these where they lie, and
-    # copies all values first otherwise.
+    """Returns jax.ops.segment_sum over the global batch, of values [B] or [B, D]."""
+    # This is the scatter that XLA makes of segment_sum, but with windows [1, D], which XLA reads in place instead of
+    # copying all values first.
     windows = values.reshape(len(values), 1, -1)
     dimensions = lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
@@ -465,13 +486,13 @@ def _segment_sum(values, segments, num_segments, axis_name):
 
 @jax.custom_jvp
 def _gram(x):
-    """x x^T at full precision (accelerators would otherwise multiply float32 in fewer bits)."""
+    """Returns x x^T at full precision (accelerators would otherwise multiply float32 in fewer bits)."""
     return jnp.dot(x, x.T, precision=lax.Precision.HIGHEST)
 
 
 @_gram.defjvp
 def _gram_jvp(primals, tangents):
-    # Written through its symmetry, so that the transpose needs one product instead of two.
+    # By symmetry, the transpose needs one product instead of two.
     (x,), (dx,) = primals, tangents
     half = jnp.dot(dx, x.T, precision=lax.Precision.HIGHEST)
     return _gram(x), half + half.T
@@ -527,10 +548,10 @@ def _check_running(running, num_classes, size, momentum):
 
 
 def project_student(method: Method, inputs: LossInputs) -> tuple[jax.Array, jax.Array]:
-    """The last feature maps of student and teacher, the student's through sigma, a parameter of `method`.
+    """Returns the last feature maps of student and teacher, with the student's projected by sigma.
 
-    sigma is a 1x1 convolution without bias from the student's channels to the teacher's (paper, section 3.3). To be
-    called from the compact `__call__` of the method.
+    sigma is a parameter of `method`: a 1x1 convolution without bias from the student's channels to the teacher's
+    (paper, section 3.3). This function is to be called from the compact `__call__` of the method.
     """
     student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
     if student.shape[:-1] != teacher.shape[:-1]:
@@ -545,16 +566,16 @@ def project_student(method: Method, inputs: LossInputs) -> tuple[jax.Array, jax.
 
 
 class CategoryStructure(Method):
-    """`category_structure_loss` on the last feature maps and the logits, with the trainable projection sigma.
+    """Applies `category_structure_loss` to the last feature maps and the logits, with the trainable projection sigma.
 
-    sigma is that of `project_student`.
+    The projection sigma is that of `project_student`.
 
     Attributes:
       variant: Variant of the loss: "reference", as in the code released with the paper, or "paper".
       intra_weight: Weight of the structure within classes; None is 0.002 for "reference" and 0.01 for "paper".
       inter_weight: Weight of the structure between classes; None is 0.04 for "reference" and 0.2 for "paper".
-      compactness_weight: Weight of compactness, of "reference" only; None is 0.1.
-      filter_misclassified: Whether the centers are those of the samples that a network classifies correctly, of
+      compactness_weight: Weight of compactness, for "reference" only; None is 0.1.
+      filter_misclassified: Whether the centers are those of the samples that a network classifies correctly, for
         "reference" only; None is True.
       center_momentum: Momentum of centers that remember earlier batches, in [0, 1), which needs
         filter_misclassified=False; None takes the centers of the batch alone.

@@ -1,4 +1,4 @@
-"""Correlation congruence: kernels between the samples of the batch."""
+"""Correlation congruence: the student learns the kernels between the samples of the batch."""
 
 import math
 
@@ -20,29 +20,30 @@ def correlation_congruence_loss(
     order: int = 2,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Correlation congruence loss: ||K^s - K^t||_F^2 / B^2, with K the kernel between samples of the global batch.
+    """Computes the correlation congruence loss ||K^s - K^t||_F^2 / B^2 between kernels K of the global batch.
 
     K_ij = sum_{p=0}^{order} e^(-2 gamma) (2 gamma)^p / p! cos(x_i, x_j)^p, the Taylor form in the cosine of the
     Gaussian kernel exp(-gamma ||u_i - u_j||^2) between embeddings u of Euclidean norm 1.
 
-    With embeddings of D and D' numbers, time O(B^2 (D + D' + order)) and memory O(B^2 + B (D + D')), on every device.
+    With embeddings of D and D' numbers, time is O(B^2 (D + D' + order)) and memory O(B^2 + B (D + D')), on every
+    device.
 
     Args:
-      student_embedding: float [B, D].
-      teacher_embedding: float [B, D'], of any size. Never differentiated.
-      gamma: of the Gaussian kernel, greater than 0.
-      order: of the Taylor form, at least 1.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. The embeddings of the global batch are
-        gathered, the value is the same on every device. Static.
+      student_embedding: Embeddings of the student, float [B, D].
+      teacher_embedding: Embeddings of the teacher, float [B, D'], of any size, never differentiated.
+      gamma: Factor in the exponent of the Gaussian kernel, greater than 0.
+      order: Order of the Taylor form, at least 1.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. The embeddings of the
+        global batch are gathered, so the value is the same on every device.
 
     Returns:
-      Scalar, mean over the B^2 pairs of the global batch, at least float32. An embedding that is zero has cosine 0
-      with every other, and zero gradient.
+      A scalar of at least float32: the mean over the B^2 pairs of the global batch. An embedding that is zero has
+      cosine 0 with every other, and zero gradient.
 
     Raises:
-      TypeError: embeddings are not floating point.
-      ValueError: embeddings without 2 dimensions, different batches, a global batch of one sample, or a gamma or an
-        order out of range.
+      TypeError: If the embeddings are not floating point.
+      ValueError: If the embeddings do not have 2 dimensions, if their batches differ, if the global batch has one
+        sample, or if gamma or the order is out of range.
 
     References:
       Peng, Jin, Liu, Zhou, Wu, Liu, Li, Zhang, "Correlation Congruence for Knowledge Distillation", ICCV 2019,
@@ -72,7 +73,7 @@ def _kernel(embedding, coefficients, axis_name):
 
 
 class CorrelationCongruence(Method):
-    """`correlation_congruence_loss` on the pooled embeddings.
+    """Applies `correlation_congruence_loss` to the pooled embeddings.
 
     Attributes:
       gamma: Factor in the exponent of the Gaussian kernel, greater than 0.

@@ -1,4 +1,4 @@
-"""Correlation of differences: the embeddings of neighbouring samples of the batch, student against teacher."""
+"""Correlation of differences between student and teacher in neighboring samples of the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +13,28 @@ from cskd_jax.losses.base import Count, LossInputs, Method
 def correlation_delta_loss(
     student_embedding: jax.Array, teacher_embedding: jax.Array, *, axis_name: str | None = None
 ) -> jax.Array:
-    """Mean over i of sum over d of |D_i| |D_{i+1}|, with D = W_s s - W_t t and neighbours i, i + 1 in the batch.
+    """Computes the mean over i of sum over d of |D_i| |D_{i+1}|, with D = W_s s - W_t t for sample i of the batch.
 
-    This is what comparison tables of the field call correlation congruence (CC); it is not the loss of Peng et al.
-    2019, which compares kernel matrices. Time and memory O(B D).
+    The reference code of CRD (Tian et al. 2020) and the tables that use it call this loss correlation congruence (CC).
+    It is not the loss of Peng et al. 2019, which compares kernel matrices. Time and memory are O(B D).
 
     Args:
-      student_embedding: float [B, D], W_s s.
-      teacher_embedding: float [B, D], W_t t. Differentiated too: W_t is trained.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. The neighbours are those of the global batch,
-        the value is the same on every device. Static.
+      student_embedding: Mapped embeddings of the student W_s s, float [B, D].
+      teacher_embedding: Mapped embeddings of the teacher W_t t, float [B, D]. They are differentiated too, because W_t
+        is trained.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Neighbors are those of the
+        global batch, so the value is the same on every device.
 
     Returns:
-      Scalar, mean over the B - 1 pairs of the global batch, at least float32.
+      A scalar of at least float32: the mean over the B - 1 pairs of neighbors of the global batch.
 
     Raises:
-      TypeError: embeddings are not floating point.
-      ValueError: shapes that differ, or a global batch of one sample.
+      TypeError: If the embeddings are not floating point.
+      ValueError: If shapes differ, or if the global batch has one sample.
 
     References:
       The `Correlation` criterion of Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020,
-      https://arxiv.org/abs/1910.10699, in the code that its authors released.
+      https://arxiv.org/abs/1910.10699, in its reference code, https://github.com/HobbitLong/RepDistiller.
     """
     check_float("student_embedding", student_embedding, ndim=2)
     check_float("teacher_embedding", teacher_embedding, ndim=2)
@@ -45,7 +46,7 @@ def correlation_delta_loss(
 
 
 class CorrelationDelta(Method):
-    """`correlation_delta_loss` on the pooled embeddings, through a trainable linear layer for each network.
+    """Applies `correlation_delta_loss` to the pooled embeddings, through a trainable linear layer for each network.
 
     Attributes:
       embedding_size: Number of outputs of the linear layers.

@@ -16,13 +16,13 @@ from cskd_jax.losses.base import Count, Fraction, LossInputs, Method, Positive
 
 
 class ContrastMemory(NamedTuple):
-    """What is known of the N samples of the training split; equal on all devices.
+    """The embeddings and labels remembered of the N samples of the training split; equal on all devices.
 
     Attributes:
-      student: float [N, D], running embeddings of the student, of norm 1; at first random directions.
-      teacher: float [N, D], likewise of the teacher.
-      labels: int32 [N], -1 until a sample has been in a batch.
-      log_normalizers: float [2], ln(Z / N) for student and teacher; -inf until the first batch has set them.
+      student: Running embeddings of the student, float [N, D], of norm 1; at first random directions.
+      teacher: Running embeddings of the teacher, float [N, D], of norm 1; at first random directions.
+      labels: Labels, int32 [N]; -1 until a sample has been in a batch.
+      log_normalizers: ln(Z / N) for student and teacher, float [2]; -inf until the first batch has set them.
     """
 
     student: jax.Array
@@ -32,7 +32,7 @@ class ContrastMemory(NamedTuple):
 
 
 def new_contrast_memory(key: jax.Array, num_examples: int, embedding_size: int, dtype=jnp.float32) -> ContrastMemory:
-    """The memory before the first step; ValueError if there are not two samples to contrast."""
+    """Returns the memory before the first step; raises ValueError if there are not two samples to contrast."""
     if num_examples < 2:
         raise ValueError(f"crd contrasts the examples of a training split: it needs at least 2, got {num_examples}")
     student, teacher = normalize(jax.random.normal(key, (2, num_examples, embedding_size), dtype))
@@ -40,16 +40,17 @@ def new_contrast_memory(key: jax.Array, num_examples: int, embedding_size: int, 
 
 
 def draw_negatives(key: jax.Array, positions: jax.Array, num_negatives: int, num_examples: int) -> jax.Array:
-    """Uniform draws, with replacement, of samples of the training split to contrast with.
+    """Draws samples of the training split to contrast with, uniformly and with replacement.
 
     Args:
-      key: the same on all devices.
-      positions: int [B], of the samples in the global batch. A sample's draw depends on `key` and its position alone.
-      num_negatives: K.
-      num_examples: N.
+      key: Key of the draws, the same on all devices.
+      positions: Positions of the samples in the global batch, int [B]. The draw for a sample depends on `key` and its
+        position alone.
+      num_negatives: Number K of draws for each sample.
+      num_examples: Size N of the training split.
 
     Returns:
-      int32 [B, K], in [0, N).
+      An array int32 [B, K] of values in [0, N).
     """
 
     def draw(position):
@@ -69,43 +70,45 @@ def contrastive_loss(
     temperature: float = 0.07,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """Contrastive representation distillation: NCE of each network's embedding against the other's memory.
+    """Computes contrastive representation distillation: NCE of each network's embedding against the other's memory.
 
     For an anchor v of sample i (the student's embedding against the teacher's memory m, and the reverse)
       P(j) = exp(<v, m_j> / T) / Z,      h(j) = P(j) / (P(j) + K / N)
       loss = -ln h(i) - K mean over the allowed negatives j of ln(1 - h(j))
     with the constant Z = N mean exp(<v, m_j> / T) over the anchors, positives and negatives of the first batch. The
-    value is the sum over the two directions. A negative is allowed unless it is known to be of the sample's own
-    category: the mean times K stands for K draws from the allowed ones; with none allowed the negatives count 0.
-    Computed from ln h = -softplus(ln(K / N) - ln P), so that the small number that the field adds inside the logarithm
-    is not needed. N cancels from h.
+    value is the sum over the two directions. A negative is allowed unless it is known to be of the sample's own class:
+    the mean times K stands for K draws from the allowed ones, and the negatives count 0 if none is allowed. The loss is
+    computed from ln h = -softplus(ln(K / N) - ln P), so that the small number that the reference code adds inside the
+    logarithm is not needed. N cancels from h.
 
-    Time O(B N D), as one matrix product with each memory, from which the scores of the negatives are picked: memory
-    O(B N) instead of the O(B K D) that collecting the embeddings of the negatives would take, on each device for its
-    own samples.
+    Time is O(B N D): one matrix product with each memory, from which the scores of the negatives are picked. Memory is
+    therefore O(B N) instead of the O(B K D) that collecting the embeddings of the negatives would take, on each device
+    for its own samples.
 
     Args:
-      student_embedding: float [B, D], of norm 1. Differentiated.
-      teacher_embedding: float [B, D], of norm 1. Differentiated: its last, linear layer is trained.
-      memory: not differentiated. Its labels should know those of the global batch already.
-      labels: int [B].
-      indices: int [B], positions in the training split.
-      negatives: int [B, K], from `draw_negatives`.
-      temperature: T > 0.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. Each device contrasts its own samples; only an
-        estimate of Z is of the global batch. Static.
+      student_embedding: Embeddings of the student, float [B, D], of norm 1. They are differentiated.
+      teacher_embedding: Embeddings of the teacher, float [B, D], of norm 1. They are differentiated, because the
+        teacher's last, linear layer is trained.
+      memory: Memory of the training split, not differentiated. Its labels should already contain those of the global
+        batch.
+      labels: Labels, int [B].
+      indices: Positions of the samples in the training split, int [B].
+      negatives: Negatives from `draw_negatives`, int [B, K].
+      temperature: Temperature T, greater than 0.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Each device contrasts its
+        own samples; only the estimate of Z is of the global batch.
 
     Returns:
-      Scalar, mean over the local batch, at least float32; the terms `student` and `teacher`, whose anchor they are; the
-      memory's log_normalizers, estimated if they were -inf.
+      A scalar of at least float32, the mean over the local batch; the terms `student` and `teacher`, named after their
+      anchor; and the memory's log_normalizers, estimated if they were -inf.
 
     Raises:
-      TypeError: embeddings are not floating point or labels not integer.
-      ValueError: shapes that do not fit, or a temperature that is not positive.
+      TypeError: If the embeddings are not floating point, or the labels not integers.
+      ValueError: If shapes do not fit, or if the temperature is not positive.
 
     References:
       Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, https://arxiv.org/abs/1910.10699,
-      section 3 and its appendix on the memory buffer.
+      section 3 and its appendix on the memory buffer; reference code: https://github.com/HobbitLong/RepDistiller.
     """
     check_float("student_embedding", student_embedding, ndim=2)
     check_same_shape(student_embedding=student_embedding, teacher_embedding=teacher_embedding)
@@ -137,7 +140,7 @@ def contrastive_loss(
 
 
 def _log_mean_exp(positive, negative, weights, axis_name):
-    """Logarithm of the weighted mean of the exponentials over the global batch, the positives with weight 1."""
+    """Returns the log of the weighted mean of exponentials over the global batch; the positives have weight 1."""
     scores = lax.stop_gradient(jnp.concatenate([positive, negative], axis=1))
     weights = jnp.concatenate([jnp.ones_like(positive), weights], axis=1)
     logarithms = jax.nn.logsumexp(scores, axis=1, b=weights) - jnp.log(jnp.sum(weights, axis=1))
@@ -154,19 +157,22 @@ def remember(
     momentum: float,
     axis_name: str | None = None,
 ) -> ContrastMemory:
-    """The memory with the embeddings of the global batch: m_i = normalize(momentum m_i + (1 - momentum) v_i).
+    """Updates the memory with the global batch: m_i = normalize(momentum m_i + (1 - momentum) v_i).
 
     Args:
-      memory: of N samples.
-      student_embedding: float [B, D], of norm 1.
-      teacher_embedding: float [B, D], of norm 1.
-      indices: int [B], distinct positions in the training split.
-      momentum: in [0, 1).
-      axis_name: mapped axis over which the batch is split. All devices write the whole global batch, so that their
-        copies stay equal.
+      memory: Memory of the N samples of the training split.
+      student_embedding: Embeddings of the student, float [B, D], of norm 1.
+      teacher_embedding: Embeddings of the teacher, float [B, D], of norm 1.
+      indices: Distinct positions of the samples in the training split, int [B].
+      momentum: Momentum of the remembered embeddings, in [0, 1).
+      axis_name: Name of the mapped axis over which the batch is split. All devices write the whole global batch, so
+        that their copies stay equal.
+
+    Returns:
+      The memory with new embeddings of the samples of the global batch.
 
     Raises:
-      ValueError: a momentum out of range.
+      ValueError: If the momentum is out of range.
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
@@ -182,15 +188,15 @@ def remember(
 
 
 class CRD(Method):
-    """`contrastive_loss` on linear embeddings, both trained, of the pooled embeddings of the networks.
+    """Applies `contrastive_loss` to trained linear embeddings of the pooled embeddings of both networks.
 
     The memory holds `ContrastMemory`: 2 N D + N numbers, 51 MB for the 50,000 images of CIFAR and 1.3 GB for ImageNet.
-    It is stored whole on every device, and with every checkpoint, because any sample may be drawn for any other; the
-    work is split: each device contrasts its own samples. A step gathers only the global batch to update all copies.
+    It is stored whole on every device, and with every checkpoint, because any sample may be drawn for any other. The
+    work is split: each device contrasts its own samples, and a step gathers only the global batch to update all copies.
 
-    Negatives are drawn uniformly and those known to be of the sample's category are left out, which takes no list of
-    the samples of each category: -1 marks the labels not seen yet, so that in the first epoch, and only there, a
-    negative may be of the same category.
+    Negatives are drawn uniformly, and those known to be of the sample's class are left out, which takes no list of the
+    samples of each class. Labels not seen yet are -1, so that a negative may be of the same class in the first epoch,
+    and only there.
 
     Attributes:
       embedding_size: Size of the linear embeddings.

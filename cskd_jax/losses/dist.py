@@ -1,4 +1,4 @@
-"""DIST: correlations of the predictions, within a sample and within a category."""
+"""DIST: the student learns the correlations of the predictions, within a sample and within a class."""
 
 import jax
 import jax.numpy as jnp
@@ -19,30 +19,33 @@ def dist_loss(
     temperature: float = 4.0,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """DIST: T^2 (beta * inter + gamma * intra), with the predictions Y = softmax(z / T) of shape [B, C].
+    """Computes DIST: T^2 (beta * inter + gamma * intra), for predictions Y = softmax(z / T) of shape [B, C].
 
-    inter = 1 - mean over the samples i of pearson(Y^s_i:, Y^t_i:): how the categories of a sample relate.
-    intra = 1 - mean over the categories c of pearson(Y^s_:c, Y^t_:c): how the samples of the global batch relate.
+    inter = 1 - mean over the samples i of pearson(Y^s_i:, Y^t_i:), which relates the classes of a sample. intra = 1 -
+    mean over the classes c of pearson(Y^s_:c, Y^t_:c), which relates the samples of the global batch.
 
-    Time and memory O(B C), on every device.
+    Time and memory are O(B C), on every device.
 
     Args:
-      student_logits: float [B, C].
-      teacher_logits: float [B, C]. Never differentiated.
-      beta: weight of inter. The default is that of the code that the authors released, as is that of gamma.
-      gamma: weight of intra.
-      temperature: T > 0. The default is that of the authors for small images (CIFAR-100); on ImageNet they use 1.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. Inter is then the mean over the local samples;
-        for intra the predictions of the global batch are gathered, its value is the same on every device. Static.
+      student_logits: Logits of the student, float [B, C].
+      teacher_logits: Logits of the teacher, float [B, C], never differentiated.
+      beta: Weight of inter. Like that of gamma, the default is that of the authors' code
+        (https://github.com/hunto/DIST_KD).
+      gamma: Weight of intra.
+      temperature: Temperature T, greater than 0. The default is that of the authors for small images (CIFAR-100); on
+        ImageNet they use 1.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Inter is then the mean over
+        the local samples; for intra the predictions of the global batch are gathered, so its value is the same on every
+        device.
 
     Returns:
-      Scalar and the terms `inter` and `intra` without their weights and T^2, each in [0, 2], at least float32. A row
-      or column whose entries are all equal has correlation 0 with every other, and zero gradient.
+      A scalar and the terms `inter` and `intra` without their weights and T^2, each in [0, 2], of at least float32. A
+      row or column whose entries are all equal has correlation 0 with every other, and zero gradient.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: shapes that do not fit, fewer than 2 categories, a global batch of one sample, or a temperature that
-        is not positive.
+      TypeError: If the logits are not floating point.
+      ValueError: If shapes do not fit, if there are fewer than 2 classes, if the global batch has one sample, or if the
+        temperature is not positive.
 
     References:
       Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022,
@@ -50,7 +53,7 @@ def dist_loss(
     """
     check_logits(student_logits, teacher_logits)
     if student_logits.shape[1] < 2:
-        raise ValueError(f"dist_loss correlates categories: it needs at least 2, got {student_logits.shape[1]}")
+        raise ValueError(f"dist_loss correlates classes: it needs at least 2, got {student_logits.shape[1]}")
     check_temperature(temperature)
     student = jax.nn.softmax(at_least_float32(student_logits) / temperature)
     teacher = lax.stop_gradient(jax.nn.softmax(at_least_float32(teacher_logits) / temperature))
@@ -62,13 +65,13 @@ def dist_loss(
 
 
 def _pearson(a, b):
-    """Correlation of each row of `a` with that of `b`: [R, N], [R, N] -> [R]."""
+    """Returns the correlation of each row of `a` with that of `b`: [R, N], [R, N] -> [R]."""
     a, b = (normalize(x - jnp.mean(x, axis=1, keepdims=True)) for x in (a, b))
     return jnp.sum(a * b, axis=1)
 
 
 class DIST(Method):
-    """`dist_loss` on the logits.
+    """Applies `dist_loss` to the logits.
 
     Attributes:
       beta: Weight of the relations between the classes of a sample.

@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation: the target category and the others, each with a weight of its own."""
+"""Decoupled knowledge distillation: the target class and the other classes, each with a weight of its own."""
 
 from typing import ClassVar
 
@@ -19,30 +19,30 @@ def dkd_loss(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Decoupled knowledge distillation: T^2 (alpha TCKD + beta NCKD).
+    """Computes decoupled knowledge distillation: T^2 (alpha TCKD + beta NCKD).
 
-    With p = softmax(z / T) and y the label, TCKD = KL(b^t || b^s) of b = (p_y, 1 - p_y), and NCKD = KL(q^t || q^s) of
-    q, the softmax of z / T over the categories other than y. Computed from logarithms: finite for any finite logits.
-    Time and memory O(B C).
+    With p = softmax(z / T) and the label y, TCKD = KL(b^t || b^s) of b = (p_y, 1 - p_y), and NCKD = KL(q^t || q^s) of
+    q, the softmax of z / T over the classes other than y. Both are computed from logarithms and finite for any finite
+    logits. Time and memory are O(B C).
 
     The paper multiplies the loss by min(epoch / 20, 1): that is a schedule of its weight, not part of the loss.
 
     Args:
-      student_logits: float [B, C], C >= 3.
-      teacher_logits: float [B, C]. Never differentiated.
-      labels: int [B], in [0, C).
-      alpha: weight of TCKD.
-      beta: weight of NCKD.
-      temperature: T > 0.
+      student_logits: Logits of the student, float [B, C], with C >= 3.
+      teacher_logits: Logits of the teacher, float [B, C], never differentiated.
+      labels: Labels, int [B], in [0, C).
+      alpha: Weight of TCKD.
+      beta: Weight of NCKD.
+      temperature: Temperature T, greater than 0.
 
     Returns:
-      Scalar, mean over the batch of sums over the categories, at least float32, and the unweighted terms `target`
-      (T^2 TCKD) and `non_target` (T^2 NCKD).
+      A scalar, the mean over the batch of sums over the classes, and the unweighted terms `target` (T^2 TCKD) and
+      `non_target` (T^2 NCKD), all of at least float32.
 
     Raises:
-      TypeError: logits are not floating point or labels not integer.
-      ValueError: shapes that do not fit, fewer than 3 categories (with 2 there is nothing among the non-targets), or a
-        temperature that is not positive.
+      TypeError: If the logits are not floating point, or the labels not integers.
+      ValueError: If shapes do not fit, if there are fewer than 3 classes (with 2 there is one class besides the target,
+        and nothing to compare), or if the temperature is not positive.
 
     References:
       Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", CVPR 2022, https://arxiv.org/abs/2203.08679.
@@ -50,7 +50,7 @@ def dkd_loss(
     check_logits(student_logits, teacher_logits)
     check_labels(labels, student_logits.shape[0])
     if student_logits.shape[1] < 3:
-        raise ValueError(f"dkd needs at least 3 categories, got logits of shape {student_logits.shape}")
+        raise ValueError(f"dkd needs at least 3 classes, got logits of shape {student_logits.shape}")
     check_temperature(temperature)
     is_target = jnp.arange(student_logits.shape[1], dtype=jnp.int32) == labels.astype(jnp.int32)[:, None]
     target_s, others_s, among_s = _decouple(at_least_float32(student_logits) / temperature, is_target)
@@ -63,7 +63,7 @@ def dkd_loss(
 
 
 def _decouple(logits, is_target):
-    """ln p_y [B], ln (1 - p_y) [B], and ln q [B, C], with 0 at the target."""
+    """Returns ln p_y [B], ln (1 - p_y) [B], and ln q [B, C], with 0 at the target."""
     all_categories = jax.nn.logsumexp(logits, axis=1)
     non_targets = jax.nn.logsumexp(jnp.where(is_target, -jnp.inf, logits), axis=1)
     target = jnp.sum(jnp.where(is_target, logits, 0), axis=1)
@@ -72,7 +72,7 @@ def _decouple(logits, is_target):
 
 
 class DKD(Method):
-    """`dkd_loss` on the logits.
+    """Applies `dkd_loss` to the logits.
 
     Attributes:
       alpha: Weight of the target class against all others.

@@ -1,4 +1,4 @@
-"""Factor transfer: what is left of the teacher's last map when it must fit into fewer channels."""
+"""Factor transfer: the teacher's last map, compressed to fewer channels."""
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +15,26 @@ from cskd_jax.losses.base import LossInputs, Method, Positive
 def factor_transfer_loss(
     student_factor: jax.Array, teacher_factor: jax.Array, *, pool_channels: bool = True
 ) -> jax.Array:
-    """Factor transfer: mean |n(F^s) - n(F^t)| of normalized factors.
+    """Computes factor transfer: the mean of |n(F^s) - n(F^t)| of normalized factors.
 
-    n(F) is the mean of the squared channels at each position, flattened and scaled to Euclidean norm 1, as comparison
-    tables of the field have it; or, without `pool_channels`, the flattened factor itself scaled to norm 1, as the paper
-    has it. Where the maps differ in size, the larger is average-pooled to the smaller first. Time O(B H W K), memory
-    O(B H W K).
+    n(F) is the mean of the squared channels at each position, flattened and scaled to Euclidean norm 1, as in the
+    reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller). Without `pool_channels` it is
+    the flattened factor itself scaled to norm 1, as in the paper. Where the maps differ in size, the larger is first
+    average-pooled to the smaller. Time and memory are O(B H W K).
 
     Args:
-      student_factor: float [B, H, W, K], from the translator.
-      teacher_factor: float [B, H', W', K'], from the paraphraser; K' = K without `pool_channels`. Never differentiated.
-      pool_channels: see above. Static.
+      student_factor: Factor of the student from the translator, float [B, H, W, K].
+      teacher_factor: Factor of the teacher from the paraphraser, float [B, H', W', K'], with K' = K without
+        `pool_channels`. It is never differentiated.
+      pool_channels: Whether n averages the squared channels, static.
 
     Returns:
-      Scalar, mean over the elements of n, at least float32. A zero factor stays zero and has no gradient.
+      A scalar of at least float32: the mean over the elements of n. A zero factor stays zero and has no gradient.
 
     Raises:
-      TypeError: factors are not floating point.
-      ValueError: factors without 4 dimensions or of different batches, or different channels without `pool_channels`.
+      TypeError: If the factors are not floating point.
+      ValueError: If the factors do not have 4 dimensions, if their batches differ, or if their channels differ without
+        `pool_channels`.
 
     References:
       Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018,
@@ -55,17 +57,17 @@ def factor_transfer_loss(
 
 
 class ConvolutionStack(nn.Module):
-    """3x3 convolutions with bias, each followed by a leaky ReLU of slope 0.1.
+    """A stack of 3x3 convolutions with bias, each followed by a leaky ReLU of slope 0.1.
 
     Attributes:
-      widths: output channels of each convolution.
+      widths: Numbers of output channels of the convolutions.
     """
 
     widths: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H, W, D] -> [B, H, W, widths[-1]]."""
+        """Maps x [B, H, W, D] to [B, H, W, widths[-1]]."""
         for layer, width in enumerate(self.widths, start=1):
             x = Convolution(width, 3, name=f"layer{layer}")(x)
             x = nn.leaky_relu(x + self.param(f"bias{layer}", nn.initializers.zeros, (width,), x.dtype), 0.1)
@@ -73,15 +75,15 @@ class ConvolutionStack(nn.Module):
 
 
 class FactorTransfer(Method):
-    """`factor_transfer_loss` on the last stage, with a trainable paraphraser and translator.
+    """Applies `factor_transfer_loss` to the last stage, with a trainable paraphraser and translator.
 
     The paraphraser is an autoencoder of the teacher's last map: three 3x3 convolutions to rate * channels (the factor)
     and three back. The translator is three convolutions from the student's last map to as many channels. The paper
     trains the paraphraser first and then keeps it; here it is trained at the same time, by its own reconstruction loss,
-    so that one phase is enough. No gradient of the transfer reaches the paraphraser, none of the reconstruction the
-    student: only the size of the paraphraser's steps depends on `reconstruction_weight`.
+    so that one phase is enough. No gradient of the transfer reaches the paraphraser, and none of the reconstruction
+    reaches the student: only the size of the paraphraser's steps depends on `reconstruction_weight`.
 
-    The method is transfer + reconstruction_weight * reconstruction, and these two its terms.
+    The value is transfer + reconstruction_weight * reconstruction, and these two are its terms.
 
     Attributes:
       rate: Channels of the factor, as a fraction of the teacher's.

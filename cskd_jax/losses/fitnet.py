@@ -1,4 +1,4 @@
-"""Hints: the maps of a middle stage themselves."""
+"""Hints: the student learns the maps of a middle stage themselves."""
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,25 @@ from cskd_jax.losses.base import Count, LossInputs, Method
 
 
 def hint_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
-    """Hint of FitNets: mean squared difference between the regressed map of the student and the teacher's.
+    """Computes the hint loss of FitNets: the mean squared difference between regressed student and teacher maps.
 
-    Time O(B H W D), no memory beyond the arguments.
+    Time is O(B H W D), and no memory is needed beyond the arguments.
 
     Args:
-      student_features: float [B, ..., D], after the regressor.
-      teacher_features: float, the shape of student_features. Never differentiated.
+      student_features: Features of the student after the regressor, float [B, ..., D].
+      teacher_features: Features of the teacher, float, in the shape of student_features, never differentiated.
 
     Returns:
-      Scalar, mean over all elements, at least float32.
+      A scalar of at least float32: the mean over all elements.
 
     Raises:
-      TypeError: features are not floating point.
-      ValueError: shapes that differ.
+      TypeError: If the features are not floating point.
+      ValueError: If shapes differ.
 
     References:
-      Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, https://arxiv.org/abs/1412.6550, Eq. 3 (with the
-      mean instead of half the squared norm, as comparison tables of the field have it).
+      Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, https://arxiv.org/abs/1412.6550, Eq. 3, with the
+      mean instead of half the squared norm, as in the reference code of CRD (Tian et al. 2020,
+      https://github.com/HobbitLong/RepDistiller).
     """
     check_float("student_features", student_features, min_ndim=2)
     check_float("teacher_features", teacher_features, min_ndim=2)
@@ -39,7 +40,7 @@ def hint_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.A
 
 
 class FitNet(Method):
-    """`hint_loss` at one stage, through a trainable regressor: 1x1 convolution, batch normalization, ReLU.
+    """Applies `hint_loss` to one stage through a trainable regressor: 1x1 convolution, batch normalization, ReLU.
 
     Where the maps differ in size, the larger is average-pooled to the smaller.
 

@@ -1,4 +1,4 @@
-"""Flow of solution procedure: how the channels of one stage go with those of the next."""
+"""Flow of solution procedure: the student learns how the channels of one stage relate to those of the next."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,14 +15,16 @@ from cskd_jax.losses.base import LossInputs, Method
 
 
 def fsp_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
-    """G = mean over the positions of f_l (x) f_{l+1}; the larger of the two maps is average-pooled to the smaller.
+    """Computes the FSP matrix G: the mean over the positions of f_l (x) f_{l+1}.
+
+    The larger of the two maps is average-pooled to the size of the smaller.
 
     Args:
-      first: float [B, H, W, D].
-      second: float [B, H', W', D'].
+      first: Map f_l, float [B, H, W, D].
+      second: Map f_{l+1}, float [B, H', W', D'].
 
     Returns:
-      [B, D, D'].
+      G [B, D, D'].
     """
     first, second = pool_to_common_size(first, second)
     positions = first.shape[1] * first.shape[2]
@@ -30,26 +32,26 @@ def fsp_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def fsp_loss(student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.Array]) -> jax.Array:
-    """Flow of solution procedure: sum over consecutive stages l, l + 1 of the mean of (G_l^s - G_l^t)^2.
+    """Computes the FSP loss: the sum over consecutive stages l, l + 1 of the mean of (G_l^s - G_l^t)^2.
 
-    G is `fsp_matrix`. Time O(B H W D D') and memory O(B D D') for each pair of stages.
+    G is that of `fsp_matrix`. Time is O(B H W D D') and memory O(B D D') for each pair of stages.
 
     Args:
-      student_stages: float [B, H_l, W_l, D_l] for at least two stages, first stage first.
-      teacher_stages: equally many stages [B, H'_l, W'_l, D_l]: the same numbers of channels, maps of any size. Never
-        differentiated.
+      student_stages: Maps of the student, float [B, H_l, W_l, D_l] for at least two stages, the first stage first.
+      teacher_stages: Maps of the teacher [B, H'_l, W'_l, D_l] for equally many stages, with the same numbers of
+        channels and any size. They are never differentiated.
 
     Returns:
-      Scalar; the mean is over the B D_l D_{l+1} elements of a matrix. At least float32.
+      A scalar of at least float32; the mean is over the B D_l D_{l+1} elements of a matrix.
 
     Raises:
-      TypeError: a stage is not floating point.
-      ValueError: stages without 4 dimensions, of different batches, different or fewer than two in number, or with
-        different numbers of channels in student and teacher.
+      TypeError: If a stage is not floating point.
+      ValueError: If stages do not have 4 dimensions, if their batches differ, if their numbers differ or are less than
+        two, or if student and teacher have different numbers of channels in a stage.
 
     References:
-      Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation", CVPR 2017,
-      https://doi.org/10.1109/CVPR.2017.754, Eq. 1 and 2.
+      Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation", CVPR 2017, https://doi.org/10.1109/CVPR.2017.754, Eq. 1
+      and 2.
     """
     for stage, (student, teacher) in enumerate(pair_stages(student_stages, teacher_stages, at_least=2), start=1):
         check_float(f"student stage {stage}", student, ndim=4)
@@ -63,14 +65,15 @@ def fsp_loss(student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.A
     student_stages = [at_least_float32(stage) for stage in student_stages]
     teacher_stages = [lax.stop_gradient(at_least_float32(stage)) for stage in teacher_stages]
     pairs = zip(pairwise(student_stages), pairwise(teacher_stages), strict=True)
-    return sum(jnp.mean(jnp.square(fsp_matrix(*student) - fsp_matrix(*teacher))) for student, teacher in pairs)
+    differences = (fsp_matrix(*student) - fsp_matrix(*teacher) for student, teacher in pairs)
+    return jnp.asarray(sum(jnp.mean(jnp.square(difference)) for difference in differences))
 
 
 class FSP(Method):
-    """`fsp_loss` over all pairs of consecutive stages.
+    """Applies `fsp_loss` to all pairs of consecutive stages.
 
-    A stage of the student whose channels are not as many as the teacher's is first projected to them by a trainable
-    1x1 convolution without bias; the paper only has networks with equal channels.
+    A trainable 1x1 convolution without bias first projects a stage of the student whose channels are not as many as the
+    teacher's; the paper only has networks with equal channels.
     """
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""Instance relationship graph: samples as vertices, distances as edges, and how both change between two stages."""
+"""Instance relationship graph: samples are vertices, distances are edges, and both change between two stages."""
 
 import jax
 import jax.numpy as jnp
@@ -24,43 +24,44 @@ def irg_loss(
     transformation_weight: float = 5.0,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """IRG loss: vertex_weight * vertex + edge_weight * edge + transformation_weight * transformation.
+    """Computes IRG: vertex_weight * vertex + edge_weight * edge + transformation_weight * transformation.
 
-    vertex = MSE(z^s, z^t) of the logits.
-    edge = mean over lower map, upper map and embedding of MSE(E^s, E^t), with E_ij = d_ij / max(d) and the squared
+    - vertex = MSE(z^s, z^t) of the logits.
+    - edge = mean over lower map, upper map and embedding of MSE(E^s, E^t), with E_ij = d_ij / max(d) and the squared
       distances d_ij = ||x_i - x_j||^2 between the samples (flattened) of the global batch.
-    transformation = MSE(v^s, v^t), with v_i = w_i / max(w) and w_i = ||P(upper_i) - P(lower_i)||^2, the squared
+    - transformation = MSE(v^s, v^t), with v_i = w_i / max(w) and w_i = ||P(upper_i) - P(lower_i)||^2, the squared
       distance that sample i moves from the lower to the upper map.
 
-    The transformation is the paper's vertex transformation. It leaves open how to subtract maps of different shape: P
-    averages the larger height and width, and the larger number of channels, over equal (where they do not divide:
-    overlapping) cells down to the smaller, so that no parameters are needed and any two networks fit. The paper's edge
-    transformation is left out, as in the field's comparisons: it is a difference of the edges that are matched already.
+    The transformation is the paper's vertex transformation. The paper leaves open how to subtract maps of different
+    shape: P averages the larger height and width, and the larger number of channels, over equal cells (overlapping
+    where sizes do not divide) down to the smaller, so that no parameters are needed and any two networks fit. The
+    paper's edge transformation is left out, as in Knowledge-Distillation-Zoo
+    (https://github.com/AberHu/Knowledge-Distillation-Zoo): it is a difference of edges that are matched already.
 
-    With maps and embeddings of D numbers a sample, time O(B^2 D) and memory O(B^2 + B D), on every device.
+    With maps and embeddings of D numbers for each sample, time is O(B^2 D) and memory O(B^2 + B D), on every device.
 
     Args:
-      student_logits: float [B, C].
-      teacher_logits: float [B, C]. No output of the teacher is differentiated.
-      student_maps: (lower, upper), float [B, H, W, D] each with its own H, W and D.
-      teacher_maps: likewise; need not have the student's sizes.
-      student_embedding: float [B, D].
-      teacher_embedding: float [B, D'].
-      vertex_weight: of vertex; the defaults are those of the field's comparison tables.
-      edge_weight: of edge.
-      transformation_weight: of transformation.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. Vertex is then the mean over the local samples;
-        for the others maps and embeddings of the global batch are gathered, their values are the same on every device.
-        Static.
+      student_logits: Logits of the student, float [B, C].
+      teacher_logits: Logits of the teacher, float [B, C]. No output of the teacher is differentiated.
+      student_maps: Lower and upper map of the student, each float [B, H, W, D] with its own H, W and D.
+      teacher_maps: Lower and upper map of the teacher, whose sizes may differ from the student's.
+      student_embedding: Embeddings of the student, float [B, D].
+      teacher_embedding: Embeddings of the teacher, float [B, D'].
+      vertex_weight: Weight of vertex. The defaults of the three weights are those of Knowledge-Distillation-Zoo.
+      edge_weight: Weight of edge.
+      transformation_weight: Weight of transformation.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Vertex is then the mean
+        over the local samples; for the other terms the maps and embeddings of the global batch are gathered, so their
+        values are the same on every device.
 
     Returns:
-      Scalar and the unweighted terms `vertex`, `edge`, `transformation`: means over samples and categories, over the
+      A scalar and the unweighted terms `vertex`, `edge` and `transformation`: means over samples and classes, over the
       B^2 pairs (i = j included) and the three places, and over samples; at least float32. Where all distances of a
       place are 0, or as small as the rounding of the features, its relations are 0 with zero gradient.
 
     Raises:
-      TypeError: an input is not floating point.
-      ValueError: shapes that do not fit, different batches, or a global batch of one sample.
+      TypeError: If an input is not floating point.
+      ValueError: If shapes do not fit, if batches differ, or if the global batch has one sample.
 
     References:
       Liu, Cao, Li, Yuan, Hu, Li, Duan, "Knowledge Distillation via Instance Relationship Graph", CVPR 2019, section 3.
@@ -85,7 +86,7 @@ def irg_loss(
     edges = [
         jnp.mean(jnp.square(_edges(s, axis_name) - _edges(t, axis_name))) for s, t in zip(student, teacher, strict=True)
     ]
-    edge = sum(edges) / len(edges)
+    edge = jnp.asarray(sum(edges) / len(edges))
     movements = [_transformation(network[0], network[1], axis_name) for network in (student, teacher)]
     transformation = jnp.mean(jnp.square(movements[0] - movements[1]))
     total = vertex_weight * vertex + edge_weight * edge + transformation_weight * transformation
@@ -93,7 +94,7 @@ def irg_loss(
 
 
 def _edges(x, axis_name):
-    """Squared distances between the samples of the global batch over their maximum: [B, ...] -> [B, B]."""
+    """Returns the squared distances between samples of the global batch over their maximum: [B, ...] -> [B, B]."""
     x = gather_batch(x.reshape(x.shape[0], -1), axis_name)
     check_several_samples("irg_loss", len(x))
     rounding = jnp.square(jnp.finfo(x.dtype).eps) * jnp.max(jnp.sum(jnp.square(x), axis=1))
@@ -106,7 +107,7 @@ def _edges(x, axis_name):
 
 
 def _transformation(lower, upper, axis_name):
-    """Squared distance that each sample of the global batch moves, over the maximum: [B, ...], [B, ...] -> [B]."""
+    """Returns the squared distance that each sample moves over the maximum of the global batch: two [B, ...] -> [B]."""
     channels = min(lower.shape[-1], upper.shape[-1])
     lower, upper = (_pool_channels(x, channels) for x in pool_to_common_size(lower, upper))
     rounding = jnp.sum(jnp.square(lower), axis=(1, 2, 3)) + jnp.sum(jnp.square(upper), axis=(1, 2, 3))
@@ -121,14 +122,14 @@ def _pool_channels(x, channels):
 
 
 def _relative(distances, rounding):
-    """`distances` over their maximum; 0 where that is no more than `rounding`."""
+    """Returns `distances` over their maximum; 0 where the maximum is no more than `rounding`."""
     largest = jnp.max(distances)
     distinct = largest > lax.stop_gradient(rounding)
     return jnp.where(distinct, distances / jnp.where(distinct, largest, 1), 0)
 
 
 class IRG(Method):
-    """`irg_loss` on the logits, the maps of two stages and the pooled embeddings.
+    """Applies `irg_loss` to the logits, the maps of two stages and the pooled embeddings.
 
     Attributes:
       lower_stage: Stage of the lower map, counted from 1.
@@ -152,12 +153,12 @@ class IRG(Method):
                 f"lower_stage {self.lower_stage} and upper_stage {self.upper_stage} must be two stages, in order, of "
                 f"both networks, which have {len(student.features)} and {len(teacher.features)}"
             )
-        stages = (self.lower_stage - 1, self.upper_stage - 1)
+        lower, upper = self.lower_stage - 1, self.upper_stage - 1
         return irg_loss(
             student.logits,
             teacher.logits,
-            tuple(student.features[stage] for stage in stages),
-            tuple(teacher.features[stage] for stage in stages),
+            (student.features[lower], student.features[upper]),
+            (teacher.features[lower], teacher.features[upper]),
             student.embedding,
             teacher.embedding,
             vertex_weight=self.vertex_weight,

@@ -1,4 +1,4 @@
-"""KDGAN: classifier, teacher and discriminator in one game."""
+"""KDGAN: classifier, teacher and discriminator play one game."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -16,28 +16,29 @@ from cskd_jax.losses.logits import kd_loss
 
 
 def reverse_gradient(x: jax.Array) -> jax.Array:
-    """`x` itself, whose gradient is multiplied by -1: what lies behind it ascends where the rest descends."""
+    """Returns `x` with its gradient multiplied by -1, so that the parameters behind it ascend where others descend."""
     return 2 * lax.stop_gradient(x) - x
 
 
 def sample_category(key: jax.Array, positions: jax.Array, logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
-    """Draws a category from softmax(logits) by the Gumbel-max trick, differentiable straight through.
+    """Draws a class from softmax(logits) by the Gumbel-max trick, with a straight-through gradient.
 
-    With G independent Gumbel noise the sample is onehot(argmax(z + G)), and its derivative is taken to be that of the
+    With independent Gumbel noise G the sample is onehot(argmax(z + G)). Its derivative is taken to be that of the
     relaxed sample softmax((z + G) / temperature), a draw from the concrete distribution.
 
     Args:
-      key: the same on all devices.
-      positions: int [B], of the samples in the global batch. A sample's noise depends on `key` and its position alone.
-      logits: float [B, C].
-      temperature: of the relaxed sample, greater than 0.
+      key: Key of the noise, the same on all devices.
+      positions: Positions of the samples in the global batch, int [B]. A sample's noise depends on `key` and its
+        position alone.
+      logits: Logits, float [B, C].
+      temperature: Temperature of the relaxed sample, greater than 0.
 
     Returns:
-      [B, C], one-hot rows up to rounding, in the dtype of the logits.
+      An array [B, C] of rows that are one-hot up to rounding, in the dtype of the logits.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: logits without 2 dimensions, or a temperature that is not positive.
+      TypeError: If the logits are not floating point.
+      ValueError: If the logits do not have 2 dimensions, or if the temperature is not positive.
 
     References:
       Jang, Gu, Poole, "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017,
@@ -68,40 +69,41 @@ def kdgan_loss(
     teacher_distillation: float = 0.1,
     temperature: float = 4.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """KDGAN: the game's value, and what student and teacher learn from each other.
+    """Computes KDGAN: the value of the game, and the distillation between student and teacher in both directions.
 
     adversarial = mean ln D(y) + alpha mean ln(1 - D(y~^s)) + (1 - alpha) mean ln(1 - D(y~^t))
     L = adversarial + beta T^2 KL(p^t || p^s) + gamma T^2 KL(p^s || p^t)
-    with y the true category, y~ a pseudo label drawn from a network's prediction, D(y) = sigmoid(discriminate(y)) the
-    probability that a category is the true one of its sample, and p = softmax(z / T). In the first divergence only p^s
-    is differentiated, in the second only p^t. Student and teacher descend L; the discriminator is to ascend it, by
-    `reverse_gradient` of its parameters within `discriminate`.
+    with the true class y, a pseudo label y~ drawn from a network's prediction, the probability D(y) =
+    sigmoid(discriminate(y)) that a class is the true one of its sample, and p = softmax(z / T). In the first divergence
+    only p^s is differentiated, in the second only p^t. Student and teacher descend L; the discriminator is to ascend
+    it, by `reverse_gradient` of its parameters within `discriminate`.
 
-    Time and memory O(B C) beyond `discriminate`, which is called three times.
+    Time and memory are O(B C) beyond `discriminate`, which is called three times.
 
     Args:
-      student_logits: float [B, C].
-      teacher_logits: float [B, C]. Differentiated: the teacher is trained jointly.
-      labels: int [B], in [0, C).
-      student_sample: float [B, C], pseudo labels of the student, from `sample_category`.
-      teacher_sample: float [B, C], pseudo labels of the teacher.
-      discriminate: categories [B, C], one-hot or relaxed, to logits [B] of being the true ones.
-      student_share: alpha in [0, 1].
-      student_distillation: beta, the weight of what the student learns from the teacher.
-      teacher_distillation: gamma, the weight of what the teacher learns from the student.
-      temperature: T > 0.
+      student_logits: Logits of the student, float [B, C].
+      teacher_logits: Logits of the teacher, float [B, C]. They are differentiated, because the teacher is trained
+        jointly.
+      labels: Labels, int [B], in [0, C).
+      student_sample: Pseudo labels of the student from `sample_category`, float [B, C].
+      teacher_sample: Pseudo labels of the teacher from `sample_category`, float [B, C].
+      discriminate: Function from classes [B, C], one-hot or relaxed, to logits [B] of being the true ones.
+      student_share: Share alpha of the student's pseudo labels, in [0, 1].
+      student_distillation: Weight beta of what the student learns from the teacher.
+      teacher_distillation: Weight gamma of what the teacher learns from the student.
+      temperature: Temperature T, greater than 0.
 
     Returns:
-      Scalar and the unweighted terms `adversarial` (at most 0), `student_distillation`, `teacher_distillation`; means
-      over the batch, at least float32. Finite for any finite logits.
+      A scalar and the unweighted terms `adversarial` (at most 0), `student_distillation` and `teacher_distillation`:
+      means over the batch, of at least float32, finite for any finite logits.
 
     Raises:
-      TypeError: logits are not floating point or labels not integer.
-      ValueError: shapes that do not fit, a temperature that is not positive, or a student_share out of range.
+      TypeError: If the logits are not floating point, or the labels not integers.
+      ValueError: If shapes do not fit, if the temperature is not positive, or if student_share is out of range.
 
     References:
-      Wang, Zhang, Sun, Qi, "KDGAN: Knowledge Distillation with Generative Adversarial Networks", NeurIPS 2018,
-      section 3. The paper searches alpha, beta and gamma for each data set: the defaults are not from it.
+      Wang, Zhang, Sun, Qi, "KDGAN: Knowledge Distillation with Generative Adversarial Networks", NeurIPS 2018, section
+      3. The paper searches alpha, beta and gamma for each data set, so the defaults are not from it.
     """
     check_float("student_logits", student_logits, ndim=2)
     check_float("teacher_logits", teacher_logits, ndim=2)
@@ -135,21 +137,22 @@ def _mean_log_sigmoid(x):
 
 
 class KDGAN(Method):
-    """`kdgan_loss` with its teacher and its discriminator, trained with the student in one step.
+    """Applies `kdgan_loss` with its teacher and its discriminator, both trained with the student in one step.
 
-    Kept of the paper: the three players, the value of their game, pseudo labels by the Gumbel-max trick with the
-    gradient of the concrete distribution instead of a score-function estimate, and distillation in both directions.
+    These parts of the paper are kept: the three players, the value of their game, pseudo labels by the Gumbel-max trick
+    with the gradient of the concrete distribution instead of a score-function estimate, and distillation in both
+    directions.
 
-    Changed, to have one objective and one update a step:
+    These parts are changed, so that there are one objective and one update for each step:
     - The three take their steps at once instead of in turns; the gradient of the discriminator is reversed. They share
       the run's optimizer, its weight decay included.
-    - The trained teacher is the given network with a trained linear classifier on its pooled embedding. It is written
-      as a change, at first zero, of the given network's logits: it starts as the trained network, as the paper's
-      players start trained. The layers before stay as they are, and so does what the other methods see.
-    - The student starts untrained: give it the labels by a cross-entropy beside this method. The discriminator starts
-      untrained too.
-    - The discriminator is a network with one hidden layer on the teacher's embedding (divided by its norm; what
-      the paper calls the privileged input) and the category. A category enters linearly, so relaxed ones can.
+    - The trained teacher is the given network with a trained linear classifier on its pooled embedding. The classifier
+      is added to the given network's logits and is zero at first: it starts as the trained network, as the paper's
+      players start trained. The layers before stay as they are, and so do the outputs that the other methods see.
+    - The student starts untrained, so give it the labels by a cross-entropy beside this method. The discriminator
+      starts untrained too.
+    - The discriminator is a network with one hidden layer on the teacher's embedding (divided by its norm; the paper
+      calls it the privileged input) and the class. A class enters linearly, so relaxed ones can.
     - Pseudo labels are one-hot, with the straight-through gradient at a constant temperature; the paper lowers it in
       the course of training.
     - The divergence is KL with a temperature, one of the two forms that the paper compares.
@@ -206,7 +209,10 @@ class KDGAN(Method):
         )
 
     def _discriminator(self, embedding, num_classes):
-        """`discriminate` of `kdgan_loss`, of parameters that ascend; its input and hidden layer are of norm about 1."""
+        """Returns `discriminate` for `kdgan_loss`, with parameters that ascend.
+
+        Its input and its hidden layer have a norm of about 1.
+        """
         unit_norm = nn.initializers.variance_scaling(1.0, "fan_out", "normal")
 
         def weights(name, init, *shape):

@@ -1,4 +1,4 @@
-"""Losses on logits: cross-entropy, knowledge distillation with a temperature, mean squared error."""
+"""Losses on logits: cross-entropy, knowledge distillation with a temperature, and mean squared error."""
 
 from typing import ClassVar
 
@@ -11,18 +11,18 @@ from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
 def cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of softmax(logits) with integer labels.
+    """Computes the cross-entropy of softmax(logits) with integer labels.
 
     Args:
-      logits: float [B, C].
-      labels: int [B], in [0, C).
+      logits: Logits, float [B, C].
+      labels: Labels, int [B], in [0, C).
 
     Returns:
-      Scalar, mean over the batch, at least float32.
+      A scalar of at least float32: the mean over the batch.
 
     Raises:
-      TypeError: logits are not floating point or labels not integer.
-      ValueError: shapes that do not fit.
+      TypeError: If the logits are not floating point, or the labels not integers.
+      ValueError: If shapes do not fit.
     """
     check_float("logits", logits, ndim=2)
     check_labels(labels, logits.shape[0])
@@ -31,19 +31,19 @@ def cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 4.0) -> jax.Array:
-    """Knowledge distillation: T^2 KL(softmax(z^t / T) || softmax(z^s / T)).
+    """Computes knowledge distillation: T^2 KL(softmax(z^t / T) || softmax(z^s / T)).
 
     Args:
-      student_logits: float [B, C].
-      teacher_logits: float [B, C]. Never differentiated.
-      temperature: T > 0.
+      student_logits: Logits of the student, float [B, C].
+      teacher_logits: Logits of the teacher, float [B, C], never differentiated.
+      temperature: Temperature T, greater than 0.
 
     Returns:
-      Scalar, mean over the batch of the sum over categories, at least float32.
+      A scalar of at least float32: the mean over the batch of the sum over classes.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: shapes that differ, or a temperature that is not positive.
+      TypeError: If the logits are not floating point.
+      ValueError: If shapes differ, or if the temperature is not positive.
 
     References:
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531.
@@ -56,25 +56,25 @@ def kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature
 
 
 def mse_logits_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """Mean squared error between the logits of student and teacher (Chen et al. 2020, Eq. 10).
+    """Computes the mean squared error between the logits of student and teacher (Chen et al. 2020, Eq. 10).
 
     Args:
-      student_logits: float [B, C].
-      teacher_logits: float [B, C]. Never differentiated.
+      student_logits: Logits of the student, float [B, C].
+      teacher_logits: Logits of the teacher, float [B, C], never differentiated.
 
     Returns:
-      Scalar, mean over all B C elements, at least float32.
+      A scalar of at least float32: the mean over all B C elements.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: shapes that differ.
+      TypeError: If the logits are not floating point.
+      ValueError: If shapes differ.
     """
     check_logits(student_logits, teacher_logits)
     return jnp.mean(jnp.square(at_least_float32(student_logits) - lax.stop_gradient(at_least_float32(teacher_logits))))
 
 
 class CrossEntropy(Method):
-    """`cross_entropy_loss` of the student with the labels."""
+    """Applies `cross_entropy_loss` to the student's logits and the labels."""
 
     needs_teacher: ClassVar[bool] = False
     multilabel: ClassVar[bool] = False
@@ -84,7 +84,7 @@ class CrossEntropy(Method):
 
 
 class KD(Method):
-    """`kd_loss` on the logits.
+    """Applies `kd_loss` to the logits.
 
     Attributes:
       temperature: Temperature of the softmax, greater than 0.
@@ -98,7 +98,7 @@ class KD(Method):
 
 
 class MSELogits(Method):
-    """`mse_logits_loss` on the logits."""
+    """Applies `mse_logits_loss` to the logits."""
 
     def __call__(self, inputs: LossInputs):
         return mse_logits_loss(inputs.student.logits, inputs.teacher.logits), {}

@@ -1,7 +1,7 @@
 """Category structure for samples that belong to several categories, or to none.
 
-The loss of `cskd_jax.losses.category` with a row of weights per sample in the place of one label; where every row is
-one-hot, both are equal.
+The loss is that of `cskd_jax.losses.category` with a row of weights for each sample in the place of one label. Where
+every row is one-hot, both losses are equal.
 """
 
 from collections.abc import Mapping
@@ -31,11 +31,11 @@ def multilabel_category_structure_loss(
     inter_weight: float | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Category-structure distillation loss of samples that may belong to several categories.
+    """Computes the category-structure loss of samples that may belong to several categories.
 
-    With weights y_ji (sample j, category i), features F_j flattened to D numbers, centers
-    C_i = sum_j y_ji F_j / sum_j y_ji, deviations Psi_ji = F_j - C_i, cosines of centers M (Chen et al., Eq. 8), and K
-    categories with a sample in the batch (sum_j y_ji > 0):
+    With weights y_ji (sample j, category i), features F_j flattened to D numbers, centers C_i = sum_j y_ji F_j / sum_j
+    y_ji, deviations Psi_ji = F_j - C_i, cosines of centers M (Chen et al., Eq. 8), and K categories with a sample in
+    the batch (sum_j y_ji > 0):
 
     variant "paper" (Eq. 9; the norms are not squared)
       intra_feature = 1/K sum_i sqrt(sum_j y_ji ||Psi^t_ji - Psi^s_ji||^2)     inter_feature = || M^t - M^s ||_2
@@ -45,32 +45,34 @@ def multilabel_category_structure_loss(
 
     intra = intra_weight intra_feature,      inter = inter_weight inter_feature,      category = intra + inter.
 
-    A sample of several categories lies in the structure of each. Where every row of the labels is one-hot this is
-    `category_structure_loss` (for "reference": with filter_misclassified=False and without logits). The student's
-    center is not differentiated in the intra term; weighted deviations sum to zero, so this changes no gradient.
+    A sample of several categories lies in the structure of each. Where every row of the labels is one-hot, the loss
+    equals `category_structure_loss` (for "reference", with filter_misclassified=False and without logits). The
+    student's center is not differentiated in the intra term; weighted deviations sum to zero, so this changes no
+    gradient. The code that the authors of the paper released is at https://github.com/xeanzheng/CSKD.
 
-    Time O(B C D + C^2 D). Memory O(B D + C D + B C + C^2), gradient included: one category after the other is
-    compared with the batch. Values and gradients are finite for categories without samples, samples without
-    categories, and zero features; a category with one sample adds exactly 0 to the intra term, whatever its weight.
-    Differences of rounding size count as 0 in variant "paper", as in `category_structure_loss`.
+    Time is O(B C D + C^2 D). Memory is O(B D + C D + B C + C^2), gradient included: one category after the other is
+    compared with the batch. Values and gradients are finite for categories without samples, samples without categories,
+    and zero features; a category with one sample adds exactly 0 to the intra term, whatever its weight. Differences of
+    rounding size count as 0 in variant "paper", as in `category_structure_loss`.
 
     Args:
-      student_features: float [B, ..., D'], after sigma (projected to the teacher's channels).
-      teacher_features: float, the shape of student_features. Never differentiated.
-      labels: float or bool [B, C]: 0 or 1, or weights of at least 0 (not checked). Never differentiated.
-      variant: "paper" or "reference". Static.
-      intra_weight: weight of the intra-category term; None: 0.01 (beta of the paper) or 0.002.
-      inter_weight: weight of the inter-category term; None: 0.2 (gamma of the paper) or 0.04.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. All terms are then of the global batch, and the
-        mean over devices of the gradients equals the gradient of the global batch on one device. Static.
+      student_features: Features of the student after sigma (projected to the teacher's channels), float [B, ..., D'].
+      teacher_features: Features of the teacher, float, in the shape of student_features, never differentiated.
+      labels: Labels, float or bool [B, C]: 0 or 1, or weights of at least 0 (not checked). They are never
+        differentiated.
+      variant: Variant of the loss, "paper" or "reference", static.
+      intra_weight: Weight of the intra-category term; None is 0.01 for "paper" (its beta) and 0.002 for "reference".
+      inter_weight: Weight of the inter-category term; None is 0.2 for "paper" (its gamma) and 0.04 for "reference".
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. All terms are then of the
+        global batch, and the mean over devices of the gradients equals the gradient of the global batch on one device.
 
     Returns:
-      The scalar category, and a dict of scalars: the unweighted terms above, and `intra`, `inter`, `category`.
-      Computed in float32, or float64 where the inputs are.
+      The scalar category, and a dict of scalars: the unweighted terms above, and `intra`, `inter`, `category`. They are
+      computed in float32, or in float64 where the inputs are float64.
 
     Raises:
-      TypeError: features are not floating point, labels neither that nor bool.
-      ValueError: shapes that do not fit, or an unknown variant.
+      TypeError: If the features are not floating point, or the labels neither floating point nor bool.
+      ValueError: If shapes do not fit, or if the variant is unknown.
 
     References:
       Chen et al., ECCV 2020, https://doi.org/10.1007/978-3-030-58604-1_13, Eq. 6 to 9, for one category per sample.
@@ -103,7 +105,7 @@ def multilabel_category_structure_loss(
         inter_feature = safe_sqrt(jnp.sum(jnp.square(difference)), rounding_of_difference(squared_norms))
     else:
         intra_feature = jnp.sum(squares) / _or_one(jnp.sum(counts)) / student.shape[1] ** 2
-        # Rows of absent categories are zero in both matrices: the sum needs no mask, only the mean its count.
+        # Rows of absent categories are zero in both matrices, so the sum needs no mask; only the mean needs a count.
         inter_feature = jnp.sum(jnp.square(difference)) / num_present**3
     intra, inter = intra_weight * intra_feature, inter_weight * inter_feature
     category = intra + inter
@@ -112,16 +114,19 @@ def multilabel_category_structure_loss(
 
 
 def _centers(features, labels, counts, axis_name):
-    """[C, D], zero for categories without samples."""
-    # A weight divided by itself is exactly 1: so a category with one sample has it, to the last bit, as its center.
+    """Returns the centers [C, D], zero for categories without samples."""
+    # A weight divided by itself is exactly 1, so the center of a category with one sample is that sample to the bit.
     shares = labels / _or_one(counts)
     return sum_batch(jnp.dot(shares.T, features, precision=lax.Precision.HIGHEST), axis_name)
 
 
 def _squared_deviations(features, centers, labels):
-    """[C]: sum over the samples j of this device of y_ji ||F_j - C_i||^2, without the cancellation of its expansion."""
+    """Returns, for each category [C], the sum over this device's samples j of y_ji ||F_j - C_i||^2.
 
-    @jax.checkpoint  # Or the deviations from every center would be kept for the gradient.
+    The differences are squared themselves, so that the cancellation of the expanded square cannot occur.
+    """
+
+    @jax.checkpoint  # Otherwise the deviations from every center would be kept for the gradient.
     def of_category(category):
         center, weights = category
         return jnp.sum(weights * jnp.sum(jnp.square(features - center), axis=1))
@@ -134,9 +139,9 @@ def _or_one(counts):
 
 
 class MultilabelCategoryStructure(Method):
-    """`multilabel_category_structure_loss` on the last feature maps, with the trainable projection sigma.
+    """Applies `multilabel_category_structure_loss` to the last feature maps, with the trainable projection sigma.
 
-    sigma is that of `project_student`.
+    The projection sigma is that of `project_student`.
 
     Attributes:
       variant: Variant of the loss: "paper", or "reference", as in the code released with the paper.

@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer: the distribution of the channels' activation patterns."""
+"""Neuron selectivity transfer: the student learns the distribution of the channels' activation patterns."""
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +10,26 @@ from cskd_jax.losses.base import LossInputs, Method
 
 
 def nst_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
-    """Neuron selectivity transfer at one stage: squared maximum mean discrepancy between channels.
+    """Computes neuron selectivity transfer at one stage: the squared maximum mean discrepancy between channels.
 
-    mean k(t, t) + mean k(s, s) - 2 mean k(s, t), with k(a, b) = <a, b>^2 of the patterns of two channels: the channel
-    over all positions of a sample, scaled to Euclidean norm 1 (zero where the channel is zero). The means are over
-    the samples and the pairs of channels.
+    The loss is mean k(t, t) + mean k(s, s) - 2 mean k(s, t), with k(a, b) = <a, b>^2 of the patterns of two channels. A
+    pattern is the channel over all positions of a sample, scaled to Euclidean norm 1 (zero where the channel is zero).
+    The means are over the samples and the pairs of channels.
 
-    Where the maps differ in size, the larger is average-pooled to the smaller first. With P positions each kernel
-    takes time O(B P D D') and memory O(B min(P^2, D D')).
+    Where the maps differ in size, the larger is first average-pooled to the smaller. With P positions each kernel takes
+    time O(B P D D') and memory O(B min(P^2, D D')).
 
     Args:
-      student_features: float [B, H, W, D].
-      teacher_features: float [B, H', W', D'], any size and number of channels. Never differentiated.
+      student_features: Feature maps of the student, float [B, H, W, D].
+      teacher_features: Feature maps of the teacher, float [B, H', W', D'], with any size and number of channels. They
+        are never differentiated.
 
     Returns:
-      Scalar, mean over the batch, at least float32.
+      A scalar of at least float32: the mean over the batch.
 
     Raises:
-      TypeError: features are not floating point.
-      ValueError: features without 4 dimensions, or of different batches.
+      TypeError: If the features are not floating point.
+      ValueError: If the features do not have 4 dimensions, or if their batches differ.
 
     References:
       Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
@@ -43,24 +44,24 @@ def nst_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Ar
 
 
 def _patterns(features):
-    """[B, H, W, D] -> unit rows [B, D, H W]."""
+    """Returns the patterns of the channels, unit rows [B, D, H W], of maps [B, H, W, D]."""
     batch, _, _, channels = features.shape
     return normalize(jnp.swapaxes(features.reshape(batch, -1, channels), 1, 2))
 
 
 def _mean_kernel(a, b):
-    """Mean of <a_c, b_d>^2 over the samples and the pairs of channels."""
+    """Returns the mean of <a_c, b_d>^2 over the samples and the pairs of channels."""
     pairs, positions = a.shape[1] * b.shape[1], a.shape[2]
     highest = lax.Precision.HIGHEST
     if positions**2 > pairs:
         return jnp.mean(jnp.square(jnp.einsum("bcp,bdp->bcd", a, b, precision=highest)))
-    # sum over c, d of <a_c, b_d>^2 is the inner product of a^T a and b^T b: smaller where channels are many.
+    # sum over c, d of <a_c, b_d>^2 is the inner product of a^T a and b^T b, which are smaller with many channels.
     a, b = (jnp.einsum("bcp,bcq->bpq", x, x, precision=highest) for x in (a, b))
     return jnp.sum(jnp.mean(a * b, axis=0)) / pairs
 
 
 class NeuronSelectivityTransfer(Method):
-    """Sum of `nst_loss` over all stages."""
+    """Sums `nst_loss` over all stages."""
 
     def __call__(self, inputs: LossInputs):
         stages = pair_stages(inputs.student.features, inputs.teacher.features)

@@ -1,4 +1,4 @@
-"""Probabilistic knowledge transfer: the distribution over the batch of what resembles a sample."""
+"""Probabilistic knowledge transfer: the student learns, for each sample, which others of the batch resemble it."""
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,26 @@ def pkt_loss(
     epsilon: float = 1e-7,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Probabilistic knowledge transfer: mean of p^t ln((p^t + e) / (p^s + e)).
+    """Computes probabilistic knowledge transfer: the mean of p^t ln((p^t + e) / (p^s + e)).
 
-    p_ij = (cos_ij + 1) / 2 divided by its sum over j, with cos_ij = <x_i, x_j> / ((||x_i|| + e) (||x_j|| + e)). With
-    D and D' numbers a sample, time O(B^2 (D + D')) and memory O(B^2 + B (D + D')).
+    p_ij = (cos_ij + 1) / 2 divided by its sum over j, with cos_ij = <x_i, x_j> / ((||x_i|| + e) (||x_j|| + e)). With D
+    and D' numbers for each sample, time is O(B^2 (D + D')) and memory O(B^2 + B (D + D')).
 
     Args:
-      student_embedding: float [B, D].
-      teacher_embedding: float [B, D']. Never differentiated.
-      epsilon: e > 0.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. The embeddings of the global batch are
-        gathered, the value is the same on every device. Static.
+      student_embedding: Embeddings of the student, float [B, D].
+      teacher_embedding: Embeddings of the teacher, float [B, D'], never differentiated.
+      epsilon: Small number e, greater than 0.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. The embeddings of the
+        global batch are gathered, so the value is the same on every device.
 
     Returns:
-      Scalar, mean over the B^2 pairs of the global batch, at least float32. A zero embedding has cosine 0 with all,
-      and gets no gradient.
+      A scalar of at least float32: the mean over the B^2 pairs of the global batch. A zero embedding has cosine 0 with
+      all, and gets no gradient.
 
     Raises:
-      TypeError: embeddings are not floating point.
-      ValueError: embeddings without 2 dimensions, different batches, a global batch of one sample, or an epsilon that
-        is not positive.
+      TypeError: If the embeddings are not floating point.
+      ValueError: If the embeddings do not have 2 dimensions, if their batches differ, if the global batch has one
+        sample, or if epsilon is not positive.
 
     References:
       Passalis, Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018,
@@ -63,7 +63,7 @@ def _probabilities(embedding, epsilon, axis_name):
 
 
 class PKT(Method):
-    """`pkt_loss` on the pooled embeddings.
+    """Applies `pkt_loss` to the pooled embeddings.
 
     Attributes:
       epsilon: Small number that keeps divisions and logarithms finite, greater than 0.

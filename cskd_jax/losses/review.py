@@ -10,26 +10,27 @@ from cskd_jax.losses._checks import at_least_float32, check_float, check_same_sh
 from cskd_jax.losses._connectors import Connector, Pointwise
 from cskd_jax.losses.base import Count, LossInputs, Method
 
-# Sides of the maps that are compared beside the full size; each has half the weight of the one before.
+# Sides of the maps that are compared in addition to the full size, each with half the weight of the one before.
 _POOLED_SIZES = (4, 2, 1)
 
 
 def hierarchical_context_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
-    """Hierarchical context loss (HCL) at one stage: mean squared errors at several sizes of the maps.
+    """Computes the hierarchical context loss (HCL) at one stage: mean squared errors at several sizes of the maps.
 
-    MSE at full size with weight 1, and of the maps average-pooled to 4x4, 2x2 and 1x1, as far as these are smaller than
-    the map, with weights 1/2, 1/4 and so on in turn; divided by the sum of the weights. Time and memory O(B H W D).
+    The errors are those at full size, with weight 1, and of the maps average-pooled to 4x4, 2x2 and 1x1, as far as
+    these are smaller than the map, with weights 1/2, 1/4 and so on in turn. Their sum is divided by the sum of the
+    weights. Time and memory are O(B H W D).
 
     Args:
-      student_features: float [B, H, W, D], fused and brought to the teacher's channels.
-      teacher_features: float, the shape of student_features. Never differentiated.
+      student_features: Maps of the student, fused and brought to the teacher's channels, float [B, H, W, D].
+      teacher_features: Maps of the teacher, float, in the shape of student_features, never differentiated.
 
     Returns:
-      Scalar, mean over the elements of each size, at least float32.
+      A scalar of at least float32, from means over the elements of each size.
 
     Raises:
-      TypeError: features are not floating point.
-      ValueError: features without 4 dimensions, or of different shapes.
+      TypeError: If the features are not floating point.
+      ValueError: If the features do not have 4 dimensions, or if shapes differ.
 
     References:
       Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021, https://arxiv.org/abs/2104.09044.
@@ -43,22 +44,22 @@ def hierarchical_context_loss(student_features: jax.Array, teacher_features: jax
         if size < min(difference.shape[1:3]):
             weight /= 2
             weights += weight
-            # Pooling is linear: that of the difference is the difference of the pooled maps.
+            # Pooling is linear, so the pooled difference is the difference of the pooled maps.
             total += weight * jnp.mean(jnp.square(average_pool(difference, (size, size))))
     return total / weights
 
 
 class AttentionFusion(nn.Module):
-    """Fuses a stage with what later stages gave (attention based fusion, ABF).
+    """A layer that fuses a stage with the fused later stages (attention based fusion, ABF).
 
     The stage goes through a 1x1 convolution with batch normalization to `mid_channels`, and to the size of the
-    teacher's map. Two attention maps, from a 1x1 convolution of both and a sigmoid, weigh it and the later stages
-    (enlarged by nearest neighbour). A 3x3 convolution with batch normalization gives the output.
+    teacher's map. Two attention maps, from a 1x1 convolution of both inputs and a sigmoid, weigh it and the later
+    stages (enlarged by nearest neighbor). A 3x3 convolution with batch normalization gives the output.
 
     Attributes:
-      mid_channels: of what is fused.
-      features: output channels.
-      axis_name: mapped axis over which the batch is split, or None.
+      mid_channels: Number of channels of the maps that are fused.
+      features: Number of output channels.
+      axis_name: Name of the mapped axis over which the batch is split, or None.
     """
 
     mid_channels: int
@@ -67,8 +68,17 @@ class AttentionFusion(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, later: jax.Array | None, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-        """x [B, H, W, D], later [B, H', W', mid_channels] or None -> (output [B, *size, features], fused stage)."""
-        # torch's kaiming_uniform_(a=1)
+        """Fuses x [B, H, W, D] with the later stages.
+
+        Args:
+          x: Map of the stage, [B, H, W, D].
+          later: Fused later stages, [B, H', W', mid_channels], or None for the last stage.
+          size: Height and width of the teacher's map.
+
+        Returns:
+          The output [B, *size, features] and the fused stage [B, *size, mid_channels].
+        """
+        # This is torch's kaiming_uniform_(a=1).
         init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
         x = Connector(self.mid_channels, axis_name=self.axis_name, kernel_init=init, name="reduce")(x)
         x = resize(x, size)
@@ -81,10 +91,10 @@ class AttentionFusion(nn.Module):
 
 
 class ReviewKD(Method):
-    """Sum of `hierarchical_context_loss` over all stages, each fused with the later ones of the student.
+    """Sums `hierarchical_context_loss` over all stages, each fused with the later ones of the student.
 
-    Stages are their pre-activations, as in the code that the paper's authors released. The pooled embedding, a map of
-    size 1x1, is the last stage of all. That the loss grows over the first 20 epochs, as in the field's recipes, is a
+    Stages are their pre-activations, as in the authors' code (https://github.com/dvlab-research/ReviewKD). The pooled
+    embedding, a map of size 1x1, is the last stage. The authors let the loss grow over the first 20 epochs; that is a
     schedule of its weight, not part of the loss.
 
     Attributes:
@@ -99,11 +109,12 @@ class ReviewKD(Method):
     def __call__(self, inputs: LossInputs):
         pairs = pair_stages(inputs.student.preactivations, inputs.teacher.preactivations)
         if self.with_embedding:
-            pairs.append(tuple(output.embedding[:, None, None, :] for output in (inputs.student, inputs.teacher)))
+            student, teacher = inputs.student.embedding, inputs.teacher.embedding
+            pairs.append((student[:, None, None, :], teacher[:, None, None, :]))
         mid_channels = self.mid_channels or min(512, pairs[-1][0].shape[-1])
         total, fused = 0.0, None
         for stage, (student, teacher) in reversed(list(enumerate(pairs, start=1))):
             fusion = AttentionFusion(mid_channels, teacher.shape[-1], self.axis_name, name=f"fusion{stage}")
-            output, fused = fusion(student, fused, teacher.shape[1:3])
+            output, fused = fusion(student, fused, (teacher.shape[1], teacher.shape[2]))
             total += hierarchical_context_loss(output, teacher)
         return total, {}

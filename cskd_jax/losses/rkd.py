@@ -1,4 +1,4 @@
-"""Relational knowledge distillation: distances between samples and angles among them."""
+"""Relational knowledge distillation: the student learns distances between samples and angles among them."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from cskd_jax.losses.base import LossInputs, Method
 
 # Squared distances are cut off here, so that coinciding samples are 1e-6 apart and have no gradient.
 _SMALLEST_SQUARED_DISTANCE = 1e-12
-# Numbers that a block of anchors may need in each array at a time: 16 MiB in float32.
+# The most numbers in an array that a block of anchors needs: 16 MiB in float32.
 _BLOCK_ELEMENTS = 2**22
 
 
@@ -23,36 +23,37 @@ def rkd_loss(
     angle_weight: float = 50.0,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Relational knowledge distillation: distance_weight * distance + angle_weight * angle.
+    """Computes relational knowledge distillation: distance_weight * distance + angle_weight * angle.
 
     distance = mean over (i, j) of h(d^s_ij / m^s - d^t_ij / m^t), with d_ij = ||x_i - x_j|| and m its mean over i != j.
     angle = mean over (i, j, k) of h(cos^s_ijk - cos^t_ijk), with cos_ijk the cosine of the angle at x_i between x_j and
     x_k, 0 where one of them coincides with x_i. h is the smooth L1 function: x^2 / 2 for |x| < 1, else |x| - 1/2.
 
-    The angles come from the squared distances by the law of cosines, so that they cost no product of embeddings:
-    time O(B^2 (D + D') + B^3). A block of anchors x_i is worked on at a time, and again in the backward pass: memory
-    O(B^2 + B (D + D')) and 2^22 numbers, or those of one anchor, for a block.
+    The angles come from the squared distances by the law of cosines, so that they cost no product of embeddings: time
+    is O(B^2 (D + D') + B^3). Anchors x_i are worked on in blocks, and again in the backward pass: memory is O(B^2 + B
+    (D + D')) and, for a block, 2^22 numbers or those of one anchor.
 
     Args:
-      student_embedding: float [B, D].
-      teacher_embedding: float [B, D']. Never differentiated.
-      distance_weight: weight of the distances.
-      angle_weight: weight of the angles.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. The embeddings of the global batch are
-        gathered, the value is the same on every device. Static.
+      student_embedding: Embeddings of the student, float [B, D].
+      teacher_embedding: Embeddings of the teacher, float [B, D'], never differentiated.
+      distance_weight: Weight of the distances.
+      angle_weight: Weight of the angles.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. The embeddings of the
+        global batch are gathered, so the value is the same on every device.
 
     Returns:
-      Scalar and the unweighted terms `distance` and `angle`, means over all B^2 pairs and B^3 triples of the global
-      batch (i = j and so on included), at least float32. Samples that coincide have no gradient through their
-      distance or through angles at one of them towards the other.
+      A scalar and the unweighted terms `distance` and `angle`, means over all B^2 pairs and B^3 triples of the global
+      batch (i = j and so on included), of at least float32. Samples that coincide have no gradient through their
+      distance or through angles at one of them toward the other.
 
     Raises:
-      TypeError: embeddings are not floating point.
-      ValueError: embeddings without 2 dimensions, different batches, or a global batch of one sample.
+      TypeError: If the embeddings are not floating point.
+      ValueError: If the embeddings do not have 2 dimensions, if their batches differ, or if the global batch has one
+        sample.
 
     References:
-      Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019, https://arxiv.org/abs/1904.05068, with
-      the weights of their section 4.
+      Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019, https://arxiv.org/abs/1904.05068, with the
+      weights of their section 4.
     """
     check_float("student_embedding", student_embedding, ndim=2)
     check_float("teacher_embedding", teacher_embedding, ndim=2)
@@ -67,18 +68,31 @@ def rkd_loss(
 
 
 def _over_anchors(function, anchors, elements):
-    """`function` of each anchor, in blocks of at most _BLOCK_ELEMENTS where it needs `elements`; nothing is kept."""
+    """Maps `function` over anchors in blocks; nothing is kept for the gradient.
+
+    Args:
+      function: Function of one anchor.
+      anchors: Arrays whose first axis is that of the anchors.
+      elements: Numbers that the function needs for one anchor, which bound the size of a block.
+
+    Returns:
+      The values of the function, stacked along the first axis.
+    """
     block = max(1, _BLOCK_ELEMENTS // elements)
     return lax.map(jax.checkpoint(function), anchors, batch_size=block)
 
 
 def _squared_distances(x):
-    """[B, D] -> [B, B]. From the differences: exactly 0 for samples that coincide, which |a|^2 + |b|^2 - 2ab is not."""
+    """Returns squared distances [B, B] of x [B, D].
+
+    They come from the differences, so that they are exactly 0 for samples that coincide, which |a|^2 + |b|^2 - 2ab is
+    not.
+    """
     return _over_anchors(lambda anchor: jnp.sum(jnp.square(x - anchor), axis=1), x, x.size)
 
 
 def _relative_distances(squared):
-    """Distances divided by the mean of those between two samples."""
+    """Returns the distances divided by the mean of those between two samples."""
     batch = len(squared)
     distances = jnp.sqrt(jnp.maximum(squared, _SMALLEST_SQUARED_DISTANCE))
     distances = jnp.where(jnp.eye(batch, dtype=bool), 0, distances)
@@ -86,7 +100,7 @@ def _relative_distances(squared):
 
 
 def _mean_angle_difference(student, teacher):
-    """Mean of h(cos^s_ijk - cos^t_ijk) over all triples, from the squared distances."""
+    """Returns the mean of h(cos^s_ijk - cos^t_ijk) over all triples, from the squared distances."""
 
     def at_anchor(rows):
         difference = _cosines(rows[0], student) - _cosines(rows[1], teacher)
@@ -96,7 +110,7 @@ def _mean_angle_difference(student, teacher):
 
 
 def _cosines(row, squared):
-    """cos_ijk of one anchor i: (d_ij^2 + d_ik^2 - d_jk^2) / (2 d_ij d_ik), [B, B]."""
+    """Returns cos_ijk [B, B] of one anchor i: (d_ij^2 + d_ik^2 - d_jk^2) / (2 d_ij d_ik)."""
     inverse = safe_rsqrt(row)
     return (row[:, None] + row[None, :] - squared) * (inverse[:, None] * inverse[None, :]) / 2
 
@@ -107,7 +121,7 @@ def _smooth_l1(x):
 
 
 class RKD(Method):
-    """`rkd_loss` on the pooled embeddings.
+    """Applies `rkd_loss` to the pooled embeddings.
 
     Attributes:
       distance_weight: Weight of the distances between pairs of samples.

@@ -1,4 +1,4 @@
-"""Similarity preserving: which samples of the batch resemble each other."""
+"""Similarity preserving: the student learns which samples of the batch resemble each other."""
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +13,25 @@ from cskd_jax.losses.base import LossInputs, Method
 def similarity_preserving_loss(
     student_features: jax.Array, teacher_features: jax.Array, *, axis_name: str | None = None
 ) -> jax.Array:
-    """Similarity-preserving loss: ||G^s - G^t||_F^2 / B^2, with G the rows of F F^T scaled to Euclidean norm 1.
+    """Computes the similarity-preserving loss ||G^s - G^t||_F^2 / B^2.
 
-    F has the flattened features of a sample in each row; B is the global batch. With D and D' numbers a sample, time
-    O(B^2 (D + D')) and memory O(B^2 + B (D + D')).
+    G has the rows of F F^T, each scaled to Euclidean norm 1; F has the flattened features of a sample in each row, and
+    B is the global batch. With D and D' numbers for each sample, time is O(B^2 (D + D')) and memory O(B^2 + B (D +
+    D')).
 
     Args:
-      student_features: float [B, ...].
-      teacher_features: float [B, ...], of any size. Never differentiated.
-      axis_name: mapped axis (`jax.pmap`) over which the batch is split. The features of the global batch are gathered,
-        the value is the same on every device. Static.
+      student_features: Features of the student, float [B, ...].
+      teacher_features: Features of the teacher, float [B, ...], of any size, never differentiated.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. The features of the global
+        batch are gathered, so the value is the same on every device.
 
     Returns:
-      Scalar, mean over the B^2 pairs of the global batch, at least float32. The row of a sample whose features are all
-      zero is zero and contributes no gradient.
+      A scalar of at least float32: the mean over the B^2 pairs of the global batch. The row of a sample whose features
+      are all zero is zero and contributes no gradient.
 
     Raises:
-      TypeError: features are not floating point.
-      ValueError: different batches, or a global batch of one sample.
+      TypeError: If the features are not floating point.
+      ValueError: If batches differ, or if the global batch has one sample.
 
     References:
       Tung, Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, https://arxiv.org/abs/1907.09682.
@@ -50,7 +51,7 @@ def _similarities(features, axis_name):
 
 
 class SimilarityPreserving(Method):
-    """`similarity_preserving_loss` on the last stage's maps."""
+    """Applies `similarity_preserving_loss` to the last stage's maps."""
 
     def __call__(self, inputs: LossInputs):
         student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]

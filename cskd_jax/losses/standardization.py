@@ -1,4 +1,4 @@
-"""Knowledge distillation of standardized logits: relations between categories without their size."""
+"""Knowledge distillation of standardized logits: the student learns relations between classes without their size."""
 
 import math
 
@@ -15,31 +15,31 @@ from cskd_jax.losses.logits import kd_loss
 def standardized_kd_loss(
     student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 2.0
 ) -> jax.Array:
-    """Knowledge distillation of logits scaled to mean 0 and standard deviation 1 over the categories of a sample.
+    """Computes distillation of logits scaled to mean 0 and standard deviation 1 over the classes of a sample.
 
-    T^2 KL(softmax(n(z^t) / T) || softmax(n(z^s) / T)), with n(z) = (z - mean z) / std z: the student is asked for the
-    order and the spacing of the teacher's logits, not for their size. Time and memory O(B C).
+    The loss is T^2 KL(softmax(n(z^t) / T) || softmax(n(z^s) / T)), with n(z) = (z - mean z) / std z. The student learns
+    the order and the spacing of the teacher's logits, not their size. Time and memory are O(B C).
 
     Args:
-      student_logits: float [B, C], C >= 2.
-      teacher_logits: float [B, C]. Never differentiated.
-      temperature: T > 0.
+      student_logits: Logits of the student, float [B, C], with C >= 2.
+      teacher_logits: Logits of the teacher, float [B, C], never differentiated.
+      temperature: Temperature T, greater than 0.
 
     Returns:
-      Scalar, mean over the batch of the sum over categories, at least float32. Logits that are all equal stay 0, with
-      zero gradient.
+      A scalar of at least float32: the mean over the batch of the sum over classes. Logits that are all equal stay 0,
+      with zero gradient.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: shapes that do not fit, fewer than 2 categories, or a temperature that is not positive.
+      TypeError: If the logits are not floating point.
+      ValueError: If shapes do not fit, if there are fewer than 2 classes, or if the temperature is not positive.
 
     References:
       Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024,
-      https://arxiv.org/abs/2403.01993, with the deviation over all C categories (their code divides by C - 1).
+      https://arxiv.org/abs/2403.01993, with the deviation over all C classes (their code divides by C - 1).
     """
     check_logits(student_logits, teacher_logits)
     if student_logits.shape[1] < 2:
-        raise ValueError(f"standardized_kd_loss needs at least 2 categories, got {student_logits.shape[1]}")
+        raise ValueError(f"standardized_kd_loss needs at least 2 classes, got {student_logits.shape[1]}")
     return kd_loss(
         _standardize(student_logits), lax.stop_gradient(_standardize(teacher_logits)), temperature=temperature
     )
@@ -51,7 +51,7 @@ def _standardize(logits):
 
 
 class StandardizedKD(Method):
-    """`standardized_kd_loss` on the logits.
+    """Applies `standardized_kd_loss` to the logits.
 
     Attributes:
       temperature: Temperature of the softmax, greater than 0.

@@ -1,4 +1,4 @@
-"""Variational information distillation: how well the student's maps predict the teacher's."""
+"""Variational information distillation: the student's maps learn to predict the teacher's."""
 
 import math
 
@@ -12,27 +12,27 @@ from cskd_jax.losses._checks import at_least_float32, check_float, check_same_sh
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import LossInputs, Method, Positive
 
-# Added to every variance, so that none vanishes.
+# This number is added to every variance, so that none vanishes.
 MIN_VARIANCE = 1e-5
 
 
 def vid_loss(mean: jax.Array, teacher_features: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """Variational information distillation at one stage: Gaussian negative log-likelihood, without its constant.
+    """Computes variational information distillation at one stage: a Gaussian negative log-likelihood.
 
-    mean of ((t - mu(s))^2 / v_c + ln v_c) / 2 with one variance per channel, v = softplus(rho) + 1e-5. Time and memory
-    O(B H W D).
+    The loss is the mean of ((t - mu(s))^2 / v_c + ln v_c) / 2, which leaves out a constant, with one variance for each
+    channel, v = softplus(rho) + 1e-5. Time and memory are O(B H W D).
 
     Args:
-      mean: float [B, ..., D], mu(s): the teacher's map as predicted from the student's.
-      teacher_features: float, the shape of mean. Never differentiated.
-      log_scale: float [D], rho. Trained with the rest.
+      mean: Prediction mu(s) of the teacher's map from the student's, float [B, ..., D].
+      teacher_features: Maps of the teacher, float, in the shape of mean, never differentiated.
+      log_scale: Trained parameters rho of the variances, float [D].
 
     Returns:
-      Scalar, mean over all elements, at least float32. It can be negative.
+      A scalar of at least float32: the mean over all elements. It can be negative.
 
     Raises:
-      TypeError: an argument is not floating point.
-      ValueError: shapes that do not fit.
+      TypeError: If an argument is not floating point.
+      ValueError: If shapes do not fit.
 
     References:
       Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation for Knowledge Transfer", CVPR 2019,
@@ -50,11 +50,11 @@ def vid_loss(mean: jax.Array, teacher_features: jax.Array, log_scale: jax.Array)
 
 
 class MeanNetwork(nn.Module):
-    """mu of `vid_loss`: three 1x1 convolutions without bias, with ReLU in between.
+    """The network mu of `vid_loss`: three 1x1 convolutions without bias, with ReLU in between.
 
     Attributes:
-      features: output channels.
-      hidden: channels in between; None: as many.
+      features: Number of output channels.
+      hidden: Number of channels in between; None takes as many as `features`.
     """
 
     features: int
@@ -62,7 +62,7 @@ class MeanNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., features]."""
+        """Maps x [..., D] to [..., features]."""
         hidden = self.hidden or self.features
         x = nn.relu(Pointwise(hidden, name="layer1")(x))
         x = nn.relu(Pointwise(hidden, name="layer2")(x))
@@ -70,7 +70,7 @@ class MeanNetwork(nn.Module):
 
 
 class VID(Method):
-    """Sum of `vid_loss` over all stages, with trainable `MeanNetwork`s and variances.
+    """Sums `vid_loss` over all stages, with trainable `MeanNetwork`s and variances.
 
     Where maps differ in size, the larger is average-pooled to the smaller before the `MeanNetwork`.
 
@@ -84,7 +84,7 @@ class VID(Method):
     def __call__(self, inputs: LossInputs):
         if not self.initial_variance > MIN_VARIANCE:
             raise ValueError(f"initial_variance must be greater than {MIN_VARIANCE}, got {self.initial_variance}")
-        # Inverse of softplus; not log(expm1(v)), which overflows for large v.
+        # This is the inverse of softplus, in a form that does not overflow for large v as log(expm1(v)) does.
         excess = self.initial_variance - MIN_VARIANCE
         start = nn.initializers.constant(excess + math.log(-math.expm1(-excess)))
         total = 0.0

@@ -54,7 +54,7 @@ _MIXED_7 = (
     (_AVERAGE, (192, 1)),
 )
 
-# stage -> its blocks
+# The blocks of each stage.
 _STAGES = (
     ((((32, 3), (32, 3), (64, 3)),),),
     ((((_MAX_HALVE, (80, 1), (192, 3)),)), _mixed_5(32), _mixed_5(64), _mixed_5(64)),
@@ -64,7 +64,7 @@ _STAGES = (
 
 
 class Mixed(nn.Module):
-    """Branches side by side, their channels concatenated; the caller applies the last ReLU."""
+    """Branches side by side, with their channels concatenated; the caller applies the last ReLU."""
 
     branches: tuple[tuple[tuple, ...], ...]
     width: float
@@ -77,14 +77,14 @@ class Mixed(nn.Module):
     def _branch(self, x, number, train):
         for index, (kind, *settings) in enumerate(self.branches[number - 1], start=1):
             name = f"branch{number}_conv{index}"
-            # Between layers; it does nothing to what a ReLU or a pool of it gave.
+            # This is the ReLU between layers; it leaves inputs as they are that come from a ReLU or a pool of one.
             x = nn.relu(x) if index > 1 else x
             if kind == "average":
                 x = average_pool(x, 1)
             elif kind == "max":
                 x = max_pool(x, *settings)
             elif kind == "split":
-                width = scale_width(*settings, self.width)
+                width = scale_width(settings[0], self.width)
                 both = [
                     self.conv(width, kernel, name=f"{name}_{suffix}")(x, train=train)
                     for kernel, suffix in (((1, 3), "row"), ((3, 1), "column"))
@@ -100,13 +100,13 @@ class InceptionV3(nn.Module):
 
     Two of the five halvings of the network for ImageNet are left out (the stride of the first convolution, the second
     max-pool), and every convolution and pool pads, so that the maps of an image of side 32 have sides 32, 16, 8 and 4,
-    as those of ResNet. That changes no parameter. No auxiliary classifier, no dropout.
+    as those of ResNet. That changes no parameter. There is no auxiliary classifier and no dropout.
 
     Attributes:
-      num_classes: size of the output.
-      width: factor on the number of channels of every convolution.
-      dtype: of the computation; parameters, batch statistics and logits are at least float32.
-      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+      num_classes: Number of classes.
+      width: Factor on the number of channels of every convolution.
+      dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
 
     num_classes: int
@@ -116,7 +116,7 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
-        """Images [B, H, W, C], normalized, floating point -> ModelOutput with four stage maps."""
+        """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with four stage maps."""
         conv = partial(ConvBatchNorm, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name)
         x, features, preactivations = images, [], []
         for stage, blocks in enumerate(_STAGES, start=1):

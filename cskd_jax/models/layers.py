@@ -1,4 +1,4 @@
-"""Layers shared by the networks: convolution with batch normalization as PyTorch computes it."""
+"""Layers that the networks share, such as convolution with batch normalization as PyTorch computes it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,12 +10,12 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-# torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu")
+# This is torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu").
 kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def torch_uniform(fan_in: int) -> Callable:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what torch.nn.Linear and torch.nn.Conv2d draw weight and bias from."""
+    """Returns the initializer U(-1/sqrt(fan_in), 1/sqrt(fan_in)) of torch.nn.Linear and torch.nn.Conv2d."""
     bound = fan_in**-0.5
 
     def init(key, shape, dtype=jnp.float32):
@@ -25,7 +25,7 @@ def torch_uniform(fan_in: int) -> Callable:
 
 
 def scale_width(channels: int, width: float, multiple: int = 1) -> int:
-    """`channels` times the factor `width`, rounded to a multiple of `multiple`."""
+    """Returns `channels` times the factor `width`, rounded to a multiple of `multiple`."""
     scaled = round(channels * width / multiple) * multiple
     if scaled < 1:
         raise ValueError(f"width {width} leaves a stage without channels")
@@ -35,9 +35,17 @@ def scale_width(channels: int, width: float, multiple: int = 1) -> int:
 def convolve(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int | tuple[int, int], groups: int = 1
 ) -> jax.Array:
-    """2-D convolution of NHWC `x` with an HWIO `kernel`; a 1x1 kernel becomes a matrix product, which is faster.
+    """Convolves NHWC `x` with an HWIO `kernel`; a 1x1 kernel becomes a matrix product, which is faster.
 
-    `padding` is of both sides, or (of rows, of columns). With `groups`, I is the channels of one group.
+    Args:
+      x: Input, [B, H, W, C].
+      kernel: Kernel, [height, width, C / groups, features].
+      stride: Stride along both axes.
+      padding: Padding of both sides, either one number or (rows, columns).
+      groups: Number of groups into which the channels are split.
+
+    Returns:
+      An array [B, H', W', features].
     """
     rows, columns = (padding, padding) if isinstance(padding, int) else padding
     if kernel.shape[:2] == (1, 1) and rows == columns == 0 and groups == 1:
@@ -53,25 +61,27 @@ def convolve(
 
 
 def max_pool(x: jax.Array, stride: int) -> jax.Array:
-    """3x3 max-pool of [B, H, W, C]; the side becomes ceil(side / stride)."""
-    return nn.max_pool(x, (3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)))
+    """Applies a 3x3 max-pool to [B, H, W, C]; the side becomes ceil(side / stride)."""
+    # flax annotates padding as a string alone, and documents pairs of numbers.
+    padding: Any = ((1, 1), (1, 1))
+    return nn.max_pool(x, (3, 3), strides=(stride, stride), padding=padding)
 
 
 def average_pool(x: jax.Array, stride: int) -> jax.Array:
-    """3x3 average-pool of [B, H, W, C]; what pads the border counts as zeros, as in torch.nn.AvgPool2d."""
+    """Applies a 3x3 average-pool to [B, H, W, C]; the padding counts as zeros, as in torch.nn.AvgPool2d."""
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     total = lax.reduce_window(x, np.zeros((), x.dtype), lax.add, (1, 3, 3, 1), (1, stride, stride, 1), pads)
     return total / 9
 
 
 class Convolution(nn.Module):
-    """Convolution without bias; the kernel is at least float32.
+    """A convolution without bias; the kernel is at least float32.
 
     Attributes:
-      features: output channels.
-      kernel_size: side of the square kernel.
-      stride: of the convolution.
-      dtype: of the computation.
+      features: Number of output channels.
+      kernel_size: Side of the square kernel.
+      stride: Stride of the convolution.
+      dtype: Dtype of the computation.
     """
 
     features: int
@@ -81,24 +91,25 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H, W, C] -> [B, H', W', features]; padding keeps H and W at stride 1."""
+        """Maps x [B, H, W, C] to [B, H', W', features]; padding keeps H and W at stride 1."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", kaiming_normal_fan_out, shape, np.promote_types(self.dtype, np.float32))
         return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.kernel_size // 2)
 
 
 class BatchNorm(nn.Module, kw_only=True):
-    """Batch normalization.
+    """Batch normalization that matches torch.nn.BatchNorm2d.
 
-    The statistics are those of the global batch when `axis_name` is given. Matches torch.nn.BatchNorm2d: biased
-    variance to normalize, unbiased variance in the running average. Parameters and statistics are float32 (float64 if
-    `dtype` is), statistics are computed in that precision whatever `dtype` is.
+    The statistics are those of the global batch when `axis_name` is given. As in PyTorch, the biased variance
+    normalizes and the unbiased variance enters the running average. Parameters and statistics are float32 (float64 if
+    `dtype` is), and statistics are computed in that precision whatever `dtype` is.
 
     Attributes:
-      dtype: of the computation.
-      axis_name: mapped axis over which the batch is split, or None.
-      momentum: of the running averages, new = momentum * old + (1 - momentum) * batch (torch's is 1 - momentum).
-      epsilon: added to the variance.
+      dtype: Dtype of the computation.
+      axis_name: Name of the mapped axis over which the batch is split, or None.
+      momentum: Momentum of the running averages, new = momentum * old + (1 - momentum) * batch (torch's is 1 -
+        momentum).
+      epsilon: Number added to the variance.
     """
 
     dtype: Any = jnp.float32
@@ -108,7 +119,7 @@ class BatchNorm(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [B, H, W, C] -> the same shape."""
+        """Normalizes x [B, H, W, C]."""
         x, norm = x.astype(self.dtype), self._variables(x.shape[-1])
         if train:
             return self._by_batch(x, norm)
@@ -125,12 +136,12 @@ class BatchNorm(nn.Module, kw_only=True):
         )
 
     def _by_averages(self, norm):
-        """(gain, shift) that normalize by the running averages."""
+        """Returns (gain, shift) that normalize by the running averages."""
         gain = norm.scale * lax.rsqrt(norm.var.value + self.epsilon)
         return gain, norm.bias - norm.mean.value * gain
 
     def _by_batch(self, x, norm):
-        """x, normalized by the statistics of the batch, which enter the running averages."""
+        """Normalizes x by the statistics of the batch, which enter the running averages."""
         y, mean, unbiased = normalize_by_batch(
             x.astype(norm.scale.dtype), norm.scale, norm.bias, epsilon=self.epsilon, axis_name=self.axis_name
         )
@@ -140,18 +151,18 @@ class BatchNorm(nn.Module, kw_only=True):
         return y.astype(self.dtype)
 
 
-# Jitted so that a network traces and lowers it once for all its layers of a shape, not once a layer.
+# Jitted so that a network traces and lowers it once for all its layers of a shape, not once for each layer.
 @partial(jax.jit, static_argnames=("epsilon", "axis_name"))
 def normalize_by_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(x [B, H, W, C] normalized over the global batch, its mean [C], its unbiased variance [C])."""
+    """Normalizes x [B, H, W, C] over the global batch; returns it, its mean [C] and its unbiased variance [C]."""
     count = x.size // x.shape[-1]
     mean = jnp.mean(x, axis=(0, 1, 2))
     if axis_name is not None:
         count *= lax.axis_size(axis_name)
         mean = lax.pmean(mean, axis_name)
-    # Around the mean, not E[x^2] - E[x]^2: that one loses its digits where the mean is large.
+    # Unlike this, E[x^2] - E[x]^2 would lose digits where the mean is large.
     var = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
     if axis_name is not None:
         var = lax.pmean(var, axis_name)
@@ -169,15 +180,17 @@ class _NormVariables(NamedTuple):
 class ConvBatchNorm(BatchNorm):
     """Convolution followed by batch normalization.
 
-    One module, so that evaluation mode can fold the normalization into the kernel: one pass over the activations less.
+    Both are one module, so that evaluation mode can fold the normalization into the kernel, which saves a pass over the
+    activations.
 
     Attributes:
-      features: output channels.
-      kernel_size: side of the square kernel, or its (height, width); odd.
-      stride: of the convolution.
-      groups: into which the channels are split, each convolved by itself; as many as channels: depthwise.
-      use_bias: whether the convolution has a bias of its own. The mean of the batch takes it out again, so that it
-        gets no gradient: some networks have it nevertheless.
+      features: Number of output channels.
+      kernel_size: Side of the square kernel, or its (height, width); odd.
+      stride: Stride of the convolution.
+      groups: Number of groups into which the channels are split, each convolved by itself; with as many groups as
+        channels the convolution is depthwise.
+      use_bias: Whether the convolution has a bias of its own, as some networks have it. The mean of the batch takes it
+        out again, so it gets no gradient.
     """
 
     features: int
@@ -188,12 +201,12 @@ class ConvBatchNorm(BatchNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x [B, H, W, C] -> [B, H', W', features]; padding keeps H and W at stride 1."""
+        """Maps x [B, H, W, C] to [B, H', W', features]; padding keeps H and W at stride 1."""
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
         shape = (*size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", kaiming_normal_fan_out, shape, np.promote_types(self.dtype, np.float32))
         norm = self._variables(self.features)
-        offset = 0
+        offset: Any = 0
         if self.use_bias:
             offset = self.param("conv_bias", nn.initializers.zeros, (self.features,), kernel.dtype)
         x, padding = x.astype(self.dtype), (size[0] // 2, size[1] // 2)
@@ -209,13 +222,19 @@ class ConvBatchNorm(BatchNorm):
 
 
 class Classifier(nn.Module):
-    """Linear layer with PyTorch's initialization; logits are computed and returned in at least float32."""
+    """A linear layer with PyTorch's initialization; logits are computed and returned in at least float32.
+
+    Attributes:
+      num_classes: Number of classes.
+      dtype: Dtype of the network.
+    """
 
     num_classes: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, D] to logits [B, num_classes]."""
         dtype = np.promote_types(self.dtype, np.float32)
         init = torch_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), dtype)

@@ -16,7 +16,7 @@ def _blocks(expansion, channels, number, stride):
     return ((expansion, channels, stride),) + ((expansion, channels, 1),) * (number - 1)
 
 
-# stage -> its blocks (expansion, channels, stride)
+# The blocks (expansion, channels, stride) of each stage.
 _STAGES = (
     _blocks(1, 16, 1, 1) + _blocks(6, 24, 2, 1),
     _blocks(6, 32, 3, 2),
@@ -28,7 +28,8 @@ _STAGES = (
 class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise, linear 1x1 projection; an identity shortcut where shapes allow it.
 
-    The expansion is there even where it expands by 1, as in the field's networks for CIFAR.
+    The expansion is there even where it expands by 1, as in networks for CIFAR such as those of the reference code of
+    CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
     """
 
     features: int
@@ -47,18 +48,19 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """3x3 stem, inverted residuals in four stages with strides 1, 2, 2, 2, 1x1 head, of which the last stage ends.
+    """3x3 stem, inverted residuals in four stages with strides 1, 2, 2, 2, and a 1x1 head that ends the last stage.
 
-    Blocks end linearly. So `features` and `preactivations` of the first three stages are the same maps, of both signs.
-    Those of the last stage are the head's, after and before its activation: its features are what the pool reads.
+    Blocks end linearly, so `features` and `preactivations` of the first three stages are the same maps, of both signs.
+    Those of the last stage are the head's, after and before its activation, so that its features are the input of the
+    pool.
 
     Attributes:
-      num_classes: size of the output.
-      width: factor on the widths of stem, stages and, above 1, head.
-      stem_stride: stride of the stem.
-      activation: after every convolution but the linear ones.
-      dtype: of the computation; parameters, batch statistics and logits are at least float32.
-      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+      num_classes: Number of classes.
+      width: Factor on the widths of stem, stages and, above 1, head.
+      stem_stride: Stride of the stem.
+      activation: Activation after every convolution but the linear ones.
+      dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
 
     num_classes: int
@@ -70,7 +72,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
-        """Images [B, H, W, C], normalized, floating point -> ModelOutput with four stage maps."""
+        """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with four stage maps."""
         conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
         x = conv(scale_width(32, self.width), 3, self.stem_stride, name="stem")(images, train=train)
         x, features = self.activation(x), []
@@ -88,8 +90,9 @@ class MobileNetV2(nn.Module):
 
 
 MOBILENETS = {
-    # ReLU6 as in the paper; the last map of an image of side 32 has side 4, as that of ResNet, VGG and Inception.
+    # This has ReLU6 as in the paper, and a last map of side 4 for images of side 32, as ResNet, VGG and Inception have.
     "mobilenet_v2": MobileNetV2,
-    # As in the field's comparison tables, there with width 0.5: plain ReLU, and the stem halves the side.
+    # This has plain ReLU, and a stem that halves the side, as in the reference code of CRD (Tian et al. 2020), which
+    # uses it with width 0.5.
     "mobilenet_v2_crd": partial(MobileNetV2, stem_stride=2, activation=nn.relu),
 }

@@ -1,4 +1,4 @@
-"""What every network returns."""
+"""The outputs that every network returns."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,13 @@ import jax
 
 
 class ModelOutput(NamedTuple):
-    """Outputs of a classification network. A network of one's own may leave out all but the logits.
+    """Outputs of a classification network, of which networks from elsewhere may leave out all but the logits.
 
     Attributes:
-      logits: [B, num_classes], at least float32.
-      features: The maps after each stage, [B, H_l, W_l, D_l], first stage first, in the compute dtype.
-      embedding: [B, D], the globally pooled last map that the classifier reads, in the compute dtype.
-      preactivations: The maps of `features` before the last ReLU of each stage, in the compute dtype.
+      logits: Logits, [B, num_classes], at least float32.
+      features: Maps after each stage, [B, H_l, W_l, D_l], the first stage first, in the compute dtype.
+      embedding: Globally pooled last map, the input of the classifier, [B, D], in the compute dtype.
+      preactivations: Maps of `features` before the last ReLU of each stage, in the compute dtype.
     """
 
     logits: jax.Array

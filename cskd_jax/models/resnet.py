@@ -1,8 +1,10 @@
 """Residual networks (He et al. 2016) with a width factor, in three forms.
 
-`resnet18` to `resnet152` are for small images: 3x3 stem, four stages. The same with `_224` are those of ImageNet: 7x7
-stem, the maps of four stages have 1/4 to 1/32 of the side of the image. `resnet8` to `resnet110`, `resnet8x4` and
-`resnet32x4` are those of the comparison tables of the field for CIFAR: three stages, narrow or four times as wide.
+- `resnet18` to `resnet152` are for small images: they have a 3x3 stem and four stages.
+- The same names with `_224` are those of ImageNet: they have a 7x7 stem, and the maps of their four stages have 1/4 to
+  1/32 of the side of the image.
+- `resnet8` to `resnet110`, `resnet8x4` and `resnet32x4` are those for CIFAR of the reference code of CRD (Tian et al.
+  2020, https://github.com/HobbitLong/RepDistiller): they have three stages, narrow or four times as wide.
 """
 
 from functools import partial
@@ -41,7 +43,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries the stride), 1x1 with four times the channels, around a shortcut.
+    """Convolutions 1x1, 3x3 (which carries the stride), 1x1 with four times the channels, around a shortcut.
 
     The caller applies the last ReLU.
     """
@@ -66,20 +68,20 @@ class ResNet(nn.Module):
     """Residual network: stem, 3x3 max-pool, stages of which each but the first halves the side of the maps.
 
     Attributes:
-      num_classes: size of the output.
-      stage_sizes: blocks per stage.
-      block: BasicBlock or Bottleneck.
-      width: factor on the widths of stem and stages.
-      stage_widths: channels of each stage at width 1, before the block's expansion.
-      stem_width: channels of the stem at width 1; None: those of the first stage.
-      stem_kernel_size: side of the stem's kernel.
-      stem_stride: stride of the stem.
-      pool_stride: stride of the max-pool; None: no max-pool.
-      projection_features: if given, a 1x1 convolution without bias maps the last stage's features to that many
-        channels before they are handed out (`branch4` of the released code's networks). Logits and preactivations
-        do not see it.
-      dtype: of the computation; parameters, batch statistics and logits are at least float32.
-      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+      num_classes: Number of classes.
+      stage_sizes: Numbers of blocks of the stages.
+      block: Class of the blocks, BasicBlock or Bottleneck.
+      width: Factor on the widths of stem and stages.
+      stage_widths: Numbers of channels of the stages at width 1, before the block's expansion.
+      stem_width: Number of channels of the stem at width 1; None takes that of the first stage.
+      stem_kernel_size: Side of the stem's kernel.
+      stem_stride: Stride of the stem.
+      pool_stride: Stride of the max-pool; None leaves the max-pool out.
+      projection_features: Number of channels to which a 1x1 convolution without bias maps the returned features of the
+        last stage (`branch4` of the networks of Chen et al. 2020, https://github.com/xeanzheng/CSKD); None leaves it
+        out. Logits and preactivations do not depend on it.
+      dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
 
     num_classes: int
@@ -97,7 +99,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
-        """Images [B, H, W, C], normalized, floating point -> ModelOutput with a map per stage."""
+        """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with a map for each stage."""
         conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
         # Jitted so that blocks that are alike are traced and lowered once; a ResNet101 has 23 in a row.
         block = nn.jit(self.block, static_argnames=("train",))
@@ -133,7 +135,7 @@ _SIZES = {
 
 
 def _comparison(depth, stage_widths=(16, 32, 64), stem_width=16):
-    """Three stages of basic blocks: 6 n + 2 layers with n blocks a stage."""
+    """Returns a network for CIFAR with three stages of basic blocks: 6 n + 2 layers with n blocks in each stage."""
     sizes = ((depth - 2) // 6,) * 3
     return partial(
         ResNet, stage_sizes=sizes, block=BasicBlock, stage_widths=stage_widths, stem_width=stem_width, pool_stride=None

@@ -1,4 +1,7 @@
-"""ShuffleNet v1 (Zhang et al. 2018) and v2 (Ma et al. 2018) for small images, as in the field's comparison tables."""
+"""ShuffleNet v1 (Zhang et al. 2018) and v2 (Ma et al. 2018) for small images.
+
+They are those of the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
+"""
 
 from functools import partial
 from typing import Any
@@ -12,7 +15,7 @@ from cskd_jax.models.outputs import ModelOutput
 
 
 def shuffle_channels(x: jax.Array, groups: int) -> jax.Array:
-    """[..., D] -> [..., D]: the first channel of every group, then the second of every group, and so on."""
+    """Reorders the channels [..., D]: the first channel of every group, then the second of every group, and so on."""
     grouped = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     return jnp.swapaxes(grouped, -1, -2).reshape(x.shape)
 
@@ -20,7 +23,7 @@ def shuffle_channels(x: jax.Array, groups: int) -> jax.Array:
 class ShuffleBlockV1(nn.Module):
     """1x1 in groups, shuffle, 3x3 depthwise, 1x1 in groups; added to the input, or beside its average-pool.
 
-    The caller applies the last ReLU. There is one after the depthwise convolution too, which the paper does without.
+    The caller applies the last ReLU. Another ReLU follows the depthwise convolution, which the paper does without.
     """
 
     features: int
@@ -43,9 +46,9 @@ class ShuffleBlockV1(nn.Module):
 
 
 class ShuffleBlockV2(nn.Module):
-    """Two branches, then a shuffle of their channels; at stride 1 one branch is half of the input, as it is.
+    """Two branches, then a shuffle of their channels; at stride 1 one branch is half of the input, unchanged.
 
-    The caller applies the last ReLU, which leaves that half, a ReLU's output itself, as it is.
+    The caller applies the last ReLU, which leaves that half unchanged because it is the output of a ReLU.
     """
 
     features: int
@@ -67,18 +70,18 @@ class ShuffleBlockV2(nn.Module):
 
 
 class ShuffleNet(nn.Module):
-    """1x1 stem, three stages of which each begins with stride 2, and in v2 a 1x1 head, with which the last stage ends.
+    """1x1 stem, three stages that each begin with stride 2, and in v2 a 1x1 head that belongs to the last stage.
 
     Attributes:
-      num_classes: size of the output.
-      version: 1 or 2, of the blocks.
-      stage_sizes: blocks per stage.
-      stage_widths: channels of each stage at width 1.
-      head_width: channels of the head at width 1; None: no head.
-      groups: of the 1x1 convolutions of version 1.
-      width: factor on the widths of stem, stages and, above 1, head.
-      dtype: of the computation; parameters, batch statistics and logits are at least float32.
-      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+      num_classes: Number of classes.
+      version: Version of the blocks, 1 or 2.
+      stage_sizes: Numbers of blocks of the stages.
+      stage_widths: Numbers of channels of the stages at width 1.
+      head_width: Number of channels of the head at width 1; None leaves the head out.
+      groups: Number of groups of the 1x1 convolutions of version 1.
+      width: Factor on the widths of stem, stages and, above 1, head.
+      dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
 
     num_classes: int
@@ -93,7 +96,7 @@ class ShuffleNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
-        """Images [B, H, W, C], normalized, floating point -> ModelOutput with three stage maps."""
+        """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with three stage maps."""
         conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
         x = nn.relu(conv(scale_width(24, self.width, self.groups), 1, name="stem")(images, train=train))
         features, preactivations = [], []

@@ -1,4 +1,7 @@
-"""VGG (Simonyan and Zisserman 2015) with batch normalization for small images, as in the field's comparison tables."""
+"""VGG (Simonyan and Zisserman 2015) with batch normalization for small images.
+
+It is that of the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
+"""
 
 from functools import partial
 from typing import Any
@@ -12,19 +15,19 @@ from cskd_jax.models.outputs import ModelOutput
 
 
 class VGG(nn.Module):
-    """Plain 3x3 convolutions: a stem and four stages, of which each but the last begins with a 2x2 max-pool.
+    """3x3 convolutions: a stem and four stages, of which each but the last begins with a 2x2 max-pool.
 
-    The stem is what other descriptions of VGG call its first block. So the maps of an image of side 32 have sides 16,
-    8, 4, 4, and are paired with the four stages of the other networks. One linear layer classifies.
+    The stem is what other descriptions of VGG call its first block. The maps of an image of side 32 therefore have
+    sides 16, 8, 4, 4, and are paired with the four stages of the other networks. A single linear layer classifies.
 
     Attributes:
-      num_classes: size of the output.
-      stem_size: convolutions of the stem.
-      stage_sizes: convolutions per stage.
-      width: factor on the widths of stem and stages.
-      stage_widths: channels of the stem and of each stage at width 1.
-      dtype: of the computation; parameters, batch statistics and logits are at least float32.
-      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+      num_classes: Number of classes.
+      stem_size: Number of convolutions of the stem.
+      stage_sizes: Numbers of convolutions of the stages.
+      width: Factor on the widths of stem and stages.
+      stage_widths: Numbers of channels of the stem and of each stage at width 1.
+      dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
 
     num_classes: int
@@ -37,7 +40,10 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
-        """Images [B, H, W, C], normalized, floating point, H and W at least 8 -> ModelOutput with four stage maps."""
+        """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with four stage maps.
+
+        H and W must be at least 8.
+        """
         conv = partial(ConvBatchNorm, use_bias=True, dtype=self.dtype, axis_name=self.axis_name)
         x, features, preactivations = images, [], []
         sizes = (self.stem_size, *self.stage_sizes)

@@ -1,4 +1,7 @@
-"""Wide residual networks (Zagoruyko and Komodakis 2016) for small images, as in the field's comparison tables."""
+"""Wide residual networks (Zagoruyko and Komodakis 2016) for small images.
+
+They are those of the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
+"""
 
 from functools import partial
 from typing import Any
@@ -14,17 +17,17 @@ from cskd_jax.models.outputs import ModelOutput
 class WideResNet(nn.Module):
     """Residual network with normalization and ReLU before the convolutions, in three stages with strides 1, 2, 2.
 
-    A stage's sum is normalized by what comes after it, the next stage or the classifier: `preactivations` are that
-    normalized sum, `features` its positive part.
+    The sum at the end of a stage is normalized by the following part, the next stage or the classifier:
+    `preactivations` are that normalized sum, `features` its positive part.
 
     Attributes:
-      num_classes: size of the output.
-      depth: number of layers, 6 n + 4 with n blocks a stage.
-      widening: factor k on the stage widths (not on the stem's).
-      width: factor on the widths of stem and stages.
-      stage_widths: channels of each stage at widening and width 1; the stem has those of the first.
-      dtype: of the computation; parameters, batch statistics and logits are at least float32.
-      axis_name: mapped axis over which the batch is split, for the batch statistics; None on one device.
+      num_classes: Number of classes.
+      depth: Number of layers, 6 n + 4 with n blocks in each stage.
+      widening: Factor k on the stage widths (not on the stem's).
+      width: Factor on the widths of stem and stages.
+      stage_widths: Numbers of channels of the stages at widening and width 1; the stem has as many as the first.
+      dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
+      axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
 
     num_classes: int
@@ -37,7 +40,7 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
-        """Images [B, H, W, C], normalized, floating point -> ModelOutput with three stage maps."""
+        """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with three stage maps."""
         normalize = partial(BatchNorm, dtype=self.dtype, axis_name=self.axis_name)
         conv = partial(Convolution, dtype=self.dtype)
         conv_normalize = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)

@@ -152,7 +152,7 @@ def embed_images(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "normalize"))
-def _embed(network: Network, normalize: Normalize, variables: Any, images: jax.Array) -> jax.Array:
+def _embed(network: Network, normalize: Normalize, variables: Any, images: jax.Array) -> Any:
     return network.apply(variables, normalize(images), train=False)[0].embedding
 
 

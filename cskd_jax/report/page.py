@@ -22,7 +22,7 @@ def render(title: str, lead: str, sections: Iterable[str]) -> str:
       lead: Plain text below it.
       sections: Sections as HTML.
     """
-    style = importlib.resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    style = importlib.resources.files(str(__package__)).joinpath("style.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -229,7 +229,8 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
         groups.setdefault(json.dumps([run.config.get(key) for key in _COMMON]), []).append(run)
     comparisons = []
     for key in sorted(groups):
-        teachers = sorted({run.given_teacher for run in groups[key]} - {None}) or [None]
+        given = {run.given_teacher for run in groups[key] if run.given_teacher is not None}
+        teachers: list[Any] = sorted(given) or [None]
         for teacher in teachers:
             runs = [run for run in groups[key] if run.given_teacher in (None, teacher)]
             comparisons.append(_comparison(runs, (teacher[:8] or "of each run") if len(teachers) > 1 else ""))

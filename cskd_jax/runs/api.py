@@ -80,6 +80,6 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
             network = saved.record.packaged_network()
         except UserError as error:
             raise UserError(f"{workdir}: {error}: give student=") from None
-        student = create_model(**network, num_classes=len(saved.record.categories))
+        student = create_model(**network, num_classes=len(saved.variables["params"]["classifier"]["bias"]))
     results = workdir / RESULTS
     return LoadedRun(student, saved.variables, read_json(results) if results.exists() else {})

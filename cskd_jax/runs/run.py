@@ -73,7 +73,7 @@ def _run(config, workdir, devices, identity, given):
     )
     teacher_entry = None
     with StopRequest() as stop:
-        if run.teacher_trainer is not None:
+        if run.teacher_trainer is not None and run.teacher is not None:
             result = run.teacher_trainer.fit(stop)["teacher"]
             run.teacher.variables = result.variables
             teacher_entry = describe_result(run.teacher_trainer.describe("teacher"), result)

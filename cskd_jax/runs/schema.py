@@ -185,7 +185,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         rules.check(path, values[path], key.rule)
     for name, settings in losses.items():
         _validate_loss(name, settings)
-    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+    options: Any = jax.config  # Its options are attributes, which type checkers do not see.
+    if config.dtype == "float64" and not options.jax_enable_x64:
         raise UserError("dtype is float64; it needs the environment variable JAX_ENABLE_X64=1")
     if needs_teacher(losses) and not config.teacher.name:
         raise UserError(

@@ -57,10 +57,11 @@ def sweep(runs: Sequence[Run], jobs: int) -> None:
                     if not run.done:
                         failed[run] = _failure(run, process.returncode)
                     report(run, failed.get(run) or f"{_score(run)}, {time.monotonic() - start:.0f} s")
-            for run in [run for run in waiting if run.teacher in failed]:
-                waiting.remove(run)
-                failed[run] = f"not started: {run.teacher.name} failed"
-                report(run, failed[run])
+            for run in list(waiting):
+                if run.teacher is not None and run.teacher in failed:
+                    waiting.remove(run)
+                    failed[run] = f"not started: {run.teacher.name} failed"
+                    report(run, failed[run])
     if failed:
         names = ", ".join(run.name for run in runs if run in failed)
         raise FailedRunsError(f"{len(failed)} of {total} runs failed: {names}; the same command tries them again")

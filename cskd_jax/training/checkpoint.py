@@ -19,10 +19,10 @@ import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import serialization, traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from cskd_jax.distributed import processes
@@ -258,7 +258,7 @@ def _load(path):
         arrays, record, digest = _read(path)
     except _Damaged as damage:
         raise UserError(f"checkpoint {path} is damaged ({damage})") from None
-    tree = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    tree = traverse_util.unflatten_dict(arrays, sep="/")
     variables = tree.get("ema", {"params": tree["params"].get("network", {}), **tree.get("collections", {})})
     return Saved({"params": {}, **variables}, record, int(path.name), digest)
 
@@ -314,14 +314,14 @@ def _upgrade(name):
 
 def _flatten(tree):
     """{path joined by "/": numpy array} of a tree, by Flax's names for its parts."""
-    flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(tree), sep="/")
+    flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
     return {name: np.asarray(array) for name, array in flat.items()}
 
 
 def _unflatten(arrays, template):
-    target = flax.serialization.to_state_dict(template)
-    flat = flax.traverse_util.flatten_dict(target, sep="/", keep_empty_nodes=True)
-    empty = flax.traverse_util.empty_node
+    target = serialization.to_state_dict(template)
+    flat: dict[str, Any] = traverse_util.flatten_dict(target, sep="/", keep_empty_nodes=True)
+    empty = traverse_util.empty_node
     wanted = {name for name, leaf in flat.items() if leaf is not empty}
     for name in sorted(wanted | set(arrays)):
         found, expected = arrays.get(name), flat.get(name) if name in wanted else None
@@ -332,7 +332,7 @@ def _unflatten(arrays, template):
                 f"({name}: {shapes[0]} instead of {shapes[1]}); use another workdir"
             )
     flat |= arrays
-    return flax.serialization.from_state_dict(template, flax.traverse_util.unflatten_dict(flat, sep="/"))
+    return serialization.from_state_dict(template, traverse_util.unflatten_dict(flat, sep="/"))
 
 
 def _digest(array):
@@ -344,7 +344,7 @@ def _text_digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _score(metrics):
+def _score(metrics: Any) -> Any:
     # Of equal scores the earliest is the best, as in the results.
     return metrics["score"], -metrics["step"]
 

@@ -151,7 +151,7 @@ class Loop:
                     f"{self._name}: the workdir holds a training of {step} steps, more than the {self._total_steps} "
                     "asked for; use another workdir"
                 )
-            if step == self._total_steps:
+            if state is not None and step == self._total_steps:
                 return state, progress, []
             self._announce(step)
             state = self._setup.devices.replicate(self._compile(state, step))

@@ -1,6 +1,6 @@
 """Metrics of classification: with one category per image, and with any number of them (multi-label)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,7 +99,7 @@ class Task(NamedTuple):
     summarize: Callable[[Sequence[Any], np.ndarray], dict[str, float]]
     by_category: Callable[[Sequence[Any], np.ndarray, int], tuple[np.ndarray, np.ndarray | None]]
 
-    def describe(self, values: dict[str, float]) -> str:
+    def describe(self, values: Mapping[str, Any]) -> str:
         """Returns the metrics of a split for people, without the loss."""
         return ", ".join(f"{name} {values[metric]:.4f}" for metric, name in self.names.items() if metric in values)
 
@@ -159,7 +159,8 @@ def _summarize_logits(batches, labels):
 
 def _average_precisions(batches, labels, num_classes):
     del num_classes
-    return np.asarray(average_precision(np.concatenate(batches)[: len(labels)], labels)), None
+    scores: Any = np.concatenate(batches)[: len(labels)]
+    return np.asarray(average_precision(scores, labels)), None
 
 
 @jax.jit

@@ -14,17 +14,20 @@ Variables = Mapping[str, Any]
 
 @runtime_checkable
 class Network(Protocol):
-    """What the trainer needs of a network.
+    """What the trainer needs of a network."""
 
-    Attributes:
-      synchronized: Whether the network itself computes what it computes of a batch, such as the statistics of batch
-        normalization, from the global batch. If not, the trainer averages its updated collections over the devices, and
-        results depend on the number of devices.
-      variables: Variables that the network brings along; None where `init` makes fresh ones.
-    """
+    @property
+    def synchronized(self) -> bool:
+        """Returns whether the network itself computes the statistics of a batch from the global batch.
 
-    synchronized: bool
-    variables: Variables | None
+        If not, the trainer averages its updated collections over the devices, and results depend on their number.
+        """
+        ...
+
+    @property
+    def variables(self) -> Variables | None:
+        """Returns the variables that the network brings along; None where `init` makes fresh ones."""
+        ...
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
         """Returns fresh variables, and the outputs for two black images of shape [H, W, C]."""

@@ -144,7 +144,8 @@ class Objective:
         Returns:
           The weighted total; {NAME: unweighted value, NAME/TERM: value of a term} for every loss; the new memory.
         """
-        inputs, total, terms, new_memory = _guard(inputs), 0.0, {}, {}
+        total: Any = 0.0
+        inputs, terms, new_memory = _guard(inputs), {}, {}
         for name, (weight, loss) in self.losses.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             (value, parts), updated = loss.apply(variables, inputs, mutable=["memory"])
@@ -173,12 +174,15 @@ class FunctionLoss(Method):
         def gather(x):
             return gather_batch(x, self.axis_name)
 
+        student: Any = inputs.student
+        teacher: Any = inputs.teacher
         inputs = inputs._replace(
-            student=_Outputs(inputs.student.output, "student", gather),
-            teacher=None if inputs.teacher is None else _Outputs(inputs.teacher.output, "teacher", gather),
+            student=_Outputs(student.output, "student", gather),
+            teacher=None if teacher is None else _Outputs(teacher.output, "teacher", gather),
             labels=gather(inputs.labels),
             indices=None if inputs.indices is None else gather(inputs.indices),
         )
+        assert self.function is not None
         value = self.function(inputs)
         return value if isinstance(value, tuple) else (value, {})
 
@@ -209,7 +213,7 @@ def _check_scalars(name, value, parts):
         raise ValueError(f"losses.{name} must return a scalar, or a scalar and a dictionary of scalars")
     for key, part in [(name, value), *((f"{name}/{term}", part) for term, part in parts.items())]:
         if not isinstance(part, jax.Array | int | float | np.generic) or jnp.shape(part) != ():
-            shape = f"shape {part.shape}" if hasattr(part, "shape") else type(part).__name__
+            shape = f"shape {jnp.shape(part)}" if hasattr(part, "shape") else type(part).__name__
             raise ValueError(f"losses.{key} must be a scalar; got {shape}")
 
 

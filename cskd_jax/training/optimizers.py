@@ -99,7 +99,7 @@ def learning_rate_of_step(schedule: Callable[[Any], Any] | None, count: int) -> 
 class RestartState(NamedTuple):
     """State of `restart_every`."""
 
-    count: jax.Array
+    count: Any
     inner: optax.OptState
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
@@ -17,7 +17,7 @@ from cskd_jax.training.objective import Objective
 _ONE_CLASS = jax.ShapeDtypeStruct((), jnp.int32)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     """State of the training of a student.
 
@@ -35,8 +35,8 @@ class TrainState:
     params: Any
     collections: Any
     opt_state: Any
-    memory: Any = flax.struct.field(default_factory=dict)
-    ema: Any = flax.struct.field(default_factory=dict)
+    memory: Any = struct.field(default_factory=dict)
+    ema: Any = struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -84,6 +84,7 @@ def init_state(
       ema: Whether a moving average of the variables is kept, which starts from the first ones.
     """
     student_key, losses_key = jax.random.split(key)
+    shape: Any = jax.ShapeDtypeStruct  # Shapes take the place of arrays.
     if variables is None:
         variables, student_output = init_network(student, student_key, image_shape)
     else:
@@ -91,9 +92,9 @@ def init_state(
     inputs = LossInputs(
         student=student_output,
         teacher=teacher_output,
-        labels=jax.ShapeDtypeStruct((2, *label.shape), label.dtype),
-        indices=jax.ShapeDtypeStruct((2,), jnp.int32),
-        key=jax.ShapeDtypeStruct(key.shape, key.dtype),
+        labels=shape((2, *label.shape), label.dtype),
+        indices=shape((2,), jnp.int32),
+        key=shape(key.shape, key.dtype),
     )
     losses, memory = objective.init(losses_key, inputs)
     params = {"network": variables.get("params", {}), "losses": losses}

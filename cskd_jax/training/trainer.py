@@ -147,7 +147,7 @@ class Trainer:
         augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
         callbacks: Sequence[Callback] | None = None,
         workdir: str | pathlib.Path | None = None,
-        devices: Devices | int | Sequence[jax.Device] | None = None,
+        devices: Devices | int | Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
         log_every: int = 50,
         keep_checkpoints: int = 2,
         accumulation_steps: int = 1,
@@ -260,7 +260,8 @@ class Trainer:
             state, progress, history = loop.run(stop, teacher_variables)
             self.state[name] = jax.device_get(state)
             if self._workdir is not None:
-                rows = processes.on_first(lambda: list(read_rows(self._workdir / "metrics.jsonl")))
+                path = self._workdir / "metrics.jsonl"
+                rows = processes.on_first(lambda path=path: list(read_rows(path)))
                 history = [row for row in rows if row["phase"] == name]
             results[name] = _result(name, self.state[name].averaged, progress, history)
         return results

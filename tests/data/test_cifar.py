@@ -137,7 +137,7 @@ def without(member):
     [
         (without("test.bin"), "lacks the member cifar-100-binary/test.bin"),
         (without("fine_label_names.txt"), "lacks the member cifar-100-binary/fine_label_names.txt"),
-        (change("train.bin", b"\0" * 3075), "train.bin has 3075 bytes, which is no whole number of records of 3074"),
+        (change("train.bin", b"\0" * 3075), "train.bin has 3075 bytes, not a whole number of records of 3074"),
         (change("test.bin", b""), "the test split is empty: cifar-100-binary/test.bin"),
         (change("train.bin", b""), "the train split is empty: cifar-100-binary/train.bin"),
         (

@@ -64,10 +64,10 @@ def test_prepared(prepared):
     assert (folder / "cub200" / "1.0.0" / "dataset_info.json").is_file()
 
 
-def test_grey_becomes_rgb(prepared):
+def test_gray_becomes_rgb(prepared):
     _, dataset = prepared
-    grey = dataset.train.images[4]
-    assert (grey[..., :1] == grey).all()
+    gray = dataset.train.images[4]
+    assert (gray[..., :1] == gray).all()
     assert not (dataset.train.images[5][..., :1] == dataset.train.images[5]).all()
 
 

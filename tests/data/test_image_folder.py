@@ -87,7 +87,7 @@ def test_subset_decodes_only_what_it_takes(root):
 
 
 def test_subset_larger_than_a_category(root):
-    with pytest.raises(UserError, match="needs 4 training examples of category 'cat', which has 3: at most 6"):
+    with pytest.raises(UserError, match="needs 4 training examples of class 'cat', which has 3: at most 6"):
         load(root, train_examples=7)
 
 
@@ -115,7 +115,7 @@ def test_neither_test_nor_val(root):
 def test_no_categories(tmp_path):
     for name in ("train", "test"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"{tmp_path}/train has no category folders"):
+    with pytest.raises(UserError, match=f"{tmp_path}/train has no class folders"):
         load(tmp_path)
 
 
@@ -129,13 +129,13 @@ def test_empty_category(root, split):
 
 def test_test_split_lacks_a_category(root):
     (root / "test" / "dog").rename(root / "elsewhere")
-    with pytest.raises(UserError, match=f"{root}/test lacks the category 'dog', which train has"):
+    with pytest.raises(UserError, match=f"{root}/test lacks the class 'dog', which train has"):
         load(root)
 
 
 def test_test_split_has_another_category(root):
     save(root / "test" / "emu" / "0.png")
-    with pytest.raises(UserError, match=f"{root}/test has the category 'emu', which train lacks"):
+    with pytest.raises(UserError, match=f"{root}/test has the class 'emu', which train lacks"):
         load(root)
 
 

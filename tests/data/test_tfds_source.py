@@ -83,7 +83,7 @@ def test_a_prepared_array_record_needs_no_tensorflow(tmp_path, no_tensorflow):
         assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
 
 
-def test_grey_images_keep_one_channel(tmp_path):
+def test_gray_images_keep_one_channel(tmp_path):
     train = examples(2, mode="L")
     write(tmp_path, {"train": train, "test": train}, shape=(None, None, 1))
     images = load_dataset("shapes", data_dir=str(tmp_path)).train.images
@@ -91,7 +91,7 @@ def test_grey_images_keep_one_channel(tmp_path):
     assert images.shape == (2, 4, 6, 1)
 
 
-def test_grey_files_become_the_colour_that_the_feature_declares(tmp_path):
+def test_gray_files_become_the_color_that_the_feature_declares(tmp_path):
     train = examples(2, mode="L")
     write(tmp_path, {"train": train, "test": train}, shape=(4, 6, 3))
     assert load_dataset("shapes", data_dir=str(tmp_path)).image_shape == (4, 6, 3)
@@ -153,9 +153,9 @@ def test_mixed_sizes_between_splits(tmp_path):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
-def test_unlabelled_test_split(tmp_path):
+def test_unlabeled_test_split(tmp_path):
     write(tmp_path, {"train": examples(2), "test": [{"image": picture(0), "label": -1}]})
-    with pytest.raises(UserError, match="'shapes' has no examples or unlabelled ones in its split test"):
+    with pytest.raises(UserError, match="'shapes' has no examples or unlabeled ones in its split test"):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
@@ -170,7 +170,7 @@ def test_truncated_record_file(tmp_path):
     (file,) = folder.glob("*train*")
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(
-        UserError, match=f"cannot read split train in {folder}: .*; remove the folder to prepare it anew"
+        UserError, match=f"cannot read split train in {folder}: .*; remove the folder to prepare it again"
     ):
         load_dataset("shapes", data_dir=str(tmp_path))
 

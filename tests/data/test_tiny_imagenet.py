@@ -18,7 +18,7 @@ from tests.archive_files import photograph, write_zip
 ROOT = "tiny-imagenet-200/"
 # Not sorted: the order of wnids.txt is that of the labels.
 NAMES = [f"n{(number * 37) % 200:08d}" for number in range(200)]
-GREY = f"{ROOT}train/{NAMES[3]}/images/{NAMES[3]}_1.JPEG"
+GRAY = f"{ROOT}train/{NAMES[3]}/images/{NAMES[3]}_1.JPEG"
 
 
 def train_file(label, number):
@@ -35,7 +35,7 @@ def make_members():
             members[train_file(label, number)] = photograph(2 * label + number, (64, 64))
         members[f"{ROOT}val/images/val_{label}.JPEG"] = photograph(1000 + label, (64, 64))
         annotations.append(f"val_{label}.JPEG\t{name}\t0\t32\t44\t62")
-    members[GREY] = photograph(7, (64, 64), mode="L")
+    members[GRAY] = photograph(7, (64, 64), mode="L")
     members[ROOT + "val/val_annotations.txt"] = "\n".join(reversed(annotations)).encode() + b"\n"
     members[ROOT + "wnids.txt"] = "\n".join(NAMES).encode()
     return members
@@ -64,13 +64,13 @@ def test_prepared_without_network(tmp_path, no_network):
     assert (tmp_path / "tiny_imagenet" / "1.0.0" / "dataset_info.json").is_file()
 
 
-def test_grey_images_are_stored_in_rgb(tmp_path):
+def test_gray_images_are_stored_in_rgb(tmp_path):
     """So that tensorflow-datasets, too, reads what the features say."""
     path = write_zip(tmp_path / "tiny-imagenet-200.zip", MEMBERS)
     images = list(tiny_imagenet.read_archive(tiny_imagenet.ARCHIVE, path).splits["train"].images)
-    grey = pixels(MEMBERS[GREY])
-    np.testing.assert_array_equal(images[7], grey)
-    assert (grey[..., :1] == grey).all()
+    gray = pixels(MEMBERS[GRAY])
+    np.testing.assert_array_equal(images[7], gray)
+    assert (gray[..., :1] == gray).all()
     assert images[6] == MEMBERS[train_file(3, 0)]  # What is in RGB keeps its bytes.
 
 
@@ -147,7 +147,7 @@ TRAIN_5 = [train_file(5, number).removeprefix(ROOT) for number in range(2)]
         (without(*TRAIN_5), f"the train split has no image of {NAMES[5]}$"),
         (
             change("train/n99999999/images/n99999999_0.JPEG", b""),
-            "n99999999_0.JPEG is of the category n99999999, which tiny-imagenet-200/wnids.txt does not name",
+            "n99999999_0.JPEG is of the class n99999999, which tiny-imagenet-200/wnids.txt does not name",
         ),
         (
             change("val/val_annotations.txt", ANNOTATIONS.replace(NAMES[4].encode(), NAMES[6].encode())),
@@ -155,7 +155,7 @@ TRAIN_5 = [train_file(5, number).removeprefix(ROOT) for number in range(2)]
         ),
         (
             change("val/val_annotations.txt", ANNOTATIONS.replace(NAMES[4].encode(), b"n99999999")),
-            "val_annotations.txt says 'n99999999' of val_4.JPEG: tiny-imagenet-200/wnids.txt has no such category",
+            "val_annotations.txt says 'n99999999' of val_4.JPEG: tiny-imagenet-200/wnids.txt has no such class",
         ),
         (change("val/val_annotations.txt", b"val_4.JPEG\n"), "val_annotations.txt says '' of val_4.JPEG"),
         (

@@ -28,22 +28,22 @@ def test_largest_subset():
 
 @pytest.mark.parametrize("number", [-1, 0, 2])
 def test_fewer_than_the_categories(number):
-    with pytest.raises(UserError, match=f"train_examples={number} is fewer than the 3 categories: allowed are 3 to 10"):
+    with pytest.raises(UserError, match=f"train_examples={number} is fewer than the 3 classes: allowed are 3 to 10"):
         balanced_indices(LABELS, CATEGORIES, number)
 
 
 def test_more_than_a_category_has():
-    with pytest.raises(UserError, match="needs 4 training examples of category 'dog', which has 3: at most 10 are"):
+    with pytest.raises(UserError, match="needs 4 training examples of class 'dog', which has 3: at most 10 are"):
         balanced_indices(LABELS, CATEGORIES, 11)
 
 
 def test_largest_subset_stops_at_the_first_exhausted_category():
-    with pytest.raises(UserError, match="category 'cat', which has 1: at most 2 are possible"):
+    with pytest.raises(UserError, match="class 'cat', which has 1: at most 2 are possible"):
         balanced_indices(np.array([0, 1, 1, 1]), ("cat", "dog"), 3)
 
 
 def test_a_category_without_examples():
-    with pytest.raises(UserError, match="category 'emu', which has 0: at most 2 are possible"):
+    with pytest.raises(UserError, match="class 'emu', which has 0: at most 2 are possible"):
         balanced_indices(np.array([0, 1, 1, 1]), CATEGORIES, 3)
 
 

@@ -290,7 +290,7 @@ def spread_labels(batch):
     return np.array([3, 8, 12, 20, 29], np.int32)[batch["labels"]]
 
 
-def test_many_categories_are_like_relabelled_few(x64):
+def test_many_categories_are_like_relabeled_few(x64):
     batch = make_batch(np.float64)
     wide = batch | {"labels": spread_labels(batch), "student_logits": None, "teacher_logits": None}
     terms = apply_loss(wide, "paper", num_classes=30)

@@ -105,7 +105,7 @@ def test_bfloat16_is_computed_in_float32():
     ("shapes", "options", "text"),
     [
         (((1, 3), (1, 3)), {}, "it needs at least 2 in the global batch, got 1"),
-        (((4, 1), (4, 1)), {}, "dist_loss correlates categories: it needs at least 2, got 1"),
+        (((4, 1), (4, 1)), {}, "dist_loss correlates classes: it needs at least 2, got 1"),
         (((4, 3), (4, 2)), {}, r"shapes must be equal, got student_logits \(4, 3\), teacher_logits \(4, 2\)"),
         (((4, 3), (4, 3)), {"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
     ],

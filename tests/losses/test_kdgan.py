@@ -99,8 +99,8 @@ class Case:
         student = self.student_logits if student_logits is None else student_logits
         teacher = self.teacher_logits if teacher_logits is None else teacher_logits
         temperature = WEIGHTS["temperature"]
-        learnt_by_student = divergence(self.teacher_logits, student, temperature)
-        return learnt_by_student, divergence(self.student_logits, teacher, temperature)
+        learned_by_student = divergence(self.teacher_logits, student, temperature)
+        return learned_by_student, divergence(self.student_logits, teacher, temperature)
 
     def gradient_of_logits(self, player):
         """Straight through the sample, and through what the player learns from the other."""
@@ -114,10 +114,10 @@ class Case:
         gradient = np.einsum("bi,bij->bj", finite_differences(of_sample, samples[player]), jacobian)
         name = ("student_distillation", "teacher_distillation")[player]
 
-        def learnt(z):
+        def learned(z):
             return WEIGHTS[name] * self.divergences(**{("student_logits", "teacher_logits")[player]: z})[player]
 
-        return gradient + finite_differences(learnt, logits)
+        return gradient + finite_differences(learned, logits)
 
 
 @pytest.mark.usefixtures("x64")

@@ -545,7 +545,7 @@ def test_rkd_of_a_shifted_student_is_zero():
 
 
 def test_rkd_of_coinciding_samples():
-    """They are no distance apart, and no angle is at one of them towards the other."""
+    """They are no distance apart, and no angle is at one of them toward the other."""
     student = np.array([[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]], np.float32)
     teacher = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], np.float32)
     _, terms = jax.jit(rkd_loss)(student, teacher)
@@ -688,7 +688,7 @@ def test_different_batches_are_refused(name):
     ("call", "text"),
     [
         (lambda: dkd_of(EMBEDDING[:, :2], EMBEDDING[:, :2]),
-         "dkd needs at least 3 categories, got logits of shape (4, 2)"),
+         "dkd needs at least 3 classes, got logits of shape (4, 2)"),
         (lambda: dkd_loss(EMBEDDING, EMBEDDING, LABELS, temperature=0.0),
          "temperature must be greater than 0, got 0.0"),
         (lambda: dkd_loss(EMBEDDING, EMBEDDING, LABELS[:3]),

@@ -73,7 +73,7 @@ def test_bfloat16_is_computed_in_float32():
 @pytest.mark.parametrize(
     ("shapes", "temperature", "text"),
     [
-        (((4, 1), (4, 1)), 2.0, "needs at least 2 categories, got 1"),
+        (((4, 1), (4, 1)), 2.0, "needs at least 2 classes, got 1"),
         (((4, 3), (4, 2)), 2.0, r"shapes must be equal, got student_logits \(4, 3\), teacher_logits \(4, 2\)"),
         (((4, 3), (4, 3)), 0.0, "temperature must be greater than 0, got 0.0"),
     ],
