@@ -119,7 +119,8 @@ def distill(
       DivergedError: A loss or gradient is not finite.
     """
     sampler = _make_batches(train, steps_per_epoch)
-    data = make_data(train if sampler is None else sampler.first, test, categories, validation)
+    arrays: Any = train if sampler is None else sampler.first
+    data = make_data(arrays, test, categories, validation)
     if sampler is not None:
         sampler.num_classes = data.num_classes
     mean, std = (tuple(map(float, values)) for values in (mean, std))
@@ -174,7 +175,7 @@ def _make_teachers(teacher, variables, features, embedding):
     return [Teacher(network, variables)]
 
 
-def _make_batches(train, steps_per_epoch):
+def _make_batches(train: Any, steps_per_epoch: int | None) -> EpochBatches | None:
     """Returns the batches that a function makes; None if `train` holds arrays."""
     if callable(train):
         return EpochBatches(train, functools.partial(_make_split, "train"), steps_per_epoch)
@@ -198,7 +199,7 @@ def make_data(
       UserError: They are no images and labels, or those of the two splits do not fit together.
     """
     given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
-    splits = [_make_split(name, *arrays) for name, arrays in given.items()]
+    splits: list[Any] = [_make_split(name, *arrays) for name, arrays in given.items()]
     kinds = [
         f"images {split.images.shape[1:]} {split.images.dtype} with labels {['N', *split.labels.shape[1:]]}"
         for split in splits

@@ -28,7 +28,7 @@ def start(main: Callable[[list[str]], int]) -> NoReturn:
     sys.exit(code)
 
 
-def run_program(program: Program, documentation: str, argv: list[str]) -> int:
+def run_program(program: Program, documentation: str | None, argv: list[str]) -> int:
     """Runs a program and returns its exit code; a mistake of the user is shown as one line.
 
     Args:

@@ -60,10 +60,12 @@ def show(recipe: str, overrides: list[str]) -> str:
     config = recipes.load_recipe(recipe, overrides)
     schema.validate(config)
     values = schema.flatten(config)
-    losses = [f"losses.{name}.{key}" for name in sorted(config.losses) for key in keys.loss_keys(name)]
+    known = dict(keys.KEYS)
+    for name in sorted(config.losses):
+        known |= {f"losses.{name}.{setting}": key for setting, key in keys.loss_keys(name).items()}
     rows = []
-    for path in [*keys.KEYS, *losses]:
-        default = keys.find_key(path).default
+    for path in known:
+        default = known[path].default
         differs = values[path] != default
         note = f"(default {_value(default)})" if differs and default is not REQUIRED else ""
         rows.append(("*" if differs else " ", path, _value(values[path]), note))

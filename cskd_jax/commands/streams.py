@@ -5,7 +5,7 @@ import io
 import os
 import signal
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 # What writing to a closed pipe, and to a terminal that is gone, gives.
 _GONE = (errno.EPIPE, errno.EIO)
@@ -33,7 +33,7 @@ def outlive_console() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def _lasting(stream: TextIO | None) -> TextIO:
+def _lasting(stream: Any) -> TextIO:
     if stream is None:  # It was closed before the start, as `>&-` does.
         return open(os.devnull, "w", encoding="utf-8")
     stream.flush()

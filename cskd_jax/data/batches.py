@@ -1,7 +1,7 @@
 """The batches of a training: taken from a split by a sampler, or made by a function of the epoch."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,12 @@ class EpochBatches:
 
     def __init__(
         self,
-        function: Callable[[int], Iterable[tuple[Any, Any]]],
+        function: Callable[[int], Any],
         convert: Callable[[Any, Any], Split],
         steps_per_epoch: int | None = None,
     ):
-        self._function, self._convert, self.num_classes = function, convert, None
+        self._function, self._convert = function, convert
+        self.num_classes: int | None = None
         batches = self._epoch(0)
         first = next(batches, None)
         if first is None:
@@ -88,8 +89,9 @@ class EpochBatches:
             raise UserError(f"train gives a label at step {step + 1} that is not from 0 to {self.num_classes - 1}")
         is_last = (step + 1) % self.steps_per_epoch == 0
         size = self.last_batch_size if is_last else self.batch_size
-        found = [(array.shape, array.dtype) for array in batch]
-        wanted = [((size, *array.shape[1:]), array.dtype) for array in self.first]
+        arrays: list[tuple[Any, ...]] = [(*batch,), (*self.first,)]
+        found = [(array.shape, array.dtype) for array in arrays[0]]
+        wanted = [((size, *array.shape[1:]), array.dtype) for array in arrays[1]]
         if found != wanted:
             texts = [", ".join(f"{dtype}{list(shape)}" for shape, dtype in arrays) for arrays in (found, wanted)]
             raise UserError(
@@ -102,7 +104,7 @@ Sampler = UniformSampler | BalancedSampler | EpochBatches
 
 def read_steps(
     split: Split, sampler: Sampler, steps: range, rows: Callable[[int], np.ndarray]
-) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields (size of the global batch, this process's part of it) of consecutive steps.
 
     Args:

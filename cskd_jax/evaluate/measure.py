@@ -78,13 +78,14 @@ def evaluate(
         images = jnp.asarray(np.resize(dataset.test.images[:size], (size, *dataset.image_shape)))
         lowered = jax.jit(predict).lower(variables, images)
         latencies[f"batch {size}"] = latency(lowered.compile(), variables, images)
+    analysis: Any = lowered.cost_analysis()
     return {
         "model": saved.record.network["name"],
         "width": saved.record.network["width"],
         "step": saved.step,
         "finished": saved.record.finished,
         "parameters": count_parameters(saved.variables["params"]),
-        "flops_per_image": lowered.cost_analysis()["flops"] / config.batch_size,
+        "flops_per_image": analysis["flops"] / config.batch_size,
         "latency_ms": latencies,
         **values,
         "by_category": dict(zip(dataset.categories, scores.tolist(), strict=True)),

@@ -30,7 +30,9 @@ class PublishedValue(NamedTuple):
 
 @functools.cache
 def _content() -> dict[str, Any]:
-    return json.loads(importlib.resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8"))
+    return json.loads(
+        importlib.resources.files("cskd_jax.report").joinpath("published.json").read_text(encoding="utf-8")
+    )
 
 
 def tables() -> list[dict[str, Any]]:

@@ -209,7 +209,7 @@ def _read_results(path):
     return results
 
 
-def _printable(content):
+def _printable(content: Any) -> Any:
     """Returns a JSON value with all texts printable: runs of others are shown on consoles and in files."""
     if isinstance(content, dict):
         return {printable(key): _printable(value) for key, value in content.items()}

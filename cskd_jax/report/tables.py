@@ -95,8 +95,8 @@ def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | 
     values = published.lookup(comparison.dataset, comparison.teacher, comparison.student, method)
     if not values:
         return NONE, NONE, NONE
-    differences = [NONE if ours is None else f"{ours.mean - values[0].top1:+.2f}" for ours in (best, last)]
-    return "; ".join(f"{value.top1:.2f}" for value in values), *differences
+    of_best, of_last = (NONE if ours is None else f"{ours.mean - values[0].top1:+.2f}" for ours in (best, last))
+    return "; ".join(f"{value.top1:.2f}" for value in values), of_best, of_last
 
 
 def _sources(comparison):

@@ -116,7 +116,7 @@ class LinenNetwork:
         """Whether the module can be told that it is trained."""
         return any(self._flags(train=True))
 
-    def _flags(self, *, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
+    def _flags(self, *, train: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns what asks for training mode: positional arguments behind the images, and keywords."""
         parameters = list(inspect.signature(type(self.module).__call__).parameters.values())
         # An attribute of the module that has a value may not be given once more.
@@ -163,7 +163,7 @@ class FunctionNetwork:
       variables: Variables that it starts from; None where they are given with it, as `student_variables`.
     """
 
-    function: Callable[[Variables, jax.Array, bool, Mapping[str, jax.Array] | None], tuple[Any, Variables]]
+    function: Callable[..., Any]
     variables: Variables | None = None
 
     synchronized = False
@@ -212,8 +212,9 @@ def as_network(module: Any, features: Sequence[str] = (), embedding: str | None 
     """
     if isinstance(module, nn.Module):
         return LinenNetwork(module, tuple(features), embedding)
-    if isinstance(module, LinenNetwork) and (features or embedding):
-        return dataclasses.replace(module, features=tuple(features), embedding=embedding)
+    if isinstance(module, LinenNetwork):
+        changes = {"features": tuple(features), "embedding": embedding} if features or embedding else {}
+        return dataclasses.replace(module, **changes)
     kind = module.__name__ if isinstance(module, type) else type(module).__name__
     if features or embedding:
         raise TypeError(f"features are taken by path from a flax.linen.Module only; got {kind}")

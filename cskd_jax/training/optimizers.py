@@ -28,7 +28,7 @@ class Schedule(abc.ABC):
     def after_warmup(self, count: Any, xp: Any) -> Any:
         """Returns the learning rate after `count` updates without the warm-up, computed by `xp`, jax.numpy or numpy."""
 
-    def __call__(self, count: jax.Array) -> jax.Array:
+    def __call__(self, count: Any) -> Any:
         """Returns the learning rate after `count` updates, as a schedule of optax does."""
         return self._at(jnp.asarray(count, float), jnp)
 

@@ -1,13 +1,14 @@
 """The compiled programs of the training of one student."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import flax
 import jax
 import numpy as np
+from flax.errors import FlaxError
 
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, lower
@@ -66,7 +67,7 @@ class Programs:
             size = setup.sampler.batch_size
             self._lowered = [self._lower_step(number, size) for number in range(len(parts))]
             check_unchanged(self.states[0], self._lowered[0].out_info[0])
-        except (TypeError, ValueError, ArithmeticError, flax.errors.FlaxError) as error:
+        except (TypeError, ValueError, ArithmeticError, FlaxError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{name}: {lines[0]}") from error
 
@@ -108,7 +109,7 @@ class Programs:
         self.states = [state]
         for part in self._parts[1:]:
             opt_state = jax.eval_shape(functools.partial(init_optimizer, part.optimizer), state.params)
-            self.states.append(state.replace(opt_state=opt_state))
+            self.states.append(dataclasses.replace(state, opt_state=opt_state))
 
     def _check_logits(self):
         """Raises ValueError unless the network gives one logit for each class."""
@@ -180,4 +181,4 @@ class Programs:
         params = jax.device_get(state.params)
         init = jax.jit(functools.partial(init_optimizer, self._parts[number].optimizer))
         opt_state = processes.on_first(lambda: jax.device_get(init(params)))
-        return state.replace(opt_state=self._setup.devices.replicate(opt_state))
+        return dataclasses.replace(state, opt_state=self._setup.devices.replicate(opt_state))

@@ -1,5 +1,6 @@
 """Everything that training changes, in one tree."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -86,9 +87,9 @@ def init_state(
     student_key, losses_key = jax.random.split(key)
     shape: Any = jax.ShapeDtypeStruct  # Shapes take the place of arrays.
     if variables is None:
-        variables, student_output = init_network(student, student_key, image_shape)
+        start, student_output = init_network(student, student_key, image_shape)
     else:
-        student_output = jax.eval_shape(partial(output_of, student, image_shape), variables)
+        start, student_output = variables, jax.eval_shape(partial(output_of, student, image_shape), variables)
     inputs = LossInputs(
         student=student_output,
         teacher=teacher_output,
@@ -97,10 +98,10 @@ def init_state(
         key=shape(key.shape, key.dtype),
     )
     losses, memory = objective.init(losses_key, inputs)
-    params = {"network": variables.get("params", {}), "losses": losses}
+    params = {"network": start.get("params", {}), "losses": losses}
     opt_state = init_optimizer(optimizer, params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, collections_of(variables), opt_state, memory)
-    return state.replace(ema=state.variables) if ema else state
+    state = TrainState(jnp.zeros((), jnp.int32), params, collections_of(start), opt_state, memory)
+    return dataclasses.replace(state, ema=state.variables) if ema else state
 
 
 def output_of(network: Network, image_shape: tuple[int, ...], variables: Variables) -> ModelOutput:

@@ -1,5 +1,6 @@
 """The two pure functions that everything else feeds: a training step and an evaluation step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -56,10 +57,9 @@ def make_train_step(
       of the student on the batch, `gradient_norm`.
     """
 
-    def differentiate(state, teacher_variables, batch, step_key, draw_key, start):
-        """Returns (gradients, collections, memory, metrics) of a micro-batch, `start` images behind the first."""
+    def differentiate(state, teacher_variables, batch, positions, step_key, draw_key):
+        """Returns (gradients, collections, memory, metrics) of images at `positions` of the global batch."""
         labels = batch["label"]
-        positions = batch_positions(len(labels), axis_name) + start
         images = preprocess(batch["image"], step_key, positions)
         teacher_output = None
         if teacher is not None:
@@ -87,63 +87,67 @@ def make_train_step(
     def train_step(state, teacher_variables, batch, key):
         step_key = jax.random.fold_in(key, state.step)
         if micro_batch_size is None:
+            positions = batch_positions(len(batch["label"]), axis_name)
             gradients, collections, memory, metrics = differentiate(
-                state, teacher_variables, batch, step_key, step_key, 0
+                state, teacher_variables, batch, positions, step_key, step_key
             )
         else:
+
+            def differentiate_part(state, part, start, number):
+                positions = batch_positions(len(part["label"]), axis_name) + start
+                draw_key = jax.random.fold_in(jax.random.fold_in(step_key, _MICRO_BATCH), number)
+                return differentiate(state, teacher_variables, part, positions, step_key, draw_key)
+
             gradients, collections, memory, metrics = _accumulate(
-                lambda state, batch, draw_key, start: differentiate(
-                    state, teacher_variables, batch, step_key, draw_key, start
-                ),
-                state,
-                batch,
-                step_key,
-                micro_batch_size,
-                axis_name,
+                differentiate_part, state, batch, micro_batch_size, axis_name
             )
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         # Parts of optax fail under strict dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        new = TrainState(state.step + 1, params, collections, opt_state, memory)
+            params: Any = optax.apply_updates(state.params, updates)
+        new = TrainState(state.step + 1, params, collections, opt_state, memory, state.ema)
         if ema is not None:
-            new = new.replace(ema=_move(state.ema, new.variables, ema))
+            new = dataclasses.replace(new, ema=_move(state.ema, new.variables, ema))
         return new, metrics
 
     return train_step
 
 
-def _accumulate(differentiate, state, batch, step_key, size, axis_name):
-    """Returns what `differentiate` does, averaged over the images of all micro-batches, one after the other."""
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    size //= devices
-    rows = len(batch["label"])
-    number, rest = divmod(rows, size)
+def _accumulate(differentiate, state, batch, size, axis_name):
+    """Returns the means over all micro-batches of gradients and metrics, and collections and memory after the last.
 
-    def one(carry, part, index, start):
+    Args:
+      differentiate: `(state, part of the batch, number of images before it, its number) -> (gradients, collections,
+        memory, metrics)`.
+      state: State before the step.
+      batch: This device's part of the batch: its parts of all micro-batches, one after the other.
+      size: Number of images of a micro-batch, over all devices.
+      axis_name: Mapped axis over which the batch is split.
+    """
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    rows, local = len(batch["label"]), size // devices
+    number, rest = divmod(rows, local)
+
+    def part_of(start, end):
+        return jax.tree.map(lambda x: x[start:end], batch)
+
+    def add(carry, part, index):
         collections, memory, sums = carry
-        draw_key = jax.random.fold_in(jax.random.fold_in(step_key, _MICRO_BATCH), index)
-        seen = state.replace(collections=collections, memory=memory)
-        gradients, collections, memory, metrics = differentiate(seen, part, draw_key, start)
+        seen = dataclasses.replace(state, collections=collections, memory=memory)
+        gradients, collections, memory, metrics = differentiate(seen, part, index * size, index)
         share = len(part["label"]) / rows
         weighted = jax.tree.map(lambda x: x * share, (gradients, metrics))
         return collections, memory, weighted if sums is None else jax.tree.map(jnp.add, sums, weighted)
 
-    def part(start, end):
-        return jax.tree.map(lambda x: x[start:end], batch)
-
-    carry = one((state.collections, state.memory, None), part(0, min(size, rows)), 0, 0)
+    carry = add((state.collections, state.memory, None), part_of(0, min(local, rows)), 0)
     if number > 1:
-        stacked = jax.tree.map(lambda x: x.reshape(number - 1, size, *x.shape[1:]), part(size, number * size))
-
-        def body(carry, indexed):
-            index, one_part = indexed
-            return one(carry, one_part, index, index * (size * devices)), None
-
-        carry, _ = lax.scan(body, carry, (jnp.arange(1, number, dtype=jnp.int32), stacked))
+        # A loop is compiled once, however many micro-batches there are.
+        parts = jax.tree.map(lambda x: x.reshape(number - 1, local, *x.shape[1:]), part_of(local, number * local))
+        indices = jnp.arange(1, number, dtype=jnp.int32)
+        carry, _ = lax.scan(lambda carry, xs: (add(carry, *xs), None), carry, (parts, indices))
     if number and rest:
-        carry = one(carry, part(number * size, rows), number, number * size * devices)
+        carry = add(carry, part_of(number * local, rows), number)
     collections, memory, (gradients, metrics) = carry
     return gradients, collections, memory, metrics
 

@@ -231,7 +231,7 @@ class Trainer:
         )
 
     def _teacher_variables(self):
-        if self._teacher is None:
+        if self._teacher is None or self._teacher_network is None:
             return None
         return self._teacher_network.variables if self._teacher.variables is None else self._teacher.variables
 
