@@ -73,15 +73,16 @@ def _cell(kind: str, text: str, style: str, label: str = "") -> str:
     return f"<{kind}{attributes}>{html.escape(text)}</{kind}>"
 
 
-def training_curves(lines: Sequence[curves.Curve], teacher: float | None, score: str) -> str:
+def training_curves(lines: Sequence[curves.Curve], teacher: float | None, score: str, split: str = "test") -> str:
     """Returns the charts of the scores by epoch.
 
     Args:
       lines: A curve for each row.
       teacher: Score of the teacher, or None.
       score: Name of the score.
+      split: Split on which the curves were measured.
     """
-    axis = f"{score} on the test split, %"
+    axis = f"{score} on the {split} split, %"
     charts = (
         (curves.draw_whole(lines, teacher, axis), "The whole training"),
         (curves.draw_end(lines, teacher, axis), "The second half, zoomed to the scores of the last third"),

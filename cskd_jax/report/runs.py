@@ -20,8 +20,10 @@ from cskd_jax.training.records import read_rows
 # Settings that do not change what is compared; the seed is what is averaged over.
 _BOOKKEEPING = {"seed", "teacher.checkpoint", *indifferent()}
 # Settings that runs of one table have in common. The others may go with the method, such as those of its losses.
-_COMMON = ("dataset.name", "dataset.train_examples", "dataset.image_size", "epochs", "teacher.name", "teacher.width",
-           "student.name", "student.width")  # fmt: skip
+_COMMON = (
+    "dataset.name", "dataset.train_examples", "dataset.validation_examples", "dataset.image_size", "epochs",
+    "teacher.name", "teacher.width", "student.name", "student.width",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +50,11 @@ class Run:
         """The task, which says what the score is."""
         return task_that_measured(self.results["student"]["last"])
 
+    @property
+    def chosen_on(self) -> str:
+        """The split that has chosen the best epoch, "test" or "validation"."""
+        return self.results["student"].get("chosen_on", "test")
+
     def score(self, epoch: str) -> float:
         """Returns the score of the student in percent after the "last" or the "best" epoch."""
         return 100 * self.results["student"][epoch][self.task.score]
@@ -60,9 +67,9 @@ class Run:
         return 100 * entry[epoch][self.task.score] if epoch in entry else None
 
     def curve(self) -> list[tuple[int, float]]:
-        """Returns (epoch, score of the student in percent) of every evaluation."""
+        """Returns (epoch, score of the student in percent on the split `chosen_on`) of every epoch."""
         rows = read_rows(self.folder / "metrics.jsonl")
-        wanted = [row for row in rows if (row["phase"], row["split"]) == ("student", "test")]
+        wanted = [row for row in rows if (row["phase"], row["split"]) == ("student", self.chosen_on)]
         return [(row["epoch"], 100 * row[self.task.score]) for row in wanted]
 
     @property

@@ -46,8 +46,13 @@ def results(comparison: Comparison) -> Table:
     table = _without_empty(Table("Results", ("method", *_scores(comparison), "notes"), rows))
     notes = [
         "The teacher, then methods without a teacher, then distillation; the best mean after the last epoch first. "
-        "Mean ± sample standard deviation over the seeds. The best epoch is chosen on the test split by its own score, "
-        "so it is optimistic: compare methods by the last epoch."
+        "Mean ± sample standard deviation over the seeds. "
+        + (
+            "The best epoch is chosen on the validation split; all scores are of the test split."
+            if comparison.runs[0].chosen_on == "validation"
+            else "The best epoch is chosen on the test split by its own score, so it is optimistic: compare methods by "
+            "the last epoch."
+        )
     ]
     if marks.notes:
         notes += [deviations.MEANING, *marks.notes]

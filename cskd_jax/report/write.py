@@ -61,7 +61,7 @@ def _comparison(comparison, data_dir):
     if lines:
         teacher = comparison.teacher_summary("last")
         score = None if teacher is None else teacher.mean
-        sections.append(page.training_curves(lines, score, task.names[task.score]))
+        sections.append(page.training_curves(lines, score, task.names[task.score], comparison.runs[0].chosen_on))
     try:
         measured = embedding.measure(comparison, data_dir)
     except UserError as error:

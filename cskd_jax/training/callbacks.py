@@ -293,7 +293,7 @@ class Meter:
         """Takes the evaluations on the test split at the end.
 
         Args:
-          entries: {"best": (its step, metrics), "last": ...}; "best" is missing if it could not be read.
+          entries: {"best": (its step, metrics), "last": likewise}.
         """
         epochs = {name: step // self._start.steps_per_epoch for name, (step, _) in entries.items()}
         self.progress.test = {name: {"epoch": epochs[name], **values} for name, (_, values) in entries.items()}

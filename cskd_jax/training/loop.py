@@ -283,8 +283,7 @@ class Loop:
                 variables = self._best_variables if checkpoints is None else checkpoints.read(best_step)
                 entries["best"] = best_step, evaluate(self._setup.devices.replicate(variables))
             except UserError as error:  # It is no reason to lose the last epoch.
-                self._say(f"the best epoch, {best}, is not measured: {error}")
-                del entries["best"]
+                self._say(f"the best epoch, {best}, cannot be measured, the last one stands in its place: {error}")
         meter.end_test(entries)
 
 
