@@ -1,14 +1,14 @@
-"""Exceptions that the commands show as one line, each with its exit code, and what their messages are made with."""
+"""Exceptions that the commands show as one line, each with its exit code, and helpers for their messages."""
 
 import difflib
 from collections.abc import Iterable
 
-# Share of common letters from which two names are taken for alike: below it, adamw would be momentum.
+# Share of common letters from which two names count as alike; below it, momentum would be suggested for adamw.
 _ALIKE = 0.75
 
 
 class UserError(Exception):
-    """Something that the user can mend: bad configuration, bad data, a path that does not fit.
+    """An error that the user can fix: a bad configuration, bad data, or an unsuitable path.
 
     The message is one line that names what is wrong and what is allowed.
     """
@@ -17,37 +17,37 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """Training met a value that is not finite."""
+    """An error for a loss or gradient that is not finite."""
 
     exit_code = 3
 
 
 class LostWorkerError(UserError):
-    """A process that works for the run was killed: nothing to mend, the run may be started again."""
+    """An error for a killed worker process, after which the run may be started again."""
 
     exit_code = 1
 
 
 class InterruptedRun(UserError):
-    """A signal asked the run to stop and its state is saved: the same command resumes it."""
+    """An exception for a run that a signal stopped with its state saved, so that the same command resumes it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def printable(text: str) -> str:
-    r"""Returns a text from outside as one line that a console only shows.
+    r"""Returns an untrusted text as one line that is safe to show on a console.
 
-    Line ends, terminal escapes, marks that turn the direction of text, and all else that is not printable become
-    visible as Python would write them, such as \x1b.
+    Line ends, terminal escapes, marks that change the direction of text, and all other unprintable characters become
+    visible as Python escapes, such as \x1b.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def close_to(name: str, known: Iterable[str]) -> list[str]:
-    """Returns what was probably meant by a name that does not exist: at most three of `known`, the likeliest first.
+    """Returns at most three of `known` that an unknown name probably meant, the likeliest first.
 
     Names are close if they are spelled alike, or if one begins with the other; case, hyphens and underscores make no
-    difference at all. Nothing is better than something that means something else.
+    difference. No suggestion is better than one with another meaning.
     """
     likeness = {other: _likeness(name, other) for other in known}
     least = 1.0 if 1.0 in likeness.values() else _ALIKE

@@ -1,4 +1,4 @@
-"""Files written into folders that strangers may have filled: no symbolic link is followed out of them."""
+"""Writing of files into folders from untrusted sources, without following symbolic links out of them."""
 
 import errno
 import json
@@ -13,13 +13,13 @@ from cskd_jax.errors import UserError
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the whole new one; a link in its place is replaced.
+    """Writes a file atomically; a symbolic link in its place is replaced.
 
     Args:
-      path: of the file; what it was before, or what a link there points to, is not touched.
-      content: all of it.
+      path: Path of the file. The target of a link there is not touched.
+      content: Content of the whole file.
     """
-    # A name that nobody can have put a link at; "x" would refuse it besides.
+    # Nobody can have put a link at this name, and "x" would refuse it as well.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -32,17 +32,17 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """`write_bytes` of text in UTF-8."""
+    """Writes text in UTF-8 as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """`write_text` of JSON; ValueError where a number is not finite."""
+    """Writes JSON as `write_text` does; raises ValueError if a number is not finite."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def open_append(path: pathlib.Path) -> TextIO:
-    """Opens a text file to append to and to read, made if missing; UserError if it is a symbolic link."""
+    """Opens a text file for appending and reading, creating it if needed; raises UserError for a symbolic link."""
     try:
         return open(path, "a+", encoding="utf-8", opener=_open_no_link)
     except OSError as error:
@@ -73,7 +73,7 @@ def local_folder(path: str | pathlib.Path) -> pathlib.Path:
     """Returns the path of a folder, with ~ expanded; raises UserError for an address such as gs://bucket/run.
 
     Args:
-      path: Text as it was typed. A `Path` of an address has lost one of its slashes, and is recognized nevertheless.
+      path: Text as it was typed, or a `Path`. An address that lost a slash by becoming a `Path` is recognized as well.
     """
     address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
     if address:

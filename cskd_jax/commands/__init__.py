@@ -1,1 +1,1 @@
-"""What is typed: the parts that the commands share, the list of the commands, and one module for a command."""
+"""The command line: a table of the commands, their shared parts, and one module for each command."""

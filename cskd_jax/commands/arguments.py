@@ -1,4 +1,4 @@
-"""Values that flags take, and folders that commands write into or read from."""
+"""Parsers for the values of flags, and checks of folders that commands read or write."""
 
 import argparse
 import pathlib
@@ -28,13 +28,13 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 def numbers(kind: type, low: float, high: float) -> Callable[[str], list[float]]:
-    """Parses ints or floats from `low` to `high` with commas between them."""
+    """Parses ints or floats from `low` to `high`, separated by commas."""
     parse = number(kind, low, high)
     return lambda text: [parse(part) for part in text.split(",")]
 
 
 def seeds(text: str) -> list[int]:
-    """Parses seeds with commas between them, and a range such as 0-2 for all in it."""
+    """Parses seeds separated by commas, including ranges such as 0-2."""
     found = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part.strip())
@@ -46,7 +46,7 @@ def seeds(text: str) -> list[int]:
 
 
 def one_folder(values: argparse.Namespace, *flags: str, example: str) -> pathlib.Path:
-    """Returns the folder that a command reads, which is given as a word or by one of some flags.
+    """Returns the folder that a command reads, which is given as a word or by one of several flags.
 
     Args:
       values: Values of the command line.
@@ -54,7 +54,7 @@ def one_folder(values: argparse.Namespace, *flags: str, example: str) -> pathlib
       example: Command line that names one, for the message.
 
     Raises:
-      UserError: There is none, or there are several.
+      UserError: No folder is given, or several are.
     """
     found = [*values.words, *(getattr(values, flag) for flag in flags if getattr(values, flag) is not None)]
     if len(found) != 1:
@@ -63,6 +63,6 @@ def one_folder(values: argparse.Namespace, *flags: str, example: str) -> pathlib
 
 
 def check_new(folder: pathlib.Path) -> None:
-    """Raises UserError if there is something at `folder` already: nothing is overwritten."""
+    """Raises UserError if `folder` already exists, so that nothing is overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out={folder} exists already; name a new or empty folder")

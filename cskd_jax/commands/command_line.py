@@ -1,6 +1,6 @@
-"""The parts that the commands share: how they start and end, their flags, a recipe, and one line for an error.
+"""Shared parts of the commands: start and exit codes, flags and recipes, and one-line errors.
 
-What needs JAX is imported where it is used, so that --help and most mistakes show at once.
+Modules that need JAX are imported where they are used, so that --help and most errors appear at once.
 """
 
 import argparse
@@ -29,14 +29,14 @@ def start(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def run_program(program: Program, documentation: str | None, argv: list[str]) -> int:
-    """Runs a program and returns its exit code; a mistake of the user is shown as one line.
+    """Runs a program and returns its exit code; user errors are shown as one line.
 
     Args:
       program: Function that takes `argv`.
       documentation: Text that --help shows instead.
       argv: Command line, with the name of the program first.
     """
-    # What follows -- is another command with a --help of its own.
+    # Everything after -- is another command with its own --help.
     if {"-h", "--help"} & set(argv[: argv.index("--")] if "--" in argv else argv):
         print(documentation)
         return 0
@@ -44,7 +44,7 @@ def run_program(program: Program, documentation: str | None, argv: list[str]) ->
 
 
 def exit_code(program: Program, argv: list[str]) -> int:
-    """Runs a program and returns its exit code, or 0. What the user can mend becomes one line on standard error."""
+    """Runs a program and returns its exit code, or 0; a UserError becomes one line on standard error."""
     try:
         return program(argv) or 0
     except UserError as error:
@@ -57,7 +57,7 @@ def exit_code(program: Program, argv: list[str]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes --NAME=VALUE, or --NAME VALUE, and words; a mistake is a UserError.
+    """A parser of words and of --NAME=VALUE or --NAME VALUE flags, which raises UserError for mistakes.
 
     Args:
       takes_config: Whether the command takes a recipe, --config=RECIPE, and overrides, --config.KEY=VALUE.
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         self._takes_config = takes_config
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Returns the values of the flags, and besides them `words`, the arguments that are no flags.
+        """Returns the values of the flags and, as `words`, the arguments that are not flags.
 
         A command that takes a recipe also gets `config`, the text of --config or None, and `overrides`, every
         --config.KEY=VALUE.
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
             if len(recipes) > 1:
                 raise UserError(f"--config is given twice: {' and '.join(recipes)}")
             given.config = recipes[0] if recipes else None
-        end = own.index("--") if "--" in own else len(own)  # of what is for this command
+        end = own.index("--") if "--" in own else len(own)  # arguments for this command
         own[:end] = map(self._with_two_dashes, own[:end])
         values, words = self.parse_known_args(own, given)
         for position, word in enumerate(words):
@@ -95,10 +95,10 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def recipe(self, values: argparse.Namespace) -> str:
-        """Returns the recipe of a command that takes no other word: that of --config, or the word; "" without one.
+        """Returns the recipe, from --config or the only word, of a command without other words; "" if none.
 
         Raises:
-          UserError: There are more words.
+          UserError: There are several words.
         """
         found = [values.config] if values.config is not None else []
         found += values.words
@@ -110,18 +110,18 @@ class Parser(argparse.ArgumentParser):
         return found[0] if found else ""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError; argparse calls it for what it finds wrong."""
+        """Raises UserError; argparse calls this for invalid arguments."""
         message = message.removeprefix("argument ").replace(": expected one argument", " needs a value")
         message = message.replace(": ignored explicit argument", " takes no value, got")
         raise UserError(f"{message}; --help shows what is allowed")
 
     def _with_two_dashes(self, argument: str) -> str:
-        """Returns a flag that was given with one dash, which was always allowed, with two."""
+        """Returns a flag with two dashes if it was given with one, which is allowed."""
         name = f"-{argument.partition('=')[0]}"
         return f"-{argument}" if name.startswith("--") and name in self._option_string_actions else argument
 
     def _explain(self, argument: str, following: Sequence[str]) -> str:
-        """Says what to write in place of a flag that does not exist, or of a word that should be one."""
+        """Returns a message with what to write instead of an unknown flag or a word without its dashes."""
         name, equals, value = argument.lstrip("-").partition("=")
         known = [option for action in self._actions for option in action.option_strings]
         known += ["--config"] if self._takes_config else []
@@ -141,7 +141,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _lacks_dashes(word: str) -> bool:
-    """Returns whether a word such as epochs=1 can only be meant as a flag."""
+    """Returns whether a word, such as epochs=1, can only be meant as a flag."""
     return re.match(r"[\w.-]+=", word) is not None and not pathlib.Path(word.partition(":")[0]).exists()
 
 
@@ -171,7 +171,7 @@ def _is_flag(argument: str) -> bool:
 
 
 def _keys_like(name: str) -> list[str]:
-    """Returns the keys of a configuration that may be meant by a flag."""
+    """Returns the keys of a configuration that a flag may have meant."""
     from cskd_jax.losses import LOSSES
     from cskd_jax.runs import keys, schema
 
@@ -181,7 +181,7 @@ def _keys_like(name: str) -> list[str]:
 
 
 def set_up_jax() -> None:
-    """Makes operations deterministic and keeps compiled programs on disk; to be called before devices are used."""
+    """Makes operations deterministic and caches compiled programs; must be called before devices are used."""
     # cuDNN and XLA would otherwise sum in an order that changes from run to run.
     os.environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
     import jax
@@ -190,7 +190,7 @@ def set_up_jax() -> None:
     if options.jax_compilation_cache_dir is None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "cskd_jax"))
-    # Compiling many small programs adds up: keep them all.
+    # Compiling many small programs adds up, so all of them are kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # Tracing makes millions of objects that stay: searching them for cycles so often took a quarter of its time.
+    # Tracing makes millions of long-lived objects; searching them for cycles by default took a quarter of its time.
     gc.set_threshold(100_000)

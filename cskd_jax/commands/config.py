@@ -75,10 +75,10 @@ def show(recipe: str, overrides: list[str]) -> str:
 
 
 def explain(pattern: str) -> str:
-    """Returns what is known about the keys that hold a text, or fit a pattern with *; all keys if it is empty.
+    """Returns a description of the keys that contain a text or match a pattern with *; of all keys for "".
 
     Raises:
-      UserError: No key does.
+      UserError: No key matches.
     """
     from cskd_jax.losses import LOSSES
     from cskd_jax.runs import keys, schema
@@ -86,7 +86,7 @@ def explain(pattern: str) -> str:
 
     common = keys.weight_keys()
     found = dict(keys.KEYS)
-    # The settings that every loss has are told once, unless the pattern is about one loss.
+    # The settings that every loss has are shown once, unless the pattern is about one loss.
     found |= {f"losses.NAME.{setting}": key for setting, key in common.items()}
     for name in sorted(LOSSES):
         found |= {f"losses.{name}.{s}": key for s, key in keys.loss_keys(name).items() if pattern or s not in common}
@@ -106,7 +106,7 @@ def explain(pattern: str) -> str:
 
 
 def _value(value):
-    """Returns a value as it is typed: --config.KEY=VALUE."""
+    """Returns a value as it is typed in --config.KEY=VALUE."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"({','.join(map(repr, value))}{',' * (len(value) == 1)})" if isinstance(value, tuple) else str(value)

@@ -1,4 +1,4 @@
-"""Standard streams of a command that goes on when nobody reads them any more."""
+"""Standard streams of a command that continues when nobody reads them anymore."""
 
 import errno
 import io
@@ -7,12 +7,12 @@ import signal
 import sys
 from typing import Any, TextIO
 
-# What writing to a closed pipe, and to a terminal that is gone, gives.
+# Errors of writing to a closed pipe and to a terminal that is gone.
 _GONE = (errno.EPIPE, errno.EIO)
 
 
 class _LastingFile(io.FileIO):
-    """A file whose reader may go away: what is written from then on is dropped."""
+    """A file whose reader may go away; everything written after that is dropped."""
 
     def write(self, data) -> int | None:
         try:
@@ -24,9 +24,9 @@ class _LastingFile(io.FileIO):
 
 
 def outlive_console() -> None:
-    """Lets this process go on when its console goes away: `| head`, a lost connection, a closed terminal.
+    """Lets this process continue when its console goes away: `| head`, a lost connection, a closed terminal.
 
-    What cannot be shown in the encoding of the console is written as an escape: a name should not end a run either.
+    Characters that the console cannot encode are written as escapes, so that a name cannot end a run either.
     """
     for name in ("stdout", "stderr"):
         setattr(sys, name, _lasting(getattr(sys, name)))

@@ -38,7 +38,7 @@ def _run(argv):
     command = values.command[1:] if values.command[:1] == ["--"] else values.command
     if not command:
         parser.error("there is no -- COMMAND")
-    # Imported late: it is not needed for --help.
+    # Imported late, since it is not needed for --help.
     from cskd_jax.distributed.supervisor import Supervisor
 
     return Supervisor(command, values.processes, values.restarts, values.grace).run()

@@ -51,7 +51,7 @@ def _run(argv):
     from cskd_jax.runs import recipes
 
     file = recipes.recipe_file(recipe)
-    # Imported late: mistakes in the command should not wait for everything.
+    # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.runs.grid import check, make_grid
     from cskd_jax.runs.lock import locked
     from cskd_jax.runs.sweep import sweep

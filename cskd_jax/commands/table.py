@@ -1,4 +1,4 @@
-"""The commands: what each is for, and the module that is it. Nothing here imports one before it is used."""
+"""The table of the commands and their modules, which are imported only when they are used."""
 
 import importlib
 import sys
@@ -8,10 +8,10 @@ from cskd_jax.errors import UserError, close_to
 
 
 class Command(NamedTuple):
-    """A command.
+    """An entry of the table of commands.
 
     Attributes:
-      module: Module whose `main(argv)` it is.
+      module: Module whose `main(argv)` runs the command.
       summary: One sentence for the list of commands.
     """
 
@@ -30,15 +30,15 @@ COMMANDS = {
     "config": Command("cskd_jax.commands.config", "Shows the configuration of a recipe, and what every key means."),
 }
 
-# What `python -m` may start.
+# Modules that `python -m` may start.
 _STARTED = ("main", "sweep", "report", "evaluate", "supervise", "interop.export", "interop.import_torch")
 _MODULES = {"cskd_jax", "cskd_jax.runs.document", *(f"cskd_jax.{name}" for name in _STARTED)}
-# Other names for a command, none of which exists.
+# Names that users may try for a command; none of them exists.
 _MEANT = {"main": "train", "distill": "train", "distillation": "train", "run": "train", "import_torch": "import-torch"}
 
 
 def describe_commands() -> str:
-    """Returns the list of the commands for people."""
+    """Returns the list of the commands as text."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -58,7 +58,7 @@ def run_command(name: str, arguments: list[str]) -> int:
 
     Args:
       name: Name of the command.
-      arguments: What follows it.
+      arguments: Arguments that follow the name.
 
     Raises:
       UserError: There is no such command.
@@ -71,10 +71,10 @@ def run_command(name: str, arguments: list[str]) -> int:
 
 
 def check_module(module: str) -> None:
-    """Ends a `python -m cskd_jax.NAME` that is no command: it would do nothing, and end as if all had gone well.
+    """Ends a `python -m cskd_jax.NAME` that is not a command, which would otherwise do nothing and succeed.
 
     Args:
-      module: What follows -m.
+      module: Name that follows -m.
     """
     if module.partition(".")[0] == "cskd_jax" and module.removesuffix(".__main__") not in _MODULES:
         print(f"error: {module} is no command; {_hint(module.rpartition('.')[2])}", file=sys.stderr)

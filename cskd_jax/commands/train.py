@@ -63,8 +63,8 @@ def _run(argv):
 
 
 def _is_first(process: int | None) -> bool:
-    """Returns whether this is the first of several processes, or the only one: it alone speaks, from its first line."""
+    """Returns whether this is the first or only process, which alone prints, from its first line on."""
     if process is not None:
         return process == 0
-    # As SLURM and TPU pods number them.
+    # Processes are numbered as SLURM and TPU pods number them.
     return (os.environ.get("SLURM_PROCID") or os.environ.get("TPU_WORKER_ID") or "0") == "0"

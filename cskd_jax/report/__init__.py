@@ -1,1 +1,1 @@
-"""Sets the results of runs beside each other and beside the published ones: `python -m cskd_jax.report`."""
+"""Compares the results of runs with each other and with published results: `python -m cskd_jax.report`."""

@@ -34,7 +34,7 @@ def _run(argv):
     folders = [local_folder(folder) for folder in [*values.words, *values.workdir]]
     if not folders and not values.published:
         raise UserError("name the folders of the runs, such as runs/sweep/digits")
-    # Imported late: mistakes in the command should not wait for everything.
+    # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.report import markdown, published, tables
     from cskd_jax.report.runs import compare, find_runs
     from cskd_jax.report.write import write
@@ -44,7 +44,7 @@ def _run(argv):
         return
     comparisons = compare(find_runs(folders))
     if values.out is None:
-        # The runs may come from elsewhere; --out may be a link, for it comes from the user.
+        # The runs may come from elsewhere, but --out comes from the user and may be a link.
         refuse_link(folders[0] / "report")
     out = values.out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)

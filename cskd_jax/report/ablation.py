@@ -1,4 +1,4 @@
-"""The contributions of the parts of a loss, where rows have switched some of them off."""
+"""Ablations: rows of a comparison in which some parts of a loss are switched off."""
 
 from collections.abc import Iterator
 
@@ -6,16 +6,16 @@ from cskd_jax.report.runs import Comparison, Row
 
 
 def find_ablations(comparison: Comparison) -> Iterator[list[tuple[str, Row]]]:
-    """Yields, for each loss with parts, the rows with some of them, from none to all of them.
+    """Yields the rows that use none, some or all parts of a loss, for each loss that has parts.
 
-    A loss is left out unless a row has all of its parts and another has only some. The first rows are those that the
-    methods are compared with, which have none.
+    A loss is left out unless one row has all of its parts and another has only some. The first rows are the references
+    of the comparison, which have none of them.
 
     Args:
       comparison: Rows of the report.
 
     Yields:
-      [(the parts that are on, in words; row)].
+      Lists of pairs: a description of the parts that are on, and the row.
     """
     losses = {name: loss for row in comparison.rows for name, loss in row.losses.items() if loss.parts}
     for name, loss in losses.items():

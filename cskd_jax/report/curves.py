@@ -1,4 +1,4 @@
-"""Charts of scores over the epochs: of the whole training, and of its end, so that the curves can be told apart."""
+"""Charts of scores by epoch: one of the whole training, and one of its end, where the curves can be told apart."""
 
 import html
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _WHOLE, _END, _HEIGHT = 440, 640, 300
 _LONGEST = 16
 # Size of a character and distance of lines where the chart is smallest, on a phone.
 _CHARACTER, _LINE = 10, 20
-# The heights of the end are those of the last part of the training; a teacher far from it would flatten the curves.
+# The right chart shows the scores of the last part of the training; a teacher far from them would flatten the curves.
 _LAST_PART, _FURTHEST = 1 / 3, 3.0
 # So would a curve that ends further from the quartiles of the ends than this many times their distance (Tukey's rule).
 _OUTSIDE = 1.5
@@ -24,10 +24,10 @@ class Curve(NamedTuple):
     """A line with a band.
 
     Attributes:
-      label: Name at its end.
+      label: Name shown at its end.
       x: float [N].
       y: float [N].
-      half_band: float [N], or None for no band.
+      half_band: float [N], half the height of the band; None for no band.
     """
 
     label: str
@@ -37,11 +37,11 @@ class Curve(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Where numbers lie in the chart.
+    """The mapping from numbers to positions in the chart.
 
     Attributes:
-      x: First and last epoch.
-      y: Lowest and highest score that is shown.
+      x: The first and the last epoch.
+      y: The lowest and the highest score shown.
       width: Width of the plot.
       height: Height of the plot.
     """
@@ -52,7 +52,7 @@ class Frame(NamedTuple):
     height: float
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Returns the position in the plot, from its upper left corner."""
+        """Returns the position in the plot, measured from its upper left corner."""
         across = (x - self.x[0]) / max(self.x[1] - self.x[0], 1e-9)
         return across * self.width, (self.y[1] - y) / (self.y[1] - self.y[0]) * self.height
 
@@ -98,7 +98,7 @@ def _chart(width, frame, lines, teacher, score, names):
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(described)}">',
         *_axes(frame, "epoch", score),
-        # An inner picture cuts off what lies outside of it.
+        # A nested picture clips what lies outside of it.
         f'<svg x="{_LEFT}" y="{_TOP}" width="{frame.width}" height="{frame.height}">',
         *_curves(lines, frame),
     ]
@@ -113,16 +113,16 @@ def _epochs(lines):
 
 
 def shown_label(label: str) -> str:
-    """Returns the name at the end of a curve, which may have to be shortened."""
+    """Returns the name for the end of a curve, shortened if it is too long."""
     return labels.shorten(label, _LONGEST)
 
 
 def visible_range(lines: Sequence[Curve], teacher: float | None) -> tuple[float, float]:
-    """Returns the lowest and the highest score to show: those of the last third of the training, with a margin.
+    """Returns the lowest and the highest score of the last third of the training, with a margin.
 
     Args:
-      lines: At least one curve; those that end far from most others are left out of account.
-      teacher: Score that is shown too, unless the others would then fill less than a third of the height.
+      lines: At least one curve; curves that end far from most others are ignored.
+      teacher: Score to include, unless the curves would then fill less than a third of the height.
     """
     first, last = _epochs(lines)
     start = last - (last - first) * _LAST_PART
@@ -143,7 +143,7 @@ def _without_outsiders(lines):
 
 
 def _within(text, score, low, high):
-    """Returns a label and its height in the picture; with the score and an arrow where that is not in the picture."""
+    """Returns a label and its height; a label outside of the picture moves to the edge, with an arrow and its score."""
     if low <= score <= high:
         return text, score
     return f"{text} {score:.1f} {'↑' if score > high else '↓'}", min(max(score, low), high)
@@ -178,7 +178,7 @@ def _curves(lines, frame):
 
 
 def _labels(ends, lines, frame):
-    """Yields the names beside the ends, with a line from the end of each curve to its name."""
+    """Yields the names of the curves, each with a line from the end of its curve."""
     heights = [_TOP + frame.place(frame.x[1], y)[1] for _, y in ends]
     places = labels.spread(heights, _LINE, _TOP, _TOP + frame.height)
     edge = _LEFT + frame.width

@@ -1,4 +1,4 @@
-"""What runs did otherwise than their recipes say, or than the runs beside them."""
+"""Deviations: settings in which runs differ from their recipes, or from the other runs of a comparison."""
 
 import collections
 import functools
@@ -10,7 +10,7 @@ from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.keys import indifferent
 
-# Keys that change no results, and those whose values the title, the rows and the number of seeds say already.
+# Keys that change no results, and keys whose values the title, the rows and the number of seeds already show.
 _STATED = {"method", "seed", "dataset.name", "teacher.name", "teacher.width", "teacher.checkpoint", "student.name",
            "student.width", *indifferent()}  # fmt: skip
 _UNKNOWN_TEACHER = "how it was trained is not known: its run is not among these"
@@ -26,7 +26,7 @@ class Marks(NamedTuple):
 
     Attributes:
       of_row: {row label or "teacher": its marks, such as "1, 3", or an empty text}.
-      notes: What the marks mean, in their order.
+      notes: Explanations of the marks, in their order.
     """
 
     of_row: dict[str, str]
@@ -34,7 +34,7 @@ class Marks(NamedTuple):
 
 
 def mark(comparison: Comparison) -> Marks:
-    """Returns a mark for each set of rows that have deviations in common."""
+    """Returns the notes on deviations, one for each set of rows that share them."""
     deviations = find(comparison)
     rows_with: dict[str, list[str]] = {}
     for label, texts in deviations.items():
@@ -53,7 +53,7 @@ def mark(comparison: Comparison) -> Marks:
 
 
 def find(comparison: Comparison) -> dict[str, list[str]]:
-    """Returns {row label or "teacher": its deviations}, such as "epochs 6 (recipe 30)"."""
+    """Returns the deviations, such as "epochs 6 (recipe 30)", by row label or "teacher"."""
     found = {}
     if comparison.distilled:
         texts = [text for run in comparison.distilled for text in _of_teacher(run)]
@@ -81,7 +81,7 @@ def _of_student(run: Run, usual: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_teacher(run: Run) -> Iterator[str]:
-    """Yields the deviations of the teacher of a run, under the names that its keys have in the run of the student."""
+    """Yields the deviations of the teacher of a run, by the names that the keys have in the student's run."""
     if run.given_teacher and run.teacher_run is None:
         yield _UNKNOWN_TEACHER
         return
@@ -101,7 +101,7 @@ def _of_teacher(run: Run) -> Iterator[str]:
 
 
 def _student_settings(run: Run) -> dict[str, Any]:
-    """Returns what has decided the results of a student: without what only its teacher reads, if that is not known."""
+    """Returns the settings that decide a student's results; an unknown teacher's own settings are left out."""
     settings = {key: value for key, value in run.config.items() if key not in _STATED}
     if run.teacher_run is not None:
         settings["teacher.epochs"] = run.teacher_run.config["epochs"]
@@ -116,7 +116,7 @@ def _recipe(run: Run) -> Mapping[str, Any] | None:
 
 @functools.cache
 def _packaged(dataset: str, method: str) -> Mapping[str, Any] | None:
-    """Returns the configuration that a packaged recipe has for a method; None if there is none."""
+    """Returns the configuration of the packaged recipe for a method; None if there is none."""
     if dataset not in recipes.packaged_recipes():
         return None
     try:
@@ -127,13 +127,13 @@ def _packaged(dataset: str, method: str) -> Mapping[str, Any] | None:
 
 
 def _usual(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the most frequent value of every setting that does not belong to a loss."""
+    """Returns the most frequent value of each setting that does not belong to a loss."""
     values: dict[str, list[Any]] = {}
     for settings in rows:
         for key, value in settings.items():
             if not key.startswith("losses."):
                 values.setdefault(key, []).append(value)
-    # Lists cannot be counted, and their texts can.
+    # Lists are not hashable, so their texts are counted.
     return {key: found[_position_of_mode([repr(v) for v in found])] for key, found in values.items()}
 
 
@@ -142,7 +142,7 @@ def _position_of_mode(texts):
 
 
 def _differences(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Returns the keys whose values differ; a loss that one of both lacks is named by its weight alone."""
+    """Returns the keys whose values differ; a loss that only one side has is named by its weight alone."""
     alone = _losses(settings) ^ _losses(expected)
     details = {key for key in [*settings, *expected] if _loss(key) in alone and not key.endswith(".weight")}
     missing = object()

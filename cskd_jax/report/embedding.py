@@ -1,4 +1,4 @@
-"""How the networks lay out the categories: embeddings of the same test images, their tightness, and 2-D pictures."""
+"""Embeddings of the same test images by each network: how tight the categories are, and 2-D pictures of them."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from cskd_jax.training.checkpoint import FOLDER
 from cskd_jax.training.networks import Network
 
 _MEASURED = 2000  # test images whose embeddings are measured
-_SHOWN, _SHOWN_CATEGORIES = 400, 10  # of them, test images in a picture and categories they are of
+_SHOWN, _SHOWN_CATEGORIES = 400, 10  # of those, test images in a picture and the number of their categories
 _BATCH = 100
 
 
@@ -39,7 +39,7 @@ class Tightness(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """The first over the second: the smaller, the tighter and further apart are the categories."""
+        """Returns `within` divided by `between`: small if categories are tight and far apart."""
         return self.within / self.between
 
 
@@ -59,11 +59,11 @@ class Embeddings(NamedTuple):
     """Measurements of the networks of a comparison, on the same test images.
 
     Attributes:
-      images: Number of images that were measured.
+      images: Number of images measured.
       ratios: {row label or "teacher": `Tightness.ratio` over its runs}.
       labels: int [N], categories of the points of every panel.
-      categories: {label: name} of those.
-      panels: The teacher and the first run of every row.
+      categories: {label: name} of the labels that occur.
+      panels: Panels of the teacher and of the first run of each row.
     """
 
     images: int
@@ -78,10 +78,10 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
 
     Args:
       comparison: Runs with their checkpoints.
-      data_dir: Folder of the data sets in the place of the runs' own `dataset.data_dir`, where not None.
+      data_dir: Folder of the data sets; None uses the `dataset.data_dir` of the runs.
 
     Raises:
-      UserError: Data or checkpoints are not there, or images have several categories.
+      UserError: Data or checkpoints are missing, or images have several categories.
     """
     networks = _networks(comparison)
     for _, folder in itertools.chain(*networks.values()):
@@ -121,7 +121,7 @@ def _networks(comparison: Comparison) -> dict[str, list[tuple[str, pathlib.Path]
 
 
 def _teacher_folder(run: Run) -> pathlib.Path:
-    """Returns the first folder that exists of those where a teacher may be, or else the last of them."""
+    """Returns the first existing folder where the teacher may be; the last candidate if none exists."""
     folders = run.teacher_folders
     return next((folder for folder in folders if folder.is_dir()), folders[-1])
 
@@ -129,12 +129,12 @@ def _teacher_folder(run: Run) -> pathlib.Path:
 def embed_images(
     folder: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset, images: np.ndarray
 ) -> np.ndarray:
-    """Returns the embeddings of images by the network of a phase.
+    """Returns the embeddings of images by a trained network.
 
     Args:
-      folder: Folder of the phase.
+      folder: Folder of the network.
       config: Configuration of its run.
-      dataset: Data set that the images are of.
+      dataset: Data set that the images belong to.
       images: uint8 [N, H, W, C].
 
     Returns:
@@ -169,7 +169,7 @@ def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
 def project(embeddings: np.ndarray) -> np.ndarray:
     """Projects embeddings [N, D] into the unit square, [N, 2], by t-SNE; equal input gives equal output."""
     perplexity = min(30, (len(embeddings) - 1) / 3)
-    # So few points gain nothing from threads, which on a busy machine wait for each other for minutes.
+    # Threads do not help with so few points, and on a busy machine they wait for each other for minutes.
     with threadpool_limits(1):
         points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings)
     low, high = points.min(axis=0), points.max(axis=0)

@@ -1,4 +1,4 @@
-"""Places for labels in charts, so that none covers another."""
+"""Placement of labels in charts, so that none covers another."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 _DIRECTIONS, _DISTANCES = 16, (0, 14, 22, 30, 40, 52, 66, 82, 100)
-# What a place costs: a point that is covered, a label that is, and the distance from what is labeled, in user units.
+# Costs of a position: covering a point, covering a label, and the distance from what is labeled, in user units.
 _POINT, _LABEL, _UNIT = 1.0, 1000.0, 0.04
 
 
@@ -17,13 +17,13 @@ def shorten(text: str, length: int) -> str:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
-    """Returns places on a line that are at least `gap` apart and as near to the wanted ones as can be.
+    """Returns positions on a line that are at least `gap` apart and as near as possible to the wanted ones.
 
     Args:
-      wanted: Where the labels would be without each other.
+      wanted: Positions that the labels would have without each other.
       gap: Distance between neighbors.
-      low: Least place.
-      high: Greatest place, which is exceeded where the labels do not fit.
+      low: Lowest position.
+      high: Highest position, which is exceeded if the labels do not fit.
     """
     places, order = np.asarray(wanted, float), np.argsort(wanted, kind="stable")
     steps = gap * np.arange(len(places))
@@ -34,13 +34,13 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.n
 
 
 def place(points: np.ndarray, anchors: np.ndarray, sizes: np.ndarray, side: float) -> np.ndarray:
-    """Returns centers of labels in a square chart, each near its anchor and off the points and the other labels.
+    """Returns centers of labels in a square chart, each near its anchor and clear of points and other labels.
 
     Args:
       points: float [N, 2].
-      anchors: float [K, 2], what the labels name.
+      anchors: float [K, 2], positions of what the labels name.
       sizes: float [K, 2], widths and heights of the labels.
-      side: Side of the square that labels stay in.
+      side: Side of the square that contains the labels.
 
     Returns:
       float [K, 2].

@@ -9,7 +9,7 @@ HEADER = """\
 % Tables for \\input. The preamble needs \\usepackage{booktabs}.
 """
 _WORDS = {"method", "network", "parts", "difference", "what it shows", "notes"}
-# Longer cells have a line for each of their parts.
+# Cells longer than this are broken into lines, one for each of their parts.
 _LONGEST_LINE = 18
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -30,7 +30,7 @@ _SPECIAL |= {character: rf"\{character}" for character in "&%$#_{}"}
 
 
 def render(title: str, tables: Iterable[Table]) -> str:
-    """Returns a table environment for each table, with the title of its section in the caption."""
+    """Returns a table environment for each table; its caption contains the title of the section."""
     return "\n".join(_table(title, table) for table in tables)
 
 
@@ -62,18 +62,18 @@ def _table(title, table):
 
 
 def _heading(text):
-    """Returns the head of a column, in two lines where it has two parts."""
+    """Returns the header of a column, in two lines if it has two parts."""
     return _lines(re.split(r"(?<=:) |(?<= -) ", text), "b", text in _WORDS)
 
 
 def _cell(text, head):
-    """Returns a cell of the column with this head."""
+    """Returns a cell of the column that has this header."""
     parts = re.split(r"(?<=[,;]) ", text) if len(text) > _LONGEST_LINE else [text]
     return "--" if text == NONE else _lines(parts, "t", head in _WORDS)
 
 
 def _lines(parts, position, words):
-    """Returns texts below each other, with the signs of their numbers as such."""
+    """Returns texts stacked in lines, with the signs of their numbers typeset as signs."""
     shown = [re.sub(r"(^| )([+-])(?=\d)", r"\1$\2$", escape(part)) for part in parts]
     if len(shown) == 1:
         return shown[0]
@@ -82,6 +82,6 @@ def _lines(parts, position, words):
 
 
 def escape(text: str) -> str:
-    """Returns LaTeX that shows `text` as it is; what is neither ASCII nor known above appears as Python writes it."""
+    """Returns LaTeX that shows `text` literally; unknown characters outside of ASCII appear as Python escapes."""
     text = "".join(c if c.isascii() or c in _SPECIAL else c.encode("unicode_escape").decode("ascii") for c in text)
     return "".join(_SPECIAL.get(character, character) for character in text)

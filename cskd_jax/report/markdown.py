@@ -7,7 +7,7 @@ from cskd_jax.report.tables import Table
 
 
 def render(title: str, text: str, tables: Iterable[Table]) -> str:
-    """Returns a section with a text and tables, all of them plain text."""
+    """Returns a section as Markdown, made of plain text and tables."""
     return "\n".join([f"## {_escape(title)}\n", f"{_escape(text)}\n", *map(_table, tables)])
 
 
@@ -22,5 +22,5 @@ def _row(cells):
 
 
 def _escape(text):
-    """Returns Markdown that shows `text` as it is: no cell of its own, code, HTML, link, picture or emphasis."""
+    """Returns Markdown that shows `text` literally, with everything that has a meaning in Markdown escaped."""
     return re.sub(r"([\\|`<\[*&])", r"\\\1", text)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no script, no font, no request."""
+"""The report as one self-contained HTML page: no scripts, no fonts, no requests."""
 
 import html
 import importlib.resources
@@ -8,18 +8,18 @@ from cskd_jax.report import curves, scatter, svg
 from cskd_jax.report.embedding import Embeddings
 from cskd_jax.report.tables import NONE, Table
 
-# As many columns fit on a phone.
+# Number of columns that fit on a phone.
 _NARROW = 5
 # Columns of words rather than numbers.
 _WORDS = {"what it shows", "method", "parts", "notes"}
 
 
 def render(title: str, lead: str, sections: Iterable[str]) -> str:
-    """Returns the page.
+    """Returns the HTML of the page.
 
     Args:
-      title: Plain text.
-      lead: Plain text below it.
+      title: Title as plain text.
+      lead: Plain text below the title.
       sections: Sections as HTML.
     """
     style = importlib.resources.files(str(__package__)).joinpath("style.css").read_text(encoding="utf-8")
@@ -48,12 +48,12 @@ def heading(text: str) -> str:
 
 
 def note(text: str) -> str:
-    """Returns a sentence in small print."""
+    """Returns a paragraph in small print."""
     return f'<p class="note">{html.escape(text)}</p>\n'
 
 
 def table(content: Table) -> str:
-    """Returns a table; one of many columns turns into cards on a narrow screen."""
+    """Returns a table; on a narrow screen, a table of many columns turns into cards."""
     classes = ["text" if name in _WORDS else "" for name in content.header]
     header = "".join(_cell("th", name, style) for name, style in zip(content.header, classes, strict=True))
     rows = "".join(

@@ -1,4 +1,4 @@
-"""The published values: the tables of Chen et al. 2020, of the released code, and of an independent user."""
+"""The published values: from Chen et al. 2020, the released code, and an independent user."""
 
 import functools
 import importlib.resources
@@ -20,7 +20,7 @@ class PublishedValue(NamedTuple):
     Attributes:
       top1: Top-1 accuracy in percent.
       top5: Top-5 accuracy in percent, or None where it was not published.
-      source: Table or place.
+      source: Table or other place of publication.
     """
 
     top1: float
@@ -41,7 +41,7 @@ def tables() -> list[dict[str, Any]]:
 
 
 def network_label(name: str | None, width: float) -> str:
-    """Returns the name of a network in the tables, such as R101_0.5 for ("resnet101", 0.5); empty for no network."""
+    """Returns the name of a network in the tables: R101_0.5 for ("resnet101", 0.5), "" for no network."""
     if not name:
         return ""
     depth = name.removesuffix("_224").removeprefix("resnet")
@@ -55,7 +55,7 @@ def lookup(dataset: str, teacher: str, student: str, method: str) -> list[Publis
     Args:
       dataset: Name of the data set.
       teacher: Teacher as `network_label` names it.
-      student: Student, likewise.
+      student: Student as `network_label` names it.
       method: Name of the method, or "teacher".
     """
     found, columns = [], _content()["methods"].get(method, [])
@@ -73,5 +73,5 @@ def lookup(dataset: str, teacher: str, student: str, method: str) -> list[Publis
 
 
 def _network(label):
-    """Returns one spelling for R50, ResNet50 and resnet50."""
+    """Returns the same spelling for R50, ResNet50 and resnet50."""
     return label.lower().replace("-", "_").replace("resnet", "r")

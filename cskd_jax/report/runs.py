@@ -1,4 +1,4 @@
-"""Finished runs, read from their folders, and which of them may be compared with which."""
+"""Finished runs, read from their folders and grouped into those that may be compared."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from cskd_jax.training.records import read_rows
 
 # Settings that do not change what is compared; the seed is what is averaged over.
 _BOOKKEEPING = {"seed", "teacher.checkpoint", *indifferent()}
-# Settings that runs of one table have in common. The others may go with the method, such as those of its losses.
+# Settings that the runs of one table share. The others may vary with the method, such as those of its losses.
 _COMMON = (
     "dataset.name", "dataset.train_examples", "dataset.validation_examples", "dataset.image_size", "epochs",
     "teacher.name", "teacher.width", "student.name", "student.width",
@@ -28,12 +28,12 @@ _COMMON = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run.
+    """A run that is finished.
 
     Attributes:
       folder: Workdir of the run.
-      results: Content of results.json, with all its texts `printable`.
-      teacher_run: The run that trained its teacher, where it is among those read.
+      results: Content of results.json, with all texts made `printable`.
+      teacher_run: Run that trained its teacher, if it is among those read.
     """
 
     folder: pathlib.Path
@@ -42,17 +42,17 @@ class Run:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration as {key: value}; a key that its version did not know has the value that it meant."""
+        """Returns {key: value}; keys that are newer than the run have the values that it implied."""
         return schema.complete(self.results["config"])
 
     @property
     def task(self) -> Task:
-        """The task, which says what the score is."""
+        """Returns the task, which defines the score."""
         return task_that_measured(self.results["student"]["last"])
 
     @property
     def chosen_on(self) -> str:
-        """The split that has chosen the best epoch, "test" or "validation"."""
+        """Returns the split that chose the best epoch, "test" or "validation"."""
         return self.results["student"].get("chosen_on", "test")
 
     def score(self, epoch: str) -> float:
@@ -60,7 +60,7 @@ class Run:
         return 100 * self.results["student"][epoch][self.task.score]
 
     def teacher_score(self, epoch: str) -> float | None:
-        """Returns the score of the teacher likewise; None where it is unknown, as the best of a given teacher."""
+        """Returns the same score of the teacher; None if unknown, as for the best epoch of a given teacher."""
         entry = self.results["teacher"]
         if epoch not in entry and self.teacher_run is not None:
             return self.teacher_run.score(epoch)
@@ -74,29 +74,29 @@ class Run:
 
     @property
     def given_teacher(self) -> str | None:
-        """The digest of its teacher; empty if it has trained that itself; None without a teacher."""
+        """Returns the digest of a given teacher; "" if the run trained its teacher; None without one."""
         entry = self.results["teacher"]
         return None if entry is None else entry.get("digest", "")
 
     @property
     def teacher_folders(self) -> list[pathlib.Path]:
-        """Where the checkpoints of its teacher may be, the likeliest first; empty without a teacher."""
+        """Returns the folders that may hold the teacher's checkpoints, likeliest first; empty without one."""
         if self.results["teacher"] is None:
             return []
         if self.given_teacher == "":
             return [self.folder / "teacher"]
         given = pathlib.Path(self.results["teacher"]["checkpoint"])
-        # Near the run first: its sweep may have moved, and another sweep stand where it was.
+        # Near the run first: its sweep may have moved, and another sweep may have taken its place.
         near = [parent.joinpath(*given.parts[-2:]) for parent in self.folder.resolve().parents]
         return [*near, given]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seeds.
 
     Attributes:
-      label: Name of the method, and the settings in which the row differs from another one of the same method.
+      label: Name of the method, and the settings that distinguish the row from others of the same method.
       method: Method of all runs.
       runs: Runs in the order of their seeds.
     """
@@ -107,23 +107,23 @@ class Row:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of the first run."""
+        """Returns the configuration of the first run."""
         return self.runs[0].config
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the runs have a teacher."""
+        """Returns whether the runs have a teacher."""
         return self.runs[0].results["teacher"] is not None
 
     @property
     def losses(self) -> dict[str, type[Method]]:
-        """The losses of the method by name; one that this version does not know is taken for any loss."""
+        """Returns the losses of the method by name; an unknown one is treated as a plain `Method`."""
         names = {key.split(".")[1] for key in self.config if key.startswith("losses.")}
         return {name: LOSSES.get(name, Method) for name in sorted(names)}
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the runs distill by nothing but a loss that declares itself a baseline."""
+        """Returns whether the only distillation loss of the runs declares itself a baseline."""
         distilling = [loss for loss in self.losses.values() if loss.needs_teacher]
         return len(distilling) == 1 and distilling[0].baseline
 
@@ -138,14 +138,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs on one data set with one pair of networks, equally long, and one teacher where they were given it.
+    """Runs on one data set with the same networks, the same number of epochs, and the same given teacher, if any.
 
     Attributes:
       dataset: Name of the data set.
-      teacher: Name as in the published tables; empty where the recipe names none.
-      student: Name of the student, likewise.
-      rows: The methods without a teacher, then those with one; the best mean score after the last epoch comes first.
-      given_teacher: Start of its digest where there is such a comparison for each of several teachers; or empty.
+      teacher: Name of the teacher as in the published tables; empty if the recipe names none.
+      student: Name of the student as in the published tables.
+      rows: Methods without a teacher, then those with one, each by mean score after the last epoch, best first.
+      given_teacher: Start of the digest of the teacher, if there are comparisons for several teachers; else empty.
     """
 
     dataset: str
@@ -156,25 +156,25 @@ class Comparison:
 
     @property
     def runs(self) -> list[Run]:
-        """The runs of all rows."""
+        """Returns the runs of all rows."""
         return [run for row in self.rows for run in row.runs]
 
     @property
     def title(self) -> str:
-        """The data set and the networks, and the teacher where that is not enough."""
+        """Returns the data set and the networks, and the digest of the teacher if that is ambiguous."""
         which = f", teacher {self.given_teacher}" if self.given_teacher else ""
         return f"{self.dataset}: {f'{self.teacher} → ' if self.teacher else ''}{self.student}{which}"
 
     @property
     def references(self) -> list[Row]:
-        """The rows that others are compared with: the best one without a teacher, and the best one of a baseline."""
+        """Returns the rows that others are compared with: the best one without a teacher and the best baseline."""
         without_teacher = [row for row in self.rows if not row.has_teacher]
         baselines = [row for row in self.rows if row.is_baseline]
         return [*without_teacher[:1], *baselines[:1]]
 
     @property
     def distilled(self) -> list[Run]:
-        """The runs with a teacher, one for each teacher that there is."""
+        """Returns one run with a teacher for each distinct teacher."""
         teachers = {}
         for run in self.runs:
             if run.results["teacher"] is not None:
@@ -182,16 +182,16 @@ class Comparison:
         return list(teachers.values())
 
     def teacher_summary(self, epoch: str) -> Summary | None:
-        """Returns the summary of `Run.teacher_score` over the teachers; None where it is not known of any."""
+        """Returns the summary of `Run.teacher_score` over the teachers; None if no score is known."""
         scores = [score for run in self.distilled if (score := run.teacher_score(epoch)) is not None]
         return summarize(scores) if scores else None
 
 
 def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
-    """Returns the runs in folders and the folders in them, but for those whose network is the teacher of others.
+    """Returns the runs in and below folders, except those that trained the teacher of other runs.
 
     Raises:
-      UserError: A folder holds no finished run, or one that is damaged.
+      UserError: A folder holds no finished run, or a damaged one.
     """
     runs = {}
     for folder in folders:
@@ -217,7 +217,7 @@ def _read_results(path):
 
 
 def _printable(content: Any) -> Any:
-    """Returns a JSON value with all texts printable: runs of others are shown on consoles and in files."""
+    """Returns a JSON value with all texts made printable, since the runs may come from others."""
     if isinstance(content, dict):
         return {printable(key): _printable(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -226,10 +226,10 @@ def _printable(content: Any) -> Any:
 
 
 def compare(runs: Iterable[Run]) -> list[Comparison]:
-    """Sorts runs into comparisons: one for each teacher that runs were given, with those that have none in each.
+    """Returns the comparisons: one for each given teacher; runs without a teacher are part of each.
 
     Raises:
-      UserError: The same seed of the same configuration is there twice, with different results.
+      UserError: There are two runs of the same configuration and seed with different results.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -253,7 +253,7 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
     for key, same in kinds.items():
         by_seed: dict[int, Run] = {}
         for run in sorted(same, key=lambda run: run.results["seed"]):
-            # Two sweeps with the same seeds both have those without a teacher, with the same outcome.
+            # Two sweeps with the same seeds contain the same runs without a teacher, with the same outcome.
             first = by_seed.setdefault(run.results["seed"], run)
             if first.results["student"]["last"] != run.results["student"]["last"]:
                 raise UserError(f"{first.folder} and {run.folder} are the same run with other scores; name one of them")

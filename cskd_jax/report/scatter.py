@@ -1,4 +1,4 @@
-"""A square chart of points in categories, with their names beside them."""
+"""A square scatter chart of points in categories, with the names of the categories."""
 
 import html
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from cskd_jax.report import labels, svg
 
 _SIDE, _MARGIN = 260, 8
 _LONGEST = 12
-# Of a bold character where the chart is smallest, on a phone; and from where on a line leads to what is named.
+# Size of a bold character on a phone, where the chart is smallest, and the distance from which labels get a line.
 _CHARACTER, _HEIGHT, _FAR = 10, 18, 24
 
 
@@ -19,8 +19,8 @@ def draw(points: np.ndarray, categories: np.ndarray, names: Mapping[int, str], t
     Args:
       points: float [N, 2] in the unit square.
       categories: int [N].
-      names: {category: name}; its order decides colors and marks.
-      title: Description for those who cannot see the chart.
+      names: {category: name}; the order decides colors and marks.
+      title: Description for readers who cannot see the chart.
     """
     places = _MARGIN + points * (_SIDE - 2 * _MARGIN)
     of = [places[categories == category] for category in names]
@@ -41,6 +41,6 @@ def draw(points: np.ndarray, categories: np.ndarray, names: Mapping[int, str], t
 
 
 def _middle(points):
-    """Returns the point that is nearest to the others of its category: one within the largest of several clusters."""
+    """Returns the point that is nearest to the others of its category, within its largest cluster."""
     distances = np.linalg.norm(points[:, None] - points, axis=2)
     return points[np.argmin(np.median(distances, axis=1))]

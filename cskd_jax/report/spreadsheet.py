@@ -1,4 +1,4 @@
-"""The scores as CSV: plain numbers, for programs and spreadsheets."""
+"""The scores as CSV, with plain numbers for programs and spreadsheets."""
 
 import csv
 import io
@@ -11,18 +11,18 @@ from cskd_jax.report.statistics import Summary
 
 _SECTION = ("dataset", "teacher", "student", "teacher_digest")
 _SCORES = ("last_mean", "last_std", "best_mean", "best_std")
-# A spreadsheet takes a text for a formula that begins with one of these, or with its full-width form.
+# A spreadsheet takes a text for a formula if it begins with one of these or its full-width form.
 _FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def methods(comparisons: Iterable[Comparison]) -> str:
-    """Returns a line for each row of the comparisons: scores in percent, those that are not known empty."""
+    """Returns a line for each row of the comparisons, with scores in percent; unknown ones are empty."""
     header = (*_SECTION, "method", "metric", "seeds", *_SCORES, "published", "published_source", "differs")
     return _write(header, (line for comparison in comparisons for line in _methods(comparison)))
 
 
 def runs(comparisons: Iterable[Comparison]) -> str:
-    """Returns a line for each run of the comparisons: scores in percent."""
+    """Returns a line for each run of the comparisons, with scores in percent."""
     header = (*_SECTION, "method", "metric", "seed", "last", "best", "best_epoch", "folder")
     return _write(header, (line for comparison in comparisons for line in _runs(comparison)))
 
@@ -65,7 +65,7 @@ def _numbers(values: Summary | None):
 
 
 def _rounded(value):
-    """Returns a number without the digits that are rounding."""
+    """Returns a number without the digits that are rounding errors."""
     return None if value is None else round(value, 6)
 
 
@@ -78,5 +78,5 @@ def _write(header, lines):
 
 
 def _disarm(cell):
-    """Returns a cell that no spreadsheet executes: a text that would be a formula begins with an apostrophe."""
+    """Returns a cell that no spreadsheet executes: an apostrophe precedes a text that looks like a formula."""
     return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(_FORMULAS) else cell

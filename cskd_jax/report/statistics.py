@@ -1,4 +1,4 @@
-"""What a few seeds say: mean and deviation, and differences of runs that share a seed."""
+"""Statistics of a few seeds: mean and deviation, and differences of runs that share a seed."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 
 class Summary(NamedTuple):
-    """Mean over runs, their sample standard deviation (None for a single run), and how many they are."""
+    """Mean over runs, their sample standard deviation (None for a single run), and their number."""
 
     mean: float
     deviation: float | None
@@ -22,7 +22,7 @@ class PairedDifference(NamedTuple):
     """Mean difference of runs with the same seed.
 
     Attributes:
-      mean: Mean over the seeds that both have.
+      mean: Mean over the seeds that both sides have.
       margin: Half the width of Student's t interval at `CONFIDENCE`; None where it cannot be estimated: for a single
         seed, and where the differences are all the same, as happens on small test splits.
       count: Number of seeds.
@@ -34,7 +34,7 @@ class PairedDifference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """A claim that the difference allows, in words."""
+        """Returns the claim that the difference supports, in words."""
         if self.count == 1:
             return "one seed: no claim"
         if self.margin is None:
@@ -51,13 +51,13 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
-    """Returns our values minus the baseline's, each {seed: value}, over common seeds; None without any."""
+    """Returns our values minus those of the baseline, over common seeds; None if there are none."""
     differences = [ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys())]
     if not differences:
         return None
     mean, deviation, count = summarize(differences)
     margin = None
-    # Differences of fractions that are equal but for rounding.
+    # The differences are equal except for rounding.
     if deviation is not None and deviation > 1e-9:
         margin = deviation / math.sqrt(count) * float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
     return PairedDifference(mean, margin, count)

@@ -1,11 +1,11 @@
-"""What the charts share: colors, dashes and marks that tell lines and points apart, and round numbers on an axis."""
+"""Shared parts of the charts: colors, dashes and marks for lines and points, and round numbers for an axis."""
 
 import math
 from collections.abc import Iterable
 
 COLORS = 8  # classes c0 to c7 of style.css: the palette of Okabe and Ito
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4")
-# Drawn from the position of the point, about 6 units wide: circle, square, triangles, diamond, plus, cross, bar.
+# Relative to the point, about 6 units wide: circle, square, triangles, diamond, plus, cross, bar.
 _MARKS = (
     "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",
     "m-2.7-2.7h5.4v5.4h-5.4z",
@@ -18,12 +18,12 @@ _MARKS = (
 
 
 def color(number: int) -> str:
-    """Returns the class with the color of line or category `number`."""
+    """Returns the CSS class with the color of line or category `number`."""
     return f"c{number % COLORS}"
 
 
 def dash(number: int) -> str:
-    """Returns the attribute with the dashes of line `number`; the first lines, which differ in color, have none."""
+    """Returns the attribute with the dashes of line `number`; the first lines differ in color and have none."""
     pattern = _DASHES[number // COLORS % len(_DASHES)]
     return f' stroke-dasharray="{pattern}"' if pattern else ""
 
@@ -34,7 +34,7 @@ def path(points: Iterable[tuple[float, float]]) -> str:
 
 
 def mark(number: int) -> str:
-    """Returns path data of the mark of category `number`, drawn from the position of its point."""
+    """Returns the path data of the mark of category `number`, relative to its point."""
     return _MARKS[number % len(_MARKS)]
 
 
@@ -50,7 +50,7 @@ def mark_key(number: int) -> str:
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """Returns about five round numbers, the first not above `low` and the last not below `high`."""
+    """Returns about five round numbers, from at most `low` to at least `high`."""
     span = max(high - low, 1e-9)
     power = 10 ** math.floor(math.log10(span / 5))
     step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 6)

@@ -1,4 +1,4 @@
-"""The tables of the report, as text: what pages of any kind are made of."""
+"""The tables of the report as text, from which all formats are made."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,9 +17,9 @@ class Table(NamedTuple):
 
     Attributes:
       title: Title of the table.
-      header: A text for each column; the first column names the row.
-      rows: As many texts each.
-      notes: Sentences below it.
+      header: Text for each column; the first column names the row.
+      rows: Rows with a text for each column.
+      notes: Sentences below the table.
     """
 
     title: str
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 
 def recipe(comparison: Comparison) -> str:
-    """Says how all runs were trained, and by which teacher where there are several."""
+    """Describes how all runs were trained, and by which teacher if there are several."""
     config, data = comparison.runs[0].config, comparison.runs[0].results["dataset"]
     teacher = comparison.distilled[0].results["teacher"].get("checkpoint") if comparison.given_teacher else None
     return (
@@ -39,7 +39,7 @@ def recipe(comparison: Comparison) -> str:
 
 
 def results(comparison: Comparison) -> Table:
-    """Returns the scores of every row, beside the published ones where there are any."""
+    """Returns the scores of every row, with published values if there are any."""
     marks = deviations.mark(comparison)
     rows = [(*_teacher(comparison), marks.of_row["teacher"] or NONE)] if comparison.distilled else []
     rows += [(row.label, *_scores_of(comparison, row), marks.of_row[row.label] or NONE) for row in comparison.rows]
@@ -67,7 +67,7 @@ def results(comparison: Comparison) -> Table:
 
 
 def _scores_of(comparison, row):
-    """Returns the cells of a row below `_scores`."""
+    """Returns the cells of a row in the columns of `_scores`."""
     last, best = row.summary("last"), row.summary("best")
     return str(last.count), summary(last), summary(best), *_beside(comparison, row.method, last, best)
 
@@ -81,7 +81,7 @@ def _scores(comparison):
 
 
 def _without_empty(table):
-    """Returns a table without the columns that say nothing in any row."""
+    """Returns a table without the columns that are empty in every row."""
     kept = [i for i in range(len(table.header)) if any(row[i] != NONE for row in table.rows)]
     return table._replace(
         header=tuple(table.header[i] for i in kept), rows=[tuple(row[i] for i in kept) for row in table.rows]
@@ -96,7 +96,7 @@ def _teacher(comparison):
 
 
 def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | None) -> tuple[str, str, str]:
-    """Returns the published values, and the differences to the first."""
+    """Returns the cells with the published values and the differences to the first of them."""
     values = published.lookup(comparison.dataset, comparison.teacher, comparison.student, method)
     if not values:
         return NONE, NONE, NONE
@@ -105,14 +105,14 @@ def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | 
 
 
 def _sources(comparison):
-    """Returns where the published values come from, in the order in which a row shows them."""
+    """Returns the sources of the published values, in the order in which a row shows them."""
     methods = ["teacher", *(row.method for row in comparison.rows)]
     found = (published.lookup(comparison.dataset, comparison.teacher, comparison.student, m) for m in methods)
     return list(dict.fromkeys(value.source for values in found for value in values))
 
 
 def differences(comparison: Comparison) -> Table | None:
-    """Returns how every row differs from `Comparison.references`, seed by seed; None without a seed of both."""
+    """Returns the paired differences of rows from `Comparison.references`; None without common seeds."""
     rows = []
     for position, reference in enumerate(comparison.references, 1):
         for row in comparison.rows:
@@ -142,12 +142,12 @@ def _teachers(comparison):
 
 
 def paired(row: Row, baseline: Row) -> PairedDifference | None:
-    """Returns the difference of the last epochs, seed by seed."""
+    """Returns the paired difference of the scores after the last epoch."""
     return paired_difference(row.scores("last"), baseline.scores("last"))
 
 
 def ablations(comparison: Comparison) -> list[Table]:
-    """Returns a table for each loss of which some rows have all parts and others only some."""
+    """Returns a table for each loss that some rows use with all parts and others with only some."""
     found = []
     for entries in find_ablations(comparison):
         rows = [(parts, row.label, *_scores_of(comparison, row)) for parts, row in entries]
@@ -161,7 +161,7 @@ def ablations(comparison: Comparison) -> list[Table]:
 
 
 def sizes(comparison: Comparison) -> Table:
-    """Returns the parameters of teacher and student."""
+    """Returns the number of parameters of teacher and student."""
     student = comparison.runs[0].results["student"]["parameters"]
     rows = [(f"student {comparison.student}", f"{student:,}", NONE)]
     if comparison.distilled:
@@ -174,7 +174,7 @@ def sizes(comparison: Comparison) -> Table:
 
 
 def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
-    """Returns the distances within categories over those between them."""
+    """Returns the distances within categories divided by those between them."""
     header = ("network", "runs", "within / between")
     rows = [(label, str(s.count), summary(s, 3)) for label, s in embeddings.ratios.items()]
     notes = (
@@ -185,7 +185,7 @@ def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
 
 
 def published_tables() -> list[Table]:
-    """Returns the published tables alone."""
+    """Returns the tables of published values."""
     return [
         Table(
             f"{table['source']}: {table['dataset']}, {table['metric']}, %",
@@ -207,7 +207,7 @@ def summary(values: Summary, digits: int = 2) -> str:
 
 
 def interval(difference: PairedDifference) -> str:
-    """Returns the ends of the interval, or that it has none."""
+    """Returns the ends of the interval as a text, or a text for no interval."""
     if difference.margin is None:
         return NONE
     return f"{difference.mean - difference.margin:+.2f} to {difference.mean + difference.margin:+.2f}"

@@ -1,4 +1,4 @@
-"""Writes the report of comparisons: a page, and its tables as Markdown, LaTeX and CSV."""
+"""The report of comparisons: an HTML page, and its tables as Markdown, LaTeX and CSV."""
 
 import pathlib
 
@@ -16,9 +16,9 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
     """Writes report.html, report.md, report.tex, report.csv and report_runs.csv into `out`.
 
     Args:
-      comparisons: What to show.
-      out: A folder that exists.
-      data_dir: See `embedding.measure`.
+      comparisons: Comparisons to report.
+      out: Existing folder.
+      data_dir: Folder of the data sets, as in `embedding.measure`.
     """
     sections, texts, papers = [], [], [latex.HEADER]
     for comparison in comparisons:
@@ -41,7 +41,7 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
 
 
 def _made_with(comparisons):
-    """Returns devices and versions of all runs."""
+    """Returns a description of the devices and versions of all runs."""
     results = [run.results for comparison in comparisons for run in comparison.runs]
     devices = {f"{r['devices']['count']} x {r['devices']['kind']}" for r in results}
     versions = {r["versions"]["cskd_jax"] for r in results}
@@ -50,7 +50,7 @@ def _made_with(comparisons):
 
 def _comparison(comparison, data_dir):
     """Returns the sections of the page for a comparison, and its tables."""
-    # Imported late: mistakes in the command should not wait for it.
+    # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.report import embedding
 
     shown = [tables.results(comparison), tables.differences(comparison), *tables.ablations(comparison)]
@@ -74,7 +74,7 @@ def _comparison(comparison, data_dir):
 
 
 def mean_curve(row: Row) -> Curve | None:
-    """Returns mean and deviation over the seeds at the epochs that all of them have evaluated; None without any."""
+    """Returns mean and deviation over the seeds at the epochs that all runs evaluated; None if there are none."""
     runs = [dict(run.curve()) for run in row.runs]
     epochs = sorted(set.intersection(*(set(run) for run in runs)))
     if not epochs:

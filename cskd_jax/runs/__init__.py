@@ -1,1 +1,1 @@
-"""Runs: configurations, what they are built into, and the folders in which they are carried out."""
+"""Runs: configurations, the objects built from them, and the folders of runs."""

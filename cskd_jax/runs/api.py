@@ -1,4 +1,4 @@
-"""Recipes from Python: read one, carry it out, take back what it gave."""
+"""Recipes from Python: read a recipe, run it, and load its results."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from cskd_jax.training.checkpoint import load_variables
 
 
 class LoadedRun(NamedTuple):
-    """What a run gave.
+    """The student and the results of a run.
 
     Attributes:
       network: The student, a linen module: `network.apply(variables, images, train=False)`, for images that are
@@ -32,7 +32,7 @@ class LoadedRun(NamedTuple):
 
 
 def get_config(recipe: str) -> ml_collections.ConfigDict:
-    """Returns the configuration of a recipe, to be changed and given to `run`.
+    """Returns the configuration of a recipe, which may be changed and passed to `run`.
 
     Args:
       recipe: Name of a packaged recipe or path of a file, with a word behind a colon if it takes one: "cifar100:kd".
@@ -44,14 +44,14 @@ def get_config(recipe: str) -> ml_collections.ConfigDict:
 
 
 def run(recipe: str | ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None) -> LoadedRun:
-    """Carries out a recipe, from wherever an earlier start in the same workdir left it.
+    """Runs a recipe, resuming where an earlier start in the same workdir stopped.
 
     Args:
-      recipe: Recipe as `get_config` takes it, or a configuration.
+      recipe: Recipe as in `get_config`, or a configuration.
       workdir: Folder of the run; by default the one that the command uses, runs/RECIPE/WORD-seedSEED.
 
     Raises:
-      UserError: The user can mend something; InterruptedRun and DivergedError are among its kinds.
+      UserError: The user can fix something. InterruptedRun and DivergedError are subclasses.
     """
     config = get_config(recipe) if isinstance(recipe, str) else schema.fill(recipe)
     if workdir is None:
@@ -68,7 +68,7 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
 
     Args:
       workdir: Folder of the run, or of a `distill`.
-      student: The module that was trained, where it is none of this package.
+      student: Module that was trained, if it is not part of this package.
 
     Raises:
       UserError: There is no such run, or its network is not one of this package and `student` is not given.

@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run. Nothing below this module knows a configuration."""
+"""Building of the objects of a run from a configuration, which nothing below this module knows."""
 
 import functools
 import pathlib
@@ -36,7 +36,7 @@ from cskd_jax.training.phases import Phase
 from cskd_jax.training.trainer import Student, Teacher, Trainer
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
-# Folded into the seed: a teacher and its student start from different weights.
+# Folded into the seed, so that a teacher and its student start from different weights.
 _STREAMS = {"teacher": 0, "student": 1}
 
 
@@ -61,7 +61,7 @@ class Run(NamedTuple):
 def build(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Devices, given: tuple[str, Saved] | None = None
 ) -> Run:
-    """Returns the objects of a run. Both trainers are made at once: what does not fit should not show hours later.
+    """Returns the objects of a run, with both trainers made at once so that mistakes show before training.
 
     Args:
       config: Configuration of the run.
@@ -72,7 +72,7 @@ def build(
     Raises:
       UserError: Networks, losses, data and the given teacher do not fit together; nothing has been compiled by then.
     """
-    # Several processes would prepare the same files at once.
+    # Otherwise several processes would prepare the same files at once.
     dataset = processes.first_then_all(lambda: load_data(config))
     if not needs_teacher(config.losses):
         return Run(dataset, make_trainer("student", config, dataset, workdir, devices))
@@ -97,7 +97,7 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
     """Returns the data set of a configuration.
 
     Raises:
-      UserError: The data cannot be had, or mean and deviation are not per channel of its images, or one for all.
+      UserError: The data cannot be loaded, or mean and deviation are neither one value nor one per channel.
     """
     settings = config.dataset
     with pause(f"loading the data set {settings.name}"):
@@ -131,7 +131,7 @@ class TrainedNetwork(NamedTuple):
 
     Attributes:
       network: The network.
-      saved: Its variables, and what was saved with them.
+      saved: Its variables, and the record saved with them.
     """
 
     network: LinenNetwork
@@ -139,15 +139,15 @@ class TrainedNetwork(NamedTuple):
 
 
 def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset) -> TrainedNetwork:
-    """Returns the network of the newest checkpoint in the folder of a network.
+    """Returns the network of the newest checkpoint in a folder.
 
     Args:
       path: Folder, such as WORKDIR/student.
-      config: Configuration, which says how to compute, and how the images are normalized.
-      dataset: Data set that it is to be used on.
+      config: Configuration that says how to compute and how images are normalized.
+      dataset: Data set that the network is used on.
 
     Raises:
-      UserError: There is no sound checkpoint, or it does not fit the data set or the configuration.
+      UserError: There is no intact checkpoint, or it does not fit the data set or the configuration.
     """
     saved = load_variables(str(path))
     check_fits(f"checkpoint {path}", saved, config, dataset)
@@ -156,7 +156,7 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
 
 
 def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> UniformSampler | BalancedSampler:
-    """Returns the sampler that `config.sampler` describes; raises UserError where the labels do not allow it."""
+    """Returns the sampler that `config.sampler` describes; raises UserError if the labels do not allow it."""
     labels = dataset.train.labels
     if config.sampler.name == "uniform":
         return UniformSampler(len(labels), config.batch_size, config.seed, config.drop_last)
@@ -196,12 +196,12 @@ def make_trainer(
     """Returns the trainer of one network of a run.
 
     Args:
-      role: "teacher", which learns from the labels alone, or "student"; also the name of its folder in the workdir.
+      role: "teacher", which learns from the labels alone, or "student"; also the name of its folder.
       config: Configuration of the run.
       dataset: Data set.
-      workdir: Folder of the run; None: nothing is written.
+      workdir: Folder of the run; None writes nothing.
       devices: Devices to compute on.
-      teacher: Teacher of the student; None where its losses need none.
+      teacher: Teacher of the student; None if its losses need none.
 
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
@@ -241,7 +241,7 @@ def make_trainer(
 
 
 def make_schedule(settings: Any, epochs: int, steps_per_epoch: int) -> Schedule:
-    """Returns the schedule that `config.optimizer` describes for so many epochs."""
+    """Returns the schedule that `config.optimizer` describes for a number of epochs."""
     rate, warmup = settings.learning_rate, settings.warmup_epochs * steps_per_epoch
     if settings.schedule == "constant":
         return ConstantSchedule(rate, warmup_steps=warmup)
@@ -252,7 +252,7 @@ def make_schedule(settings: Any, epochs: int, steps_per_epoch: int) -> Schedule:
 
 
 def make_optimizer(settings: Any, epochs: int, steps_per_epoch: int) -> tuple[Schedule, optax.GradientTransformation]:
-    """Returns the schedule and the optimizer that `config.optimizer` describes for so many epochs."""
+    """Returns the schedule and the optimizer that `config.optimizer` describes for a number of epochs."""
     schedule = make_schedule(settings, epochs, steps_per_epoch)
     decay, mask = settings.weight_decay, None if settings.decay_all else no_bias_or_norm
     if settings.name == "adamw":

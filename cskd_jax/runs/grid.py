@@ -21,10 +21,10 @@ class Run:
 
     Attributes:
       sweep: Folder of the sweep.
-      name: Name of the run, and of its folder in that of the sweep.
+      name: Name of the run, and of its folder in the folder of the sweep.
       recipe: RECIPE:WORD.
       overrides: Arguments --config.KEY=VALUE.
-      teacher: Run that trains the teacher, or None.
+      teacher: Run that trains the teacher; None if there is none.
     """
 
     sweep: pathlib.Path
@@ -35,17 +35,17 @@ class Run:
 
     @property
     def workdir(self) -> pathlib.Path:
-        """Folder of the run."""
+        """Returns the folder of the run."""
         return self.sweep / self.name
 
     @property
     def arguments(self) -> list[str]:
-        """Arguments of `cskd_jax.main`."""
+        """Returns the arguments of `cskd_jax.main`."""
         return [f"--config={self.recipe}", *self.overrides, f"--workdir={self.workdir}"]
 
     @property
     def config(self) -> ml_collections.ConfigDict:
-        """Configuration of the run, not validated."""
+        """Returns the configuration of the run, not validated."""
         return recipes.load_recipe(self.recipe, list(self.overrides))
 
     @functools.cached_property
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether the run has results, of as many epochs as it is to train for."""
+        """Returns whether the run has results for its number of epochs."""
         # Asked again and again, of recipes that may not exist.
         return (self.workdir / "results.json").exists() and is_done(self.workdir, self._epochs)
 
@@ -62,11 +62,11 @@ class Run:
 def make_grid(
     recipe: str, methods: Sequence[str], seeds: Sequence[int], workdir: pathlib.Path, overrides: Sequence[str]
 ) -> list[Run]:
-    """Returns the runs of a sweep, seed by seed, each after the one that trains its teacher.
+    """Returns the runs of a sweep, seed by seed, each after the run that trains its teacher.
 
     Args:
-      recipe: Recipe without a word: a file, or the name of a packaged recipe.
-      methods: Words that follow it.
+      recipe: Recipe without a word, which is a file or the name of a packaged recipe.
+      methods: Words that follow the recipe.
       seeds: Seeds of the runs.
       workdir: Folder of the sweep.
       overrides: Arguments --config.KEY=VALUE.
@@ -89,7 +89,7 @@ def make_grid(
             settings, teacher = [*own[word], f"--config.seed={seed}"], None
             if needs_teacher(config.losses) and config.teacher.checkpoint is None and config.teacher.name:
                 teacher = _teacher_run(recipe, config, overrides, workdir)
-                # Runs are compared by their configurations, so that all of them name the same path.
+                # Runs are compared by their configurations, so all of them must name the same path.
                 settings.append(f"--config.teacher.checkpoint={teacher.workdir / 'student'}")
                 teachers.setdefault(teacher.name, teacher)
             runs.append(Run(workdir, f"{word}-seed{seed}", f"{recipe}:{word}", tuple(settings), teacher))
@@ -97,7 +97,7 @@ def make_grid(
 
 
 def _concerns(override: str, config: ml_collections.ConfigDict) -> bool:
-    """Returns whether a method has the key: an override of a loss is for the methods that have the loss."""
+    """Returns whether a method has the key: overrides of a loss apply to the methods that have the loss."""
     key = recipes.override_key(override)
     return not key.startswith("losses.") or key in schema.flatten(config)
 
@@ -105,7 +105,7 @@ def _concerns(override: str, config: ml_collections.ConfigDict) -> bool:
 def _teacher_run(
     recipe: str, config: ml_collections.ConfigDict, overrides: Sequence[str], workdir: pathlib.Path
 ) -> Run:
-    """Returns the run that trains the teacher of `config`, as any network is trained from labels alone."""
+    """Returns the run that trains the teacher of `config` from labels alone."""
     word = recipes.word_without_teacher(multilabel=any(LOSSES[name].multilabel for name in config.losses))
     teacher = config.teacher
     replaced = ("losses.", "student.", "teacher.")
@@ -116,7 +116,7 @@ def _teacher_run(
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Raises UserError if a configuration or the data are wrong, or a workdir holds another run or is a link."""
+    """Raises UserError if a configuration or the data are wrong, or if a workdir holds another run or is a link."""
     data = {}
     for run in runs:
         config = run.config
@@ -131,6 +131,6 @@ def check(runs: Sequence[Run]) -> None:
             check_workdir(run.workdir, identify(config, read_json(path).get(TEACHER_DIGEST)))
         if not run.done:
             data[str(config.dataset)] = config
-    # Also prepares them: two runs that start together would get into each other's way.
+    # This also prepares the data: two runs that start together would get into each other's way.
     for config in data.values():
         load_data(config)

@@ -1,4 +1,4 @@
-"""The keys of a configuration, each with everything that is known about it."""
+"""The keys of a configuration, each with its default, rule and meaning."""
 
 import dataclasses
 import inspect
@@ -21,12 +21,12 @@ class Key:
     """A key of a configuration.
 
     Attributes:
-      default: Value where a recipe does not set the key, or `REQUIRED`.
+      default: Value if a recipe does not set the key, or `REQUIRED`.
       rule: Rule that a value must follow.
       meaning: One sentence for the documentation.
       changes_results: Whether another value may lead to other results. A run may be resumed with another value of a
-        key that does not change them.
-      before: Value that the runs of a workdir without the key had. It is to be given with a key that makes a choice
+        key that does not change results.
+      before: Value that the runs of a workdir without the key had. It is needed for a key that makes a choice
         where earlier versions had another behavior than the new default.
     """
 
@@ -37,7 +37,7 @@ class Key:
     before: Any = _AS_DEFAULT
 
     def value_where_missing(self, *, in_workdir: bool = False) -> Any:
-        """Returns the value that a recipe without the key means, or a workdir without it."""
+        """Returns the value that the absence of the key means, in a recipe or in a workdir."""
         return self.before if in_workdir and self.before is not _AS_DEFAULT else self.default
 
 
@@ -217,7 +217,7 @@ _WEIGHT_RULES = {
 
 
 def weight_keys() -> dict[str, Key]:
-    """Returns the settings that every loss has, by name: the weight and how it changes over the epochs."""
+    """Returns the settings of every loss by name: the weight and how it changes over the epochs."""
     return {field.name: _key(field, _WEIGHT_RULES[field.name], Weight) for field in dataclasses.fields(Weight)}
 
 
@@ -233,7 +233,7 @@ def _key(field, rule, owner):
 
 
 def attributes_of(owner: type) -> dict[str, str]:
-    """Returns what the docstring of a class says about each of its attributes, by name."""
+    """Returns the descriptions of attributes in the docstring of a class, by name."""
     lines = (inspect.getdoc(owner) or "").partition("Attributes:\n")[2].splitlines()
     found: dict[str, str] = {}
     for line in lines:
@@ -256,5 +256,5 @@ def find_key(path: str) -> Key | None:
 
 
 def indifferent() -> frozenset[str]:
-    """Returns the keys that do not change results: a run may be resumed with other values."""
+    """Returns the keys that do not change results, so that a run may be resumed with other values."""
     return frozenset(path for path, key in KEYS.items() if not key.changes_results)

@@ -1,4 +1,4 @@
-"""A folder held by one process at a time."""
+"""A lock that lets one process at a time hold a folder."""
 
 import contextlib
 import errno
@@ -14,27 +14,27 @@ from cskd_jax.files import open_append
 
 _logger = logging.getLogger(__name__)
 
-# A file server lets go only some time after a machine has died: NFS, by default, after 90 seconds.
+# A file server releases a lock only some time after a machine has died: NFS, by default, after 90 seconds.
 PATIENCE_SECONDS = 120
-# For a process of this machine that is just ending.
+# Time for a process of this machine that is about to end.
 LOCAL_PATIENCE_SECONDS = 3
 _POLL_SECONDS = 0.5
-# What systems answer that know no such locks.
+# Errors of file systems that do not support such locks.
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
-    """Holds the lock for this process; the system lets it go when the process ends, however it ends.
+    """Holds the lock for this process; the system releases it when the process ends, however it ends.
 
-    Where a process of another machine holds it, waits for `PATIENCE_SECONDS`: that machine may be dead, not yet missed.
+    If a process of another machine holds it, waits for `PATIENCE_SECONDS`: the server may not know yet that it died.
 
     Args:
-      path: File of the lock; it and its folder are made if they are missing.
-      holder: Who holds it if this process does not, such as "another job", and where.
+      path: File of the lock; the file and its folder are created if they are missing.
+      holder: Description of who else may hold it and where, such as "another job", for the message.
 
     Raises:
-      UserError: Another process holds it, its folder cannot be written to, or there is a symbolic link in its place.
+      UserError: Another process holds it, its folder cannot be written to, or the path is a symbolic link.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,5 +72,5 @@ def _acquire(file, holder):
 
 
 def _machine():
-    """Returns what names this start of this machine; the names of containers may not be unique."""
+    """Returns an identifier of this machine and its boot; the host names of containers may not be unique."""
     return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -1,4 +1,4 @@
-"""Recipes: found, read, filled with the defaults, and changed by what stands on the command line."""
+"""Recipes: finding, reading, filling with defaults, and applying overrides of the command line."""
 
 import contextlib
 import functools
@@ -16,12 +16,12 @@ from cskd_jax.configs import methods, networks
 from cskd_jax.errors import UserError, close_to
 
 _PACKAGED = pathlib.Path(cskd_jax.configs.__file__).parent
-# What a recipe may import as `configs`, by the names that the modules have then.
+# Modules that a recipe may import as `configs`, by the names that they have then.
 _CONFIGS = {"configs": cskd_jax.configs, "configs.methods": methods, "configs.networks": networks}
 
 
 def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    """Returns the configuration of a recipe, filled with the defaults, with --config.KEY=VALUE arguments applied.
+    """Returns the configuration of a recipe, with defaults filled in and --config.KEY=VALUE arguments applied.
 
     Args:
       recipe: RECIPE or RECIPE:WORD, where RECIPE is a file or the name of a packaged recipe.
@@ -35,7 +35,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
     try:
         with _importable_configs(file):
             config = _read(file).get_config(*([word] if colon else []))
-    except ValueError as error:  # What recipes raise for a word that they do not know.
+    except ValueError as error:  # Recipes raise this for an unknown word.
         raise UserError(str(error)) from None
     except Exception as error:  # A recipe is code: it may raise anything.
         raise UserError(f"--config={recipe}: {type(error).__name__}: {error}") from None
@@ -43,7 +43,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
         raise UserError(f"get_config of {file} must return a ConfigDict, as that of configs/digits.py does")
     if "method" not in config:
         raise UserError(f"get_config of {file} must set the key method, the name of the method")
-    # Imports JAX, which takes seconds: a recipe or a word that does not exist should not wait for it.
+    # This imports JAX, which takes seconds; an unknown recipe or word is reported without it.
     from cskd_jax.runs import schema
 
     return override(schema.fill(config).lock(), overrides)
@@ -53,7 +53,7 @@ def recipe_file(recipe: str) -> pathlib.Path:
     """Returns the file of RECIPE or RECIPE:WORD; raises UserError if there is none.
 
     Args:
-      recipe: RECIPE is a file, or else the name of a packaged recipe.
+      recipe: RECIPE or RECIPE:WORD, where RECIPE is a file or the name of a packaged recipe.
     """
     name = recipe.partition(":")[0]
     if name and pathlib.Path(name).is_file():
@@ -69,12 +69,12 @@ def recipe_file(recipe: str) -> pathlib.Path:
 
 
 def packaged_recipes() -> list[str]:
-    """Returns the names of the recipes that the package brings along."""
+    """Returns the names of the packaged recipes."""
     return sorted({path.stem for path in _PACKAGED.glob("*.py")} - {"__init__", "methods", "networks"})
 
 
 def packaged_recipe(name: str, word: str) -> ml_collections.ConfigDict:
-    """Returns the configuration of a packaged recipe with a word; raises UserError if it does not know the word."""
+    """Returns the configuration of a packaged recipe with a word; raises UserError for an unknown word."""
     return load_recipe(f"{_PACKAGED / name}.py:{word}", [])
 
 
@@ -82,7 +82,7 @@ def word_without_teacher(multilabel: bool) -> str:
     """Returns the word of the packaged method that needs no teacher.
 
     Args:
-      multilabel: Whether the images have any number of classes instead of one.
+      multilabel: Whether an image has any number of classes instead of one.
     """
     from cskd_jax.training.objective import needs_teacher
 
@@ -91,7 +91,7 @@ def word_without_teacher(multilabel: bool) -> str:
 
 
 def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_collections.ConfigDict:
-    """Applies --config.KEY=VALUE arguments to a configuration, the last of the same key, and returns it.
+    """Applies --config.KEY=VALUE arguments to a configuration and returns it; the last of a key wins.
 
     Raises:
       UserError: A key is unknown, or a value is not of its type.
@@ -125,14 +125,14 @@ def _read(file: pathlib.Path) -> types.ModuleType:
     loader = SourceFileLoader("cskd_jax_recipe", str(file))
     module = types.ModuleType(loader.name)
     module.__file__ = str(file)
-    sys.modules[loader.name] = module  # Dataclasses look up the module that they are in.
+    sys.modules[loader.name] = module  # Dataclasses look up their module here.
     loader.exec_module(module)
     return module
 
 
 @contextlib.contextmanager
 def _importable_configs(file: pathlib.Path) -> Iterator[None]:
-    """Lets a recipe import `configs`: the package in or beside its folder, or else `cskd_jax.configs`."""
+    """Lets a recipe import `configs`: the package in or beside its folder, or otherwise `cskd_jax.configs`."""
     root = file.absolute().parent.parent
     if any((root / "configs").glob("*.py")):
         if str(root) not in sys.path and root / "configs" != _PACKAGED:

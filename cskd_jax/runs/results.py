@@ -1,4 +1,4 @@
-"""The results of a run: what is measured, written and said at its end."""
+"""The results of a run: what is measured, written and printed at its end."""
 
 import csv
 import importlib.metadata
@@ -18,7 +18,7 @@ from cskd_jax.training.metrics import Task
 from cskd_jax.training.trainer import Result
 
 RESULTS = "results.json"
-# What a run writes into its workdir, beside its lock.
+# Files that a run writes into its workdir, besides its lock.
 WRITTEN = (RESULTS, "config.json", "metrics.jsonl", "confusion_matrix.csv", "tensorboard", "teacher", "student")
 # Packages whose versions decide the numbers.
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -33,7 +33,7 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
     """Returns the entry of a network in results.json.
 
     Args:
-      network: {"name", "width"}, or {"name"} of a network that is not one of this package.
+      network: {"name", "width"}, or {"name"} of a network that is not part of this package.
       variables: Variables of the network.
       evaluations: {"last": {"epoch", metrics}, "best": ..., "images_per_second"}, or a part of it. Where a validation
         split has chosen the best epoch, {"chosen_on": "validation", "validation": {"last": ..., "best": ...}} besides.
@@ -71,14 +71,14 @@ def describe_dataset(dataset: ImageDataset) -> dict[str, Any]:
 def write_results(
     workdir: pathlib.Path, results: dict[str, Any], categories: Sequence[str], confusions: np.ndarray | None
 ) -> None:
-    """Writes the confusion matrix, where there is one, and last results.json: a run without it is not done."""
+    """Writes the confusion matrix, if there is one, and then results.json, which marks the run as done."""
     if confusions is not None:
         write_confusions(workdir / "confusion_matrix.csv", categories, confusions)
     write_json(workdir / RESULTS, results)
 
 
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
-    """Writes the matrix with the categories as header and as first column."""
+    """Writes the matrix as CSV, with the categories as header and first column."""
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["category \\ taken for", *categories])
@@ -87,7 +87,7 @@ def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: 
 
 
 def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds: float) -> None:
-    """Prints the end of a run."""
+    """Prints the results at the end of a run."""
     score, score_name = task.score, task.names[task.score]
     for name in ("teacher", "student"):
         if results[name] is not None:

@@ -1,4 +1,4 @@
-"""Rules for the values of a configuration; every violation names the key, the value, and what is allowed."""
+"""Rules for the values of a configuration. Errors name the key, the value, and what is allowed."""
 
 import ast
 import dataclasses
@@ -11,13 +11,13 @@ from cskd_jax.losses.base import Count, Fraction, Positive, Share
 
 
 class Rule(NamedTuple):
-    """What a value must be.
+    """A rule that a value must follow.
 
     Attributes:
-      types: Types of which the value must be an instance. The first one is the type of the key.
+      types: Allowed types of the value. The first one is the type of the key.
       test: Function that returns whether a value of these types is allowed.
       allowed: The allowed values in words, for error messages.
-      listed_in: Page that lists the allowed values, for documentation, where `allowed` is too long for a table.
+      listed_in: Page that lists the allowed values, for documentation, if `allowed` is too long for a table.
     """
 
     types: tuple[type, ...]
@@ -37,7 +37,7 @@ def one_of(*values: str, listed_in: str = "") -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """Returns a rule that allows None besides what `rule` allows."""
+    """Returns a rule that allows None in addition to what `rule` allows."""
     return Rule(
         (*rule.types, type(None)),
         lambda value: value is None or rule.test(value),
@@ -96,12 +96,12 @@ def of_field(field: dataclasses.Field) -> Rule:
 
 
 def parse(key: str, text: str, rule: Rule) -> Any:
-    """Returns the value that a text of the command line means for a key; it is not checked by the rule.
+    """Returns the value of a text from the command line for a key, without checking it by the rule.
 
     Args:
       key: Name of the key, for the message.
-      text: Text behind `--config.KEY=`.
-      rule: Rule of the key, which has the type.
+      text: Text after `--config.KEY=`.
+      rule: Rule of the key, which defines the type.
 
     Raises:
       UserError: The text is not of that type.

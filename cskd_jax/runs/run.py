@@ -28,14 +28,14 @@ from cskd_jax.training.objective import needs_teacher
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Carries out a run to its end, from wherever an earlier start left it.
+    """Runs the training to its end, resuming where an earlier start stopped.
 
     Args:
-      config: Configuration of the run. It may have more epochs than at an earlier start.
+      config: Configuration of the run. It may have more epochs than that of an earlier start.
       workdir: Folder of the run.
 
     Raises:
-      UserError: The user can mend something; InterruptedRun and DivergedError are among its kinds.
+      UserError: The user can fix something. InterruptedRun and DivergedError are subclasses.
     """
     schema.validate(config)
     with pause("starting the devices"):
@@ -98,7 +98,7 @@ def _run(config, workdir, devices, identity, given):
 
 
 def _evaluate_given(given, evaluation):
-    """Evaluates a given teacher; returns its entry in results.json."""
+    """Evaluates a given teacher and returns its entry in results.json."""
     path, saved = given
     with pause("teacher: compiling and running the evaluation"):
         values = evaluation(evaluation.devices.replicate(saved.variables))

@@ -1,4 +1,4 @@
-"""Configurations made from the table of keys: filled with defaults, validated, written down, and read back."""
+"""Configurations from the table of keys: filled with defaults, validated, saved, and read back."""
 
 import json
 import pathlib
@@ -26,8 +26,8 @@ def defaults() -> ml_collections.ConfigDict:
 def fill(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Adds the default of every key that a configuration lacks, and gives None and integers the type of their key.
 
-    Losses that the configuration names get the defaults of their settings. Whatever is wrong stays as it is: `validate`
-    reports it.
+    Losses that the configuration names get the defaults of their settings. Anything invalid is left for `validate` to
+    report.
 
     Args:
       config: Configuration, which is changed in place.
@@ -56,13 +56,13 @@ def _fill_key(section, name, key):
             section[name] = _typed(key.default, key)
         return
     value = dict(section.items(preserve_field_references=True))[name]
-    if value is None or type(value) is int:  # Not so placeholders and references, which have their types.
+    if value is None or type(value) is int:  # Placeholders and references already have their types.
         with section.ignore_type():
             section[name] = _typed(value, key)
 
 
 def _typed(value, key):
-    """Returns a value with the type of its key, so that what overrides it is converted to that type."""
+    """Returns a value with the type of its key, so that overrides are converted to that type."""
     kind = key.rule.types[0]
     if value is None:
         return config_dict.placeholder(kind)
@@ -81,18 +81,18 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns what `flatten` does, with values as JSON gives them back."""
+    """Returns the same as `flatten`, with values as they are after a round trip through JSON."""
     return json.loads(json.dumps(flatten(config)))
 
 
 def complete(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to the configuration that a run has written down what its keys meant that did not exist at the time.
+    """Adds the keys that did not exist when a run saved its configuration, with the values that it implied.
 
     Args:
       flat: {"a.b": JSON value}.
 
     Returns:
-      The same with all keys but required ones that are missing, and numbers as floats where their keys are.
+      The same with all keys except missing required ones, and with numbers as floats where the key is a float.
     """
     names = {path.split(".")[1] for path in flat if path.startswith("losses.")}
     settings = {f"losses.{name}.{s}": key for name in names & LOSSES.keys() for s, key in keys.loss_keys(name).items()}
@@ -106,14 +106,14 @@ def complete(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore(flat: Mapping[str, Any], source: str) -> ml_collections.ConfigDict:
-    """Returns the configuration that `plain` made `flat` of, with `complete` applied; it is not validated.
+    """Returns the configuration that `plain` turned into `flat`, after `complete` and without validation.
 
     Args:
       flat: {"a.b": JSON value}.
-      source: Where it comes from, for the message of an error.
+      source: Name of the source, for the error message.
 
     Raises:
-      UserError: A key is not one of a configuration, or a required one is missing.
+      UserError: A key is unknown, or a required one is missing.
     """
     for path in flat:
         if keys.find_key(path) is None:
@@ -129,7 +129,7 @@ def restore(flat: Mapping[str, Any], source: str) -> ml_collections.ConfigDict:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> UserError:
-    """Returns the error for a key that does not exist, with what was probably meant, or what there is in its place."""
+    """Returns the error for an unknown key, with close keys or the available ones."""
     known = list(known)
     loss = key.split(".")[1] if key.startswith("losses.") else ""
     present = sorted({k.split(".")[1] for k in known if k.startswith("losses.")})
@@ -150,10 +150,10 @@ def unknown_key(key: str, known: Iterable[str]) -> UserError:
 
 
 def close_keys(key: str, known: Iterable[str]) -> list[str]:
-    """Returns at most three of the known keys that may have been meant.
+    """Returns at most three known keys that may have been meant.
 
-    Keys of one section are compared part by part. Of another section, only a key with the very same name is close, or
-    one that is like a name without a section.
+    Keys of the same section are compared part by part. A key of another section is close only if it has exactly the
+    same name, or if it resembles a name that was given without a section.
     """
     *sections, name = key.split(".")
     same, elsewhere = [], []
@@ -171,7 +171,7 @@ def close_keys(key: str, known: Iterable[str]) -> list[str]:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first thing that is wrong with a configuration taken by itself."""
+    """Raises UserError for the first mistake in a configuration that shows without data."""
     values = flatten(config)
     losses = config.get("losses")
     if not isinstance(losses, ml_collections.ConfigDict) or not losses:
@@ -230,20 +230,20 @@ def _validate_loss(name: str, settings: Any) -> None:
 
 
 def check_teacher_exists(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if the checkpoint of a given teacher does not exist; asked only where it is read."""
+    """Raises UserError if the checkpoint of a given teacher does not exist."""
     path = config.teacher.checkpoint
     if needs_teacher(config.losses) and path is not None and not pathlib.Path(path).expanduser().exists():
         raise UserError(f"teacher.checkpoint {path} does not exist")
 
 
 def why_not_extend(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Says why a run cannot go on for more epochs; None if it can.
+    """Returns the reason why a run cannot be extended to more epochs; None if it can.
 
     The cosine schedule depends on the number of epochs. The milestones of the step schedule count from the start.
 
     Args:
-      old: Configuration of the run as its config.json has it, `complete`.
-      new: Configuration that is asked for, which has more epochs.
+      old: Configuration of the run from its config.json, after `complete`.
+      new: Requested configuration, which has more epochs.
     """
     del old
     if new["optimizer.schedule"] == "cosine":

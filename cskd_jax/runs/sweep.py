@@ -1,4 +1,4 @@
-"""Carries out the runs of a grid, each in a process of its own."""
+"""Execution of the runs of a grid, each in its own process."""
 
 import os
 import signal
@@ -26,11 +26,11 @@ class FailedRunsError(UserError):
 
 
 def sweep(runs: Sequence[Run], jobs: int) -> None:
-    """Runs what is not done, `jobs` at a time, with a line for each that ends.
+    """Runs everything that is not done, `jobs` at a time, and prints a line for each run that ends.
 
     Raises:
-      FailedRunsError: some failed; all the others are done.
-      InterruptedRun: a signal came; the runs have saved their state.
+      FailedRunsError: Some runs failed; all others are done.
+      InterruptedRun: A signal arrived; the runs have saved their state.
     """
     waiting, total = [run for run in runs if not run.done], len(runs)
     say(f"{total} runs, {total - len(waiting)} done, {len(waiting)} to go, {jobs} at a time")
@@ -69,7 +69,7 @@ def sweep(runs: Sequence[Run], jobs: int) -> None:
 
 
 def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables that give the run in `slot` of `jobs` its share of the GPUs."""
+    """Returns the environment variables that give the run in `slot` of `jobs` its share of the GPUs."""
     if jobs == 1:
         return {}
     # Each process would otherwise take three quarters of a GPU's memory when it starts.
@@ -83,7 +83,7 @@ def _ready(waiting, failed) -> Iterator[Run]:
 
 
 def _start(run, variables):
-    """Starts a run; it ends when the sweep ends, however that is."""
+    """Starts a run, which ends when the sweep ends, however it ends."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "cskd_jax.main", *run.arguments]
     with open_append(run.workdir / "log.txt") as log:
@@ -93,9 +93,9 @@ def _start(run, variables):
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
-            # A group of its own: Ctrl-C reaches it through the sweep alone, or it would come twice.
+            # Its own process group, so that Ctrl-C reaches it only through the sweep and not twice.
             process_group=0,
-            # Killed with the sweep, not left behind to write where the next sweep does.
+            # Killed with the sweep, so that it does not go on writing where the next sweep writes.
             preexec_fn=die_with_parent,
         )
 

@@ -1,4 +1,4 @@
-"""Checkpoints of trained networks: the one that a run is given, and whether one fits a data set."""
+"""Checkpoints of trained networks: loading a given teacher, and checking that a network fits a data set."""
 
 import pathlib
 from typing import Any
@@ -15,11 +15,11 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
     """Returns the folder and the checkpoint that `teacher.checkpoint` names.
 
     Raises:
-      UserError: It is not the network that the configuration names, trained to the end.
+      UserError: The checkpoint is not that of the configured network, trained to the end.
     """
     schema.check_teacher_exists(config)
     path = pathlib.Path(config.teacher.checkpoint).expanduser()
-    # A run's workdir stands for its teacher.
+    # The workdir of a run is taken to mean its teacher.
     path = str(path / "teacher" if (path / "teacher" / FOLDER).is_dir() else path)
     saved = load_variables(path)
     wanted = {"name": config.teacher.name, "width": float(config.teacher.width)}
@@ -31,15 +31,15 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
 
 
 def check_fits(source: str, saved: Saved, config: ml_collections.ConfigDict, dataset: ImageDataset) -> None:
-    """Raises UserError unless a network was trained on such images, such labels, and the same classes.
+    """Raises UserError unless a network was trained on images, labels and classes like those of a data set.
 
-    Images may have another size: what it costs a network depends on the network, and is for the user to measure.
+    Images may have another size. How much accuracy that costs depends on the network.
 
     Args:
-      source: Name of its checkpoint, for the message.
+      source: Name of the checkpoint, for the message.
       saved: The checkpoint.
-      config: Configuration, which says how the images are normalized.
-      dataset: Data set that it is to be used on.
+      config: Configuration that says how images are normalized.
+      dataset: Data set that the network is used on.
     """
     record, channels = saved.record, dataset.image_shape[-1]
     if record.channels != channels:
@@ -73,5 +73,5 @@ def _check_classes(source: str, variables: dict[str, Any], record: Record, datas
 
 
 def _per_channel(values, channels):
-    """Returns the values given per channel, or one for all, per channel."""
+    """Returns one value per channel, from one per channel or one for all."""
     return list(values) * (channels // len(values))

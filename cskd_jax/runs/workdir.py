@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether its run is done, and how it becomes that of a longer run."""
+"""The folder of a run: which run it belongs to, whether that is done, and how it is extended."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ TEACHER_DIGEST = "teacher.checkpoint digest"
 DATA_FINGERPRINT = "dataset fingerprint"
 _VERSION = " version"
 
-# Characters that the changes of a run may take in the name of its default folder; beyond, a digest stands for them.
+# Maximum length of the changes in the name of the default folder; longer ones are replaced by a digest.
 _NAME_LENGTH = 100
 
 # The key with the number of epochs of each phase.
@@ -36,11 +36,11 @@ _EPOCHS = {"teacher": "teacher.epochs", "student": "epochs"}
 
 
 def identify(config: ml_collections.ConfigDict, teacher_digest: str | None = None) -> dict[str, Any]:
-    """Returns what tells one run from another, as config.json holds it, but for the fingerprint of the data.
+    """Returns the identity of a run as in config.json, without the fingerprint of the data.
 
     Args:
       config: Configuration of the run.
-      teacher_digest: Digest of the teacher, if the run is given one.
+      teacher_digest: Digest of the given teacher, if there is one.
     """
     identity = schema.plain(config)
     identity |= {f"losses.{name}{_VERSION}": LOSSES[name].version for name in config.losses if LOSSES[name].version > 1}
@@ -48,25 +48,25 @@ def identify(config: ml_collections.ConfigDict, teacher_digest: str | None = Non
 
 
 def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.Path:
-    """Returns the folder of a run of a recipe for which none is given: runs/RECIPE/WORD-seedSEED.
+    """Returns the default folder of a run of a recipe: runs/RECIPE/WORD-seedSEED.
 
-    What the configuration changes of the recipe stands behind it, as far as it changes results, so that a trial with
-    one epoch does not stand in the way of the run. A larger number of epochs does not: it extends the run.
+    Changes of the recipe that change results are appended, so that a trial with one epoch does not get in the way of
+    the real run. A larger number of epochs is not appended: it extends the run.
 
     Args:
       recipe: RECIPE or RECIPE:WORD.
-      config: Configuration of the run, that of the recipe with overrides.
+      config: Configuration of the run, which is the recipe with overrides.
     """
     word = recipe.partition(":")[2] or config.method
     plain = pathlib.Path("runs") / recipes.recipe_file(recipe).stem / f"{word}-seed{config.seed}"
     changes = _describe_changes(schema.flatten(recipes.load_recipe(recipe, [])), schema.flatten(config))
     named = plain.with_name(plain.name + changes)
-    # Earlier versions called it so whatever it changed.
+    # Earlier versions used this name whatever the configuration changed.
     return plain if not named.exists() and _holds(plain, config) else named
 
 
 def _describe_changes(base: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """Returns "-KEY=VALUE" for every change that changes results, as a part of a file name."""
+    """Returns "-KEY=VALUE" for every override that changes results, as part of a file name."""
     in_order = [*(key for key in keys.KEYS if key in values), *(key for key in values if key not in keys.KEYS)]
     passed = {"seed", *keys.indifferent()}
     changed = {key: values[key] for key in in_order if key not in passed and values[key] != base.get(key)}
@@ -88,7 +88,7 @@ def _short_digest(text):
 
 
 def _holds(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
-    """Returns whether the folder holds just this run."""
+    """Returns whether the folder holds exactly this run."""
     try:
         found = read_json(workdir / "config.json")
     except (OSError, UserError):
@@ -97,10 +97,10 @@ def _holds(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
 
 
 def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
-    """Raises UserError if the workdir cannot be written to, or its run cannot be continued as the one asked for.
+    """Raises UserError if the workdir is not writable, or if its run cannot be continued as the requested one.
 
     A run with checkpoints can be continued if nothing that changes its results differs, or if it is to train for more
-    epochs. A workdir without checkpoints can become that of any run.
+    epochs. A workdir without checkpoints can be used for any run.
 
     Args:
       workdir: Folder of the run.
@@ -127,9 +127,9 @@ def held(workdir: pathlib.Path, *written: str) -> Iterator[None]:
     """Holds a workdir for this process.
 
     Args:
-      workdir: Folder of the run. It may be a link of the user's; a link within it, which a folder from elsewhere may
-        bring along and which leads to the user's files, is refused.
-      written: Names of what is written into it besides `results.WRITTEN`.
+      workdir: Folder of the run. It may be a symbolic link; a link within it is refused, since a folder from
+        elsewhere may contain links to files of the user.
+      written: Names of files written into it besides `results.WRITTEN`.
 
     Raises:
       UserError: Another process holds it, or something in it is a link.
@@ -140,24 +140,23 @@ def held(workdir: pathlib.Path, *written: str) -> Iterator[None]:
 
 
 def is_done(workdir: pathlib.Path, epochs: int) -> bool:
-    """Returns whether the run in a workdir has finished so many epochs."""
+    """Returns whether the run in a workdir has finished this number of epochs."""
     path = workdir / "config.json"
     if not (workdir / RESULTS).exists():
         return False
     if not path.exists():
-        return not _has_checkpoints(workdir)  # With checkpoints, something else than a recipe has made them.
+        return not _has_checkpoints(workdir)  # No recipe has made these checkpoints.
     return read_json(path).get("epochs", epochs) >= epochs
 
 
 def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageDataset) -> None:
-    """Makes the workdir that of a run, and removes what an earlier one without a checkpoint has logged.
+    """Claims the workdir for a run, and removes the logs of an earlier run without checkpoints.
 
-    Where the run is to train for more epochs than before, its results are removed first, then its network is no longer
-    taken for finished, and last its configuration changes: whatever ends this process in between, the same command
-    continues.
+    If the run is extended to more epochs, its results are removed first, then its network is marked as unfinished, and
+    then its configuration is replaced. If the process dies in between, the same command continues.
 
     Raises:
-      UserError: The run in the workdir cannot be continued as the one asked for, or its data have changed.
+      UserError: The run in the workdir cannot be continued as the requested one, or its data have changed.
     """
     if _has_checkpoints(workdir) and not (workdir / "config.json").exists():
         raise UserError(f"workdir {workdir} holds checkpoints that no recipe has made; use another --workdir")
@@ -204,7 +203,7 @@ def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, A
 
 
 def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns {key: (recorded value, value asked for)} of everything that differs and changes results."""
+    """Returns {key: (recorded value, requested value)} of all differences that change results."""
     passed, both = set(keys.indifferent()), found.keys() & identity.keys()
     if TEACHER_DIGEST in both:
         passed.add("teacher.checkpoint")  # Its digest says which teacher it is: its folder may have moved.
@@ -221,7 +220,7 @@ def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[
 
 
 def _reason(workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
-    """Says why a key may not differ, empty if that needs no words; None if it may: the run is extended."""
+    """Returns why a key may not differ, "" if no reason is needed; None if it may, which extends the run."""
     if key == DATA_FINGERPRINT:
         return ": the data differ, in their images, labels, or classes"
     if key.endswith(_VERSION):

@@ -1,17 +1,17 @@
-"""Makes networks for the trainer of what people write: linen modules, functions and, in `nnx_adapter`, nnx modules.
+"""Adapters that turn linen modules, functions and (in `nnx_adapter`) nnx modules into networks for the trainer.
 
-A module of flax.linen, whoever wrote it:
+Any module of flax.linen:
 
 - The collections of its variables besides "params", such as "batch_stats", are kept and updated, whatever their names.
 - Its random streams get keys in training mode: those named in `streams`, and any other from that of "params".
-- The argument that switches training mode on is found by its name; a module without one is called the same way always.
-- What it sows for others to read is not kept from step to step.
+- The argument that switches training mode on is found by its name; a module without one is always called the same way.
+- Sown values are not kept from step to step.
 - It returns a `ModelOutput`, a dictionary with the same keys, or logits alone. Feature maps that it does not return are
   taken from within it by the paths of its submodules.
 
 A function `(variables, images, train, rngs) -> (outputs, updates)`:
 
-- `variables` is {"params": ..., and other collections}. Training starts from those that it is given with.
+- `variables` is {"params": ..., and other collections}. Training starts from the variables given with the function.
 - `train` is True or False; `rngs` is {"params": key, "dropout": key} in training, otherwise None.
 - `updates` holds the new values of the other collections that it changes, such as {"batch_stats": ...}; it is read in
   training only.
@@ -45,13 +45,13 @@ _INTERMEDIATES = "intermediates"
 
 @dataclasses.dataclass(frozen=True)
 class LinenNetwork:
-    """A linen module as a `Network`. The module is called directly, never wrapped in another: its weights are its own.
+    """A linen module as a `Network`, which is called directly so that the names of its variables do not change.
 
     Attributes:
       module: The module, called with images [B, H, W, C].
       features: Paths of the submodules whose outputs are the features, first stage first, such as "Conv_1" or
-        "encoder/block_3". Empty where the module returns them itself, or where no loss reads them.
-      embedding: The path of the submodule whose output is the embedding; None as above.
+        "encoder/block_3". Empty if the module returns them itself, or if no loss reads them.
+      embedding: Path of the submodule whose output is the embedding; None if it is not needed.
       streams: Names of the random streams that get a key of their own. A module that draws from another with
         `make_rng` draws from "params" instead; one that asks `has_rng`, or splits a stream, needs its name here.
     """
@@ -68,7 +68,7 @@ class LinenNetwork:
 
     @property
     def synchronized(self) -> bool:
-        """Whether the module takes the name of the axis over which a batch is split."""
+        """Returns whether the module takes the name of the axis over which a batch is split."""
         return "axis_name" in _field_names(self.module)
 
     def on_axis(self, axis_name: str | None) -> "LinenNetwork":
@@ -99,8 +99,8 @@ class LinenNetwork:
         if not (mutable or self._paths):
             return as_output(self.module.apply(variables, images, *args, rngs=rngs, **flags)), {}
         if self._paths:
-            # Everything is captured and the paths are selected afterwards: within a jitted submodule a filter is not
-            # asked. What is not selected costs nothing in a compiled program.
+            # Everything is captured and the paths are selected afterwards, as a filter is not called within a jitted
+            # submodule. What is not selected costs nothing in a compiled program.
             mutable = [*mutable, _INTERMEDIATES]
             flags |= {"capture_intermediates": True}
         outputs, updated = self.module.apply(variables, images, *args, rngs=rngs, mutable=mutable, **flags)
@@ -113,13 +113,13 @@ class LinenNetwork:
 
     @property
     def has_training_mode(self) -> bool:
-        """Whether the module can be told that it is trained."""
+        """Returns whether the module has a training mode."""
         return any(self._flags(train=True))
 
     def _flags(self, *, train: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns what asks for training mode: positional arguments behind the images, and keywords."""
+        """Returns the arguments that ask for training mode: positional ones after the images, and keywords."""
         parameters = list(inspect.signature(type(self.module).__call__).parameters.values())
-        # An attribute of the module that has a value may not be given once more.
+        # An attribute of the module that already has a value may not be passed again.
         asked = {
             name: value == train
             for name, value in _TRAINING_FLAGS.items()
@@ -160,7 +160,7 @@ class FunctionNetwork:
 
     Attributes:
       function: The function.
-      variables: Variables that it starts from; None where they are given with it, as `student_variables`.
+      variables: Variables that training starts from; None if they are given separately, as `student_variables`.
     """
 
     function: Callable[..., Any]
@@ -200,15 +200,15 @@ class FunctionNetwork:
 
 
 def as_network(module: Any, features: Sequence[str] = (), embedding: str | None = None) -> Network:
-    """Returns the network that a module is.
+    """Returns a module as a `Network`.
 
     Args:
       module: A linen module, an nnx module, a function, or a `Network`; see the top of this file.
       features: Paths of the features of a linen module, as in `LinenNetwork`.
-      embedding: Path of its embedding, likewise.
+      embedding: Path of the embedding of a linen module, as in `LinenNetwork`.
 
     Raises:
-      TypeError: It is none of these, or paths are given for a network that is not a linen module.
+      TypeError: The module is none of these, or paths are given for a network that is not a linen module.
     """
     if isinstance(module, nn.Module):
         return LinenNetwork(module, tuple(features), embedding)
@@ -220,7 +220,7 @@ def as_network(module: Any, features: Sequence[str] = (), embedding: str | None 
         raise TypeError(f"features are taken by path from a flax.linen.Module only; got {kind}")
     if isinstance(module, type):
         raise TypeError(f"a network must be an instance; got the class {kind}")
-    # Importing nnx takes a while. Whoever has a module of it has imported it.
+    # Importing nnx takes a while, and a caller with an nnx module has already imported it.
     if "flax.nnx" in sys.modules and isinstance(module, sys.modules["flax.nnx"].Module):
         from cskd_jax.training.nnx_adapter import NnxNetwork
 
@@ -233,7 +233,7 @@ def as_network(module: Any, features: Sequence[str] = (), embedding: str | None 
 
 
 def _by_path(intermediates: Any) -> dict[str, Any]:
-    """Returns {path: output} of captured intermediates; of a submodule called several times, the last output."""
+    """Returns {path: output} of captured intermediates; the last output of a submodule called repeatedly."""
     flat = traverse_util.flatten_dict(dict(intermediates), sep="/")
     found = {}
     for path, values in flat.items():
@@ -245,7 +245,7 @@ def _by_path(intermediates: Any) -> dict[str, Any]:
 
 
 def _is_sown(collection: Any) -> bool:
-    """Returns whether a collection holds what was sown, which comes in tuples that grow at every call."""
+    """Returns whether a collection holds sown values, which are tuples that grow at every call."""
     leaves = jax.tree.leaves(collection, is_leaf=lambda x: isinstance(x, tuple))
     return any(isinstance(leaf, tuple) for leaf in leaves)
 

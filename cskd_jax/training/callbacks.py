@@ -1,4 +1,4 @@
-"""What watches a training: the meter that measures it, and callbacks that show or keep what is measured."""
+"""The meter that measures training, and callbacks that show or record what it measures."""
 
 import contextlib
 import dataclasses
@@ -13,19 +13,19 @@ from cskd_jax import console
 from cskd_jax.errors import DivergedError
 from cskd_jax.training.metrics import Task
 
-# What every row of the history has beside the metrics.
+# Fields of every row of the history besides the metrics.
 ROW_KEYS = {"phase", "split", "step", "epoch"}
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass
 class Progress:
-    """What a training has to remember beside its arrays; saved with every checkpoint as JSON.
+    """The state of a training besides its arrays, which is saved with every checkpoint as JSON.
 
     Attributes:
       evaluations: {"last": ..., "best": ...}, each {"epoch", the metrics of the task, "loss"}, on the split that
         chooses the best epoch; empty before the first.
-      test: The same on the test split, where another split has chosen, once the training has ended; otherwise empty.
+      test: The same on the test split after training, if another split chose the best epoch; otherwise empty.
       sums: Sums of the training metrics since the last row of the history.
       count: Number of steps in `sums`.
       seconds: Seconds spent in training steps, over all the starts of the run, without compilation.
@@ -40,29 +40,29 @@ class Progress:
     images: int = 0
 
     def __post_init__(self):
-        if "accuracy" in self.sums:  # So earlier versions called it.
+        if "accuracy" in self.sums:  # Earlier versions used this name.
             self.sums["top1"] = self.sums.pop("accuracy")
 
     @property
     def images_per_second(self) -> float | None:
-        """Training speed; None before it is known."""
+        """Returns the training speed; None before it is known."""
         return self.images / self.seconds if self.seconds else None
 
 
 class Start(NamedTuple):
-    """What a callback is told when a training starts or resumes.
+    """The information that a callback gets when training starts or resumes.
 
     Attributes:
       student: Name of the student.
-      step: Number of steps done already.
+      step: Number of steps already done.
       steps: Number of steps in all.
       steps_per_epoch: Number of steps in an epoch.
-      images_done: Number of images trained on in the steps done already.
+      images_done: Number of images trained on in the steps already done.
       images: Number of images trained on in all.
-      task: What is measured of the student.
-      progress: What was measured so far; kept up to date.
+      task: Task that defines the metrics of the student.
+      progress: Measurements so far, which are kept up to date.
       learning_rate: Function from the number of a step, from 1, to its learning rate, or to None if it is not known.
-        It may wait for a device: not to be asked in every step.
+        It may wait for a device, so it should not be called in every step.
     """
 
     student: str
@@ -77,28 +77,28 @@ class Start(NamedTuple):
 
 
 class Callback:
-    """Watches the training of the students. A subclass overrides the methods that it needs; the others do nothing.
+    """A base class for callbacks, which override the methods that they need; the others do nothing.
 
-    All values are Python numbers; nothing waits for a device on their account.
+    All values are Python numbers, so reading them never waits for a device.
     """
 
     def on_message(self, message: str) -> None:
-        """Called with a line for people: what is about to happen, or what to know about the results."""
+        """Receives a line of text about what is about to happen or about the results."""
 
     def pause(self, what: str) -> contextlib.AbstractContextManager:
-        """Returns a context in which something other than training happens that may take a while.
+        """Returns a context for something other than training that may take a while.
 
         Args:
-          what: What happens, such as "student: evaluating".
+          what: Description of what happens, such as "student: evaluating".
         """
         del what
         return contextlib.nullcontext()
 
     def on_start(self, start: Start) -> None:
-        """Called when the training of a student starts or resumes."""
+        """Handles the start or resumption of the training of a student."""
 
     def on_step(self, step: int, images: int, metrics: Mapping[str, float]) -> None:
-        """Called after every step, once its metrics are there.
+        """Handles a finished step, once its metrics are available.
 
         Args:
           step: Number of the step, from 1.
@@ -107,18 +107,18 @@ class Callback:
         """
 
     def on_row(self, row: Mapping[str, Any]) -> None:
-        """Called with each row of the history: means over training steps, or an evaluation.
+        """Handles a row of the history: means over training steps, or an evaluation.
 
         Args:
           row: "phase" (name of the student), "split", "step", "epoch" and the metrics.
         """
 
     def on_end(self) -> None:
-        """Called when the training of the student ends, however it ends."""
+        """Handles the end of the training of the student, however it ends."""
 
 
 class Console(Callback):
-    """Shows messages, a progress bar on a terminal, and a line for every epoch; without a terminal, one a minute too.
+    """A callback that prints messages, epochs, and progress: a bar on a terminal, otherwise a line every minute.
 
     Args:
       clock: Function that returns the time in seconds.
@@ -141,7 +141,7 @@ class Console(Callback):
         """See `Callback.on_start`."""
         self._start, self._images = start, start.images_done
         self._epochs = start.steps // start.steps_per_epoch
-        # Only of this start: an earlier one may have had another device.
+        # The speed of this start only, as an earlier one may have used another device.
         self._before = start.progress.images, start.progress.seconds
         self._evaluations, self._first_pauses, self._pause_seconds = 0, 0.0, 0.0
         self._train_row: Mapping[str, Any] = {}
@@ -188,7 +188,7 @@ class Console(Callback):
         if row["split"] == "train":
             self._train_row = row
             return
-        # Mean of what evaluating and saving take; the first epoch does not count, as it compiles too.
+        # Mean time of evaluating and saving; the first epoch does not count, since it also compiles.
         pauses = self._clock() - self._begin - (self._start.progress.seconds - self._before[1])
         if self._evaluations:
             self._pause_seconds = (pauses - self._first_pauses) / self._evaluations
@@ -208,15 +208,15 @@ class Console(Callback):
 
 
 class Meter:
-    """Measures the training of a student, and tells the callbacks. A context manager.
+    """A context manager that measures the training of a student and informs the callbacks.
 
     Args:
-      start: What the callbacks are told first.
+      start: Information that the callbacks get first.
       callbacks: Callbacks.
       log_every: Number of steps between two rows of the history.
 
     Attributes:
-      progress: That of `start`.
+      progress: Progress from `start`.
       history: Rows since the start or resume.
     """
 
@@ -243,11 +243,11 @@ class Meter:
         self._started.close()
 
     def start_clock(self) -> None:
-        """Starts the clock anew: evaluation, saving and compilation before this do not count as training time."""
+        """Restarts the clock, so that earlier evaluation, saving and compilation do not count as training time."""
         self._clock = time.perf_counter()
 
     def add(self, step: int, images: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step, waiting for it if it still runs.
+        """Adds the metrics of a step, waiting for it if it is still running.
 
         Args:
           step: Number of the step, from 1.
@@ -277,7 +277,7 @@ class Meter:
             progress.sums, progress.count = {}, 0
 
     def end_epoch(self, step: int, split: str, values: dict[str, float]) -> bool:
-        """Takes the evaluation on a split after the last step of an epoch; returns whether it is the best so far."""
+        """Adds the evaluation after the last step of an epoch and returns whether it is the best so far."""
         self._check_finite(step, {f"{split} {name}": value for name, value in values.items()})
         epoch = step // self._start.steps_per_epoch
         entry, evaluations = {"epoch": epoch, **values}, self.progress.evaluations
@@ -290,7 +290,7 @@ class Meter:
         return is_best
 
     def end_test(self, entries: Mapping[str, tuple[int, dict[str, float]]]) -> None:
-        """Takes the evaluations on the test split at the end.
+        """Adds the evaluations on the test split at the end.
 
         Args:
           entries: {"best": (its step, metrics), "last": likewise}.
@@ -309,7 +309,7 @@ class Meter:
     def _check_finite(self, step, values):
         wrong = [name for name, value in values.items() if not np.isfinite(value)]
         if wrong:
-            # Terms (LOSS/TERM) say more about where it came from than losses, and these more than the total.
+            # Terms (LOSS/TERM) locate the cause better than losses do, and losses better than the total.
             culprit = max(wrong, key=lambda name: (name.count("/"), name != "loss"))
             raise DivergedError(
                 f"{self._start.student}: {culprit} is {values[culprit]} at step {step}; the last checkpoint is kept; "

@@ -1,10 +1,10 @@
 """Checkpoints with digests: the only file that imports Orbax.
 
 Orbax does not notice a changed byte inside an array. Every array is therefore saved with its digest, which is checked
-when it is read; a checkpoint that does not pass is renamed to STEP.damaged and the newest sound one is used.
+when it is read; a checkpoint that fails is renamed to STEP.damaged and the newest intact one is used.
 
-The first process alone reads and writes them: the state is the same on all, and only it needs the folder. The others
-learn what it read, or what went wrong.
+Only the first process reads and writes checkpoints: the state is the same on all processes, and only the first one
+needs the folder. The others receive what it read, or its error.
 """
 
 import contextlib
@@ -42,14 +42,14 @@ _VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is saved with the arrays of a network, as JSON.
+    """The JSON record that is saved with the arrays of a network.
 
     Attributes:
       network: {"name", "width"} of a network of `MODELS`, {"name"} of any other.
-      channels: Number of channels of its images.
-      categories: Names of the classes by label; None if they are not known.
+      channels: Number of channels of the images.
+      categories: Names of the classes by label; None if unknown.
       multilabel: Whether an image has any number of classes.
-      images: {"size": (H, W), "mean", "std"} of the images that it was trained on, as far as they are known.
+      images: {"size": (H, W), "mean", "std"} of the training images, as far as they are known.
       method: Name of the method that trained it.
       finished: Whether it was trained to the end.
       progress: Fields of `callbacks.Progress`.
@@ -66,18 +66,18 @@ class Record:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
-        """Returns the record that was saved as `values`; keys of later versions are left out."""
+        """Returns the record that was saved as `values`; keys of later versions are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def packaged_network(self) -> dict[str, Any]:
-        """Returns {"name", "width"}; raises UserError if the network is not one of this package."""
+        """Returns {"name", "width"}; raises UserError if the network is not part of this package."""
         if "width" not in self.network:
             raise UserError(f"the checkpoint holds a {self.network['name']}, which is not a network of this package")
         return self.network
 
     def describe_network(self) -> str:
-        """Returns the network for people: "resnet18, width 0.25"."""
+        """Returns a readable description of the network, such as "resnet18, width 0.25"."""
         width = self.network.get("width")
         return self.network["name"] + ("" if width is None else f", width {width:g}")
 
@@ -86,9 +86,9 @@ class Saved(NamedTuple):
     """The network of a checkpoint.
 
     Attributes:
-      variables: {"params": ..., and its other collections}, numpy arrays; their moving average where one was kept.
+      variables: {"params": ..., and its other collections}, numpy arrays; their moving average if one was kept.
       record: Record saved with them.
-      step: Number of steps after which it was saved.
+      step: Number of steps after which the checkpoint was saved.
       digest: Digest of all arrays of the checkpoint.
     """
 
@@ -99,13 +99,13 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one network, by step; saving is asynchronous. A context manager.
+    """A context manager for the checkpoints of one network, by step; saving is asynchronous.
 
-    All processes call the same methods in the same order, and get the same values or errors.
+    All processes must call the same methods in the same order, and get the same values or errors.
 
     Args:
-      directory: Folder of the checkpoints, which is made if it is missing.
-      keep: Number of the newest checkpoints to keep; the one with the best score is kept besides.
+      directory: Folder of the checkpoints, which is created if it is missing.
+      keep: Number of the newest checkpoints to keep, besides the one with the best score.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int):
@@ -124,7 +124,7 @@ class Checkpoints:
                         policy.BestN(get_metric_fn=_score, n=1),
                     ]
                 ),
-                # Without it the scores are not written to disk, and a resumed run would not know the best.
+                # Without this the scores are not written to disk, and a resumed run would not know the best.
                 best_fn=_score,
                 cleanup_tmp_directories=True,
                 create=False,
@@ -133,13 +133,13 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: Any, record: Record, score: float = -math.inf) -> None:
-        """Starts saving; returns once the arrays are on the host.
+        """Starts saving and returns once the arrays are on the host.
 
         Args:
-          step: Number of steps done, greater than that of every checkpoint there is.
+          step: Number of steps done, greater than that of every existing checkpoint.
           tree: Tree of arrays, equal on all devices.
-          record: Record to go with them.
-          score: Score of the network, higher for a better one.
+          record: Record to save with the arrays.
+          score: Score of the network; higher is better.
         """
         processes.on_first(self._save, step, tree, record, score)
 
@@ -157,7 +157,7 @@ class Checkpoints:
             raise RuntimeError(f"Orbax refused to save step {step} into {self._directory}")
 
     def wait(self) -> None:
-        """Waits until what is being saved is written."""
+        """Waits until pending checkpoints are written."""
         processes.on_first(self._wait)
 
     def _wait(self):
@@ -165,20 +165,20 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, template: Callable[[int], Any]) -> tuple[Any, Record] | None:
-        """Returns the newest sound checkpoint as (tree of numpy arrays, record); None if there is none.
+        """Returns the newest intact checkpoint as (tree of numpy arrays, record); None if there is none.
 
         Damaged checkpoints that are newer are renamed, with a warning: training writes those steps again.
 
         Args:
-          template: Function from the step of a checkpoint to a tree like it, whose shapes and dtypes are compared.
+          template: Function from the step of a checkpoint to a tree with the expected shapes and dtypes.
 
         Raises:
-          UserError: There are checkpoints but none is sound, or they hold other arrays than the template.
+          UserError: There are checkpoints but none is intact, or their arrays do not match the template.
         """
         return processes.on_first(self._restore, template)
 
     def read(self, step: int) -> dict[str, Any]:
-        """Returns the variables of the network of a checkpoint, for use: see `Saved`.
+        """Returns the network of a checkpoint, ready for use.
 
         Raises:
           UserError: It is damaged.
@@ -217,7 +217,7 @@ class Checkpoints:
         if exception_type in (None, InterruptedRun):
             processes.on_first(self._close)
         elif processes.is_first():
-            # Other errors may have met this process alone.
+            # Other errors may have occurred in this process only.
             self._close()
 
     def _close(self):
@@ -226,7 +226,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saving(self):
-        """Saving is asynchronous: what goes wrong, such as a full disk, may show in any later call."""
+        """Turns errors of asynchronous saving, which may surface in any later call, into a UserError."""
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise errors of many kinds.
@@ -273,7 +273,7 @@ class _Damaged(Exception):
 
 
 def _read(path):
-    """Returns arrays by name, record and digest of one checkpoint; raises _Damaged."""
+    """Returns arrays by name, record and digest of a checkpoint; raises _Damaged if it is damaged."""
     parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
         handler = ocp.CompositeCheckpointHandler()
@@ -302,10 +302,10 @@ def _read(path):
 
 
 def _upgrade(name):
-    """Returns the present name of an array that version 1 called `name`."""
+    """Returns the current name of an array that version 1 called `name`."""
     if name.startswith("batch_stats/"):
         return f"collections/{name}"
-    # In the state of an optimizer too, the parameters lie below these two.
+    # The parameters are below these two in the state of an optimizer, too.
     match = re.match(r"((?:params|opt_state)/(?:.*?/)??)(student|methods)(/.*)", name)
     if match is None:
         return name
@@ -313,7 +313,7 @@ def _upgrade(name):
 
 
 def _flatten(tree):
-    """{path joined by "/": numpy array} of a tree, by Flax's names for its parts."""
+    """Returns {path joined by "/": numpy array} of a tree, with the names that Flax gives to its parts."""
     flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
     return {name: np.asarray(array) for name, array in flat.items()}
 
@@ -345,14 +345,14 @@ def _text_digest(content):
 
 
 def _score(metrics: Any) -> Any:
-    # Of equal scores the earliest is the best, as in the results.
+    # The earliest of equal scores is the best, as in the results.
     return metrics["score"], -metrics["step"]
 
 
 def mark_unfinished(folder: pathlib.Path) -> None:
-    """Takes the mark of a finished phase from the record of the newest checkpoint in a folder of checkpoints.
+    """Marks the network of the newest checkpoint in a folder as not trained to the end.
 
-    A damaged checkpoint stays as it is: it is noticed when it is read.
+    A damaged checkpoint stays as it is, since reading it reports the damage.
     """
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     if not steps:

@@ -15,14 +15,14 @@ from cskd_jax.training.step import make_eval_step
 
 
 class Evaluation:
-    """Evaluates a network on a whole split: batches of one size, the last one padded and masked.
+    """Evaluation of a network on a whole split in batches of one size, the last one padded and masked.
 
     Args:
       network: Network.
       split: Images and labels.
       num_classes: Number of classes.
-      normalize: Function from images as they are in the split to images as the network takes them.
-      batch_size: Size of a batch over all devices, if the split is not smaller.
+      normalize: Function from images of the split to inputs of the network.
+      batch_size: Size of a batch over all devices; smaller if the split is.
       devices: Devices to compute on.
     """
 
@@ -39,16 +39,16 @@ class Evaluation:
         self._task, self._split, self._num_classes = task_of(split.labels.ndim == 2), split, num_classes
         step = make_eval_step(network.on_axis(AXIS), preprocess=normalize, axis_name=AXIS, task=self._task)
         self._step, self.devices = devices.map_eval_step(step), devices
-        # No larger than the split needs: what is padded is computed too.
+        # No larger than the split needs, since padding costs computation.
         self._batch_size = min(batch_size, devices.round_up(len(split.labels)))
 
     @property
     def task(self) -> Task:
-        """What is measured."""
+        """Returns the task that defines the metrics."""
         return self._task
 
     def __call__(self, variables: Any) -> dict[str, float]:
-        """Returns the metrics of the task over the whole split, each image counted once, and the mean "loss"."""
+        """Returns the metrics of the task and the mean "loss" over the split, with each image counted once."""
         return self._task.summarize(self._measure(variables), self._split.labels)
 
     def by_category(self, variables: Any) -> tuple[np.ndarray, np.ndarray | None]:
@@ -56,12 +56,12 @@ class Evaluation:
         return self._task.by_category(self._measure(variables), self._split.labels, self._num_classes)
 
     def all(self, variables: Any) -> tuple[dict[str, float], np.ndarray, np.ndarray | None]:
-        """Returns what `__call__` and `by_category` return, measured once."""
+        """Returns the results of both `__call__` and `by_category` from one pass."""
         measured, labels = self._measure(variables), self._split.labels
         return self._task.summarize(measured, labels), *self._task.by_category(measured, labels, self._num_classes)
 
     def _measure(self, variables):
-        """Returns what the task measures of each batch of the split, in order, on the host."""
+        """Returns the measurements of the task for each batch of the split, in order, on the host."""
         pending, measured = deque(), []
         for batch in self._batches():
             pending.append(self._step(variables, batch))
@@ -71,7 +71,7 @@ class Evaluation:
 
     def _batches(self):
         count, size = len(self._split.labels), self._batch_size
-        # A process computes its rows of every batch; those behind the last image are padding.
+        # A process computes its rows of every batch; those after the last image are padding.
         local = self.devices.local_rows(size)
         rows = [np.arange(start, start + size)[local] for start in range(0, count, size)]
         indices = [index[index < count] for index in rows]

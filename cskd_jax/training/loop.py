@@ -1,4 +1,4 @@
-"""The loop: trains one student to the end of its phases, evaluates, saves, resumes."""
+"""The training loop, which trains one student through its phases, evaluates, saves and resumes."""
 
 import contextlib
 import dataclasses
@@ -31,15 +31,15 @@ class Loop:
     """The training of one student.
 
     Args:
-      name: Name of the student, and of its folder in the workdir.
+      name: Name of the student and of its folder in the workdir.
       network: Network that is trained.
-      parts: What each phase of the training is made of.
-      record: Description of the network that its checkpoints carry.
-      setup: What it shares with the other students.
-      variables: Variables that it starts from; None for fresh ones.
+      parts: Phases of the training with everything filled in.
+      record: Description of the network for its checkpoints.
+      setup: Setup that the students share.
+      variables: Variables to start from; None for fresh ones.
       teacher: Network of the teacher, or None.
-      teacher_variables: Variables of the teacher, or their shapes; None where they do not exist yet.
-      ema: Decay of the moving average of its variables; None where none is kept.
+      teacher_variables: Variables of the teacher, or their shapes; None if they do not exist yet.
+      ema: Decay of the moving average of the variables; None keeps none.
 
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
@@ -64,7 +64,7 @@ class Loop:
         self._evaluations: dict[str, Evaluation] = {}
         # The split on which the best epoch is chosen.
         self._choice = "test" if setup.data.validation is None else "validation"
-        # Where nothing is written, the variables of the best epoch are kept here until the test split is measured.
+        # Without a workdir, the variables of the best epoch are kept here until the test split is measured.
         self._best_variables: Variables | None = None
         with self._pause("tracing the training step"):
             self._programs = Programs(
@@ -80,7 +80,7 @@ class Loop:
 
     @property
     def record(self) -> Record:
-        """What the first checkpoint would say of the network."""
+        """Returns the record that the first checkpoint would have."""
         return self._record
 
     def evaluation_on(self, split: str) -> Evaluation:
@@ -98,7 +98,7 @@ class Loop:
         return self._evaluations[split]
 
     def say_what_depends_on_devices(self) -> None:
-        """Says so if a network that does not know of devices makes the results depend on their number."""
+        """Reports a missing training mode, and why results depend on the number of devices if they do."""
         count, state, network = self._setup.devices.count, self._programs.states[0], self._network.on_axis(None)
         if state.collections and not getattr(network, "has_training_mode", True):
             self._say("the network has no argument that asks for training mode: it is always called in the same way")
@@ -133,11 +133,11 @@ class Loop:
         """Trains to the end from the newest checkpoint.
 
         Args:
-          stop: Request to stop, looked at after every step.
+          stop: Request to stop, which is checked after every step.
           teacher_variables: Variables of the teacher, replicated over the devices.
 
         Returns:
-          The state, what was measured on the way, and the rows of the history since the start or resume.
+          The state, the progress, and the rows of the history since the start or resumption.
 
         Raises:
           InterruptedRun: `stop` was requested; the state is saved.
@@ -186,18 +186,18 @@ class Loop:
         return Checkpoints(self._setup.workdir / self._name / FOLDER, self._setup.keep_checkpoints)
 
     def _restore(self, checkpoints):
-        """Returns (state of the newest checkpoint or None, progress)."""
+        """Returns the state of the newest checkpoint, or None, and the progress."""
         if checkpoints is None:
             return None, Progress()
         restored = checkpoints.restore(lambda step: self._programs.states[self._part_of(step - 1)])
         return (None, Progress()) if restored is None else (restored[0], Progress(**restored[1].progress))
 
     def _part_of(self, step):
-        """Returns the number of the phase that makes the step after `step` steps."""
+        """Returns the number of the phase of the step that follows `step` steps."""
         return next((number for number, part in enumerate(self._parts) if step < part.end), len(self._parts) - 1)
 
     def _learning_rate(self, step):
-        """Returns the learning rate that made a step, by its number from 1."""
+        """Returns the learning rate of a step, by its number from 1."""
         part = self._parts[self._part_of(step - 1)]
         return learning_rate_of_step(part.schedule, step - 1 - part.optimizer_start)
 
@@ -211,7 +211,7 @@ class Loop:
         )
 
     def _compile(self, state, step):
-        """Compiles the next step and, where `state` is None, makes a new one meanwhile; returns the state."""
+        """Compiles the next step and returns the state, which is newly made if `state` is None."""
         number = self._part_of(step)
         with self._pause("compiling the training step"):
             if state is None:
@@ -228,14 +228,14 @@ class Loop:
         return self._programs.with_fresh_optimizer(number, state)
 
     def _train_epoch(self, state, teacher_variables, step, batches, meter, stop):
-        """Trains from `step` to the end of its epoch, or to the step after which a stop was requested."""
+        """Trains from `step` to the end of the epoch, or until a stop is requested."""
         pending, number = deque(), self._part_of(step)
         meter.start_clock()
         end = (step // self._sampler.steps_per_epoch + 1) * self._sampler.steps_per_epoch
         while step < end and not stop.reached():
             size, batch = next(batches)
             if not self._programs.is_compiled(number, size):
-                # Compiling holds up the host: it should not count as time of the steps in flight, or of the next.
+                # Compilation blocks the host; it should not count as time of the steps in flight, or of the next.
                 _drain(pending, meter)
                 phase = f" of phase {number + 1}" if number else ""
                 with self._pause(f"compiling the training step{phase} for batches of {size}"):
@@ -251,7 +251,7 @@ class Loop:
         return state, step
 
     def _save(self, state, step, meter, checkpoints):
-        """Evaluates if an epoch has ended, and saves where there is a workdir."""
+        """Evaluates if an epoch has ended, and saves if there is a workdir."""
         score = -math.inf  # what is saved in the middle of an epoch is never the best
         if step % self._sampler.steps_per_epoch == 0:
             is_first = all(row["split"] == "train" for row in meter.history)
@@ -274,7 +274,7 @@ class Loop:
                     checkpoints.wait()
 
     def _measure_test(self, state, meter, checkpoints):
-        """Measures the test split for the best epoch, which the validation split has chosen, and for the last."""
+        """Evaluates on the test split the best epoch, which the validation split chose, and the last epoch."""
         evaluate, best = self.evaluation_on("test"), meter.progress.evaluations["best"]["epoch"]
         best_step, last = best * self._sampler.steps_per_epoch, (self._total_steps, evaluate(state.averaged))
         entries = {"best": last, "last": last}
@@ -282,7 +282,7 @@ class Loop:
             try:
                 variables = self._best_variables if checkpoints is None else checkpoints.read(best_step)
                 entries["best"] = best_step, evaluate(self._setup.devices.replicate(variables))
-            except UserError as error:  # It is no reason to lose the last epoch.
+            except UserError as error:  # This is no reason to lose the last epoch.
                 self._say(f"the best epoch, {best}, cannot be measured, the last one stands in its place: {error}")
         meter.end_test(entries)
 

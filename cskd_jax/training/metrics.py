@@ -11,7 +11,7 @@ from jax import lax
 
 from cskd_jax.losses import gather_batch, sum_batch
 
-# With no more classes than this, nearly every class is among the five most likely ones: top-5 says nothing.
+# With no more classes than this, top-5 accuracy says nothing: half of the classes or more are among the top five.
 _FEW_CATEGORIES = 10
 
 
@@ -21,7 +21,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
     Args:
       logits: float [B, C].
       labels: int [B].
-      mask: bool [B]; padding is False and counts nowhere.
+      mask: bool [B]; False for padding, which is ignored.
 
     Returns:
       `count`, `top1`, `top5` (int32; a sample counts for top-k if fewer than k categories score higher than its own,
@@ -31,7 +31,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
     earlier = jnp.arange(logits.shape[1], dtype=labels.dtype) < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    # A comparison with NaN is False: without this a diverged network would seem right about every image.
+    # Comparisons with NaN are False, so without this a diverged network would seem right about every image.
     rank = jnp.where(jnp.isfinite(loss), rank, jnp.iinfo(rank.dtype).max)
     return {
         "count": jnp.sum(mask, dtype=jnp.int32),
@@ -42,21 +42,21 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
 
 
 def mean_average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the mean of `average_precision` over the classes that have samples, in [0, 1]; 0 where none has."""
+    """Returns the mean of `average_precision` over the classes that have samples, in [0, 1]; 0 if none has."""
     has_samples = jnp.any(labels > 0, axis=0)
     values = average_precision(scores, labels)
     return jnp.sum(values) / jnp.maximum(jnp.sum(has_samples), 1).astype(values.dtype)
 
 
 def average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the average precision of the ranking of the samples by each class.
+    """Returns the average precision of each class when the samples are ranked by its score.
 
-    That of a category is the mean, over its samples j, of the precision among the samples that score at least as high
-    as j: that of scikit-learn's average_precision_score. Time O(N C log N), memory O(N C).
+    The value of a category is the mean, over its samples j, of the precision among the samples that score at least as
+    high as j, as in scikit-learn's average_precision_score. It takes O(N C log N) time and O(N C) memory.
 
     Args:
-      scores: float [N, C], higher for a surer yes.
-      labels: [N, C], above 0 where a sample is of a category.
+      scores: float [N, C], higher for a more confident yes.
+      labels: [N, C], above 0 if a sample belongs to a category.
 
     Returns:
       [C] in [0, 1], at least float32; 0 for a category without samples.
@@ -64,7 +64,7 @@ def average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
     order = jnp.argsort(-scores, axis=0)
     scores = jnp.take_along_axis(scores, order, axis=0)
     positive = jnp.take_along_axis(labels > 0, order, axis=0)
-    # Samples of equal score share a threshold: what counts are the samples up to the last of them.
+    # Samples of equal score share a threshold, so the samples up to the last of them count.
     position = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
     is_last = jnp.concatenate([scores[:-1] != scores[1:], jnp.ones_like(positive[:1])])
     last = lax.cummin(jnp.where(is_last, position, len(scores) - 1), axis=0, reverse=True)
@@ -76,11 +76,11 @@ def average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class Task(NamedTuple):
-    """What follows from the labels of a data set: how a network learns from them alone, and how it is judged.
+    """A kind of labels: how a network learns from them alone, and how it is evaluated.
 
     Attributes:
       supervision: Loss of `LOSSES` that a teacher is trained with.
-      score: Metric of a split that says which epoch is best; greater is better.
+      score: Metric of a split that decides which epoch is best; greater is better.
       names: {metric of a split: its name for people}, without the loss; top-5 is measured only of more than ten
         categories.
       measure_step: (logits, labels, axis_name) -> {`score`: scalar}; the mean over devices is that of the global batch.
@@ -100,17 +100,17 @@ class Task(NamedTuple):
     by_category: Callable[[Sequence[Any], np.ndarray, int], tuple[np.ndarray, np.ndarray | None]]
 
     def describe(self, values: Mapping[str, Any]) -> str:
-        """Returns the metrics of a split for people, without the loss."""
+        """Returns the metrics of a split as readable text, without the loss."""
         return ", ".join(f"{name} {values[metric]:.4f}" for metric, name in self.names.items() if metric in values)
 
 
 def task_of(multilabel: bool) -> Task:
-    """Returns the task of a data set whose images have several classes each, or one."""
+    """Returns the task of a data set whose images have one class each, or several."""
     return MULTI_LABEL if multilabel else SINGLE_LABEL
 
 
 def task_that_measured(values: dict[str, float]) -> Task:
-    """Returns the task that has given these metrics of a split."""
+    """Returns the task that produced these metrics of a split."""
     return task_of(MULTI_LABEL.score in values)
 
 

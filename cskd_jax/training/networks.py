@@ -1,4 +1,4 @@
-"""Networks as the trainer sees them: anything with the methods of `Network`. `adapters.as_network` makes one."""
+"""The interface between networks and the trainer. `adapters.as_network` makes a `Network` of a module."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -14,11 +14,11 @@ Variables = Mapping[str, Any]
 
 @runtime_checkable
 class Network(Protocol):
-    """What the trainer needs of a network."""
+    """The interface that the trainer needs of a network."""
 
     @property
     def synchronized(self) -> bool:
-        """Returns whether the network itself computes the statistics of a batch from the global batch.
+        """Returns whether the network itself computes batch statistics from the global batch.
 
         If not, the trainer averages its updated collections over the devices, and results depend on their number.
         """
@@ -26,7 +26,7 @@ class Network(Protocol):
 
     @property
     def variables(self) -> Variables | None:
-        """Returns the variables that the network brings along; None where `init` makes fresh ones."""
+        """Returns the variables that come with the network; None if `init` makes fresh ones."""
         ...
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
@@ -40,18 +40,18 @@ class Network(Protocol):
         ...
 
     def on_axis(self, axis_name: str | None) -> "Network":
-        """Returns the network for use where the batch is split over a mapped axis; None where it is whole."""
+        """Returns the network for a batch that is split over a mapped axis; None means a whole batch."""
         ...
 
 
 def as_output(outputs: Any) -> ModelOutput:
-    """Returns what a module has returned as a `ModelOutput` whose logits are at least float32.
+    """Returns the result of a module as a `ModelOutput` whose logits are at least float32.
 
     Args:
       outputs: A `ModelOutput`, a dictionary with some of its fields, "logits" among them, or logits [B, C].
 
     Raises:
-      ValueError: It is none of these.
+      ValueError: The result is none of these.
     """
     if isinstance(outputs, Mapping):
         unknown = sorted(outputs.keys() - set(ModelOutput._fields))
@@ -85,7 +85,7 @@ def make_rngs(key: jax.Array | None, streams: tuple[str, ...]) -> dict[str, jax.
 
 
 def draws_random_numbers(network: Network, variables: Variables, images: jax.ShapeDtypeStruct) -> bool:
-    """Returns whether what the network returns in training mode depends on its key, as with dropout."""
+    """Returns whether the outputs in training mode depend on the key, as with dropout."""
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
     traced = jax.make_jaxpr(lambda k, v, x: network.apply(v, x, train=True, key=k)[0])(key, variables, images).jaxpr
     reached = {traced.invars[0]}

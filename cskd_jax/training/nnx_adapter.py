@@ -1,8 +1,8 @@
 """The adapter for modules of flax.nnx.
 
-- Training starts from the weights of the instance, which stays as it is; `seed` does not choose them.
-- Training mode is what its methods `train` and `eval` switch.
-- The state of its random number generators is set anew at every step, from the key of the step, and is not saved.
+- Training starts from the weights of the instance, which is not modified; `seed` does not affect them.
+- Training mode is switched by the methods `train` and `eval` of the module.
+- The state of its random number generators is reset at every step from the key of the step, and is not saved.
 - It returns a `ModelOutput`, a dictionary with the same keys, or logits alone; features are not taken by path.
 """
 
@@ -18,7 +18,7 @@ class NnxNetwork:
     """An nnx module as a `Network`.
 
     Args:
-      module: The module, called with images [B, H, W, C]. It stays as it is.
+      module: Module that is called with images [B, H, W, C] and is not modified.
 
     Attributes:
       module: The module.
@@ -69,7 +69,7 @@ class NnxNetwork:
         return as_output(outputs), traverse_util.unflatten_dict(updated)
 
     def with_variables(self, variables: Variables) -> nnx.Module:
-        """Returns a copy of the module that has these variables, such as those of a result, in evaluation mode."""
+        """Returns a copy of the module with these variables, such as those of a result, in evaluation mode."""
         return self._merge(variables, False, None)
 
     def _merge(self, variables, train, key):
@@ -86,18 +86,18 @@ class NnxNetwork:
 
 
 def _collection(variable: nnx.Variable) -> str | None:
-    """Returns the collection of a variable of an nnx module; None of the state of a random number generator."""
+    """Returns the collection of a variable of an nnx module; None for the state of a random number generator."""
     if isinstance(variable, nnx.RngState):
         return None
     return "params" if isinstance(variable, nnx.Param) else nnx.variable_name_from_type(type(variable))
 
 
 def _reseeded(variable: nnx.Variable, key: jax.Array | None) -> jax.Array:
-    """Returns the state of a random number generator as it starts from a key; without one, as the instance has it."""
+    """Returns the initial state of a random number generator for a key; without one, that of the instance."""
     value = variable.get_value()
     if key is None:
         return value
     if not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return jnp.zeros_like(value)  # Counts the draws.
+        return jnp.zeros_like(value)  # The number of draws.
     keys = jax.random.split(jax.random.wrap_key_data(key, impl=jax.random.key_impl(value)), max(1, value.size))
     return keys.reshape(value.shape)

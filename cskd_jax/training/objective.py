@@ -22,7 +22,7 @@ _SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "parent", "name
 
 
 def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
-    """Returns the fields of loss `name` of `LOSSES` that may be set, by name, besides those of `Weight`."""
+    """Returns the hyperparameters of loss `name` of `LOSSES`, by name, besides the fields of `Weight`."""
     return {f.name: f for f in dataclasses.fields(LOSSES[name]) if f.name not in _SET_BY_OBJECTIVE}
 
 
@@ -63,7 +63,7 @@ class Objective:
     """total = sum over the losses of weight * loss.
 
     Attributes:
-      losses: {name: (weight, module)}, sorted by name: the position of a loss decides its initial parameters.
+      losses: {name: (weight, module)}, sorted by name, as the position of a loss decides its initial parameters.
       steps_per_epoch: Number of steps in an epoch, for weights that change.
     """
 
@@ -80,7 +80,7 @@ class Objective:
         num_examples: int = 0,
         steps_per_epoch: int = 1,
     ) -> "Objective":
-        """Returns the objective of a description.
+        """Returns the objective that a dictionary describes.
 
         Args:
           losses: {name: entry}. The entry of a loss of `LOSSES` is its weight, or a dictionary with "weight" (1 if left
@@ -89,7 +89,7 @@ class Objective:
             and {term: scalar}; or a `Method`, class or instance.
           num_classes: Number of classes.
           axis_name: Mapped axis over which the batch is split; None on one device.
-          num_examples: Size of the training split, for the losses that remember its samples.
+          num_examples: Size of the training split, for losses that keep a memory of its samples.
           steps_per_epoch: Number of steps in an epoch, for weights that change.
 
         Raises:
@@ -110,19 +110,19 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any of the losses cannot do without a teacher."""
+        """Returns whether any of the losses requires a teacher."""
         return any(loss.needs_teacher for _, loss in self.losses.values())
 
     @property
     def may_read_teacher(self) -> bool:
-        """Whether any of the losses reads the outputs of a teacher if there is one."""
+        """Returns whether any of the losses reads the outputs of a teacher if there is one."""
         return self.needs_teacher or any(isinstance(loss, FunctionLoss) for _, loss in self.losses.values())
 
     def init(self, key: jax.Array, inputs: LossInputs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns (parameters, memory) of each loss that has any, by name; of `inputs` only shapes are read."""
+        """Returns (parameters, memory), each by name of the losses that have any; reads only shapes of `inputs`."""
         inputs, params, memory = _guard(inputs), {}, {}
         for position, (name, (_, loss)) in enumerate(self.losses.items()):
-            # The parameters do not depend on how the batch is split; here no axis is mapped.
+            # The parameters do not depend on how the batch is split, and no axis is mapped here.
             variables = loss.clone(axis_name=None).lazy_init(jax.random.fold_in(key, position), inputs)
             if "params" in variables:
                 params[name] = variables["params"]
@@ -136,8 +136,8 @@ class Objective:
         """Evaluates the losses on one batch.
 
         Args:
-          params: {name: what the loss trains}, from `init`.
-          memory: {name: what it remembers}, from `init` or the step before.
+          params: {name: parameters of the loss}, from `init`.
+          memory: {name: memory of the loss}, from `init` or the previous step.
           inputs: The batch.
           step: int32, the number of optimization steps done.
 
@@ -159,7 +159,7 @@ class Objective:
 
 
 class FunctionLoss(Method):
-    """A plain function as a loss. It sees the whole batch, wherever that is split over devices.
+    """A plain function as a loss, which sees the whole batch even if it is split over devices.
 
     Attributes:
       function: The function of `LossInputs`, which returns a scalar, or a scalar and {term: scalar}.
@@ -188,7 +188,7 @@ class FunctionLoss(Method):
 
 
 def as_settings(entry: Any) -> dict[str, Any]:
-    """Returns the entry of a loss, see `Objective.create`, as a dictionary; numbers of NumPy become Python's."""
+    """Returns the entry of a loss in `Objective.create` as a dictionary with Python numbers."""
     if isinstance(entry, Mapping) or hasattr(entry, "to_dict"):
         return {key: value.item() if isinstance(value, np.generic) else value for key, value in entry.items()}
     if isinstance(entry, np.generic):
@@ -197,7 +197,7 @@ def as_settings(entry: Any) -> dict[str, Any]:
 
 
 def _create_weight(name, settings):
-    """Returns the weight of a loss; raises UserError for what makes no sense."""
+    """Returns the weight of a loss; raises UserError if its settings make no sense."""
     weight = Weight(**{"weight": 1.0} | settings)
     if not isinstance(weight.weight, int | float) or not 0 <= weight.weight < math.inf:
         raise UserError(f"losses.{name}.weight is {weight.weight!r}; it must be a number of at least 0")
@@ -218,7 +218,7 @@ def _check_scalars(name, value, parts):
 
 
 def _create_loss(name, loss, hyper, common):
-    """Returns the module of a loss, by its name or as given."""
+    """Returns the module of a loss, from its name or as given."""
     if loss is None:
         if name not in LOSSES:
             raise UserError(
@@ -243,12 +243,12 @@ def _create_loss(name, loss, hyper, common):
 
 @jax.tree_util.register_pytree_node_class
 class _Outputs:
-    """The outputs of a network as losses read them: what the network does not give is an error that says so.
+    """The outputs of a network for losses; reading an output that the network lacks raises a clear error.
 
     Args:
-      output: What the network has returned.
+      output: Outputs of the network.
       role: "student" or "teacher".
-      prepare: What is done with an array that is read.
+      prepare: Function that is applied to every array that is read.
     """
 
     def __init__(self, output: ModelOutput, role: str, prepare: Callable[[jax.Array], jax.Array] = lambda x: x):

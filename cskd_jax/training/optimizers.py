@@ -14,11 +14,11 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(abc.ABC):
-    """A learning rate by the number of updates. The same object makes the update and, on the host, the line in the log.
+    """A learning rate by the number of updates, for both the optimizer and, on the host, the log.
 
     Attributes:
       learning_rate: Learning rate after the warm-up, before anything lowers it.
-      warmup_steps: Number of updates over which it rises linearly from zero, as in `optax.linear_schedule`.
+      warmup_steps: Number of updates over which the rate rises linearly from zero, as in `optax.linear_schedule`.
     """
 
     learning_rate: float
@@ -29,11 +29,11 @@ class Schedule(abc.ABC):
         """Returns the learning rate after `count` updates without the warm-up, computed by `xp`, jax.numpy or numpy."""
 
     def __call__(self, count: Any) -> Any:
-        """Returns the learning rate after `count` updates, as a schedule of optax does."""
+        """Returns the learning rate after `count` updates, as optax schedules do."""
         return self._at(jnp.asarray(count, float), jnp)
 
     def on_host(self, count: int) -> float:
-        """Returns the same without a device, on which it would queue behind the steps in flight."""
+        """Returns the same computed on the host, where it does not queue behind the steps in flight."""
         return float(self._at(float(count), np))
 
     def _at(self, count, xp):
@@ -55,8 +55,8 @@ class StepSchedule(Schedule):
     """A learning rate that falls by a factor at given steps, which count from the start of the warm-up.
 
     Attributes:
-      boundaries: Numbers of updates after which it is multiplied by `decay_factor`, increasing.
-      decay_factor: Factor of every fall.
+      boundaries: Increasing numbers of updates after which the learning rate is multiplied by `decay_factor`.
+      decay_factor: Factor by which the learning rate falls.
     """
 
     boundaries: tuple[int, ...] = ()
@@ -76,7 +76,7 @@ class CosineSchedule(Schedule):
     """A learning rate that falls from the end of the warm-up to zero along half a cosine.
 
     Attributes:
-      steps: Number of updates in all, the warm-up among them.
+      steps: Total number of updates, including the warm-up.
     """
 
     steps: int
@@ -88,7 +88,7 @@ class CosineSchedule(Schedule):
 
 
 def learning_rate_of_step(schedule: Callable[[Any], Any] | None, count: int) -> float | None:
-    """Returns the learning rate after `count` updates for the log; None where no schedule is known."""
+    """Returns the learning rate after `count` updates for the log; None if no schedule is known."""
     if schedule is None or isinstance(schedule, int | float):
         return schedule
     if isinstance(schedule, Schedule):
@@ -104,9 +104,9 @@ class RestartState(NamedTuple):
 
 
 def restart_every(inner: optax.GradientTransformation, period: int) -> optax.GradientTransformation:
-    """Returns `inner` with its state reset before every `period`-th update, as if it had been built anew.
+    """Returns `inner` with its state reset before every `period`-th update, as if it were rebuilt.
 
-    The released code builds its optimizer anew at each epoch, so its momentum starts from zero there.
+    The released code rebuilds its optimizer at each epoch, so its momentum starts from zero there.
     """
 
     def init(params):
@@ -131,7 +131,7 @@ def sgd(
     restart_every_steps: int | None = None,
     mask: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """Returns SGD with momentum as torch.optim.SGD computes it.
+    """Returns SGD with momentum that computes the same as torch.optim.SGD.
 
     Args:
       schedule: Learning rate.
@@ -149,10 +149,10 @@ def sgd(
 
 
 def clip_first(optimizer: optax.GradientTransformation, norm: float | None) -> optax.GradientTransformation:
-    """Returns the optimizer with gradients scaled down to a global norm beforehand; None leaves it as it is."""
+    """Returns the optimizer with gradients first clipped to a global norm; None leaves it as it is."""
     return optimizer if norm is None else optax.chain(optax.clip_by_global_norm(norm), optimizer)
 
 
 def no_bias_or_norm(params: Any) -> Any:
-    """Returns a mask that is False for biases and parameters of normalization: all that have at most one dimension."""
+    """Returns a mask that is False for biases and normalization parameters: arrays of at most one dimension."""
     return jax.tree.map(lambda x: x.ndim > 1, params)

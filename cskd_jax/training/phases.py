@@ -1,4 +1,4 @@
-"""The phases of a training: for how long, what trains, with which optimizer, with which losses."""
+"""The phases of a training: how long each lasts, what it trains, and with which optimizer and losses."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,10 @@ from cskd_jax.training.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A part of a training. What is None is that of the student.
+    """A part of a training. Fields that are None take the value of the student.
 
-    A phase with another optimizer or another choice of what trains than the one before starts with a fresh optimizer,
-    whose schedule counts from there; otherwise the optimizer goes on. Epochs in the weights of losses are counted from
+    A phase that changes the optimizer or the choice of what trains starts with a fresh optimizer, whose schedule counts
+    from there; otherwise the optimizer continues. Epochs in the weights of losses are counted from
     the start of the first phase.
 
     Attributes:
@@ -41,13 +41,13 @@ class Part:
     """A phase with everything filled in.
 
     Attributes:
-      start: Number of steps before it.
-      end: Number of steps before the next.
+      start: Number of steps before the phase.
+      end: Number of steps before the next phase.
       objective: Losses of the phase.
       all_losses: Losses of all phases, whose parameters exist from the start.
       optimizer: Optimizer over {"network", "losses"}.
       schedule: Learning rate by the number of updates of the optimizer, or None if it is not known.
-      fresh: Whether the optimizer starts anew with this phase.
+      fresh: Whether the phase starts with a fresh optimizer.
       optimizer_start: Number of steps before the optimizer started.
     """
 
@@ -75,7 +75,7 @@ def make_parts(
     Args:
       phases: Phases, in their order.
       losses: Losses of the student, for the phases that have none of their own.
-      optimizer: Optimizer of the student, likewise.
+      optimizer: Optimizer of the student, for the phases that have none of their own.
       schedule: Schedule of that optimizer.
       steps_per_epoch: Number of steps in an epoch.
       create: Function from a description of losses to an objective.
@@ -110,7 +110,7 @@ def make_parts(
 
 
 def _only(optimizer, trainable):
-    """Returns the optimizer of the parameters that train; all others stay as they are, without decay."""
+    """Returns the optimizer restricted to the parameters that train; the others do not change or decay."""
     if trainable is None:
         return optimizer
 

@@ -22,19 +22,19 @@ from cskd_jax.training.step import make_train_step
 
 
 class Programs:
-    """Makes a new state, and the steps of every phase, for batches of each size.
+    """The compiled programs that make a new state and carry out the steps of each phase, for each batch size.
 
-    Everything is traced at once; what does not fit together shows there. It is compiled when it is needed.
+    Everything is traced at once, which reveals mismatches, and compiled when it is needed.
 
     Args:
       name: Name of the student, for errors.
       network: Network that is trained.
-      parts: What each phase of the training is made of.
-      setup: What the student shares with others.
-      variables: Variables that it starts from; None for fresh ones.
+      parts: Phases of the training with everything filled in.
+      setup: Setup that the students share.
+      variables: Variables to start from; None for fresh ones.
       teacher: Network of the teacher, or None.
-      teacher_variables: Variables of the teacher, or their shapes; None where they do not exist yet.
-      ema: Decay of the moving average of the variables; None where none is kept.
+      teacher_variables: Variables of the teacher, or their shapes; None if they do not exist yet.
+      ema: Decay of the moving average of the variables; None keeps none.
 
     Attributes:
       states: Shapes and dtypes of the state in each phase.
@@ -72,7 +72,7 @@ class Programs:
             raise UserError(f"{name}: {lines[0]}") from error
 
     def _trace_teacher(self, variables):
-        """Returns the shapes of the teacher's outputs, and keeps those of its variables."""
+        """Returns the shapes of the teacher's outputs, and stores those of its variables."""
         self._teacher_variables = None
         if self._teacher is None:
             return None
@@ -86,7 +86,7 @@ class Programs:
         return jax.eval_shape(functools.partial(output_of, self._teacher, shape), variables)
 
     def _lower_state(self, teacher_output, ema):
-        """Traces a new state."""
+        """Traces the program that makes a new state."""
         first, data, key = self._parts[0], self._setup.data, self._init_key
         label = jax.ShapeDtypeStruct(data.train.labels.shape[1:], data.train.labels.dtype)
         self._check_logits()
@@ -114,7 +114,7 @@ class Programs:
     def _check_logits(self):
         """Raises ValueError unless the network gives one logit for each class."""
         shape, classes = self._setup.data.image_shape, self._setup.data.num_classes
-        if self._variables is None:  # `new_state` then traces the same, once for both.
+        if self._variables is None:  # `new_state` then traces the same function, which is traced once for both.
             output = jax.eval_shape(lambda: init_network(self._network, self._init_key, shape)[1])
         else:
             output = jax.eval_shape(functools.partial(output_of, self._network, shape), self._variables)
@@ -156,10 +156,10 @@ class Programs:
         self._compiled[number, size] = lowered.compile()
 
     def compile_and_init(self, number: int) -> TrainState:
-        """Compiles the step of a phase for whole batches; returns a new state, made meanwhile."""
+        """Compiles the step of a phase for whole batches and returns a new state, which is made meanwhile."""
         with ThreadPoolExecutor() as pool:
             compiled = pool.submit(self.compile, number, self._setup.sampler.batch_size)
-            # Of one process: another kind of machine might round otherwise.
+            # All take the state of one process, as another kind of machine might round differently.
             state = processes.on_first(lambda: jax.device_get(self._lowered_state.compile()(self._variables)))
             compiled.result()
         return state
@@ -171,13 +171,13 @@ class Programs:
     def step(
         self, number: int, size: int, state: TrainState, teacher_variables: Any, batch: Any
     ) -> tuple[TrainState, Any]:
-        """Carries out a step of a phase, compiled for a global batch of `size`; see `make_train_step`."""
+        """Runs the compiled step of a phase for a global batch of `size`; see `make_train_step`."""
         # The programs were made without a teacher where no loss reads one.
         teacher_variables = None if self._teacher is None else teacher_variables
         return self._compiled[number, size](state, teacher_variables, batch, self._key)
 
     def with_fresh_optimizer(self, number: int, state: TrainState) -> TrainState:
-        """Returns the state with a fresh state of the optimizer of a phase."""
+        """Returns the state with a fresh optimizer state for a phase."""
         params = jax.device_get(state.params)
         init = jax.jit(functools.partial(init_optimizer, self._parts[number].optimizer))
         opt_state = processes.on_first(lambda: jax.device_get(init(params)))

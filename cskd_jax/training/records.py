@@ -1,4 +1,4 @@
-"""The files in which a run keeps what it measures: metrics.jsonl and TensorBoard."""
+"""The files with the metrics of a run: metrics.jsonl and TensorBoard."""
 
 import contextlib
 import json
@@ -12,9 +12,9 @@ from cskd_jax.training.callbacks import ROW_KEYS, Callback, Start
 
 
 class MetricsFiles(Callback):
-    """Keeps the history in WORKDIR/metrics.jsonl and in TensorBoard files in WORKDIR/tensorboard/STUDENT.
+    """A callback that writes the history to WORKDIR/metrics.jsonl and WORKDIR/tensorboard/STUDENT.
 
-    The first process writes; on the others nothing happens.
+    Only the first process writes.
 
     Args:
       workdir: Folder of the run.
@@ -24,7 +24,7 @@ class MetricsFiles(Callback):
         self._workdir, self._file, self._tensorboard = workdir, None, None
 
     def on_start(self, start: Start) -> None:
-        """Opens metrics.jsonl, without the rows of later steps that a run which was cut off has left."""
+        """Opens metrics.jsonl and removes rows of later steps that an interrupted run left."""
         self._start, self._tensorboard = start, None
         processes.on_first(self._open, self._workdir / "metrics.jsonl", start)
 
@@ -34,13 +34,13 @@ class MetricsFiles(Callback):
         self._file = open_append(path)
 
     def on_row(self, row: Mapping[str, Any]) -> None:
-        """Adds a row."""
+        """Adds a row to the files."""
         if self._file is None:
             return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._tensorboard is None:
-            # Imports all of PyTorch where it is installed: here, while the devices have steps to do.
+            # This imports all of PyTorch if it is installed, so it is done while the devices have steps to do.
             from tensorboardX import SummaryWriter
 
             folder = self._workdir / "tensorboard" / self._start.student
@@ -58,7 +58,7 @@ class MetricsFiles(Callback):
 
 
 def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a metrics.jsonl; lines that are none, such as one that was cut off, are left out."""
+    """Yields the rows of a metrics.jsonl; invalid lines, such as a truncated one, are skipped."""
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""What the students of a trainer share."""
+"""The setup that the students of a trainer share."""
 
 import contextlib
 import dataclasses
@@ -15,20 +15,20 @@ from cskd_jax.training.callbacks import Callback
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What all students of a trainer share.
+    """The setup that all students of a trainer share.
 
     Attributes:
       data: Training, test and possibly validation split.
-      sampler: Which images make up a batch.
-      normalize: Function from images as they are in the data to images as the networks take them.
+      sampler: Sampler that chooses the images of a batch.
+      normalize: Function from images of the data to inputs of the networks.
       augment: Function of images, a key and positions in the global batch, before that; None: the images stay as they
         are.
       key: Key of weights and augmentation; the same for all students, so that their runs pair up.
       devices: Devices to compute on.
       callbacks: Callbacks.
-      workdir: Folder of the checkpoints and logs; None: nothing is written.
+      workdir: Folder of the checkpoints and logs; None writes nothing.
       log_every: Number of steps between two rows of the history.
-      keep_checkpoints: Number of newest checkpoints that are kept beside the best.
+      keep_checkpoints: Number of newest checkpoints to keep besides the best.
       accumulation_steps: Number of micro-batches that a batch is divided into.
     """
 
@@ -46,21 +46,21 @@ class Setup:
 
     @property
     def micro_batch_size(self) -> int | None:
-        """Number of images of a micro-batch over all devices; None where batches stay whole."""
+        """Returns the number of images in a micro-batch over all devices; None if batches stay whole."""
         return None if self.accumulation_steps == 1 else self.sampler.batch_size // self.accumulation_steps
 
     def preprocess(self, images: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns the images of a training batch as the networks take them."""
+        """Returns the images of a training batch as inputs of the networks."""
         return self.normalize(images if self.augment is None else self.augment(images, key, positions))
 
     def say(self, message: str) -> None:
-        """Tells the callbacks a line for people."""
+        """Sends a line of text to the callbacks."""
         for callback in self.callbacks:
             callback.on_message(message)
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
-        """A context in which something other than training happens, of which the callbacks know."""
+        """Returns a context for something other than training, which the callbacks are told about."""
         with contextlib.ExitStack() as stack:
             for callback in self.callbacks:
                 stack.enter_context(callback.pause(what))

@@ -1,4 +1,4 @@
-"""Everything that training changes, in one tree."""
+"""The state of a training: everything that it changes, in one tree."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ class TrainState:
 
     Attributes:
       step: int32, the number of optimization steps done.
-      params: {"network": parameters of the network, "losses": {name: what the loss trains}}.
+      params: {"network": parameters of the network, "losses": {name: parameters of the loss}}.
       collections: {name: the network's variables of this collection}, such as "batch_stats"; all but the parameters.
       opt_state: State of the optimizer over all of `params`.
-      memory: {name: what the loss remembers from step to step without training it}; empty for most losses.
+      memory: {name: state of the loss that is kept from step to step but not trained}; empty for most losses.
       ema: Exponential moving average of the network's variables, {"params": ..., and its other collections}; empty
-        where none is kept.
+        if none is kept.
     """
 
     step: jax.Array
@@ -41,12 +41,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables of the network as the last update has left them."""
+        """Returns the variables of the network after the last update."""
         return {"params": self.params["network"], **self.collections}
 
     @property
     def averaged(self) -> dict[str, Any]:
-        """The variables of the network for use: their moving average where one is kept."""
+        """Returns the variables of the network for use: their moving average if one is kept."""
         return self.ema or self.variables
 
 
@@ -54,8 +54,8 @@ class TrainState:
 def init_network(network: Network, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
     """Returns `network.init(key, image_shape)`.
 
-    Meant for use within jit or eval_shape: an output of which only the shapes are used then costs nothing. Jitted
-    itself only so that a network is traced once, whoever asks.
+    Meant for use within jit or eval_shape, where an output costs nothing if only its shapes are used. It is jitted
+    itself only so that a network is traced once for all callers.
     """
     return network.init(key, image_shape)
 
@@ -79,13 +79,13 @@ def init_state(
       objective: Weighted losses.
       optimizer: Optimizer of the parameters of the student and of the losses.
       image_shape: Shape of one image, (H, W, C).
-      teacher_output: Shapes of the teacher's outputs; needed where the objective reads a teacher.
+      teacher_output: Shapes of the teacher's outputs; needed if the objective reads a teacher.
       label: Shape and dtype of the label of one image: int32 [] or float32 [K].
-      variables: Variables that the student starts from; None for fresh ones.
-      ema: Whether a moving average of the variables is kept, which starts from the first ones.
+      variables: Variables to start from; None for fresh ones.
+      ema: Whether a moving average of the variables is kept, which starts from the initial ones.
     """
     student_key, losses_key = jax.random.split(key)
-    shape: Any = jax.ShapeDtypeStruct  # Shapes take the place of arrays.
+    shape: Any = jax.ShapeDtypeStruct  # Shapes stand in for arrays.
     if variables is None:
         start, student_output = init_network(student, student_key, image_shape)
     else:
@@ -115,13 +115,13 @@ def collections_of(variables: Variables) -> Mapping[str, Any]:
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """Returns `optimizer.init(params)`; parts of optax fail under strict dtype promotion."""
+    """Returns `optimizer.init(params)`, allowing for parts of optax that fail under strict dtype promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return optimizer.init(params)
 
 
 def check_unchanged(before: TrainState, after: TrainState) -> None:
-    """Raises ValueError if a step gives a state of other shapes or dtypes than it takes; only these are read."""
+    """Raises ValueError if a step changes the shapes or dtypes of the state, which are all that is read."""
     shapes = []
     for state in (before, after):
         leaves = jax.tree_util.tree_leaves_with_path(state)

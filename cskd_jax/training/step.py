@@ -1,4 +1,4 @@
-"""The two pure functions that everything else feeds: a training step and an evaluation step."""
+"""The two pure functions at the core of training: the training step and the evaluation step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,14 +41,14 @@ def make_train_step(
       student: Network that is trained, in training mode.
       objective: Weighted losses.
       optimizer: Optimizer of the parameters of the student and of the losses.
-      preprocess: `(images, key, positions) -> images` as the networks take them; positions are in the global batch.
-      teacher: Network in evaluation mode, not differentiated; None where the objective reads none.
-      axis_name: Mapped axis over which the batch is split: the step then equals that of the global batch.
-      task: What is measured on the batch.
+      preprocess: `(images, key, positions) -> inputs of the networks`; positions are in the global batch.
+      teacher: Network in evaluation mode, not differentiated; None if the objective reads none.
+      axis_name: Mapped axis over which the batch is split; the step then equals that of the global batch.
+      task: Task that defines the metric of the batch.
       micro_batch_size: Number of images, over all devices, of the micro-batches that the batch is divided into. The
         network and the losses see one after the other, and the mean of their gradients over all images makes the
         update. The last one is smaller where the number does not divide. None: the batch stays whole.
-      ema: Decay of the moving average of the variables of the student; None where none is kept.
+      ema: Decay of the moving average of the variables of the student; None keeps none.
 
     Returns:
       A pure function. `batch` is {"image": [B, H, W, C], "label": int32 [B] or float32 [B, K]} and, for the losses
@@ -58,7 +58,7 @@ def make_train_step(
     """
 
     def differentiate(state, teacher_variables, batch, positions, step_key, draw_key):
-        """Returns (gradients, collections, memory, metrics) of images at `positions` of the global batch."""
+        """Returns (gradients, collections, memory, metrics) of images at `positions` in the global batch."""
         labels = batch["label"]
         images = preprocess(batch["image"], step_key, positions)
         teacher_output = None
@@ -81,7 +81,7 @@ def make_train_step(
             gradients, metrics = lax.pmean((gradients, metrics), axis_name)
             if not student.synchronized:
                 collections = _average(collections, axis_name)
-        # What this phase does not use, a later one may.
+        # A later phase may use parameters that this one does not.
         return gradients, {**state.collections, **collections}, {**state.memory, **memory}, metrics
 
     def train_step(state, teacher_variables, batch, key):
@@ -115,7 +115,7 @@ def make_train_step(
 
 
 def _accumulate(differentiate, state, batch, size, axis_name):
-    """Returns the means over all micro-batches of gradients and metrics, and collections and memory after the last.
+    """Returns mean gradients and metrics over the micro-batches, and the last collections and memory.
 
     Args:
       differentiate: `(state, part of the batch, number of images before it, its number) -> (gradients, collections,
@@ -174,12 +174,12 @@ def make_eval_step(
 def _student_key(step_key, axis_name):
     """Returns the key of the student's random draws."""
     key = jax.random.fold_in(step_key, _STUDENT)
-    # Its draws have the shape of the device's part of the batch: every device must draw its own.
+    # Draws have the shape of the device's part of the batch, so every device must draw its own.
     return key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
 
 
 def _average(collections, axis_name):
-    """Returns the collections with floats averaged over devices, which have seen different parts of the batch."""
+    """Returns the collections with floats averaged over devices, which saw different parts of the batch."""
 
     def average(x):
         return lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -188,7 +188,7 @@ def _average(collections, axis_name):
 
 
 def _move(average, variables, decay):
-    """Returns the moving average after an update; counters and the like are taken as they are."""
+    """Returns the moving average after an update; integers such as counters are copied."""
 
     def move(old, new):
         return decay * old + (1 - decay) * new if jnp.issubdtype(new.dtype, jnp.floating) else new

@@ -1,4 +1,4 @@
-"""The trainer: made of networks, losses, optimizers and data, it trains students with the help of teachers."""
+"""The trainer, which trains students with the help of teachers."""
 
 import dataclasses
 import pathlib
@@ -38,14 +38,14 @@ class Student:
     Attributes:
       network: A linen module, an nnx module, a function or a `Network`; see `training.adapters`.
       losses: Losses, see `Objective.create`.
-      optimizer: Optimizer of {"network": parameters of the network, "losses": {name: what the loss trains}}. Masks and
-        labels given to optax as functions see this tree.
+      optimizer: Optimizer of {"network": parameters of the network, "losses": {name: parameters of the loss}}. Masks
+        and labels given to optax as functions see this tree.
       schedule: Learning rate by the number of updates, for the log; None if it is not known.
-      ema: Decay of an exponential moving average of its variables, which then is what is evaluated and returned; None
-        keeps none.
-      variables: Variables that it starts from; None for fresh ones.
-      description: What its checkpoints say of the network; by default the name of its class.
-      method: Name of the method, for its checkpoints.
+      ema: Decay of an exponential moving average of the variables, which is then evaluated and returned; None keeps
+        none.
+      variables: Variables to start from; None for fresh ones.
+      description: Description of the network in its checkpoints; by default the name of its class.
+      method: Name of the method in its checkpoints.
     """
 
     network: Any
@@ -64,8 +64,8 @@ class Teacher:
 
     Attributes:
       network: A linen module, an nnx module, a function or a `Network`; see `training.adapters`.
-      variables: Its variables; None where they are those of an nnx module. A trainer may be made before they exist;
-        they must be set before `fit`.
+      variables: Variables of the network; None for an nnx module, which has its own. A trainer may be made before they
+        exist; they must be set before `fit`.
     """
 
     network: Any
@@ -74,15 +74,15 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What the training of a student gave.
+    """The result of the training of a student.
 
     Attributes:
       variables: Variables of the network, numpy arrays: {"params": ..., and its other collections}.
       metrics: {split: {metric: value}} after the last epoch. Of the splits "test" and "validation", accuracies are
         fractions of the whole split; of "train", the values are means over the last steps.
-      last: {"epoch", metrics} of the last epoch on the test split.
-      best: {"epoch", metrics} of the best epoch on the test split. It is the best on the validation split; without one,
-        on the test split, whose figures are optimistic for that.
+      last: {"epoch", metrics} of the last epoch, on the test split.
+      best: {"epoch", metrics} of the best epoch, on the test split. The validation split chooses the epoch; without
+        one, the test split does, so the figures are optimistic.
       validation: {"last": ..., "best": ...}, the same on the validation split; empty without one.
       history: Rows in the order of the steps: {"phase": name of the student, "split", "step", "epoch", metrics}.
       images_per_second: Training speed; None if nothing was trained.
@@ -98,12 +98,12 @@ class Result:
 
 
 class Trainer:
-    """Trains students, each to the end of all phases.
+    """A trainer of students, each of which is trained to the end of all phases.
 
-    All students see the same images in the same order, with the same augmentation, so that their results pair up.
-    With a workdir the training resumes where an earlier start in the same folder left it, bit for bit. The trainer
-    compares nothing but the shapes of arrays with that start; `distill` and recipes compare settings and data, and lock
-    the folder.
+    All students see the same images in the same order, with the same augmentation, so that their results can be
+    compared in pairs. With a workdir, training resumes bit for bit where an earlier start in the same folder stopped.
+    The trainer compares only the shapes of arrays with that start; `distill` and recipes also compare settings and
+    data, and lock the folder.
 
     Args:
       students: {name: student}.
@@ -112,16 +112,16 @@ class Trainer:
       phases: Phases, in their order.
       batch_size: Number of images in a batch, over all devices.
       seed: Seed of the weights, the order of the images and the augmentation.
-      sampler: Which images make up a batch; by default each once an epoch in random order. `EpochBatches` are made by
-        a function; `data` then has their first batch as training split.
-      normalize: Function from images as they are in the data to images as the networks take them; None if they are.
+      sampler: Sampler that chooses the images of a batch; by default each image once per epoch in random order. With
+        `EpochBatches`, a function makes the batches, and `data` has their first batch as training split.
+      normalize: Function from images of the data to inputs of the networks; None leaves them as they are.
       augment: Function of images [B, H, W, C], a key and the positions of the images in the global batch, before
         `normalize`; None leaves the images as they are.
       callbacks: Callbacks; by default `Console`, which shows progress. () is quiet.
-      workdir: Folder of checkpoints and logs; None: nothing is written.
+      workdir: Folder of checkpoints and logs; None writes nothing.
       devices: Devices to compute on, or how many of all; None for all.
       log_every: Number of steps between two rows of the history.
-      keep_checkpoints: Number of newest checkpoints that are kept beside the best.
+      keep_checkpoints: Number of newest checkpoints to keep besides the best.
       accumulation_steps: Number of micro-batches that a batch is divided into, to save memory: `batch_size` is what an
         update sees; batch normalization, memories, and losses that relate images to each other see micro-batches.
       stream: Number folded into the seed for weights and augmentation; trainers with different ones draw differently.
@@ -239,7 +239,7 @@ class Trainer:
         """Trains every student to the end, one after the other.
 
         Args:
-          stop: Request to stop, which is looked at after every step; None: nothing asks to stop.
+          stop: Request to stop, which is checked after every step; None never stops early.
 
         Returns:
           {name: result}.
@@ -267,11 +267,11 @@ class Trainer:
         return results
 
     def say(self, message: str) -> None:
-        """Tells the callbacks a line for people."""
+        """Sends a line of text to the callbacks."""
         self._setup.say(message)
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Returns what checkpoints say of the network of a student."""
+        """Returns the description of a student's network in checkpoints."""
         return self._loops[name].record.network
 
     def evaluate(self, name: str, split: str = "test") -> dict[str, float]:
@@ -285,7 +285,7 @@ class Trainer:
         return self.evaluation(name, split)(self._setup.devices.replicate(self.state[name].averaged))
 
     def evaluation(self, name: str, split: str = "test") -> Evaluation:
-        """Returns the evaluation of a student on a split; raises UserError if it can be read once only."""
+        """Returns the evaluation of a student on a split; raises UserError if the split can only be read once."""
         if split == "train" and isinstance(self._setup.sampler, EpochBatches):
             raise UserError("the batches that a function makes are not evaluated; give arrays to evaluate on them")
         return self._loops[name].evaluation_on(split)
@@ -295,7 +295,7 @@ def _result(name: str, variables: Variables, progress: Progress, history: Sequen
     """Returns the result of a student, with the metrics of the last rows of its history."""
     validation = progress.evaluations if progress.test else {}
     test = progress.test or progress.evaluations
-    if not any(row["split"] == "test" for row in history):  # The file was removed, not what the checkpoint knows.
+    if not any(row["split"] == "test" for row in history):  # The file was removed, but the checkpoint has the rest.
         history = [*history, {"phase": name, "split": "test", "step": None, **test["last"]}]
     metrics = {row["split"]: {name: value for name, value in row.items() if name not in ROW_KEYS} for row in history}
     last, best = (test.get(name, {}) for name in ("last", "best"))
@@ -308,7 +308,7 @@ def _class_name(network: Network) -> str:
 
 
 def _describe_images(data: ImageDataset, normalize: Any) -> dict[str, Any]:
-    """Returns what checkpoints say of the images that a network was trained on."""
+    """Returns the description of the training images in checkpoints."""
     images = {"size": list(data.image_shape[:2])}
     if isinstance(normalize, Normalize):
         images |= {"mean": list(normalize.mean), "std": list(normalize.std)}
@@ -316,7 +316,7 @@ def _describe_images(data: ImageDataset, normalize: Any) -> dict[str, Any]:
 
 
 def _check_losses(objective: Objective, data: ImageDataset) -> None:
-    """Raises UserError for a loss that reads another kind of labels than the data set has."""
+    """Raises UserError for a loss that needs another kind of labels than the data set has."""
     if not objective.losses:
         raise UserError("losses must name at least one loss")
     wrong = [name for name, (_, loss) in objective.losses.items() if loss.multilabel not in (None, data.multilabel)]
@@ -330,7 +330,7 @@ def _check_losses(objective: Objective, data: ImageDataset) -> None:
 
 
 def _check_batches(setup: Setup) -> None:
-    """Raises UserError for batches that cannot be had, or that do not divide by the devices."""
+    """Raises UserError for batches that are impossible or not divisible by the number of devices."""
     sampler = setup.sampler
     if not isinstance(sampler.batch_size, int | np.integer) or sampler.batch_size < 1:
         raise UserError(f"batch_size is {sampler.batch_size!r}; it must be an integer of at least 1")
@@ -349,7 +349,7 @@ def _check_batches(setup: Setup) -> None:
 
 
 def _check_micro_batches(setup: Setup) -> None:
-    """Raises UserError for micro-batches that cannot be had."""
+    """Raises UserError for micro-batches that are impossible."""
     sampler, steps = setup.sampler, setup.accumulation_steps
     if sampler.batch_size % steps:
         raise UserError(f"batch_size is {sampler.batch_size}, which does not divide by accumulation_steps, {steps}")
