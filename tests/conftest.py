@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import gc
+import logging
 import pathlib
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import sys
 import jax
 import pytest
 
+from cskd_jax import console
 from cskd_jax.data import load_dataset
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -28,6 +30,16 @@ gc.set_threshold(100_000)  # As in main: most of the quick tests' time is tracin
 
 ROOT = pathlib.Path(__file__).parent.parent
 _HERE_ALONE = ("--xla_force_host_platform", "--xla_backend_optimization", "--xla_llvm_disable_expensive")
+
+
+@pytest.fixture(autouse=True)
+def own_console(monkeypatch):
+    """What a command does to the console and to logging ends with its test."""
+    monkeypatch.setattr(console, "_muted", False)
+    yield
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler).__module__ == console.__name__]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

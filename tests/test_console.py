@@ -157,7 +157,7 @@ def train(clock, *, task=SINGLE_LABEL, seconds=10.0, learning_rate=lambda step: 
             meter.add(step, 10, metrics)
             if step % 12 == 0:
                 clock.now += seconds
-                meter.end_epoch(step, {task.score: 0.25, "loss": 2.0})
+                meter.end_epoch(step, "test", {task.score: 0.25, "loss": 2.0})
     return meter
 
 
@@ -203,7 +203,7 @@ def test_the_evaluations_to_come_count_as_time_left(capsys, clock):
             meter.start_clock()
             clock.now += 10
             meter.add(step, 10, {"loss": jnp.float32(1), "top1": jnp.float32(0.5)})
-            meter.end_epoch(step, {"top1": 0.25, "loss": 2.0})
+            meter.end_epoch(step, "test", {"top1": 0.25, "loss": 2.0})
     assert capsys.readouterr().out.splitlines()[1].endswith("1 images/s, 1 h 0 min left")
 
 

@@ -271,6 +271,7 @@ def command(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX is loaded by other tests of this process.
 @pytest.mark.parametrize(("typed", "message", "advised"), cases(), ids=[typed for typed, _, _ in cases()])
 def test_mistyped(typed, message, advised, command, tmp_path):
     code, said = command(typed)

@@ -243,7 +243,7 @@ def test_validation_is_the_same_for_every_seed_but_its_own():
     splits = [hold_out(DATA, 6, seed).validation.images for seed in (0, 0, 1)]
     np.testing.assert_array_equal(splits[0], splits[1])
     assert not np.array_equal(splits[0], splits[2])
-    with pytest.raises(UserError, match="validation_examples=2 is fewer than the 3 categories"):
+    with pytest.raises(UserError, match="validation_examples=2 is fewer than the 3 classes"):
         hold_out(DATA, 2, 0)
 
 

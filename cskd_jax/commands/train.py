@@ -25,7 +25,6 @@ command resumes.
 
 import os
 
-from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import number
 from cskd_jax.files import local_folder
@@ -45,6 +44,7 @@ def _run(argv):
     parser.add_argument("--cluster", action="store_true")
     values = parser.parse(argv)
     recipe = parser.recipe(values)
+    from cskd_jax import console
     from cskd_jax.runs import recipes
 
     name = recipes.recipe_file(recipe).stem
