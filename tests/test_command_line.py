@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from cskd_jax.commands import command_line
 from cskd_jax.errors import UserError
 from cskd_jax.runs import schema
 from cskd_jax.runs.recipes import load_recipe, override
@@ -59,3 +60,11 @@ def test_console_that_cannot_show_a_letter():
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     process = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True)
     assert (process.returncode, process.stdout, process.stderr) == (3, b"R34 \\u2192 R18\n", b"")
+
+
+def test_ctrl_c_before_there_is_anything_to_save_is_one_line(capsys):
+    def program(argv):
+        raise KeyboardInterrupt
+
+    assert command_line.exit_code(program, []) == 75
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"

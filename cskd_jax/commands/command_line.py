@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cskd_jax.commands.streams import outlive_console
-from cskd_jax.errors import UserError, close_to, printable
+from cskd_jax.errors import InterruptedRun, UserError, close_to, printable
 
 Program = Callable[[list[str]], int | None]
 
@@ -50,6 +50,9 @@ def exit_code(program: Program, argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # A training that has begun saves first; everything else has nothing to save.
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return InterruptedRun.exit_code
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         print(f"error: {printable(f'{error.strerror or error}{place}')}", file=sys.stderr)
