@@ -5,7 +5,7 @@ python benchmarks/faults.py [--kills=50] [--processes=1,2] [--seed=0] [--folder=
 Each run trains a teacher and a student on the digits under `cskd_jax.supervise`, with data that it prepares itself, and
 is sent up to four SIGKILL, each to one of its processes and at a random moment: while it imports, prepares data,
 compiles, trains, evaluates or saves. For every kill the benchmark prints the seconds until the supervisor has noticed
-and until training goes on. It ends with code 1 when a run does not end as it should.
+and until it is about to train again. It ends with code 1 when a run does not end as it should.
 """
 
 import argparse
@@ -123,8 +123,8 @@ def campaign(kills: int, processes: int, folder: pathlib.Path, rng: random.Rando
             if end is None:
                 break
             noticed.append(end - moment)
-            # This is the first sign that it trains again; a kill near the end may leave nothing to train.
-            again = job.wait_for("compiled in")
+            # The first sign that it trains again; a kill near the end may leave nothing to train.
+            again = job.wait_for("compiling the training step")
             if again is not None:
                 resumed.append(again - moment)
         if job.finish() != expected:
@@ -138,11 +138,12 @@ def campaign(kills: int, processes: int, folder: pathlib.Path, rng: random.Rando
             "median": statistics.median(values),
             "largest": max(values),
         }
-        for name, values in (("noticed", noticed), ("training again", resumed))
+        for name, values in (("noticed", noticed), ("reading the program to train again", resumed))
+        if values
     ]
     notes = [
         f"{runs} runs with {len(noticed)} kills, all bit-identical to an undisturbed one (which took {length:.1f} s)",
-        "the wait before a restart (1, 2, 4, 8 s) is part of the second row, and so are imports and reading the cache",
+        "the wait before a restart (1, 2, 4, 8 s) is part of the second row, and so are imports and tracing",
     ]
     return Part(f"Runs of {processes} process{'es' * (processes > 1)} killed at random moments", rows, notes)
 
