@@ -12,7 +12,16 @@ from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import grid, schema, workdir
 from cskd_jax.runs.recipes import load_recipe
-from cskd_jax.runs.workdir import DATA_FINGERPRINT, check_workdir, claim, identify, is_done, run_config
+from cskd_jax.runs.workdir import (
+    DATA_FINGERPRINT,
+    check_data,
+    check_workdir,
+    claim,
+    identify,
+    is_done,
+    names_same_data,
+    run_config,
+)
 from cskd_jax.training.checkpoint import Checkpoints, Record, load_variables
 
 EPOCHS = 30
@@ -115,6 +124,15 @@ def test_without_checkpoints_a_workdir_may_become_that_of_any_run(tmp_path):
 def test_other_data_are_refused(run):
     with pytest.raises(UserError, match=r"^workdir .* \(dataset fingerprint '\w+' != '\w+': the data differ, in"):
         claim(run, asked(dataset__data_dir="/elsewhere"), dataset(1))
+
+
+def test_data_of_a_finished_run_that_are_named_elsewhere(run):
+    elsewhere = asked(dataset__data_dir="/elsewhere")
+    assert names_same_data(run, asked())
+    assert not names_same_data(run, elsewhere)
+    check_data(run, elsewhere, dataset())
+    with pytest.raises(UserError, match="the data differ"):
+        check_data(run, elsewhere, dataset(1))
 
 
 def test_a_workdir_without_a_fingerprint_gains_it(run):

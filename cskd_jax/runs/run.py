@@ -11,7 +11,7 @@ from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import build
+from cskd_jax.runs.build import build, load_data
 from cskd_jax.runs.results import (
     RESULTS,
     describe,
@@ -22,7 +22,7 @@ from cskd_jax.runs.results import (
     write_results,
 )
 from cskd_jax.runs.trained import load_given_teacher
-from cskd_jax.runs.workdir import check_workdir, claim, held, identify, is_done
+from cskd_jax.runs.workdir import check_data, check_workdir, claim, held, identify, is_done, names_same_data
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.objective import needs_teacher
 
@@ -51,6 +51,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         def done_or_locked():
             check_workdir(workdir, identity)
             if is_done(workdir, config.epochs):
+                if not names_same_data(workdir, identity):
+                    check_data(workdir, identity, load_data(config))
                 return True
             stack.enter_context(held(workdir))
             return False

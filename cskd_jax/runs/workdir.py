@@ -149,6 +149,17 @@ def is_done(workdir: pathlib.Path, epochs: int) -> bool:
     return read_json(path).get("epochs", epochs) >= epochs
 
 
+def names_same_data(workdir: pathlib.Path, identity: Mapping[str, Any]) -> bool:
+    """Returns whether the run in a workdir has found its data in the folders that are named now."""
+    found = _recorded(workdir, identity)
+    return all(found.get(key) == identity.get(key) for key in ("dataset.path", "dataset.data_dir"))
+
+
+def check_data(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageDataset) -> None:
+    """Raises UserError if the run in a workdir has been made with other data."""
+    check_workdir(workdir, {**identity, DATA_FINGERPRINT: fingerprint(dataset)})
+
+
 def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageDataset) -> None:
     """Claims the workdir for a run, and removes the logs of an earlier run without checkpoints.
 
@@ -160,8 +171,8 @@ def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageData
     """
     if _has_checkpoints(workdir) and not (workdir / "config.json").exists():
         raise UserError(f"workdir {workdir} holds checkpoints that no recipe has made; use another --workdir")
+    check_data(workdir, identity, dataset)
     identity = {**identity, DATA_FINGERPRINT: fingerprint(dataset)}
-    check_workdir(workdir, identity)
     if not _has_checkpoints(workdir):
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
     else:
