@@ -4,14 +4,12 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cskd_jax.data.batches import read_steps
-from cskd_jax.distributed.devices import AXIS
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.models import count_parameters
@@ -19,9 +17,8 @@ from cskd_jax.training.callbacks import Meter, Progress, Row, Start
 from cskd_jax.training.checkpoint import FOLDER, Checkpoints, Record
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.metrics import task_of
-from cskd_jax.training.networks import Network, Variables, draws_random_numbers
+from cskd_jax.training.networks import Variables, draws_random_numbers
 from cskd_jax.training.optimizers import learning_rate_of_step
-from cskd_jax.training.phases import Part
 from cskd_jax.training.programs import Programs
 from cskd_jax.training.setup import Setup
 from cskd_jax.training.state import TrainState
@@ -32,51 +29,20 @@ class Loop:
 
     Args:
       name: Name of the student and of its folder in the workdir.
-      network: Network that is trained.
-      parts: Phases of the training with everything filled in.
+      programs: Compiled programs of its training.
       record: Description of the network for its checkpoints.
       setup: Setup that the students share.
-      variables: Variables to start from; None for fresh ones.
-      teacher: Network of the teacher, or None.
-      teacher_variables: Variables of the teacher, or their shapes; None if they do not exist yet.
-      ema: Decay of the moving average of the variables; None keeps none.
-
-    Raises:
-      UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
     """
 
-    def __init__(
-        self,
-        name: str,
-        network: Network,
-        parts: Sequence[Part],
-        record: Record,
-        setup: Setup,
-        *,
-        variables: Variables | None = None,
-        teacher: Network | None = None,
-        teacher_variables: Variables | None = None,
-        ema: float | None = None,
-    ):
-        self._name, self._network, self._parts, self._setup = name, network.on_axis(AXIS), parts, setup
-        self._record, self._sampler, self._total_steps = record, setup.sampler, parts[-1].end
+    def __init__(self, name: str, programs: Programs, record: Record, setup: Setup):
+        self._name, self._programs, self._record, self._setup = name, programs, record, setup
+        self._parts, self._sampler, self._total_steps = programs.parts, setup.sampler, programs.parts[-1].end
         self._task = task_of(setup.data.multilabel)
         self._evaluations: dict[str, Evaluation] = {}
         # The split on which the best epoch is chosen.
         self._choice = "test" if setup.data.validation is None else "validation"
         # Without a workdir, the variables of the best epoch are kept here until the test split is measured.
         self._best_variables: Variables | None = None
-        with self._pause("tracing the training step"):
-            self._programs = Programs(
-                name,
-                self._network,
-                parts,
-                setup,
-                variables=variables,
-                teacher=None if teacher is None else teacher.on_axis(AXIS),
-                teacher_variables=teacher_variables,
-                ema=ema,
-            )
 
     @property
     def record(self) -> Record:
@@ -88,7 +54,7 @@ class Loop:
         if split not in self._evaluations:
             data = self._setup.data
             self._evaluations[split] = Evaluation(
-                self._network,
+                self._programs.network,
                 {"test": data.test, "train": data.train, "validation": data.validation}[split],
                 data.num_classes,
                 normalize=self._setup.normalize,
@@ -99,7 +65,11 @@ class Loop:
 
     def say_what_depends_on_devices(self) -> None:
         """Reports a missing training mode, and why results depend on the number of devices if they do."""
-        count, state, network = self._setup.devices.count, self._programs.states[0], self._network.on_axis(None)
+        count, state, network = (
+            self._setup.devices.count,
+            self._programs.states[0],
+            self._programs.network.on_axis(None),
+        )
         if state.collections and not getattr(network, "has_training_mode", True):
             self._say("the network has no argument that asks for training mode: it is always called in the same way")
         if count == 1:

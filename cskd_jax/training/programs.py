@@ -37,6 +37,8 @@ class Programs:
       ema: Decay of the moving average of the variables; None keeps none.
 
     Attributes:
+      network: The network for a batch that is split over the devices.
+      parts: The phases.
       states: Shapes and dtypes of the state in each phase.
 
     Raises:
@@ -55,8 +57,8 @@ class Programs:
         teacher_variables: Variables | None,
         ema: float | None,
     ):
-        self._network, self._parts, self._setup, self._variables = network, parts, setup, variables
-        self._teacher = teacher
+        self.network, self.parts, self._setup, self._variables = network.on_axis(AXIS), parts, setup, variables
+        self._teacher = None if teacher is None else teacher.on_axis(AXIS)
         # One key for the weights, one for the rest.
         self._init_key, self._key = jax.random.split(setup.key)
         self._compiled: dict[tuple[int, int], Callable] = {}
@@ -87,14 +89,14 @@ class Programs:
 
     def _lower_state(self, teacher_output, ema):
         """Traces the program that makes a new state."""
-        first, data, key = self._parts[0], self._setup.data, self._init_key
+        first, data, key = self.parts[0], self._setup.data, self._init_key
         label = jax.ShapeDtypeStruct(data.train.labels.shape[1:], data.train.labels.dtype)
         self._check_logits()
 
         def new_state(variables):
             return init_state(
                 key,
-                self._network,
+                self.network,
                 first.all_losses,
                 first.optimizer,
                 data.image_shape,
@@ -107,7 +109,7 @@ class Programs:
         self._lowered_state = jax.jit(new_state).lower(self._variables)
         state: TrainState = self._lowered_state.out_info
         self.states = [state]
-        for part in self._parts[1:]:
+        for part in self.parts[1:]:
             opt_state = jax.eval_shape(functools.partial(init_optimizer, part.optimizer), state.params)
             self.states.append(dataclasses.replace(state, opt_state=opt_state))
 
@@ -115,9 +117,9 @@ class Programs:
         """Raises ValueError unless the network gives one logit for each class."""
         shape, classes = self._setup.data.image_shape, self._setup.data.num_classes
         if self._variables is None:  # `new_state` then traces the same function, which is traced once for both.
-            output = jax.eval_shape(lambda: init_network(self._network, self._init_key, shape)[1])
+            output = jax.eval_shape(lambda: init_network(self.network, self._init_key, shape)[1])
         else:
-            output = jax.eval_shape(functools.partial(output_of, self._network, shape), self._variables)
+            output = jax.eval_shape(functools.partial(output_of, self.network, shape), self._variables)
         if output.logits.shape != (2, classes):
             raise ValueError(
                 f"the logits of two images have shape {output.logits.shape}; the data have {classes} classes, which "
@@ -126,7 +128,7 @@ class Programs:
 
     def _make_step(self, part, ema):
         step = make_train_step(
-            self._network,
+            self.network,
             part.objective,
             part.optimizer,
             preprocess=self._setup.preprocess,
@@ -179,6 +181,6 @@ class Programs:
     def with_fresh_optimizer(self, number: int, state: TrainState) -> TrainState:
         """Returns the state with a fresh optimizer state for a phase."""
         params = jax.device_get(state.params)
-        init = jax.jit(functools.partial(init_optimizer, self._parts[number].optimizer))
+        init = jax.jit(functools.partial(init_optimizer, self.parts[number].optimizer))
         opt_state = processes.on_first(lambda: jax.device_get(init(params)))
         return dataclasses.replace(state, opt_state=self._setup.devices.replicate(opt_state))

@@ -26,6 +26,7 @@ from cskd_jax.training.loop import Loop
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.phases import Phase, make_parts
+from cskd_jax.training.programs import Programs
 from cskd_jax.training.records import MetricsFiles, read_rows
 from cskd_jax.training.setup import Setup
 from cskd_jax.training.state import TrainState
@@ -218,17 +219,18 @@ class Trainer:
             images=_describe_images(data, self._setup.normalize),
             method=student.method,
         )
-        return Loop(
-            name,
-            network,
-            parts,
-            record,
-            self._setup,
-            variables=network.variables if student.variables is None else student.variables,
-            teacher=self._teacher_network if has_teacher else None,
-            teacher_variables=self._teacher_variables() if has_teacher else None,
-            ema=student.ema,
-        )
+        with self._setup.pause(f"{name}: tracing the training step"):
+            programs = Programs(
+                name,
+                network,
+                parts,
+                self._setup,
+                variables=network.variables if student.variables is None else student.variables,
+                teacher=self._teacher_network if has_teacher else None,
+                teacher_variables=self._teacher_variables() if has_teacher else None,
+                ema=student.ema,
+            )
+        return Loop(name, programs, record, self._setup)
 
     def _teacher_variables(self):
         if self._teacher is None or self._teacher_network is None:
