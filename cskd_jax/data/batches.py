@@ -89,11 +89,12 @@ class EpochBatches:
             raise UserError(f"train gives a label at step {step + 1} that is not from 0 to {self.num_classes - 1}")
         is_last = (step + 1) % self.steps_per_epoch == 0
         size = self.last_batch_size if is_last else self.batch_size
-        arrays: list[tuple[Any, ...]] = [(*batch,), (*self.first,)]
-        found = [(array.shape, array.dtype) for array in arrays[0]]
-        wanted = [((size, *array.shape[1:]), array.dtype) for array in arrays[1]]
+        given: tuple[Any, ...] = (*batch,)
+        first: tuple[Any, ...] = (*self.first,)
+        found = [(array.shape, array.dtype) for array in given]
+        wanted = [((size, *array.shape[1:]), array.dtype) for array in first]
         if found != wanted:
-            texts = [", ".join(f"{dtype}{list(shape)}" for shape, dtype in arrays) for arrays in (found, wanted)]
+            texts = [", ".join(f"{dtype}{list(shape)}" for shape, dtype in kinds) for kinds in (found, wanted)]
             raise UserError(
                 f"train gives images and labels {texts[0]} at step {step + 1}, not {texts[1]} as in epoch 0"
             )
@@ -126,9 +127,10 @@ def read_steps(
 
     def part_of(step):
         index = sampler.indices(step)
-        return index[rows(len(index))]
+        return len(index), index[rows(len(index))]
 
-    for step, images in zip(steps, read_batches(split.images, map(part_of, steps)), strict=True):
-        index = part_of(step)
-        batch = {"image": images, "label": split.labels[index], "index": index.astype(np.int32)}
-        yield len(sampler.indices(step)), batch
+    # Images may be read ahead of the steps that take them.
+    parts, ahead = itertools.tee(map(part_of, steps))
+    batches = read_batches(split.images, (index for _, index in ahead))
+    for (size, index), images in zip(parts, batches, strict=True):
+        yield size, {"image": images, "label": split.labels[index], "index": index.astype(np.int32)}

@@ -171,8 +171,8 @@ def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageData
     """
     if _has_checkpoints(workdir) and not (workdir / "config.json").exists():
         raise UserError(f"workdir {workdir} holds checkpoints that no recipe has made; use another --workdir")
-    check_data(workdir, identity, dataset)
     identity = {**identity, DATA_FINGERPRINT: fingerprint(dataset)}
+    check_workdir(workdir, identity)
     if not _has_checkpoints(workdir):
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
     else:
