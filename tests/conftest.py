@@ -32,6 +32,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 _HERE_ALONE = ("--xla_force_host_platform", "--xla_backend_optimization", "--xla_llvm_disable_expensive")
 
 
+class Stop:
+    """Asks to stop after some steps."""
+
+    name = "test"
+
+    def __init__(self, steps):
+        self.steps, self.requested = steps, False
+
+    def reached(self):
+        self.requested = self.steps == 0
+        self.steps -= 1
+        return self.requested
+
+
 @pytest.fixture(autouse=True)
 def own_console(monkeypatch):
     """What a command does to the console and to logging ends with its test."""

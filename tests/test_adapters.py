@@ -12,7 +12,7 @@ import cskd_jax
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.networks import draws_random_numbers
-from tests.test_options import Stop
+from tests.conftest import Stop
 
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.normal(size=(24, 4, 4, 2)).astype(np.float32), np.arange(24) % 3

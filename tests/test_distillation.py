@@ -15,6 +15,7 @@ from cskd_jax.distillation import _describe_loss
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.losses import KD
 from cskd_jax.training.checkpoint import load_variables
+from tests.conftest import Stop
 
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.normal(size=(24, 4, 4, 1)).astype(np.float32), np.arange(24) % 3
@@ -293,20 +294,6 @@ def test_devices_draw_different_masks_and_their_averages_are_averaged():
 DATA = ImageDataset(
     "noise", Split(TRAIN[0], TRAIN[1].astype(np.int32)), Split(TEST[0], TEST[1].astype(np.int32)), tuple("abc")
 )
-
-
-class Stop:
-    """Asks to stop after so many steps."""
-
-    name = "test"
-
-    def __init__(self, steps):
-        self.steps, self.requested = steps, False
-
-    def reached(self):
-        self.requested = self.steps == 0
-        self.steps -= 1
-        return self.requested
 
 
 def make_trainer(workdir=None, callbacks=()):

@@ -19,6 +19,7 @@ from cskd_jax.runs import schema
 from cskd_jax.runs.build import make_optimizer
 from cskd_jax.training.checkpoint import load_variables
 from cskd_jax.training.optimizers import ConstantSchedule, CosineSchedule, StepSchedule
+from tests.conftest import Stop
 
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.normal(size=(30, 4, 4, 1)).astype(np.float32), (np.arange(30) % 3).astype(np.int32)
@@ -155,20 +156,6 @@ def test_two_devices(name):
     settings = settings | {"accumulation_steps": min(2, settings.get("accumulation_steps", 1))}
     one, two = (make_trainer(settings, devices=count).fit()["net"] for count in (1, 2))
     assert_close(two.variables, one.variables)
-
-
-class Stop:
-    """Asks to stop after some steps."""
-
-    name = "test"
-
-    def __init__(self, steps):
-        self.steps, self.requested = steps, False
-
-    def reached(self):
-        self.requested = self.steps == 0
-        self.steps -= 1
-        return self.requested
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from cskd_jax.data.batches import EpochBatches, read_steps
 from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.data.types import Split
 from cskd_jax.errors import InterruptedRun, UserError
-from tests.test_options import DATA, IMAGES, LABELS, Net, Stop
+from tests.conftest import Stop
+from tests.test_options import DATA, IMAGES, LABELS, Net
 
 
 def batches_of(epoch, sizes=(8, 8, 6)):
