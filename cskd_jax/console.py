@@ -1,4 +1,4 @@
-"""What people see while a command runs."""
+"""Messages, progress and warnings that people see while a command runs."""
 
 import contextlib
 import logging

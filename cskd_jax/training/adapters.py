@@ -63,7 +63,7 @@ class LinenNetwork:
 
     @property
     def variables(self) -> None:
-        """See `Network`: `init` makes fresh ones."""
+        """Returns None: `init` makes fresh variables."""
         return None
 
     @property
@@ -72,13 +72,13 @@ class LinenNetwork:
         return "axis_name" in _field_names(self.module)
 
     def on_axis(self, axis_name: str | None) -> "LinenNetwork":
-        """See `Network.on_axis`."""
+        """Returns the network for a batch that is split over a mapped axis; None for a whole batch."""
         if not self.synchronized:
             return self
         return dataclasses.replace(self, module=self.module.clone(axis_name=axis_name))
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
-        """See `Network.init`."""
+        """Returns fresh variables, and the outputs for two black images of shape [H, W, C]."""
         dtype = getattr(self.module, "dtype", None) or jnp.float32
         images = jnp.zeros((2, *image_shape), dtype)
         alone = self.on_axis(None)
@@ -92,7 +92,7 @@ class LinenNetwork:
     def apply(
         self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> tuple[ModelOutput, Variables]:
-        """See `Network.apply`."""
+        """Returns the outputs for images [B, H, W, C], and the updated collections (empty outside of training)."""
         mutable = [name for name in variables if name != "params"] if train else []
         rngs = make_rngs(key, self.streams) if train else None
         args, flags = self._flags(train=train)
@@ -169,18 +169,18 @@ class FunctionNetwork:
     synchronized = False
 
     def on_axis(self, axis_name: str | None) -> "FunctionNetwork":
-        """See `Network.on_axis`."""
+        """Returns the network itself, which does not know of axes."""
         del axis_name
         return self
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
-        """See `Network.init`; raises ValueError: a function makes no variables."""
+        """Raises ValueError, because a function makes no variables."""
         raise ValueError("a function makes no variables of its own: give it student_variables to start from")
 
     def apply(
         self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> tuple[ModelOutput, Variables]:
-        """See `Network.apply`."""
+        """Returns the outputs for images [B, H, W, C], and the updated collections (empty outside of training)."""
         returned = self.function(variables, images, train, make_rngs(key, ("dropout",)) if train else None)
         if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], Mapping):
             raise ValueError(

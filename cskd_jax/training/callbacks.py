@@ -130,15 +130,15 @@ class Console(Callback):
         self._clock = clock
 
     def on_message(self, message: str) -> None:
-        """See `Callback.on_message`."""
+        """Prints the message."""
         console.say(message)
 
     def pause(self, what: str) -> contextlib.AbstractContextManager:
-        """See `Callback.pause`."""
+        """Announces the pause and, on a terminal, counts its seconds."""
         return console.pause(what)
 
     def on_start(self, start: Start) -> None:
-        """See `Callback.on_start`."""
+        """Opens the progress bar."""
         self._start, self._images = start, start.images_done
         self._epochs = start.steps // start.steps_per_epoch
         # The speed of this start only, as an earlier one may have used another device.
@@ -151,7 +151,7 @@ class Console(Callback):
         self._last_shown = -self._BAR_SECONDS
 
     def on_step(self, step: int, images: int, metrics: Mapping[str, float]) -> None:
-        """See `Callback.on_step`."""
+        """Shows progress: on a terminal in the bar, elsewhere as a line every minute."""
         now = self._clock()
         self._images += images
         epoch = f"epoch {-(-step // self._start.steps_per_epoch)}/{self._epochs}"
@@ -184,7 +184,7 @@ class Console(Callback):
         return [speed, f"{console.duration(left)} left"]
 
     def on_row(self, row: Mapping[str, Any]) -> None:
-        """See `Callback.on_row`."""
+        """Prints a line for every evaluation."""
         if row["split"] == "train":
             self._train_row = row
             return
@@ -203,7 +203,7 @@ class Console(Callback):
         console.say(f"{row['phase']}: epoch {row['epoch']}/{self._epochs}, {', '.join(parts)}")
 
     def on_end(self) -> None:
-        """See `Callback.on_end`."""
+        """Closes the progress bar."""
         self._bar.close()
 
 

@@ -43,12 +43,12 @@ class NnxNetwork:
         self.variables = {"params": {}, **traverse_util.unflatten_dict(flat)}
 
     def on_axis(self, axis_name: str | None) -> "NnxNetwork":
-        """See `Network.on_axis`."""
+        """Returns the network itself, which does not know of axes."""
         del axis_name
         return self
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
-        """See `Network.init`; the variables are those of the instance."""
+        """Returns the variables of the instance, and the outputs for two black images of shape [H, W, C]."""
         del key
         images = jnp.zeros((2, *image_shape), jnp.float32)
         return self.variables, self.apply(self.variables, images, train=False)[0]
@@ -56,7 +56,7 @@ class NnxNetwork:
     def apply(
         self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> tuple[ModelOutput, Variables]:
-        """See `Network.apply`."""
+        """Returns the outputs for images [B, H, W, C], and the updated collections (empty outside of training)."""
         module = self._merge(variables, train, key)
         outputs = module(images)
         if not train:

@@ -46,7 +46,7 @@ class ConstantSchedule(Schedule):
     """A learning rate that stays the same after the warm-up."""
 
     def after_warmup(self, count: Any, xp: Any) -> Any:
-        """See `Schedule.after_warmup`."""
+        """Returns `learning_rate`."""
         return xp.full_like(count, self.learning_rate)
 
 
@@ -63,7 +63,7 @@ class StepSchedule(Schedule):
     decay_factor: float = 0.1
 
     def after_warmup(self, count: Any, xp: Any) -> Any:
-        """See `Schedule.after_warmup`."""
+        """Returns `learning_rate`, multiplied by `decay_factor` for every boundary that has passed."""
         if xp is np:
             return self.learning_rate * self.decay_factor ** sum(boundary <= count for boundary in self.boundaries)
         # Optax multiplies a float by whether the count has passed: under strict promotion it takes a float count alone.
@@ -82,7 +82,7 @@ class CosineSchedule(Schedule):
     steps: int
 
     def after_warmup(self, count: Any, xp: Any) -> Any:
-        """See `Schedule.after_warmup`."""
+        """Returns half a cosine from `learning_rate` to zero."""
         progress = (count - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return 0.5 * self.learning_rate * (1.0 + xp.cos(math.pi * xp.clip(progress, 0.0, 1.0)))
 
