@@ -20,16 +20,16 @@ from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
 
 NUM_CLASSES = 100
-# {name: (width of the ResNet18s, side of the images, steps in an epoch)}
-CASES = {"small": (0.125, 16, 40), "large": (0.25, 32, 12)}
+# {name: (network of teacher and student, its width, side of the images, steps in an epoch)}
+CASES = {"small": ("resnet18", 0.125, 16, 40), "large": ("resnet18", 0.25, 32, 12)}
 
 
-def make_config(width: float, steps: int) -> ml_collections.ConfigDict:
+def make_config(name: str, width: float, steps: int) -> ml_collections.ConfigDict:
     """Returns the CIFAR-100 recipe with a small teacher and one epoch."""
     config = load_recipe("cifar100", [])
     config.epochs = 1
     for network in (config.teacher, config.student):
-        network.name, network.width = "resnet18", width
+        network.name, network.width = name, width
     config.log_every = min(config.log_every, steps // 2)
     return config
 
@@ -49,10 +49,12 @@ def make_dataset(train_examples: int, side: int) -> ImageDataset:
 class Runner:
     """Runs the same compiled step within the training loop and bare."""
 
-    def __init__(self, width: float, side: int, steps: int, folder: pathlib.Path):
+    def __init__(self, name: str, width: float, side: int, steps: int, folder: pathlib.Path):
         self._steps, self._folder, self._runs = steps, folder, 0
-        config = make_config(width, steps)
+        config = make_config(name, width, steps)
         dataset = make_dataset(config.batch_size * steps, side)
+        images, labels = dataset.train.images[: config.batch_size], dataset.train.labels[: config.batch_size]
+        self._batch = {"image": images, "label": labels, "index": np.arange(len(labels), dtype=np.int32)}
         devices, network = Devices(), make_network(config.teacher, NUM_CLASSES, config.dtype)
         variables = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
         self._teacher, self._devices = Teacher(network, variables), devices
@@ -73,14 +75,14 @@ class Runner:
 
     def bare(self) -> float:
         """Returns the milliseconds per step of as many calls of the compiled step, on one batch."""
-        loop = self._trainer._loops["student"]
-        state, (_, batch) = self._devices.replicate(loop._lowered_state.compile()(None)), next(loop._batches(0))
+        programs = self._trainer.programs("student")
+        state = self._devices.replicate(self._trainer.state["student"])
         variables = self._devices.replicate(self._teacher.variables)
-        (step,) = loop._compiled.values()
+        batch = self._devices.shard(self._batch)
         jax.block_until_ready((state, variables))
         start = time.perf_counter()
         for _ in range(self._steps):
-            state, metrics = step(state, variables, batch, loop._key)
+            state, metrics = programs.step(0, self._batch_size, state, variables, batch)
         jax.block_until_ready((state, metrics))
         return 1e3 * (time.perf_counter() - start) / self._steps
 
@@ -89,14 +91,14 @@ def measure(repeats: int, with_torch: bool) -> Part:
     """Measures the time per step in the loop and bare, in turns."""
     del with_torch
     rows = []
-    for name, (width, side, steps) in CASES.items():
+    for case, (name, width, side, steps) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            runner = Runner(width, side, steps, pathlib.Path(folder))
+            runner = Runner(name, width, side, steps, pathlib.Path(folder))
             times = [(runner.bare(), runner.loop()) for _ in range(min(repeats, 9))]
         bare, loop = zip(*times, strict=True)
         rows.append(
             {
-                "network": f"{name}: ResNet18, width {width}, {side}x{side}",
+                "network": f"{case}: {name}, width {width}, {side}x{side}",
                 "bare ms": statistics.median(bare),
                 "loop ms": statistics.median(loop),
                 "overhead %": 100 * (median_ratio(loop, bare) - 1),

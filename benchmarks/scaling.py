@@ -82,15 +82,15 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
     dataset = ImageDataset("none", split, split, tuple(map(str, range(arguments.categories))))
     teacher = Teacher(make_network(config.teacher, arguments.categories, config.dtype))
     trainer = make_trainer("student", config, dataset, None, Devices(), teacher)
-    loop = trainer._loops["student"]
+    programs = trainer.programs("student")
     # The optimizations of LLVM change neither.
-    compiled = loop._lowered_steps[0].compile(compiler_options={"xla_backend_optimization_level": 0})
+    compiled = programs.lowered[0].compile(compiler_options={"xla_backend_optimization_level": 0})
     moved, count = {}, 0
     for _, size, name in collectives(compiled.as_text()):
         moved[cause(name)] = moved.get(cause(name), 0) + size
         count += 1
     memory = compiled.memory_analysis()
-    parameters = sum(x.size for x in jax.tree.leaves(loop._abstract_states[0].params))
+    parameters = sum(x.size for x in jax.tree.leaves(programs.states[0].params))
     return {
         "moved": moved,
         "count": count,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import category_structure, loop_part, loss_part
+from benchmarks import category_structure, loop_part, loss_part, scaling
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
@@ -149,9 +149,17 @@ def test_tables(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_loop(monkeypatch, capsys):
-    monkeypatch.setattr(loop_part, "CASES", {"small": (0.03, 4, 3)})
+    monkeypatch.setattr(loop_part, "CASES", {"small": ("resnet8", 0.25, 8, 3)})
     category_structure.main(["--parts", "loop", "--repeats", "2"])
     assert "overhead %" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_scaling(monkeypatch, capsys):
+    networks = ["--teacher=resnet8:0.25", "--student=resnet8:0.25", "--image=8"]
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--devices=2", "--processes=1", "--sizes=", *networks])
+    scaling.main()
+    assert scaling.STEP in capsys.readouterr().out
 
 
 def test_without_torch(monkeypatch, capsys):

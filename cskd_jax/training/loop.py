@@ -32,10 +32,14 @@ class Loop:
       programs: Compiled programs of its training.
       record: Description of the network for its checkpoints.
       setup: Setup that the students share.
+
+    Attributes:
+      programs: Compiled programs of the training.
     """
 
     def __init__(self, name: str, programs: Programs, record: Record, setup: Setup):
-        self._name, self._programs, self._record, self._setup = name, programs, record, setup
+        self.programs = programs
+        self._name, self._record, self._setup = name, record, setup
         self._parts, self._sampler, self._total_steps = programs.parts, setup.sampler, programs.parts[-1].end
         self._task = task_of(setup.data.multilabel)
         self._evaluations: dict[str, Evaluation] = {}
@@ -54,7 +58,7 @@ class Loop:
         if split not in self._evaluations:
             data = self._setup.data
             self._evaluations[split] = Evaluation(
-                self._programs.network,
+                self.programs.network,
                 {"test": data.test, "train": data.train, "validation": data.validation}[split],
                 data.num_classes,
                 normalize=self._setup.normalize,
@@ -67,8 +71,8 @@ class Loop:
         """Reports a missing training mode, and why results depend on the number of devices if they do."""
         count, state, network = (
             self._setup.devices.count,
-            self._programs.states[0],
-            self._programs.network.on_axis(None),
+            self.programs.states[0],
+            self.programs.network.on_axis(None),
         )
         if state.collections and not getattr(network, "has_training_mode", True):
             self._say("the network has no argument that asks for training mode: it is always called in the same way")
@@ -159,7 +163,7 @@ class Loop:
         """Returns the state of the newest checkpoint, or None, and the progress."""
         if checkpoints is None:
             return None, Progress()
-        restored = checkpoints.restore(lambda step: self._programs.states[self._part_of(step - 1)])
+        restored = checkpoints.restore(lambda step: self.programs.states[self._part_of(step - 1)])
         return (None, Progress()) if restored is None else (restored[0], Progress(**restored[1].progress))
 
     def _part_of(self, step):
@@ -172,7 +176,7 @@ class Loop:
         return learning_rate_of_step(part.schedule, step - 1 - part.optimizer_start)
 
     def _announce(self, step):
-        size = count_parameters(self._programs.states[0].params["network"])
+        size = count_parameters(self.programs.states[0].params["network"])
         verb = "training" if step == 0 else f"resuming at step {step} of {self._total_steps}:"
         epochs = self._total_steps // self._sampler.steps_per_epoch
         self._say(
@@ -185,9 +189,9 @@ class Loop:
         number = self._part_of(step)
         with self._pause("compiling the training step"):
             if state is None:
-                state = self._programs.compile_and_init(number)
+                state = self.programs.compile_and_init(number)
             else:
-                self._programs.compile(number, self._sampler.batch_size)
+                self.programs.compile(number, self._sampler.batch_size)
         return state
 
     def _enter_part(self, state, step):
@@ -195,7 +199,7 @@ class Loop:
         number = self._part_of(step)
         if step == 0 or step != self._parts[number].start or not self._parts[number].fresh:
             return state
-        return self._programs.with_fresh_optimizer(number, state)
+        return self.programs.with_fresh_optimizer(number, state)
 
     def _train_epoch(self, state, teacher_variables, step, batches, meter, stop):
         """Trains from `step` to the end of the epoch, or until a stop is requested."""
@@ -204,14 +208,14 @@ class Loop:
         end = (step // self._sampler.steps_per_epoch + 1) * self._sampler.steps_per_epoch
         while step < end and not stop.reached():
             size, batch = next(batches)
-            if not self._programs.is_compiled(number, size):
+            if not self.programs.is_compiled(number, size):
                 # Compilation blocks the host; it should not count as time of the steps in flight, or of the next.
                 _drain(pending, meter)
                 phase = f" of phase {number + 1}" if number else ""
                 with self._pause(f"compiling the training step{phase} for batches of {size}"):
-                    self._programs.compile(number, size)
+                    self.programs.compile(number, size)
                 meter.start_clock()
-            state, metrics = self._programs.step(number, size, state, teacher_variables, batch)
+            state, metrics = self.programs.step(number, size, state, teacher_variables, batch)
             step += 1
             pending.append((step, size, metrics))
             # Metrics of finished steps are read without waiting; only a step too far ahead of the devices waits.

@@ -40,6 +40,7 @@ class Programs:
       network: The network for a batch that is split over the devices.
       parts: The phases.
       states: Shapes and dtypes of the state in each phase.
+      lowered: The traced step of each phase for whole batches.
 
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
@@ -67,8 +68,8 @@ class Programs:
             self._lower_state(teacher_output, ema is not None)
             self._steps = [self._make_step(part, ema) for part in parts]
             size = setup.sampler.batch_size
-            self._lowered = [self._lower_step(number, size) for number in range(len(parts))]
-            check_unchanged(self.states[0], self._lowered[0].out_info[0])
+            self.lowered = [self._lower_step(number, size) for number in range(len(parts))]
+            check_unchanged(self.states[0], self.lowered[0].out_info[0])
         except (TypeError, ValueError, ArithmeticError, FlaxError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{name}: {lines[0]}") from error
@@ -154,7 +155,7 @@ class Programs:
 
     def compile(self, number: int, size: int) -> None:
         """Compiles the step of a phase for a global batch of `size`."""
-        lowered = self._lowered[number] if size == self._setup.sampler.batch_size else self._lower_step(number, size)
+        lowered = self.lowered[number] if size == self._setup.sampler.batch_size else self._lower_step(number, size)
         self._compiled[number, size] = lowered.compile()
 
     def compile_and_init(self, number: int) -> TrainState:

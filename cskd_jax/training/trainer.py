@@ -272,6 +272,10 @@ class Trainer:
         """Sends a line of text to the callbacks."""
         self._setup.say(message)
 
+    def programs(self, name: str) -> Programs:
+        """Returns the compiled programs of the training of a student."""
+        return self._loops[name].programs
+
     def describe(self, name: str) -> dict[str, Any]:
         """Returns the description of a student's network in checkpoints."""
         return self._loops[name].record.network
