@@ -82,7 +82,8 @@ class Runner:
         jax.block_until_ready((state, variables))
         start = time.perf_counter()
         for _ in range(self._steps):
-            state, metrics = programs.step(0, self._batch_size, state, variables, batch)
+            prepared = self._trainer.teacher_pass(self._batch_size, 0, variables, batch["image"])
+            state, metrics = programs.step(0, self._batch_size, state, batch | prepared)
         jax.block_until_ready((state, metrics))
         return 1e3 * (time.perf_counter() - start) / self._steps
 

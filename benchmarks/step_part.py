@@ -15,7 +15,7 @@ from cskd_jax.runs.build import make_network, make_normalize, make_optimizer
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.state import init_network, init_state
-from cskd_jax.training.step import make_train_step
+from cskd_jax.training.step import make_teacher_pass, make_train_step
 
 NUM_CLASSES = 100
 IMAGE_SHAPE = (32, 32, 3)
@@ -43,8 +43,8 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
     def preprocess(images, key, positions):
         return normalize(augment(images, key, positions, **config.augment))
 
-    step = make_train_step(student, objective, optimizer, preprocess=preprocess, teacher=teacher, axis_name=AXIS)
-    step = devices.map_train_step(step)
+    prepare = devices.map_teacher_pass(make_teacher_pass(teacher, preprocess=preprocess, axis_name=AXIS))
+    step = devices.map_train_step(make_train_step(student, objective, optimizer, axis_name=AXIS))
     key = jax.random.PRNGKey(0)
 
     def init(key):
@@ -56,8 +56,9 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
 
     def call():
         nonlocal state
+        prepared = prepare(variables, batch["image"], key, np.int32(0))
         # The old state is donated to the new one.
-        state, metrics = step(state, variables, batch, key)
+        state, metrics = step(state, batch | prepared, key)
         return state, metrics
 
     start = time.perf_counter()

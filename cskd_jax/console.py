@@ -73,10 +73,10 @@ def is_live() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def progress_bar(total: int, initial: int) -> tqdm.tqdm:
+def progress_bar(total: int, initial: int, *, shown: bool = True) -> tqdm.tqdm:
     """Returns a bar on standard error, shown only on a terminal; its description stands before it."""
     # None: not shown where there is no terminal.
-    disable = True if _muted else None
+    disable = None if shown and not _muted else True
     return tqdm.tqdm(
         total=total,
         initial=initial,

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 # Share of common letters from which two names count as alike; below it, momentum would be suggested for adamw.
 _ALIKE = 0.75
@@ -17,9 +18,17 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """An error for a loss or gradient that is not finite."""
+    """An error for a loss or gradient that is not finite.
+
+    Attributes:
+      results: {name: result} of the students that were trained beside the one that failed.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.results: dict[str, Any] = {}
 
 
 class LostWorkerError(UserError):

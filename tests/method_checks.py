@@ -15,7 +15,7 @@ from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import init_network, init_state
-from cskd_jax.training.step import make_train_step
+from tests.whole_step import make_whole_step
 
 NUM_CLASSES, NUM_EXAMPLES, BATCH = 5, 24, 8
 IMAGE = (4, 4, 2)
@@ -148,9 +148,7 @@ def train(losses, *, num_devices=None, steps=3, dtype=jnp.float64):
     network = LinenNetwork(SmallNetwork(dtype))
     objective = Objective.create(losses, num_classes=NUM_CLASSES, axis_name=axis_name, num_examples=NUM_EXAMPLES)
     optimizer = sgd(StepSchedule(0.1), momentum=0.9, weight_decay=1e-4)
-    step = make_train_step(
-        network, objective, optimizer, preprocess=lambda images, *_: images, teacher=network, axis_name=axis_name
-    )
+    step = make_whole_step(network, objective, optimizer, teacher=network, axis_name=axis_name)
 
     def init(key):
         teacher, output = init_network(network, jax.random.fold_in(key, 1), IMAGE)

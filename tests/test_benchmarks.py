@@ -13,7 +13,7 @@ from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import TrainState
-from cskd_jax.training.step import make_train_step
+from tests.whole_step import make_whole_step
 
 try:
     import torch
@@ -107,9 +107,9 @@ def test_step_in_both():
         "mse_logits": {"weight": 1e-6},
     }
     optimizer = sgd(StepSchedule(0.1), momentum=0.9, weight_decay=1e-4)
-    train_step = make_train_step(
+    train_step = make_whole_step(
         LinenNetwork(ResNet(block=BasicBlock, **common)), Objective.create(losses, num_classes=10), optimizer,
-        preprocess=lambda images, *_: images, teacher=LinenNetwork(ResNet(block=Bottleneck, **common)),
+        teacher=LinenNetwork(ResNet(block=Bottleneck, **common)),
     )  # fmt: skip
     params = {"network": student_variables.pop("params"), "losses": {"category_structure": {"sigma": sigma}}}
     state = TrainState(jnp.int32(0), params, student_variables, optimizer.init(params))

@@ -14,7 +14,8 @@ from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective, needs_teacher
 from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import init_network, init_state
-from cskd_jax.training.step import make_eval_step, make_train_step
+from cskd_jax.training.step import make_eval_step
+from tests.whole_step import make_whole_step
 
 NUM_CLASSES, IMAGE = 6, (8, 8, 3)
 REFERENCE = {"category_structure": {"weight": 1.0, "variant": "reference"}, "cross_entropy": {"weight": 0.9}}
@@ -51,7 +52,7 @@ def train(losses, num_devices, *, steps=5, batch_size=16, num_classes=NUM_CLASSE
     objective = Objective.create(losses, num_classes=num_classes, axis_name=AXIS)
     optimizer = sgd(StepSchedule(0.1, (3,)), momentum=0.9, weight_decay=1e-4, restart_every_steps=3)
     normalize = Normalize((0.5,), (0.25,))
-    step = make_train_step(
+    step = make_whole_step(
         student, objective, optimizer, teacher=teacher, axis_name=AXIS,
         preprocess=lambda images, *keys: normalize(augment(images, *keys, crop_padding=1, flip=True)),
     )  # fmt: skip
@@ -97,7 +98,7 @@ def plain_step(losses):
     objective = Objective.create(losses, num_classes=NUM_CLASSES)
     optimizer = sgd(StepSchedule(0.1), momentum=0.9, weight_decay=1e-4)
     teacher = teacher if needs_teacher(losses) else None
-    step = make_train_step(student, objective, optimizer, preprocess=lambda images, *_: images, teacher=teacher)
+    step = make_whole_step(student, objective, optimizer, teacher=teacher)
     return jax.jit(step), *initial(student, objective, optimizer, teacher)
 
 
@@ -140,7 +141,7 @@ def test_bfloat16_trains_with_float32_state():
     objective = Objective.create(REFERENCE, num_classes=NUM_CLASSES)
     optimizer = sgd(StepSchedule(0.1), momentum=0.9, weight_decay=0.0)
     state, variables = initial(student, objective, optimizer, teacher)
-    step = make_train_step(student, objective, optimizer, preprocess=lambda images, *_: images, teacher=teacher)
+    step = make_whole_step(student, objective, optimizer, teacher=teacher)
     new_state, metrics = jax.jit(step)(state, variables, batch(), jax.random.PRNGKey(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(new_state.params)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(new_state.collections)} == {jnp.dtype("float32")}

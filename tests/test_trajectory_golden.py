@@ -11,7 +11,7 @@ from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import TrainState
-from cskd_jax.training.step import make_train_step
+from tests.whole_step import make_whole_step
 
 pytestmark = pytest.mark.usefixtures("x64")
 TOLERANCE = 1e-10
@@ -83,9 +83,7 @@ def test_trajectory(train_file):
         restart_every_steps=steps_per_epoch if values["momentum_reset_each_epoch"] else None,
     )
     student, teacher = LinenNetwork(case.student), LinenNetwork(case.teacher)
-    train_step = jax.jit(
-        make_train_step(student, objective, optimizer, preprocess=lambda images, *_: images, teacher=teacher)
-    )
+    train_step = jax.jit(make_whole_step(student, objective, optimizer, teacher=teacher))
     params, batch_stats = case.student_parts("student_init")
     state = TrainState(jnp.int32(0), params, {"batch_stats": batch_stats}, optimizer.init(params))
     key = jax.random.PRNGKey(0)

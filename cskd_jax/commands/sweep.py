@@ -1,6 +1,7 @@
-"""Trains several methods with several seeds, all with one teacher, each in a process of its own.
+"""Trains several methods with several seeds, all with one teacher, whose outputs all methods of a seed share.
 
-cskd-jax sweep RECIPE --methods=ce,kd,cskd --seeds=0-2 [--workdir=DIR] [--jobs=N] [--config.KEY=VALUE ...]
+cskd-jax sweep RECIPE --methods=ce,kd,cskd --seeds=0-2 [--workdir=DIR] [--together=N] [--jobs=N]
+               [--config.KEY=VALUE ...]
 
   RECIPE         a packaged recipe such as digits, or a file such as configs/digits.py; --config=RECIPE is the same
   --methods      words that may stand behind the recipe: methods, several together (kd+at), or networks and a method
@@ -8,7 +9,10 @@ cskd-jax sweep RECIPE --methods=ce,kd,cskd --seeds=0-2 [--workdir=DIR] [--jobs=N
   --seeds        of the runs, such as 0,1,2 or 0-2; default: 0
   --workdir      folder of the sweep; default: runs/sweep/RECIPE. A run is in METHOD-seedSEED, with its output in
                  log.txt. The same command again goes on: what is finished is skipped, what was cut off resumes.
-  --jobs         runs at the same time; default 1. Of several GPUs, listed in CUDA_VISIBLE_DEVICES, each run takes one.
+  --together     largest number of runs that are trained together, in one process with one pass of the teacher for each
+                 batch; default: all methods of a seed, as far as memory allows. A run is the same alone and together.
+  --jobs         processes at the same time; default 1. Of several GPUs, listed in CUDA_VISIBLE_DEVICES, each process
+                 takes one.
   --config.KEY   overrides a key (docs/configuration.md) of every run; config.losses.NAME only of methods that have NAME
 
 The teacher is trained once, with cross-entropy and the seed of the recipe (--config.seed), in teacher-NETWORK, one for
@@ -39,6 +43,7 @@ def _run(argv):
     parser.add_argument("--methods", type=lambda text: [word.strip() for word in text.split(",")])
     parser.add_argument("--seeds", type=seeds, default=[0])
     parser.add_argument("--workdir", type=local_folder)
+    parser.add_argument("--together", type=number(int, 1, 1000))
     parser.add_argument("--jobs", type=number(int, 1, 1000), default=1)
     values = parser.parse(argv)
     recipe = parser.recipe(values)
@@ -52,7 +57,7 @@ def _run(argv):
 
     file = recipes.recipe_file(recipe)
     # Imported late, so that mistakes in the command are reported at once.
-    from cskd_jax.runs.grid import check, make_grid
+    from cskd_jax.runs.grid import check, group, make_grid
     from cskd_jax.runs.lock import locked
     from cskd_jax.runs.sweep import sweep
 
@@ -60,7 +65,7 @@ def _run(argv):
     runs = make_grid(str(file), values.methods, values.seeds, workdir, values.overrides)
     check(runs)
     with locked(workdir / "sweep.lock", f"another sweep is at work in {workdir}"):
-        sweep(runs, values.jobs)
+        sweep(group(runs, values.together), values.jobs)
 
 
 def _check_each_once(name, values):

@@ -32,7 +32,12 @@ COMMANDS = {
 
 # Modules that `python -m` may start.
 _STARTED = ("main", "sweep", "report", "evaluate", "supervise", "interop.export", "interop.import_torch")
-_MODULES = {"cskd_jax", "cskd_jax.runs.document", *(f"cskd_jax.{name}" for name in _STARTED)}
+_MODULES = {
+    "cskd_jax",
+    "cskd_jax.runs.document",
+    "cskd_jax.commands.together",
+    *(f"cskd_jax.{name}" for name in _STARTED),
+}
 # Names that users may try for a command; none of them exists.
 _MEANT = {"main": "train", "distill": "train", "distillation": "train", "run": "train", "import_torch": "import-torch"}
 

@@ -96,13 +96,18 @@ class Devices:
 
         return jax.tree.map(place, batch)
 
-    def map_train_step(self, step: Callable) -> Callable:
-        """Maps `(state, teacher_variables, batch, key) -> (state, metrics)` over the devices.
+    def map_teacher_pass(self, teacher_pass: Callable) -> Callable:
+        """Maps `(teacher_variables, images, key, step) -> outputs` over the devices, which each keep their part."""
+        axes = {"in_axes": (None, 0, None, None), "out_axes": 0}
+        return jax.pmap(teacher_pass, axis_name=AXIS, devices=self._devices, **axes)
 
-        State, variables and key are the same on all devices and stay whole arrays; the batch is `shard`ed. The state is
-        donated: its buffers become those of the new state.
+    def map_train_step(self, step: Callable) -> Callable:
+        """Maps `(state, batch, key) -> (state, metrics)` over the devices.
+
+        State and key are the same on all devices and stay whole arrays; the batch is `shard`ed. The state is donated:
+        its buffers become those of the new state.
         """
-        axes = {"in_axes": (None, None, 0, None), "out_axes": (None, None)}
+        axes = {"in_axes": (None, 0, None), "out_axes": (None, None)}
         return jax.pmap(step, axis_name=AXIS, devices=self._devices, donate_argnums=(0,), **axes)
 
     def map_eval_step(self, step: Callable) -> Callable:

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,13 +13,12 @@ from cskd_jax.console import pause
 from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.data.samplers import BalancedSampler, UniformSampler
-from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
 from cskd_jax.models import create_model
 from cskd_jax.runs.trained import check_fits
 from cskd_jax.training.adapters import LinenNetwork
-from cskd_jax.training.callbacks import Console
+from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import Saved, load_variables
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.metrics import task_of
@@ -59,7 +59,13 @@ class Run(NamedTuple):
 
 
 def build(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Devices, given: tuple[str, Saved] | None = None
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    devices: Devices,
+    dataset: ImageDataset,
+    given: tuple[str, Saved] | None = None,
+    callbacks: Sequence[Callback] = (),
+    beside: Run | None = None,
 ) -> Run:
     """Returns the objects of a run, with both trainers made at once so that mistakes show before training.
 
@@ -67,26 +73,30 @@ def build(
       config: Configuration of the run.
       workdir: Folder of the run.
       devices: Devices to compute on.
+      dataset: Data set.
       given: Folder and checkpoint of a teacher that is not to be trained.
+      callbacks: Callbacks of the training.
+      beside: Run with the same given teacher, to be trained together with this one.
 
     Raises:
       UserError: Networks, losses, data and the given teacher do not fit together; nothing has been compiled by then.
     """
-    # Otherwise several processes would prepare the same files at once.
-    dataset = processes.first_then_all(lambda: load_data(config))
     if not needs_teacher(config.losses):
-        return Run(dataset, make_trainer("student", config, dataset, workdir, devices))
+        return Run(dataset, make_trainer("student", config, dataset, workdir, devices, callbacks=callbacks))
+    if given is not None:
+        check_fits(f"teacher.checkpoint {given[0]}", given[1], config, dataset)
+    if beside is not None:
+        trainer = make_trainer("student", config, dataset, workdir, devices, beside.teacher, callbacks, beside.trainer)
+        return beside._replace(trainer=trainer)
     teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
     teacher_trainer = None
     if given is None:
-        teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices)
+        teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices, callbacks=callbacks)
     else:
-        path, saved = given
-        check_fits(f"teacher.checkpoint {path}", saved, config, dataset)
-        teacher.variables = saved.variables
+        teacher.variables = given[1].variables
     return Run(
         dataset,
-        make_trainer("student", config, dataset, workdir, devices, teacher),
+        make_trainer("student", config, dataset, workdir, devices, teacher, callbacks),
         teacher,
         teacher_trainer,
         make_evaluation(teacher.network, config, dataset, devices),
@@ -192,6 +202,8 @@ def make_trainer(
     workdir: pathlib.Path | None,
     devices: Devices,
     teacher: Teacher | None = None,
+    callbacks: Sequence[Callback] = (),
+    beside: Trainer | None = None,
 ) -> Trainer:
     """Returns the trainer of one network of a run.
 
@@ -202,6 +214,8 @@ def make_trainer(
       workdir: Folder of the run; None writes nothing.
       devices: Devices to compute on.
       teacher: Teacher of the student; None if its losses need none.
+      callbacks: Callbacks of the training.
+      beside: Trainer whose teacher pass is shared.
 
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
@@ -230,13 +244,14 @@ def make_trainer(
         sampler=sampler,
         normalize=make_normalize(config),
         augment=functools.partial(augment, **config.augment),
-        callbacks=[Console()],
+        callbacks=callbacks,
         workdir=workdir,
         devices=devices,
         log_every=config.log_every,
         keep_checkpoints=config.keep_checkpoints,
         accumulation_steps=config.optimizer.accumulation_steps,
         stream=_STREAMS[role],
+        beside=beside,
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
@@ -13,6 +14,9 @@ from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
 from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done, read_json
 from cskd_jax.training.objective import needs_teacher
+
+# Keys that concern the training of one student, besides those of its network, losses, optimizer and teacher.
+_OF_A_STUDENT = {"method", "epochs", "log_every", "keep_checkpoints"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +41,6 @@ class Run:
     def workdir(self) -> pathlib.Path:
         """Returns the folder of the run."""
         return self.sweep / self.name
-
-    @property
-    def arguments(self) -> list[str]:
-        """Returns the arguments of `cskd_jax.main`."""
-        return [f"--config={self.recipe}", *self.overrides, f"--workdir={self.workdir}"]
 
     @property
     def config(self) -> ml_collections.ConfigDict:
@@ -94,6 +93,40 @@ def make_grid(
                 teachers.setdefault(teacher.name, teacher)
             runs.append(Run(workdir, f"{word}-seed{seed}", f"{recipe}:{word}", tuple(settings), teacher))
     return [*teachers.values(), *runs]
+
+
+def group(runs: Sequence[Run], limit: int | None = None) -> list[tuple[Run, ...]]:
+    """Returns the runs in groups that can be trained together, as they see the same batches and the same teacher.
+
+    Args:
+      runs: Runs of a sweep.
+      limit: Largest number of runs in a group; None for any.
+    """
+    teachers = {run.teacher for run in runs}
+    groups: list[list[Run]] = []
+    shared: list[tuple[Any, Any]] = []
+    for run in runs:
+        batches, teacher = _what_decides_batches(run.config)
+        for number, members in enumerate(groups):
+            fits = shared[number][0] == batches and (teacher is None or shared[number][1] in (None, teacher))
+            if fits and len(members) != limit and not {run, *members} & teachers:
+                members.append(run)
+                shared[number] = batches, teacher or shared[number][1]
+                break
+        else:
+            groups.append([run])
+            shared.append((batches, teacher))
+    return [tuple(members) for members in groups]
+
+
+def _what_decides_batches(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
+    """Returns what decides the batches of a run, and its teacher, or None; both can be compared."""
+    flat = schema.flatten(config)
+    of_student = {key for key in flat if key.split(".")[0] in ("losses", "student", "optimizer", "teacher")}
+    of_student = (of_student | _OF_A_STUDENT) - {"optimizer.accumulation_steps"}
+    teacher = {key: value for key, value in flat.items() if key.startswith("teacher.")}
+    batches = {key: value for key, value in flat.items() if key not in of_student}
+    return batches, teacher if needs_teacher(config.losses) else None
 
 
 def _concerns(override: str, config: ml_collections.ConfigDict) -> bool:

@@ -5,12 +5,12 @@ import importlib.metadata
 import io
 import pathlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from cskd_jax.console import duration, say
+from cskd_jax.console import duration
 from cskd_jax.data import ImageDataset
 from cskd_jax.files import write_json, write_text
 from cskd_jax.models import count_parameters
@@ -86,8 +86,10 @@ def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: 
     write_text(path, table.getvalue())
 
 
-def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds: float) -> None:
-    """Prints the results at the end of a run."""
+def say_results(
+    results: dict[str, Any], task: Task, path: pathlib.Path, seconds: float, say: Callable[[str], None]
+) -> None:
+    """Shows the results at the end of a run."""
     score, score_name = task.score, task.names[task.score]
     for name in ("teacher", "student"):
         if results[name] is not None:

@@ -1,17 +1,22 @@
-"""A run: a teacher (unless a checkpoint is given), a student, and the results."""
+"""A run: a teacher (unless a checkpoint is given), a student, and the results; or several that share a teacher."""
 
 import contextlib
+import dataclasses
 import pathlib
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ml_collections
 
-from cskd_jax.console import pause, say
+from cskd_jax import console
+from cskd_jax.data import ImageDataset
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
+from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import build, load_data
+from cskd_jax.runs.build import Run, build, load_data
 from cskd_jax.runs.results import (
     RESULTS,
     describe,
@@ -23,8 +28,29 @@ from cskd_jax.runs.results import (
 )
 from cskd_jax.runs.trained import load_given_teacher
 from cskd_jax.runs.workdir import check_data, check_workdir, claim, held, identify, is_done, names_same_data
+from cskd_jax.training.callbacks import Callback, Console
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.objective import needs_teacher
+from cskd_jax.training.trainer import Result, fit_together
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A run that is to be carried out.
+
+    Attributes:
+      config: Configuration of the run. It may have more epochs than that of an earlier start.
+      workdir: Folder of the run.
+      say: Function that shows a line of text.
+      callbacks: Callbacks of the training.
+      error: What ended the run while others went on; None if nothing has.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    say: Callable[[str], None] = console.say
+    callbacks: Sequence[Callback] = dataclasses.field(default_factory=lambda: (Console(),))
+    error: UserError | None = None
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -37,16 +63,69 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
       UserError: The user can fix something. InterruptedRun and DivergedError are subclasses.
     """
-    schema.validate(config)
-    with pause("starting the devices"):
+    job = Job(config, workdir)
+    train_together([job])
+    if job.error is not None:
+        raise job.error
+
+
+def train_together(jobs: Sequence[Job]) -> None:
+    """Carries out several runs at once, as `train` does each of them, with one pass of their teacher for all.
+
+    An error of one run is kept in its job, and the others go on.
+
+    Args:
+      jobs: Runs that agree in all that decides the batches and the teacher; only one alone trains its teacher itself.
+
+    Raises:
+      InterruptedRun: A signal arrived; the states are saved.
+    """
+    start = time.monotonic()
+    for job in jobs:
+        with _kept(job):
+            schema.validate(job.config)
+    with console.pause("starting the devices"):
         devices = Devices()
-    devices.check_batch_size("batch_size", config.batch_size)
-    given = None
-    if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
-        given = processes.on_first(load_given_teacher, config)
-    # A resumed run must not go on with another teacher.
-    identity = identify(config, None if given is None else given[1].digest)
     with contextlib.ExitStack() as stack:
+        started = _Started(devices, stack)
+        for job in jobs:
+            with _kept(job):
+                started.add(job)
+        with StopRequest() as stop:
+            _train(started, stop, start)
+
+
+@contextlib.contextmanager
+def _kept(job: Job) -> Iterator[None]:
+    """Returns a context in which an error ends this run alone; it is skipped after one."""
+    try:
+        yield
+    except InterruptedRun:
+        raise
+    except UserError as error:
+        job.error = error
+
+
+class _Started:
+    """Runs whose folders are held and whose objects are made, on the data and with the teacher of the first of them."""
+
+    def __init__(self, devices: Devices, stack: contextlib.ExitStack):
+        self.devices, self._stack = devices, stack
+        self.runs: dict[Job, Run] = {}
+        self.given: Any = None
+        self._dataset: ImageDataset | None = None
+
+    def add(self, job: Job) -> None:
+        """Holds the folder of a run and makes its objects, unless it is done."""
+        if job.error is not None:
+            return
+        config, workdir = job.config, job.workdir
+        self.devices.check_batch_size("batch_size", config.batch_size)
+        given = None
+        if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
+            self.given = given = self.given or processes.on_first(load_given_teacher, config)
+        # A resumed run must not go on with another teacher.
+        identity = identify(config, None if given is None else given[1].digest)
 
         def done_or_locked():
             check_workdir(workdir, identity)
@@ -54,55 +133,79 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                 if not names_same_data(workdir, identity):
                     check_data(workdir, identity, load_data(config))
                 return True
-            stack.enter_context(held(workdir))
+            self._stack.enter_context(held(workdir))
             return False
 
         if processes.on_first(done_or_locked):
-            say(f"already done: {workdir / RESULTS}")
-        else:
-            _run(config, workdir, devices, identity, given)
+            job.say(f"already done: {workdir / RESULTS}")
+            return
+        if self._dataset is None:
+            # Otherwise several processes would prepare the same files at once.
+            self._dataset = processes.first_then_all(lambda: load_data(config))
+        beside = next((run for run in self.runs.values() if run.teacher is not None), None)
+        run = build(config, workdir, self.devices, self._dataset, given, job.callbacks, beside)
+        processes.on_first(claim, workdir, identity, self._dataset)
+        used, data = self.devices.describe(), self._dataset
+        job.say(
+            f"{data.name}: {len(data.train.labels):,} training and {len(data.test.labels):,} test images, "
+            f"{data.num_classes} categories; {used['count']} x {used['kind']}"
+        )
+        self.runs[job] = run
 
 
-def _run(config, workdir, devices, identity, given):
-    start, versions = time.monotonic(), read_versions()
-    run = build(config, workdir, devices, given)
-    dataset = run.dataset
-    processes.on_first(claim, workdir, identity, dataset)
-    used = devices.describe()
-    say(
-        f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images, "
-        f"{dataset.num_classes} categories; {used['count']} x {used['kind']}"
-    )
+def _train(started, stop, start):
+    """Trains what has started, and writes the results of each run when it is done."""
     teacher_entry = None
-    with StopRequest() as stop:
-        if run.teacher_trainer is not None and run.teacher is not None:
-            result = run.teacher_trainer.fit(stop)["teacher"]
-            run.teacher.variables = result.variables
-            teacher_entry = describe_result(run.teacher_trainer.describe("teacher"), result)
-        elif given is not None:
-            teacher_entry = _evaluate_given(given, run.teacher_evaluation)
-        result = run.trainer.fit(stop)["student"]
-    with pause("student: evaluating"):
+    if not started.runs:
+        return
+    for job, run in started.runs.items():
+        if run.teacher_trainer is not None:
+            with _kept(job):
+                result = run.teacher_trainer.fit(stop)["teacher"]
+                run.teacher.variables = result.variables
+                teacher_entry = describe_result(run.teacher_trainer.describe("teacher"), result)
+        elif run.teacher is not None and teacher_entry is None:
+            teacher_entry = _evaluate_given(started.given, run.teacher_evaluation, job.say)
+    jobs = {run.trainer: job for job, run in started.runs.items() if job.error is None}
+
+    def on_done(trainer, _, outcome):
+        job = jobs[trainer]
+        if isinstance(outcome, UserError):
+            job.error = outcome
+        else:
+            run = started.runs[job]
+            with _kept(job):
+                _finish(job, run, outcome, None if run.teacher is None else teacher_entry, started.devices, start)
+
+    if jobs:
+        fit_together(list(jobs), stop, on_done)
+
+
+def _finish(job: Job, run: Run, result: Result, teacher: Any, devices: Devices, start: float) -> None:
+    """Writes and shows the results of a run."""
+    dataset = run.dataset
+    with console.pause("student: evaluating"):
         scores, confusions = run.trainer.evaluation("student").by_category(devices.replicate(result.variables))
     by_category = dict(zip(dataset.categories, scores.tolist(), strict=True))
     results = {
-        "method": config.method,
-        "seed": config.seed,
-        "teacher": teacher_entry,
+        "method": job.config.method,
+        "seed": job.config.seed,
+        "teacher": teacher,
         "student": describe_result(run.trainer.describe("student"), result) | {"by_category": by_category},
         "dataset": describe_dataset(dataset),
-        "devices": used,
-        "versions": versions,
-        "config": schema.plain(config),
+        "devices": devices.describe(),
+        "versions": read_versions(),
+        "config": schema.plain(job.config),
     }
-    processes.on_first(write_results, workdir, results, dataset.categories, confusions)
-    say_results(results, task_of(dataset.multilabel), workdir / RESULTS, time.monotonic() - start)
+    processes.on_first(write_results, job.workdir, results, dataset.categories, confusions)
+    task, seconds = task_of(dataset.multilabel), time.monotonic() - start
+    say_results(results, task, job.workdir / RESULTS, seconds, job.say)
 
 
-def _evaluate_given(given, evaluation):
+def _evaluate_given(given, evaluation, say):
     """Evaluates a given teacher and returns its entry in results.json."""
     path, saved = given
-    with pause("teacher: compiling and running the evaluation"):
+    with console.pause("teacher: compiling and running the evaluation"):
         values = evaluation(evaluation.devices.replicate(saved.variables))
     say(f"teacher: {saved.record.describe_network()}, from {path}, {evaluation.task.describe(values)}")
     source = {"checkpoint": path, "step": saved.step, "digest": saved.digest}

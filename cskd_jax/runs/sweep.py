@@ -1,5 +1,7 @@
-"""Execution of the runs of a grid, each in its own process."""
+"""Execution of the runs of a grid, those that share a teacher in one process."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from cskd_jax.runs.workdir import read_json
 from cskd_jax.training.metrics import task_that_measured
 
 _POLL_SECONDS = 0.2
+LOG = "log.txt"
 
 
 class FailedRunsError(UserError):
@@ -25,47 +28,112 @@ class FailedRunsError(UserError):
     exit_code = 1
 
 
-def sweep(runs: Sequence[Run], jobs: int) -> None:
-    """Runs everything that is not done, `jobs` at a time, and prints a line for each run that ends.
+def sweep(groups: Sequence[Sequence[Run]], jobs: int) -> None:
+    """Runs everything that is not done, `jobs` groups at a time, and prints a line for each run that ends.
+
+    Args:
+      groups: Runs that are trained together; see `grid.group`.
+      jobs: Number of groups at a time, each in a process of its own.
 
     Raises:
       FailedRunsError: Some runs failed; all others are done.
       InterruptedRun: A signal arrived; the runs have saved their state.
     """
-    waiting, total = [run for run in runs if not run.done], len(runs)
-    say(f"{total} runs, {total - len(waiting)} done, {len(waiting)} to go, {jobs} at a time")
+    runs = [run for group in groups for run in group]
+    waiting = [group for group in ([run for run in group if not run.done] for group in groups) if group]
+    total, left = len(runs), sum(map(len, waiting))
+    at_once = "" if jobs == 1 else f", {jobs} groups at a time"
+    say(f"{total} runs, {total - left} done, {left} to go in {len(waiting)} groups{at_once}")
     failed: dict[Run, str] = {}
-    running: dict[int, tuple[Run, subprocess.Popen, float]] = {}
+    running: dict[int, _Process] = {}
 
     def report(run, outcome):
         over = sum(r.done for r in runs) + len(failed)
         say(f"[{over}/{total}] {run.name}: {outcome}")
+
+    def fail(run, why):
+        failed[run] = why
+        report(run, why)
 
     with StopRequest() as stop:
         while waiting or running:
             if stop.requested:
                 _stop(running, stop)
             for slot in set(range(jobs)) - running.keys():
-                run = next(_ready(waiting, failed), None)
-                if run is not None:
-                    waiting.remove(run)
-                    running[slot] = run, _start(run, device_variables(slot, jobs, os.environ)), time.monotonic()
+                group = next(_ready(waiting), None)
+                if group is not None:
+                    waiting.remove(group)
+                    running[slot] = _Process(group, device_variables(slot, jobs, os.environ))
             time.sleep(_POLL_SECONDS)
-            for slot, (run, process, start) in list(running.items()):
-                if process.poll() is not None and not stop.requested:
+            for slot, process in list(running.items()):
+                code = process.poll()
+                for run in process.take_done():
+                    report(run, f"{_score(run)}, {time.monotonic() - process.start:.0f} s")
+                if code is not None and not stop.requested:
                     del running[slot]
-                    if not run.done:
-                        failed[run] = _failure(run, process.returncode)
-                    report(run, failed.get(run) or f"{_score(run)}, {time.monotonic() - start:.0f} s")
-            for run in list(waiting):
-                if run.teacher is not None and run.teacher in failed:
-                    waiting.remove(run)
-                    failed[run] = f"not started: {run.teacher.name} failed"
-                    report(run, failed[run])
+                    for run in process.left:
+                        fail(run, _failure(run, code, process.log))
+            for group in list(waiting):
+                for run in [run for run in group if run.teacher in failed]:
+                    group.remove(run)
+                    fail(run, f"not started: {run.teacher.name} failed")
+                if not group:
+                    waiting.remove(group)
     if failed:
         names = ", ".join(run.name for run in runs if run in failed)
         raise FailedRunsError(f"{len(failed)} of {total} runs failed: {names}; the same command tries them again")
     say(f"all {total} runs done: cskd-jax report {runs[0].sweep}")
+
+
+class _Process:
+    """A process that carries out a group of runs, and ends when the sweep ends, however it ends.
+
+    Args:
+      group: Runs.
+      variables: Environment variables of the process.
+
+    Attributes:
+      start: Time of its start.
+      log: File with what it writes on standard error, the log of its first run.
+      left: Runs that are not known to be done.
+    """
+
+    def __init__(self, group: Sequence[Run], variables: Mapping[str, str]):
+        self.start, self.left, self.log = time.monotonic(), list(group), group[0].workdir / LOG
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open_append(self.log) as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cskd_jax.commands.together"],
+                env=os.environ | variables,
+                stdin=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                # Its own process group, so that Ctrl-C reaches it only through the sweep and not twice.
+                process_group=0,
+                # Killed with the sweep, so that it does not go on writing where the next sweep writes.
+                preexec_fn=die_with_parent,
+            )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            json.dump([(run.name, run.recipe, run.overrides, str(run.workdir)) for run in group], stdin)
+
+    def poll(self) -> int | None:
+        """Returns the exit code, or None while it runs."""
+        return self._process.poll()
+
+    def take_done(self) -> list[Run]:
+        """Returns the runs that have become done, which are left no more."""
+        done = [run for run in self.left if run.done]
+        self.left = [run for run in self.left if run not in done]
+        return done
+
+    def stop(self) -> None:
+        """Asks it to save and end."""
+        self._process.terminate()
+
+    def wait(self) -> None:
+        """Waits for its end."""
+        self._process.wait()
 
 
 def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -78,40 +146,27 @@ def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> di
     return variables | ({"CUDA_VISIBLE_DEVICES": listed[slot % len(listed)]} if listed else {})
 
 
-def _ready(waiting, failed) -> Iterator[Run]:
-    return (run for run in waiting if run.teacher not in failed and (run.teacher is None or run.teacher.done))
-
-
-def _start(run, variables):
-    """Starts a run, which ends when the sweep ends, however it ends."""
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "cskd_jax.main", *run.arguments]
-    with open_append(run.workdir / "log.txt") as log:
-        return subprocess.Popen(
-            command,
-            env=os.environ | variables,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            # Its own process group, so that Ctrl-C reaches it only through the sweep and not twice.
-            process_group=0,
-            # Killed with the sweep, so that it does not go on writing where the next sweep writes.
-            preexec_fn=die_with_parent,
-        )
+def _ready(waiting) -> Iterator[list[Run]]:
+    return (group for group in waiting if all(run.teacher is None or run.teacher.done for run in group))
 
 
 def _stop(running, stop):
-    for _, process, _ in running.values():
-        process.terminate()
-    for _, process, _ in running.values():
+    for process in running.values():
+        process.stop()
+    for process in running.values():
         process.wait()
-    raise InterruptedRun(f"stopped by {stop.name}, {len(running)} runs are saved: the same command goes on")
+    saved = sum(len(process.left) for process in running.values())
+    raise InterruptedRun(f"stopped by {stop.name}, {saved} runs are saved: the same command goes on")
 
 
-def _failure(run, code):
-    lines = (run.workdir / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+def _failure(run, code, log):
+    """Returns why a run has failed: its own error, or else the end of the process that it ran in."""
+    for path in (run.workdir / LOG, log):
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
+        if lines and lines[-1].startswith("error: "):
+            return f"FAILED: {printable(lines[-1])} ({path})"
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"FAILED, {how}: {printable(lines[-1]) if lines else 'no output'} ({run.workdir / 'log.txt'})"
+    return f"FAILED, {how}: {printable(lines[-1]) if lines else 'no output'} ({log})"
 
 
 def _score(run):

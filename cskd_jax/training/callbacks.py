@@ -122,20 +122,22 @@ class Console(Callback):
 
     Args:
       clock: Function that returns the time in seconds.
+      say: Function that shows a line of text. None prints it; with any other, there is no bar, and no pause is shown.
     """
 
     _BAR_SECONDS, _LINE_SECONDS = 0.5, 60.0
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, say: Callable[[str], None] | None = None):
+        self._clock, self._prints = clock, say is None
+        self._say = console.say if say is None else say
 
     def on_message(self, message: str) -> None:
-        """Prints the message."""
-        console.say(message)
+        """Shows the message."""
+        self._say(message)
 
     def pause(self, what: str) -> contextlib.AbstractContextManager:
         """Announces the pause and, on a terminal, counts its seconds."""
-        return console.pause(what)
+        return console.pause(what) if self._prints else contextlib.nullcontext()
 
     def on_start(self, start: Start) -> None:
         """Opens the progress bar."""
@@ -145,7 +147,7 @@ class Console(Callback):
         self._before = start.progress.images, start.progress.seconds
         self._evaluations, self._first_pauses, self._pause_seconds = 0, 0.0, 0.0
         self._train_row: Mapping[str, Any] = {}
-        self._bar = console.progress_bar(start.images, start.images_done)
+        self._bar = console.progress_bar(start.images, start.images_done, shown=self._prints)
         self._bar.set_description_str(start.student)
         self._begin = self._last_line = self._clock()
         self._last_shown = -self._BAR_SECONDS
@@ -158,9 +160,9 @@ class Console(Callback):
         if not self._bar.disable and now - self._last_shown >= self._BAR_SECONDS:
             self._last_shown, self._bar.n = now, self._images
             self._bar.set_description_str(f"{self._start.student}: {epoch}, {self._describe(step)}")
-        if now - self._last_line >= self._LINE_SECONDS and not console.is_live():
+        if now - self._last_line >= self._LINE_SECONDS and not (self._prints and console.is_live()):
             self._last_line = now
-            console.say(f"{self._start.student}: {epoch}, step {step:,}/{self._start.steps:,}, {self._describe(step)}")
+            self._say(f"{self._start.student}: {epoch}, step {step:,}/{self._start.steps:,}, {self._describe(step)}")
 
     def _describe(self, step):
         """Returns the means since the last row of the history, the learning rate, the speed, and the time left."""
@@ -200,7 +202,7 @@ class Console(Callback):
             parts.append(f"train loss {self._train_row['loss']:.4f}")
         parts += [f"{split} loss {row['loss']:.4f}", f"{split} {self._start.task.describe(row)}"]
         parts += self._describe_speed(row["step"])
-        console.say(f"{row['phase']}: epoch {row['epoch']}/{self._epochs}, {', '.join(parts)}")
+        self._say(f"{row['phase']}: epoch {row['epoch']}/{self._epochs}, {', '.join(parts)}")
 
     def on_end(self) -> None:
         """Closes the progress bar."""

@@ -2,13 +2,14 @@
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import jax
 import numpy as np
 
 from cskd_jax.data import Split, read_batches
-from cskd_jax.distributed.devices import AXIS, Devices
+from cskd_jax.distributed.devices import AXIS, Devices, lower
 from cskd_jax.training.metrics import Task, task_of
 from cskd_jax.training.networks import Network
 from cskd_jax.training.step import make_eval_step
@@ -39,8 +40,19 @@ class Evaluation:
         self._task, self._split, self._num_classes = task_of(split.labels.ndim == 2), split, num_classes
         step = make_eval_step(network.on_axis(AXIS), preprocess=normalize, axis_name=AXIS, task=self._task)
         self._step, self.devices = devices.map_eval_step(step), devices
+        self._compiled: Future | None = None
         # No larger than the split needs, since padding costs computation.
         self._batch_size = min(batch_size, devices.round_up(len(split.labels)))
+
+    def compile(self, variables: Any, pool: Executor) -> None:
+        """Compiles the evaluation in the background, ahead of the first call.
+
+        Args:
+          variables: Variables of the network, or their shapes.
+          pool: What runs the compiler.
+        """
+        if self._compiled is None:
+            self._compiled = pool.submit(lower(self._step, variables, next(self._batches())).compile)
 
     @property
     def task(self) -> Task:
@@ -63,8 +75,9 @@ class Evaluation:
     def _measure(self, variables):
         """Returns the measurements of the task for each batch of the split, in order, on the host."""
         pending, measured = deque(), []
+        step = self._step if self._compiled is None else self._compiled.result()
         for batch in self._batches():
-            pending.append(self._step(variables, batch))
+            pending.append(step(variables, batch))
             if len(pending) >= self.devices.steps_in_flight:
                 measured.append(jax.device_get(pending.popleft()))
         return measured + jax.device_get(list(pending))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -129,6 +130,32 @@ class Objective:
             if "memory" in variables:
                 memory[name] = variables["memory"]
         return params, memory
+
+    def find_reads(self, params: Any, memory: Any, inputs: LossInputs) -> ModelOutput:
+        """Returns which outputs of the teacher the losses read, found by tracing; reads only shapes.
+
+        Args:
+          params: {name: parameters of the loss}.
+          memory: {name: memory of the loss}.
+          inputs: A batch, with a teacher.
+
+        Returns:
+          A `ModelOutput` of booleans.
+        """
+        whole = {name: (weight, loss.clone(axis_name=None)) for name, (weight, loss) in self.losses.items()}
+        objective = dataclasses.replace(self, losses=whole)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+
+        def evaluate(teacher, inputs, params, memory, step):
+            return objective(params, memory, inputs._replace(teacher=teacher), step)
+
+        traced = jax.make_jaxpr(evaluate)(inputs.teacher, inputs._replace(teacher=None), params, memory, step).jaxpr
+        read = {x for x in traced.outvars if isinstance(x, jax.extend.core.Var)}
+        for equation in reversed(traced.eqns):
+            if equation.effects or read.intersection(equation.outvars):
+                read.update(x for x in equation.invars if isinstance(x, jax.extend.core.Var))
+        leaves, structure = jax.tree.flatten(inputs.teacher)
+        return jax.tree.unflatten(structure, [x in read for x in traced.invars[: len(leaves)]])
 
     def __call__(
         self, params: Mapping[str, Any], memory: Mapping[str, Any], inputs: LossInputs, step: jax.Array

@@ -1,24 +1,119 @@
-"""The compiled programs of the training of one student."""
+"""The compiled programs of training: the pass that prepares batches for all students, and the steps of one student."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, lower
 from cskd_jax.errors import UserError
+from cskd_jax.losses import LossInputs
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.phases import Part
 from cskd_jax.training.setup import Setup
-from cskd_jax.training.state import TrainState, check_unchanged, init_network, init_optimizer, init_state, output_of
-from cskd_jax.training.step import make_train_step
+from cskd_jax.training.state import (
+    TrainState,
+    check_unchanged,
+    example_inputs,
+    init_network,
+    init_optimizer,
+    init_state,
+    output_of,
+)
+from cskd_jax.training.step import make_teacher_pass, make_train_step, select_outputs
+
+
+class TeacherPass:
+    """The compiled programs of the teacher pass, one for each batch size; see `make_teacher_pass`.
+
+    Args:
+      setup: Setup that the students share.
+      teacher: Network of the teacher, or None.
+      variables: Variables of the teacher, or their shapes; None if they do not exist yet.
+
+    Attributes:
+      outputs: Shapes of the outputs of the teacher for two images; None without a teacher.
+
+    Raises:
+      UserError: The teacher cannot be applied to the images.
+    """
+
+    def __init__(self, setup: Setup, teacher: Network | None, variables: Any):
+        self._setup = setup
+        self._teacher = None if teacher is None else teacher.on_axis(AXIS)
+        self._key = jax.random.split(setup.key)[1]
+        self._compiled: dict[int, Future] = {}
+        self._variables, self.outputs = None, None
+        with _one_line("teacher"):
+            if self._teacher is not None:
+                self._trace(self._teacher, variables)
+            key = jax.eval_shape(lambda: self._key)
+            positions = jax.ShapeDtypeStruct((2,), jnp.int32)
+            images = jax.ShapeDtypeStruct((2, *setup.data.image_shape), setup.data.image_dtype)
+            self._image = jax.eval_shape(setup.preprocess, images, key, positions)
+
+    def _trace(self, teacher, variables):
+        """Stores the shapes of the variables of the teacher and of its outputs."""
+        shape = self._setup.data.image_shape
+        if variables is None:
+            init = functools.partial(init_network, teacher, self._key, shape)
+            self._variables, self.outputs = jax.eval_shape(lambda: init())
+        else:
+            self._variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+            self.outputs = jax.eval_shape(functools.partial(output_of, teacher, shape), variables)
+        for x in jax.tree.leaves(self.outputs):
+            if x.shape[:1] != (2,):
+                raise ValueError(
+                    f"an output of the teacher has shape {x.shape} for two images; the first axis must be the image"
+                )
+
+    def example(self, rows: int, reads: Any) -> dict[str, Any]:
+        """Returns zeros in the place of what the pass returns for that many rows; see `select_outputs`."""
+        zeros = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), (self._image, self.outputs))
+        return {"image": zeros[0], "teacher": None if reads is None else select_outputs(zeros[1], reads)}
+
+    def compile(self, size: int, reads: Any, pool: Executor) -> None:
+        """Traces the pass for a global batch of `size` and compiles it in the background, unless that was asked before.
+
+        Tracing stays in the thread of the caller, whose settings of JAX it depends on.
+        """
+        if size not in self._compiled:
+            self._compiled[size] = pool.submit(self._lower(size, reads).compile)
+
+    def _lower(self, size, reads):
+        data, devices = self._setup.data, self._setup.devices
+        teacher_pass = make_teacher_pass(
+            None if reads is None else self._teacher,
+            preprocess=self._setup.preprocess,
+            axis_name=AXIS,
+            micro_batch_size=self._setup.micro_batch_size,
+            reads=reads,
+        )
+        rows = len(range(size)[devices.local_rows(size)])
+        images = devices.shard({"image": np.zeros((rows, *data.image_shape), data.image_dtype)})["image"]
+        variables = None if reads is None else self._variables
+        return lower(devices.map_teacher_pass(teacher_pass), variables, images, self._key, np.int32(0))
+
+    def compiled(self, size: int) -> Callable[..., Any]:
+        """Returns the compiled pass for a global batch of `size`, waiting for it."""
+        return self._compiled[size].result()
+
+    def __call__(self, size: int, step: int, teacher_variables: Any, images: jax.Array) -> dict[str, Any]:
+        """Returns what the students read of the batch of a step."""
+        return self.compiled(size)(teacher_variables, images, self._key, np.int32(step))
+
+    def is_compiled(self, size: int) -> bool:
+        """Returns whether the pass is compiled for a global batch of `size`."""
+        return size in self._compiled and self._compiled[size].done()
 
 
 class Programs:
@@ -32,8 +127,7 @@ class Programs:
       parts: Phases of the training with everything filled in.
       setup: Setup that the students share.
       variables: Variables to start from; None for fresh ones.
-      teacher: Network of the teacher, or None.
-      teacher_variables: Variables of the teacher, or their shapes; None if they do not exist yet.
+      teacher_pass: What prepares the batches.
       ema: Decay of the moving average of the variables; None keeps none.
 
     Attributes:
@@ -41,6 +135,7 @@ class Programs:
       parts: The phases.
       states: Shapes and dtypes of the state in each phase.
       lowered: The traced step of each phase for whole batches.
+      reads: Outputs of the teacher that a loss reads, a `ModelOutput` of booleans; None where no loss reads any.
 
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
@@ -54,45 +149,33 @@ class Programs:
         setup: Setup,
         *,
         variables: Variables | None,
-        teacher: Network | None,
-        teacher_variables: Variables | None,
+        teacher_pass: TeacherPass,
         ema: float | None,
     ):
         self.network, self.parts, self._setup, self._variables = network.on_axis(AXIS), parts, setup, variables
-        self._teacher = None if teacher is None else teacher.on_axis(AXIS)
+        self._teacher_pass = teacher_pass
         # One key for the weights, one for the rest.
         self._init_key, self._key = jax.random.split(setup.key)
-        self._compiled: dict[tuple[int, int], Callable] = {}
-        try:
-            teacher_output = self._trace_teacher(teacher_variables)
+        self._compiled: dict[tuple[int, int], Future] = {}
+        # A teacher that no loss reads would cost a forward pass for nothing.
+        teacher_output = teacher_pass.outputs if parts[0].all_losses.may_read_teacher else None
+        with _one_line(name):
+            student_output = self._trace_student()
             self._lower_state(teacher_output, ema is not None)
+            self.reads = None if teacher_output is None else self._find_reads(student_output, teacher_output)
             self._steps = [self._make_step(part, ema) for part in parts]
             size = setup.sampler.batch_size
             self.lowered = [self._lower_step(number, size) for number in range(len(parts))]
             check_unchanged(self.states[0], self.lowered[0].out_info[0])
-        except (TypeError, ValueError, ArithmeticError, FlaxError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{name}: {lines[0]}") from error
 
-    def _trace_teacher(self, variables):
-        """Returns the shapes of the teacher's outputs, and stores those of its variables."""
-        self._teacher_variables = None
-        if self._teacher is None:
-            return None
-        shape = self._setup.data.image_shape
-        if variables is None:
-            self._teacher_variables, outputs = jax.eval_shape(
-                lambda: init_network(self._teacher, self._init_key, shape)
-            )
-            return outputs
-        self._teacher_variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
-        return jax.eval_shape(functools.partial(output_of, self._teacher, shape), variables)
+    @property
+    def _label(self):
+        labels = self._setup.data.train.labels
+        return jax.ShapeDtypeStruct(labels.shape[1:], labels.dtype)
 
     def _lower_state(self, teacher_output, ema):
         """Traces the program that makes a new state."""
-        first, data, key = self.parts[0], self._setup.data, self._init_key
-        label = jax.ShapeDtypeStruct(data.train.labels.shape[1:], data.train.labels.dtype)
-        self._check_logits()
+        first, shape, key = self.parts[0], self._setup.data.image_shape, self._init_key
 
         def new_state(variables):
             return init_state(
@@ -100,9 +183,9 @@ class Programs:
                 self.network,
                 first.all_losses,
                 first.optimizer,
-                data.image_shape,
+                shape,
                 teacher_output,
-                label,
+                self._label,
                 variables,
                 ema,
             )
@@ -114,8 +197,8 @@ class Programs:
             opt_state = jax.eval_shape(functools.partial(init_optimizer, part.optimizer), state.params)
             self.states.append(dataclasses.replace(state, opt_state=opt_state))
 
-    def _check_logits(self):
-        """Raises ValueError unless the network gives one logit for each class."""
+    def _trace_student(self):
+        """Returns the shapes of the outputs of the network; raises ValueError if a class lacks its logit."""
         shape, classes = self._setup.data.image_shape, self._setup.data.num_classes
         if self._variables is None:  # `new_state` then traces the same function, which is traced once for both.
             output = jax.eval_shape(lambda: init_network(self.network, self._init_key, shape)[1])
@@ -126,14 +209,20 @@ class Programs:
                 f"the logits of two images have shape {output.logits.shape}; the data have {classes} classes, which "
                 f"asks for {(2, classes)}"
             )
+        return output
+
+    def _find_reads(self, student_output, teacher_output):
+        """Returns which outputs of the teacher a loss of any phase reads."""
+        inputs: LossInputs = example_inputs(student_output, teacher_output, self._label, self._init_key)
+        params, memory = self.states[0].params["losses"], self.states[0].memory
+        reads = [part.objective.find_reads(params, memory, inputs) for part in self.parts]
+        return jax.tree.map(lambda *found: any(found), *reads)
 
     def _make_step(self, part, ema):
         step = make_train_step(
             self.network,
             part.objective,
             part.optimizer,
-            preprocess=self._setup.preprocess,
-            teacher=self._teacher,
             axis_name=AXIS,
             task=task_of(self._setup.data.multilabel),
             micro_batch_size=self._setup.micro_batch_size,
@@ -143,41 +232,39 @@ class Programs:
 
     def _lower_step(self, number, size):
         """Traces the step of a phase for a global batch of `size`."""
-        data, devices = self._setup.data, self._setup.devices
+        labels, devices = self._setup.data.train.labels, self._setup.devices
         rows = len(range(size)[devices.local_rows(size)])
-        batch = {
-            "image": np.zeros((rows, *data.image_shape), data.image_dtype),
-            "label": np.zeros((rows, *data.train.labels.shape[1:]), data.train.labels.dtype),
+        batch = self._teacher_pass.example(rows, self.reads) | {
+            "label": np.zeros((rows, *labels.shape[1:]), labels.dtype),
             "index": np.zeros(rows, np.int32),
         }
-        arguments = self.states[number], self._teacher_variables, devices.shard(batch), self._key
-        return lower(self._steps[number], *arguments)
+        return lower(self._steps[number], self.states[number], devices.shard(batch), self._key)
 
-    def compile(self, number: int, size: int) -> None:
-        """Compiles the step of a phase for a global batch of `size`."""
-        lowered = self.lowered[number] if size == self._setup.sampler.batch_size else self._lower_step(number, size)
-        self._compiled[number, size] = lowered.compile()
+    def compile(self, number: int, size: int, pool: Executor) -> None:
+        """Compiles the step of a phase for a global batch of `size`, likewise."""
+        if (number, size) not in self._compiled:
+            whole = size == self._setup.sampler.batch_size
+            lowered = self.lowered[number] if whole else self._lower_step(number, size)
+            self._compiled[number, size] = pool.submit(lowered.compile)
 
-    def compile_and_init(self, number: int) -> TrainState:
-        """Compiles the step of a phase for whole batches and returns a new state, which is made meanwhile."""
-        with ThreadPoolExecutor() as pool:
-            compiled = pool.submit(self.compile, number, self._setup.sampler.batch_size)
-            # All take the state of one process, as another kind of machine might round differently.
-            state = processes.on_first(lambda: jax.device_get(self._lowered_state.compile()(self._variables)))
-            compiled.result()
-        return state
+    def compile_init(self, pool: Executor) -> Callable[[], TrainState]:
+        """Compiles the program that makes a new state in the background; returns a function that runs it."""
+        compiled = pool.submit(self._lowered_state.compile)
+        # All take the state of one process, as another kind of machine might round differently.
+        return lambda: processes.on_first(lambda: jax.device_get(compiled.result()(self._variables)))
 
     def is_compiled(self, number: int, size: int) -> bool:
         """Returns whether the step of a phase is compiled for a global batch of `size`."""
-        return (number, size) in self._compiled
+        return (number, size) in self._compiled and self._compiled[number, size].done()
 
-    def step(
-        self, number: int, size: int, state: TrainState, teacher_variables: Any, batch: Any
-    ) -> tuple[TrainState, Any]:
-        """Runs the compiled step of a phase for a global batch of `size`; see `make_train_step`."""
-        # The programs were made without a teacher where no loss reads one.
-        teacher_variables = None if self._teacher is None else teacher_variables
-        return self._compiled[number, size](state, teacher_variables, batch, self._key)
+    def compiled(self, number: int, size: int) -> Callable[..., Any]:
+        """Returns the compiled step of a phase for a global batch of `size`, waiting for it."""
+        return self._compiled[number, size].result()
+
+    def step(self, number: int, size: int, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Any]:
+        """Runs the compiled step of a phase on what the teacher pass returns, with "label" and "index"."""
+        teacher = None if self.reads is None else select_outputs(batch["teacher"], self.reads)
+        return self.compiled(number, size)(state, {**batch, "teacher": teacher}, self._key)
 
     def with_fresh_optimizer(self, number: int, state: TrainState) -> TrainState:
         """Returns the state with a fresh optimizer state for a phase."""
@@ -185,3 +272,13 @@ class Programs:
         init = jax.jit(functools.partial(init_optimizer, self.parts[number].optimizer))
         opt_state = processes.on_first(lambda: jax.device_get(init(params)))
         return dataclasses.replace(state, opt_state=self._setup.devices.replicate(opt_state))
+
+
+@contextlib.contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Returns a context in which what tracing raises becomes a `UserError` of one line."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError, FlaxError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name}: {lines[0]}") from error

@@ -21,24 +21,24 @@ class MetricsFiles(Callback):
     """
 
     def __init__(self, workdir: pathlib.Path):
-        self._workdir, self._file, self._tensorboard = workdir, None, None
+        self._workdir, self._path, self._tensorboard = workdir, workdir / "metrics.jsonl", None
 
     def on_start(self, start: Start) -> None:
-        """Opens metrics.jsonl and removes rows of later steps that an interrupted run left."""
+        """Removes rows of later steps that an interrupted run left in metrics.jsonl."""
         self._start, self._tensorboard = start, None
-        processes.on_first(self._open, self._workdir / "metrics.jsonl", start)
+        processes.on_first(self._remove_later_rows, start)
 
-    def _open(self, path, start):
-        kept = [row for row in read_rows(path) if row["phase"] != start.student or row["step"] <= start.step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open_append(path)
+    def _remove_later_rows(self, start):
+        kept = [row for row in read_rows(self._path) if row["phase"] != start.student or row["step"] <= start.step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """Adds a row to the files."""
-        if self._file is None:
+        if not processes.is_first():
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        # Opened for every row, because the students of a trainer share the file.
+        with open_append(self._path) as file:
+            file.write(json.dumps(row) + "\n")
         if self._tensorboard is None:
             # This imports all of PyTorch if it is installed, so it is done while the devices have steps to do.
             from tensorboardX import SummaryWriter
@@ -50,9 +50,7 @@ class MetricsFiles(Callback):
                 self._tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
     def on_end(self) -> None:
-        """Flushes and closes the files."""
-        if self._file is not None:
-            self._file.close()
+        """Flushes and closes the files of TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -85,23 +85,36 @@ def init_state(
       ema: Whether a moving average of the variables is kept, which starts from the initial ones.
     """
     student_key, losses_key = jax.random.split(key)
-    shape: Any = jax.ShapeDtypeStruct  # Shapes stand in for arrays.
     if variables is None:
         start, student_output = init_network(student, student_key, image_shape)
     else:
         start, student_output = variables, jax.eval_shape(partial(output_of, student, image_shape), variables)
-    inputs = LossInputs(
-        student=student_output,
-        teacher=teacher_output,
-        labels=shape((2, *label.shape), label.dtype),
-        indices=shape((2,), jnp.int32),
-        key=shape(key.shape, key.dtype),
-    )
-    losses, memory = objective.init(losses_key, inputs)
+    losses, memory = objective.init(losses_key, example_inputs(student_output, teacher_output, label, key))
     params = {"network": start.get("params", {}), "losses": losses}
     opt_state = init_optimizer(optimizer, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, collections_of(start), opt_state, memory)
     return dataclasses.replace(state, ema=state.variables) if ema else state
+
+
+def example_inputs(
+    student: ModelOutput, teacher: ModelOutput | None, label: jax.ShapeDtypeStruct, key: jax.Array
+) -> LossInputs:
+    """Returns what losses see of two images, as shapes.
+
+    Args:
+      student: Outputs of the student, or their shapes.
+      teacher: Likewise, of the teacher; None without one.
+      label: Shape and dtype of the label of one image.
+      key: A key.
+    """
+    shape: Any = jax.ShapeDtypeStruct  # Shapes stand in for arrays.
+    return LossInputs(
+        student=student,
+        teacher=teacher,
+        labels=shape((2, *label.shape), label.dtype),
+        indices=shape((2,), jnp.int32),
+        key=shape(key.shape, key.dtype),
+    )
 
 
 def output_of(network: Network, image_shape: tuple[int, ...], variables: Variables) -> ModelOutput:

@@ -1,4 +1,4 @@
-"""The two pure functions at the core of training: the training step and the evaluation step."""
+"""The pure functions at the core of training: the teacher pass, the training step and the evaluation step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from cskd_jax.training.networks import Network
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.state import TrainState
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]
 Preprocess = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 # Folded into the key of a step for the draws of the losses and of the student. What is folded in for the images are
@@ -23,26 +23,82 @@ Preprocess = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 _LOSSES, _STUDENT, _MICRO_BATCH = 2**31 - 1, 2**31 - 2, 2**31 - 3
 
 
+def make_teacher_pass(
+    teacher: Network | None,
+    *,
+    preprocess: Preprocess,
+    axis_name: str | None = None,
+    micro_batch_size: int | None = None,
+    reads: Any = None,
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array], dict[str, Any]]:
+    """Returns `teacher_pass(teacher_variables, images, key, step) -> {"image", "teacher"}`, what every student reads.
+
+    Args:
+      teacher: Network in evaluation mode; None if no student reads one.
+      preprocess: `(images, key, positions) -> inputs of the networks`; positions are in the global batch.
+      axis_name: Mapped axis over which the batch is split.
+      micro_batch_size: As of `make_train_step`. The pass takes the parts of the batch one after the other too, so that
+        it needs no more memory than the steps do.
+      reads: Outputs of the teacher that a student reads, a `ModelOutput` of booleans; None for all of them.
+
+    Returns:
+      A pure function. `key` is the key of the run and `step` an int32 scalar, the number of steps done. "image" are
+      inputs of the networks [B, H, W, C], "teacher" the outputs of the teacher with None in the place of those that are
+      not read; None without a teacher.
+    """
+
+    def prepare(teacher_variables, images, positions, step_key):
+        images = preprocess(images, step_key, positions)
+        if teacher is None:
+            return {"image": images, "teacher": None}
+        # The barriers keep the compiler from computing one thing in another way because of what else is returned, so
+        # that a student gets the same bits whoever trains beside it.
+        images = lax.optimization_barrier(images)
+        outputs = lax.optimization_barrier(teacher.apply(teacher_variables, images, train=False)[0])
+        return {"image": images, "teacher": outputs if reads is None else select_outputs(outputs, reads)}
+
+    def teacher_pass(teacher_variables, images, key, step):
+        step_key = jax.random.fold_in(key, step)
+        if micro_batch_size is None:
+            return prepare(teacher_variables, images, batch_positions(len(images), axis_name), step_key)
+
+        def prepare_part(_, part, start, number):
+            del number
+            positions = batch_positions(len(part), axis_name) + start
+            return None, prepare(teacher_variables, part, positions, step_key)
+
+        _, parts = _over_micro_batches(prepare_part, None, images, micro_batch_size, axis_name)
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+    return teacher_pass
+
+
+def select_outputs(outputs: Any, reads: Any) -> Any:
+    """Returns outputs of a network with None in the place of those that are not read.
+
+    Args:
+      outputs: A `ModelOutput` of arrays, or of anything else; None stays None.
+      reads: A `ModelOutput` of booleans.
+    """
+    return jax.tree.map(lambda read, x: x if read else None, reads, outputs, is_leaf=lambda x: x is None)
+
+
 def make_train_step(
     student: Network,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    preprocess: Preprocess,
-    teacher: Network | None = None,
     axis_name: str | None = None,
     task: Task = SINGLE_LABEL,
     micro_batch_size: int | None = None,
     ema: float | None = None,
-) -> Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns `train_step(state, teacher_variables, batch, key) -> (state, metrics)`.
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns `train_step(state, batch, key) -> (state, metrics)`.
 
     Args:
       student: Network that is trained, in training mode.
       objective: Weighted losses.
       optimizer: Optimizer of the parameters of the student and of the losses.
-      preprocess: `(images, key, positions) -> inputs of the networks`; positions are in the global batch.
-      teacher: Network in evaluation mode, not differentiated; None if the objective reads none.
       axis_name: Mapped axis over which the batch is split; the step then equals that of the global batch.
       task: Task that defines the metric of the batch.
       micro_batch_size: Number of images, over all devices, of the micro-batches that the batch is divided into. The
@@ -51,27 +107,22 @@ def make_train_step(
       ema: Decay of the moving average of the variables of the student; None keeps none.
 
     Returns:
-      A pure function. `batch` is {"image": [B, H, W, C], "label": int32 [B] or float32 [B, K]} and, for the losses
-      that keep a memory of the samples, "index": int32 [B], their positions in the training split. `key` is the key of
-      the run (the step is folded in here). metrics are scalars: `loss`, the terms of the objective, `task.score`
-      of the student on the batch, `gradient_norm`.
+      A pure function. `batch` is what the teacher pass returns, {"image", "teacher"}, with "label", int32 [B] or
+      float32 [B, K], and, for the losses that keep a memory of the samples, "index": int32 [B], their positions in the
+      training split. `key` is the key of the run (the step is folded in here). metrics are scalars: `loss`, the terms
+      of the objective, `task.score` of the student on the batch, `gradient_norm`.
     """
 
-    def differentiate(state, teacher_variables, batch, positions, step_key, draw_key):
-        """Returns (gradients, collections, memory, metrics) of images at `positions` in the global batch."""
+    def differentiate(state, batch, draw_key):
+        """Returns (gradients, collections, memory, metrics)."""
         labels = batch["label"]
-        images = preprocess(batch["image"], step_key, positions)
-        teacher_output = None
-        if teacher is not None:
-            teacher_output = lax.stop_gradient(teacher.apply(teacher_variables, images, train=False)[0])
         student_key = _student_key(draw_key, axis_name)
 
         def loss(params):
             variables = {"params": params["network"], **state.collections}
-            output, collections = student.apply(variables, images, train=True, key=student_key)
-            inputs = LossInputs(
-                output, teacher_output, labels, batch.get("index"), jax.random.fold_in(draw_key, _LOSSES)
-            )
+            output, collections = student.apply(variables, batch["image"], train=True, key=student_key)
+            loss_key = jax.random.fold_in(draw_key, _LOSSES)
+            inputs = LossInputs(output, batch.get("teacher"), labels, batch.get("index"), loss_key)
             total, terms, memory = objective(params["losses"], state.memory, inputs, state.step)
             measured = task.measure_step(output.logits, labels, axis_name)
             return total, (collections, memory, {"loss": total, **terms, **measured})
@@ -84,19 +135,16 @@ def make_train_step(
         # A later phase may use parameters that this one does not.
         return gradients, {**state.collections, **collections}, {**state.memory, **memory}, metrics
 
-    def train_step(state, teacher_variables, batch, key):
+    def train_step(state, batch, key):
         step_key = jax.random.fold_in(key, state.step)
         if micro_batch_size is None:
-            positions = batch_positions(len(batch["label"]), axis_name)
-            gradients, collections, memory, metrics = differentiate(
-                state, teacher_variables, batch, positions, step_key, step_key
-            )
+            gradients, collections, memory, metrics = differentiate(state, batch, step_key)
         else:
 
-            def differentiate_part(state, part, start, number):
-                positions = batch_positions(len(part["label"]), axis_name) + start
-                draw_key = jax.random.fold_in(jax.random.fold_in(step_key, _MICRO_BATCH), number)
-                return differentiate(state, teacher_variables, part, positions, step_key, draw_key)
+            def differentiate_part(state, part, number):
+                return differentiate(
+                    state, part, jax.random.fold_in(jax.random.fold_in(step_key, _MICRO_BATCH), number)
+                )
 
             gradients, collections, memory, metrics = _accumulate(
                 differentiate_part, state, batch, micro_batch_size, axis_name
@@ -118,38 +166,65 @@ def _accumulate(differentiate, state, batch, size, axis_name):
     """Returns mean gradients and metrics over the micro-batches, and the last collections and memory.
 
     Args:
-      differentiate: `(state, part of the batch, number of images before it, its number) -> (gradients, collections,
-        memory, metrics)`.
+      differentiate: `(state, part of the batch, its number) -> (gradients, collections, memory, metrics)`.
       state: State before the step.
       batch: This device's part of the batch: its parts of all micro-batches, one after the other.
       size: Number of images of a micro-batch, over all devices.
       axis_name: Mapped axis over which the batch is split.
     """
+    rows = len(batch["label"])
+
+    def add(carry, part, start, number):
+        del start
+        collections, memory, sums = carry
+        seen = dataclasses.replace(state, collections=collections, memory=memory)
+        gradients, collections, memory, metrics = differentiate(seen, part, number)
+        share = len(part["label"]) / rows
+        weighted = jax.tree.map(lambda x: x * share, (gradients, metrics))
+        return (collections, memory, weighted if sums is None else jax.tree.map(jnp.add, sums, weighted)), None
+
+    carry, _ = _over_micro_batches(add, (state.collections, state.memory, None), batch, size, axis_name)
+    collections, memory, (gradients, metrics) = carry
+    return gradients, collections, memory, metrics
+
+
+def _over_micro_batches(function, carry, batch, size, axis_name):
+    """Applies a function to one micro-batch after the other.
+
+    Args:
+      function: `(carry, part of the batch, number of images before it, its number) -> (carry, result)`.
+      carry: Carry before the first; it may change its structure there.
+      batch: This device's part of the batch: its parts of all micro-batches, one after the other.
+      size: Number of images of a micro-batch, over all devices.
+      axis_name: Mapped axis over which the batch is split.
+
+    Returns:
+      The last carry, and a list of results, each of one or several micro-batches along its first axis.
+    """
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    rows, local = len(batch["label"]), size // devices
+    rows, local = len(jax.tree.leaves(batch)[0]), size // devices
     number, rest = divmod(rows, local)
 
     def part_of(start, end):
         return jax.tree.map(lambda x: x[start:end], batch)
 
-    def add(carry, part, index):
-        collections, memory, sums = carry
-        seen = dataclasses.replace(state, collections=collections, memory=memory)
-        gradients, collections, memory, metrics = differentiate(seen, part, index * size, index)
-        share = len(part["label"]) / rows
-        weighted = jax.tree.map(lambda x: x * share, (gradients, metrics))
-        return collections, memory, weighted if sums is None else jax.tree.map(jnp.add, sums, weighted)
-
-    carry = add((state.collections, state.memory, None), part_of(0, min(local, rows)), 0)
+    carry, result = function(carry, part_of(0, min(local, rows)), 0, 0)
+    results = [result]
     if number > 1:
         # A loop is compiled once, however many micro-batches there are.
         parts = jax.tree.map(lambda x: x.reshape(number - 1, local, *x.shape[1:]), part_of(local, number * local))
         indices = jnp.arange(1, number, dtype=jnp.int32)
-        carry, _ = lax.scan(lambda carry, xs: (add(carry, *xs), None), carry, (parts, indices))
+
+        def of_index(carry, part_and_index):
+            part, index = part_and_index
+            return function(carry, part, index * size, index)
+
+        carry, stacked = lax.scan(of_index, carry, (parts, indices))
+        results.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked))
     if number and rest:
-        carry = add(carry, part_of(number * local, rows), number)
-    collections, memory, (gradients, metrics) = carry
-    return gradients, collections, memory, metrics
+        carry, result = function(carry, part_of(number * local, rows), number * size, number)
+        results.append(result)
+    return carry, results
 
 
 def make_eval_step(

@@ -1,5 +1,6 @@
 """The trainer, which trains students with the help of teachers."""
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.distributed.signals import StopRequest
-from cskd_jax.errors import UserError
+from cskd_jax.errors import DivergedError, UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Console, Progress
@@ -25,8 +26,9 @@ from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.loop import Loop
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
+from cskd_jax.training.participant import Participant
 from cskd_jax.training.phases import Phase, make_parts
-from cskd_jax.training.programs import Programs
+from cskd_jax.training.programs import Programs, TeacherPass
 from cskd_jax.training.records import MetricsFiles, read_rows
 from cskd_jax.training.setup import Setup
 from cskd_jax.training.state import TrainState
@@ -126,9 +128,12 @@ class Trainer:
       accumulation_steps: Number of micro-batches that a batch is divided into, to save memory: `batch_size` is what an
         update sees; batch normalization, memories, and losses that relate images to each other see micro-batches.
       stream: Number folded into the seed for weights and augmentation; trainers with different ones draw differently.
+      beside: Trainer with the same teacher, data, and all else that decides the batches, with which this one is to be
+        trained by `fit_together`; None for a trainer that comes first or alone.
 
     Attributes:
       state: {name: its `TrainState` at the end of `fit`}.
+      teacher_pass: Compiled programs that prepare the batches of all students.
 
     Raises:
       UserError: Networks, losses, data and devices do not fit together; nothing has been compiled by then.
@@ -153,6 +158,7 @@ class Trainer:
         keep_checkpoints: int = 2,
         accumulation_steps: int = 1,
         stream: int = 1,
+        beside: "Trainer | None" = None,
     ):
         integers = (("log_every", log_every, 1), ("seed", seed, 0), ("accumulation_steps", accumulation_steps, 1))
         for argument, value, low in integers:
@@ -164,24 +170,30 @@ class Trainer:
         self._teacher = next(iter(teachers), None)
         self._teacher_network = None if self._teacher is None else as_network(self._teacher.network)
         self.state: dict[str, TrainState] = {}
-        files = () if self._workdir is None else (MetricsFiles(self._workdir),)
-        self._setup = Setup(
+        shared = Setup(
             data=data,
             sampler=UniformSampler(len(data.train.labels), batch_size, seed) if sampler is None else sampler,
             normalize=(lambda images: images) if normalize is None else normalize,
             augment=augment,
             key=jax.random.fold_in(jax.random.PRNGKey(seed), stream),
             devices=devices if isinstance(devices, Devices) else Devices(devices),
-            callbacks=(*files, *((Console(),) if callbacks is None else callbacks)),
+            callbacks=(Console(),) if callbacks is None else tuple(callbacks),
             workdir=self._workdir,
             log_every=log_every,
             keep_checkpoints=keep_checkpoints,
             accumulation_steps=accumulation_steps,
         )
-        _check_batches(self._setup)
-        self._loops = {name: self._make_loop(name, student, phases) for name, student in students.items()}
+        _check_batches(shared)
+        self._setup = shared
+        if beside is None:
+            self.teacher_pass = TeacherPass(shared, self._teacher_network, self._teacher_variables())
+        else:
+            self.teacher_pass = beside.teacher_pass
+        self._participants = {
+            name: self._make_participant(name, student, phases, len(students) > 1) for name, student in students.items()
+        }
 
-    def _make_loop(self, name, student, phases):
+    def _make_participant(self, name, student, phases, several):
         data, sampler = self._setup.data, self._setup.sampler
         network = as_network(student.network)
         if student.ema is not None and not 0 <= student.ema < 1:
@@ -209,8 +221,6 @@ class Trainer:
             steps_per_epoch=sampler.steps_per_epoch,
             create=create,
         )
-        # A teacher that no loss reads would cost a forward pass for nothing.
-        has_teacher = self._teacher is not None and parts[0].all_losses.may_read_teacher
         record = Record(
             network=dict(student.description or {"name": _class_name(network)}),
             channels=data.image_shape[-1],
@@ -219,18 +229,21 @@ class Trainer:
             images=_describe_images(data, self._setup.normalize),
             method=student.method,
         )
-        with self._setup.pause(f"{name}: tracing the training step"):
+        # Callbacks keep what belongs to one student, so each of several has copies.
+        callbacks = map(copy.copy, self._setup.callbacks) if several else self._setup.callbacks
+        files = () if self._workdir is None else (MetricsFiles(self._workdir),)
+        setup = dataclasses.replace(self._setup, callbacks=(*files, *callbacks))
+        with setup.pause(f"{name}: tracing the training step"):
             programs = Programs(
                 name,
                 network,
                 parts,
-                self._setup,
+                setup,
                 variables=network.variables if student.variables is None else student.variables,
-                teacher=self._teacher_network if has_teacher else None,
-                teacher_variables=self._teacher_variables() if has_teacher else None,
+                teacher_pass=self.teacher_pass,
                 ema=student.ema,
             )
-        return Loop(name, programs, record, self._setup)
+        return Participant(name, programs, record, setup)
 
     def _teacher_variables(self):
         if self._teacher is None or self._teacher_network is None:
@@ -238,35 +251,46 @@ class Trainer:
         return self._teacher_network.variables if self._teacher.variables is None else self._teacher.variables
 
     def fit(self, stop: StopRequest | None = None) -> dict[str, Result]:
-        """Trains every student to the end, one after the other.
+        """Trains every student to the end, all at once: each batch passes through the teacher once.
 
         Args:
-          stop: Request to stop, which is checked after every step; None never stops early.
+          stop: Request to stop, which is checked before every step; None never stops early.
 
         Returns:
           {name: result}.
 
         Raises:
           InterruptedRun: `stop` was requested; with a workdir the state is saved.
-          DivergedError: A loss or gradient is not finite.
+          DivergedError: A loss or gradient of a student is not finite. The others are trained to the end first, and
+            `results` of the error has theirs.
         """
-        devices, stop = self._setup.devices, StopRequest() if stop is None else stop
-        teacher_variables = self._teacher_variables()
-        if self._teacher is not None:
-            if teacher_variables is None:
-                raise UserError("the teacher has no variables: set them before fit")
-            teacher_variables = devices.replicate(teacher_variables)
-        results = {}
-        for name, loop in self._loops.items():
-            loop.say_what_depends_on_devices()
-            state, progress, history = loop.run(stop, teacher_variables)
-            self.state[name] = jax.device_get(state)
-            if self._workdir is not None:
-                path = self._workdir / "metrics.jsonl"
-                rows = processes.on_first(lambda path=path: list(read_rows(path)))
-                history = [row for row in rows if row["phase"] == name]
-            results[name] = _result(name, self.state[name].averaged, progress, history)
+        results: dict[str, Result] = {}
+        diverged: list[DivergedError] = []
+
+        def on_done(_, name, outcome):
+            if isinstance(outcome, DivergedError):
+                diverged.append(outcome)
+            elif isinstance(outcome, UserError):
+                raise outcome
+            else:
+                results[name] = outcome
+
+        fit_together([self], stop, on_done)
+        if diverged:
+            diverged[0].results = results
+            raise diverged[0]
         return results
+
+    def _finish(self, participant):
+        """Returns the result of a student that is done, whose state is kept."""
+        name, history = participant.name, participant.history
+        self.state[name] = jax.device_get(participant.state)
+        participant.state = None  # Its devices may need the memory.
+        if self._workdir is not None:
+            path = self._workdir / "metrics.jsonl"
+            rows = processes.on_first(lambda: list(read_rows(path)))
+            history = [row for row in rows if row["phase"] == name]
+        return _result(name, self.state[name].averaged, participant.progress, history)
 
     def say(self, message: str) -> None:
         """Sends a line of text to the callbacks."""
@@ -274,11 +298,11 @@ class Trainer:
 
     def programs(self, name: str) -> Programs:
         """Returns the compiled programs of the training of a student."""
-        return self._loops[name].programs
+        return self._participants[name].programs
 
     def describe(self, name: str) -> dict[str, Any]:
         """Returns the description of a student's network in checkpoints."""
-        return self._loops[name].record.network
+        return self._participants[name].record.network
 
     def evaluate(self, name: str, split: str = "test") -> dict[str, float]:
         """Returns the metrics of a student on a split, "test", "train" or "validation".
@@ -287,14 +311,48 @@ class Trainer:
           UserError: There is no such student, or it has not been trained.
         """
         if name not in self.state:
-            raise UserError(f"{name} has not been trained: fit trains {', '.join(self._loops)}")
+            raise UserError(f"{name} has not been trained: fit trains {', '.join(self._participants)}")
         return self.evaluation(name, split)(self._setup.devices.replicate(self.state[name].averaged))
 
     def evaluation(self, name: str, split: str = "test") -> Evaluation:
         """Returns the evaluation of a student on a split; raises UserError if the split can only be read once."""
         if split == "train" and isinstance(self._setup.sampler, EpochBatches):
             raise UserError("the batches that a function makes are not evaluated; give arrays to evaluate on them")
-        return self._loops[name].evaluation_on(split)
+        return self._participants[name].evaluation_on(split)
+
+
+def fit_together(
+    trainers: Sequence[Trainer],
+    stop: StopRequest | None = None,
+    on_done: Callable[[Trainer, str, Result | UserError], None] = lambda trainer, name, outcome: None,
+) -> None:
+    """Trains the students of several trainers at once, as `Trainer.fit` does those of one.
+
+    Args:
+      trainers: Trainers with the same data, sampler, augmentation, seed, devices and teacher, which may differ in all
+        else: students, phases, workdirs, callbacks. Some may have no teacher.
+      stop: Request to stop, which is checked before every step; None never stops early.
+      on_done: Function that is called with the trainer, the name and the result of a student once it is done, or with
+        the error that ended its training; the others go on.
+
+    Raises:
+      InterruptedRun: `stop` was requested; the states of trainers with a workdir are saved.
+    """
+    with_teacher = next((trainer for trainer in trainers if trainer._teacher is not None), trainers[0])
+    teacher_variables = with_teacher._teacher_variables()
+    if with_teacher._teacher is not None:
+        if teacher_variables is None:
+            raise UserError("the teacher has no variables: set them before fit")
+        teacher_variables = with_teacher._setup.devices.replicate(teacher_variables)
+    owners = {participant: trainer for trainer in trainers for participant in trainer._participants.values()}
+    for participant in owners:
+        participant.say_what_depends_on_devices()
+
+    def done(participant):
+        trainer = owners[participant]
+        on_done(trainer, participant.name, participant.error or trainer._finish(participant))
+
+    Loop(list(owners), with_teacher.teacher_pass).run(StopRequest() if stop is None else stop, teacher_variables, done)
 
 
 def _result(name: str, variables: Variables, progress: Progress, history: Sequence[Mapping[str, Any]]) -> Result:

@@ -1,0 +1,44 @@
+"""Carries out runs of a sweep that share a teacher; `cskd-jax sweep` starts this.
+
+python -m cskd_jax.commands.together < RUNS
+
+  RUNS   a JSON list with [name, RECIPE:WORD, overrides --config.KEY=VALUE, folder] of each run
+
+Exit codes: 0 all done; 1 a run failed; 75 stopped by a signal, with everything saved.
+"""
+
+import json
+import pathlib
+import sys
+
+from cskd_jax import console
+from cskd_jax.commands import command_line
+from cskd_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Reads the runs from standard input, carries them out, and returns the exit code."""
+    return command_line.run_program(_run, __doc__, argv)
+
+
+def _run(argv):
+    del argv
+    try:
+        runs = [
+            (name, recipe, overrides, pathlib.Path(workdir))
+            for name, recipe, overrides, workdir in json.load(sys.stdin)
+        ]
+    except ValueError:
+        raise UserError("standard input must hold a JSON list of runs; cskd-jax sweep starts this command") from None
+    console.start()
+    from cskd_jax.runs import recipes
+
+    loaded = [(name, recipes.load_recipe(recipe, overrides), workdir) for name, recipe, overrides, workdir in runs]
+    command_line.set_up_jax()
+    from cskd_jax.runs.together import carry_out
+
+    return int(any(job.error is not None for job in carry_out(loaded)))
+
+
+if __name__ == "__main__":
+    command_line.start(main)

@@ -1,0 +1,271 @@
+"""One student in the training loop: its state, its steps, its evaluations, and its checkpoints."""
+
+import contextlib
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cskd_jax.errors import UserError
+from cskd_jax.models import count_parameters
+from cskd_jax.training.callbacks import Meter, Progress, Row, Start
+from cskd_jax.training.checkpoint import FOLDER, Checkpoints, Record
+from cskd_jax.training.evaluation import Evaluation
+from cskd_jax.training.metrics import task_of
+from cskd_jax.training.networks import Variables, draws_random_numbers
+from cskd_jax.training.optimizers import learning_rate_of_step
+from cskd_jax.training.programs import Programs
+from cskd_jax.training.setup import Setup
+from cskd_jax.training.state import TrainState
+
+
+class Participant:
+    """A student in the training loop. As a context manager, it holds its checkpoints and logs.
+
+    Args:
+      name: Name of the student and of its folder in the workdir.
+      programs: Compiled programs of its training.
+      record: Description of the network for its checkpoints.
+      setup: Setup of its trainer.
+
+    Attributes:
+      name: Name of the student.
+      programs: Compiled programs of its training.
+      record: Record that the first checkpoint has.
+      setup: Setup of its trainer.
+      step: Number of steps done.
+      steps: Number of steps in all.
+      state: The state: numpy arrays after the restoration of a checkpoint, then on the devices; None before that.
+      progress: Progress of the training.
+      history: Rows of the history since the start or resumption.
+      error: What ended its training, while others went on; None if nothing has.
+    """
+
+    def __init__(self, name: str, programs: Programs, record: Record, setup: Setup):
+        self.name, self.programs, self.record, self.setup = name, programs, record, setup
+        self.step, self.steps = 0, programs.parts[-1].end
+        self.state: Any = None
+        self.progress, self.history = Progress(), list[Row]()
+        self.error: UserError | None = None
+        self._steps_per_epoch = setup.sampler.steps_per_epoch
+        self._task = task_of(setup.data.multilabel)
+        self._evaluations: dict[str, Evaluation] = {}
+        # The split on which the best epoch is chosen.
+        self._choice = "test" if setup.data.validation is None else "validation"
+        # Without a workdir, the variables of the best epoch are kept here until the test split is measured.
+        self._best_variables: Variables | None = None
+        self._checkpoints: Checkpoints | None = None
+        self._meter: Meter | None = None
+        # Number of steps done at the last evaluation or saving, or at the start.
+        self._rested = 0
+        self._pending: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
+
+    @property
+    def done(self) -> bool:
+        """Returns whether there is nothing left to train."""
+        return self.error is not None or self.step >= self.steps
+
+    def __enter__(self):
+        """Restores the newest checkpoint.
+
+        Raises:
+          UserError: The workdir holds a longer training.
+        """
+        self._stack = contextlib.ExitStack()
+        if self.setup.workdir is not None:
+            folder = self.setup.workdir / self.name / FOLDER
+            self._checkpoints = self._stack.enter_context(Checkpoints(folder, self.setup.keep_checkpoints))
+            restored = self._checkpoints.restore(lambda step: self.programs.states[self._part_of(step - 1)])
+            if restored is not None:
+                self.state, self.progress = restored[0], Progress(**restored[1].progress)
+                self.step = self._rested = int(self.state.step)
+        if self.step > self.steps:
+            self._stack.close()
+            raise UserError(
+                f"{self.name}: the workdir holds a training of {self.step} steps, more than the {self.steps} "
+                "asked for; use another workdir"
+            )
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Closes checkpoints and logs; may be called again."""
+        self._stack.close()
+
+    def say(self, message: str) -> None:
+        """Sends a line of text to the callbacks."""
+        self.setup.say(f"{self.name}: {message}")
+
+    def pause(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Returns a context for something other than training, which the callbacks are told about."""
+        return self.setup.pause(f"{self.name}: {what}")
+
+    def say_what_depends_on_devices(self) -> None:
+        """Reports a missing training mode, and why results depend on the number of devices if they do."""
+        count, state, network = self.setup.devices.count, self.programs.states[0], self.programs.network.on_axis(None)
+        if state.collections and not getattr(network, "has_training_mode", True):
+            self.say("the network has no argument that asks for training mode: it is always called in the same way")
+        if count == 1:
+            return
+        images = jax.ShapeDtypeStruct((2, *self.setup.data.image_shape), jnp.float32)
+        causes = []
+        if not network.synchronized:
+            causes = [f"its {name} are computed on each device's part of a batch" for name in state.collections]
+        if draws_random_numbers(network, state.variables, images):
+            causes.append("it draws random numbers on each device")
+        if causes:
+            self.say(f"results depend on the number of devices, {count}: {', and '.join(causes)}")
+
+    def announce(self) -> None:
+        """Says what is about to be trained."""
+        size = count_parameters(self.programs.states[0].params["network"])
+        verb = "training" if self.step == 0 else f"resuming at step {self.step} of {self.steps}:"
+        epochs = self.steps // self._steps_per_epoch
+        self.say(
+            f"{verb} {self.record.describe_network()}, {size:,} parameters, "
+            f"{epochs} epoch{'s' if epochs > 1 else ''} of {self._steps_per_epoch} steps"
+        )
+
+    def compile(self, size: int, pool: Executor) -> Callable[[], TrainState] | None:
+        """Compiles the next step in the background; returns a function that makes a new state if there is none."""
+        self.programs.compile(self._part_of(self.step), size, pool)
+        return self.programs.compile_init(pool) if self.state is None else None
+
+    def compile_ahead(self, pool: Executor) -> None:
+        """Compiles in the background what the rest of the epoch, its evaluation and later phases will need."""
+        number = self._part_of(self.step)
+        self.programs.compile(number, self.setup.sampler.last_batch_size, pool)
+        self.evaluation_on(self._choice).compile(self.programs.states[0].averaged, pool)
+        for later in range(number + 1, len(self.programs.parts)):
+            self.programs.compile(later, self.setup.sampler.batch_size, pool)
+
+    def wait_for_compiler(self, size: int) -> None:
+        """Waits until the next step is compiled for a global batch of `size`."""
+        self.programs.compiled(self._part_of(self.step), size)
+
+    def is_compiled(self, size: int) -> bool:
+        """Returns whether the next step is compiled for a global batch of `size`."""
+        return self.programs.is_compiled(self._part_of(self.step), size)
+
+    def begin(self, make_state: Callable[[], TrainState] | None) -> None:
+        """Puts the state on the devices and begins to measure.
+
+        Args:
+          make_state: Function that makes a new state; None if there is one from a checkpoint.
+        """
+        state = self.state if make_state is None else make_state()
+        self.state = self.setup.devices.replicate(state)
+        sampler = self.setup.sampler
+        start = Start(
+            student=self.name,
+            step=self.step,
+            steps=self.steps,
+            steps_per_epoch=self._steps_per_epoch,
+            images_done=sampler.images_before(self.step),
+            images=sampler.images_before(self.steps),
+            task=self._task,
+            progress=self.progress,
+            learning_rate=self._learning_rate,
+        )
+        self._meter = self._stack.enter_context(Meter(start, self.setup.callbacks, self.setup.log_every))
+        self.history = self._meter.history
+
+    @property
+    def _running_meter(self) -> Meter:
+        assert self._meter is not None, "`begin` comes first"
+        return self._meter
+
+    def start_clock(self) -> None:
+        """Restarts the clock, so that what came before does not count as training time."""
+        self._running_meter.start_clock()
+
+    def train_step(self, size: int, batch: dict[str, Any]) -> None:
+        """Dispatches the next step on what the teacher pass has returned, with "label" and "index".
+
+        Raises:
+          DivergedError: A metric of this step, or of an earlier one that was in flight, is not finite.
+        """
+        number = self._part_of(self.step)
+        if self.step and self.step == self.programs.parts[number].start and self.programs.parts[number].fresh:
+            self.state = self.programs.with_fresh_optimizer(number, self.state)
+        self.state, metrics = self.programs.step(number, size, self.state, batch)
+        self.step += 1
+        self._pending.append((self.step, size, metrics))
+        # Metrics of finished steps are read without waiting; only a step too far ahead of the devices waits.
+        limit = self.setup.devices.steps_in_flight
+        while self._pending and (len(self._pending) >= limit or self._pending[0][2]["loss"].is_ready()):
+            self._running_meter.add(*self._pending.popleft())
+
+    def drain(self) -> None:
+        """Waits for the steps in flight; raises DivergedError likewise."""
+        while self._pending:
+            self._running_meter.add(*self._pending.popleft())
+
+    def rest(self) -> None:
+        """Evaluates if an epoch has ended, and saves if there is a workdir; does nothing if no step has been done."""
+        if self.step == self._rested:
+            return
+        self._rested, meter, state = self.step, self._running_meter, self.state
+        score = -math.inf  # what is saved in the middle of an epoch is never the best
+        if self.step % self._steps_per_epoch == 0:
+            with self.pause("evaluating"):
+                values = self.evaluation_on(self._choice)(state.averaged)
+            is_best = meter.end_epoch(self.step, self._choice, values)
+            score = values[self._task.score]
+            if self._choice != "test":
+                if is_best and self._checkpoints is None:
+                    self._best_variables = jax.device_get(state.averaged)
+                if self.done:
+                    with self.pause("evaluating the test split"):
+                        self._measure_test(meter)
+        if self._checkpoints is not None:
+            progress = dataclasses.asdict(meter.progress)
+            record = dataclasses.replace(self.record, finished=self.done, progress=progress)
+            with self.pause("saving"):
+                self._checkpoints.save(self.step, state, record, score)
+                if self.done:
+                    self._checkpoints.wait()
+
+    def _measure_test(self, meter):
+        """Evaluates on the test split the best epoch, which the validation split chose, and the last epoch."""
+        evaluate, best = self.evaluation_on("test"), meter.progress.evaluations["best"]["epoch"]
+        best_step, last = best * self._steps_per_epoch, (self.steps, evaluate(self.state.averaged))
+        entries = {"best": last, "last": last}
+        if best_step != self.steps:
+            try:
+                variables = self._best_variables if self._checkpoints is None else self._checkpoints.read(best_step)
+                entries["best"] = best_step, evaluate(self.setup.devices.replicate(variables))
+            except UserError as error:  # This is no reason to lose the last epoch.
+                self.say(f"the best epoch, {best}, cannot be measured, the last one stands in its place: {error}")
+        meter.end_test(entries)
+
+    def evaluation_on(self, split: str) -> Evaluation:
+        """Returns an evaluation on a split, "test", "train" or "validation"."""
+        if split not in self._evaluations:
+            data = self.setup.data
+            self._evaluations[split] = Evaluation(
+                self.programs.network,
+                {"test": data.test, "train": data.train, "validation": data.validation}[split],
+                data.num_classes,
+                normalize=self.setup.normalize,
+                batch_size=self.setup.sampler.batch_size,
+                devices=self.setup.devices,
+            )
+        return self._evaluations[split]
+
+    def _part_of(self, step):
+        """Returns the number of the phase of the step that follows `step` steps."""
+        parts = self.programs.parts
+        return next((number for number, part in enumerate(parts) if step < part.end), len(parts) - 1)
+
+    def _learning_rate(self, step):
+        """Returns the learning rate of a step, by its number from 1."""
+        part = self.programs.parts[self._part_of(step - 1)]
+        return learning_rate_of_step(part.schedule, step - 1 - part.optimizer_start)
