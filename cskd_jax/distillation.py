@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,17 +29,18 @@ from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import FOLDER, digest_of, mark_unfinished
 from cskd_jax.training.objective import as_settings
 from cskd_jax.training.phases import Phase
-from cskd_jax.training.trainer import Result, Student, Teacher, Trainer
+from cskd_jax.training.trainer import Student, Teacher, Trainer
 
 _IDENTITY = "distillation.json"
 _STUDENT = "student"
 
 
 def distill(
-    student: Any,
+    student: Any = None,
     *,
-    losses: Mapping[str, Any],
-    optimizer: optax.GradientTransformation,
+    students: Mapping[str, Student] | None = None,
+    losses: Mapping[str, Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     train: tuple[np.ndarray, np.ndarray] | Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]],
     test: tuple[np.ndarray, np.ndarray],
     validation: tuple[np.ndarray, np.ndarray] | None = None,
@@ -65,8 +67,8 @@ def distill(
     workdir: str | pathlib.Path | None = None,
     devices: int | Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     log_every: int = 50,
-) -> Result:
-    """Trains a student, with the help of a teacher if its losses read one.
+) -> Any:
+    """Trains a student, with the help of a teacher if its losses read one; or several students at once.
 
     Args:
       student: Linen module, with any collections of variables and any random streams; or an nnx module, whose weights
@@ -74,6 +76,8 @@ def distill(
         `training.adapters`). It is called with images [B, H, W, C], and returns logits [B, K], a dictionary with
         "logits" and other fields of `ModelOutput`, or a `ModelOutput`. A linen module is asked for training mode by its
         argument `train`, `training`, `is_training` or `deterministic`, if it has one of them.
+      students: In the place of one student: {name: `Student`}, each with its own network, losses and optimizer. They
+        see the same batches, which pass through the teacher once for all; each becomes what it would become alone.
       losses: {name: weight, or settings with a "weight", or a loss of one's own}; see `training.objective.Objective`.
       optimizer: Optimizer, such as `optax.adamw(1e-3)`.
       train: Images [N, H, W, C] and labels, int [N], or 0 and 1 [N, K] where an image has any number of classes.
@@ -112,12 +116,30 @@ def distill(
       log_every: Number of steps between two rows of the history.
 
     Returns:
-      The variables of the student, its metrics such as `metrics["test"]["top1"]`, and the history.
+      A `Result`: the variables of the student, its metrics such as `metrics["test"]["top1"]`, and the history. Of
+      several students, {name: `Result`}.
 
     Raises:
       UserError: Something does not fit together; the message says what.
-      DivergedError: A loss or gradient is not finite.
+      DivergedError: A loss or gradient is not finite. Of several students, the others are trained to the end first, and
+        `results` of the error has theirs.
     """
+    several = students is not None
+    if students is None:
+        network = as_network(student, student_features, student_embedding)
+        students = {_STUDENT: _make_student(network, losses, optimizer, schedule, ema, student_variables)}
+    else:
+        _check_students(
+            students,
+            student=student,
+            losses=losses,
+            optimizer=optimizer,
+            schedule=schedule,
+            ema=ema,
+            student_variables=student_variables,
+            student_features=student_features,
+            student_embedding=student_embedding,
+        )
     sampler = _make_batches(train, steps_per_epoch)
     arrays: Any = train if sampler is None else sampler.first
     data = make_data(arrays, test, categories, validation)
@@ -128,11 +150,10 @@ def distill(
         raise UserError(f"mean and std must have 1 value or {data.image_shape[-1]}, one for each channel of the images")
     floats = data.image_dtype != np.uint8
     teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
-    network = as_network(student, student_features, student_embedding)
     workdir = None if workdir is None else local_folder(workdir)
     with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY):
         trainer = Trainer(
-            {_STUDENT: Student(network, losses, optimizer, schedule, ema, student_variables)},
+            students,
             teachers,
             data=data,
             phases=[Phase(epochs)],
@@ -149,19 +170,49 @@ def distill(
         if workdir is not None:
             size = batch_size if sampler is None else sampler.batch_size
             settings = {"epochs": int(epochs), "batch_size": int(size), "drop_last": drop_last, "seed": int(seed)}
-            # Settings that are off are not written: an earlier version knew none of them.
-            settings |= {} if ema is None else {"ema": float(ema)}
+            # A setting that is off is not written: an earlier version knew none.
             settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
             paths = [student_features, teacher_features, student_embedding, teacher_embedding]
             settings |= {"mean": mean, "std": std, "paths": paths, "data": fingerprint(data)}
-            settings["losses"] = {name: _describe_loss(as_settings(entry)) for name, entry in losses.items()}
-            for name, variables in (("teacher", teacher_variables), ("student", student_variables)):
-                settings[f"{name}_variables"] = None if variables is None else digest_of(variables)
-            trainer.say(_claim(workdir, settings))
-        result = trainer.fit()[_STUDENT]
+            settings["teacher_variables"] = None if teacher_variables is None else digest_of(teacher_variables)
+            described = {name: _describe_student(one) for name, one in students.items()}
+            settings |= {"students": described} if several else described[_STUDENT]
+            trainer.say(_claim(workdir, settings, students))
+        results = trainer.fit()
         if workdir is not None:
-            write_json(workdir / RESULTS, {"student": describe_result(trainer.describe(_STUDENT), result)})
-    return result
+            entries = {name: describe_result(trainer.describe(name), result) for name, result in results.items()}
+            write_json(workdir / RESULTS, entries)
+    return results if several else results[_STUDENT]
+
+
+def _make_student(network, losses, optimizer, schedule, ema, variables):
+    if losses is None or optimizer is None:
+        raise UserError("a student needs losses and an optimizer, such as losses={'kd': 0.9}, optimizer=optax.sgd(0.1)")
+    return Student(network, losses, optimizer, schedule, ema, variables)
+
+
+def _check_students(students, **single):
+    """Raises UserError for students that are none, or for settings that belong to one of them."""
+    given = [name for name, value in single.items() if value is not None and value != ()]
+    if given:
+        raise UserError(f"{given[0]} belongs to one student: with students={{...}}, it is part of each `Student`")
+    if not students or not all(isinstance(student, Student) for student in students.values()):
+        raise UserError("students must be {name: Student(network, losses, optimizer)}, with at least one")
+    allowed = re.compile(r"(?!tensorboard$)[A-Za-z0-9][A-Za-z0-9._+-]*")
+    wrong = [name for name in students if not allowed.fullmatch(name)]
+    if wrong:
+        raise UserError(
+            f"a student cannot be called {wrong[0]!r}, as a folder is named after it: letters, digits and ._+- are "
+            "allowed, but not tensorboard"
+        )
+
+
+def _describe_student(student):
+    """Returns what can be compared of a student, as JSON."""
+    losses = {name: _describe_loss(as_settings(entry)) for name, entry in student.losses.items()}
+    variables = None if student.variables is None else digest_of(student.variables)
+    ema = {} if student.ema is None else {"ema": float(student.ema)}
+    return {"losses": losses, "student_variables": variables, **ema}
 
 
 def _make_teachers(teacher, variables, features, embedding):
@@ -246,8 +297,8 @@ def _describe_loss(entry):
     return getattr(entry, "__qualname__", type(entry).__qualname__)
 
 
-def _claim(workdir, identity):
-    """Makes the workdir that of these settings; returns what is to be known about it.
+def _claim(workdir, identity, students):
+    """Makes the workdir that of these settings and students; returns what is to be known about it.
 
     Raises:
       UserError: It holds checkpoints of other settings, or of something else.
@@ -263,7 +314,8 @@ def _claim(workdir, identity):
     different = sorted(key for key in identity.keys() | found.keys() if found.get(key) != identity.get(key))
     if different == ["epochs"] and found["epochs"] < identity["epochs"]:
         (workdir / RESULTS).unlink(missing_ok=True)
-        mark_unfinished(workdir / _STUDENT / FOLDER)
+        for name in students:
+            mark_unfinished(workdir / name / FOLDER)
     elif different:
         changes = ", ".join(f"{key} {found.get(key)!r} != {identity.get(key)!r}" for key in different)
         raise UserError(f"workdir {workdir} holds another run ({changes}); use another workdir")

@@ -126,15 +126,14 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys):
     done.workdir.mkdir()
     (done.workdir / "results.json").write_text("{}")
     teacher = grid.Run(tmp_path, "teacher", "configs/nothing.py", ())
-    needs_it, bad = grid.Run(tmp_path, "kd", DIGITS, (), teacher), grid.Run(tmp_path, "bad", DIGITS, ("x",))
-    runs = [done, teacher, needs_it, bad]
+    needs_it, bad = grid.Run(tmp_path, "kd", DIGITS, (), teacher), grid.Run(tmp_path, "bad", DIGITS, ("--config.epochs=x",))
     with pytest.raises(sweep.FailedRunsError, match=r"3 of 4 runs failed: teacher, kd, bad; the same command"):
-        sweep.sweep(runs, jobs=2)
+        sweep.sweep([[done], [teacher], [needs_it], [bad]], jobs=2)
     output = capsys.readouterr().out
-    assert "4 runs, 1 done, 3 to go, 2 at a time" in output
-    assert "teacher: FAILED, exit code 2: error: --config=RECIPE must name a file" in output
+    assert "4 runs, 1 done, 3 to go in 3 groups, 2 groups at a time" in output
+    assert "teacher: FAILED: error: --config=RECIPE must name a file" in output
     assert "kd: not started: teacher failed" in output
-    assert "bad: FAILED, exit code 2: error: there is one recipe, got" in output
+    assert "bad: FAILED: error: epochs is 'x'" in output
     assert sweep.FailedRunsError.exit_code == 1
 
 
@@ -155,7 +154,7 @@ def children(pid):
 
 @pytest.mark.slow
 def test_killed_stopped_and_continued(start, small_run, tmp_path, capsys):
-    """One at a time until it is killed, then two at a time; then the report and the evaluation of what is there."""
+    """Killed, stopped while all train together, continued; then the report and the evaluation of what is there."""
     arguments = [*small_run, "--config.epochs=2", "--methods=ce,kd", f"--workdir={tmp_path}"]
     teacher = tmp_path / "teacher-resnet8_0.25"
     process = start(arguments, program="cskd_jax.sweep")

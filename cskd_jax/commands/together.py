@@ -24,10 +24,7 @@ def main(argv: list[str]) -> int:
 def _run(argv):
     del argv
     try:
-        runs = [
-            (name, recipe, overrides, pathlib.Path(workdir))
-            for name, recipe, overrides, workdir in json.load(sys.stdin)
-        ]
+        runs = [(*entry, pathlib.Path(workdir)) for *entry, workdir in json.load(sys.stdin)]
     except ValueError:
         raise UserError("standard input must hold a JSON list of runs; cskd-jax sweep starts this command") from None
     console.start()

@@ -74,9 +74,10 @@ def sweep(groups: Sequence[Sequence[Run]], jobs: int) -> None:
                     for run in process.left:
                         fail(run, _failure(run, code, process.log))
             for group in list(waiting):
-                for run in [run for run in group if run.teacher in failed]:
-                    group.remove(run)
-                    fail(run, f"not started: {run.teacher.name} failed")
+                for run in list(group):
+                    if run.teacher is not None and run.teacher in failed:
+                        group.remove(run)
+                        fail(run, f"not started: {run.teacher.name} failed")
                 if not group:
                     waiting.remove(group)
     if failed:

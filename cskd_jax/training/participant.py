@@ -63,7 +63,7 @@ class Participant:
         self._meter: Meter | None = None
         # Number of steps done at the last evaluation or saving, or at the start.
         self._rested = 0
-        self._pending: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
+        self._pending: deque[tuple[int, int, Any]] = deque()
 
     @property
     def done(self) -> bool:

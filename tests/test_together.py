@@ -1,0 +1,194 @@
+"""Students that are trained together become what they would become alone, whatever happens to the others."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import cskd_jax
+from cskd_jax.data import ImageDataset, Split
+from cskd_jax.errors import DivergedError, InterruptedRun, UserError
+from cskd_jax.runs import grid, together
+from cskd_jax.training.callbacks import Progress, Start
+from cskd_jax.training.metrics import SINGLE_LABEL
+from cskd_jax.training.trainer import fit_together
+from tests.conftest import ROOT, Stop
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(28, 4, 4, 1)).astype(np.float32)
+LABELS = np.arange(28, dtype=np.int32) % 3
+DATA = ImageDataset("noise", Split(IMAGES[:20], LABELS[:20]), Split(IMAGES[20:], LABELS[20:]), tuple("abc"))
+
+
+class Net(nn.Module):
+    width: int = 5
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        maps = nn.relu(nn.Conv(self.width, (3, 3), name="conv")(images))
+        x = nn.BatchNorm(use_running_average=not train)(maps.mean((1, 2)))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return {"logits": nn.Dense(3)(x), "features": (maps,), "embedding": x}
+
+
+TEACHER = cskd_jax.Teacher(Net(7), Net(7).init(jax.random.PRNGKey(9), IMAGES[:2]))
+STUDENTS = {
+    "ce": cskd_jax.Student(Net(), {"cross_entropy": 1.0}, optax.sgd(0.1)),
+    "kd": cskd_jax.Student(Net(3, 0.3), {"kd": 1.0, "cross_entropy": 0.1}, optax.adam(1e-2)),
+    "sp": cskd_jax.Student(Net(), {"sp": 1.0, "cross_entropy": 1.0}, optax.sgd(0.1, momentum=0.9), ema=0.9),
+    "cc": cskd_jax.Student(Net(4), {"cc": 1.0}, optax.sgd(0.1)),
+}
+
+
+def make_trainer(names, epochs=2, workdir=None, callbacks=(), **settings):
+    """A trainer of batches of 8, 8 and 4 images."""
+    students = {name: settings.pop(name, STUDENTS[name]) for name in names}
+    return cskd_jax.Trainer(
+        students,
+        [TEACHER],
+        data=DATA,
+        phases=[cskd_jax.Phase(epochs)],
+        batch_size=8,
+        workdir=workdir,
+        callbacks=callbacks,
+        log_every=1,
+        **{"devices": 1} | settings,
+    )
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual.variables, expected.variables)
+    assert actual.last == expected.last
+    assert [row for row in actual.history if "images_per_second" not in row] == expected.history
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [(STUDENTS, {}), (["kd", "sp"], {"devices": 2}), (["kd", "sp"], {"accumulation_steps": 2})],
+    ids=["one device", "two devices", "micro-batches"],
+)
+def test_company_changes_no_bit(names, settings):
+    results = make_trainer(names, **settings).fit()
+    assert list(results) == list(names)
+    for name in names:
+        assert_same(results[name], make_trainer([name], **settings).fit()[name])
+
+
+def test_the_pass_returns_only_what_is_read():
+    trainer = make_trainer(STUDENTS)
+    reads = {name: trainer.programs(name).reads for name in STUDENTS}
+    assert reads["ce"] is None
+    assert (reads["kd"].logits, reads["kd"].features, reads["kd"].embedding) == (True, (False,), False)
+    assert (reads["sp"].logits, reads["sp"].features, reads["sp"].embedding) == (False, (True,), False)
+    assert (reads["cc"].logits, reads["cc"].features, reads["cc"].embedding) == (False, (False,), True)
+
+
+@pytest.mark.slow
+def test_stopped_together_and_alone_they_go_on(tmp_path):
+    """One has been trained further than the others: they catch up, and all end as if nothing had happened."""
+    expected = make_trainer(STUDENTS).fit()
+    with pytest.raises(InterruptedRun, match="saved at step 4 of the kd"):
+        make_trainer(["kd"], workdir=tmp_path).fit(Stop(4))
+    with pytest.raises(InterruptedRun, match="saved at step 2 and 4 of the 4 students"):
+        make_trainer(STUDENTS, workdir=tmp_path).fit(Stop(2))
+    with pytest.raises(InterruptedRun, match="saved at step 5 of the 4 students"):
+        make_trainer(STUDENTS, workdir=tmp_path).fit(Stop(3))
+    results = make_trainer(STUDENTS, workdir=tmp_path).fit()
+    for name in STUDENTS:
+        assert_same(results[name], expected[name])
+    again = make_trainer(STUDENTS, workdir=tmp_path).fit()
+    assert_same(again["cc"], expected["cc"])
+
+
+@pytest.mark.slow
+def test_one_that_diverges_leaves_the_others_alone():
+    expected = make_trainer(["kd", "cc"]).fit()
+    bad = cskd_jax.Student(Net(), {"cross_entropy": 1.0}, optax.sgd(1e38))
+    with pytest.raises(DivergedError, match="ce: .*not|ce: .* is (nan|inf)") as caught:
+        make_trainer(["ce", "kd", "cc"], ce=bad).fit()
+    assert list(caught.value.results) == ["kd", "cc"]
+    for name in expected:
+        assert_same(caught.value.results[name], expected[name])
+
+
+@pytest.mark.slow
+def test_trainers_of_different_lengths(tmp_path):
+    """Each has its own number of epochs and its own folder; the shorter one is done first."""
+    first = make_trainer(["kd"], 1, tmp_path / "kd")
+    second = make_trainer(["sp"], 3, tmp_path / "sp", beside=first)
+    done = []
+    fit_together([first, second], on_done=lambda trainer, name, result: done.append((name, result)))
+    assert [name for name, _ in done] == ["kd", "sp"]
+    assert_same(done[0][1], make_trainer(["kd"], 1).fit()["kd"])
+    assert_same(done[1][1], make_trainer(["sp"], 3).fit()["sp"])
+    assert not (tmp_path / "kd" / "sp").exists()
+
+
+@pytest.mark.slow
+def test_distill_students(tmp_path):
+    arrays = {"train": (IMAGES[:20], LABELS[:20]), "test": (IMAGES[20:], LABELS[20:])}
+    settings = {**arrays, "teacher": TEACHER.network, "teacher_variables": TEACHER.variables}
+    settings |= {"epochs": 2, "batch_size": 8, "callbacks": (), "devices": 1}
+    results = cskd_jax.distill(students=STUDENTS, workdir=tmp_path, **settings)
+    one = STUDENTS["kd"]
+    alone = cskd_jax.distill(one.network, losses=one.losses, optimizer=one.optimizer, **settings)
+    jax.tree.map(np.testing.assert_array_equal, results["kd"].variables, alone.variables)
+    assert {path.name for path in tmp_path.iterdir() if (path / "checkpoints").exists()} == set(STUDENTS)
+    fewer = {name: STUDENTS[name] for name in ("kd", "ce")}
+    with pytest.raises(UserError, match="holds another run .students"):
+        cskd_jax.distill(students=fewer, workdir=tmp_path, **settings)
+    for wrong, text in (
+        ({"students": STUDENTS, "ema": 0.9}, "ema belongs to one student"),
+        ({"students": {}}, "with at least one"),
+        ({"students": {"../kd": one}}, "cannot be called '../kd'"),
+        ({"student": one.network}, "a student needs losses and an optimizer"),
+    ):
+        with pytest.raises(UserError, match=text):
+            cskd_jax.distill(**wrong, **settings)
+
+
+def test_groups(tmp_path):
+    """What shares batches and teacher goes together; seeds, other teachers and what trains a teacher do not."""
+    words = ["ce", "kd", "R34_0.25/R18_0.125/kd", "at"]
+    runs = grid.make_grid(f"{ROOT}/configs/digits.py", words, [0, 1], tmp_path, [])
+    names = [[run.name for run in group] for group in grid.group(runs)]
+    assert names == [
+        ["teacher-resnet18_0.25"],
+        ["teacher-resnet34_0.25"],
+        ["ce-seed0", "kd-seed0", "at-seed0"],
+        ["R34_0.25/R18_0.125/kd-seed0"],
+        ["ce-seed1", "kd-seed1", "at-seed1"],
+        ["R34_0.25/R18_0.125/kd-seed1"],
+    ]
+    assert [len(group) for group in grid.group(runs, 2)] == [1, 1, 2, 1, 1, 2, 1, 1]
+    assert all(len(group) == 1 for group in grid.group(runs, 1))
+
+
+def test_board(capsys):
+    """One line an epoch for all runs, one a minute in between, and each pause once."""
+    now = [0.0]
+    board = together.Board(2, clock=lambda: now[0])
+    callbacks = [board.callback(name) for name in ("kd", "ce")]
+    with callbacks[0].pause("student: evaluating"), callbacks[1].pause("student: evaluating"):
+        pass
+    progress = Progress(seconds=2.0, images=400)
+    start = Start("student", 0, 20, 10, 0, 2000, SINGLE_LABEL, progress, lambda step: None)
+    for callback in callbacks:
+        callback.on_start(start)
+    now[0] = 61.0
+    for callback in callbacks:
+        callback.on_step(4, 100, {})
+    for callback, score in zip(callbacks, (0.5, 0.25), strict=True):
+        callback.on_row({"split": "train", "step": 10, "loss": 1.0})
+        callback.on_row({"split": "test", "step": 10, "top1": score})
+    callbacks[0].on_end()
+    callbacks[1].on_row({"split": "test", "step": 20, "top1": 0.75})
+    assert capsys.readouterr().out.splitlines() == [
+        "2 runs: evaluating ...",
+        "2 runs: epoch 1/2, 200 images/s",
+        "epoch 1/2, 200 images/s: kd 0.5000, ce 0.2500",
+        "epoch 2/2, 200 images/s: ce 0.7500",
+    ]
