@@ -13,11 +13,20 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import atexit
 import gc
 import logging
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # All processes of this session share it: many tests compile the same programs.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cskd_jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
@@ -107,14 +116,13 @@ def small_run(digits_dir) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """Starts a command line as a process of its own, on one device; all share a compilation cache.
+def start():
+    """Starts a command line as a process of its own, on one device.
 
     `program` is a module, or the words of another command that takes such arguments.
     """
     flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(_HERE_ALONE))
-    cache = tmp_path_factory.mktemp("cache")
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
     def start(arguments, cwd=ROOT, program="cskd_jax.main", **variables):
         words = (sys.executable, "-m", program) if isinstance(program, str) else program

@@ -126,7 +126,8 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys):
     done.workdir.mkdir()
     (done.workdir / "results.json").write_text("{}")
     teacher = grid.Run(tmp_path, "teacher", "configs/nothing.py", ())
-    needs_it, bad = grid.Run(tmp_path, "kd", DIGITS, (), teacher), grid.Run(tmp_path, "bad", DIGITS, ("--config.epochs=x",))
+    needs_it = grid.Run(tmp_path, "kd", DIGITS, (), teacher)
+    bad = grid.Run(tmp_path, "bad", DIGITS, ("--config.epochs=x",))
     with pytest.raises(sweep.FailedRunsError, match=r"3 of 4 runs failed: teacher, kd, bad; the same command"):
         sweep.sweep([[done], [teacher], [needs_it], [bad]], jobs=2)
     output = capsys.readouterr().out

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 import cskd_jax
 from cskd_jax.data import ImageDataset, Split
+from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
 from cskd_jax.runs import grid, together
 from cskd_jax.training.callbacks import Progress, Start
@@ -112,6 +113,22 @@ def test_one_that_diverges_leaves_the_others_alone():
     assert list(caught.value.results) == ["kd", "cc"]
     for name in expected:
         assert_same(caught.value.results[name], expected[name])
+
+
+@pytest.mark.slow
+def test_memory_decides_how_many_train_together(monkeypatch):
+    expected, together = make_trainer(["kd", "cc"]).fit(), []
+
+    class Watch(cskd_jax.Callback):
+        def on_start(self, start):
+            together.append(start.together)
+
+    make_trainer(["kd", "cc"], callbacks=[Watch()]).fit()
+    monkeypatch.setattr(Devices, "free_memory", lambda self: 1000)
+    results = make_trainer(["kd", "cc"], callbacks=[Watch()]).fit()
+    assert together == [2, 2, 1, 1]
+    for name in expected:
+        assert_same(results[name], expected[name])
 
 
 @pytest.mark.slow

@@ -3,12 +3,10 @@
 `load_dataset` loads a data set by name. Importing this package imports neither tensorflow-datasets nor TensorFlow.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ from cskd_jax.data import cifar, cub200, digit_pairs, digits, image_folder, tfds
 from cskd_jax.data.streaming import ImageStream, Workers, read_batches
 from cskd_jax.data.types import ImageDataset, Split, hold_out
 from cskd_jax.errors import UserError
+from cskd_jax.machine import total_memory
 
 __all__ = ["DATASETS", "ImageDataset", "Split", "load_dataset", "read_batches"]
 
@@ -90,22 +89,13 @@ def _decode(dataset: ImageDataset, streaming: bool | None, workers: int) -> Imag
             raise UserError(f"data set '{dataset.name}' cannot be streamed: only image files and array_record can")
         return dataset
     size = sum(math.prod(reader.shape) for reader in readers)
-    if streaming or (streaming is None and size > _memory() / 8):
+    if streaming or (streaming is None and size > total_memory() / 8):
         pool = Workers(workers)
         images = [ImageStream(reader, pool) for reader in readers]
     else:
         images = [reader.read() for reader in readers]
     decoded = zip(splits.items(), images, strict=True)
     return dataclasses.replace(dataset, **{name: Split(found, split.labels) for (name, split), found in decoded})
-
-
-def _memory() -> int:
-    """Returns the bytes of memory that the machine has, or those of them that a container may use."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # It is "max" where there is no limit.
-            sizes.append(int(pathlib.Path(path).read_text(encoding="ascii")))
-    return min(sizes)
 
 
 def _check_categories(dataset: ImageDataset) -> None:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cskd_jax.distributed.processes import is_distributed
 from cskd_jax.errors import UserError
+from cskd_jax.machine import memory_left
 
 # Name of the mapped axis over which every global batch is split.
 AXIS = "devices"
@@ -113,6 +114,13 @@ class Devices:
     def map_eval_step(self, step: Callable) -> Callable:
         """Maps `(variables, batch) -> sums` over the devices."""
         return jax.pmap(step, axis_name=AXIS, devices=self._devices, in_axes=(None, 0), out_axes=None)
+
+    def free_memory(self) -> float:
+        """Returns the free bytes of a device; CPU devices share the memory of the machine."""
+        stats = self._devices[0].memory_stats()
+        if stats and "bytes_limit" in stats:
+            return stats["bytes_limit"] - stats["bytes_in_use"]
+        return memory_left() / (self.count // jax.process_count())
 
     @functools.cached_property
     def steps_in_flight(self) -> int:

@@ -92,6 +92,9 @@ class Board:
 
     def start(self, name: str, start: Start) -> None:
         """Notes that a run trains."""
+        if not self._running and start.together > 1:
+            rest = self._count - start.together
+            console.say(f"{start.together} runs train together" + (f", {rest} later, as memory allows" if rest else ""))
         self._running[name] = start
 
     def end(self, name: str) -> None:

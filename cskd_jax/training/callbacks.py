@@ -63,6 +63,7 @@ class Start(NamedTuple):
       progress: Measurements so far, which are kept up to date.
       learning_rate: Function from the number of a step, from 1, to its learning rate, or to None if it is not known.
         It may wait for a device, so it should not be called in every step.
+      together: Number of students that are trained together.
     """
 
     student: str
@@ -74,6 +75,7 @@ class Start(NamedTuple):
     task: Task
     progress: Progress
     learning_rate: Callable[[int], float | None]
+    together: int = 1
 
 
 class Callback:

@@ -14,6 +14,9 @@ from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.training.participant import Participant
 from cskd_jax.training.programs import TeacherPass
 
+# Share of the free memory that students trained together may take by the account of the compiler.
+_MEMORY_SHARE = 0.8
+
 
 class Loop:
     """The training of one or several students on the same batches.
@@ -58,13 +61,16 @@ class Loop:
             for participant in self._participants:
                 with _undisturbed(participant):
                     stack.enter_context(participant)
-            active = self._close_done(self._participants, on_done)
-            self._begin(active, pool)
-            while active:
-                stopped = self._train_part(active, stop, None if self._reads is None else teacher_variables, pool)
-                active = self._close_done(active, on_done)
-                if stopped and active:
-                    raise InterruptedRun(_describe_stop(stop, active))
+            waiting = self._close_done(self._participants, on_done)
+            teacher_variables = None if self._reads is None else teacher_variables
+            while waiting:
+                active = self._begin(waiting, pool)
+                waiting = [participant for participant in waiting if participant not in active]
+                while active:
+                    stopped = self._train_part(active, stop, teacher_variables, pool)
+                    active = self._close_done(active, on_done)
+                    if stopped and (active or waiting):
+                        raise InterruptedRun(_describe_stop(stop, [*active, *waiting]))
 
     def _close_done(self, participants, on_done):
         """Closes what is done and returns the rest."""
@@ -75,18 +81,30 @@ class Loop:
         return [participant for participant in participants if not participant.done]
 
     def _begin(self, participants, pool):
-        """Compiles the first steps of all, and makes the states of those without a checkpoint."""
-        if not participants:
-            return
+        """Compiles the first steps of all, and begins with as many students as memory allows, which it returns."""
         size = self._setup.sampler.batch_size
-        for participant in participants:
-            participant.announce()
         with _pause(participants, "compiling the training step"):
             self._pass.compile(size, self._reads, pool)
-            begun = [(participant, participant.compile(size, pool)) for participant in participants]
-            for participant, make_state in begun:
-                participant.begin(make_state)
+            for participant in participants:
+                participant.compile(size, pool)
+            if len(participants) > 1:
+                self._wait_for_compiler(participants, size)
+                participants = self._fitting(participants, size)
+            for participant in participants:
+                participant.begin(len(participants))
             self._wait_for_compiler(participants, size)
+        self._is_ahead = False
+        return participants
+
+    def _fitting(self, participants, size):
+        """Returns the first students, at least one, whose states and largest step fit into the memory together."""
+        limit, used, largest = self._setup.devices.free_memory(), self._pass.memory(size), 0
+        for number, participant in enumerate(participants):
+            kept, temporary = participant.memory(size)
+            used, largest = used + kept, max(largest, temporary)
+            if number and used + largest > _MEMORY_SHARE * limit:
+                return participants[:number]
+        return participants
 
     def _compile_ahead(self, participants, pool):
         """Compiles what the rest of the first epoch needs, while the devices are at work on its first step."""

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
@@ -21,7 +20,6 @@ from cskd_jax.training.networks import Variables, draws_random_numbers
 from cskd_jax.training.optimizers import learning_rate_of_step
 from cskd_jax.training.programs import Programs
 from cskd_jax.training.setup import Setup
-from cskd_jax.training.state import TrainState
 
 
 class Participant:
@@ -123,7 +121,7 @@ class Participant:
         if causes:
             self.say(f"results depend on the number of devices, {count}: {', and '.join(causes)}")
 
-    def announce(self) -> None:
+    def _announce(self):
         """Says what is about to be trained."""
         size = count_parameters(self.programs.states[0].params["network"])
         verb = "training" if self.step == 0 else f"resuming at step {self.step} of {self.steps}:"
@@ -133,10 +131,15 @@ class Participant:
             f"{epochs} epoch{'s' if epochs > 1 else ''} of {self._steps_per_epoch} steps"
         )
 
-    def compile(self, size: int, pool: Executor) -> Callable[[], TrainState] | None:
-        """Compiles the next step in the background; returns a function that makes a new state if there is none."""
+    def compile(self, size: int, pool: Executor) -> None:
+        """Compiles in the background the next step, and what makes a new state if there is none."""
         self.programs.compile(self._part_of(self.step), size, pool)
-        return self.programs.compile_init(pool) if self.state is None else None
+        if self.state is None:
+            self.programs.compile_init(pool)
+
+    def memory(self, size: int) -> tuple[int, int]:
+        """Returns the bytes that the student takes on a device, and those that a step takes besides."""
+        return self.programs.memory(self._part_of(self.step), size)
 
     def compile_ahead(self, pool: Executor) -> None:
         """Compiles in the background what the rest of the epoch, its evaluation and later phases will need."""
@@ -154,13 +157,14 @@ class Participant:
         """Returns whether the next step is compiled for a global batch of `size`."""
         return self.programs.is_compiled(self._part_of(self.step), size)
 
-    def begin(self, make_state: Callable[[], TrainState] | None) -> None:
-        """Puts the state on the devices and begins to measure.
+    def begin(self, together: int) -> None:
+        """Puts a new state, or that of a checkpoint, on the devices and begins to measure.
 
         Args:
-          make_state: Function that makes a new state; None if there is one from a checkpoint.
+          together: Number of students that are trained together.
         """
-        state = self.state if make_state is None else make_state()
+        self._announce()
+        state = self.programs.init() if self.state is None else self.state
         self.state = self.setup.devices.replicate(state)
         sampler = self.setup.sampler
         start = Start(
@@ -173,6 +177,7 @@ class Participant:
             task=self._task,
             progress=self.progress,
             learning_rate=self._learning_rate,
+            together=together,
         )
         self._meter = self._stack.enter_context(Meter(start, self.setup.callbacks, self.setup.log_every))
         self.history = self._meter.history

@@ -107,6 +107,12 @@ class TeacherPass:
         """Returns the compiled pass for a global batch of `size`, waiting for it."""
         return self._compiled[size].result()
 
+    def memory(self, size: int) -> int:
+        """Returns the bytes that the pass takes on a device."""
+        found = self.compiled(size).memory_analysis()
+        parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+        return 0 if found is None else sum(getattr(found, part) for part in parts)
+
     def __call__(self, size: int, step: int, teacher_variables: Any, images: jax.Array) -> dict[str, Any]:
         """Returns what the students read of the batch of a step."""
         return self.compiled(size)(teacher_variables, images, self._key, np.int32(step))
@@ -157,6 +163,7 @@ class Programs:
         # One key for the weights, one for the rest.
         self._init_key, self._key = jax.random.split(setup.key)
         self._compiled: dict[tuple[int, int], Future] = {}
+        self._init: Future | None = None
         # A teacher that no loss reads would cost a forward pass for nothing.
         teacher_output = teacher_pass.outputs if parts[0].all_losses.may_read_teacher else None
         with _one_line(name):
@@ -247,11 +254,22 @@ class Programs:
             lowered = self.lowered[number] if whole else self._lower_step(number, size)
             self._compiled[number, size] = pool.submit(lowered.compile)
 
-    def compile_init(self, pool: Executor) -> Callable[[], TrainState]:
-        """Compiles the program that makes a new state in the background; returns a function that runs it."""
-        compiled = pool.submit(self._lowered_state.compile)
+    def compile_init(self, pool: Executor) -> None:
+        """Compiles the program that makes a new state, likewise."""
+        if self._init is None:
+            self._init = pool.submit(self._lowered_state.compile)
+
+    def init(self) -> TrainState:
+        """Returns a new state, after `compile_init`."""
+        assert self._init is not None
+        init = self._init.result()
         # All take the state of one process, as another kind of machine might round differently.
-        return lambda: processes.on_first(lambda: jax.device_get(compiled.result()(self._variables)))
+        return processes.on_first(lambda: jax.device_get(init(self._variables)))
+
+    def memory(self, number: int, size: int) -> tuple[int, int]:
+        """Returns the bytes on a device of the arguments of a step, and those that it takes besides while it runs."""
+        found = self.compiled(number, size).memory_analysis()
+        return (0, 0) if found is None else (found.argument_size_in_bytes, found.temp_size_in_bytes)
 
     def is_compiled(self, number: int, size: int) -> bool:
         """Returns whether the step of a phase is compiled for a global batch of `size`."""

@@ -1,0 +1,21 @@
+"""The memory of the machine."""
+
+import contextlib
+import os
+import pathlib
+import resource
+
+
+def total_memory() -> int:
+    """Returns the bytes of memory that the machine has, or those of them that a container may use."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # It is "max" where there is no limit.
+            sizes.append(int(pathlib.Path(path).read_text(encoding="ascii")))
+    return min(sizes)
+
+
+def memory_left() -> int:
+    """Returns the bytes of memory that this process has never taken; others may hold some of them."""
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(0, total_memory() - taken)
