@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import category_structure, loop_part, loss_part, scaling
+from benchmarks import accelerator, category_structure, loop_part, loss_part, scaling
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
@@ -152,6 +152,15 @@ def test_loop(monkeypatch, capsys):
     monkeypatch.setattr(loop_part, "CASES", {"small": ("resnet8", 0.25, 8, 3)})
     category_structure.main(["--parts", "loop", "--repeats", "2"])
     assert "overhead %" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_accelerator_in_miniature(tmp_path, capsys):
+    accelerator.main(["--small", "--seconds=30", f"--json={tmp_path / 'figures.json'}"])
+    assert "share of peak" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["holds"] for row in figures["checks"]["rows"]] == ["True", "True"]
+    assert figures["steps"]["rows"][0]["images/s"] > 0
 
 
 @pytest.mark.slow

@@ -114,10 +114,11 @@ def test_damaged_checkpoint(start, small_run, done, tmp_path):
     process.kill()
     process.communicate()
     steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
-    largest = max((folder / str(steps[0])).rglob("*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    # Orbax may keep an array in one of several files.
+    for path in (folder / str(steps[0])).rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     _, error = (process := start([*small_run, f"--workdir={tmp_path}"])).communicate()
     assert process.returncode == 0, error
     assert f"checkpoints/{steps[0]} is damaged" in error

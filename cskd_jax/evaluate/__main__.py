@@ -36,7 +36,7 @@ def _run(argv):
     from cskd_jax.distributed.devices import Devices
     from cskd_jax.evaluate.measure import evaluate_all, tables
     from cskd_jax.files import write_json
-    from cskd_jax.runs.build import load_data, load_trained
+    from cskd_jax.runs.build import load_data, load_trained, precision
     from cskd_jax.training.checkpoint import FOLDER
     from cskd_jax.training.metrics import task_of
 
@@ -48,7 +48,8 @@ def _run(argv):
     devices.check_batch_size("batch_size", config.batch_size)
     dataset = load_data(config)
     networks = {path.resolve().name: load_trained(path, config, dataset) for path in folders}
-    evaluation = evaluate_all(networks, config, dataset, devices)
+    with precision(config):
+        evaluation = evaluate_all(networks, config, dataset, devices)
     say(tables(evaluation, task_of(dataset.multilabel).names))
     write_json(folder / "evaluation.json", evaluation)
     say(f"written: {folder / 'evaluation.json'}")

@@ -1,10 +1,12 @@
 """Building of the objects of a run from a configuration, which nothing below this module knows."""
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
@@ -128,6 +130,13 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
             f"dataset.mean has {len(settings.mean)} values, the images of {dataset.name} have {channels} channels"
         )
     return dataset
+
+
+def precision(config: ml_collections.ConfigDict) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which what is traced has the precision of a configuration."""
+    if config.precision == "default":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(config.precision)
 
 
 def make_network(settings: Any, num_classes: int, dtype: str) -> LinenNetwork:

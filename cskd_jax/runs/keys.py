@@ -59,6 +59,12 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             rules.one_of("float32", "bfloat16", "float64"),
             "Type of the numbers that the networks compute with; float64 needs JAX_ENABLE_X64=1 in the environment.",
         ),
+        "precision": Key(
+            "default",
+            rules.one_of("default", "high", "highest"),
+            "Precision of products of float32 numbers: by default, TPUs and recent GPUs compute them in less; highest "
+            "is float32 everywhere. CPUs always compute in float32.",
+        ),
         "log_every": Key(50, rules.integer(1), "Steps between two rows of metrics.jsonl.", changes_results=False),
         "keep_checkpoints": Key(
             2, rules.integer(1), "Number of the newest checkpoints kept, besides the best one.", changes_results=False

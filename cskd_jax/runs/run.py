@@ -16,7 +16,7 @@ from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import Run, build, load_data
+from cskd_jax.runs.build import Run, build, load_data, precision
 from cskd_jax.runs.results import (
     RESULTS,
     describe,
@@ -86,7 +86,7 @@ def train_together(jobs: Sequence[Job]) -> None:
             schema.validate(job.config)
     with console.pause("starting the devices"):
         devices = Devices()
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, precision(jobs[0].config):
         started = _Started(devices, stack)
         for job in jobs:
             with _kept(job):
