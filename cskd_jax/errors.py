@@ -10,10 +10,14 @@ _ALIKE = 0.75
 class UserError(Exception):
     """An error that the user can fix: a bad configuration, bad data, or an unsuitable path.
 
-    The message is one line that names what is wrong and what is allowed.
+    The message is one line that names what is wrong and what is allowed. It may quote texts from outside, so its text
+    is always `printable`.
     """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class DivergedError(UserError):

@@ -109,6 +109,7 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
             validation_examples=settings.validation_examples,
             validation_seed=settings.validation_seed,
             image_size=settings.image_size,
+            exif_orientation=settings.exif_orientation,
             streaming=settings.streaming,
             workers=settings.workers,
         )

@@ -101,6 +101,12 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             rules.optional(rules.integer(1, 4096)),
             "Side of the square to which every image is resized and cropped; None leaves images as they are.",
         ),
+        "dataset.exif_orientation": Key(
+            True,
+            rules.BOOL,
+            "Whether photographs are turned upright as their EXIF data say; for image_folder only.",
+            before=False,
+        ),
         "dataset.streaming": Key(
             None,
             rules.optional(rules.BOOL),
