@@ -47,6 +47,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its type if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def close_to(name: str, known: Iterable[str]) -> list[str]:
     """Returns at most three of `known` that an unknown name probably meant, the likeliest first.
 

@@ -1,4 +1,4 @@
-"""Reading of files that anyone may have made: regular files of a bounded size, JSON, and zip archives."""
+"""Reading of files that anyone may have made: regular files of a bounded size, JSON and its types, and zip archives."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import os
 import pathlib
 import stat
 import zipfile
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cskd_jax.errors import UserError
@@ -15,6 +16,8 @@ from cskd_jax.errors import UserError
 MAX_JSON = 8 << 20
 # Digits of a number in JSON: those of the largest 64-bit integers, and those of a float with its exponent.
 _MAX_DIGITS = 40
+# Lists and objects within each other; the files of this package have at most five.
+_MAX_DEPTH = 50
 # The list of the members of an archive takes about a hundred bytes for each; an archive of ImageNet's size has 16 MB.
 _MAX_DIRECTORY = 32 << 20
 _CHUNK = 1 << 20
@@ -54,14 +57,25 @@ def read_bytes(path: str | pathlib.Path, limit: int) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Returns a JSON value; raises ValueError if it is damaged, nested too deeply, or holds a number that is no float.
+    """Returns a JSON value whose numbers are finite and whose nesting is bounded.
 
-    The numbers are finite: NaN, infinities, and numbers of more digits than Python can show are damage.
+    Raises:
+      ValueError: It is damaged, nested too deeply, or holds NaN, an infinity, or a number of too many digits.
     """
     try:
-        return json.loads(data, parse_int=_integer, parse_float=_float, parse_constant=_float)
+        value = json.loads(data, parse_int=_integer, parse_float=_float, parse_constant=_float)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _parts(outer)]
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
+
+
+def _parts(value):
+    return value.values() if isinstance(value, dict) else value
 
 
 def _integer(text):
@@ -86,6 +100,53 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: not a JSON object")
     return found
+
+
+Test = Callable[[Any], bool]
+
+
+def is_text(value: Any) -> bool:
+    """Returns whether a JSON value is a text of a length that names and paths have."""
+    return type(value) is str and len(value) <= 10_000 and "\0" not in value
+
+
+def is_count(value: Any, low: int = 0) -> bool:
+    """Returns whether a JSON value is an integer from `low` that 64 bits hold."""
+    return type(value) is int and low <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a JSON value is a number with which one can calculate."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def is_map(test: Test) -> Test:
+    """Returns the test whether a JSON value is an object whose values all pass a test."""
+    return lambda value: isinstance(value, dict) and all(map(test, value.values()))
+
+
+def is_list(test: Test) -> Test:
+    """Returns the test whether a JSON value is a list whose elements all pass a test."""
+    return lambda value: isinstance(value, list) and all(map(test, value))
+
+
+def is_optional(test: Test) -> Test:
+    """Returns the test whether a JSON value is null or passes a test."""
+    return lambda value: value is None or test(value)
+
+
+def unsound(values: Any, needed: Mapping[str, Test], optional: Mapping[str, Test] | None = None) -> list[str]:
+    """Returns the keys of a JSON object that are missing or do not pass their test; all if it is no object.
+
+    Args:
+      values: JSON value.
+      needed: Test of each key that the object must have.
+      optional: Test of each key that it may have; other keys are not looked at.
+    """
+    if not isinstance(values, dict):
+        return list(needed)
+    wrong = [key for key, test in needed.items() if key not in values or not test(values[key])]
+    return wrong + [key for key, test in (optional or {}).items() if key in values and not test(values[key])]
 
 
 class _BoundedReads:

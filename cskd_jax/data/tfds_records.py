@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cskd_jax.data.images import read_image
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, one_line
 
 _RECORDS_AT_ONCE = 4096  # Quicker than reading one by one, and does not hold all of them encoded.
 INSTALL = "pip install 'cskd_jax[tf]'"
@@ -180,9 +180,3 @@ def require_tensorflow(what: str) -> None:
         raise UserError(f"{what} needs TensorFlow, which is not installed: {INSTALL}") from error
     # TensorFlow would reserve the memory of every accelerator that it sees, and JAX needs it.
     tf.config.set_visible_devices([], "GPU")
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, or its type if it has no text."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -33,6 +33,7 @@ from cskd_jax.training.optimizers import (
     sgd,
 )
 from cskd_jax.training.phases import Phase
+from cskd_jax.training.state import check_variables
 from cskd_jax.training.trainer import Student, Teacher, Trainer
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -83,6 +84,7 @@ def build(
     else:
         path, saved = given
         check_fits(f"teacher.checkpoint {path}", saved, config, dataset)
+        check_variables(teacher.network, saved.variables, dataset.image_shape, f"teacher.checkpoint {path}")
         teacher.variables = saved.variables
     return Run(
         dataset,
@@ -153,6 +155,7 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
     saved = load_variables(str(path))
     check_fits(f"checkpoint {path}", saved, config, dataset)
     network = make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
+    check_variables(network, saved.variables, dataset.image_shape, f"checkpoint {path}")
     return TrainedNetwork(network, saved)
 
 

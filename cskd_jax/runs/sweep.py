@@ -12,11 +12,13 @@ from cskd_jax.distributed.children import die_with_parent
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import InterruptedRun, UserError, printable
 from cskd_jax.files import open_append
+from cskd_jax.inputs import open_regular
 from cskd_jax.runs.grid import Run
-from cskd_jax.runs.workdir import read_json
+from cskd_jax.runs.results import RESULTS, read_results
 from cskd_jax.training.metrics import task_that_measured
 
 _POLL_SECONDS = 0.2
+_LAST_BYTES = 10_000
 
 
 class FailedRunsError(UserError):
@@ -109,11 +111,18 @@ def _stop(running, stop):
 
 
 def _failure(run, code):
-    lines = (run.workdir / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = _last_part(run.workdir / "log.txt").decode("utf-8", errors="replace").strip().splitlines()
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"FAILED, {how}: {printable(lines[-1]) if lines else 'no output'} ({run.workdir / 'log.txt'})"
 
 
+def _last_part(path):
+    """Returns the last bytes of a log, which may be long."""
+    with open_regular(path, sys.maxsize) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
+        return file.read(_LAST_BYTES)
+
+
 def _score(run):
-    last = read_json(run.workdir / "results.json")["student"]["last"]
+    last = read_results(run.workdir / RESULTS)["student"]["last"]
     return f"last {task_that_measured(last).describe(last)}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -90,7 +89,7 @@ def _short_digest(text):
 def _holds(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
     """Returns whether the folder holds exactly this run."""
     try:
-        found = read_json(workdir / "config.json")
+        found = schema.read_flat(workdir / "config.json")
     except (OSError, UserError):
         return False
     return not _differences(found, identify(config, found.get(TEACHER_DIGEST)))
@@ -146,7 +145,7 @@ def is_done(workdir: pathlib.Path, epochs: int) -> bool:
         return False
     if not path.exists():
         return not _has_checkpoints(workdir)  # No recipe has made these checkpoints.
-    return read_json(path).get("epochs", epochs) >= epochs
+    return schema.read_flat(path).get("epochs", epochs) >= epochs
 
 
 def names_same_data(workdir: pathlib.Path, identity: Mapping[str, Any]) -> bool:
@@ -185,23 +184,12 @@ def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageData
     write_json(workdir / "config.json", identity)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file of a run; raises UserError if the file is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: not a JSON object")
-    return found
-
-
 def run_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """Returns the configuration of the run in `workdir`; raises UserError if there is none."""
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is no workdir of a run: there is no {path.name} in it")
-    return schema.restore({key: value for key, value in read_json(path).items() if " " not in key}, str(path))
+    return schema.restore({key: value for key, value in schema.read_flat(path).items() if " " not in key}, str(path))
 
 
 def _has_checkpoints(workdir: pathlib.Path, phase: str = "*") -> bool:
@@ -210,7 +198,7 @@ def _has_checkpoints(workdir: pathlib.Path, phase: str = "*") -> bool:
 
 def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     path = workdir / "config.json"
-    return read_json(path) if path.exists() else dict(identity)
+    return schema.read_flat(path) if path.exists() else dict(identity)
 
 
 def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -8,7 +8,12 @@ from typing import Any
 
 from cskd_jax.distributed import processes
 from cskd_jax.files import open_append, write_text
+from cskd_jax.inputs import is_count, is_number, is_text, open_regular, parse_json, unsound
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Start
+
+_ROW_TESTS = {"phase": is_text, "split": is_text, "step": is_count, "epoch": is_count}
+_TRAINING = b'"split": "train"'
+_MAX_FILE, _MAX_LINE = 1 << 30, 1 << 20
 
 
 class MetricsFiles(Callback):
@@ -29,7 +34,7 @@ class MetricsFiles(Callback):
         processes.on_first(self._open, self._workdir / "metrics.jsonl", start)
 
     def _open(self, path, start):
-        kept = [row for row in read_rows(path) if row["phase"] != start.student or row["step"] <= start.step]
+        kept = (row for row in read_rows(path) if row["phase"] != start.student or row["step"] <= start.step)
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open_append(path)
 
@@ -57,11 +62,25 @@ class MetricsFiles(Callback):
             self._tensorboard.close()
 
 
-def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a metrics.jsonl; invalid lines, such as a truncated one, are skipped."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if isinstance(row, dict) and row.keys() >= ROW_KEYS:
+def read_rows(path: pathlib.Path, *, evaluations: bool = False) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a metrics.jsonl; unsound lines, such as a truncated one, are skipped.
+
+    Args:
+      path: Path of the file, which may be missing.
+      evaluations: Whether the rows of training steps, most of all, are skipped.
+
+    Raises:
+      UserError: It is no regular file, or larger than any run makes one.
+    """
+    try:
+        file = open_regular(path, _MAX_FILE)
+    except FileNotFoundError:
+        return
+    with file:
+        while line := file.readline(_MAX_LINE):
+            if evaluations and _TRAINING in line:
+                continue
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                if not unsound(row, _ROW_TESTS) and all(is_number(row[key]) for key in row.keys() - ROW_KEYS):
                     yield row
