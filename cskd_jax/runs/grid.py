@@ -11,7 +11,7 @@ from cskd_jax.files import refuse_link
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
-from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done
+from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done, kept_values
 from cskd_jax.training.objective import needs_teacher
 
 
@@ -128,6 +128,7 @@ def check(runs: Sequence[Run]) -> None:
             refuse_link(run.sweep / folder)
         path = run.workdir / "config.json"
         if path.exists():
+            config = schema.with_values(config, kept_values(run.workdir, config))
             check_workdir(run.workdir, identify(config, schema.read_flat(path).get(TEACHER_DIGEST)))
         if not run.done:
             data[str(config.dataset)] = config

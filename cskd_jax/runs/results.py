@@ -1,9 +1,8 @@
 """The results of a run: what is measured, written and printed at its end."""
 
-import csv
 import functools
 import importlib.metadata
-import io
+import logging
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,16 +13,20 @@ import numpy as np
 from cskd_jax.console import duration, say
 from cskd_jax.data import ImageDataset
 from cskd_jax.errors import UserError
-from cskd_jax.files import write_json, write_text
+from cskd_jax.files import csv_text, write_json, write_text
 from cskd_jax.inputs import is_count, is_map, is_number, is_optional, is_text, read_json, unsound
 from cskd_jax.models import count_parameters
 from cskd_jax.runs import schema
 from cskd_jax.training.metrics import Task, task_that_measured
 from cskd_jax.training.trainer import Result
 
+_logger = logging.getLogger(__name__)
+
 RESULTS = "results.json"
-# Files that a run writes into its workdir, besides its lock.
-WRITTEN = (RESULTS, "config.json", "metrics.jsonl", "confusion_matrix.csv", "tensorboard", "teacher", "student")
+_CONFUSIONS = "confusion_matrix.csv"
+# Files and folders that a run writes into its workdir, besides its lock.
+FILES = (RESULTS, "config.json", "metrics.jsonl", _CONFUSIONS)
+FOLDERS = ("tensorboard", "teacher", "student")
 # Packages whose versions decide the numbers.
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -142,17 +145,17 @@ def write_results(
 ) -> None:
     """Writes the confusion matrix, if there is one, and then results.json, which marks the run as done."""
     if confusions is not None:
-        write_confusions(workdir / "confusion_matrix.csv", categories, confusions)
+        try:
+            write_confusions(workdir / _CONFUSIONS, categories, confusions)
+        except (OSError, ValueError) as error:  # The run has taken long, and its results do not depend on this file.
+            _logger.warning("%s is not written: %s", workdir / _CONFUSIONS, error)
     write_json(workdir / RESULTS, results)
 
 
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
     """Writes the matrix as CSV, with the categories as header and first column."""
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["category \\ taken for", *categories])
-    writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
-    write_text(path, table.getvalue())
+    rows = ([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
+    write_text(path, csv_text([["category \\ taken for", *categories], *rows], line_end="\r\n"))
 
 
 def say_results(results: dict[str, Any], task: Task, path: pathlib.Path, seconds: float) -> None:

@@ -22,7 +22,16 @@ from cskd_jax.runs.results import (
     write_results,
 )
 from cskd_jax.runs.trained import load_given_teacher
-from cskd_jax.runs.workdir import check_data, check_workdir, claim, held, identify, is_done, names_same_data
+from cskd_jax.runs.workdir import (
+    check_data,
+    check_workdir,
+    claim,
+    held,
+    identify,
+    is_done,
+    kept_values,
+    names_same_data,
+)
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.objective import needs_teacher
 
@@ -40,6 +49,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     schema.validate(config)
     with pause("starting the devices"):
         devices = Devices()
+    for key, value in (kept := processes.on_first(kept_values, workdir, config)).items():
+        say(f"{key} is {value}, as in the version of cskd_jax with which this workdir began")
+    config = schema.with_values(config, kept)
     devices.check_batch_size("batch_size", config.batch_size)
     given = None
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:

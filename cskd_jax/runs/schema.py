@@ -81,6 +81,13 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return flat
 
 
+def with_values(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Returns a copy of a configuration with other values of some keys, {"a.b": value}."""
+    changed = config.copy_and_resolve_references() if values else config
+    changed.update_from_flattened_dict(values)
+    return changed
+
+
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns the same as `flatten`, with values as they are after a round trip through JSON."""
     return json.loads(json.dumps(flatten(config)))
@@ -124,7 +131,7 @@ def complete(flat: Mapping[str, Any]) -> dict[str, Any]:
     settings = {f"losses.{name}.{s}": key for name in names & LOSSES.keys() for s, key in keys.loss_keys(name).items()}
     full = dict(flat)
     for path, key in {**keys.KEYS, **settings}.items():
-        value = flat.get(path, key.value_where_missing(in_workdir=True))
+        value = flat.get(path, key.value_in_workdir(flat.get("dataset.name")))
         if value is not REQUIRED:
             value = list(value) if isinstance(value, tuple) else value
             full[path] = value if value is None else _typed(value, key)

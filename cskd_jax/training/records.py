@@ -2,14 +2,19 @@
 
 import contextlib
 import json
+import logging
 import pathlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cskd_jax.distributed import processes
+from cskd_jax.errors import printable
 from cskd_jax.files import open_append, write_text
 from cskd_jax.inputs import is_count, is_number, is_text, open_regular, parse_json, unsound
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Start
+
+_logger = logging.getLogger(__name__)
 
 _ROW_TESTS = {"phase": is_text, "split": is_text, "step": is_count, "epoch": is_count}
 _TRAINING = b'"split": "train"'
@@ -26,7 +31,7 @@ class MetricsFiles(Callback):
     """
 
     def __init__(self, workdir: pathlib.Path):
-        self._workdir, self._file, self._tensorboard = workdir, None, None
+        self._workdir, self._file, self._tensorboard, self._shows = workdir, None, None, True
 
     def on_start(self, start: Start) -> None:
         """Opens metrics.jsonl and removes rows of later steps that an interrupted run left."""
@@ -44,22 +49,60 @@ class MetricsFiles(Callback):
             return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._tensorboard is None:
-            # This imports all of PyTorch if it is installed, so it is done while the devices have steps to do.
-            from tensorboardX import SummaryWriter
+        if self._shows:
+            try:
+                self._show(row)
+            except OSError as error:  # A full disk, for example. The run does not depend on these files.
+                self._shows = False
+                _logger.warning("TensorBoard's files in %s are not written any more: %s", self._workdir, error)
 
+    def _show(self, row):
+        if self._tensorboard is None:
             folder = self._workdir / "tensorboard" / self._start.student
-            self._tensorboard = SummaryWriter(str(folder), purge_step=self._start.step + 1)
-        for name, value in row.items():
-            if name not in ROW_KEYS:
-                self._tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
+            self._tensorboard = _TensorBoard(folder, self._start.step + 1)
+        values = {name: value for name, value in row.items() if name not in ROW_KEYS}
+        self._tensorboard.add({printable(f"{row['split']}/{name}"): v for name, v in values.items()}, row["step"])
 
     def on_end(self) -> None:
         """Flushes and closes the files."""
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # What could not be written has been reported.
+                self._tensorboard.close()
+
+
+class _TensorBoard:
+    """A writer of TensorBoard's files.
+
+    tensorboardX's own `SummaryWriter` writes in a thread, which a full disk kills, and then waits for it forever.
+
+    Args:
+      folder: Folder of the files, which is created.
+      first_step: First step to be written; TensorBoard hides what an earlier writer wrote of later ones.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        # This imports all of PyTorch if it is installed, so it is done while the devices have steps to do.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._writer = event_file_writer.EventsWriter(str(folder.absolute() / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(step=first_step, session_log=start))
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Writes values by their tags."""
+        for tag, value in values.items():
+            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(tag, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
 
 
 def read_rows(path: pathlib.Path, *, evaluations: bool = False) -> Iterator[dict[str, Any]]:
