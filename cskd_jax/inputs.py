@@ -144,7 +144,7 @@ def unsound(values: Any, needed: Mapping[str, Test], optional: Mapping[str, Test
       optional: Test of each key that it may have; other keys are not looked at.
     """
     if not isinstance(values, dict):
-        return list(needed)
+        return [*needed, *(optional or {})]
     wrong = [key for key, test in needed.items() if key not in values or not test(values[key])]
     return wrong + [key for key, test in (optional or {}).items() if key in values and not test(values[key])]
 

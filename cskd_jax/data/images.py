@@ -60,14 +60,14 @@ class Reader(Protocol):
 def open_image(file: IO[bytes]) -> Image.Image:
     """Opens an image file of one of `FORMATS`; Pillow raises errors of many types here and when it decodes.
 
-    Of a file with several images, such as an animation, the first one is decoded.
+    Of a file with several images, such as an animation, the first one is decoded. Pillow warns of much that does no
+    harm, so callers ignore its warnings.
 
     Raises:
       UserError: If the file has none of these formats, or more than `MAX_PIXELS`, of which its header tells.
     """
     try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise UserError(f"the content is none of {', '.join(FORMATS)}") from None
     width, height = image.size
@@ -102,7 +102,8 @@ def read_image(
       UserError: If it is not a sound image of 8 bits per channel, or does not have the expected shape.
     """
     try:
-        with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as stack:
+            # Pillow warns of what it can do without.
             if isinstance(file, str | Path):
                 file = stack.enter_context(open_regular(file, _MAX_FILE))
             image = stack.enter_context(open_image(file))
@@ -136,6 +137,8 @@ def _pixels(image, channels, image_size):
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """Returns what turns an image upright; None if it is upright, or if its EXIF data are damaged."""
+    if image.format == "TIFF":  # Pillow turns it when it decodes.
+        return None
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # Pillow raises errors of many types. Photographs with damaged data are shown as they are.
