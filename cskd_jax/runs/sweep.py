@@ -1,6 +1,8 @@
 """Execution of the runs of a grid, each in its own process."""
 
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -76,8 +78,14 @@ def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> di
         return {}
     # Each process would otherwise take three quarters of a GPU's memory when it starts.
     variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")}
-    listed = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    listed = [device for device in environment.get("CUDA_VISIBLE_DEVICES", gpus()).split(",") if device]
     return variables | ({"CUDA_VISIBLE_DEVICES": listed[slot % len(listed)]} if listed else {})
+
+
+def gpus(devices: pathlib.Path = pathlib.Path("/dev")) -> str:
+    """Returns the numbers of NVIDIA's GPUs that this machine or container has, such as "0,1"; "" without any."""
+    count = sum(re.fullmatch(r"nvidia[0-9]+", path.name) is not None for path in devices.glob("nvidia*"))
+    return ",".join(map(str, range(count)))
 
 
 def _ready(waiting, failed) -> Iterator[Run]:
