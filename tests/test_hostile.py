@@ -27,17 +27,15 @@ _COUNTS = {
     "pickles": 90,
     "safetensors": 40,
     "records": 40,
-    "results": 100,
-    "metrics": 30,
-    "special files": 10,
+    "runs": 150,
     "images": 10,
     "zip archives": 10,
     "tar archives": 10,
     "large pickles": 7,
 }
-_SLOW = ("results", "metrics", "special files", "zip archives", "tar archives", "large pickles")
+_SLOW = ("runs", "zip archives", "tar archives", "large pickles")
 # Groups of which some inputs are sound enough to be read, such as metrics without the lines that are not.
-_LENIENT = ("results", "metrics", "special files", "images")
+_LENIENT = ("runs", "images")
 
 
 @pytest.mark.parametrize(
