@@ -62,9 +62,9 @@ def mute() -> None:
 
 
 def say(message: str) -> None:
-    """Prints a line for the person at the console, above the progress bar if one is shown."""
+    """Prints text for the person at the console, above the progress bar if one is shown; each line is `printable`."""
     if not _muted:
-        tqdm.tqdm.write(message)
+        tqdm.tqdm.write("\n".join(map(printable, message.split("\n"))))
         sys.stdout.flush()
 
 

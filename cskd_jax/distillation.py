@@ -21,9 +21,10 @@ from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
+from cskd_jax.inputs import is_count, read_json
 from cskd_jax.losses import Method
 from cskd_jax.runs.results import RESULTS, describe_result
-from cskd_jax.runs.workdir import held, read_json
+from cskd_jax.runs.workdir import held
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import FOLDER, digest_of, mark_unfinished
@@ -312,7 +313,7 @@ def _claim(workdir, identity, students):
         raise UserError(f"workdir {workdir} holds checkpoints that no distill has made; use another workdir")
     found = read_json(path)
     different = sorted(key for key in identity.keys() | found.keys() if found.get(key) != identity.get(key))
-    if different == ["epochs"] and found["epochs"] < identity["epochs"]:
+    if different == ["epochs"] and is_count(found.get("epochs")) and found["epochs"] < identity["epochs"]:
         (workdir / RESULTS).unlink(missing_ok=True)
         for name in students:
             mark_unfinished(workdir / name / FOLDER)

@@ -11,10 +11,14 @@ _ALIKE = 0.75
 class UserError(Exception):
     """An error that the user can fix: a bad configuration, bad data, or an unsuitable path.
 
-    The message is one line that names what is wrong and what is allowed.
+    The message is one line that names what is wrong and what is allowed. It may quote texts from outside, so its text
+    is always `printable`.
     """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class DivergedError(UserError):
@@ -50,6 +54,12 @@ def printable(text: str) -> str:
     visible as Python escapes, such as \x1b.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its type if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def close_to(name: str, known: Iterable[str]) -> list[str]:

@@ -1,15 +1,20 @@
 """Writing of files into folders from untrusted sources, without following symbolic links out of them."""
 
+import csv
 import errno
+import io
 import json
 import os
 import pathlib
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, printable
+
+# A spreadsheet takes a text for a formula if it begins with one of these or its full-width form.
+_FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -41,6 +46,27 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def csv_text(rows: Iterable[Sequence[Any]], line_end: str = "\n") -> str:
+    """Returns rows as CSV that no spreadsheet executes.
+
+    Texts become `printable`, and an apostrophe precedes a text that looks like a formula.
+
+    Args:
+      rows: Cells of each row.
+      line_end: End of a line.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator=line_end).writerows([_disarm(cell) for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def _disarm(cell):
+    if not isinstance(cell, str):
+        return cell
+    text = printable(cell)
+    return f"'{text}" if text.lstrip().startswith(_FORMULAS) else text
+
+
 def open_append(path: pathlib.Path) -> TextIO:
     """Opens a text file for appending and reading, creating it if needed; raises UserError for a symbolic link."""
     try:
@@ -59,6 +85,16 @@ def refuse_link(path: pathlib.Path) -> None:
     """Raises UserError if `path` is a symbolic link."""
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link, and nothing is written through one: remove it")
+
+
+def refuse_other_kinds(files: Iterable[pathlib.Path], folders: Iterable[pathlib.Path]) -> None:
+    """Raises UserError if something else is where files and folders are to be written, so that it is known in time."""
+    for path in files:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no regular file, and a file is to be written there: remove it")
+    for path in folders:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is no folder, and files are to be written into it: remove it")
 
 
 def refuse_links(paths: Iterable[pathlib.Path]) -> None:

@@ -7,6 +7,9 @@
 #
 #   BUCKET=gs://mine/cskd launch/tpu_vm.sh run first --config=configs/cifar100.py
 #
+#   v5e: ZONE=us-west4-a TYPE=v5litepod-8 VERSION=v2-alpha-tpuv5-lite
+#   v6e: ZONE=us-east5-b TYPE=v6e-8 VERSION=v2-alpha-tpuv6e
+#
 # Environment: BUCKET, where the workdir of NAME is kept (needed by run; copied every minute); ZONE (default
 # us-central2-b), TYPE (v4-8), VERSION of the image (tpu-ubuntu2204-base), SPOT (1: a preemptible one; 0), ATTEMPTS
 # (20: how often to create a VM before giving up), DELAY (30: seconds between them).

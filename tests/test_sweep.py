@@ -113,9 +113,19 @@ def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys, monkeypatch):
 
 def test_gpus_are_shared_out():
     assert sweep.device_variables(0, 1, {}) == {}
-    assert sweep.device_variables(1, 2, {}) == {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    without_gpus = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    assert sweep.device_variables(1, 2, {"CUDA_VISIBLE_DEVICES": ""}) == without_gpus
     found = [sweep.device_variables(slot, 3, {"CUDA_VISIBLE_DEVICES": "2,5"}) for slot in range(3)]
     assert [variables["CUDA_VISIBLE_DEVICES"] for variables in found] == ["2", "5", "2"]
+
+
+def test_the_gpus_of_a_machine_are_shared_out(tmp_path, monkeypatch):
+    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).write_bytes(b"")
+    assert (sweep.gpus(tmp_path), sweep.gpus(tmp_path / "none")) == ("0,1,2", "")
+    monkeypatch.setattr(sweep, "gpus", lambda: "0,1")
+    found = [sweep.device_variables(slot, 3, {})["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert found == ["0", "1", "0"]
 
 
 # Other tests of this process have computed with JAX; a sweep never does.

@@ -41,6 +41,7 @@ def load_dataset(
     validation_examples: int | None = None,
     validation_seed: int = 0,
     image_size: int | None = None,
+    exif_orientation: bool = True,
     streaming: bool | None = None,
     workers: int | None = None,
 ) -> ImageDataset:
@@ -59,6 +60,7 @@ def load_dataset(
       validation_seed: Seed of that draw.
       image_size: Side of the squares that images of any size become (`images.middle_square`). None leaves them as they
         are, and then all must have one size.
+      exif_orientation: Whether the images of image_folder are turned as their EXIF data say.
       streaming: Whether the images are decoded batch by batch instead of once into memory, to the same bytes. None
         streams images that would take more than an eighth of the memory, because other processes may hold them too.
       workers: Number of processes that decode streamed images; None starts one for each processor.
@@ -72,8 +74,10 @@ def load_dataset(
         allowed.
     """
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    # Images of other data sets are read as their papers and other programs read them.
+    options = {"exif_orientation": exif_orientation} if name == "image_folder" else {}
     load = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))
-    dataset = load(data_dir=data_dir, path=path, train_examples=train_examples, image_size=image_size)
+    dataset = load(data_dir=data_dir, path=path, train_examples=train_examples, image_size=image_size, **options)
     if validation_examples is not None:
         dataset = hold_out(dataset, validation_examples, validation_seed)
     _check_categories(dataset)

@@ -4,7 +4,9 @@ An archive is looked for in the data folder and in its subfolder downloads, and 
 members are read in memory; nothing is extracted to a path that an archive names.
 """
 
+import contextlib
 import dataclasses
+import gzip
 import hashlib
 import http.client
 import io
@@ -15,9 +17,11 @@ import posixpath
 import sys
 import tarfile
 import urllib.request
-import zlib
+import warnings
+import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,12 +29,26 @@ from tqdm import tqdm
 
 from cskd_jax.data.images import open_image
 from cskd_jax.errors import UserError
+from cskd_jax.inputs import open_regular, read_member, zip_of
 
 _logger = logging.getLogger(__name__)
 
 TAR_SUFFIXES = (".tar.gz", ".tar", ".tar.xz")
 _TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 20
+# Limits on what unpacking may take. The archives hold nothing but compressed images, or records that compress little.
+_MAX_MEMBERS = 30_000
+_MAX_ENDS = 100
+_MAX_TEXT = 16 << 20
+_MAX_HEADER = 1 << 20
+# Members of a tar archive that hold the name or the attributes of the next one, which tarfile reads at once.
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +68,11 @@ class Archive:
     sha256: str
     stem: str
     suffixes: tuple[str, ...]
+
+    @property
+    def limit(self) -> int:
+        """Returns how many bytes such an archive may have, and may unpack to."""
+        return self.size * 3 // 2 + (64 << 20)
 
 
 def locate(archive: Archive, data_root: Path) -> Path:
@@ -127,6 +150,8 @@ def _stream(archive: Archive, part: Path) -> str:
         tqdm(total=archive.size, unit="B", unit_scale=True, desc=archive.stem, disable=not sys.stderr.isatty()) as bar,
     ):
         while chunk := response.read(_CHUNK_BYTES):
+            if file.tell() + len(chunk) > archive.limit:
+                raise UserError(f"{archive.url} gave more than {archive.limit:,} bytes, which is not the archive")
             file.write(chunk)
             digest.update(chunk)
             bar.update(len(chunk))
@@ -142,29 +167,121 @@ def sha256(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def read_tar(archive: Archive, path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+def read_tar(
+    archive: Archive, path: Path, wanted: Callable[[str], bool], largest: int
+) -> Iterator[tuple[str, bytes | bytearray]]:
     """Yields the normalized name and the bytes of every wanted file of a tar archive, in its order.
 
     Args:
-      archive: Archive that the file should be, for messages.
-      path: Path of a tar archive, compressed or not.
+      archive: Archive that the file should be, for messages, and for its limit.
+      path: Path of a tar archive, compressed by gzip or xz or not at all.
       wanted: Function that tells whether the member of a name is wanted.
+      largest: Number of bytes that a wanted member may have.
 
     Yields:
       Pairs (name, bytes).
 
     Raises:
-      UserError: If the file is damaged or not a tar archive.
+      UserError: If the file is damaged, not a tar archive, or unpacks to more than the archive does.
     """
     try:
-        with tarfile.open(path, "r:*") as tar:
-            for member in tar:
-                name = posixpath.normpath(member.name)  # In repacked archives, names often begin with "./".
-                if wanted(name) and member.isfile() and (file := tar.extractfile(member)):
-                    yield name, file.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        with open_regular(path, archive.limit) as file, _unpacked(file) as unpacked:
+            bounded: Any = _Bounded(unpacked, archive.limit)
+            with tarfile.open(fileobj=bounded, mode="r|", tarinfo=_Member) as tar:
+                for number, member in enumerate(tar):
+                    tar.members = []  # Otherwise it would remember all of them.
+                    name = posixpath.normpath(member.name)  # In repacked archives, names often begin with "./".
+                    if number >= _MAX_MEMBERS:
+                        raise UserError(f"{path} has more than {_MAX_MEMBERS:,} members: replace it by {archive.url}")
+                    if wanted(name) and member.isfile() and (content := tar.extractfile(member)):
+                        if member.size > largest:
+                            raise UserError(f"{path}: member {name} has {member.size:,} bytes; allowed are {largest:,}")
+                        data = bytearray(member.size)
+                        if content.readinto(data) != member.size:
+                            raise EOFError(f"member {name} ends too early")
+                        yield name, data
+    except UserError:
+        raise
+    except Exception as error:  # A damaged archive makes tarfile and the decompressors raise errors of many types.
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged or no tar archive ({reason}): replace it by {archive.url}") from error
+
+
+def _unpacked(file: io.BufferedReader) -> contextlib.AbstractContextManager[Any]:
+    """Returns the content of a file that gzip or xz may have compressed."""
+    start = file.peek(6)[:6]
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=file)
+    return lzma.LZMAFile(file) if start == b"\xfd7zXZ\0" else contextlib.nullcontext(file)
+
+
+class _Bounded:
+    """A stream that ends with an error where it has given more than `limit` bytes, or is read on behind its end."""
+
+    def __init__(self, stream: Any, limit: int):
+        self._stream, self._left, self._ends = stream, limit, 0
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._left -= len(data)
+        self._ends += not data
+        if self._ends > _MAX_ENDS:  # tarfile passes over terabytes that a member claims, one block after the other.
+            raise EOFError("it ends too early")
+        if self._left < 0:
+            raise tarfile.ReadError("it unpacks to more than the official archive")
+        return data
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header does not take the memory that it claims to need."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> "_Member":
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _HEADERS and member.size > _MAX_HEADER:
+            raise ValueError(f"a header of {member.size:,} bytes")
+        return member
+
+
+@contextlib.contextmanager
+def open_zip(archive: Archive, path: Path) -> Iterator[zipfile.ZipFile]:
+    """Opens a zip archive; raises UserError if it is damaged or would unpack to more than the official one."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(zip_of(stack.enter_context(open_regular(path, archive.limit))))
+        except UserError:
+            raise
+        except Exception as error:  # A damaged archive makes zipfile raise errors of many types.
+            raise UserError(f"{path} is damaged or no zip archive ({error}): replace it by {archive.url}") from error
+        unpacked = sum(member.file_size for member in file.infolist())
+        if unpacked > archive.limit:
+            raise UserError(
+                f"{path} unpacks to {unpacked:,} bytes, more than the official archive: replace it by {archive.url}"
+            )
+        yield file
+
+
+def read_zipped(
+    archive: Archive, path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo, largest: int = _MAX_TEXT
+) -> bytes:
+    """Returns the bytes of a member of a zip archive, whose checksum zipfile compares.
+
+    Args:
+      archive: Archive that the file should be, for messages.
+      path: Path of the file.
+      file: The opened file.
+      member: Member to read.
+      largest: Number of bytes that the member may have.
+
+    Raises:
+      UserError: If the member is damaged or too large.
+    """
+    try:
+        return read_member(file, member, largest)
+    except Exception as error:  # zipfile and the decompressors raise errors of many types.
+        raise UserError(
+            f"{path}: member {member.filename} is damaged ({error}): replace the archive by {archive.url}"
+        ) from error
 
 
 def require_members(archive: Archive, path: Path, wanted: Iterable[str], present: Container[str]) -> None:
@@ -175,7 +292,7 @@ def require_members(archive: Archive, path: Path, wanted: Iterable[str], present
         raise UserError(f"{path} lacks the member {', '.join(missing[:5])}{more}: replace it by {archive.url}")
 
 
-def text_lines(data: bytes) -> list[str]:
+def text_lines(data: bytes | bytearray) -> list[str]:
     """Returns the lines of a member that are not empty, without the white space around them."""
     return [line.strip() for line in data.decode("utf-8", errors="replace").splitlines() if line.strip()]
 
@@ -196,17 +313,30 @@ def check_categories(path: Path, split: str, names: Sequence[str], labels: np.nd
         raise UserError(f"{path}: the {split} split has no image of {', '.join(np.array(names)[missing[:5]])}")
 
 
-def decode(path: Path, member: str, data: bytes) -> Image.Image:
+def decode(path: Path, member: str, data: bytes | bytearray, size: tuple[int, int] | None = None) -> Image.Image:
     """Decodes an image file completely and keeps its mode.
+
+    Args:
+      path: Path of the archive, for messages.
+      member: Name of the member, for messages.
+      data: Content of the image file.
+      size: Width and height that the image must have, which are checked before it is decoded; None for any.
 
     Raises:
       UserError: If it is not a sound image; the message names the archive and the member.
     """
     try:
-        image = open_image(io.BytesIO(data))
-        image.load()
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, about what it can do without.
+            image = open_image(io.BytesIO(data))
+            size = image.size if size is None else size
+            if image.size == size:
+                image.load()
+                return image
     # Pillow's decoders raise exceptions of many types.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: member {member} is not a sound image ({reason})") from error
-    return image
+    (width, height), (wanted_width, wanted_height) = image.size, size
+    raise UserError(
+        f"{path}: member {member} is {width}x{height} pixels where {wanted_width}x{wanted_height} are expected"
+    )

@@ -13,6 +13,7 @@ from cskd_jax.errors import UserError
 
 _IMAGE_SHAPE = (32, 32, 3)
 _IMAGE_BYTES = 32 * 32 * 3
+_MAX_MEMBER = 50_000 * (2 + _IMAGE_BYTES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def read_archive(archive: CifarArchive, path: Path) -> Content:
       UserError: If something is missing or damaged; the message names the archive and the member.
     """
     wanted = [*archive.label_files.values(), *(file for files in archive.splits.values() for file in files)]
-    members = dict(read_tar(archive, path, wanted.__contains__))
+    members = dict(read_tar(archive, path, wanted.__contains__, _MAX_MEMBER))
     require_members(archive, path, wanted, members)
     names = {key: text_lines(members[file]) for key, file in archive.label_files.items()}
     for key, file in archive.label_files.items():
@@ -105,7 +106,7 @@ def read_archive(archive: CifarArchive, path: Path) -> Content:
     return Content(splits, names)
 
 
-def _records(archive: CifarArchive, path: Path, member: str, data: bytes) -> np.ndarray:
+def _records(archive: CifarArchive, path: Path, member: str, data: bytes | bytearray) -> np.ndarray:
     """Returns the records of a member, uint8 [N, labels + 3072], with every label in range."""
     size = len(archive.label_files) + _IMAGE_BYTES
     if len(data) % size:

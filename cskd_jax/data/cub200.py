@@ -35,6 +35,7 @@ _LABELS = _ROOT + "image_class_labels.txt"
 _SPLIT = _ROOT + "train_test_split.txt"
 _TABLES = (_CLASSES, _IMAGES, _LABELS, _SPLIT)
 _IMAGE_FOLDER = _ROOT + "images/"
+_MAX_MEMBER = 16 << 20  # bytes, of a photograph or a table
 
 ARCHIVE = Archive(
     url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
@@ -76,7 +77,7 @@ def read_archive(archive: Archive, path: Path) -> Content:
     """
     texts, pixels = {}, {}
     # One pass, because the archive cannot be read from the middle; images are resized at once to take less memory.
-    for member, data in read_tar(archive, path, lambda name: name in _TABLES or name.startswith(_IMAGE_FOLDER)):
+    for member, data in read_tar(archive, path, _is_wanted, _MAX_MEMBER):
         if member in _TABLES:
             texts[member] = text_lines(data)
         elif member.endswith(".jpg") and not posixpath.basename(member).startswith("."):
@@ -97,6 +98,10 @@ def read_archive(archive: Archive, path: Path) -> Content:
         check_categories(path, split, names, labels)
         splits[split] = SourceSplit([pixels[_IMAGE_FOLDER + files[image]] for image in chosen], {"label": labels})
     return Content(splits, {"label": names})
+
+
+def _is_wanted(name: str) -> bool:
+    return name in _TABLES or name.startswith(_IMAGE_FOLDER)
 
 
 def _table(path: Path, member: str, lines: Sequence[str]) -> dict[str, str]:

@@ -1,25 +1,40 @@
 """A folder of image files: PATH/train/CLASS/* and PATH/test/CLASS/* (or PATH/val/CLASS/*)."""
 
+import itertools
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cskd_jax.data.images import check_size, read_image
+from cskd_jax.data.images import read_image
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, printable
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp", ".gif", ".jfif", ".tif", ".tiff")
 _CHANNELS = 3
+# Counting what lies in deeper folders ends here: the whole disk may be below a link.
+_MAX_COUNTED = 100_000
 
 
-def load(*, data_dir: str | None, path: str | None, train_examples: int | None, image_size: int | None) -> ImageDataset:
+def load(
+    *,
+    data_dir: str | None,
+    path: str | None,
+    train_examples: int | None,
+    image_size: int | None,
+    exif_orientation: bool = True,
+) -> ImageDataset:
     """Finds the images of a folder.
 
     The classes are the sorted names of the folders in train. The images of a class are its files in the order of their
-    names; other extensions, hidden files and deeper folders are ignored. Images are always converted to three channels,
-    RGB: gray is repeated, transparency is dropped.
+    names. Files of other extensions, hidden ones, broken links, and files in deeper folders or outside of a class
+    folder are left out, of which a warning tells. Images are always converted to three channels, RGB: gray is repeated,
+    transparency is dropped. Of an animation, the first image is read.
 
     Args:
       data_dir: Not used.
@@ -27,6 +42,7 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None, 
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images; with None, all images must have the
         size of the first.
+      exif_orientation: Whether images are turned as their EXIF data say, as photographs of telephones need it.
 
     Returns:
       The data set, with readers of images uint8 [N, H, W, 3].
@@ -46,45 +62,136 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None, 
     if test_folder is None:
         raise UserError(f"{root} has neither a folder test nor val: image_folder reads one of them")
 
-    train_files = _list_split(root / "train")
+    left_out = LeftOut()
+    train_files = _list_split(root / "train", left_out)
     categories = tuple(train_files)
-    test_files = _list_split(test_folder)
+    test_files = _list_split(test_folder, left_out)
     _check_categories(categories, test_files, test_folder)
+    if left_out:
+        _logger.warning("%s: left out %s", printable(str(root)), left_out)
 
     files, labels = _flatten(train_files, categories)
     chosen = balanced_indices(labels, categories, train_examples)
     files = files[chosen]
-    image_shape = read_image(files[0], files[0], _CHANNELS, image_size).shape
-    train = Split(FileImages(files, image_shape, image_size), labels[chosen])
+    image_shape = read_image(files[0], files[0], _CHANNELS, image_size, upright=exif_orientation).shape
+    settings = image_shape, image_size, exif_orientation
+    train = Split(FileImages(files, *settings), labels[chosen])
     files, labels = _flatten(test_files, categories)
-    return ImageDataset("image_folder", train, Split(FileImages(files, image_shape, image_size), labels), categories)
+    return ImageDataset("image_folder", train, Split(FileImages(files, *settings), labels), categories)
 
 
-def _list_split(folder: Path) -> dict[str, list[str]]:
+class LeftOut:
+    """The files that are not read, counted by the reason, with an example of each."""
+
+    def __init__(self):
+        self._counts: dict[str, int] = {}
+        self._examples: dict[str, str] = {}
+
+    def add(self, reason: str, paths: Iterable[str]) -> None:
+        """Counts files that are left out for a reason."""
+        for path in paths:
+            self._counts[reason] = self._counts.get(reason, 0) + 1
+            self._examples.setdefault(reason, path)
+
+    def add_all(self, other: "LeftOut") -> None:
+        """Adds what another object has counted."""
+        for reason, count in other._counts.items():
+            self._counts[reason] = self._counts.get(reason, 0) + count
+            self._examples.setdefault(reason, other._examples[reason])
+
+    def __bool__(self):
+        return bool(self._counts)
+
+    def __str__(self):
+        return "; ".join(
+            f"{count:,} {reason} (such as {printable(self._examples[reason])})"
+            for reason, count in self._counts.items()
+        )
+
+
+def _list_split(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
     """Returns the image files of each class; classes and files are sorted by name."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if not names:
         raise UserError(f"{folder} has no class folders: image_folder reads {folder.name}/CLASS/*")
+    _check_names(folder, names)
+    left_out.add("outside of a class folder", (entry.path for entry in entries if not entry.is_dir()))
     files = {}
     for name in names:
-        files[name] = sorted(
-            entry.path
-            for entry in os.scandir(folder / name)
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
-        )
+        own = LeftOut()
+        files[name] = sorted(_images(folder / name, own))
+        left_out.add_all(own)
         if not files[name]:
-            raise UserError(f"{folder / name} has no images: allowed are files with {', '.join(EXTENSIONS)}")
+            raise UserError(
+                f"{folder / name} has no images: allowed are files with {', '.join(EXTENSIONS)}"
+                + (f"; left out are {own}" if own else "")
+            )
     return files
+
+
+def _images(folder: Path, left_out: LeftOut) -> list[str]:
+    """Returns the image files of a folder, and counts what else is there."""
+    found = []
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            left_out.add("hidden", [entry.path])
+        elif entry.is_dir():
+            left_out.add("in deeper folders, which are not read: move the images up", _files_below(entry.path))
+        elif not os.path.exists(entry.path):
+            left_out.add("broken links", [entry.path])
+        elif not entry.is_file():
+            left_out.add("pipes, devices or the like", [entry.path])
+        elif not entry.name.lower().endswith(EXTENSIONS):
+            left_out.add(f"of other formats than {', '.join(EXTENSIONS)}", [entry.path])
+        else:
+            found.append(entry.path)
+    return found
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    files = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return itertools.islice(files, _MAX_COUNTED)
+
+
+def _check_names(folder: Path, names: Sequence[str]) -> None:
+    """Raises UserError for a name that no file of results can hold; warns of names that look the same."""
+    by_look: dict[str, str] = {}
+    for name in names:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{folder / name}: the name of the folder is not UTF-8: rename it") from None
+        other = by_look.setdefault(_look(name), name)
+        if other != name:
+            _logger.warning(
+                "%s: the classes %s and %s are two, but their names differ only in case or in their Unicode form",
+                printable(str(folder)),
+                ascii(other),
+                ascii(name),
+            )
+
+
+def _look(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def _check_categories(categories: Sequence[str], test_files: Mapping[str, list[str]], test_folder: Path) -> None:
     """Raises UserError unless the test split has the classes of the training split."""
     for name in categories:
         if name not in test_files:
-            raise UserError(f"{test_folder} lacks the class '{name}', which train has")
+            raise UserError(f"{test_folder} lacks the class '{name}', which train has{_like(name, test_files)}")
     for name in test_files:
         if name not in categories:
-            raise UserError(f"{test_folder} has the class '{name}', which train lacks")
+            raise UserError(f"{test_folder} has the class '{name}', which train lacks{_like(name, categories)}")
+
+
+def _like(name: str, others: Iterable[str]) -> str:
+    """Returns an addition to a message where another name looks the same as `name`."""
+    same = next((other for other in others if _look(other) == _look(name)), None)
+    if same is None:
+        return ""
+    return f"; it has {same!a}, which differs from {name!a} only in case or in its Unicode form: rename one"
 
 
 def _flatten(files: Mapping[str, list[str]], categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,21 +208,20 @@ class FileImages:
       files: Paths of the files, str objects [N].
       image_shape: (H, W, C) that every image must have.
       image_size: Side of the squares that `read_image` makes of the images, or None.
+      upright: Whether images are turned as their EXIF data say.
     """
 
-    def __init__(self, files: np.ndarray, image_shape: tuple[int, int, int], image_size: int | None):
+    def __init__(self, files: np.ndarray, image_shape: tuple[int, ...], image_size: int | None, upright: bool = False):
         self.shape = (len(files), *image_shape)
-        self._files, self._image_size = files, image_size
+        self._files, self._image_size, self._upright = files, image_size, upright
 
     def select(self, index: np.ndarray) -> "FileImages":
         """Returns a reader of the images at positions `index`, int [n]."""
-        return FileImages(self._files[index], self.shape[1:], self._image_size)
+        return FileImages(self._files[index], self.shape[1:], self._image_size, self._upright)
 
     def read(self) -> np.ndarray:
         """Returns all images, uint8 [N, H, W, C]; raises UserError if one is damaged or has another size."""
-        images = np.empty(self.shape, np.uint8)
+        images, expected = np.empty(self.shape, np.uint8), self.shape[1:]
         for row, file in enumerate(self._files):
-            image = read_image(file, file, _CHANNELS, self._image_size)
-            check_size(file, image.shape, self.shape[1:])
-            images[row] = image
+            images[row] = read_image(file, file, _CHANNELS, self._image_size, expected=expected, upright=self._upright)
         return images

@@ -1,17 +1,34 @@
 """Image files and the arrays of one size into which they are decoded."""
 
-from collections.abc import Sequence
+import contextlib
+import warnings
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cskd_jax.errors import UserError
+from cskd_jax.inputs import open_regular
 
 # Pillow's names of the formats that image files may have, whatever their suffix. Some of the many others that Pillow
 # knows start programs: EPS is drawn by Ghostscript.
-FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP", "GIF", "TIFF")
+# The largest cameras of telephones make images of 50 million pixels, which take 200 MB while they are converted.
+MAX_PIXELS = 52_000_000
+_MAX_FILE = 256 << 20  # bytes
+_ORIENTATION = 0x0112  # in EXIF
+# How an image is turned upright, by its orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = {turn for orientation, turn in _TURNS.items() if orientation >= 5}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of the mode by number of channels.
 
 
@@ -40,19 +57,34 @@ class Reader(Protocol):
         ...
 
 
-def open_image(file: Path | BinaryIO) -> Image.Image:
+def open_image(file: IO[bytes]) -> Image.Image:
     """Opens an image file of one of `FORMATS`; Pillow raises errors of many types here and when it decodes.
 
+    Of a file with several images, such as an animation, the first one is decoded. Pillow warns of much that does no
+    harm, so callers ignore its warnings.
+
     Raises:
-      UserError: If the file has none of these formats.
+      UserError: If the file has none of these formats, or more than `MAX_PIXELS`, of which its header tells.
     """
     try:
-        return Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise UserError(f"the content is none of {', '.join(FORMATS)}") from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{width}x{height} pixels; at most {MAX_PIXELS:,} in all are read")
+    return image
 
 
-def read_image(file: Path | BinaryIO, name: str, channels: int, image_size: int | None) -> np.ndarray:
+def read_image(
+    file: str | Path | IO[bytes],
+    name: str,
+    channels: int,
+    image_size: int | None,
+    *,
+    expected: tuple[int, ...] | None = None,
+    upright: bool = False,
+) -> np.ndarray:
     """Decodes an image file.
 
     Args:
@@ -60,39 +92,57 @@ def read_image(file: Path | BinaryIO, name: str, channels: int, image_size: int 
       name: Name of the image, for messages.
       channels: Number of channels to which the image is converted: 1, 3 or 4.
       image_size: Side of the square that `middle_square` makes of the image, or None.
+      expected: Shape (H, W, C) that the image must have, which is checked before it is decoded; None for any.
+      upright: Whether the image is turned as its EXIF data say.
 
     Returns:
       An array uint8 [H, W, channels].
 
     Raises:
-      UserError: If it is not a sound image of 8 bits per channel.
+      UserError: If it is not a sound image of 8 bits per channel, or does not have the expected shape.
     """
     try:
-        with open_image(file) as image:
-            if not image.mode.startswith(("I", "F")):
-                if image.mode == "P":  # A palette may hold transparency, and Pillow warns unless it is kept at first.
-                    image = image.convert("RGBA")
-                if image.mode != MODES[channels]:
-                    image = image.convert(MODES[channels])
-                if image_size is not None:
-                    image = middle_square(image, image_size)
-                return np.asarray(image).reshape(image.height, image.width, channels)
+        with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as stack:
+            # Pillow warns of what it can do without.
+            if isinstance(file, str | Path):
+                file = stack.enter_context(open_regular(file, _MAX_FILE))
+            image = stack.enter_context(open_image(file))
+            turn = _turn(image) if upright else None
+            size = image.size[::-1] if turn in _SIDEWAYS else image.size
+            fits = expected is None or image_size is not None or size == (expected[1], expected[0])
+            if fits and not image.mode.startswith(("I", "F")):
+                return _pixels(image if turn is None else image.transpose(turn), channels, image_size)
             mode = image.mode
     # Pillow's decoders raise exceptions of many types.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name} is not a sound image ({reason}): replace or remove it") from error
+    if expected is not None and not fits:
+        raise UserError(
+            f"{name} is {size[0]}x{size[1]} pixels where {expected[1]}x{expected[0]} are expected: all images must "
+            "have one size, or dataset.image_size be set, to which they are cut"
+        )
     raise UserError(f"{name} has more than 8 bits per channel (Pillow mode {mode}): convert it to 8 bits")
 
 
-def check_size(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
-    """Raises UserError unless the image `name` has the expected shape (H, W, C)."""
-    if tuple(shape) != tuple(expected):
-        (height, width), (wanted_height, wanted_width) = shape[:2], expected[:2]
-        raise UserError(
-            f"{name} is {width}x{height} pixels where {wanted_width}x{wanted_height} are expected: all images must "
-            "have one size, or dataset.image_size be set, to which they are cut"
-        )
+def _pixels(image, channels, image_size):
+    if image.mode in ("P", "PA"):  # A palette may hold transparency, and Pillow warns unless it is kept at first.
+        image = image.convert("RGBA")
+    if image.mode != MODES[channels]:
+        image = image.convert(MODES[channels])
+    if image_size is not None:
+        image = middle_square(image, image_size)
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Returns what turns an image upright; None if it is upright, or if its EXIF data are damaged."""
+    if image.format == "TIFF":  # Pillow turns it when it decodes.
+        return None
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises errors of many types. Photographs with damaged data are shown as they are.
+        return None
 
 
 def middle_square(image: Image.Image, side: int) -> Image.Image:
@@ -100,9 +150,14 @@ def middle_square(image: Image.Image, side: int) -> Image.Image:
 
     For `side` 224, this is the usual evaluation of networks for ImageNet: 224 pixels out of 256. The mode must be one
     that Pillow resizes bilinearly, such as L, RGB and RGBA.
+
+    Raises:
+      UserError: The resized image would have more than `MAX_PIXELS`.
     """
     scale = round(side * 8 / 7) / min(image.size)
     width, height = (round(length * scale) for length in image.size)
+    if width * height > max(MAX_PIXELS, image.width * image.height):
+        raise UserError(f"{image.width}x{image.height} pixels are too narrow for a square of {side} pixels")
     left, top = (width - side) // 2, (height - side) // 2
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cskd_jax.data.images import check_size, read_image
-from cskd_jax.errors import UserError
+from cskd_jax.data.images import read_image
+from cskd_jax.errors import UserError, one_line
 
 _RECORDS_AT_ONCE = 4096  # Quicker than reading one by one, and does not hold all of them encoded.
 INSTALL = "pip install 'cskd_jax[tf]'"
@@ -35,10 +35,11 @@ class ArrayRecords:
         They are kept in a file beside the records, because reading through all of the records may take long.
         """
         path, count = Path(self.directory) / f"labels-{self.split}.npy", self._count()
+        # A map takes no memory for what the file only claims to hold.
         with contextlib.suppress(OSError, ValueError, EOFError):
-            labels = np.load(path)
-            if labels.shape == (count,):
-                return labels
+            labels = np.load(path, mmap_mode="r") if path.is_file() else np.empty(0)
+            if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer):
+                return np.array(labels, np.int32)
         labels = np.array([label for _, label in self.examples(range(count))], np.int32)
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as file:
             np.save(file, labels)
@@ -131,7 +132,7 @@ class RecordImages:
         self._records, self._chosen, self._where = records, chosen, where
         self._channels, self._image_size = channels, image_size
         if image_shape is None:
-            image_shape = next(self._images(chosen[:1]))[1].shape
+            image_shape = next(self._images(chosen[:1], None)).shape
         self.shape = (len(chosen), *image_shape)
 
     def select(self, index: np.ndarray) -> "RecordImages":
@@ -146,16 +147,15 @@ class RecordImages:
         for each other.
         """
         images = np.empty(self.shape, np.uint8)
-        for row, (name, image) in enumerate(self._images(self._chosen)):
-            check_size(name, image.shape, self.shape[1:])
+        for row, image in enumerate(self._images(self._chosen, self.shape[1:])):
             images[row] = image
         return images
 
-    def _images(self, positions):
+    def _images(self, positions, expected):
         positions = positions.tolist()
         for position, (encoded, _) in zip(positions, self._records.examples(positions), strict=True):
             name = f"{self._where}: example {position}"
-            yield name, read_image(io.BytesIO(encoded), name, self._channels, self._image_size)
+            yield read_image(io.BytesIO(encoded), name, self._channels, self._image_size, expected=expected)
 
 
 @contextlib.contextmanager
@@ -180,9 +180,3 @@ def require_tensorflow(what: str) -> None:
         raise UserError(f"{what} needs TensorFlow, which is not installed: {INSTALL}") from error
     # TensorFlow would reserve the memory of every accelerator that it sees, and JAX needs it.
     tf.config.set_visible_devices([], "GPU")
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, or its type if it has no text."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from cskd_jax.data.images import MODES
-from cskd_jax.data.tfds_records import ArrayRecords, RecordImages, TfRecords, _open, one_line, require_tensorflow
+from cskd_jax.data.tfds_records import ArrayRecords, RecordImages, TfRecords, _open, require_tensorflow
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, one_line
 
 _logger = logging.getLogger(__name__)
 

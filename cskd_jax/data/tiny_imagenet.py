@@ -9,13 +9,22 @@ import dataclasses
 import functools
 import posixpath
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cskd_jax.data.archives import Archive, check_categories, check_names, decode, locate, require_members, text_lines
+from cskd_jax.data.archives import (
+    Archive,
+    check_categories,
+    check_names,
+    decode,
+    locate,
+    open_zip,
+    read_zipped,
+    require_members,
+    text_lines,
+)
 from cskd_jax.data.tfds_source import ArraySource, Content, SourceSplit
 from cskd_jax.errors import UserError
 
@@ -25,6 +34,7 @@ _ROOT = "tiny-imagenet-200/"
 _NAMES = _ROOT + "wnids.txt"
 _ANNOTATIONS = _ROOT + "val/val_annotations.txt"
 _EXTENSION = ".JPEG"
+_MAX_IMAGE = 1 << 20  # bytes of an image file, the largest of which has 9,000
 
 ARCHIVE = Archive(
     url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
@@ -55,16 +65,10 @@ class ZippedImages:
         Raises:
           UserError: If an image is damaged or has another size; the message names the archive and the member.
         """
-        with _open(self.archive, self.path) as file:
+        with open_zip(self.archive, self.path) as file:
             for member in self.members:
-                data = _read_member(self.archive, self.path, file, member)
-                image = decode(self.path, member.filename, data)
-                if image.size != (_SIDE, _SIDE):
-                    width, height = image.size
-                    raise UserError(
-                        f"{self.path}: member {member.filename} is {width}x{height} pixels where {_SIDE}x{_SIDE} are "
-                        "expected"
-                    )
+                data = read_zipped(self.archive, self.path, file, member, _MAX_IMAGE)
+                image = decode(self.path, member.filename, data, (_SIDE, _SIDE))
                 # Some are gray.
                 yield data if image.mode == "RGB" else np.asarray(image.convert("RGB"))
 
@@ -98,12 +102,12 @@ def read_archive(archive: Archive, path: Path) -> Content:
     Raises:
       UserError: If something is missing or damaged; the message names the archive and the member.
     """
-    with _open(archive, path) as file:
+    with open_zip(archive, path) as file:
         # In repacked archives, names may begin with "./".
         members = {posixpath.normpath(member.filename): member for member in file.infolist() if not member.is_dir()}
         require_members(archive, path, (_NAMES, _ANNOTATIONS), members)
         names, annotations = (
-            text_lines(_read_member(archive, path, file, members[name])) for name in (_NAMES, _ANNOTATIONS)
+            text_lines(read_zipped(archive, path, file, members[name])) for name in (_NAMES, _ANNOTATIONS)
         )
     check_names(path, _NAMES, names, NUM_CLASSES)
     labels = {name: label for label, name in enumerate(names)}
@@ -159,24 +163,6 @@ def _validation_labels(
 
 def _is_image(file: str) -> bool:
     return file.endswith(_EXTENSION) and not file.startswith(".")
-
-
-def _open(archive: Archive, path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no zip archive ({error}): replace it by {archive.url}") from error
-
-
-def _read_member(archive: Archive, path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    """Returns the bytes of a member, whose checksum zipfile compares."""
-    try:
-        return file.read(member)
-    # RuntimeError for encrypted members, NotImplementedError for other compressions.
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
-        raise UserError(
-            f"{path}: member {member.filename} is damaged ({error}): replace the archive by {archive.url}"
-        ) from error
 
 
 SOURCE = ArraySource(

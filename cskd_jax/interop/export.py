@@ -68,7 +68,9 @@ def _run(argv):
 
     from cskd_jax.interop.names import to_torch
     from cskd_jax.models import count_parameters, create_model
+    from cskd_jax.training.adapters import LinenNetwork
     from cskd_jax.training.checkpoint import FOLDER, load_variables
+    from cskd_jax.training.state import check_variables
 
     has_phases = not (arguments.workdir / FOLDER).is_dir()
     path = arguments.workdir / arguments.network if has_phases else arguments.workdir
@@ -76,8 +78,9 @@ def _run(argv):
     variables, record = saved.variables, saved.record
     network = record.packaged_network()
     images = _images(arguments, record)
-    classes = len(variables["params"]["classifier"]["bias"])
+    classes = saved.num_classes
     module = create_model(**network, num_classes=classes)
+    check_variables(LinenNetwork(module), variables, (*images["size"], record.channels), str(path))
     function = export_function(module, variables, record.channels, **images)
     state_dict = to_torch(module, variables, batches=saved.step)
     description = {
@@ -105,7 +108,7 @@ def _run(argv):
 def _images(arguments, record) -> dict[str, Any]:
     """Returns {"size", "mean", "std"} of the images, as trained on or as given."""
     given = {"size": arguments.size, "mean": arguments.mean, "std": arguments.std}
-    if record.images:
+    if "mean" in record.images and "size" in record.images:
         wrong = [name for name, value in given.items() if value is not None]
         if wrong:
             raise UserError(f"{arguments.workdir} knows the images it was trained on: leave --{', --'.join(wrong)} out")

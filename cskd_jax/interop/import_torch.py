@@ -36,6 +36,9 @@ from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import check_new, number
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
+from cskd_jax.inputs import read_bytes
+
+_MAX_NAMES = 64 << 20  # bytes of the file of the classes, of which there are at most a million
 
 
 def main(argv: list[str]) -> int:
@@ -90,7 +93,7 @@ def _run(argv):
         checkpoints.save(0, tree, record)
     report = {
         "file": str(arguments.file),
-        "sha256": hashlib.sha256(arguments.file.read_bytes()).hexdigest(),
+        "sha256": _sha256(arguments.file),
         "used": used,
         "unused": unused,
     }
@@ -104,12 +107,17 @@ def _run(argv):
     )
 
 
+def _sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read_categories(arguments):
     """Returns the names of the classes, or None."""
     if arguments.categories is None:
         return None
     try:
-        names = arguments.categories.read_text(encoding="utf-8").splitlines()
+        names = read_bytes(arguments.categories, _MAX_NAMES).decode("utf-8").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{arguments.categories} is not a text file") from None
     if len(names) != arguments.num_classes or len(set(names)) != len(names):

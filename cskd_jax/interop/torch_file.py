@@ -5,8 +5,12 @@ PyTorch's own files hold a state dict, a dictionary that holds one, or a whole n
 content before anything is read.
 """
 
+import contextlib
+import functools
 import io
+import itertools
 import math
+import os
 import pathlib
 import pickle
 import zipfile
@@ -15,11 +19,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from cskd_jax.errors import UserError
+from cskd_jax.inputs import open_regular, parse_json, read_member, zip_of
 from cskd_jax.interop import unpickle
-from cskd_jax.interop.unpickle import Placeholder, Storage, Tensor, shown
+from cskd_jax.interop.torch_objects import Placeholder, Storage, Tensor, shown
 
 _DTYPES = {
     "FloatStorage": np.float32,
@@ -47,8 +51,14 @@ _SAFETENSORS_DTYPES = {
 }
 # The contents of the first and second pickle of the older format.
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
-# A limit, because a network that contains itself would have no end.
-_MAX_MODULES = 20_000
+_PLACE = ("dtype", "shape", "data_offsets")
+# Limits on the sizes of a file, of its pickle and of the header of safetensors. VGG19 with Adam's state has 1.7 GB.
+_MAX_FILE, _MAX_PICKLE, _MAX_HEADER = 4 << 30, 256 << 20, 8 << 20
+_MAX_DIMENSIONS = 8
+# Limits on the modules, because a network that contains itself would have no end, and on the entries of dictionaries
+# that are looked through and the letters of their names, because many names can mean the same large dictionary.
+_MAX_MODULES, _MAX_SEARCH = 20_000, 16_000_000
+_ENTRY = 64  # of the latter, for an entry besides its letters
 # Prefixes of wrappers around the network and around each other: torch.compile, DataParallel, torch.compile.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 
@@ -67,115 +77,157 @@ def read_state_dict(path: pathlib.Path, key: str | None = None) -> dict[str, np.
       UserError: If the file is damaged, asks for code to be executed, or holds no network.
       OSError: If the file cannot be read.
     """
-    try:
-        if path.suffix == ".safetensors":
-            tensors = _read_safetensors(path.read_bytes())
-        else:
-            with path.open("rb") as file:
-                is_zip = file.read(4) == b"PK\3\4"
-            content, read = _read_zip(path) if is_zip else _read_pickles(path.read_bytes())
-            tensors = _arrays(_find_tensors(content, key), read)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    with open_regular(path, _MAX_FILE) as file:
+        try:
+            if path.suffix == ".safetensors":
+                tensors = _read_safetensors(file)
+            elif file.peek(4)[:4] == b"PK\3\4":
+                with _damaged_archive(), zip_of(file) as archive:
+                    tensors = _read_zip(archive, os.fstat(file.fileno()).st_size, key)
+            else:
+                tensors = _read_pickles(file, key)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     for prefix in _WRAPPERS:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
     return {shown(name): array for name, array in tensors.items()}
 
 
-def _read_safetensors(data):
+def _read_safetensors(file: io.BufferedReader) -> dict[str, np.ndarray]:
+    """Returns the tensors of a safetensors file: the size of a header, the header in JSON, and the values."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    size = int.from_bytes(file.read(8), "little")
+    if not 2 <= size <= min(_MAX_HEADER, end - 8):
+        raise UserError(f"is not a sound safetensors file (a header of {size} bytes)")
     try:
-        content = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
+        header = parse_json(file.read(size))
+    except ValueError as error:
         raise UserError(f"is not a sound safetensors file ({shown(str(error))})") from None
+    if not isinstance(header, dict):
+        raise UserError("is not a sound safetensors file (its header is no object)")
+    header.pop("__metadata__", None)
+    places = {name: _place(name, entry, end - 8 - size) for name, entry in header.items()}
+    if sum(stop - start for _, _, start, stop in places.values()) > end - 8 - size:
+        raise UserError("is not a sound safetensors file (its tensors overlap)")
     tensors = {}
-    for name, entry in content:
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise UserError(f"{shown(name)} is {entry['dtype']}; known: {', '.join(_SAFETENSORS_DTYPES)}")
-        tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    for name, (dtype, shape, start, stop) in places.items():
+        file.seek(8 + size + start)
+        tensors[name] = np.frombuffer(file.read(stop - start), dtype).reshape(shape)
     return tensors
 
 
-def _read_zip(path: pathlib.Path) -> tuple[Any, Callable[[Storage], bytes]]:
-    """Returns the content of a zip archive and a function that reads the bytes of a storage."""
+def _place(name: str, entry: Any, available: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Returns type, shape, start and end of a tensor, which the header describes and the file has room for."""
+    kind, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _PLACE)
+    if not isinstance(kind, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise UserError(f"is not a sound safetensors file ({shown(name)} lacks a type, a shape or its place)")
+    if kind not in _SAFETENSORS_DTYPES:
+        raise UserError(f"{shown(name)} is {shown(kind)}; known: {', '.join(_SAFETENSORS_DTYPES)}")
+    dtype, (start, stop) = np.dtype(_SAFETENSORS_DTYPES[kind]), offsets
+    fits = 0 <= start <= stop <= available and math.prod(shape) * dtype.itemsize == stop - start
+    if not fits or len(shape) > _MAX_DIMENSIONS or (0 in shape and max(shape) > 2**31):
+        raise UserError(f"is not a sound safetensors file ({shown(name)} of shape {shown(str(shape))} does not fit it)")
+    return dtype, tuple(shape), start, stop
+
+
+def _are_sizes(values):
+    return isinstance(values, list) and len(values) <= 100 and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+@contextlib.contextmanager
+def _damaged_archive():
     try:
-        with zipfile.ZipFile(path) as archive:
-            # PyTorch does not compress, so it did not write an archive that unpacks to more than its size.
-            sizes = sum(member.file_size for member in archive.infolist())
-            compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
-            if compressed or sizes > path.stat().st_size:
-                raise UserError("is an archive that unpacks to more than it holds, not one of PyTorch")
-            members = {name: archive.read(name) for name in archive.namelist()}
+        yield
     except UserError:
         raise
     except Exception as error:  # A damaged archive makes zipfile raise errors of many kinds.
         raise UserError(f"is a damaged archive ({shown(str(error))})") from None
+
+
+def _read_zip(archive: zipfile.ZipFile, file_size: int, key: str | None) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file in PyTorch's zip format."""
+    members = {member.filename: member for member in archive.infolist()}
+    # torch.jit.save compresses a part, so this comes first.
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
+        raise UserError(
+            "is a TorchScript program: save its state dict in PyTorch, "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE), and name the new file"
+        )
+    # PyTorch does not compress, so it did not write an archive that unpacks to more than its size.
+    sizes = sum(member.file_size for member in archive.infolist())
+    compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members.values())
+    if compressed or sizes > file_size:
+        raise UserError("is an archive that unpacks to more than it holds, not one of PyTorch")
     root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
     if root is None:
         raise UserError("is an archive without data.pkl: not one of torch.save")
-    if f"{root}constants.pkl" in members:
-        raise UserError("is a TorchScript program: save the state dict of the network instead")
-    if members.get(f"{root}byteorder", b"little") != b"little":
+    byte_order = members.get(f"{root}byteorder")
+    if byte_order is not None and read_member(archive, byte_order, 100) != b"little":
         raise UserError("was written by a big-endian machine")
-    content, _ = unpickle.load(io.BytesIO(members[f"{root}data.pkl"]))
+    content, _ = unpickle.load(io.BytesIO(read_member(archive, members[f"{root}data.pkl"], _MAX_PICKLE)))
 
-    def read(storage):
-        name = f"{root}data/{storage.key}"
+    @functools.cache
+    def read(name):
         if name not in members:
             raise UserError(f"{shown(name)} is missing in it")
-        return members[name]
+        return read_member(archive, members[name], file_size)
 
-    return content, read
+    return _arrays(_find_tensors(content, key), lambda storage: read(f"{root}data/{storage.key}"))
 
 
-def _read_pickles(data: bytes) -> tuple[Any, Callable[[Storage], bytes]]:
-    """Returns the content of the older format and a function that reads the bytes of a storage.
+def _read_pickles(file: io.BufferedReader, key: str | None) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file in the older format.
 
     The format has five pickles: a number, a version, the byte order, the content, and the keys of the storages. The
     storages follow.
     """
-    if not data.startswith(pickle.PROTO):
+    if file.read(1) != pickle.PROTO:
         raise UserError("is neither an archive nor a pickle: torch.save did not write it")
-    stream = io.BytesIO(data)
-    magic, _ = unpickle.load(stream)
+    file.seek(0)
+    magic, _ = unpickle.load(file)
     if magic != _MAGIC:
         raise UserError("is a pickle that torch.save did not write")
-    version, _ = unpickle.load(stream)
-    system, _ = unpickle.load(stream)
+    version, _ = unpickle.load(file)
+    system, _ = unpickle.load(file)
     if version != _VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
         raise UserError("is of an unknown version of PyTorch's format, or was written by a big-endian machine")
-    content, storages = unpickle.load(stream)
-    keys, _ = unpickle.load(stream)
-    if not isinstance(keys, list) or any(not isinstance(key, str) or key not in storages for key in keys):
+    content, storages = unpickle.load(file)
+    keys, _ = unpickle.load(file)
+    if not isinstance(keys, list) or any(type(key) is not str or key not in storages for key in keys):
         raise UserError("does not say which storages it holds")
-    values, view = {}, memoryview(data)
-    for key in keys:
-        begin = stream.tell() + 8
-        size = int.from_bytes(data[begin - 8 : begin], "little") * _dtype(storages[key]).itemsize
-        if begin + size > len(data):
-            raise UserError(f"ends in the middle of storage {shown(key)}")
-        values[key] = view[begin : begin + size]
-        stream.seek(begin + size)
+    places = {}
+    position, end = file.tell(), file.seek(0, os.SEEK_END)
+    for name in keys:
+        file.seek(position)
+        size = int.from_bytes(file.read(8), "little") * _dtype(storages[name]).itemsize
+        places[name] = position + 8, size
+        position += 8 + size
+        if position > end:
+            raise UserError(f"ends in the middle of storage {shown(name)}")
 
-    def read(storage):
-        if storage.key not in values:
-            raise UserError(f"storage {shown(storage.key)} is missing in it")
-        return values[storage.key]
+    @functools.cache
+    def read(name):
+        if name not in places:
+            raise UserError(f"storage {shown(name)} is missing in it")
+        file.seek(places[name][0])
+        return file.read(places[name][1])
 
-    return content, read
+    return _arrays(_find_tensors(content, key), lambda storage: read(storage.key))
 
 
 def _find_tensors(content: Any, key: str | None) -> dict[str, Tensor]:
     """Returns the tensors of the one network that a file holds, or of that which `key` names."""
-    inner = content if isinstance(content, dict) else {}
-    networks = {name: tensors for name, value in inner.items() if (tensors := _tensors_of(value))}
+    inner, search = content if isinstance(content, dict) else {}, _Search()
+    networks = {name: tensors for name, value in inner.items() if (tensors := search.tensors_of(value))}
     if key is not None:
         if key not in networks:
             raise UserError(f"holds no network under the key {key}; there are: {_listed(networks) or 'none'}")
         return networks[key]
     if len(networks) > 1:
         raise UserError(f"holds several networks, choose one by --key: {_listed(networks)}")
-    tensors = next(iter(networks.values()), None) or _tensors_of(content)
+    tensors = next(iter(networks.values()), None) or search.tensors_of(content)
     if not tensors:
         found = (
             f"a dictionary of {_listed(inner) or 'nothing'}" if isinstance(content, dict) else type(content).__name__
@@ -184,37 +236,48 @@ def _find_tensors(content: Any, key: str | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _listed(names: Iterable[Any]) -> str:
-    return ", ".join(shown(name) if isinstance(name, str) else type(name).__name__ for name in list(names)[:10])
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(shown, itertools.islice(names, 10)))
 
 
-def _tensors_of(content: Any) -> dict[str, Tensor]:
-    """Returns the tensors by name if this is a state dict or a pickled network, and else none."""
-    return _tensors_of_network(content) if isinstance(content, Placeholder) else _named(content, Tensor)
+class _Search:
+    """A search for networks, which gives up where it would take too long."""
 
+    def __init__(self):
+        self._done = 0
 
-def _named(content: Any, kind: type) -> dict[str, Any]:
-    """Returns the entries of a dictionary that are of type `kind` and have a name."""
-    items = content.items() if isinstance(content, dict) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, kind)}
+    def tensors_of(self, content: Any) -> dict[str, Tensor]:
+        """Returns the tensors by name if this is a state dict or a pickled network, and else none."""
+        return self._of_network(content) if isinstance(content, Placeholder) else self._named(content, Tensor)
 
+    def _named(self, content: Any, kind: type, prefix: str = "") -> dict[str, Any]:
+        """Returns the entries of a dictionary that are of type `kind`, with a prefix before their names."""
+        found = {}
+        for name, value in content.items() if isinstance(content, dict) else ():
+            self._done += _ENTRY + len(prefix) + len(name)
+            if self._done > _MAX_SEARCH:
+                raise UserError(f"is a network of more than {_MAX_MODULES} modules, or of more names than any has")
+            if isinstance(value, kind):
+                found[prefix + name] = value
+        return found
 
-def _tensors_of_network(network: Placeholder) -> dict[str, Tensor]:
-    """Returns the state dict of a network: parameters and persistent buffers, its own and those of its parts."""
-    tensors, pending, count = {}, [("", network)], 0
-    while pending:
-        prefix, module = pending.pop()
-        count += 1
-        if count > _MAX_MODULES:
-            raise UserError(f"is a network of more than {_MAX_MODULES} modules")
-        state = vars(module)
-        passing = state.get("_non_persistent_buffers_set")
-        passing = passing if isinstance(passing, set) else ()
-        for kind in ("_parameters", "_buffers"):
-            values = _named(state.get(kind), Tensor)
-            tensors |= {prefix + name: value for name, value in values.items() if name not in passing}
-        pending += [(f"{prefix}{name}.", part) for name, part in _named(state.get("_modules"), Placeholder).items()]
-    return tensors
+    def _of_network(self, network: Placeholder) -> dict[str, Tensor]:
+        """Returns the state dict of a network: parameters and persistent buffers, its own and those of its parts."""
+        tensors, pending, count = {}, [("", network)], 0
+        while pending:
+            prefix, module = pending.pop()
+            count += 1
+            if count > _MAX_MODULES:
+                raise UserError(f"is a network of more than {_MAX_MODULES} modules")
+            state = module.state
+            passing = state.get("_non_persistent_buffers_set")
+            passing = passing if isinstance(passing, set) else set()
+            for kind in ("_parameters", "_buffers"):
+                values = self._named(state.get(kind), Tensor, prefix)
+                tensors |= {name: value for name, value in values.items() if name[len(prefix) :] not in passing}
+            parts = self._named(state.get("_modules"), Placeholder, prefix)
+            pending += [(f"{name}.", part) for name, part in parts.items()]
+        return tensors
 
 
 def _arrays(tensors: dict[str, Tensor], read: Callable[[Storage], bytes]) -> dict[str, np.ndarray]:
@@ -222,14 +285,16 @@ def _arrays(tensors: dict[str, Tensor], read: Callable[[Storage], bytes]) -> dic
     arrays = {}
     for name, tensor in tensors.items():
         dtype, data = _dtype(tensor.storage), read(tensor.storage)
-        if len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > 8:
+        if len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > _MAX_DIMENSIONS:
             raise UserError(f"{shown(name)} has {len(tensor.shape)} sizes and {len(tensor.strides)} strides")
         # The stride of an axis of size 1 has no effect.
         strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.strides, strict=True)]
         steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
         needed = max(math.prod(tensor.shape), tensor.offset + steps + 1) * dtype.itemsize
         if 0 in tensor.shape or needed > len(data):
-            raise UserError(f"{shown(name)} of shape {tensor.shape} does not fit the {len(data)} bytes of its storage")
+            raise UserError(
+                f"{shown(name)} of shape {shown(str(tensor.shape))} does not fit the {len(data)} bytes of its storage"
+            )
         values = np.frombuffer(data, dtype, count=len(data) // dtype.itemsize)[tensor.offset :]
         strides = tuple(dtype.itemsize * stride for stride in strides)
         arrays[name] = np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)

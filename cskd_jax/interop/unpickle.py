@@ -1,212 +1,374 @@
 """Reads pickles as PyTorch writes them, without executing anything that they ask for.
 
-A pickle is a program that names functions and classes, and has them called. Here a function that is not on the list of
-`TorchUnpickler` is refused, and a class that is not becomes an inert `Placeholder` that only holds its state. A pickled
-network thus gives its tensors although its code is not available.
+A pickle is a program for a machine with a stack, which names functions and classes and has them called. Python's own
+machine hashes whatever a file says, as often as it says, so the files that keep it busy for years are short. The
+machine here makes only what a state dict or a network is read from: dictionaries of texts, lists, tuples, and
+descriptions of tensors. It hashes nothing but short texts, and counts what it makes. A function that it does not know
+is refused, and an object of any class becomes an inert `Placeholder` that only holds its state. A pickled network thus
+gives its tensors although its code is not available.
 """
 
-import io
 import pickle
-import pickletools
-from typing import Any, NamedTuple
+import struct
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 from cskd_jax.errors import UserError
-
-# Limits on the operations of a pickle, the tuples that it makes, and the elements and letters that its calls and names
-# copy. They bound the memory: every other operation makes little, or as much as the file has bytes for it. The second
-# also bounds the stack, because the hash of a tuple recurses into the tuples that it holds. ResNet152 has 79,000
-# operations and, with Adam's state, 8,100 tuples.
-_MAX_OPERATIONS = 5_000_000
-_MAX_TUPLES = 30_000
-_MAX_COPIED = 300_000
-# Functions that harmless files call, with results that are not read here; a Placeholder takes their place.
-_INERT_CALLS = (
-    "torch.device",
-    "torch.nn.backends.thnn._get_thnn_function_backend",  # in every module before 1.2
-    "functools.partial",
-    "_codecs.encode",
-    "numpy.dtype",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+from cskd_jax.interop.torch_objects import (
+    MAX_NAME,
+    Calls,
+    Global,
+    Placeholder,
+    Storage,
+    is_name,
+    set_items,
+    shown,
+    too_much,
 )
 
-
-# These are tuples, because a pickle can change objects with attributes or a state, but no tuple.
-
-
-class Storage(NamedTuple):
-    """The place of the values of tensors.
-
-    Attributes:
-      key: Key of the storage in the file.
-      kind: PyTorch's name of its type, such as "FloatStorage".
-      size: Number of values.
-      start: Start of a view into a storage, in values; its size is still that of the whole storage.
-    """
-
-    key: str
-    kind: str
-    size: int
-    start: int = 0
+# Limits on the operations of a pickle, on the containers and objects that it makes, and on the bytes of its texts.
+# Together with those of `Calls` they bound time and memory, since no operation takes longer than what it reads or
+# copies. ResNet152 with Adam's state has 150,000 operations and 20,000 containers.
+_MAX_OPERATIONS = 1_000_000
+_MAX_CONTAINERS = 150_000
+_MAX_TEXT = 16 << 20
+# No function that is known takes as many arguments. They are copied when it is called.
+_MAX_ARGUMENTS = 20
+# The longest integer of PyTorch's files, which marks the older format, has 10 bytes.
+_MAX_INTEGER = 128
 
 
-class Tensor(NamedTuple):
-    """A tensor whose values are not read yet; offset and strides are in values."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+class _Mark:
+    """A mark on the stack, at which the operands of an operation begin."""
 
 
-class _PlaceholderType(type):
-    def __call__(cls, *_, **__):
-        if cls.__name__ not in _INERT_CALLS:
-            raise UserError(f"asks to call {shown(cls.__name__)}, which is not allowed")
-        return object.__new__(cls)
+_MARK = _Mark()
 
 
-class Placeholder(metaclass=_PlaceholderType):
-    """An instance of a class that the file names; it accepts any state and does nothing."""
+class TorchUnpickler:
+    """A reader of one pickle from a stream, which is left at the position behind the pickle.
 
-    def __new__(cls, *_, **__):
-        """Makes an instance from any arguments and calls nothing."""
-        return object.__new__(cls)
-
-    def __setstate__(self, state):
-        if isinstance(state, dict):
-            object.__setattr__(self, "__dict__", state)  # Not a copy: many objects can have one state.
-
-    def __setitem__(self, *_):
-        pass
-
-    def extend(self, _):
-        """Ignores the values of a list."""
-        pass
-
-
-class _Dictionary(dict):
-    """An OrderedDict without its attributes, such as the versions in a state dict, which nothing here reads."""
-
-    def __setstate__(self, _):
-        pass
-
-
-class TorchUnpickler(pickle.Unpickler):
-    """An unpickler of one pickle from a stream.
+    Args:
+      stream: Stream of bytes.
 
     Attributes:
       storages: Storages that the pickle named, by key.
     """
 
-    def __init__(self, stream: io.BytesIO):
-        super().__init__(stream, encoding="utf-8")
+    def __init__(self, stream: BinaryIO):
         self.storages: dict[str, Storage] = {}
-        self._placeholders: dict[str, _PlaceholderType] = {}
-        self._copied = 0
-        self._allowed = {
-            "collections.OrderedDict": self._ordered,
-            "collections.defaultdict": self._dictionary,
-            "builtins.set": self._set,
-            "__builtin__.set": self._set,
-            "torch.Size": self._size,
-            "torch._utils._rebuild_tensor": self._tensor,
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch.nn.parameter.Parameter": self._parameter,
-            "torch._utils._rebuild_parameter": self._parameter,
-            "torch._utils._rebuild_parameter_with_state": self._parameter,
-        }
+        self._stream, self._stack, self._memo = stream, [], []
+        self._globals: dict[tuple[str, str], Global] = {}
+        self._calls = Calls()
+        self._operations = self._containers = self._text_bytes = 0
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Returns the substitute of a function or class that the file names; nothing is imported."""
-        full = f"{module}.{name}"
-        if module in ("torch", "torch.cuda") and name.endswith("Storage"):
-            return name
-        if full in self._allowed:
-            return self._allowed[full]
-        if full not in self._placeholders:
-            self._placeholders[full] = _PlaceholderType(self._counted(full), (Placeholder,), {})
-        return self._placeholders[full]
+    def load(self) -> Any:
+        """Returns the content of the pickle.
 
-    def persistent_load(self, pid: Any) -> Any:
-        """Returns an object outside of the pickle: a storage, or a class whose source code the file holds too."""
-        if pid[0] == "module":
-            return pid[1]
-        kind, key, size = pid[1], pid[2], pid[4]
-        view = pid[5] if len(pid) > 5 else None
-        storage = Storage(key, kind, size, 0 if view is None else view[1])
-        types = [(storage.key, str), (storage.kind, str), (storage.size, int), (storage.start, int)]
-        if pid[0] != "storage" or any(type(value) is not wanted for value, wanted in types):
-            raise UserError("holds something else than storages outside of its pickle")
-        self.storages[key] = storage
-        return storage
+        Raises:
+          UserError: The pickle asks for a call that is not allowed, or exceeds a limit.
+          Exception: The pickle is damaged; errors are of many types.
+        """
+        read, stop = self._stream.read, pickle.STOP
+        while (code := read(1)) != stop:
+            self._operations += 1
+            if self._operations > _MAX_OPERATIONS:
+                raise too_much()
+            operation = _OPERATIONS.get(code)
+            if operation is None:
+                raise ValueError(f"unknown operation {code!r}" if code else "it ends too early")
+            operation(self)
+        return self._pop()
 
-    # These are methods, because a pickle can set attributes of the objects that it gets, but not of a method.
+    # The stack, and what is read from the stream.
 
-    def _counted(self, values):
-        """Counts and returns values that are about to be copied; raises UserError if they are too many in total."""
-        self._copied += len(values)
-        if self._copied > _MAX_COPIED:
-            raise UserError("is built to use too much memory")
+    def _push(self, value):
+        self._stack.append(value)
+
+    def _push_new(self, value):
+        """Puts a new container or object onto the stack."""
+        self._containers += 1
+        if self._containers > _MAX_CONTAINERS:
+            raise too_much()
+        self._stack.append(value)
+
+    def _pop(self):
+        value = self._stack.pop()
+        if value is _MARK:
+            raise ValueError("an operand is missing")
+        return value
+
+    def _pop_mark(self):
+        """Returns the values above the topmost mark, and removes them and the mark."""
+        stack, position = self._stack, len(self._stack) - 1
+        while position >= 0 and stack[position] is not _MARK:
+            position -= 1
+        if position < 0:
+            raise ValueError("a mark is missing")
+        values = stack[position + 1 :]
+        del stack[position:]
         return values
 
-    def _ordered(self, pairs=()):
-        return _Dictionary(self._counted(pairs))
+    def _bytes(self, count):
+        data = self._stream.read(count) if count <= _MAX_TEXT else b""
+        if len(data) != count:
+            raise ValueError("it ends too early")
+        return data
 
-    def _dictionary(self, *_):
-        return {}
+    def _number(self, form):
+        return struct.unpack(form, self._bytes(struct.calcsize(form)))[0]
 
-    def _set(self, values=()):
-        return set(self._counted(values))
+    def _line(self):
+        line = self._stream.readline(_MAX_TEXT)
+        if not line.endswith(b"\n"):
+            raise ValueError("a line does not end")
+        return self._text(line[:-1])
 
-    def _size(self, numbers=()):
-        return tuple(self._counted(numbers))
+    def _text(self, data):
+        self._text_bytes += len(data)
+        if self._text_bytes > _MAX_TEXT:
+            raise too_much()
+        return data.decode("utf-8", errors="replace")
 
-    def _tensor(self, storage, offset, shape, strides, *_):
-        if not isinstance(storage, Storage):
-            raise UserError("holds a tensor without a storage")
-        shape, strides = self._size(shape), self._size(strides)
-        numbers = (storage.start, offset, *shape, *strides)
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise UserError("holds a tensor with invalid sizes")
-        return Tensor(storage, storage.start + offset, shape, strides)
+    def _skip(self, count):
+        """Reads bytes that nothing here needs, such as those of an array of NumPy, without keeping them."""
+        while count > 0:
+            data = self._stream.read(min(count, _MAX_TEXT))
+            if not data:
+                raise ValueError("it ends too early")
+            count -= len(data)
+        self._push(b"")
 
-    def _parameter(self, tensor, *_):
-        return tensor
+    # Numbers, texts, containers, and the memory of the machine.
+
+    def _integer(self, count):
+        if count > _MAX_INTEGER:
+            raise UserError(f"holds a number of {count} bytes; allowed are {_MAX_INTEGER}")
+        self._push(int.from_bytes(self._bytes(count), "little", signed=True))
+
+    def _integer_line(self):
+        text = self._line()
+        if text in ("00", "01"):  # How the oldest protocol writes False and True.
+            self._push(text == "01")
+        elif len(text) > _MAX_INTEGER:
+            raise UserError(f"holds a number of {len(text)} digits; allowed are {_MAX_INTEGER}")
+        else:
+            self._push(int(text.removesuffix("L")))
+
+    def _quoted_line(self):
+        text = self._line()
+        if len(text) < 2 or text[0] != text[-1] or text[0] not in "\"'":
+            raise ValueError("a text has no quotation marks")
+        self._push(text[1:-1])
+
+    def _tuple(self, count):
+        values = tuple(self._pop() for _ in range(count))
+        self._push_new(values[::-1])
+
+    def _dictionary(self):
+        values, found = self._pop_mark(), {}
+        set_items(found, values)
+        self._push_new(found)
+
+    def _one(self, add):
+        """Adds the topmost value to the container below it."""
+        value = self._pop()
+        add(self._top(), [value])
+
+    def _pair(self):
+        value, key = self._pop(), self._pop()
+        set_items(self._top(), [key, value])
+
+    def _many(self, add):
+        """Adds the values above the topmost mark to the container below it."""
+        values = self._pop_mark()
+        add(self._top(), values)
+
+    def _put(self, index):
+        # A pickle remembers one object after another; a number far beyond them would only take memory.
+        if index > self._operations:
+            raise too_much()
+        self._memo.extend([_MARK] * (index + 1 - len(self._memo)))
+        self._memo[index] = self._top()
+
+    def _get(self, index):
+        value = self._memo[index] if 0 <= index < len(self._memo) else _MARK
+        if value is _MARK:
+            raise ValueError(f"object {index} is unknown")
+        self._push(value)
+
+    def _top(self):
+        value = self._stack[-1]
+        if value is _MARK:
+            raise ValueError("an operand is missing")
+        return value
+
+    def _protocol(self):
+        version = self._number("B")
+        if version > pickle.HIGHEST_PROTOCOL:
+            raise ValueError(f"protocol {version} is unknown")
+
+    # Functions, classes, and objects.
+
+    def _global(self, module, name):
+        if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > MAX_NAME:
+            raise ValueError("a function or class has no name or one that is too long")
+        if (module, name) not in self._globals:
+            self._calls.count(len(module) + len(name))
+            self._globals[module, name] = Global(f"{module}.{name}")
+        self._push(self._globals[module, name])
+
+    def _stack_global(self):
+        name, module = self._pop(), self._pop()
+        self._global(module, name)
+
+    def _new_object(self, operands):
+        """Makes an object of a class from its class and arguments, without calling anything."""
+        kind = [self._pop() for _ in range(operands)][-1]
+        if not isinstance(kind, Global):
+            raise ValueError("an object has no class")
+        self._push_new({} if kind.name == "collections.OrderedDict" else Placeholder())
+
+    def _instance(self):
+        self._global(self._line(), self._line())
+        kind = self._pop()
+        self._call(kind, self._pop_mark())
+
+    def _instance_of(self):
+        kind, *arguments = self._pop_mark()
+        self._call(kind, arguments)
+
+    def _reduce(self):
+        arguments, function = self._pop(), self._pop()
+        self._call(function, arguments)
+
+    def _call(self, function, arguments):
+        if not isinstance(function, Global) or not isinstance(arguments, tuple | list):
+            raise ValueError("something else than a function is called")
+        if len(arguments) > _MAX_ARGUMENTS:
+            raise ValueError(f"a call has {len(arguments)} arguments")
+        self._push_new(self._calls.call(function.name, arguments))
+
+    def _build(self):
+        state, target = self._pop(), self._top()
+        if isinstance(target, Placeholder):
+            if isinstance(state, dict):
+                target.state = state  # Not a copy: many objects can have one state.
+        elif not isinstance(target, dict):  # The attributes of an OrderedDict, such as versions, are not read.
+            inner = state[-1] if isinstance(state, tuple) and state else state
+            names = ", ".join(list(inner)[:3]) if isinstance(inner, dict) else type(inner).__name__
+            raise ValueError(f"{type(target).__name__} takes no state, such as {names}")
+
+    def _persistent(self, pid):
+        """Puts an object outside of the pickle: a storage, or a class whose source code the file holds too."""
+        if not isinstance(pid, tuple) or len(pid) < 2:
+            raise UserError("holds something else than storages outside of its pickle")
+        if pid[0] == "module":
+            return self._push(pid[1])
+        view = pid[5] if len(pid) > 5 else None
+        kind, key, size, start = pid[1], pid[2], pid[4], 0 if view is None else view[1]
+        name = kind.name.rpartition(".")[2] if isinstance(kind, Global) else kind
+        wanted = (key, str), (name, str), (size, int), (start, int)
+        if pid[0] != "storage" or any(type(value) is not of for value, of in wanted) or len(key) > MAX_NAME:
+            raise UserError("holds something else than storages outside of its pickle")
+        self.storages[key] = Storage(key, name, size, start)
+        return self._push_new(self.storages[key])
 
 
-def load(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
+def _append(target, values):
+    if isinstance(target, list):
+        target.extend(values)
+    elif not isinstance(target, Placeholder):
+        raise ValueError(f"{type(target).__name__} takes no elements")
+
+
+def _add(target, values):
+    if not isinstance(target, set):
+        raise ValueError(f"{type(target).__name__} is no set")
+    target.update(filter(is_name, values))
+
+
+# Every operation that is read, and what it does. Those of extensions and of buffers outside of the file are not.
+_OPERATIONS: dict[bytes, Callable[[TorchUnpickler], Any]] = {
+    pickle.PROTO: TorchUnpickler._protocol,
+    pickle.FRAME: lambda m: m._bytes(8),
+    pickle.MARK: lambda m: m._push(_MARK),
+    pickle.POP: lambda m: m._stack.pop(),
+    pickle.POP_MARK: TorchUnpickler._pop_mark,
+    pickle.DUP: lambda m: m._push(m._top()),
+    pickle.NONE: lambda m: m._push(None),
+    pickle.NEWTRUE: lambda m: m._push(True),
+    pickle.NEWFALSE: lambda m: m._push(False),
+    pickle.INT: TorchUnpickler._integer_line,
+    pickle.LONG: TorchUnpickler._integer_line,
+    pickle.BININT: lambda m: m._push(m._number("<i")),
+    pickle.BININT1: lambda m: m._push(m._number("B")),
+    pickle.BININT2: lambda m: m._push(m._number("<H")),
+    pickle.LONG1: lambda m: m._integer(m._number("B")),
+    pickle.LONG4: lambda m: m._integer(m._number("<I")),
+    pickle.FLOAT: lambda m: m._push(float(m._line()[:_MAX_INTEGER])),
+    pickle.BINFLOAT: lambda m: m._push(m._number(">d")),
+    pickle.STRING: TorchUnpickler._quoted_line,
+    pickle.BINSTRING: lambda m: m._push(m._text(m._bytes(m._number("<I")))),
+    pickle.SHORT_BINSTRING: lambda m: m._push(m._text(m._bytes(m._number("B")))),
+    pickle.UNICODE: lambda m: m._push(m._line()),
+    pickle.SHORT_BINUNICODE: lambda m: m._push(m._text(m._bytes(m._number("B")))),
+    pickle.BINUNICODE: lambda m: m._push(m._text(m._bytes(m._number("<I")))),
+    pickle.BINUNICODE8: lambda m: m._push(m._text(m._bytes(m._number("<Q")))),
+    pickle.SHORT_BINBYTES: lambda m: m._skip(m._number("B")),
+    pickle.BINBYTES: lambda m: m._skip(m._number("<I")),
+    pickle.BINBYTES8: lambda m: m._skip(m._number("<Q")),
+    pickle.BYTEARRAY8: lambda m: m._skip(m._number("<Q")),
+    pickle.EMPTY_TUPLE: lambda m: m._tuple(0),
+    pickle.TUPLE1: lambda m: m._tuple(1),
+    pickle.TUPLE2: lambda m: m._tuple(2),
+    pickle.TUPLE3: lambda m: m._tuple(3),
+    pickle.TUPLE: lambda m: m._push_new(tuple(m._pop_mark())),
+    pickle.EMPTY_LIST: lambda m: m._push_new([]),
+    pickle.LIST: lambda m: m._push_new(m._pop_mark()),
+    pickle.APPEND: lambda m: m._one(_append),
+    pickle.APPENDS: lambda m: m._many(_append),
+    pickle.EMPTY_DICT: lambda m: m._push_new({}),
+    pickle.DICT: TorchUnpickler._dictionary,
+    pickle.SETITEM: TorchUnpickler._pair,
+    pickle.SETITEMS: lambda m: m._many(set_items),
+    pickle.EMPTY_SET: lambda m: m._push_new(set()),
+    pickle.ADDITEMS: lambda m: m._many(_add),
+    pickle.FROZENSET: lambda m: m._push_new(set(filter(is_name, m._pop_mark()))),
+    pickle.PUT: lambda m: m._put(int(m._line()[:20])),
+    pickle.BINPUT: lambda m: m._put(m._number("B")),
+    pickle.LONG_BINPUT: lambda m: m._put(m._number("<I")),
+    pickle.MEMOIZE: lambda m: m._put(len(m._memo)),
+    pickle.GET: lambda m: m._get(int(m._line()[:20])),
+    pickle.BINGET: lambda m: m._get(m._number("B")),
+    pickle.LONG_BINGET: lambda m: m._get(m._number("<I")),
+    pickle.GLOBAL: lambda m: m._global(m._line(), m._line()),
+    pickle.STACK_GLOBAL: TorchUnpickler._stack_global,
+    pickle.INST: TorchUnpickler._instance,
+    pickle.OBJ: TorchUnpickler._instance_of,
+    pickle.NEWOBJ: lambda m: m._new_object(2),
+    pickle.NEWOBJ_EX: lambda m: m._new_object(3),
+    pickle.REDUCE: TorchUnpickler._reduce,
+    pickle.BUILD: TorchUnpickler._build,
+    pickle.BINPERSID: lambda m: m._persistent(m._pop()),
+    pickle.PERSID: lambda m: m._persistent(m._line()),
+}
+
+
+def load(stream: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     """Reads the pickle at the position of a stream, and leaves the position behind it.
 
     Returns:
-      The content and the storages by key. The content is made of dicts, lists, tuples, sets, texts, numbers, `Tensor`,
-      `Storage` and `Placeholder`.
+      The content and the storages by key. The content is made of dicts and sets of names, lists, tuples, texts,
+      numbers, `Tensor`, `Storage`, `Global` and `Placeholder`.
 
     Raises:
       UserError: If the pickle asks for a call that is not allowed, is damaged, or exceeds a limit.
     """
+    machine = TorchUnpickler(stream)
     try:
-        start = stream.tell()
-        _check_operations(stream)
-        stream.seek(start)
-        unpickler = TorchUnpickler(stream)
-        return unpickler.load(), unpickler.storages
-    except UserError:
+        return machine.load(), machine.storages
+    except (UserError, OSError):
         raise
-    except Exception as error:  # A damaged pickle makes the unpickler raise errors of any kind.
+    except Exception as error:  # What a damaged pickle makes of the stack has errors of many types.
         raise UserError(f"holds no sound pickle ({type(error).__name__}: {shown(str(error))})") from None
-
-
-def shown(text: str) -> str:
-    """Returns a text of a file in the form in which a message may show it: short and printable."""
-    return (text if text.isprintable() else ascii(text))[:200]
-
-
-def _check_operations(stream):
-    """Raises UserError for a pickle that would take too much memory or stack, ValueError for a damaged one."""
-    tuples = 0
-    for number, (operation, argument, _) in enumerate(pickletools.genops(stream)):
-        tuples += operation.name.startswith("TUPLE")
-        # The unpickler allocates memory for all numbers below that of an object that it memoizes.
-        far = operation.name.endswith("PUT") and (argument or 0) > number
-        if far or tuples > _MAX_TUPLES or number > _MAX_OPERATIONS:
-            raise UserError("is built to use too much memory")

@@ -23,4 +23,5 @@ def _row(cells):
 
 def _escape(text):
     """Returns Markdown that shows `text` literally, with everything that has a meaning in Markdown escaped."""
-    return re.sub(r"([\\|`<\[*&])", r"\\\1", text)
+    # An underscore within a word has no meaning, and neither has a single tilde.
+    return re.sub(r"([\\|`<\[*&$]|(?<!\w)_|_(?!\w)|(?<=~)~|~(?=~))", r"\\\1", text)

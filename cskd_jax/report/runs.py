@@ -13,7 +13,7 @@ from cskd_jax.report.published import network_label
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
 from cskd_jax.runs.keys import indifferent
-from cskd_jax.runs.workdir import read_json
+from cskd_jax.runs.results import RESULTS, read_results
 from cskd_jax.training.metrics import Task, task_that_measured
 from cskd_jax.training.records import read_rows
 
@@ -24,6 +24,8 @@ _COMMON = (
     "dataset.name", "dataset.train_examples", "dataset.validation_examples", "dataset.image_size", "epochs",
     "teacher.name", "teacher.width", "student.name", "student.width",
 )  # fmt: skip
+# No training has as many epochs, and no chart shows as many points.
+_MAX_POINTS = 20_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,9 +70,14 @@ class Run:
 
     def curve(self) -> list[tuple[int, float]]:
         """Returns (epoch, score of the student in percent on the split `chosen_on`) of every epoch."""
-        rows = read_rows(self.folder / "metrics.jsonl")
-        wanted = [row for row in rows if (row["phase"], row["split"]) == ("student", self.chosen_on)]
-        return [(row["epoch"], 100 * row[self.task.score]) for row in wanted]
+        path, wanted, score = self.folder / "metrics.jsonl", ("student", self.chosen_on), self.task.score
+        points = []
+        for row in read_rows(path, evaluations=True):
+            if (row["phase"], row["split"]) == wanted and 0 <= row.get(score, -1) <= 1:
+                points.append((row["epoch"], 100 * row[score]))
+            if len(points) > _MAX_POINTS:
+                raise UserError(f"{path} has evaluated more than {_MAX_POINTS:,} epochs")
+        return points
 
     @property
     def given_teacher(self) -> str | None:
@@ -195,10 +202,10 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
     """
     runs = {}
     for folder in folders:
-        paths = sorted(folder.rglob("results.json"))
+        paths = sorted(folder.rglob(RESULTS))
         if not paths:
-            raise UserError(f"{folder} holds no finished run: there is no results.json in it or below")
-        runs |= {path.resolve(): Run(path.parent, _read_results(path)) for path in paths}
+            raise UserError(f"{folder} holds no finished run: there is no {RESULTS} in it or below")
+        runs |= {path.resolve(): Run(path.parent, _printable(read_results(path))) for path in paths}
     trained = {run.folder.resolve() / "student": run for run in runs.values()}
     teachers = {
         run: next((trained[path] for f in run.teacher_folders if (path := f.resolve()) in trained), None)
@@ -206,14 +213,6 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
     }
     others = [run for run in runs.values() if run not in teachers.values()]
     return [dataclasses.replace(run, teacher_run=teachers.get(run)) for run in others]
-
-
-def _read_results(path):
-    results = _printable(read_json(path))
-    missing = {"method", "seed", "teacher", "student", "dataset", "devices", "versions", "config"} - results.keys()
-    if missing:
-        raise UserError(f"{path} is no result of a run: it lacks {', '.join(sorted(missing))}")
-    return results
 
 
 def _printable(content: Any) -> Any:

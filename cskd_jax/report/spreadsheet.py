@@ -1,30 +1,27 @@
 """The scores as CSV, with plain numbers for programs and spreadsheets."""
 
-import csv
-import io
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from cskd_jax.files import csv_text
 from cskd_jax.report import deviations, published
 from cskd_jax.report.runs import Comparison
 from cskd_jax.report.statistics import Summary
 
 _SECTION = ("dataset", "teacher", "student", "teacher_digest")
 _SCORES = ("last_mean", "last_std", "best_mean", "best_std")
-# A spreadsheet takes a text for a formula if it begins with one of these or its full-width form.
-_FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def methods(comparisons: Iterable[Comparison]) -> str:
     """Returns a line for each row of the comparisons, with scores in percent; unknown ones are empty."""
     header = (*_SECTION, "method", "metric", "seeds", *_SCORES, "published", "published_source", "differs")
-    return _write(header, (line for comparison in comparisons for line in _methods(comparison)))
+    return csv_text([header, *(line for comparison in comparisons for line in _methods(comparison))])
 
 
 def runs(comparisons: Iterable[Comparison]) -> str:
     """Returns a line for each run of the comparisons, with scores in percent."""
     header = (*_SECTION, "method", "metric", "seed", "last", "best", "best_epoch", "folder")
-    return _write(header, (line for comparison in comparisons for line in _runs(comparison)))
+    return csv_text([header, *(line for comparison in comparisons for line in _runs(comparison))])
 
 
 def _methods(comparison: Comparison) -> Iterator[list[Any]]:
@@ -67,16 +64,3 @@ def _numbers(values: Summary | None):
 def _rounded(value):
     """Returns a number without the digits that are rounding errors."""
     return None if value is None else round(value, 6)
-
-
-def _write(header, lines):
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([_disarm(cell) for cell in line] for line in lines)
-    return text.getvalue()
-
-
-def _disarm(cell):
-    """Returns a cell that no spreadsheet executes: an apostrophe precedes a text that looks like a formula."""
-    return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(_FORMULAS) else cell

@@ -8,11 +8,12 @@ from flax import linen as nn
 
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder
+from cskd_jax.inputs import read_json
 from cskd_jax.models import create_model
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.results import RESULTS
 from cskd_jax.runs.run import train
-from cskd_jax.runs.workdir import default_workdir, read_json
+from cskd_jax.runs.workdir import default_workdir
 from cskd_jax.training.checkpoint import load_variables
 
 
@@ -80,6 +81,6 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
             network = saved.record.packaged_network()
         except UserError as error:
             raise UserError(f"{workdir}: {error}: give student=") from None
-        student = create_model(**network, num_classes=len(saved.variables["params"]["classifier"]["bias"]))
+        student = create_model(**network, num_classes=saved.num_classes)
     results = workdir / RESULTS
     return LoadedRun(student, saved.variables, read_json(results) if results.exists() else {})

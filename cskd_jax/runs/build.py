@@ -35,6 +35,7 @@ from cskd_jax.training.optimizers import (
     sgd,
 )
 from cskd_jax.training.phases import Phase
+from cskd_jax.training.state import check_variables
 from cskd_jax.training.trainer import Student, Teacher, Trainer
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -95,6 +96,7 @@ def build(
     if given is None:
         teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices, callbacks=callbacks)
     else:
+        check_variables(teacher.network, given[1].variables, dataset.image_shape, f"teacher.checkpoint {given[0]}")
         teacher.variables = given[1].variables
     return Run(
         dataset,
@@ -121,6 +123,7 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
             validation_examples=settings.validation_examples,
             validation_seed=settings.validation_seed,
             image_size=settings.image_size,
+            exif_orientation=settings.exif_orientation,
             streaming=settings.streaming,
             workers=settings.workers,
         )
@@ -171,6 +174,7 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
     saved = load_variables(str(path))
     check_fits(f"checkpoint {path}", saved, config, dataset)
     network = make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
+    check_variables(network, saved.variables, dataset.image_shape, f"checkpoint {path}")
     return TrainedNetwork(network, saved)
 
 

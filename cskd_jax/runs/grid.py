@@ -12,7 +12,7 @@ from cskd_jax.files import refuse_link
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
-from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done, read_json
+from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done, kept_values
 from cskd_jax.training.objective import needs_teacher
 
 # Keys that concern the training of one student, besides those of its network, losses, optimizer and teacher.
@@ -161,7 +161,8 @@ def check(runs: Sequence[Run]) -> None:
             refuse_link(run.sweep / folder)
         path = run.workdir / "config.json"
         if path.exists():
-            check_workdir(run.workdir, identify(config, read_json(path).get(TEACHER_DIGEST)))
+            config = schema.with_values(config, kept_values(run.workdir, config))
+            check_workdir(run.workdir, identify(config, schema.read_flat(path).get(TEACHER_DIGEST)))
         if not run.done:
             data[str(config.dataset)] = config
     # This also prepares the data: two runs that start together would get into each other's way.

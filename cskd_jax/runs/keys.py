@@ -27,7 +27,8 @@ class Key:
       changes_results: Whether another value may lead to other results. A run may be resumed with another value of a
         key that does not change results.
       before: Value that the runs of a workdir without the key had. It is needed for a key that makes a choice
-        where earlier versions had another behavior than the new default.
+        where earlier versions had another behavior than the new default. A run that began with it goes on with it.
+      data_set: Name of the data set that alone reads the key; None where all do.
     """
 
     default: Any
@@ -35,10 +36,17 @@ class Key:
     meaning: str
     changes_results: bool = True
     before: Any = _AS_DEFAULT
+    data_set: str | None = None
 
-    def value_where_missing(self, *, in_workdir: bool = False) -> Any:
-        """Returns the value that the absence of the key means, in a recipe or in a workdir."""
-        return self.before if in_workdir and self.before is not _AS_DEFAULT else self.default
+    def value_in_workdir(self, data_set: str | None) -> Any:
+        """Returns the value that the absence of the key means in a workdir of a run on a data set."""
+        is_read = self.data_set in (None, data_set)
+        return self.before if is_read and self.before is not _AS_DEFAULT else self.default
+
+    @property
+    def has_changed(self) -> bool:
+        """Returns whether earlier versions did something else than the default."""
+        return self.before is not _AS_DEFAULT
 
 
 _MODEL = rules.one_of(*MODELS, listed_in="a network of [networks.md](networks.md)")
@@ -106,6 +114,13 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             None,
             rules.optional(rules.integer(1, 4096)),
             "Side of the square to which every image is resized and cropped; None leaves images as they are.",
+        ),
+        "dataset.exif_orientation": Key(
+            True,
+            rules.BOOL,
+            "Whether photographs are turned upright as their EXIF data say; for image_folder only.",
+            before=False,
+            data_set="image_folder",
         ),
         "dataset.streaming": Key(
             None,

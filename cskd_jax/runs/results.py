@@ -1,8 +1,8 @@
 """The results of a run: what is measured, written and printed at its end."""
 
-import csv
+import functools
 import importlib.metadata
-import io
+import logging
 import pathlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +12,88 @@ import numpy as np
 
 from cskd_jax.console import duration
 from cskd_jax.data import ImageDataset
-from cskd_jax.files import write_json, write_text
+from cskd_jax.errors import UserError
+from cskd_jax.files import csv_text, write_json, write_text
+from cskd_jax.inputs import is_count, is_map, is_number, is_optional, is_text, read_json, unsound
 from cskd_jax.models import count_parameters
-from cskd_jax.training.metrics import Task
+from cskd_jax.runs import schema
+from cskd_jax.training.metrics import Task, task_that_measured
 from cskd_jax.training.trainer import Result
 
+_logger = logging.getLogger(__name__)
+
 RESULTS = "results.json"
-# Files that a run writes into its workdir, besides its lock.
-WRITTEN = (RESULTS, "config.json", "metrics.jsonl", "confusion_matrix.csv", "tensorboard", "teacher", "student")
+_CONFUSIONS = "confusion_matrix.csv"
+# Files and folders that a run writes into its workdir, besides its lock.
+FILES = (RESULTS, "config.json", "metrics.jsonl", _CONFUSIONS)
+FOLDERS = ("tensorboard", "teacher", "student")
 # Packages whose versions decide the numbers.
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def _is_evaluation(value, keys=("epoch",)):
+    """Returns whether a value has the metrics of a split, and the score among them is a share."""
+    if not is_map(is_number)(value) or not all(is_count(value.get(key)) for key in keys):
+        return False
+    score = value.get(task_that_measured(value).score)
+    return score is not None and 0 <= score <= 1
+
+
+_ENTRY = {
+    "width": is_optional(is_number),
+    "images_per_second": is_optional(is_number),
+    "chosen_on": lambda value: value in ("test", "validation"),
+    "by_category": is_map(is_optional(is_number)),
+    "digest": is_text,
+    "checkpoint": is_text,
+    "best": _is_evaluation,
+}
+_PARAMETERS = functools.partial(is_count, low=1)
+
+
+def _is_student(value):
+    needed = {"model": is_text, "parameters": _PARAMETERS, "last": _is_evaluation, "best": _is_evaluation}
+    return not unsound(value, needed, _ENTRY)
+
+
+def _is_teacher(value):
+    """Returns whether a value describes a teacher, of which, where it was given, no epoch is known."""
+    needed = {"parameters": _PARAMETERS, "last": functools.partial(_is_evaluation, keys=())}
+    given = isinstance(value, dict) and "digest" in value
+    return not unsound(value, needed | ({"checkpoint": is_text} if given else {}), _ENTRY)
+
+
+def _is_config(value):
+    return not unsound(value, {"dataset.name": is_text, "student.name": is_text}) and not schema.wrong_types(value)
+
+
+_COUNTS = ("categories", "train_examples", "test_examples")
+_NEEDED = {
+    "method": is_text,
+    "seed": is_count,
+    "teacher": is_optional(_is_teacher),
+    "student": _is_student,
+    "dataset": lambda value: not unsound(value, {"name": is_text} | dict.fromkeys(_COUNTS, is_count)),
+    "devices": lambda value: not unsound(value, {"count": is_count, "kind": is_text}),
+    "versions": lambda value: not unsound(value, {"cskd_jax": is_text}),
+    "config": _is_config,
+}
+
+
+def read_results(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the content of a results.json that a run wrote.
+
+    Raises:
+      UserError: It is damaged, or something is missing or has another type.
+    """
+    results = read_json(path)
+    missing = sorted(_NEEDED.keys() - results.keys())
+    if missing:
+        raise UserError(f"{path} is no result of a run: it lacks {', '.join(missing)}")
+    wrong = unsound(results, _NEEDED)
+    if wrong:
+        raise UserError(f"{path} is no sound result of a run: something is missing or wrong in {', '.join(wrong)}")
+    return results
 
 
 def read_versions() -> dict[str, str]:
@@ -73,17 +145,17 @@ def write_results(
 ) -> None:
     """Writes the confusion matrix, if there is one, and then results.json, which marks the run as done."""
     if confusions is not None:
-        write_confusions(workdir / "confusion_matrix.csv", categories, confusions)
+        try:
+            write_confusions(workdir / _CONFUSIONS, categories, confusions)
+        except (OSError, ValueError) as error:  # The run has taken long, and its results do not depend on this file.
+            _logger.warning("%s is not written: %s", workdir / _CONFUSIONS, error)
     write_json(workdir / RESULTS, results)
 
 
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
     """Writes the matrix as CSV, with the categories as header and first column."""
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["category \\ taken for", *categories])
-    writer.writerows([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
-    write_text(path, table.getvalue())
+    rows = ([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
+    write_text(path, csv_text([["category \\ taken for", *categories], *rows], line_end="\r\n"))
 
 
 def say_results(

@@ -27,7 +27,16 @@ from cskd_jax.runs.results import (
     write_results,
 )
 from cskd_jax.runs.trained import load_given_teacher
-from cskd_jax.runs.workdir import check_data, check_workdir, claim, held, identify, is_done, names_same_data
+from cskd_jax.runs.workdir import (
+    check_data,
+    check_workdir,
+    claim,
+    held,
+    identify,
+    is_done,
+    kept_values,
+    names_same_data,
+)
 from cskd_jax.training.callbacks import Callback, Console
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.objective import needs_teacher
@@ -114,12 +123,19 @@ class _Started:
         self.runs: dict[Job, Run] = {}
         self.given: Any = None
         self._dataset: ImageDataset | None = None
+        self._kept: dict[str, Any] = {}
 
     def add(self, job: Job) -> None:
         """Holds the folder of a run and makes its objects, unless it is done."""
         if job.error is not None:
             return
-        config, workdir = job.config, job.workdir
+        workdir, kept = job.workdir, processes.on_first(kept_values, job.workdir, job.config)
+        for key, value in kept.items():
+            job.say(f"{key} is {value}, as in the version of cskd_jax with which this workdir began")
+        if self.runs and kept != self._kept:
+            raise UserError(f"{workdir} began with another version of cskd_jax: train it alone, with --together=1")
+        self._kept = kept
+        config = job.config = schema.with_values(job.config, kept)
         self.devices.check_batch_size("batch_size", config.batch_size)
         given = None
         if needs_teacher(config.losses) and config.teacher.checkpoint is not None:

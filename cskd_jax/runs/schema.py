@@ -11,6 +11,7 @@ from flax import traverse_util
 from ml_collections import config_dict
 
 from cskd_jax.errors import UserError, close_to
+from cskd_jax.inputs import is_number, read_json
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS
 from cskd_jax.runs import keys, rules
@@ -80,9 +81,41 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return flat
 
 
+def with_values(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Returns a copy of a configuration with other values of some keys, {"a.b": value}."""
+    changed = config.copy_and_resolve_references() if values else config
+    changed.update_from_flattened_dict(values)
+    return changed
+
+
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns the same as `flatten`, with values as they are after a round trip through JSON."""
     return json.loads(json.dumps(flatten(config)))
+
+
+def read_flat(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the content of a config.json, whose keys have values of their types.
+
+    Raises:
+      UserError: It is damaged, or the value of a key has another type.
+    """
+    flat = read_json(path)
+    wrong = wrong_types(flat)
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong[0]} is {str(flat[wrong[0]])[:100]}")
+    return flat
+
+
+def wrong_types(flat: Mapping[str, Any]) -> list[str]:
+    """Returns the known keys of {"a.b": JSON value} whose values have other types; other keys are not looked at."""
+    return [path for path, value in flat.items() if (key := keys.find_key(path)) and not _has_type(value, key)]
+
+
+def _has_type(value, key):
+    allowed = {list if kind is tuple else kind for kind in key.rule.types}
+    if isinstance(value, list):
+        return list in allowed and all(map(is_number, value))
+    return type(value) in allowed and (type(value) not in (int, float) or is_number(value))
 
 
 def complete(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +131,7 @@ def complete(flat: Mapping[str, Any]) -> dict[str, Any]:
     settings = {f"losses.{name}.{s}": key for name in names & LOSSES.keys() for s, key in keys.loss_keys(name).items()}
     full = dict(flat)
     for path, key in {**keys.KEYS, **settings}.items():
-        value = flat.get(path, key.value_where_missing(in_workdir=True))
+        value = flat.get(path, key.value_in_workdir(flat.get("dataset.name")))
         if value is not REQUIRED:
             value = list(value) if isinstance(value, tuple) else value
             full[path] = value if value is None else _typed(value, key)

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +16,14 @@ from cskd_jax.distributed.children import die_with_parent
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import InterruptedRun, UserError, printable
 from cskd_jax.files import open_append
+from cskd_jax.inputs import open_regular
 from cskd_jax.runs.grid import Run
-from cskd_jax.runs.workdir import read_json
+from cskd_jax.runs.results import RESULTS, read_results
 from cskd_jax.training.metrics import task_that_measured
 
 _POLL_SECONDS = 0.2
 LOG = "log.txt"
+_LAST_BYTES = 10_000
 
 
 class FailedRunsError(UserError):
@@ -143,8 +147,14 @@ def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> di
         return {}
     # Each process would otherwise take three quarters of a GPU's memory when it starts.
     variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")}
-    listed = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    listed = [device for device in environment.get("CUDA_VISIBLE_DEVICES", gpus()).split(",") if device]
     return variables | ({"CUDA_VISIBLE_DEVICES": listed[slot % len(listed)]} if listed else {})
+
+
+def gpus(devices: pathlib.Path = pathlib.Path("/dev")) -> str:
+    """Returns the numbers of NVIDIA's GPUs that this machine or container has, such as "0,1"; "" without any."""
+    count = sum(re.fullmatch(r"nvidia[0-9]+", path.name) is not None for path in devices.glob("nvidia*"))
+    return ",".join(map(str, range(count)))
 
 
 def _ready(waiting) -> Iterator[list[Run]]:
@@ -163,13 +173,20 @@ def _stop(running, stop):
 def _failure(run, code, log):
     """Returns why a run has failed: its own error, or else the end of the process that it ran in."""
     for path in (run.workdir / LOG, log):
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
+        lines = _last_part(path).decode("utf-8", errors="replace").strip().splitlines() if path.exists() else []
         if lines and lines[-1].startswith("error: "):
             return f"FAILED: {printable(lines[-1])} ({path})"
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"FAILED, {how}: {printable(lines[-1]) if lines else 'no output'} ({log})"
 
 
+def _last_part(path):
+    """Returns the last bytes of a log, which may be long."""
+    with open_regular(path, sys.maxsize) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
+        return file.read(_LAST_BYTES)
+
+
 def _score(run):
-    last = read_json(run.workdir / "results.json")["student"]["last"]
+    last = read_results(run.workdir / RESULTS)["student"]["last"]
     return f"last {task_that_measured(last).describe(last)}"

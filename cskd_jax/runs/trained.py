@@ -1,14 +1,13 @@
 """Checkpoints of trained networks: loading a given teacher, and checking that a network fits a data set."""
 
 import pathlib
-from typing import Any
 
 import ml_collections
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.errors import UserError
 from cskd_jax.runs import schema
-from cskd_jax.training.checkpoint import FOLDER, Record, Saved, load_variables
+from cskd_jax.training.checkpoint import FOLDER, Saved, load_variables
 
 
 def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
@@ -58,13 +57,13 @@ def check_fits(source: str, saved: Saved, config: ml_collections.ConfigDict, dat
             f"{source} was trained with {one if dataset.multilabel else several}, "
             f"{dataset.name} has {several if dataset.multilabel else one}"
         )
-    _check_classes(source, saved.variables, record, dataset)
+    _check_classes(source, saved, dataset)
 
 
-def _check_classes(source: str, variables: dict[str, Any], record: Record, dataset: ImageDataset) -> None:
-    ours, theirs = list(dataset.categories), record.categories
+def _check_classes(source: str, saved: Saved, dataset: ImageDataset) -> None:
+    ours, theirs = list(dataset.categories), saved.record.categories
     # An imported network may not know their names.
-    number = len(variables["params"]["classifier"]["bias"] if theirs is None else theirs)
+    number = saved.num_classes if theirs is None else len(theirs)
     if number != len(ours) or theirs not in (None, ours):
         names = "" if theirs is None else f" ({', '.join(theirs[:3])}, ...)"
         raise UserError(

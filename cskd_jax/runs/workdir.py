@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -14,11 +13,11 @@ from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.errors import UserError
-from cskd_jax.files import refuse_links, write_json
+from cskd_jax.files import refuse_links, refuse_other_kinds, write_json
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import keys, recipes, schema
 from cskd_jax.runs.lock import locked
-from cskd_jax.runs.results import RESULTS, WRITTEN
+from cskd_jax.runs.results import FILES, FOLDERS, RESULTS
 from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
 from cskd_jax.training.objective import needs_teacher
 
@@ -90,10 +89,30 @@ def _short_digest(text):
 def _holds(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
     """Returns whether the folder holds exactly this run."""
     try:
-        found = read_json(workdir / "config.json")
+        found = schema.read_flat(workdir / "config.json")
     except (OSError, UserError):
         return False
+    config = schema.with_values(config, kept_values(workdir, config))
     return not _differences(found, identify(config, found.get(TEACHER_DIGEST)))
+
+
+def kept_values(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns {key: value} of what an earlier version did otherwise than the default, where the run began with it.
+
+    Args:
+      workdir: Folder of the run.
+      config: Requested configuration; a value that is not the default is left as it is.
+    """
+    path, requested = workdir / "config.json", schema.flatten(config)
+    if not path.is_file() or not _has_checkpoints(workdir):
+        return {}
+    found = schema.complete(schema.read_flat(path))
+    changed = {name: key for name, key in keys.KEYS.items() if key.has_changed}
+    return {
+        name: key.before
+        for name, key in changed.items()
+        if requested[name] == key.default and found[name] == key.before
+    }
 
 
 def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
@@ -129,13 +148,15 @@ def held(workdir: pathlib.Path, *written: str) -> Iterator[None]:
     Args:
       workdir: Folder of the run. It may be a symbolic link; a link within it is refused, since a folder from
         elsewhere may contain links to files of the user.
-      written: Names of files written into it besides `results.WRITTEN`.
+      written: Names of files written into it besides `results.FILES`.
 
     Raises:
-      UserError: Another process holds it, or something in it is a link.
+      UserError: Another process holds it, or something in it is a link, or a folder where a file belongs.
     """
     with locked(workdir / "lock", f"another job runs in workdir {workdir}"):
-        refuse_links(workdir / name for name in (*WRITTEN, *written))
+        files, folders = ([workdir / name for name in names] for names in ((*FILES, *written), FOLDERS))
+        refuse_links([*files, *folders])
+        refuse_other_kinds(files, folders)
         yield
 
 
@@ -146,7 +167,7 @@ def is_done(workdir: pathlib.Path, epochs: int) -> bool:
         return False
     if not path.exists():
         return not _has_checkpoints(workdir)  # No recipe has made these checkpoints.
-    return read_json(path).get("epochs", epochs) >= epochs
+    return schema.read_flat(path).get("epochs", epochs) >= epochs
 
 
 def names_same_data(workdir: pathlib.Path, identity: Mapping[str, Any]) -> bool:
@@ -185,23 +206,12 @@ def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageData
     write_json(workdir / "config.json", identity)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file of a run; raises UserError if the file is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: not a JSON object")
-    return found
-
-
 def run_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """Returns the configuration of the run in `workdir`; raises UserError if there is none."""
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is no workdir of a run: there is no {path.name} in it")
-    return schema.restore({key: value for key, value in read_json(path).items() if " " not in key}, str(path))
+    return schema.restore({key: value for key, value in schema.read_flat(path).items() if " " not in key}, str(path))
 
 
 def _has_checkpoints(workdir: pathlib.Path, phase: str = "*") -> bool:
@@ -210,7 +220,7 @@ def _has_checkpoints(workdir: pathlib.Path, phase: str = "*") -> bool:
 
 def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     path = workdir / "config.json"
-    return read_json(path) if path.exists() else dict(identity)
+    return schema.read_flat(path) if path.exists() else dict(identity)
 
 
 def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -16,7 +16,9 @@ import math
 import pathlib
 import re
 import shutil
+import stat
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +28,9 @@ from flax import serialization, traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from cskd_jax.distributed import processes
-from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.errors import InterruptedRun, UserError, one_line
 from cskd_jax.files import write_json
+from cskd_jax.inputs import MAX_JSON, is_count, is_list, is_map, is_number, is_optional, is_text, read_json, unsound
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +41,9 @@ _FIRST_PROCESS = ocp.options.MultiprocessingOptions(primary_host=0, active_proce
 
 # Version of the names of the arrays and of the record; `_upgrade` reads older ones.
 _VERSION = 2
+# Limits on the files of a checkpoint, and on what its compressed arrays may take in memory for each byte of the files.
+# Weights hardly compress; what compresses well, such as a momentum of zeros, has at most a few times their size.
+_MAX_FILES, _MAX_EXPANSION = 100_000, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +72,14 @@ class Record:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
-        """Returns the record that was saved as `values`; keys of later versions are ignored."""
+        """Returns the record that was saved as `values`; keys of later versions are ignored.
+
+        Raises:
+          ValueError: A value is missing or has another type.
+        """
+        wrong = unsound(values, {"network": _is_network, "channels": partial(is_count, low=1)}, _RECORD_TESTS)
+        if wrong:
+            raise ValueError(f"its record has no sound {', '.join(wrong)}")
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -74,12 +87,42 @@ class Record:
         """Returns {"name", "width"}; raises UserError if the network is not part of this package."""
         if "width" not in self.network:
             raise UserError(f"the checkpoint holds a {self.network['name']}, which is not a network of this package")
-        return self.network
+        return {key: self.network[key] for key in ("name", "width")}
 
     def describe_network(self) -> str:
         """Returns a readable description of the network, such as "resnet18, width 0.25"."""
         width = self.network.get("width")
         return self.network["name"] + ("" if width is None else f", width {width:g}")
+
+
+def _is_network(value):
+    return not unsound(value, {"name": is_text}, {"width": lambda width: is_number(width) and 0 < width <= 64})
+
+
+def _is_images(value):
+    """Returns whether a value describes images: their size, and perhaps mean and deviation by channel."""
+    size, numbers = is_list(partial(is_count, low=1)), is_list(is_number)
+    tests = {"size": lambda sides: size(sides) and len(sides) == 2 and max(sides) <= 10**5}
+    tests |= {"mean": lambda means: numbers(means) and means, "std": lambda stds: numbers(stds) and min(stds) > 0}
+    return not unsound(value, {}, tests) and value.keys() <= tests.keys() and ("mean" in value) == ("std" in value)
+
+
+def _is_progress(value):
+    metrics = is_map(is_number)
+    tests = {"evaluations": is_map(metrics), "test": is_map(metrics), "sums": metrics}
+    tests |= {"count": is_count, "seconds": is_number, "images": is_count}
+    return not unsound(value, {}, tests) and value.keys() <= tests.keys()
+
+
+_RECORD_TESTS = {
+    "categories": is_optional(is_list(is_text)),
+    "multilabel": lambda value: type(value) is bool,
+    "images": _is_images,
+    "method": is_text,
+    "finished": lambda value: type(value) is bool,
+    "progress": _is_progress,
+    "version": is_count,
+}
 
 
 class Saved(NamedTuple):
@@ -96,6 +139,15 @@ class Saved(NamedTuple):
     record: Record
     step: int
     digest: str
+
+    @property
+    def num_classes(self) -> int:
+        """Returns the number of classes of a network of this package; raises UserError if there is no classifier."""
+        try:
+            (classes,) = np.shape(self.variables["params"]["classifier"]["bias"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise UserError(f"the checkpoint of a {self.record.describe_network()} holds no classifier") from None
+        return classes
 
 
 class Checkpoints:
@@ -230,9 +282,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise errors of many kinds.
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"cannot save a checkpoint in {self._directory}: {line[:300]}; the checkpoints before it are untouched"
+                f"cannot save a checkpoint in {self._directory}: {one_line(error)}; "
+                "the checkpoints before it are untouched"
             ) from error
 
 
@@ -258,8 +310,11 @@ def _load(path):
         arrays, record, digest = _read(path)
     except _Damaged as damage:
         raise UserError(f"checkpoint {path} is damaged ({damage})") from None
-    tree = traverse_util.unflatten_dict(arrays, sep="/")
-    variables = tree.get("ema", {"params": tree["params"].get("network", {}), **tree.get("collections", {})})
+    try:
+        tree = traverse_util.unflatten_dict(arrays, sep="/")
+        variables = tree.get("ema", {"params": tree["params"].get("network", {}), **tree.get("collections", {})})
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):  # Names that are no paths of a network.
+        raise UserError(f"checkpoint {path} is damaged (its arrays are those of no network)") from None
     return Saved({"params": {}, **variables}, record, int(path.name), digest)
 
 
@@ -276,29 +331,52 @@ def _read(path):
     """Returns arrays by name, record and digest of a checkpoint; raises _Damaged if it is damaged."""
     parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
-        handler = ocp.CompositeCheckpointHandler()
+        stored = _check_files(path)
+        handler = ocp.CompositeCheckpointHandler(
+            **{_ARRAYS: ocp.StandardCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
+        )
         with ocp.Checkpointer(handler, multiprocessing_options=_FIRST_PROCESS) as checkpointer:
+            shapes = checkpointer.metadata(path.absolute()).item_metadata[_ARRAYS]
+            claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in shapes.values())
+            if claimed > _MAX_EXPANSION * stored:
+                raise _Damaged(f"its arrays would take {claimed:,} bytes, its files have {stored:,}")
             restored = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**parts))
         arrays = {name: np.asarray(array) for name, array in restored[_ARRAYS].items()}
         content = restored[_RECORD]
         digest = content.pop("digest")
+        record = Record.from_json(content["record"])
+        digests, version = dict(content["digests"]), content["record"].get("version", 1)
     except PermissionError as error:
         raise UserError(f"cannot read checkpoint {path}: {error}") from None
+    except _Damaged:
+        raise
     except Exception as error:  # Orbax raises whatever the damage makes its parsers raise.
-        raise _Damaged(f"{type(error).__name__} while reading") from error
+        raise _Damaged(f"{type(error).__name__} while reading: {one_line(error)}") from error
     if digest != _text_digest(content):
         raise _Damaged("the digest of its record differs")
-    if set(arrays) != set(content["digests"]):
+    if set(arrays) != set(digests):
         raise _Damaged("arrays are missing")
     for name, array in arrays.items():
-        if _digest(array) != content["digests"][name]:
+        if _digest(array) != digests[name]:
             raise _Damaged(f"the digest of {name} differs")
     digest = _text_digest({name: _digest(array) for name, array in arrays.items()})
-    version = content["record"].get("version", 1)
     if version > _VERSION:
         raise UserError(f"checkpoint {path} was written by a newer version of cskd_jax")
     arrays = arrays if version == _VERSION else {_upgrade(name): array for name, array in arrays.items()}
-    return arrays, Record.from_json(content["record"]), digest
+    return arrays, record, digest
+
+
+def _check_files(path):
+    """Returns the bytes of all files of a checkpoint; raises _Damaged for pipes, devices, and too many files."""
+    total = 0
+    for count, file in enumerate(path.rglob("*")):
+        status = file.lstat()
+        if count > _MAX_FILES or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise _Damaged(f"{file} is no regular file" if count <= _MAX_FILES else "it has too many files")
+        total += status.st_size
+    if (path / _RECORD / "metadata").stat().st_size > MAX_JSON:
+        raise _Damaged("its record is too large")
+    return total
 
 
 def _upgrade(name):
@@ -359,10 +437,10 @@ def mark_unfinished(folder: pathlib.Path) -> None:
         return
     path = folder / str(max(steps)) / _RECORD / "metadata"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        sound = content.pop("digest") == _text_digest(content)
-    except (OSError, ValueError, KeyError, AttributeError):
+        content = read_json(path)
+        sound = content.pop("digest") == _text_digest(content) and Record.from_json(content["record"]).finished
+    except (OSError, UserError, ValueError, KeyError):
         return
-    if sound and content["record"]["finished"]:
+    if sound:
         content["record"]["finished"] = False
         write_json(path, content | {"digest": _text_digest(content)})

@@ -2,13 +2,23 @@
 
 import contextlib
 import json
+import logging
 import pathlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cskd_jax.distributed import processes
+from cskd_jax.errors import printable
 from cskd_jax.files import open_append, write_text
+from cskd_jax.inputs import is_count, is_number, is_text, open_regular, parse_json, unsound
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Start
+
+_logger = logging.getLogger(__name__)
+
+_ROW_TESTS = {"phase": is_text, "split": is_text, "step": is_count, "epoch": is_count}
+_TRAINING = b'"split": "train"'
+_MAX_FILE, _MAX_LINE = 1 << 30, 1 << 20
 
 
 class MetricsFiles(Callback):
@@ -21,7 +31,8 @@ class MetricsFiles(Callback):
     """
 
     def __init__(self, workdir: pathlib.Path):
-        self._workdir, self._path, self._tensorboard = workdir, workdir / "metrics.jsonl", None
+        self._workdir, self._path = workdir, workdir / "metrics.jsonl"
+        self._tensorboard, self._shows = None, True
 
     def on_start(self, start: Start) -> None:
         """Removes rows of later steps that an interrupted run left in metrics.jsonl."""
@@ -29,7 +40,7 @@ class MetricsFiles(Callback):
         processes.on_first(self._remove_later_rows, start)
 
     def _remove_later_rows(self, start):
-        kept = [row for row in read_rows(self._path) if row["phase"] != start.student or row["step"] <= start.step]
+        kept = (row for row in read_rows(self._path) if row["phase"] != start.student or row["step"] <= start.step)
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_row(self, row: Mapping[str, Any]) -> None:
@@ -39,27 +50,79 @@ class MetricsFiles(Callback):
         # Opened for every row, because the students of a trainer share the file.
         with open_append(self._path) as file:
             file.write(json.dumps(row) + "\n")
-        if self._tensorboard is None:
-            # This imports all of PyTorch if it is installed, so it is done while the devices have steps to do.
-            from tensorboardX import SummaryWriter
+        if self._shows:
+            try:
+                self._show(row)
+            except OSError as error:  # A full disk, for example. The run does not depend on these files.
+                self._shows = False
+                _logger.warning("TensorBoard's files in %s are not written any more: %s", self._workdir, error)
 
+    def _show(self, row):
+        if self._tensorboard is None:
             folder = self._workdir / "tensorboard" / self._start.student
-            self._tensorboard = SummaryWriter(str(folder), purge_step=self._start.step + 1)
-        for name, value in row.items():
-            if name not in ROW_KEYS:
-                self._tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
+            self._tensorboard = _TensorBoard(folder, self._start.step + 1)
+        values = {name: value for name, value in row.items() if name not in ROW_KEYS}
+        self._tensorboard.add({printable(f"{row['split']}/{name}"): v for name, v in values.items()}, row["step"])
 
     def on_end(self) -> None:
         """Flushes and closes the files of TensorBoard."""
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # What could not be written has been reported.
+                self._tensorboard.close()
 
 
-def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a metrics.jsonl; invalid lines, such as a truncated one, are skipped."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if isinstance(row, dict) and row.keys() >= ROW_KEYS:
+class _TensorBoard:
+    """A writer of TensorBoard's files.
+
+    tensorboardX's own `SummaryWriter` writes in a thread, which a full disk kills, and then waits for it forever.
+
+    Args:
+      folder: Folder of the files, which is created.
+      first_step: First step to be written; TensorBoard hides what an earlier writer wrote of later ones.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        # This imports all of PyTorch if it is installed, so it is done while the devices have steps to do.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._writer = event_file_writer.EventsWriter(str(folder.absolute() / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(step=first_step, session_log=start))
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Writes values by their tags."""
+        for tag, value in values.items():
+            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(tag, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
+def read_rows(path: pathlib.Path, *, evaluations: bool = False) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a metrics.jsonl; unsound lines, such as a truncated one, are skipped.
+
+    Args:
+      path: Path of the file, which may be missing.
+      evaluations: Whether the rows of training steps, most of all, are skipped.
+
+    Raises:
+      UserError: It is no regular file, or larger than any run makes one.
+    """
+    try:
+        file = open_regular(path, _MAX_FILE)
+    except FileNotFoundError:
+        return
+    with file:
+        while line := file.readline(_MAX_LINE):
+            if evaluations and _TRAINING in line:
+                continue
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                if not unsound(row, _ROW_TESTS) and all(is_number(row[key]) for key in row.keys() - ROW_KEYS):
                     yield row

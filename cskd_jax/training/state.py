@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from flax import struct, traverse_util
 
+from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.networks import Network, Variables
@@ -58,6 +59,27 @@ def init_network(network: Network, key: jax.Array, image_shape: tuple[int, ...])
     itself only so that a network is traced once for all callers.
     """
     return network.init(key, image_shape)
+
+
+def check_variables(network: Network, variables: Variables, image_shape: tuple[int, ...], source: str) -> None:
+    """Raises UserError unless variables from outside have the names and shapes of those of a network.
+
+    Args:
+      network: Network that is to use them.
+      variables: Variables.
+      image_shape: Shape of one image, (H, W, C).
+      source: Name of where they come from, for the message.
+    """
+    key = jax.random.PRNGKey(0)
+    expected = jax.eval_shape(partial(init_network, network, image_shape=image_shape), key)[0]
+    shapes = [
+        {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+        for tree in (variables, expected)
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        found, wanted = (shape.get(name, "nothing") for shape in shapes)
+        if found != wanted:
+            raise UserError(f"{source} does not hold the network that it names: {name} is {found} instead of {wanted}")
 
 
 def init_state(

@@ -402,10 +402,15 @@ def _check_batches(setup: Setup) -> None:
         raise UserError(
             f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
         )
+    if sampler.batch_size == 1:
+        raise UserError(
+            "batch_size is 1; it must be at least 2, since batch normalization and losses relate images to each other"
+        )
     setup.devices.check_batch_size("batch_size", sampler.batch_size)
     if sampler.last_batch_size == 1:
         raise UserError(
-            "the last batch of an epoch holds one image, which has nothing to relate to: set drop_last=True"
+            "the last batch of an epoch holds one image, which has nothing to relate to: "
+            + ("give it more" if isinstance(sampler, EpochBatches) else "set drop_last=True, or another batch_size")
         )
     setup.devices.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)
     if setup.accumulation_steps > 1:
@@ -421,8 +426,13 @@ def _check_micro_batches(setup: Setup) -> None:
     setup.devices.check_batch_size(
         f"a micro-batch (batch_size {sampler.batch_size} / accumulation_steps {steps})", size
     )
-    if 1 in (size, sampler.last_batch_size % size):
+    if size == 1:
         raise UserError(
             f"with accumulation_steps={steps}, a micro-batch holds one image, which has nothing to relate to: "
-            "set another number, or drop_last=True"
+            "set a smaller number"
+        )
+    if sampler.last_batch_size % size == 1:
+        raise UserError(
+            f"with accumulation_steps={steps}, the last micro-batch of an epoch holds one image, which has nothing to "
+            "relate to: set drop_last=True, or another number"
         )

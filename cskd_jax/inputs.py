@@ -1,0 +1,196 @@
+"""Reading of files that anyone may have made: regular files of a bounded size, JSON and its types, and zip archives."""
+
+import io
+import json
+import math
+import os
+import pathlib
+import stat
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cskd_jax.errors import UserError
+
+# Results of runs with thousands of classes take less than one megabyte.
+MAX_JSON = 8 << 20
+# Digits of a number in JSON: those of the largest 64-bit integers, and those of a float with its exponent.
+_MAX_DIGITS = 40
+# Lists and objects within each other; the files of this package have at most five.
+_MAX_DEPTH = 50
+# The list of the members of an archive takes about a hundred bytes for each; an archive of ImageNet's size has 16 MB.
+_MAX_DIRECTORY = 32 << 20
+_CHUNK = 1 << 20
+
+
+def open_regular(path: str | pathlib.Path, limit: int) -> io.BufferedReader:
+    """Opens a file for reading, which does not wait as opening a pipe or a device may.
+
+    Args:
+      path: Path of the file; a symbolic link is followed.
+      limit: Largest size in bytes.
+
+    Raises:
+      UserError: It is no regular file, or larger than the limit.
+      OSError: It cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is no regular file, but a folder, a pipe, a device or the like")
+        if status.st_size > limit:
+            raise UserError(f"{path} has {status.st_size:,} bytes; at most {limit:,} are read")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return open(descriptor, "rb")
+
+
+def read_bytes(path: str | pathlib.Path, limit: int) -> bytes:
+    """Returns the content of a file; the arguments and errors are those of `open_regular`."""
+    with open_regular(path, limit) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:  # It grows, or its system does not tell its size.
+        raise UserError(f"{path} has more than {limit:,} bytes, which are not read")
+    return data
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Returns a JSON value whose numbers are finite and whose nesting is bounded.
+
+    Raises:
+      ValueError: It is damaged, nested too deeply, or holds NaN, an infinity, or a number of too many digits.
+    """
+    try:
+        value = json.loads(data, parse_int=_integer, parse_float=_float, parse_constant=_float)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _parts(outer)]
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
+
+
+def _parts(value):
+    return value.values() if isinstance(value, dict) else value
+
+
+def _integer(text):
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"it holds a number of {len(text)} digits")
+    return int(text)
+
+
+def _float(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {text[:_MAX_DIGITS]}, which is no finite number")
+    return value
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; raises UserError if the file is damaged."""
+    try:
+        found = parse_json(read_bytes(path, MAX_JSON))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: not a JSON object ({str(error)[:200]})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: not a JSON object")
+    return found
+
+
+Test = Callable[[Any], bool]
+
+
+def is_text(value: Any) -> bool:
+    """Returns whether a JSON value is a text of a length that names and paths have."""
+    return type(value) is str and len(value) <= 10_000 and "\0" not in value
+
+
+def is_count(value: Any, low: int = 0) -> bool:
+    """Returns whether a JSON value is an integer from `low` that 64 bits hold."""
+    return type(value) is int and low <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a JSON value is a number with which one can calculate."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def is_map(test: Test) -> Test:
+    """Returns the test whether a JSON value is an object whose values all pass a test."""
+    return lambda value: isinstance(value, dict) and all(map(test, value.values()))
+
+
+def is_list(test: Test) -> Test:
+    """Returns the test whether a JSON value is a list whose elements all pass a test."""
+    return lambda value: isinstance(value, list) and all(map(test, value))
+
+
+def is_optional(test: Test) -> Test:
+    """Returns the test whether a JSON value is null or passes a test."""
+    return lambda value: value is None or test(value)
+
+
+def unsound(values: Any, needed: Mapping[str, Test], optional: Mapping[str, Test] | None = None) -> list[str]:
+    """Returns the keys of a JSON object that are missing or do not pass their test; all if it is no object.
+
+    Args:
+      values: JSON value.
+      needed: Test of each key that the object must have.
+      optional: Test of each key that it may have; other keys are not looked at.
+    """
+    if not isinstance(values, dict):
+        return [*needed, *(optional or {})]
+    wrong = [key for key, test in needed.items() if key not in values or not test(values[key])]
+    return wrong + [key for key, test in (optional or {}).items() if key in values and not test(values[key])]
+
+
+class _BoundedReads:
+    """A file that refuses to read more at once than the list of the members of an archive should take."""
+
+    def __init__(self, file):
+        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+        self._read = file.read
+
+    def read(self, size=-1):
+        data = self._read(min(size, _MAX_DIRECTORY + 1) if size >= 0 else _MAX_DIRECTORY + 1)
+        if len(data) > _MAX_DIRECTORY:
+            raise zipfile.BadZipFile("a part of it is too large")
+        return data
+
+
+def zip_of(file: io.BufferedReader) -> zipfile.ZipFile:
+    """Returns the zip archive in a file, whose list of members is bounded; zipfile's errors are of many types.
+
+    Args:
+      file: File that `open_regular` has opened.
+    """
+    bounded: Any = _BoundedReads(file)
+    return zipfile.ZipFile(bounded)
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
+    """Returns the bytes of a member, whose checksum zipfile compares.
+
+    Args:
+      archive: Archive of `zip_of`.
+      member: Member of the archive.
+      limit: Largest size of the member in bytes.
+
+    Raises:
+      BadZipFile: The member is larger, or compressed by something else than zip's own method. The other methods can
+        make gigabytes of a few bytes before a size is checked.
+    """
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise zipfile.BadZipFile(f"compression method {member.compress_type}; 0 and 8 are read")
+    if member.file_size > limit:
+        raise zipfile.BadZipFile(f"it has {member.file_size:,} bytes; at most {limit:,} are read")
+    parts = []
+    with archive.open(member) as file:
+        while part := file.read(_CHUNK):
+            parts.append(part)
+    return b"".join(parts)

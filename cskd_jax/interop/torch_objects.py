@@ -1,0 +1,144 @@
+"""The objects that are made of a pickle of PyTorch, and the functions that such a pickle may call."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from cskd_jax.errors import UserError, printable
+
+# No name of a tensor, module or class is longer. Longer texts are read, but are no keys.
+MAX_NAME = 1024
+# The elements and letters that all calls and names of a file may copy.
+_MAX_COPIED = 300_000
+# Functions that harmless files call, with results that are not read here; a Placeholder takes their place.
+_INERT_CALLS = (
+    "torch.device",
+    "torch.nn.backends.thnn._get_thnn_function_backend",  # in every module before 1.2
+    "functools.partial",
+    "_codecs.encode",
+    "numpy.dtype",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
+
+
+class Storage(NamedTuple):
+    """The place of the values of tensors.
+
+    Attributes:
+      key: Key of the storage in the file.
+      kind: PyTorch's name of its type, such as "FloatStorage".
+      size: Number of values.
+      start: Start of a view into a storage, in values; its size is still that of the whole storage.
+    """
+
+    key: str
+    kind: str
+    size: int
+    start: int = 0
+
+
+class Tensor(NamedTuple):
+    """A tensor whose values are not read yet; offset and strides are in values."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Global(NamedTuple):
+    """A function or class that a pickle names."""
+
+    name: str
+
+
+class Placeholder:
+    """An object of a class that the file names, which does nothing.
+
+    Attributes:
+      state: Its attributes by name, if they are a dictionary.
+    """
+
+    __slots__ = ("state",)
+
+    def __init__(self):
+        self.state: dict[str, Any] = {}
+
+
+class Calls:
+    """The functions that a file may call, which count what they copy."""
+
+    def __init__(self):
+        self._copied = 0
+        self._known: dict[str, Callable[..., Any]] = {
+            "collections.OrderedDict": self._ordered,
+            "collections.defaultdict": lambda *_: {},
+            "builtins.set": self._set,
+            "__builtin__.set": self._set,
+            "torch.Size": self._size,
+            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch.nn.parameter.Parameter": lambda tensor, *_: tensor,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+        }
+
+    def call(self, name: str, arguments: Iterable[Any]) -> Any:
+        """Returns what stands in the place of the result of a function; raises UserError if it is not allowed."""
+        if name in self._known:
+            return self._known[name](*arguments)
+        if name in _INERT_CALLS:
+            return Placeholder()
+        raise UserError(f"asks to call {shown(name)}, which is not allowed")
+
+    def count(self, number: int) -> None:
+        """Counts values that are about to be copied; raises UserError if they are too many in total."""
+        self._copied += number
+        if self._copied > _MAX_COPIED:
+            raise too_much()
+
+    def _ordered(self, pairs=()):
+        pairs, found = pairs.items() if isinstance(pairs, dict) else pairs, {}
+        self.count(len(pairs))
+        for key, value in pairs:
+            set_items(found, [key, value])
+        return found
+
+    def _set(self, values=()):
+        self.count(len(values))
+        return set(filter(is_name, values))
+
+    def _size(self, numbers=()):
+        self.count(len(numbers))
+        return tuple(numbers)
+
+    def _tensor(self, storage, offset, shape, strides, *_):
+        if not isinstance(storage, Storage):
+            raise UserError("holds a tensor without a storage")
+        shape, strides = self._size(shape), self._size(strides)
+        numbers = (storage.start, offset, *shape, *strides)
+        if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+            raise UserError("holds a tensor with invalid sizes")
+        return Tensor(storage, storage.start + offset, shape, strides)
+
+
+def is_name(value: Any) -> bool:
+    """Returns whether a value may be the name of something: a text that is not too long."""
+    return type(value) is str and len(value) <= MAX_NAME
+
+
+def set_items(target: Any, values: list[Any]) -> None:
+    """Sets keys and values that alternate; only names are kept as keys, since nothing is found by any other."""
+    if isinstance(target, dict):
+        target.update((key, value) for key, value in zip(values[::2], values[1::2], strict=True) if is_name(key))
+    elif not isinstance(target, Placeholder):
+        raise ValueError(f"{type(target).__name__} takes no keys")
+
+
+def too_much() -> UserError:
+    """Returns the error for a file that exceeds a limit."""
+    return UserError("is built to use too much memory")
+
+
+def shown(text: str) -> str:
+    """Returns a text of a file in the form in which a message may show it: short and printable."""
+    return printable(text[:200])

@@ -1,0 +1,208 @@
+"""Files that strangers may have made: nothing runs, hangs or fills the memory, and every error is one line."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from cskd_jax.data import load_dataset
+from cskd_jax.data.images import read_image
+from cskd_jax.errors import UserError
+from cskd_jax.files import csv_text
+from cskd_jax.inputs import parse_json, read_bytes
+from cskd_jax.interop import unpickle
+from cskd_jax.report.markdown import render
+from cskd_jax.runs.results import write_results
+from tests.conftest import ROOT
+from tests.hostile_inputs import GROUPS
+
+_SECONDS, _MEGABYTES = 10, 1024
+# Least numbers of inputs, so that a mistake in making them is noticed.
+_COUNTS = {
+    "pickles": 90,
+    "safetensors": 40,
+    "records": 40,
+    "runs": 150,
+    "images": 10,
+    "zip archives": 10,
+    "tar archives": 10,
+    "large pickles": 7,
+}
+_SLOW = ("runs", "zip archives", "tar archives", "large pickles")
+# Groups of which some inputs are sound enough to be read, such as metrics without the lines that are not.
+_LENIENT = ("runs", "images")
+
+
+@pytest.mark.parametrize(
+    "group", [pytest.param(group, marks=[pytest.mark.slow] if group in _SLOW else []) for group in GROUPS]
+)
+def test_hostile_inputs(group, tmp_path):
+    """A process of its own, because what an input makes happen and the memory that it takes stay with the process."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.hostile_inputs", group, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) >= _COUNTS[group]
+    for name, outcome in found.items():
+        assert outcome["happened"] == [], name
+        assert outcome["code"] == 2 or (outcome["code"] == 0 and group in _LENIENT), (name, outcome)
+        lines = outcome["error"].splitlines()
+        assert len(lines) == (outcome["code"] == 2), (name, lines)
+        assert all(line.startswith("error: ") and line.isprintable() for line in lines), (name, lines)
+        assert outcome["seconds"] < _SECONDS, name
+        assert outcome["memory"] < _MEGABYTES, name
+
+
+def test_a_pickle_changes_nothing_that_outlives_it():
+    """A state for a function was kept by the reader, for all files to come."""
+    methods = {name: method for name, method in vars(unpickle.TorchUnpickler).items() if callable(method)}
+    before = {name: dict(vars(method)) for name, method in methods.items()}
+    for name in (b"collections\nOrderedDict", b"torch._utils\n_rebuild_tensor_v2", b"torch\nSize"):
+        with pytest.raises(UserError, match="no sound pickle"):
+            unpickle.load(io.BytesIO(b"\x80\x02c" + name + b"\n}U\x01aNsb."))
+    assert before == {name: dict(vars(method)) for name, method in methods.items()}
+
+
+@pytest.mark.parametrize(
+    "text", ["1" + "0" * 50, "1e999", "NaN", "-Infinity", "[" * 51 + "]" * 51, "[" * 99_999, "", "{"]
+)
+def test_json_that_is_refused(text):
+    with pytest.raises(ValueError, match="."):
+        parse_json(text)
+
+
+def test_json_keeps_what_python_writes():
+    value = {"a": [1, -2.5, 1e-30, 2**64, None, True, "é\u2028"], "b": {"c": {}}}
+    assert parse_json(json.dumps(value)) == value
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no regular file"):
+        read_bytes(tmp_path / "pipe", 10)
+    (tmp_path / "large").write_bytes(bytes(11))
+    with pytest.raises(UserError, match="has 11 bytes; at most 10 are read"):
+        read_bytes(tmp_path / "large", 10)
+
+
+def test_csv_is_not_executed():
+    cells = ["=1+1", "+1", "-1", "@x", "\t=1", "\uff1d1", "a\nb", "\x1b[2J", "sound", -1]
+    assert csv_text([cells]) == "'=1+1,'+1,'-1,'@x,\\t=1,'\uff1d1,a\\nb,\\x1b[2J,sound,-1\n"
+
+
+def test_markdown_shows_html_as_text():
+    text = render("<script>", "![x](http://a) ~~b~~ $c$ _d_ e_f", [])
+    assert text == "## \\<script>\n\n!\\[x](http://a) \\~\\~b\\~\\~ \\$c\\$ \\_d\\_ e_f\n"
+
+
+# Folders of images.
+
+
+def save(path, size=(6, 4), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(size[1], size[0], 3)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            save(tmp_path / "data" / split / name / "1.png")
+    return tmp_path / "data"
+
+
+def load(root, **options):
+    return load_dataset("image_folder", path=str(root), streaming=False, **options)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.TIFF", "a.gif", "a.jfif"])
+def test_formats_that_are_read(name, root):
+    save(root / "train" / "cat" / name, format={"g": "GIF", "j": "JPEG"}.get(name[2], "TIFF"))
+    assert len(load(root).train.images) == 3
+
+
+def test_the_first_image_of_an_animation_is_read(root):
+    frames = [Image.new("RGB", (6, 4), color) for color in ("red", "blue")]
+    frames[0].save(root / "train" / "cat" / "0.gif", save_all=True, append_images=frames[1:])
+    assert load(root).train.images[0, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_what_is_left_out_is_said(root, caplog):
+    save(root / "train" / "cat" / "more" / "2.png")
+    (root / "train" / "cat" / "notes.txt").write_text("x", encoding="utf-8")
+    (root / "train" / "cat" / "3.png").symlink_to("nowhere")
+    (root / "test" / "dog" / ".hidden.png").write_bytes(b"")
+    (root / "test" / "readme.md").write_text("x", encoding="utf-8")
+    load(root)
+    (line,) = caplog.messages
+    for text in ("1 in deeper folders", "2.png", "1 of other formats", "notes.txt", "1 broken links", "3.png",
+                 "1 hidden", ".hidden.png", "1 outside of a class folder", "readme.md"):  # fmt: skip
+        assert text in line
+
+
+def test_a_class_that_loses_everything_is_refused(root):
+    (root / "train" / "cat" / "1.png").rename(root / "train" / "cat" / "1.psd")
+    with pytest.raises(UserError, match=r"train/cat has no images: .*; left out are 1 of other formats .*1\.psd"):
+        load(root)
+
+
+def test_names_of_classes_that_no_result_can_hold(root):
+    for split in ("train", "test"):
+        os.rename(root / split / "cat", os.fsencode(root / split) + b"/c\xff")
+    with pytest.raises(UserError, match="the name of the folder is not UTF-8: rename it"):
+        load(root)
+
+
+def test_names_of_classes_that_look_the_same(root, caplog):
+    for split in ("train", "test"):
+        (root / split / "dog").rename(root / split / "Cat")
+    load(root)
+    assert "'Cat' and 'cat' are two, but their names differ only in case" in caplog.text
+    (root / "test" / "Cat").rename(root / "test" / "CAT")
+    with pytest.raises(UserError, match="lacks the class 'Cat', which train has; it has 'CAT', which differs"):
+        load(root)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_photographs_are_turned_upright(kind, orientation, tmp_path):
+    """As Pillow's own function turns them."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "photograph", size=(24, 16), format=kind, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(read_image(path, "x", 3, None, upright=True), expected)
+    shape = (24, 16, 3) if orientation > 4 else (16, 24, 3)
+    assert read_image(path, "x", 3, None, expected=shape, upright=True).shape == shape
+
+
+def test_the_old_reading_does_not_turn_photographs(root):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    save(root / "train" / "cat" / "1.png", exif=exif)
+    upright, old = (load(root, exif_orientation=value).train.images[0] for value in (True, False))
+    np.testing.assert_array_equal(upright, old[::-1, ::-1])
+
+
+def test_damaged_exif_is_no_damaged_image(tmp_path):
+    path = save(tmp_path / "x.jpg", exif=b"Exif\0\0nonsense")
+    assert read_image(path, "x", 3, None, upright=True).shape == (4, 6, 3)
+
+
+# Results.
+
+
+def test_no_side_file_costs_the_results(tmp_path, caplog):
+    (tmp_path / "confusion_matrix.csv").mkdir()
+    write_results(tmp_path, {"method": "ce"}, ["cat", "dog"], np.eye(2, dtype=int))
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"method": "ce"}
+    assert "confusion_matrix.csv is not written" in caplog.text
