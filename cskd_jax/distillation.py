@@ -26,6 +26,7 @@ from cskd_jax.runs.workdir import held, read_json
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import FOLDER, digest_of, mark_unfinished
+from cskd_jax.training.normalization import renormalize
 from cskd_jax.training.objective import as_settings
 from cskd_jax.training.phases import Phase
 from cskd_jax.training.trainer import Result, Student, Teacher, Trainer
@@ -55,6 +56,8 @@ def distill(
     accumulation_steps: int = 1,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
+    teacher_mean: Sequence[float] | None = None,
+    teacher_std: Sequence[float] | None = None,
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
     categories: Sequence[str] | None = None,
     student_features: Sequence[str] = (),
@@ -99,6 +102,9 @@ def distill(
         `batch_size` images; batch normalization, and losses that relate images to each other, see micro-batches.
       mean: Mean of pixels in [0, 1], per channel or one for all.
       std: Standard deviation, likewise.
+      teacher_mean: Mean of the normalization that the teacher was trained with; None for that of the student. It needs
+        uint8 images.
+      teacher_std: Standard deviation, likewise.
       augment: Function of images as they are in `train`, a key and the positions of the images in the global batch.
       categories: Names of the classes by label; "0", "1", ... by default.
       student_features: Paths of submodules of the student whose outputs are its features, first stage first, for
@@ -123,11 +129,16 @@ def distill(
     data = make_data(arrays, test, categories, validation)
     if sampler is not None:
         sampler.num_classes = data.num_classes
-    mean, std = (tuple(map(float, values)) for values in (mean, std))
-    if any(len(values) not in (1, data.image_shape[-1]) for values in (mean, std)):
-        raise UserError(f"mean and std must have 1 value or {data.image_shape[-1]}, one for each channel of the images")
-    floats = data.image_dtype != np.uint8
+    floats, channels = data.image_dtype != np.uint8, data.image_shape[-1]
+    normalize = _make_normalize(mean, std).checked(channels)
+    own = _make_normalize(
+        mean if teacher_mean is None else teacher_mean, std if teacher_std is None else teacher_std
+    ).checked(channels, "teacher_")
+    if floats and not own.is_same(normalize):
+        raise UserError("teacher_mean and teacher_std need uint8 images; floats are taken as they are")
     teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
+    for entry in teachers:
+        entry.network = renormalize(entry.network, normalize, own)
     network = as_network(student, student_features, student_embedding)
     workdir = None if workdir is None else local_folder(workdir)
     with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY):
@@ -138,7 +149,7 @@ def distill(
             phases=[Phase(epochs)],
             seed=seed,
             sampler=sampler or UniformSampler(len(data.train.labels), batch_size, seed, drop_last),
-            normalize=None if floats else Normalize(mean, std),
+            normalize=None if floats else normalize,
             augment=augment,
             callbacks=callbacks,
             workdir=workdir,
@@ -153,7 +164,8 @@ def distill(
             settings |= {} if ema is None else {"ema": float(ema)}
             settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
             paths = [student_features, teacher_features, student_embedding, teacher_embedding]
-            settings |= {"mean": mean, "std": std, "paths": paths, "data": fingerprint(data)}
+            settings |= {} if own.is_same(normalize) else {"teacher_mean": own.mean, "teacher_std": own.std}
+            settings |= {"mean": normalize.mean, "std": normalize.std, "paths": paths, "data": fingerprint(data)}
             settings["losses"] = {name: _describe_loss(as_settings(entry)) for name, entry in losses.items()}
             for name, variables in (("teacher", teacher_variables), ("student", student_variables)):
                 settings[f"{name}_variables"] = None if variables is None else digest_of(variables)
@@ -162,6 +174,10 @@ def distill(
         if workdir is not None:
             write_json(workdir / RESULTS, {"student": describe_result(trainer.describe(_STUDENT), result)})
     return result
+
+
+def _make_normalize(mean: Sequence[float], std: Sequence[float]) -> Normalize:
+    return Normalize(tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def _make_teachers(teacher, variables, features, embedding):

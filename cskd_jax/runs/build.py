@@ -22,6 +22,8 @@ from cskd_jax.training.callbacks import Console
 from cskd_jax.training.checkpoint import Saved, load_variables
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.metrics import task_of
+from cskd_jax.training.networks import Network
+from cskd_jax.training.normalization import renormalize
 from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.optimizers import (
     ConstantSchedule,
@@ -76,14 +78,13 @@ def build(
     dataset = processes.first_then_all(lambda: load_data(config))
     if not needs_teacher(config.losses):
         return Run(dataset, make_trainer("student", config, dataset, workdir, devices))
-    teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
-    teacher_trainer = None
     if given is None:
+        teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
         teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices)
     else:
         path, saved = given
-        check_fits(f"teacher.checkpoint {path}", saved, config, dataset)
-        teacher.variables = saved.variables
+        network = _fitting_network(f"teacher.checkpoint {path}", saved, config, dataset)
+        teacher, teacher_trainer = Teacher(network, saved.variables), None
     return Run(
         dataset,
         make_trainer("student", config, dataset, workdir, devices, teacher),
@@ -94,11 +95,7 @@ def build(
 
 
 def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
-    """Returns the data set of a configuration.
-
-    Raises:
-      UserError: The data cannot be loaded, or mean and deviation are neither one value nor one per channel.
-    """
+    """Returns the data set of a configuration; raises UserError if it cannot be loaded or normalized."""
     settings = config.dataset
     with pause(f"loading the data set {settings.name}"):
         dataset = load_dataset(
@@ -112,11 +109,7 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
             streaming=settings.streaming,
             workers=settings.workers,
         )
-    channels = dataset.image_shape[-1]
-    if len(settings.mean) not in (1, channels):
-        raise UserError(
-            f"dataset.mean has {len(settings.mean)} values, the images of {dataset.name} have {channels} channels"
-        )
+    make_normalize(config).checked(dataset.image_shape[-1], "dataset.")
     return dataset
 
 
@@ -134,7 +127,7 @@ class TrainedNetwork(NamedTuple):
       saved: Its variables, and the record saved with them.
     """
 
-    network: LinenNetwork
+    network: Network
     saved: Saved
 
 
@@ -147,12 +140,17 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
       dataset: Data set that the network is used on.
 
     Raises:
-      UserError: There is no intact checkpoint, or it does not fit the data set or the configuration.
+      UserError: There is no intact checkpoint, or it does not fit the data set.
     """
     saved = load_variables(str(path))
-    check_fits(f"checkpoint {path}", saved, config, dataset)
+    return TrainedNetwork(_fitting_network(f"checkpoint {path}", saved, config, dataset), saved)
+
+
+def _fitting_network(source, saved, config, dataset):
+    """Returns the network of a checkpoint, which takes images as the configuration normalizes them."""
+    own = check_fits(source, saved, dataset)
     network = make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
-    return TrainedNetwork(network, saved)
+    return renormalize(network, make_normalize(config), own)
 
 
 def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> UniformSampler | BalancedSampler:
@@ -171,7 +169,7 @@ def make_normalize(config: ml_collections.ConfigDict) -> Normalize:
 
 
 def make_evaluation(
-    network: LinenNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
+    network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
 ) -> Evaluation:
     """Returns the evaluation of a network on the test split."""
     normalize = make_normalize(config)

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 
 from cskd_jax.data import ImageDataset
+from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
 from cskd_jax.runs import schema
 from cskd_jax.training.checkpoint import FOLDER, Record, Saved, load_variables
@@ -30,7 +31,7 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
     return path, saved
 
 
-def check_fits(source: str, saved: Saved, config: ml_collections.ConfigDict, dataset: ImageDataset) -> None:
+def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | None:
     """Raises UserError unless a network was trained on images, labels and classes like those of a data set.
 
     Images may have another size. How much accuracy that costs depends on the network.
@@ -38,20 +39,16 @@ def check_fits(source: str, saved: Saved, config: ml_collections.ConfigDict, dat
     Args:
       source: Name of the checkpoint, for the message.
       saved: The checkpoint.
-      config: Configuration that says how images are normalized.
       dataset: Data set that the network is used on.
+
+    Returns:
+      The normalization of the images that the network was trained on; None if it is not known.
     """
     record, channels = saved.record, dataset.image_shape[-1]
     if record.channels != channels:
         raise UserError(
             f"{source} takes images with {record.channels} channels, those of {dataset.name} have {channels}"
         )
-    # An imported network does not know how its images were normalized.
-    for name, theirs in record.images.items():
-        if name != "size" and _per_channel(theirs, channels) != _per_channel(config.dataset[name], channels):
-            raise UserError(
-                f"{source} was trained with dataset.{name} {tuple(theirs)}, it is {tuple(config.dataset[name])} here"
-            )
     if record.multilabel != dataset.multilabel:
         one, several = "one category per image", "several categories per image"
         raise UserError(
@@ -59,6 +56,13 @@ def check_fits(source: str, saved: Saved, config: ml_collections.ConfigDict, dat
             f"{dataset.name} has {several if dataset.multilabel else one}"
         )
     _check_classes(source, saved.variables, record, dataset)
+    # An imported network may not know how its images were normalized.
+    mean, std = (record.images.get(name) for name in ("mean", "std"))
+    if mean is None or std is None:
+        return None
+    if not isinstance(mean, list | tuple) or not isinstance(std, list | tuple):
+        raise UserError(f"{source}: mean and std of its images are no lists of numbers")
+    return Normalize(tuple(mean), tuple(std)).checked(channels, f"{source}: ")
 
 
 def _check_classes(source: str, variables: dict[str, Any], record: Record, dataset: ImageDataset) -> None:
@@ -70,8 +74,3 @@ def _check_classes(source: str, variables: dict[str, Any], record: Record, datas
         raise UserError(
             f"{source} knows {number} categories{names}, {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
         )
-
-
-def _per_channel(values, channels):
-    """Returns one value per channel, from one per channel or one for all."""
-    return list(values) * (channels // len(values))
