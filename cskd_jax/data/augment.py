@@ -46,8 +46,13 @@ class Normalize:
 
     def is_same(self, other: "Normalize") -> bool:
         """Returns whether another normalization gives the same values."""
+        channels = max(map(len, (self.mean, self.std, other.mean, other.std)))
+
+        def per_channel(values):
+            return tuple(values) * (channels if len(values) == 1 else 1)
+
         pairs = ((self.mean, other.mean), (self.std, other.std))
-        return all(np.array_equal(*np.broadcast_arrays(ours, theirs)) for ours, theirs in pairs)
+        return all(per_channel(ours) == per_channel(theirs) for ours, theirs in pairs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the normalized images."""

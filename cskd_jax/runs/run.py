@@ -21,7 +21,7 @@ from cskd_jax.runs.results import (
     say_results,
     write_results,
 )
-from cskd_jax.runs.trained import load_given_teacher
+from cskd_jax.runs.trained import identity_of_teacher, load_given_teacher
 from cskd_jax.runs.workdir import check_data, check_workdir, claim, held, identify, is_done, names_same_data
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.objective import needs_teacher
@@ -45,7 +45,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
         given = processes.on_first(load_given_teacher, config)
     # A resumed run must not go on with another teacher.
-    identity = identify(config, None if given is None else given[1].digest)
+    identity = identify(config, None if given is None else identity_of_teacher(*given, config))
     with contextlib.ExitStack() as stack:
 
         def done_or_locked():

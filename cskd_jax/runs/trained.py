@@ -56,13 +56,31 @@ def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | 
             f"{dataset.name} has {several if dataset.multilabel else one}"
         )
     _check_classes(source, saved.variables, record, dataset)
-    # An imported network may not know how its images were normalized.
+    return _own_normalization(source, record)
+
+
+def identity_of_teacher(source: str, saved: Saved, config: ml_collections.ConfigDict) -> str:
+    """Returns the digest of a teacher and, where it is not that of the run, the normalization of its images.
+
+    Args:
+      source: Name of the checkpoint, for errors.
+      saved: The checkpoint.
+      config: Configuration of the run.
+    """
+    own, given = _own_normalization(source, saved.record), Normalize(config.dataset.mean, config.dataset.std)
+    if own is None or own.is_same(given):
+        return saved.digest
+    return f"{saved.digest} with mean {list(own.mean)}, std {list(own.std)}"
+
+
+def _own_normalization(source: str, record: Record) -> Normalize | None:
+    """Returns the normalization that a network was trained with; None where an imported one does not know it."""
     mean, std = (record.images.get(name) for name in ("mean", "std"))
     if mean is None or std is None:
         return None
     if not isinstance(mean, list | tuple) or not isinstance(std, list | tuple):
         raise UserError(f"{source}: mean and std of its images are no lists of numbers")
-    return Normalize(tuple(mean), tuple(std)).checked(channels, f"{source}: ")
+    return Normalize(tuple(mean), tuple(std)).checked(record.channels, f"{source}: ")
 
 
 def _check_classes(source: str, variables: dict[str, Any], record: Record, dataset: ImageDataset) -> None:
