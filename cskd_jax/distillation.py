@@ -129,16 +129,14 @@ def distill(
     data = make_data(arrays, test, categories, validation)
     if sampler is not None:
         sampler.num_classes = data.num_classes
-    floats, channels = data.image_dtype != np.uint8, data.image_shape[-1]
-    normalize = _make_normalize(mean, std).checked(channels)
-    own = _make_normalize(
-        mean if teacher_mean is None else teacher_mean, std if teacher_std is None else teacher_std
-    ).checked(channels, "teacher_")
+    normalize = _make_normalize(data, mean, std)
+    own_mean, own_std = mean if teacher_mean is None else teacher_mean, std if teacher_std is None else teacher_std
+    own = _make_normalize(data, own_mean, own_std, "teacher_")
+    floats = data.image_dtype != np.uint8
     if floats and not own.is_same(normalize):
         raise UserError("teacher_mean and teacher_std need uint8 images; floats are taken as they are")
     teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
-    for entry in teachers:
-        entry.network = renormalize(entry.network, normalize, own)
+    teachers = [Teacher(renormalize(entry.network, normalize, own), entry.variables) for entry in teachers]
     network = as_network(student, student_features, student_embedding)
     workdir = None if workdir is None else local_folder(workdir)
     with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY):
@@ -176,8 +174,9 @@ def distill(
     return result
 
 
-def _make_normalize(mean: Sequence[float], std: Sequence[float]) -> Normalize:
-    return Normalize(tuple(map(float, mean)), tuple(map(float, std)))
+def _make_normalize(data: ImageDataset, mean: Sequence[float], std: Sequence[float], name: str = "") -> Normalize:
+    """Returns a normalization; raises UserError for one that does not fit the images."""
+    return Normalize(tuple(map(float, mean)), tuple(map(float, std))).checked(data.image_shape[-1], name)
 
 
 def _make_teachers(teacher, variables, features, embedding):

@@ -100,7 +100,7 @@ def _run(argv):
     from cskd_jax.interop.renames import read_rules
     from cskd_jax.interop.torch_file import read_state_dict
     from cskd_jax.models import create_model
-    from cskd_jax.training.checkpoint import FOLDER, Checkpoints, Record, Saved
+    from cskd_jax.training.checkpoint import Record, Saved
 
     module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width)
     rules = [] if arguments.names is None else read_rules(arguments.names)
@@ -123,19 +123,21 @@ def _run(argv):
     report = {"file": str(arguments.file), "sha256": digest, "prefix": found.prefix}
     if arguments.verify is not None:
         report["verified"] = _verify(arguments, module, Saved(found.variables, record, 0, ""))
-    tree = {
-        "params": {"network": found.variables["params"]},
-        "collections": {"batch_stats": found.variables["batch_stats"]},
-    }
+    _write(arguments, found, record, report)
+
+
+def _write(arguments, found, record, report):
+    """Writes the checkpoint and import.json, and prints what was done."""
+    from cskd_jax.training.checkpoint import FOLDER, Checkpoints
+
+    variables = found.variables
+    tree = {"params": {"network": variables["params"]}, "collections": {"batch_stats": variables["batch_stats"]}}
     with Checkpoints(arguments.out / FOLDER, keep=1) as checkpoints:
         checkpoints.save(0, tree, record)
-    report |= {"used": found.used, "unused": found.unused}
-    report_path = arguments.out / "import.json"
-    write_json(report_path, report)
+    path = arguments.out / "import.json"
+    write_json(path, report | {"used": found.used, "unused": found.unused})
     prefix = f" under the prefix {found.prefix}" if found.prefix else ""
-    print(
-        f"{len(found.used)} tensors used{prefix}, 0 missing, {len(found.unused)} not needed (by name in {report_path})"
-    )
+    print(f"{len(found.used)} tensors used{prefix}, 0 missing, {len(found.unused)} not needed (by name in {path})")
     print(
         f"checkpoint {arguments.out}: --config.teacher.checkpoint={arguments.out} "
         f"--config.teacher.name={arguments.model} --config.teacher.width={arguments.width:g}"

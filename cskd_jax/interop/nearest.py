@@ -19,8 +19,10 @@ _Shapes = Mapping[str, tuple[int, ...]]
 _ANY_CLASSES, _ANY_CHANNELS = 9973, 9967
 # Share of the tensors that must fit a network for it to be near.
 _NEAR = 0.5
-# Number of names for which a message shows the likely counterpart.
-_SHOWN_NAMES = 3
+# Number of names for which a message shows the likely counterpart, and number of names that are compared for it.
+_SHOWN_NAMES, _COMPARED_NAMES = 3, 100
+# Widths that an import takes.
+_WIDTHS = (1e-3, 64)
 
 
 class _Network(NamedTuple):
@@ -65,11 +67,14 @@ def describe_nearest(tensors: Mapping[str, np.ndarray], width: float = 1.0) -> s
 def likely_names(missing: _Shapes, unknown: _Shapes) -> list[str]:
     """Returns phrases that name the likely counterparts of unknown names: missing ones of the same shape."""
     left, found = dict(missing), []
-    for name, shape in sorted(unknown.items(), key=lambda item: -len(item[1])):  # Kernels tell most.
+    kernels_first = sorted(unknown.items(), key=lambda item: -len(item[1]))
+    for name, shape in kernels_first[:_COMPARED_NAMES]:
         close = difflib.get_close_matches(name, [other for other in left if left[other] == shape], n=1)
-        if close and len(found) < _SHOWN_NAMES:
+        if close:
             found.append(f"{name} may be {close[0]}")
             del left[close[0]]
+        if len(found) == _SHOWN_NAMES:
+            break
     return found
 
 
@@ -98,7 +103,8 @@ def _rate(name: str, shapes: _Shapes) -> list[_Network]:
     widths = {1.0}
     if 2 * len(known.keys() & found.keys()) > len(known):
         stem = next(tensor for tensor, shape in known.items() if _ANY_CHANNELS in shape)
-        widths.add(found[stem][0] / known[stem][0] if found.get(stem) else 1.0)
+        width = found[stem][0] / known[stem][0] if found.get(stem) else 1.0
+        widths |= {width} if _WIDTHS[0] <= width <= _WIDTHS[1] else set()
     rated = []
     for width in sorted(widths):
         try:

@@ -219,3 +219,10 @@ def test_images_are_kept_and_completed(arrays, tmp_path, capsys):
     assert export.main(["export", str(tmp_path / "in"), f"--out={tmp_path / 'out'}", "--size=8,8"]) == 0
     described = json.loads((tmp_path / "out" / "network.json").read_text())["images"]
     assert described == {"size": [8, 8], "mean": [0.4, 0.5, 0.6], "std": [0.25]}
+
+
+def test_hostile_shapes_take_no_time(arrays):
+    """A stem of a million channels, thousands of strange names, tensors without axes."""
+    strange = {f"layer1.{number}.x": np.ones((4, 4, 3, 3), np.float32) for number in range(5000)}
+    stem = {"conv1.weight": np.broadcast_to(np.float32(1), (10**6, 3, 3, 3)), "bn1.bias": np.float32(0)}
+    assert "bn1.bias () instead of (4,)" in message_of("resnet8", arrays | strange | stem)
