@@ -28,6 +28,7 @@ from cskd_jax.runs.workdir import held
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import FOLDER, digest_of, mark_unfinished
+from cskd_jax.training.normalization import renormalize
 from cskd_jax.training.objective import as_settings
 from cskd_jax.training.phases import Phase
 from cskd_jax.training.trainer import Student, Teacher, Trainer
@@ -58,6 +59,8 @@ def distill(
     accumulation_steps: int = 1,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
+    teacher_mean: Sequence[float] | None = None,
+    teacher_std: Sequence[float] | None = None,
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
     categories: Sequence[str] | None = None,
     student_features: Sequence[str] = (),
@@ -104,6 +107,9 @@ def distill(
         `batch_size` images; batch normalization, and losses that relate images to each other, see micro-batches.
       mean: Mean of pixels in [0, 1], per channel or one for all.
       std: Standard deviation, likewise.
+      teacher_mean: Mean of the normalization that the teacher was trained with; None for that of the student. It needs
+        uint8 images.
+      teacher_std: Standard deviation, likewise.
       augment: Function of images as they are in `train`, a key and the positions of the images in the global batch.
       categories: Names of the classes by label; "0", "1", ... by default.
       student_features: Paths of submodules of the student whose outputs are its features, first stage first, for
@@ -146,11 +152,14 @@ def distill(
     data = make_data(arrays, test, categories, validation)
     if sampler is not None:
         sampler.num_classes = data.num_classes
-    mean, std = (tuple(map(float, values)) for values in (mean, std))
-    if any(len(values) not in (1, data.image_shape[-1]) for values in (mean, std)):
-        raise UserError(f"mean and std must have 1 value or {data.image_shape[-1]}, one for each channel of the images")
+    normalize = _make_normalize(data, mean, std)
+    own_mean, own_std = mean if teacher_mean is None else teacher_mean, std if teacher_std is None else teacher_std
+    own = _make_normalize(data, own_mean, own_std, "teacher_")
     floats = data.image_dtype != np.uint8
+    if floats and not own.is_same(normalize):
+        raise UserError("teacher_mean and teacher_std need uint8 images; floats are taken as they are")
     teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
+    teachers = [Teacher(renormalize(entry.network, normalize, own), entry.variables) for entry in teachers]
     workdir = None if workdir is None else local_folder(workdir)
     with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY):
         trainer = Trainer(
@@ -160,7 +169,7 @@ def distill(
             phases=[Phase(epochs)],
             seed=seed,
             sampler=sampler or UniformSampler(len(data.train.labels), batch_size, seed, drop_last),
-            normalize=None if floats else Normalize(mean, std),
+            normalize=None if floats else normalize,
             augment=augment,
             callbacks=callbacks,
             workdir=workdir,
@@ -174,7 +183,8 @@ def distill(
             # A setting that is off is not written: an earlier version knew none.
             settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
             paths = [student_features, teacher_features, student_embedding, teacher_embedding]
-            settings |= {"mean": mean, "std": std, "paths": paths, "data": fingerprint(data)}
+            settings |= {} if own.is_same(normalize) else {"teacher_mean": own.mean, "teacher_std": own.std}
+            settings |= {"mean": normalize.mean, "std": normalize.std, "paths": paths, "data": fingerprint(data)}
             settings["teacher_variables"] = None if teacher_variables is None else digest_of(teacher_variables)
             described = {name: _describe_student(one) for name, one in students.items()}
             settings |= {"students": described} if several else described[_STUDENT]
@@ -214,6 +224,11 @@ def _describe_student(student):
     variables = None if student.variables is None else digest_of(student.variables)
     ema = {} if student.ema is None else {"ema": float(student.ema)}
     return {"losses": losses, "student_variables": variables, **ema}
+
+
+def _make_normalize(data: ImageDataset, mean: Sequence[float], std: Sequence[float], name: str = "") -> Normalize:
+    """Returns a normalization; raises UserError for one that does not fit the images."""
+    return Normalize(tuple(map(float, mean)), tuple(map(float, std))).checked(data.image_shape[-1], name)
 
 
 def _make_teachers(teacher, variables, features, embedding):

@@ -213,7 +213,7 @@ def test_a_network_without_training_mode_is_told_of(capsys):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"epochs": 1.0}, "at least one epoch, as an integer"),
-        ({"mean": (0.0, 0.0, 0.0)}, "mean and std must have 1 value or 1"),
+        ({"mean": (0.0, 0.0, 0.0)}, "mean has 3 values, the images have 1 channels"),
         ({"test": (IMAGES, np.eye(3)[LABELS])}, "train and test differ"),
         ({"train": (IMAGES, LABELS[:, None])}, r"must have shape .N."),
         ({"train": (IMAGES, LABELS[:3])}, "train must be images .* got shapes .24, 4, 4, 1. and .3,."),

@@ -194,11 +194,6 @@ BAD_INPUT = {
         ["0.25", "0.125"],
         None,
     ),
-    "teacher of other brightness": (
-        ["--config.teacher.checkpoint={done}/teacher", "--config.dataset.mean=(0.5,)"],
-        ["was trained with dataset.mean (0.3055,), it is (0.5,) here"],
-        None,
-    ),
     "unknown variant": (["--config.losses.category_structure.variant=papr"], ["papr", "reference", "paper"], None),
     "weight below zero": (["--config.losses.cross_entropy.weight=-1"], ["cross_entropy.weight is -1"], None),
     "float64 without x64": (["--config.dtype=float64"], ["JAX_ENABLE_X64"], None),

@@ -64,8 +64,8 @@ def test_teacher_of_other_labels(multilabel):
     one, several = "one category per image", "several categories per image"
     trained, needed = (one, several) if multilabel else (several, one)
     with pytest.raises(UserError, match=f"runs/teacher was trained with {trained}, black has {needed}"):
-        check_fits("runs/teacher", Saved({}, wrong, 1, ""), load_recipe("digits", []), black(multilabel))
-    check_fits("runs/teacher", Saved({}, right, 1, ""), load_recipe("digits", []), black(multilabel))
+        check_fits("runs/teacher", Saved({}, wrong, 1, ""), black(multilabel))
+    check_fits("runs/teacher", Saved({}, right, 1, ""), black(multilabel))
 
 
 @pytest.fixture(scope="module")

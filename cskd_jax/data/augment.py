@@ -1,11 +1,14 @@
 """Image preprocessing on the device, inside the step: resizing, random crop, flip, normalization."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from cskd_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +22,37 @@ class Normalize:
 
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+
+    def checked(self, channels: int, name: str = "") -> "Normalize":
+        """Returns this normalization.
+
+        Args:
+          channels: Number of channels of the images.
+          name: Text before `mean` and `std` in the message, such as "dataset.".
+
+        Raises:
+          UserError: If mean and deviation are neither one number nor one for each channel, or cannot be divided by.
+        """
+        for kind, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise UserError(
+                    f"{name}{kind} has {len(values)} values, the images have {channels} channels: it must have one "
+                    "value for all of them, or one for each"
+                )
+            numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+            if not numbers or (kind == "std" and min(values) <= 0):
+                raise UserError(f"{name}{kind} is {values}; it must be finite numbers{', above 0' * (kind == 'std')}")
+        return self
+
+    def is_same(self, other: "Normalize") -> bool:
+        """Returns whether another normalization gives the same values."""
+        channels = max(map(len, (self.mean, self.std, other.mean, other.std)))
+
+        def per_channel(values):
+            return tuple(values) * (channels if len(values) == 1 else 1)
+
+        pairs = ((self.mean, other.mean), (self.std, other.std))
+        return all(per_channel(ours) == per_channel(theirs) for ours, theirs in pairs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the normalized images."""

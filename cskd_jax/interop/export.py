@@ -7,7 +7,7 @@ cskd-jax export WORKDIR --out=DIR [--network=teacher]
   --network      student or teacher of a run; default: student
   --out          new folder
 
-  Images of an imported network, which does not know them:
+  Images of an imported network, as far as it does not know them:
   --size         HEIGHT,WIDTH in pixels
   --mean         per channel, or one for all, of pixels in [0, 1]
   --std          likewise
@@ -108,17 +108,16 @@ def _run(argv):
 def _images(arguments, record) -> dict[str, Any]:
     """Returns {"size", "mean", "std"} of the images, as trained on or as given."""
     given = {"size": arguments.size, "mean": arguments.mean, "std": arguments.std}
-    if "mean" in record.images and "size" in record.images:
-        wrong = [name for name, value in given.items() if value is not None]
-        if wrong:
-            raise UserError(f"{arguments.workdir} knows the images it was trained on: leave --{', --'.join(wrong)} out")
-        return record.images
-    if None in given.values():
-        raise UserError(f"{arguments.workdir} does not know its images: give --size, --mean and --std")
+    wrong = [name for name, value in given.items() if value is not None and name in record.images]
+    if wrong:
+        raise UserError(f"{arguments.workdir} knows the images it was trained on: leave --{', --'.join(wrong)} out")
+    missing = [name for name, value in given.items() if value is None and name not in record.images]
+    if missing:
+        raise UserError(f"{arguments.workdir} does not know its images: give --{', --'.join(missing)}")
     for name, allowed in (("size", (2,)), ("mean", (1, record.channels)), ("std", (1, record.channels))):
-        if len(given[name]) not in allowed:
+        if name not in record.images and len(given[name]) not in allowed:
             raise UserError(f"--{name} has {len(given[name])} values; it must have {' or '.join(map(str, allowed))}")
-    return given
+    return given | record.images
 
 
 def export_function(module: Any, variables: Any, channels: int, *, size: Any, mean: Any, std: Any) -> bytes:

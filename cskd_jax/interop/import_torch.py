@@ -1,6 +1,7 @@
 """Makes a teacher's checkpoint of a file that PyTorch wrote. Nothing in the file is executed; PyTorch is not needed.
 
 cskd-jax import-torch FILE --model=resnet101 --width=0.5 --num_classes=100 --out=DIR
+cskd-jax import-torch FILE --out=DIR    a file of docs/checkpoints.md, which is recognized
 
   --model        a network of docs/networks.md
   --width        factor on its channels; default: 1
@@ -9,19 +10,36 @@ cskd-jax import-torch FILE --model=resnet101 --width=0.5 --num_classes=100 --out
   --categories   file of the names of the categories, one a line
   --multilabel   an image has any number of categories
   --key          of the network, in a dictionary that holds several
+  --prefix       prefix of the names of the network, such as student. where a teacher lies beside it
+  --names        file of renaming rules, for a network with names of its own
   --out          new folder of the checkpoint
+
+  Images that the network was trained on, if that is known:
+  --size         HEIGHT,WIDTH in pixels
+  --mean         per channel, or one for all, of pixels in [0, 1]
+  --std          likewise
+
+  Evaluation before anything is written:
+  --verify       data set, on whose test split the network is measured; it needs mean and std
+  --data_dir     folder of prepared data sets and downloads
+  --path         folder of image_folder
 
 FILE is a state dict, a dictionary that holds one (such as {"epoch", "model", "optimizer"}), or a whole pickled network,
 in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of torchvision
 or of the code of Chen et al. 2020, https://github.com/xeanzheng/CSKD (ResNets), of torchvision (Inception), or of the
-code of Tian et al. 2020, https://github.com/HobbitLong/RepDistiller (all others; cskd_jax/interop/names.py). Some
-things cannot be read from a file and are up to you:
+code of Tian et al. 2020, https://github.com/HobbitLong/RepDistiller (all others; cskd_jax/interop/names.py). Networks
+without a max-pool may also call their classifier linear and their shortcuts shortcut. The prefixes module., model.,
+student. and teacher. are found, if the network fits with one of them alone. docs/interop.md explains --names.
+
+Some things cannot be read from a file, and are up to you unless the file is a known one:
 
 - Classes are numbers in the file: their ORDER must be that of the data set. That is the alphabetical order of the
   names for CIFAR-10, CIFAR-100 and image folders. With --categories the names are checked when a run uses the teacher.
-- The images that it was trained on must have been normalized by the run's dataset.mean and dataset.std.
-- mobilenet_v2 and mobilenet_v2_crd have the same tensors, but not the same activations and strides. inception_v3 has
-  the tensors of torchvision, but pads, and halves the side of an image less often, so its outputs differ.
+- Without --mean and --std, the images that it was trained on must have been normalized by the run's dataset.mean and
+  dataset.std. With them, a run normalizes the images of the teacher as it needs them.
+- mobilenet_v2 and mobilenet_v2_crd have the same tensors, but not the same activations and strides, and resnet18 to
+  resnet152 those of resnet18_crd to resnet152_crd, but a max-pool. inception_v3 has the tensors of torchvision, but
+  pads, and halves the side of an image less often, so its outputs differ.
 
 DIR is then what --config.teacher.checkpoint takes, with the same --config.teacher.name and --config.teacher.width.
 `python -m cskd_jax.interop.import_torch` is the same command.
@@ -31,14 +49,18 @@ Exit codes: 0 done; 2 something to mend in the command or the file.
 
 import hashlib
 import pathlib
+from typing import Any
 
 from cskd_jax.commands import command_line
-from cskd_jax.commands.arguments import check_new, number
+from cskd_jax.commands.arguments import check_new, number, numbers
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
 from cskd_jax.inputs import read_bytes
 
 _MAX_NAMES = 64 << 20  # bytes of the file of the classes, of which there are at most a million
+
+# Images in a batch of the evaluation.
+_BATCH = 256
 
 
 def main(argv: list[str]) -> int:
@@ -48,13 +70,21 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv):
     parser = command_line.Parser()
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model")
     parser.add_argument("--width", type=number(float, 1e-3, 64), default=1.0)
-    parser.add_argument("--num_classes", type=number(int, 2, 10**6), required=True)
+    parser.add_argument("--num_classes", type=number(int, 2, 10**6))
     parser.add_argument("--channels", type=number(int, 1, 1024), default=3)
     parser.add_argument("--categories", type=pathlib.Path)
     parser.add_argument("--multilabel", action="store_true")
     parser.add_argument("--key")
+    parser.add_argument("--prefix")
+    parser.add_argument("--names", type=pathlib.Path)
+    parser.add_argument("--size", type=numbers(int, 1, 10**5))
+    parser.add_argument("--mean", type=numbers(float, -1e6, 1e6))
+    parser.add_argument("--std", type=numbers(float, 1e-6, 1e6))
+    parser.add_argument("--verify")
+    parser.add_argument("--data_dir")
+    parser.add_argument("--path")
     parser.add_argument("--out", type=local_folder, required=True)
     values = parser.parse(argv)
     if len(values.words) != 1:
@@ -66,18 +96,21 @@ def _parse(argv):
 def _run(argv):
     arguments = _parse(argv)
     check_new(arguments.out)
-    categories = _read_categories(arguments)
+    digest, known = _identify(arguments)
+    categories = _read_categories(arguments) or (None if known is None else known.categories)
     # Imported late: mistakes in the command should not wait for everything.
-    from cskd_jax.interop.names import from_torch
+    from cskd_jax.interop.matching import match
+    from cskd_jax.interop.renames import read_rules
     from cskd_jax.interop.torch_file import read_state_dict
     from cskd_jax.models import create_model
-    from cskd_jax.training.checkpoint import FOLDER, Checkpoints, Record
+    from cskd_jax.training.checkpoint import Record, Saved
 
     module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width)
+    rules = [] if arguments.names is None else read_rules(arguments.names)
     state_dict = read_state_dict(arguments.file, arguments.key)
     network = f"{arguments.model} of width {arguments.width:g} with {arguments.num_classes} classes"
     try:
-        variables, used, unused = from_torch(module, arguments.channels, state_dict)
+        found = match(module, arguments.channels, state_dict, prefix=arguments.prefix, rules=rules)
     except (UserError, ValueError) as error:
         raise UserError(f"{arguments.file} as {network}: {error}") from None
     record = Record(
@@ -85,31 +118,110 @@ def _run(argv):
         channels=arguments.channels,
         categories=categories,
         multilabel=arguments.multilabel,
+        images=_images(arguments, known),
         method="imported",
         finished=True,
     )
+    print(f"{arguments.file}: {network}{_origin(known)}")
+    report = {"file": str(arguments.file), "sha256": digest, "prefix": found.prefix}
+    if arguments.verify is not None:
+        report["verified"] = _verify(arguments, module, Saved(found.variables, record, 0, ""))
+    _write(arguments, found, record, report)
+
+
+def _write(arguments, found, record, report):
+    """Writes the checkpoint and import.json, and prints what was done."""
+    from cskd_jax.training.checkpoint import FOLDER, Checkpoints
+
+    variables = found.variables
     tree = {"params": {"network": variables["params"]}, "collections": {"batch_stats": variables["batch_stats"]}}
     with Checkpoints(arguments.out / FOLDER, keep=1) as checkpoints:
         checkpoints.save(0, tree, record)
-    report = {
-        "file": str(arguments.file),
-        "sha256": _sha256(arguments.file),
-        "used": used,
-        "unused": unused,
-    }
-    report_path = arguments.out / "import.json"
-    write_json(report_path, report)
-    print(f"{arguments.file}: {network}")
-    print(f"{len(used)} tensors used, 0 missing, {len(unused)} not needed (by name in {report_path})")
+    path = arguments.out / "import.json"
+    write_json(path, report | {"used": found.used, "unused": found.unused})
+    prefix = f" under the prefix {found.prefix}" if found.prefix else ""
+    print(f"{len(found.used)} tensors used{prefix}, 0 missing, {len(found.unused)} not needed (by name in {path})")
     print(
         f"checkpoint {arguments.out}: --config.teacher.checkpoint={arguments.out} "
         f"--config.teacher.name={arguments.model} --config.teacher.width={arguments.width:g}"
     )
 
 
-def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _identify(arguments):
+    """Returns the SHA-256 of the file and its entry among the known checkpoints, which fills flags that are not given.
+
+    Raises:
+      UserError: The network is neither named nor known.
+    """
+    from cskd_jax.interop.checkpoints import known_checkpoints
+
+    with arguments.file.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    known = known_checkpoints().get(digest)
+    if known is not None and arguments.model in (None, known.model):
+        arguments.model = known.model
+        arguments.num_classes = arguments.num_classes or len(known.categories)
+    missing = [f"--{name}" for name in ("model", "num_classes") if getattr(arguments, name) is None]
+    if missing:
+        raise UserError(f"{arguments.file} is none of the known checkpoints: give {' and '.join(missing)}")
+    return digest, known
+
+
+def _origin(known):
+    """Returns the end of a line that says which known checkpoint a file is."""
+    if known is None:
+        return ""
+    stated = "no stated accuracy" if known.stated is None else f"stated accuracy {known.stated:.2f}"
+    return f", which is {known.path} of {known.repository}, {known.dataset}, {stated}"
+
+
+def _images(arguments, known) -> dict[str, Any]:
+    """Returns {"size", "mean", "std"} of the images that the network was trained on, as far as they are known."""
+    from cskd_jax.data.augment import Normalize
+
+    given = {"size": arguments.size, "mean": arguments.mean, "std": arguments.std}
+    if arguments.size is not None and len(arguments.size) != 2:
+        raise UserError(f"--size has {len(arguments.size)} values; it must have 2, height and width")
+    images = ({} if known is None else known.images) | {name: value for name, value in given.items() if value}
+    if ("mean" in images) != ("std" in images):
+        raise UserError("give both --mean and --std, or neither")
+    if "mean" in images:
+        Normalize(tuple(images["mean"]), tuple(images["std"])).checked(arguments.channels, "--")
+    return images
+
+
+def _verify(arguments, module, saved) -> dict[str, Any]:
+    """Evaluates the network on the test split of a data set, prints and returns the metrics.
+
+    Raises:
+      UserError: The data set cannot be loaded or does not fit, or the normalization of its images is not known.
+    """
+    from cskd_jax.console import pause
+    from cskd_jax.data import load_dataset
+    from cskd_jax.distributed.devices import Devices
+    from cskd_jax.runs.trained import check_fits
+    from cskd_jax.training.adapters import LinenNetwork
+    from cskd_jax.training.evaluation import Evaluation
+
+    if "mean" not in saved.record.images:
+        raise UserError(f"--verify={arguments.verify} needs --mean and --std, by which the images are normalized")
+    command_line.set_up_jax()
+    with pause(f"loading the data set {arguments.verify}"):
+        dataset = load_dataset(arguments.verify, data_dir=arguments.data_dir, path=arguments.path)
+    normalize = check_fits(str(arguments.file), saved, dataset)
+    devices = Devices()
+    evaluation = Evaluation(
+        LinenNetwork(module),
+        dataset.test,
+        dataset.num_classes,
+        normalize=normalize,
+        batch_size=devices.round_up(_BATCH),
+        devices=devices,
+    )
+    with pause(f"evaluating on {len(dataset.test.labels):,} images"):
+        values = evaluation(devices.replicate(saved.variables))
+    print(f"{arguments.verify}, {len(dataset.test.labels):,} test images: {evaluation.task.describe(values)}")
+    return {"dataset": arguments.verify, "images": len(dataset.test.labels), **values}
 
 
 def _read_categories(arguments):

@@ -3,7 +3,8 @@
 A rule turns the path of a module of this package into the names that its layer (convolution or linear) and its
 normalization have in a PyTorch state dict. ResNets are named as in torchvision and in the code of Chen et al. 2020
 (https://github.com/xeanzheng/CSKD), which adds `branch1` to `branch4`; Inception is named as in torchvision; the others
-are named as in the code of Tian et al. 2020 for CIFAR (https://github.com/HobbitLong/RepDistiller).
+are named as in the code of Tian et al. 2020 for CIFAR (https://github.com/HobbitLong/RepDistiller). Where the same
+network goes by other names too, a family also says how to turn those into these.
 """
 
 import re
@@ -19,7 +20,7 @@ from flax import traverse_util
 from cskd_jax.errors import UserError
 from cskd_jax.models.inception import InceptionV3
 from cskd_jax.models.mobilenet import MobileNetV2
-from cskd_jax.models.resnet import ResNet
+from cskd_jax.models.resnet import PaddedBlock, ResNet
 from cskd_jax.models.shufflenet import ShuffleNet
 from cskd_jax.models.vgg import VGG
 from cskd_jax.models.wide_resnet import WideResNet
@@ -36,10 +37,12 @@ class Family(NamedTuple):
     Attributes:
       rules: {regular expression of a module's path: function from its groups, numbers as int, to the pair of names}.
       unused: Regular expression of additional names that a file may hold, for which this package's network has no use.
+      aliases: Pairs (regular expression, replacement) that turn other names of the same network into these.
     """
 
     rules: dict[str, Callable[..., _Pair]]
     unused: str = r"(?!)"
+    aliases: tuple[tuple[str, str], ...] = ()
 
 
 def _same(name):
@@ -51,8 +54,11 @@ def _numbered(stage, block, number):
     return f"layer{stage}.{block - 1}.conv{number}", f"layer{stage}.{block - 1}.bn{number}"
 
 
-def _downsample(stage, block):
-    return f"layer{stage}.{block - 1}.downsample.0", f"layer{stage}.{block - 1}.downsample.1"
+def _shortcut(word):
+    def names(stage, block):
+        return f"layer{stage}.{block - 1}.{word}.0", f"layer{stage}.{block - 1}.{word}.1"
+
+    return names
 
 
 def _shuffle_layer(stage, block, layer):
@@ -141,18 +147,23 @@ _BLOCK = r"stage(\d+)_block(\d+)"
 
 _SHUFFLE = {**_STEM, "classifier": _same("linear")}
 
-# {(class of the network, its version if it has one): names}; a parameter of the network itself has the path "".
+
+def _resnet(shortcut, head, **others):
+    rules = {**_STEM, rf"{_BLOCK}/conv(\d+)": _numbered, rf"{_BLOCK}/downsample": _shortcut(shortcut)}
+    return Family({**rules, "": _same("branch4"), "classifier": _same(head)}, **others)
+
+
+# The weights of Chen et al. beside those of the network.
+_BRANCHES = r"branch\d+\.weight"
+# Only networks without a max-pool, which leaves no trace in a file, are known by both names.
+_TO_FC = ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc."))
+_TO_LINEAR = ((r"\.downsample\.", ".shortcut."), (r"^fc\.", "linear."))
+
+# {(class of the network, its variant): names}; a parameter of the network itself has the path "".
 FAMILIES = {
-    (ResNet, None): Family(
-        {
-            **_STEM,
-            rf"{_BLOCK}/conv(\d+)": _numbered,
-            rf"{_BLOCK}/downsample": _downsample,
-            "": _same("branch4"),
-            "classifier": _same("fc"),
-        },
-        unused=r"branch\d+\.weight",
-    ),
+    (ResNet, "max-pool"): _resnet("downsample", "fc", unused=_BRANCHES),
+    (ResNet, "three stages"): _resnet("downsample", "fc", unused=_BRANCHES, aliases=_TO_FC),
+    (ResNet, "linear"): _resnet("shortcut", "linear", aliases=_TO_LINEAR),
     (WideResNet, None): Family(
         {
             **_STEM,
@@ -165,7 +176,8 @@ FAMILIES = {
             rf"{_BLOCK}_shortcut": _wide_layer("convShortcut"),
             "norm": _same("bn1"),
             "classifier": _same("fc"),
-        }
+        },
+        aliases=((r"^layer(\d+)\.layer\.", r"block\1.layer."), (r"^linear\.", "fc.")),
     ),
     (VGG, None): Family(
         {
@@ -232,25 +244,58 @@ def from_torch(
     """
     family, wanted = _family(module), _abstract_variables(module, channels)
     sources = {path: _torch_name(family, path) for path in wanted}
-    missing = {name: _torch_shape(wanted[path].shape) for path, name in sources.items() if name not in state_dict}
-    other = [name for name in state_dict if name not in set(sources.values())]
-    unused = [name for name in other if name.endswith(f".{_COUNT}") or re.fullmatch(family.unused, name)]
-    unknown = {name: state_dict[name].shape for name in other if name not in unused}
-    found = {path: state_dict[name] for path, name in sources.items() if name in state_dict}
-    reshaped = {
-        sources[path]: f"{array.shape} instead of {_torch_shape(wanted[path].shape)}"
-        for path, array in found.items()
-        if array.shape != _torch_shape(wanted[path].shape)
-    }
-    typed = {
-        sources[path]: array.dtype for path, array in found.items() if not jnp.issubdtype(array.dtype, np.floating)
-    }
-    problems = {"missing": missing, "unknown": unknown, "of another shape": reshaped, "not floating-point": typed}
-    _refuse(problems)
+    shapes = {name: _torch_shape(wanted[path].shape) for path, name in sources.items()}
+    _refuse(mismatches(module, shapes, state_dict))
+    unused = [name for name in state_dict if name not in shapes]
+    found = {path: state_dict[name] for path, name in sources.items()}
     arrays = {path: _from_torch_layout(array, wanted[path].dtype) for path, array in found.items()}
     _refuse({"not finite": {sources[path]: "" for path, array in arrays.items() if not np.isfinite(array).all()}})
     used = {name: "/".join(path) for path, name in sources.items()}
     return traverse_util.unflatten_dict(arrays), used, unused
+
+
+def expected_shapes(module: nn.Module, channels: int) -> dict[str, tuple[int, ...]]:
+    """Returns {PyTorch's name: PyTorch's shape} of all arrays of a network for images with `channels` channels."""
+    family = _family(module)
+    variables = _abstract_variables(module, channels)
+    return {_torch_name(family, path): _torch_shape(array.shape) for path, array in variables.items()}
+
+
+def aliases(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Returns the pairs (regular expression, replacement) that turn other names of a network into those used here."""
+    return _family(module).aliases
+
+
+def mismatches(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], state_dict: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Compares a state dict with the arrays that a network has.
+
+    Args:
+      module: Network.
+      shapes: Its `expected_shapes`.
+      state_dict: Arrays by name.
+
+    Returns:
+      {kind of mismatch: {name: details}}, with an empty dictionary for each kind that does not occur.
+    """
+    family, both = _family(module), [name for name in shapes if name in state_dict]
+    return {
+        "missing": {name: shape for name, shape in shapes.items() if name not in state_dict},
+        "unknown": {
+            name: array.shape
+            for name, array in state_dict.items()
+            if not (name in shapes or name.endswith(f".{_COUNT}") or re.fullmatch(family.unused, name))
+        },
+        "of another shape": {
+            name: f"{state_dict[name].shape} instead of {shapes[name]}"
+            for name in both
+            if state_dict[name].shape != shapes[name]
+        },
+        "not floating-point": {
+            name: state_dict[name].dtype for name in both if not jnp.issubdtype(state_dict[name].dtype, np.floating)
+        },
+    }
 
 
 def to_torch(module: nn.Module, variables: Mapping[str, Any], batches: int) -> dict[str, np.ndarray]:
@@ -274,7 +319,15 @@ def to_torch(module: nn.Module, variables: Mapping[str, Any], batches: int) -> d
 
 
 def _family(module):
-    return FAMILIES[type(module), getattr(module, "version", None)]
+    variant = _resnet_variant(module) if isinstance(module, ResNet) else getattr(module, "version", None)
+    return FAMILIES[type(module), variant]
+
+
+def _resnet_variant(module):
+    if module.pool_stride is not None:
+        return "max-pool"
+    others = module.block is PaddedBlock or not module.relu_between_blocks or len(module.stage_sizes) == 4
+    return "linear" if others else "three stages"
 
 
 def _abstract_variables(module: nn.Module, channels: int) -> dict[tuple[str, ...], Any]:

@@ -74,6 +74,21 @@ def average_pool(x: jax.Array, stride: int) -> jax.Array:
     return total / 9
 
 
+def mean_of_cells(x: jax.Array, cells: int) -> jax.Array:
+    """Returns the means of `cells` x `cells` equal parts of maps [B, H, W, C], as [B, C * cells * cells].
+
+    The means of a channel are neighbors, as after torch.nn.AvgPool2d and a flattening of [B, C, H, W].
+
+    Raises:
+      ValueError: If a side of the maps is not divisible by `cells`.
+    """
+    batch, height, width, channels = x.shape
+    if height % cells or width % cells:
+        raise ValueError(f"maps of {height}x{width} do not divide into {cells}x{cells} cells; take larger images")
+    parts = x.reshape(batch, cells, height // cells, cells, width // cells, channels)
+    return jnp.mean(parts, axis=(2, 4)).transpose(0, 3, 1, 2).reshape(batch, -1)
+
+
 class Convolution(nn.Module):
     """A convolution without bias; the kernel is at least float32.
 

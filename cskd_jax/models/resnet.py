@@ -1,10 +1,16 @@
-"""Residual networks (He et al. 2016) with a width factor, in three forms.
+"""Residual networks (He et al. 2016) with a width factor, in six forms.
 
 - `resnet18` to `resnet152` are for small images: they have a 3x3 stem and four stages.
+- The same names with `_crd` have no max-pool, as in the reference code of CRD (Tian et al. 2020,
+  https://github.com/HobbitLong/RepDistiller) and in https://github.com/kuangliu/pytorch-cifar.
 - The same names with `_224` are those of ImageNet: they have a 7x7 stem, and the maps of their four stages have 1/4 to
   1/32 of the side of the image.
-- `resnet8` to `resnet110`, `resnet8x4` and `resnet32x4` are those for CIFAR of the reference code of CRD (Tian et al.
-  2020, https://github.com/HobbitLong/RepDistiller): they have three stages, narrow or four times as wide.
+- `resnet8` to `resnet110`, `resnet8x4` and `resnet32x4` are those for CIFAR of the reference code of CRD: they have
+  three stages, narrow or four times as wide.
+- `resnet20_option_a` to `resnet110_option_a` have the shortcuts without parameters that He et al. use on CIFAR, and
+  name option A: strided subsampling, with zeros for the additional channels.
+- `resnet8_stem64` to `resnet32_stem64` are those of https://github.com/karanchahal/distiller: a stem of 64 channels,
+  a ReLU at the end of a stage only, and the means of the four quarters of the last map as embedding.
 """
 
 from functools import partial
@@ -21,6 +27,7 @@ from cskd_jax.models.layers import (
     convolve,
     kaiming_normal_fan_out,
     max_pool,
+    mean_of_cells,
     scale_width,
 )
 from cskd_jax.models.outputs import ModelOutput
@@ -40,6 +47,25 @@ class BasicBlock(nn.Module):
         if self.stride != 1 or x.shape[-1] != self.width:
             x = self.conv(self.width, 1, self.stride, name="downsample")(x, train=train)
         return x + y
+
+
+class PaddedBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut without parameters; the caller applies the last ReLU.
+
+    The shortcut takes every pixel at the stride, and puts zeros before and after its channels.
+    """
+
+    width: int
+    stride: int
+    conv: Any
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        y = nn.relu(self.conv(self.width, 3, self.stride, name="conv1")(x, train=train))
+        y = self.conv(self.width, 3, name="conv2")(y, train=train)
+        missing = self.width - x.shape[-1]
+        pads = ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2))
+        return jnp.pad(x[:, :: self.stride, :: self.stride], pads) + y
 
 
 class Bottleneck(nn.Module):
@@ -70,13 +96,15 @@ class ResNet(nn.Module):
     Attributes:
       num_classes: Number of classes.
       stage_sizes: Numbers of blocks of the stages.
-      block: Class of the blocks, BasicBlock or Bottleneck.
+      block: Class of the blocks: BasicBlock, PaddedBlock or Bottleneck.
       width: Factor on the widths of stem and stages.
       stage_widths: Numbers of channels of the stages at width 1, before the block's expansion.
       stem_width: Number of channels of the stem at width 1; None takes that of the first stage.
       stem_kernel_size: Side of the stem's kernel.
       stem_stride: Stride of the stem.
       pool_stride: Stride of the max-pool; None leaves the max-pool out.
+      relu_between_blocks: Whether a ReLU follows every block, or the last block of a stage only.
+      pool_cells: Number of cells along each side of the last map whose means are the embedding.
       projection_features: Number of channels to which a 1x1 convolution without bias maps the returned features of the
         last stage (`branch4` of the networks of Chen et al. 2020, https://github.com/xeanzheng/CSKD); None leaves it
         out. Logits and preactivations do not depend on it.
@@ -93,6 +121,8 @@ class ResNet(nn.Module):
     stem_kernel_size: int = 3
     stem_stride: int = 1
     pool_stride: int | None = 1
+    relu_between_blocks: bool = True
+    pool_cells: int = 1
     projection_features: int | None = None
     dtype: Any = jnp.float32
     axis_name: str | None = None
@@ -113,10 +143,10 @@ class ResNet(nn.Module):
             for index in range(num_blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
                 y = block(width, stride, conv, name=f"stage{stage + 1}_block{index + 1}")(x, train=train)
-                x = nn.relu(y)
+                x = nn.relu(y) if self.relu_between_blocks or index == num_blocks - 1 else y
             features.append(x)
             preactivations.append(y)
-        embedding = jnp.mean(x, axis=(1, 2))
+        embedding = jnp.mean(x, axis=(1, 2)) if self.pool_cells == 1 else mean_of_cells(x, self.pool_cells)
         logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
         if self.projection_features is not None:
             shape = (1, 1, x.shape[-1], self.projection_features)
@@ -134,20 +164,24 @@ _SIZES = {
 }
 
 
-def _comparison(depth, stage_widths=(16, 32, 64), stem_width=16):
-    """Returns a network for CIFAR with three stages of basic blocks: 6 n + 2 layers with n blocks in each stage."""
-    sizes = ((depth - 2) // 6,) * 3
-    return partial(
-        ResNet, stage_sizes=sizes, block=BasicBlock, stage_widths=stage_widths, stem_width=stem_width, pool_stride=None
-    )
+def _comparison(depth, stage_widths=(16, 32, 64), stem_width=16, block=BasicBlock, **settings):
+    """Returns a network for CIFAR with three stages of two-layer blocks: 6 n + 2 layers with n blocks in each stage."""
+    sizes, settings = ((depth - 2) // 6,) * 3, {"pool_stride": None, **settings}
+    return partial(ResNet, stage_sizes=sizes, block=block, stage_widths=stage_widths, stem_width=stem_width, **settings)
 
 
 RESNETS = {
     **_SIZES,
+    **{f"{name}_crd": partial(small, pool_stride=None) for name, small in _SIZES.items()},
     **{
         f"{name}_224": partial(small, stem_kernel_size=7, stem_stride=2, pool_stride=2)
         for name, small in _SIZES.items()
     },
     **{f"resnet{depth}": _comparison(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": _comparison(depth, (64, 128, 256), 32) for depth in (8, 32)},
+    **{f"resnet{depth}_option_a": _comparison(depth, block=PaddedBlock) for depth in (20, 32, 44, 56, 110)},
+    **{
+        f"resnet{depth}_stem64": _comparison(depth, stem_width=64, relu_between_blocks=False, pool_cells=2)
+        for depth in (8, 14, 20, 26, 32)
+    },
 }

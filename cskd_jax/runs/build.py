@@ -24,6 +24,8 @@ from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import Saved, load_variables
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.metrics import task_of
+from cskd_jax.training.networks import Network
+from cskd_jax.training.normalization import renormalize
 from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.optimizers import (
     ConstantSchedule,
@@ -86,18 +88,18 @@ def build(
     """
     if not needs_teacher(config.losses):
         return Run(dataset, make_trainer("student", config, dataset, workdir, devices, callbacks=callbacks))
-    if given is not None:
-        check_fits(f"teacher.checkpoint {given[0]}", given[1], config, dataset)
     if beside is not None:
+        if given is not None:
+            check_fits(f"teacher.checkpoint {given[0]}", given[1], dataset)
         trainer = make_trainer("student", config, dataset, workdir, devices, beside.teacher, callbacks, beside.trainer)
         return beside._replace(trainer=trainer)
-    teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
-    teacher_trainer = None
     if given is None:
+        teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
         teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices, callbacks=callbacks)
     else:
-        check_variables(teacher.network, given[1].variables, dataset.image_shape, f"teacher.checkpoint {given[0]}")
-        teacher.variables = given[1].variables
+        path, saved = given
+        network = _fitting_network(f"teacher.checkpoint {path}", saved, config, dataset)
+        teacher, teacher_trainer = Teacher(network, saved.variables), None
     return Run(
         dataset,
         make_trainer("student", config, dataset, workdir, devices, teacher, callbacks),
@@ -108,11 +110,7 @@ def build(
 
 
 def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
-    """Returns the data set of a configuration.
-
-    Raises:
-      UserError: The data cannot be loaded, or mean and deviation are neither one value nor one per channel.
-    """
+    """Returns the data set of a configuration; raises UserError if it cannot be loaded or normalized."""
     settings = config.dataset
     with pause(f"loading the data set {settings.name}"):
         dataset = load_dataset(
@@ -127,11 +125,7 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
             streaming=settings.streaming,
             workers=settings.workers,
         )
-    channels = dataset.image_shape[-1]
-    if len(settings.mean) not in (1, channels):
-        raise UserError(
-            f"dataset.mean has {len(settings.mean)} values, the images of {dataset.name} have {channels} channels"
-        )
+    make_normalize(config).checked(dataset.image_shape[-1], "dataset.")
     return dataset
 
 
@@ -156,7 +150,7 @@ class TrainedNetwork(NamedTuple):
       saved: Its variables, and the record saved with them.
     """
 
-    network: LinenNetwork
+    network: Network
     saved: Saved
 
 
@@ -169,13 +163,18 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
       dataset: Data set that the network is used on.
 
     Raises:
-      UserError: There is no intact checkpoint, or it does not fit the data set or the configuration.
+      UserError: There is no intact checkpoint, or it does not fit the data set.
     """
     saved = load_variables(str(path))
-    check_fits(f"checkpoint {path}", saved, config, dataset)
+    return TrainedNetwork(_fitting_network(f"checkpoint {path}", saved, config, dataset), saved)
+
+
+def _fitting_network(source, saved, config, dataset):
+    """Returns the network of a checkpoint, which takes images as the configuration normalizes them."""
+    own = check_fits(source, saved, dataset)
     network = make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
-    check_variables(network, saved.variables, dataset.image_shape, f"checkpoint {path}")
-    return TrainedNetwork(network, saved)
+    check_variables(network, saved.variables, dataset.image_shape, source)
+    return renormalize(network, make_normalize(config), own)
 
 
 def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> UniformSampler | BalancedSampler:
@@ -194,7 +193,7 @@ def make_normalize(config: ml_collections.ConfigDict) -> Normalize:
 
 
 def make_evaluation(
-    network: LinenNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
+    network: Network, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
 ) -> Evaluation:
     """Returns the evaluation of a network on the test split."""
     normalize = make_normalize(config)

@@ -26,7 +26,7 @@ from cskd_jax.runs.results import (
     say_results,
     write_results,
 )
-from cskd_jax.runs.trained import load_given_teacher
+from cskd_jax.runs.trained import identity_of_teacher, load_given_teacher
 from cskd_jax.runs.workdir import (
     check_data,
     check_workdir,
@@ -141,7 +141,7 @@ class _Started:
         if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
             self.given = given = self.given or processes.on_first(load_given_teacher, config)
         # A resumed run must not go on with another teacher.
-        identity = identify(config, None if given is None else given[1].digest)
+        identity = identify(config, None if given is None else identity_of_teacher(*given, config))
 
         def done_or_locked():
             check_workdir(workdir, identity)

@@ -5,9 +5,10 @@ import pathlib
 import ml_collections
 
 from cskd_jax.data import ImageDataset
+from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
 from cskd_jax.runs import schema
-from cskd_jax.training.checkpoint import FOLDER, Saved, load_variables
+from cskd_jax.training.checkpoint import FOLDER, Record, Saved, load_variables
 
 
 def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
@@ -29,7 +30,7 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
     return path, saved
 
 
-def check_fits(source: str, saved: Saved, config: ml_collections.ConfigDict, dataset: ImageDataset) -> None:
+def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | None:
     """Raises UserError unless a network was trained on images, labels and classes like those of a data set.
 
     Images may have another size. How much accuracy that costs depends on the network.
@@ -37,20 +38,16 @@ def check_fits(source: str, saved: Saved, config: ml_collections.ConfigDict, dat
     Args:
       source: Name of the checkpoint, for the message.
       saved: The checkpoint.
-      config: Configuration that says how images are normalized.
       dataset: Data set that the network is used on.
+
+    Returns:
+      The normalization of the images that the network was trained on; None if it is not known.
     """
     record, channels = saved.record, dataset.image_shape[-1]
     if record.channels != channels:
         raise UserError(
             f"{source} takes images with {record.channels} channels, those of {dataset.name} have {channels}"
         )
-    # An imported network does not know how its images were normalized.
-    for name, theirs in record.images.items():
-        if name != "size" and _per_channel(theirs, channels) != _per_channel(config.dataset[name], channels):
-            raise UserError(
-                f"{source} was trained with dataset.{name} {tuple(theirs)}, it is {tuple(config.dataset[name])} here"
-            )
     if record.multilabel != dataset.multilabel:
         one, several = "one category per image", "several categories per image"
         raise UserError(
@@ -58,6 +55,31 @@ def check_fits(source: str, saved: Saved, config: ml_collections.ConfigDict, dat
             f"{dataset.name} has {several if dataset.multilabel else one}"
         )
     _check_classes(source, saved, dataset)
+    return _own_normalization(source, record)
+
+
+def identity_of_teacher(source: str, saved: Saved, config: ml_collections.ConfigDict) -> str:
+    """Returns the digest of a teacher and, where it is not that of the run, the normalization of its images.
+
+    Args:
+      source: Name of the checkpoint, for errors.
+      saved: The checkpoint.
+      config: Configuration of the run.
+    """
+    own, given = _own_normalization(source, saved.record), Normalize(config.dataset.mean, config.dataset.std)
+    if own is None or own.is_same(given):
+        return saved.digest
+    return f"{saved.digest} with mean {list(own.mean)}, std {list(own.std)}"
+
+
+def _own_normalization(source: str, record: Record) -> Normalize | None:
+    """Returns the normalization that a network was trained with; None where an imported one does not know it."""
+    mean, std = (record.images.get(name) for name in ("mean", "std"))
+    if mean is None or std is None:
+        return None
+    if not isinstance(mean, list | tuple) or not isinstance(std, list | tuple):
+        raise UserError(f"{source}: mean and std of its images are no lists of numbers")
+    return Normalize(tuple(mean), tuple(std)).checked(record.channels, f"{source}: ")
 
 
 def _check_classes(source: str, saved: Saved, dataset: ImageDataset) -> None:
@@ -69,8 +91,3 @@ def _check_classes(source: str, saved: Saved, dataset: ImageDataset) -> None:
         raise UserError(
             f"{source} knows {number} categories{names}, {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
         )
-
-
-def _per_channel(values, channels):
-    """Returns one value per channel, from one per channel or one for all."""
-    return list(values) * (channels // len(values))

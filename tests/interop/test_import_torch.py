@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cskd_jax.interop import unpickle
+from cskd_jax.interop import nearest, unpickle
 from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.names import to_torch
 from cskd_jax.interop.torch_file import read_state_dict
-from cskd_jax.models import create_model
+from cskd_jax.models import MODELS, create_model
 from cskd_jax.training.checkpoint import load_variables
 from tests import torch_files
 from tests.torch_files import (
@@ -45,6 +45,12 @@ def variables():
 @pytest.fixture(scope="module")
 def arrays(variables):
     return to_torch(MODULE, variables, batches=3)
+
+
+@pytest.fixture(autouse=True)
+def few_known_networks(monkeypatch):
+    """The nearest network is looked for among a few, because tracing all of them takes seconds."""
+    monkeypatch.setattr(nearest, "MODELS", {name: MODELS[name] for name in ("resnet8", "vgg8")})
 
 
 def run(file, out, *arguments):
@@ -322,13 +328,16 @@ BAD_FILES = {
     "some other pickle": (_bytes(lambda c: pickled({"a": 1})), ["torch.save did not write"]),
     "no tensors": (_content(lambda t, c: {"epoch": 3}), ["no tensors of a network", "epoch"]),
     "several networks": (_content(lambda t, c: {"model": t, "ema": t}), ["--key", "model, ema"]),
-    "renamed tensors": (_content(_renamed), ["missing: ", "unknown: stage1"]),
+    "renamed tensors": (
+        _content(_renamed),
+        ["missing: ", "unknown: stage1", "stage1.0.conv1.weight may be layer1.0.conv1.weight", "shapes are those of"],
+    ),
     "safetensors that are none": (_bytes(lambda c: b"\xff" * 100), ["safetensors"]),
     "safetensors beyond the file": (
         _bytes(lambda c: _safetensors({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}})),
         ["safetensors"],
     ),
-    "another network": (_vgg, ["missing: ", "unknown: "]),
+    "another network": (_vgg, ["missing: ", "unknown: ", "those of --model=vgg8 --width=0.0625 --num_classes=7"]),
     "unknown type": (
         _bytes(lambda c: _safetensors({"x": {"dtype": "U64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8))),
         ["x is U64", "BF16"],
@@ -361,7 +370,7 @@ def test_bad_file(case, arrays, tmp_path, capsys):
     write(file, arrays, canary_path)
     assert run(file, tmp_path / "out") == 2
     printed = capsys.readouterr()
-    assert printed.out == ""
+    assert printed.out in ("", "looking for the nearest known network ...\n")
     (line,) = printed.err.splitlines()
     assert line.startswith(f"error: {file}"), line
     for word in words:
@@ -380,8 +389,18 @@ def test_the_canary_sings(tmp_path):
 BAD_ARGUMENTS = {
     "unknown model": (["--model=resnet19"], ["unknown model 'resnet19'", "resnet8"]),
     "width": (["--width=many"], ["--width", "'many'", "0.001 to 64"]),
-    "classes": (["--num_classes=8"], ["fc.bias (7,) instead of (8,)", "8 classes"]),
-    "channels": (["--channels=1"], ["conv1.weight (4, 3, 3, 3) instead of (4, 1, 3, 3)"]),
+    "classes": (["--num_classes=8"], ["fc.bias (7,) instead of (8,)", "8 classes", "--num_classes=7"]),
+    "channels": (
+        ["--channels=1"],
+        ["conv1.weight (4, 3, 3, 3) instead of (4, 1, 3, 3)", "those of --model=resnet8 --width=0.25 --num_classes=7"],
+    ),
+    "prefix": (["--prefix=head."], ["no tensor has a name that begins with head.; names begin with layer1, layer2"]),
+    "no names file": (["--names={full}/none"], ["none", "No such file"]),
+    "names": (["--names={full}/two"], ["two, line 1: 'cat' is not a pattern and its replacement"]),
+    "size": (["--size=8"], ["--size has 1 values; it must have 2"]),
+    "mean alone": (["--mean=0.5"], ["give both --mean and --std, or neither"]),
+    "mean of other channels": (["--mean=0.5,0.5", "--std=1"], ["--mean has 2 values, the images have 3 channels"]),
+    "verification without mean": (["--verify=digits"], ["--verify=digits needs --mean and --std"]),
     "width without channels": (["--width=0.001"], ["width 0.001 leaves"]),
     "key": (["--key=ema"], ["no network under the key ema", "none"]),
     "unknown argument": (["--classes=7"], ["there is no flag --classes; did you mean --num_classes?"]),
@@ -406,6 +425,12 @@ def test_bad_arguments(case, arrays, tmp_path, capsys):
     for word in words:
         assert word in line
     assert not (tmp_path / "out").exists()
+
+
+def test_network_must_be_named_or_known(arrays, tmp_path, capsys):
+    file = write_zip(tmp_path / "file.pth", *torch_files.state_dict(arrays))
+    assert main(["import_torch", str(file), f"--out={tmp_path / 'out'}"]) == 2
+    assert "is none of the known checkpoints: give --model and --num_classes" in capsys.readouterr().err
 
 
 def test_missing_file(tmp_path, capsys):

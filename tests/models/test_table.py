@@ -21,6 +21,8 @@ class Row(NamedTuple):
     num_classes: int = 100
     width: float = 1.0
     side: int = 32
+    # Number of cells of the last map whose means are the embedding.
+    cells: int = 1
     # Of the network that takes a gradient step.
     step_width: float = 0.125
 
@@ -41,12 +43,18 @@ def cifar(parameters, widening=1):
     return Row(parameters, tuple(zip((32, 16, 8), channels, strict=True)), step_width=0.25)
 
 
+def stem64(parameters):
+    return cifar(parameters)._replace(cells=4)
+
+
 def vgg(parameters):
     return Row(parameters, ((16, 128), (8, 256), (4, 512), (4, 512)), step_width=0.0625)
 
 
 # One more block in each of three stages of 16, 32, 64 channels: two 3x3 kernels with normalization.
 BLOCK_OF_EACH_STAGE = sum(2 * (9 * width * width + 2 * width) for width in (16, 32, 64))
+# Two 1x1 kernels with normalization, from 16 to 32 and from 32 to 64 channels.
+SHORTCUTS = sum(width * width // 2 + 2 * width for width in (32, 64))
 # What 100 categories rather than 1000 take off a linear layer.
 FEWER_CATEGORIES = {channels: 900 * (channels + 1) for channels in (1280, 2048)}
 
@@ -65,6 +73,11 @@ TABLE = {
     "resnet50": small(23705252, 4),
     "resnet101": small(42697380, 4),
     "resnet152": small(58341028, 4),
+    "resnet18_crd": small(11220132),
+    "resnet34_crd": small(21328292),
+    "resnet50_crd": small(23705252, 4),
+    "resnet101_crd": small(42697380, 4),
+    "resnet152_crd": small(58341028, 4),
     "resnet18_224": imagenet(11689512),
     "resnet34_224": imagenet(21797672),
     "resnet50_224": imagenet(25557032, 4),
@@ -79,6 +92,16 @@ TABLE = {
     "resnet110": cifar(1736564),
     "resnet8x4": cifar(1233540, 4),
     "resnet32x4": cifar(7433860, 4),
+    "resnet20_option_a": cifar(275572),  # follows
+    "resnet32_option_a": cifar(470004),  # follows
+    "resnet44_option_a": cifar(664436),  # follows
+    "resnet56_option_a": cifar(858868),  # follows
+    "resnet110_option_a": cifar(1733812),  # follows
+    "resnet8_stem64": stem64(112452),  # follows
+    "resnet14_stem64": stem64(209668),  # follows
+    "resnet20_stem64": stem64(306884),  # follows
+    "resnet26_stem64": stem64(404100),  # follows
+    "resnet32_stem64": stem64(501316),  # follows
     "wrn_16_1": cifar(180916),  # follows
     "wrn_16_2": cifar(703284, 2),
     "wrn_40_1": cifar(569780),
@@ -97,7 +120,16 @@ TABLE = {
 # Their gradient step compiles in seconds.
 FAST = ("resnet8", "wrn_16_1", "vgg8")
 # More of the same blocks as a network that takes its gradient step: theirs is traced, not compiled.
-DEEP = tuple(name for name in TABLE if name.removesuffix("_224") in ("resnet34", "resnet101", "resnet152")) + (
+DEEP = tuple(
+    name
+    for name in TABLE
+    if name.removesuffix("_224") in ("resnet34", "resnet101", "resnet152") or name.endswith(("_crd", "_option_a"))
+    if name != "mobilenet_v2_crd"
+) + (
+    "resnet14_stem64",
+    "resnet20_stem64",
+    "resnet26_stem64",
+    "resnet32_stem64",
     "resnet50_224",
     "resnet14",
     "resnet20",
@@ -125,6 +157,12 @@ def test_numbers_that_follow_from_others():
     rows = {name: row.parameters for name, row in TABLE.items()}
     assert rows["resnet14"] == rows["resnet8"] + BLOCK_OF_EACH_STAGE
     assert rows["resnet44"] == rows["resnet32"] + 2 * BLOCK_OF_EACH_STAGE
+    for depth in (20, 32, 44, 56, 110):
+        assert rows[f"resnet{depth}_option_a"] == rows[f"resnet{depth}"] - SHORTCUTS
+    # The repository's 89322, and what 90 more categories add.
+    assert rows["resnet8_stem64"] == 89322 + 90 * 257
+    for blocks, depth in enumerate((8, 14, 20, 26, 32)):
+        assert rows[f"resnet{depth}_stem64"] == rows["resnet8_stem64"] + blocks * BLOCK_OF_EACH_STAGE
     assert rows["wrn_16_1"] == rows["wrn_40_1"] - 4 * BLOCK_OF_EACH_STAGE
     for name, sizes in {
         "vgg8": (1, 1, 1, 1, 1),
@@ -152,7 +190,7 @@ def test_parameters_and_shapes(name):
     assert output.logits.shape == (2, row.num_classes)
     assert [x.shape for x in output.features] == [(2, side, side, channels) for side, channels in row.stages]
     assert [x.shape for x in output.preactivations] == [x.shape for x in output.features]
-    assert output.embedding.shape == (2, row.stages[-1][1])
+    assert output.embedding.shape == (2, row.stages[-1][1] * row.cells)
     assert {leaf.dtype for leaf in jax.tree.leaves((output, variables))} == {jnp.dtype(jnp.float32)}
 
 
@@ -236,10 +274,60 @@ def check_stages(name, output):
         else:
             expected = np.clip(preactivation, 0, 6 if name == "mobilenet_v2" else None)
         np.testing.assert_allclose(feature, expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(output.embedding, output.features[-1].mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+    maps = output.features[-1]
+    expected = maps.mean(axis=(1, 2))
+    if TABLE[name].cells == 4:
+        half = maps.shape[1] // 2
+        quarters = [maps[:, y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
+        expected = np.stack([quarter.mean(axis=(1, 2)) for quarter in quarters], axis=-1).reshape(len(maps), -1)
+    np.testing.assert_allclose(output.embedding, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_shuffled_channels_come_from_every_group_in_turn():
     np.testing.assert_array_equal(
         shuffle_channels(jnp.arange(12).reshape(1, 12), 3)[0], np.arange(12).reshape(3, 4).T.flatten()
     )
+
+
+def test_shortcut_without_parameters_subsamples_and_pads_channels():
+    model = create_model("resnet20_option_a", num_classes=3, width=0.25)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
+    assert not any("downsample" in block for block in shapes["params"])
+
+    def draw(path, leaf):
+        # Without the branches of the blocks only the shortcuts are left.
+        silent = path[0].key == "params" and path[1].key.startswith("stage")
+        return np.zeros(leaf.shape, np.float32) if silent else rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+
+    output = model.apply(jax.tree.map_with_path(draw, shapes), images, train=False)
+    stem, second, third = output.features
+    assert np.any(stem)
+    np.testing.assert_allclose(second[..., 2:6], stem[:, ::2, ::2], rtol=1e-6)
+    assert not np.any(second[..., [0, 1, 6, 7]])
+    np.testing.assert_allclose(third[..., 4:12], second[:, ::2, ::2], rtol=1e-6)
+
+
+def test_relu_at_the_end_of_a_stage_only():
+    model = create_model("resnet14_stem64", num_classes=3, width=0.25)
+    images = jnp.ones((2, 8, 8, 3))
+    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
+
+    def draw(path, leaf):
+        names = [part.key for part in path]
+        if names[-1] == "var":
+            return np.ones(leaf.shape, np.float32)
+        # The first block of the first stage gives -1, the second adds 3 to it.
+        values = {("stage1_block1", "conv2"): -1.0, ("stage1_block2", "conv2"): 3.0}
+        value = values.get(tuple(names[1:3]), 0.0) if names[-1] == "bias" else 0.0
+        return np.full(leaf.shape, value, np.float32)
+
+    output = model.apply(jax.tree.map_with_path(draw, shapes), images, train=False)
+    np.testing.assert_allclose(output.features[0], 2.0)
+
+
+def test_maps_that_do_not_divide_into_cells():
+    model = create_model("resnet8_stem64", num_classes=3, width=0.25)
+    with pytest.raises(ValueError, match="maps of 3x3 do not divide into 2x2 cells"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((2, 12, 12, 3)), train=False))

@@ -1,0 +1,66 @@
+"""Networks that were trained on images of another normalization."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from cskd_jax.data.augment import Normalize
+from cskd_jax.models import ModelOutput
+from cskd_jax.training.networks import Network, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class RenormalizedNetwork:
+    """A `Network` that takes images in one normalization and gives them to a network in another.
+
+    Attributes:
+      network: Network.
+      given: Normalization of the images that this network takes.
+      own: Normalization of the images that `network` was trained on.
+    """
+
+    network: Network
+    given: Normalize
+    own: Normalize
+
+    @property
+    def synchronized(self) -> bool:
+        """Returns whether the network computes batch statistics from the global batch."""
+        return self.network.synchronized
+
+    @property
+    def variables(self) -> Variables | None:
+        """Returns the variables that come with the network."""
+        return self.network.variables
+
+    def on_axis(self, axis_name: str | None) -> "RenormalizedNetwork":
+        """Returns the network for a batch that is split over a mapped axis; None for a whole batch."""
+        return dataclasses.replace(self, network=self.network.on_axis(axis_name))
+
+    def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
+        """Returns fresh variables, and the outputs for two black images of shape [H, W, C]."""
+        return self.network.init(key, image_shape)
+
+    def apply(
+        self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[ModelOutput, Variables]:
+        """Returns the outputs for images [B, H, W, C] in the normalization `given`, and the updated collections."""
+        given_mean, given_std, mean, std = (
+            np.asarray(values, np.float64) for values in (self.given.mean, self.given.std, self.own.mean, self.own.std)
+        )
+        scale, shift = ((given_std / std).astype(images.dtype), ((given_mean - mean) / std).astype(images.dtype))
+        return self.network.apply(variables, images * scale + shift, train=train, key=key)
+
+
+def renormalize(network: Network, given: Normalize, own: Normalize | None) -> Network:
+    """Returns a network that takes images in the normalization `given`; the same network if that is its own.
+
+    Args:
+      network: Network.
+      given: Normalization of the images that it will get.
+      own: Normalization of the images that it was trained on; None if it is not known, and assumed to be `given`.
+    """
+    if own is None or given.is_same(own):
+        return network
+    return RenormalizedNetwork(network, given, own)
