@@ -3,8 +3,9 @@
 - `resnet18` to `resnet152` are for small images: they have a 3x3 stem and four stages.
 - The same names with `_224` are those of ImageNet: they have a 7x7 stem, and the maps of their four stages have 1/4 to
   1/32 of the side of the image.
-- `resnet8` to `resnet110`, `resnet8x4` and `resnet32x4` are those for CIFAR of the reference code of CRD (Tian et al.
-  2020, https://github.com/HobbitLong/RepDistiller): they have three stages, narrow or four times as wide.
+- `resnet50_crd`, `resnet8` to `resnet110`, `resnet8x4` and `resnet32x4` are those for CIFAR of the reference code of CRD (Tian et al.
+  2020, https://github.com/HobbitLong/RepDistiller). The first is `resnet50` without its max-pool; the others have three
+  stages, narrow or four times as wide.
 """
 
 from functools import partial
@@ -148,6 +149,7 @@ RESNETS = {
         f"{name}_224": partial(small, stem_kernel_size=7, stem_stride=2, pool_stride=2)
         for name, small in _SIZES.items()
     },
+    "resnet50_crd": partial(_SIZES["resnet50"], pool_stride=None),
     **{f"resnet{depth}": _comparison(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": _comparison(depth, (64, 128, 256), 32) for depth in (8, 32)},
 }

@@ -70,6 +70,7 @@ TABLE = {
     "resnet50_224": imagenet(25557032, 4),
     "resnet101_224": imagenet(44549160, 4),
     "resnet152_224": imagenet(60192808, 4),
+    "resnet50_crd": small(23705252, 4),
     "resnet8": cifar(83892),
     "resnet14": cifar(181108),  # follows
     "resnet20": cifar(278324),
@@ -99,6 +100,7 @@ FAST = ("resnet8", "wrn_16_1", "vgg8")
 # More of the same blocks as a network that takes its gradient step: theirs is traced, not compiled.
 DEEP = tuple(name for name in TABLE if name.removesuffix("_224") in ("resnet34", "resnet101", "resnet152")) + (
     "resnet50_224",
+    "resnet50_crd",
     "resnet14",
     "resnet20",
     "resnet32",
