@@ -25,6 +25,7 @@ import pathlib
 
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import number, seeds
+from cskd_jax.configs import networks
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder
 
@@ -46,7 +47,7 @@ def _run(argv):
         raise UserError(f"--config={recipe}: the methods of a sweep are given by --methods")
     if not values.methods or "" in values.methods:
         raise UserError("--methods must name at least one method, such as --methods=ce,kd,cskd")
-    _check_each_once("--methods", values.methods)
+    _check_each_once("--methods", [networks.in_order(word.lower()) for word in values.methods])
     _check_each_once("--seeds", values.seeds)
     from cskd_jax.runs import recipes
 

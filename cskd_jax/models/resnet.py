@@ -3,9 +3,9 @@
 - `resnet18` to `resnet152` are for small images: they have a 3x3 stem and four stages.
 - The same names with `_224` are those of ImageNet: they have a 7x7 stem, and the maps of their four stages have 1/4 to
   1/32 of the side of the image.
-- `resnet50_crd`, `resnet8` to `resnet110`, `resnet8x4` and `resnet32x4` are those for CIFAR of the reference code of CRD (Tian et al.
-  2020, https://github.com/HobbitLong/RepDistiller). The first is `resnet50` without its max-pool; the others have three
-  stages, narrow or four times as wide.
+- `resnet50_crd`, `resnet8` to `resnet110`, `resnet8x4` and `resnet32x4` are those for CIFAR of the reference code of
+  CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller). The first is `resnet50` without its max-pool; the
+  others have three stages, narrow or four times as wide.
 """
 
 from functools import partial

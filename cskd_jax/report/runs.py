@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cskd_jax.configs import networks
 from cskd_jax.errors import UserError, printable
 from cskd_jax.losses import LOSSES, Method
 from cskd_jax.report.published import network_label
@@ -257,7 +258,7 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
             first = by_seed.setdefault(run.results["seed"], run)
             if first.results["student"]["last"] != run.results["student"]["last"]:
                 raise UserError(f"{first.folder} and {run.folder} are the same run with other scores; name one of them")
-        method = same[0].results["method"]
+        method = networks.in_order(same[0].results["method"])
         others = [json.loads(other) for other in kinds if other != key and json.loads(other)["method"] == method]
         rows.append(Row(_label(method, json.loads(key), others), method, tuple(by_seed.values())))
     rows.sort(key=lambda row: (row.has_teacher, -row.summary("last").mean, row.label))

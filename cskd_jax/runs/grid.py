@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import ml_collections
 
+from cskd_jax.configs import networks
 from cskd_jax.files import refuse_link
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
@@ -92,7 +93,8 @@ def make_grid(
                 # Runs are compared by their configurations, so all of them must name the same path.
                 settings.append(f"--config.teacher.checkpoint={teacher.workdir / 'student'}")
                 teachers.setdefault(teacher.name, teacher)
-            runs.append(Run(workdir, f"{word}-seed{seed}", f"{recipe}:{word}", tuple(settings), teacher))
+            name = f"{networks.in_order(word)}-seed{seed}"
+            runs.append(Run(workdir, name, f"{recipe}:{word}", tuple(settings), teacher))
     return [*teachers.values(), *runs]
 
 
@@ -111,6 +113,8 @@ def _teacher_run(
     replaced = ("losses.", "student.", "teacher.")
     kept = [o for o in overrides if not (recipes.override_key(o) + ".").startswith((*replaced, "epochs."))]
     network = [f"--config.student.name={teacher.name}", f"--config.student.width={teacher.width}"]
+    if teacher.learning_rate is not None:
+        network.append(f"--config.optimizer.learning_rate={teacher.learning_rate}")
     name = f"teacher-{teacher.name}_{teacher.width:g}"
     return Run(workdir, name, f"{recipe}:{word}", (*kept, *network, f"--config.epochs={teacher.epochs}"))
 

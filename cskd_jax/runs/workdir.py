@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from cskd_jax.configs import networks
 from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.fingerprint import fingerprint
@@ -57,7 +58,7 @@ def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.P
       recipe: RECIPE or RECIPE:WORD.
       config: Configuration of the run, which is the recipe with overrides.
     """
-    word = recipe.partition(":")[2] or config.method
+    word = networks.in_order(recipe.partition(":")[2] or config.method)
     plain = pathlib.Path("runs") / recipes.recipe_file(recipe).stem / f"{word}-seed{config.seed}"
     changes = _describe_changes(schema.flatten(recipes.load_recipe(recipe, [])), schema.flatten(config))
     named = plain.with_name(plain.name + changes)
