@@ -224,14 +224,14 @@ def test_every_method_with_every_pair(pair):
             trace(method, losses, (teacher, student))
 
 
-# One pair of each kind of student.
-KINDS = ("resnet32x4/resnet8x4", "wrn_40_2/wrn_16_2", "vgg13/vgg8", "resnet32x4/shufflenet_v1", "vgg13/mobilenet_v2")
+# Pairs of the shallowest networks, which compile fastest: of three and of four stages, and with last maps of two sizes.
+KINDS = ("resnet14/resnet8", "vgg11/vgg8", "resnet8/shufflenet_v1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", KINDS)
 def test_two_steps_with_each_kind_of_student(pair):
-    """Of a sum of methods whose maps differ in size for half of the pairs; both steps move all that is trained."""
+    """Both steps, of a sum of methods, move all that is trained."""
     config, rng = cell(pair, "at+cskd"), np.random.default_rng(0)
     for role in ("teacher", "student"):
         config[role].width *= 0.125
@@ -240,7 +240,8 @@ def test_two_steps_with_each_kind_of_student(pair):
     images, labels = rng.integers(0, 256, (16, 32, 32, 3), np.uint8), np.arange(16, dtype=np.int32) % 4
     dataset = ImageDataset("cifar100", Split(images, labels), Split(images[:2], labels[:2]), tuple("abcd"))
     teacher = Teacher(make_network(config.teacher, 4, "float32"))
-    teacher.variables = jax.jit(lambda key: init_network(teacher.network, key, (32, 32, 3))[0])(jax.random.PRNGKey(1))
+    shapes, _ = jax.eval_shape(init_network, teacher.network, jax.random.PRNGKey(1), (32, 32, 3))
+    teacher.variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype(np.float32), shapes)
     trainer = make_trainer("student", config, dataset, None, Devices(1), teacher)
     (result,) = trainer.fit().values()
     state = trainer.state["student"]
