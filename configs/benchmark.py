@@ -29,8 +29,8 @@ def sources_of(table, word):
 
 def _cell(table, word):
     """Returns the configuration of a cell, and the settings of the table that lead to it: {key: (value, source)}."""
-    first_pair = [networks.network(name) for name in table["pairs"][0].split("/")]
-    *pair, method = networks.split_word(word, *first_pair)
+    first_teacher, first_student = (networks.network(name) for name in table["pairs"][0].split("/"))
+    *pair, method = networks.split_word(word, first_teacher, first_student)
     pair = [_name_in_table(table, network) for network in pair]
     losses = methods.losses(
         method, init_epochs=table["protocol"]["first_phase_epochs"], changes=_changes(table, pair, method)

@@ -125,3 +125,28 @@ def test_several_teachers_and_pairs(tmp_path):
     student = by_name["vgg13/mobilenet_v2/kd-teacher6-seed0"]
     assert (student.seed, student.optimizer.learning_rate) == (0, 0.01)
     assert student.teacher.checkpoint == f"{tmp_path}/teacher-vgg13_1-seed6/student"
+
+
+def test_the_best_is_trained_with_all_seeds(digits_dir, tmp_path, monkeypatch):
+    """The command, with results that are written instead of trained."""
+    done = []
+
+    def pretend(runs, jobs):
+        assert jobs == 2
+        for run in runs:
+            done.append(run)
+            write_results(run, 0.9 if run.config.losses.get("kd", {}).get("weight") == 0.25 else 0.1)
+
+    monkeypatch.setattr("cskd_jax.runs.sweep.sweep", pretend)
+    arguments = [f"--config.dataset.data_dir={digits_dir}", f"--workdir={tmp_path}", "--jobs=2", *VALIDATION]
+    arguments += ["--methods=ce,kd", "--seeds=4,5", "--grid", "losses.kd.weight=0.5,0.25"]
+    assert sweep_main(["sweep", DIGITS, *arguments]) == 0
+    names = [str(run.workdir.relative_to(tmp_path)) for run in done]
+    assert names == [
+        "search/teacher-resnet18_0.25", "search/kd-losses.kd.weight=0.5-seed4", "search/kd-losses.kd.weight=0.25-seed4",
+        "teacher-resnet18_0.25", "ce-seed4", "kd-seed4", "ce-seed5", "kd-seed5",
+    ]  # fmt: skip
+    assert {run.config.losses.kd.weight for run in done[3:] if run.name.startswith("kd")} == {0.25}
+    splits = [run.config.dataset.validation_examples for run in done]
+    assert splits == [100] * 3 + [None] * 5, "the test split has chosen nothing"
+    assert (tmp_path / "search.csv").exists()

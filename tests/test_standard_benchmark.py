@@ -18,7 +18,7 @@ from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import create_model
-from cskd_jax.runs import schema
+from cskd_jax.runs import build, schema
 from cskd_jax.runs.build import make_network, make_trainer
 from cskd_jax.runs.recipes import load_recipe, load_sources
 from cskd_jax.training.objective import Objective
@@ -250,3 +250,22 @@ def test_two_steps_with_each_kind_of_student(pair):
     for name in ("network", "sigma"):
         assert any(name in path and np.any(leaf) for path, leaf in momenta.items()), name
     assert np.isfinite(result.last["loss"])
+
+
+def test_a_teacher_keeps_its_learning_rate(monkeypatch):
+    """A student of another kind has its own."""
+    rates, images = [], np.zeros((64, 32, 32, 3), np.uint8)
+    split = Split(images, np.arange(64, dtype=np.int32) % 4)
+    dataset = ImageDataset("cifar100", split, split, tuple("abcd"))
+    whole = build.make_optimizer
+
+    def record(settings, *arguments, **others):
+        rates.append(settings.learning_rate)
+        return whole(settings, *arguments, **others)
+
+    monkeypatch.setattr(build, "make_optimizer", record)
+    config = cell("vgg8/shufflenet_v1", "ce")
+    for role in ("teacher", "student"):
+        make_trainer(role, config, dataset, None, Devices(1))
+    assert rates == [0.05, 0.01]
+    assert config.optimizer.learning_rate == 0.01

@@ -60,9 +60,8 @@ def overview(comparisons: Sequence[Comparison]) -> Table | None:
     if len(pairs) < 2:
         return None
     methods = list(dict.fromkeys(row.method for comparison in pairs for row in comparison.rows))
-    columns, unpublished = published.standard_columns(), len(published.standard_columns())
-    place = {method: published.standard_column(method) for method in methods}
-    methods.sort(key=lambda method: columns.index(place[method]) if place[method] in columns else unpublished)
+    place = {column: number for number, column in enumerate(published.standard_columns())}
+    methods.sort(key=lambda method: place.get(published.standard_column(method) or "", len(place)))
     rows = []
     for comparison in pairs:
         values = published.standard_values(comparison.dataset, comparison.teacher, comparison.student)
