@@ -7,6 +7,8 @@ https://github.com/xeanzheng/CSKD.
 
 from ml_collections import ConfigDict
 
+from cskd_jax.configs import networks
+
 
 def category_structure(variant, *, intra=True, inter=True):
     """Returns the losses of Chen et al. 2020, or of one of their two parts only (table 4 of the paper)."""
@@ -89,33 +91,36 @@ COMBINATIONS = {
 }
 
 
-def losses(method, *, init_epochs=30, warmup_epochs=20, multilabel=False):
+def losses(method, *, init_epochs=30, warmup_epochs=20, multilabel=False, changes=None):
     """Returns the losses of a method, for `config.losses`.
 
     Args:
-      method: One of METHODS, or of MULTILABEL_METHODS, or several with + between them, such as "kd+at"; the ValueError
-        for what is no method names them.
+      method: One of METHODS, or of MULTILABEL_METHODS, or several with + between them, such as "at+kd".
       init_epochs: Length of the first phase of the methods that have one (fitnet, fsp, ab).
       warmup_epochs: Epochs over which the weights of dkd and reviewkd grow.
       multilabel: Whether the images of the recipe have any number of classes instead of one.
+      changes: {method: {loss: {setting: value}}}, what a recipe sets otherwise than the table of methods.
 
     Returns:
       A ConfigDict with the settings of each loss.
 
     Raises:
-      ValueError: If there is no such method; the message names the methods.
+      UnknownWordError: If there is no such method.
+      ValueError: If the methods of a sum do not go together.
     """
     known = multilabel_table() if multilabel else table(init_epochs, warmup_epochs)
     parts = method.split("+")
     for part in parts:
         if part not in known:
-            raise ValueError(f"unknown method {part!r} after the ':' of --config; known: {', '.join(known)}")
+            raise networks.UnknownWordError("method", part, known)
+        for name, settings in (changes or {}).get(part, {}).items():
+            known[part][name] |= settings
     if len(parts) == 1:
         return ConfigDict(known[method])
     try:
         return ConfigDict(combine({part: known[part] for part in parts}, len(parts)))
     except ValueError as error:
-        raise ValueError(f"{method} after the ':' of --config: {error}") from None
+        raise ValueError(f"{method}: {error}") from None
 
 
 def combine(parts, count):
@@ -129,7 +134,7 @@ def combine(parts, count):
     """
     if len(parts) < count:
         raise ValueError("a method is named twice")
-    phases = {part: _first_phase(terms) for part, terms in parts.items() if _first_phase(terms)}
+    phases = {part: first_phase(terms) for part, terms in parts.items() if first_phase(terms)}
     if len(phases) > 1:
         raise ValueError(f"{' and '.join(phases)} need a first phase of their own")
     losses = {}
@@ -147,6 +152,6 @@ def combine(parts, count):
     return losses
 
 
-def _first_phase(terms):
-    """Returns the number of epochs that a method has for itself before the labels are read; 0 for most methods."""
+def first_phase(terms):
+    """Returns the number of epochs that the losses of a method have before labels are read; 0 for most methods."""
     return max(terms[name].get("start_epoch", 0) for name in SUPERVISION if name in terms)

@@ -1,12 +1,27 @@
 """Words for a pair of networks and a method, such as R152_0.5/R34_0.25/cckd: rows and columns of published tables."""
 
 
+class UnknownWordError(ValueError):
+    """An error for a word that is not one of those known, from which the command suggests the nearest.
+
+    Args:
+      kind: What the word should name, such as "method".
+      word: The unknown word.
+      known: Words that are allowed in its place.
+    """
+
+    def __init__(self, kind, word, known):
+        super().__init__(f"unknown {kind} {word!r}; known: {', '.join(known)}")
+        self.kind, self.word, self.known = kind, word, tuple(known)
+
+
 def split_word(word, teacher, student, small_images=True):
     """Returns (teacher, student, method) of METHOD or TEACHER/STUDENT/METHOD, each network as (name, width).
 
     Args:
-      word: Text after the colon; its case does not matter. A network is a name of MODELS, possibly with hyphens for
-        underscores, or R18 to R152 for the ResNets, followed by `_WIDTH` unless that is 1.
+      word: Text after the colon; its case does not matter, nor does the order of methods with + between them. A
+        network is a name of MODELS, possibly with hyphens for underscores, or R18 to R152 for the ResNets, followed by
+        `_WIDTH` unless that is 1.
       teacher: Teacher of the recipe, for a METHOD alone.
       student: Student of the recipe, for a METHOD alone.
       small_images: Whether R18 means resnet18 rather than resnet18_224.
@@ -18,11 +33,18 @@ def split_word(word, teacher, student, small_images=True):
       ValueError: If the word has another number of parts.
     """
     parts = word.split("/")
+    method = in_order(parts[-1].lower())
     if len(parts) == 1:
-        return teacher, student, word.lower()
+        return teacher, student, method
     if len(parts) != 3:
-        raise ValueError(f"{word!r} after the ':' of --config must be METHOD or TEACHER/STUDENT/METHOD")
-    return network(parts[0], small_images), network(parts[1], small_images), parts[2].lower()
+        raise ValueError(f"{word!r} must be METHOD or TEACHER/STUDENT/METHOD")
+    return network(parts[0], small_images), network(parts[1], small_images), method
+
+
+def in_order(word):
+    """Returns a word with the methods of a sum in alphabetical order, such as at+kd for kd+at: they are one run."""
+    before, slash, method = word.rpartition("/")
+    return before + slash + "+".join(sorted(method.split("+")))
 
 
 def network(word, small_images=True):

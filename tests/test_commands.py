@@ -198,8 +198,9 @@ def test_flags_with_and_without_an_equals_sign(capsys):
 
 def test_shown_configuration(capsys):
     assert main(["cskd-jax", "config", "show", "digits:kd+at", "--config.losses.kd.temperature=2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["digits:kd+at, workdir runs/digits/kd+at-seed0-losses.kd.temperature=2", ""]
+    *lines, empty, explanation = capsys.readouterr().out.splitlines()
+    assert (empty, explanation) == ("", "* differs from the default of the key, which stands behind it.")
+    assert lines[:2] == ["digits:kd+at, workdir runs/digits/at+kd-seed0-losses.kd.temperature=2", ""]
     config = load_recipe("digits:kd+at", ["--config.losses.kd.temperature=2"])
     values = schema.flatten(config)
     names = [line[2:].split()[0] for line in lines[2:]]

@@ -39,19 +39,32 @@ train cifar-100:kd
     --config=RECIPE must name a file such as ... got cifar-100:kd; did you mean cifar100?
     -> train cifar100
 train digits:kdd
-    unknown method 'kdd' after the ':' of --config; known: cskd, cskd_paper, intra, inter, ce, kd, lskd, fitnet, ...
+    unknown method 'kdd'; did you mean kd?
+    -> train digits:kd
 train digits:kd+kdd
-    unknown method 'kdd' after the ':' of --config; known: cskd, cskd_paper, intra, inter, ce, kd, lskd, fitnet, ...
+    unknown method 'kdd'; did you mean kd?
+train digits:momentum
+    unknown method 'momentum'; known: cskd, cskd_paper, intra, inter, ce, kd, lskd, fitnet, ...
 train digits:kd+kd
-    kd+kd after the ':' of --config: a method is named twice
+    kd+kd: a method is named twice
 train digits:cskd+intra
-    cskd+intra after the ':' of --config: the loss mse_logits is that of intra and of another method
+    cskd+intra: the loss mse_logits is that of intra and of another method
 train digits:fitnet+ab
-    fitnet+ab after the ':' of --config: fitnet and ab need a first phase of their own
+    ab+fitnet: ab and fitnet need a first phase of their own
 train digit_pairs:kd
-    unknown method 'kd' after the ':' of --config; known: mlcskd, mlcskd_reference, bkd, bce
+    unknown method 'kd'; did you mean bkd?
+    -> train digit_pairs:bkd
 train digits:R18/kd
-    'R18/kd' after the ':' of --config must be METHOD or TEACHER/STUDENT/METHOD
+    'R18/kd' must be METHOD or TEACHER/STUDENT/METHOD
+train cifar100_standard:resnet56/resnet21/kd
+    unknown network 'resnet21'; did you mean resnet14 or resnet20 or resnet32?
+    -> train cifar100_standard:resnet56/resnet20/kd
+train cifar100_standard:resnet56/mobilenetv2/kd
+    unknown network 'mobilenetv2'; did you mean mobilenet_v2?
+    -> train cifar100_standard:resnet56/mobilenet_v2/kd
+train cifar100_standard:resnet56/resnet20/crdd
+    unknown method 'crdd'; did you mean crd?
+    -> train cifar100_standard:resnet56/resnet20/crd
 train digits:kd at
     there is one recipe, got digits:kd and at; all else is given as --NAME=VALUE, with commas between several values
 train --config digits:kd --config digits:at
@@ -75,7 +88,7 @@ train digits:kd config.epochs=1
     config.epochs=1 lacks its dashes; did you mean --config.epochs=1?
     -> train digits:kd --config.epochs=1
 train digits:kd --learning-rate=0.2
-    there is no flag --learning-rate; did you mean --config.optimizer.learning_rate=0.2?
+    there is no flag --learning-rate; did you mean --config.teacher.learning_rate=0.2 or ...
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --width=0.5
     there is no flag --width; did you mean --config.teacher.width=0.5 or --config.student.width=0.5?
@@ -103,7 +116,7 @@ train digits:kd --config.epoch=1
     unknown configuration key epoch; did you mean epochs?
     -> train digits:kd --config.epochs=1
 train digits:kd --config.learning_rate=0.2
-    unknown configuration key learning_rate; did you mean optimizer.learning_rate?
+    unknown configuration key learning_rate; did you mean optimizer.learning_rate or teacher.learning_rate?
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --config.kd.temprature=2
     unknown configuration key kd.temprature; cskd-jax config keys lists all
@@ -156,6 +169,11 @@ sweep digits --methods ce kd
     there is one recipe, got digits and kd; all else is given as --NAME=VALUE, with commas between several values
 sweep digits:kd --methods=ce
     --config=digits:kd: the methods of a sweep are given by --methods
+sweep digits --methods=ce,dk
+    unknown method 'dk'; did you mean dkd?
+    -> sweep digits --methods=ce,dkd
+sweep digits --methods=kd+at,at+kd
+    --methods names at+kd twice
 sweep digits --methods=ce,ce
     --methods names ce twice
 sweep digits --methods=ce --seeds=0..2

@@ -16,7 +16,9 @@ from tests.test_schema import OLD_RECIPE
 
 def test_packaged_recipes_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert packaged_recipes() == ["cifar10", "cifar100", "cub200", "digit_pairs", "digits", "tiny_imagenet"]
+    assert packaged_recipes() == [
+        "cifar10", "cifar100", "cifar100_standard", "cub200", "digit_pairs", "digits", "tiny_imagenet",
+    ]  # fmt: skip
     config = load_recipe("cifar100:kd", ["--config.losses.kd.temperature=2", "--config.epochs=3"])
     assert config.losses.kd.temperature == 2.0
     assert load_recipe("cifar100:R34_0.5/R18/kd", []).teacher.width == 0.5
@@ -50,7 +52,7 @@ def test_no_such_recipe(recipe, hint, tmp_path, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "error: --config=RECIPE must name a file such as configs/digits.py, or one of the recipes cifar10, cifar100, "
-        f"cub200, digit_pairs, digits, tiny_imagenet; got {recipe or 'none'}{hint}"
+        f"cifar100_standard, cub200, digit_pairs, digits, tiny_imagenet; got {recipe or 'none'}{hint}"
     )
 
 

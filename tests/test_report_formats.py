@@ -25,7 +25,7 @@ def rows_of(text):
 def runs(tmp_path):
     """Two methods with two seeds each, one of them combined and one with a name that no file format likes."""
     for seed, last in ((0, 0.60), (1, 0.62)):
-        for method, name in (("kd", "kd+at"), ("at", HOSTILE)):
+        for method, name in (("kd", "at+kd"), ("at", HOSTILE)):
             write_run(tmp_path / f"{method}-{seed}", "cifar100", method, seed, last, epochs=6)
             path = tmp_path / f"{method}-{seed}" / "results.json"
             results = json.loads(path.read_text())
@@ -59,7 +59,7 @@ def test_csv_holds_no_formula(runs):
     comparisons = compare(find_runs([runs]))
     for text in (spreadsheet.methods(comparisons), spreadsheet.runs(comparisons)):
         methods = {row["method"] for row in rows_of(text)}
-        assert methods - {"teacher"} == {"kd+at", f"'{HOSTILE}"}
+        assert methods - {"teacher"} == {"at+kd", f"'{HOSTILE}"}
 
 
 @pytest.mark.parametrize("start", ["=1", "+1", "-1", "@SUM(1)", " =1", "\uff1d1"])
@@ -74,19 +74,19 @@ def test_formulas_are_disarmed(start, runs):
 def test_latex_shows_special_characters():
     assert latex.escape(r"50% & a_b #1 $x$ {y}") == r"50\% \& a\_b \#1 \$x\$ \{y\}"
     assert latex.escape("~^\\") == r"\textasciitilde{}\textasciicircum{}\textbackslash{}"
-    assert latex.escape("1 ± 2 → kd+at") == r"1 $\pm$ 2 $\rightarrow$ kd+at"
+    assert latex.escape("1 ± 2 → at+kd") == r"1 $\pm$ 2 $\rightarrow$ at+kd"
     assert latex.escape("é\u202e") == r"\textbackslash{}xe9\textbackslash{}u202e"
 
 
 def test_latex_of_a_table():
     table = Table(
-        "Results", ("method", "last epoch: %"), [("kd+at", "-1.50"), ("[x]", "-"), ("a, " + 20 * "b", "1; 2")]
+        "Results", ("method", "last epoch: %"), [("at+kd", "-1.50"), ("[x]", "-"), ("a, " + 20 * "b", "1; 2")]
     )
     text = latex.render("digits_8", [table._replace(notes=("100% sure.",))])
     assert r"\caption{Results, digits\_8}" in text
     assert r"\begin{tabular}{@{}lr@{}}" in text
     assert r"method & \begin{tabular}[b]{@{}r@{}}last epoch: \\ \%\end{tabular} \\" in text
-    assert "kd+at & $-$1.50 \\\\\n{[}x{]} & -- \\\\\n" in text, "no row begins with an option of the one before"
+    assert "at+kd & $-$1.50 \\\\\n{[}x{]} & -- \\\\\n" in text, "no row begins with an option of the one before"
     assert rf"\begin{{tabular}}[t]{{@{{}}l@{{}}}}a, \\ {20 * 'b'}\end{{tabular}} & 1; 2 \\" in text
     assert r"100\% sure." in text
     assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")

@@ -36,15 +36,15 @@ def test_rows_are_in_the_order_of_their_scores(tmp_path):
 
 def test_roles_are_those_of_the_losses_and_not_of_names(tmp_path):
     """Methods of another name, and KD together with another loss, which is no baseline."""
-    for method, name in {"ce": "labels", "kd": "hinton", "at": "kd+at"}.items():
+    for method, name in {"ce": "labels", "kd": "hinton", "at": "at+kd"}.items():
         write_run(tmp_path / name, "cifar100", method, 0, 0.5)
         change(tmp_path / name, name)
-    change(tmp_path / "kd+at", config={"losses.kd.weight": 0.9})
+    change(tmp_path / "at+kd", config={"losses.kd.weight": 0.9})
     comparison = comparison_of(tmp_path)
     assert [row.label for row in comparison.references] == ["labels", "hinton"]
     assert main(["report", str(tmp_path)]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    for line in ("hinton - labels", "kd+at - labels", "kd+at - hinton"):
+    for line in ("hinton - labels", "at+kd - labels", "at+kd - hinton"):
         assert f"| {line} |" in text
     assert "| hinton - hinton |" not in text
 

@@ -33,14 +33,14 @@ def numbers(kind: type, low: float, high: float) -> Callable[[str], list[float]]
     return lambda text: [parse(part) for part in text.split(",")]
 
 
-def seeds(text: str) -> list[int]:
-    """Parses seeds separated by commas, including ranges such as 0-2."""
+def seeds(text: str, flag: str = "--seeds") -> list[int]:
+    """Parses seeds of a flag, separated by commas, including ranges such as 0-2."""
     found = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < min(2**32, first + _MAX_SEEDS):
-            raise UserError(f"--seeds is {text}; it must be integers from 0 to 4294967295, such as 0,1,2 or 0-2")
+            raise UserError(f"{flag} is {text}; it must be integers from 0 to 4294967295, such as 0,1,2 or 0-2")
         found += range(first, last + 1)
     return found
 

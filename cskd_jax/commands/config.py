@@ -4,7 +4,8 @@ cskd-jax config show RECIPE[:WORD] [--config.KEY=VALUE ...]
 cskd-jax config keys [PATTERN]
 
   show       the value of every key that `cskd-jax train` would run with, after all checks that need no data; * marks
-             what differs from the default, which stands behind it
+             what differs from the default, which stands behind it. Of cifar100_standard also where every value was
+             published, and what the method has in other recipes.
   keys       default, allowed values and meaning of every key, those of the losses too; of PATTERN, of the keys that
              hold this text, or fit it where it has a *: optimizer, temperature, losses.kd, "*.width"
 
@@ -71,7 +72,32 @@ def show(recipe: str, overrides: list[str]) -> str:
         rows.append(("*" if differs else " ", path, _value(values[path]), note))
     width, value_width = (max(len(row[column]) for row in rows) for column in (1, 2))
     lines = [f"{mark} {path:{width}}  {value:{value_width}}  {note}".rstrip() for mark, path, value, note in rows]
-    return "\n".join([f"{recipe}, workdir {default_workdir(recipe, config)}", "", *lines])
+    lines += ["", "* differs from the default of the key, which stands behind it."]
+    return "\n".join([f"{recipe}, workdir {default_workdir(recipe, config)}", "", *lines, *_sources(recipe, values)])
+
+
+def _sources(recipe, values):
+    """Returns the lines that say where the values of a recipe were published; none for most recipes."""
+    import ml_collections
+
+    from cskd_jax.configs import methods
+    from cskd_jax.runs import recipes, schema
+
+    sources = recipes.load_sources(recipe)
+    if not sources:
+        return []
+    published = schema.flatten(recipes.load_recipe(recipe, []))
+    usual = schema.fill(ml_collections.ConfigDict({"losses": methods.losses(values["method"])}))
+    elsewhere = {key: value for key, value in schema.flatten(usual).items() if key.startswith("losses.")}
+    width, lines = max(map(len, sources)), []
+    for source in dict.fromkeys(sources.values()):
+        lines += ["", f"published in {source}:"]
+        for key in (key for key in sources if sources[key] == source):
+            notes = [f"changed to {_value(values[key])}"] if values[key] != published[key] else []
+            if key in elsewhere and elsewhere[key] != published[key]:
+                notes.append(f"in other recipes {_value(elsewhere[key])}")
+            lines.append(f"  {key:{width}}  {_value(published[key])}" + (f"  ({'; '.join(notes)})" if notes else ""))
+    return lines
 
 
 def explain(pattern: str) -> str:

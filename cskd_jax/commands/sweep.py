@@ -1,12 +1,19 @@
 """Trains several methods with several seeds, all with one teacher, whose outputs all methods of a seed share.
 
-cskd-jax sweep RECIPE --methods=ce,kd,cskd --seeds=0-2 [--workdir=DIR] [--together=N] [--jobs=N]
-               [--config.KEY=VALUE ...]
+cskd-jax sweep RECIPE --methods=ce,kd,cskd --seeds=0-2 [--pairs=TEACHER/STUDENT,...] [--teacher_seeds=0-2]
+               [--grid KEY=VALUE,VALUE ...] [--workdir=DIR] [--together=N] [--jobs=N] [--config.KEY=VALUE ...]
 
   RECIPE         a packaged recipe such as digits, or a file such as configs/digits.py; --config=RECIPE is the same
   --methods      words that may stand behind the recipe: methods, several together (kd+at), or networks and a method
                  (R152_0.5/R34_0.25/kd)
   --seeds        of the runs, such as 0,1,2 or 0-2; default: 0
+  --pairs        of networks, such as resnet56/resnet20,vgg13/vgg8; each is trained with all methods
+  --teacher_seeds  of the teachers, such as 0-2: a teacher is trained with each, and all methods with every teacher
+  --grid         values of keys that are tried in all combinations, each with the methods that have the key:
+                 --grid losses.kd.weight=0.5,0.9 losses.kd.temperature=2,4. They are compared by the last epoch on a
+                 validation split, which --config.dataset.validation_examples=N sets apart, with the first of the seeds,
+                 in the folder search; search.csv has the scores of all. What is best is then trained with all seeds on
+                 the whole training split, and measured on the test split.
   --workdir      folder of the sweep; default: runs/sweep/RECIPE. A run is in METHOD-seedSEED, with its output in
                  log.txt. The same command again goes on: what is finished is skipped, what was cut off resumes.
   --together     largest number of runs that are trained together, in one process with one pass of the teacher for each
@@ -25,10 +32,12 @@ command, the configuration or the data; 75 stopped by a signal, with everything 
 """
 
 import collections
+import functools
 import pathlib
 
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import number, seeds
+from cskd_jax.configs import networks
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder
 
@@ -40,8 +49,11 @@ def main(argv: list[str]) -> int:
 
 def _run(argv):
     parser = command_line.Parser(takes_config=True)
-    parser.add_argument("--methods", type=lambda text: [word.strip() for word in text.split(",")])
+    parser.add_argument("--methods", type=_words)
     parser.add_argument("--seeds", type=seeds, default=[0])
+    parser.add_argument("--pairs", type=_words, default=[])
+    parser.add_argument("--teacher_seeds", type=functools.partial(seeds, flag="--teacher_seeds"))
+    parser.add_argument("--grid", nargs="+", action="extend", default=[])
     parser.add_argument("--workdir", type=local_folder)
     parser.add_argument("--together", type=number(int, 1, 1000))
     parser.add_argument("--jobs", type=number(int, 1, 1000), default=1)
@@ -51,21 +63,41 @@ def _run(argv):
         raise UserError(f"--config={recipe}: the methods of a sweep are given by --methods")
     if not values.methods or "" in values.methods:
         raise UserError("--methods must name at least one method, such as --methods=ce,kd,cskd")
-    _check_each_once("--methods", values.methods)
+    _check_each_once("--methods", [networks.in_order(word.lower()) for word in values.methods])
     _check_each_once("--seeds", values.seeds)
+    _check_each_once("--teacher_seeds", values.teacher_seeds or [])
+    _check_each_once("--pairs", values.pairs)
     from cskd_jax.runs import recipes
 
     file = recipes.recipe_file(recipe)
     # Imported late, so that mistakes in the command are reported at once.
+    from cskd_jax.runs import search
     from cskd_jax.runs.grid import check, group, make_grid
     from cskd_jax.runs.lock import locked
     from cskd_jax.runs.sweep import sweep
 
     workdir = values.workdir or pathlib.Path("runs") / "sweep" / file.stem
-    runs = make_grid(str(file), values.methods, values.seeds, workdir, values.overrides)
-    check(runs)
+    words = [f"{pair}/{method}" for pair in values.pairs for method in values.methods] or values.methods
+    grid = search.parse(values.grid)
+    # After a search, the methods learn from the whole training split.
+    overrides = search.without_validation(values.overrides) if grid else values.overrides
+    make = functools.partial(
+        make_grid, str(file), words, values.seeds, workdir, overrides, teacher_seeds=values.teacher_seeds or (None,)
+    )
+    runs = make()
+    trials = search.make_trials(str(file), words, values.seeds[0], workdir, values.overrides, grid) if grid else []
+    check(search.runs_of(trials) if grid else runs)
     with locked(workdir / "sweep.lock", f"another sweep is at work in {workdir}"):
+        if grid:
+            sweep(group(search.runs_of(trials), values.together), values.jobs)
+            best = search.choose(trials, workdir)
+            runs = make(settings={word: search.as_overrides(changes) for word, changes in best.items()})
+            check(runs)
         sweep(group(runs, values.together), values.jobs)
+
+
+def _words(text):
+    return [word.strip() for word in text.split(",")]
 
 
 def _check_each_once(name, values):

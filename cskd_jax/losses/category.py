@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._arrays import rounding_of_difference, safe_sqrt
+from cskd_jax.losses._arrays import pool_to_common_size, rounding_of_difference, safe_sqrt
 from cskd_jax.losses._batch import gather_batch, sum_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_same_shape
 from cskd_jax.losses.base import Fraction, LossInputs, Method
@@ -551,14 +551,18 @@ def project_student(method: Method, inputs: LossInputs) -> tuple[jax.Array, jax.
     """Returns the last feature maps of student and teacher, with the student's projected by sigma.
 
     sigma is a parameter of `method`: a 1x1 convolution without bias from the student's channels to the teacher's
-    (paper, section 3.3). This function is to be called from the compact `__call__` of the method.
+    (paper, section 3.3). Of maps that differ in height or width, which the paper does not have, the larger is
+    average-pooled to the size of the smaller, as in the other methods. This function is to be called from the compact
+    `__call__` of the method.
     """
     student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            f"the last feature maps of student {student.shape} and teacher {teacher.shape} "
-            "must have equal height and width"
-        )
+    if student.shape[1:-1] != teacher.shape[1:-1]:
+        if not student.ndim == teacher.ndim == 4:
+            raise ValueError(
+                f"the last features of student {student.shape} and teacher {teacher.shape} differ in size, "
+                "and only maps [B, H, W, D] can be pooled"
+            )
+        student, teacher = pool_to_common_size(student, teacher)
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     dtype = np.promote_types(student.dtype, np.float32)
     sigma = method.param("sigma", init, (student.shape[-1], teacher.shape[-1]), dtype)
@@ -568,7 +572,7 @@ def project_student(method: Method, inputs: LossInputs) -> tuple[jax.Array, jax.
 class CategoryStructure(Method):
     """Applies `category_structure_loss` to the last feature maps and the logits, with the trainable projection sigma.
 
-    The projection sigma is that of `project_student`.
+    The projection sigma is that of `project_student`, and so is the pooling of maps that differ in size.
 
     Attributes:
       variant: Variant of the loss: "reference", as in the code released with the paper, or "paper".

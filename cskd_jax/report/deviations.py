@@ -111,19 +111,29 @@ def _student_settings(run: Run) -> dict[str, Any]:
 
 
 def _recipe(run: Run) -> Mapping[str, Any] | None:
-    return _packaged(run.config["dataset.name"], run.results["method"])
+    """Returns the configuration of the packaged recipe that a run is nearest to; None if none has its method."""
+    config = run.config
+    pair = [(config[f"{role}.name"], config[f"{role}.width"]) for role in ("teacher", "student")]
+    found = _packaged(config["dataset.name"], config["method"], *pair)
+    return min(found, key=lambda recipe: len(_differences(config, recipe)), default=None)
 
 
 @functools.cache
-def _packaged(dataset: str, method: str) -> Mapping[str, Any] | None:
-    """Returns the configuration of the packaged recipe for a method; None if there is none."""
-    if dataset not in recipes.packaged_recipes():
-        return None
-    try:
-        found = schema.complete(schema.plain(recipes.packaged_recipe(dataset, method)))
-    except UserError:
-        return None
-    return found if (found["dataset.name"], found["method"]) == (dataset, method) else None
+def _packaged(
+    dataset: str, method: str, teacher: tuple[str | None, float], student: tuple[str, float]
+) -> list[Mapping[str, Any]]:
+    """Returns the configurations of the packaged recipes for a data set and a method."""
+    pair = "/".join(f"{name}_{width}" if width != 1 else str(name) for name, width in (teacher, student))
+    found = []
+    for name in recipes.packaged_recipes():
+        for word in (f"{pair}/{method}", method):
+            try:
+                config = schema.complete(schema.plain(recipes.packaged_recipe(name, word)))
+            except UserError:
+                continue  # A recipe of other methods or networks.
+            if (config["dataset.name"], config["method"]) == (dataset, method):
+                found.append(config)
+    return found
 
 
 def _usual(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from cskd_jax.report.tables import NONE, Table
 HEADER = """\
 % Tables for \\input. The preamble needs \\usepackage{booktabs}.
 """
-_WORDS = {"method", "network", "parts", "difference", "what it shows", "notes"}
+_WORDS = {
+    "method", "network", "parts", "difference", "what it shows", "notes",
+    "published as", "ours", "source", "pair", "whose",
+}  # fmt: skip
 # Cells longer than this are broken into lines, one for each of their parts.
 _LONGEST_LINE = 18
 _SPECIAL = {

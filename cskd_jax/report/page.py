@@ -11,7 +11,7 @@ from cskd_jax.report.tables import NONE, Table
 # Number of columns that fit on a phone.
 _NARROW = 5
 # Columns of words rather than numbers.
-_WORDS = {"what it shows", "method", "parts", "notes"}
+_WORDS = {"what it shows", "method", "parts", "notes", "published as", "ours", "source", "pair", "whose"}
 
 
 def render(title: str, lead: str, sections: Iterable[str]) -> str:

@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cskd_jax.configs import networks
 from cskd_jax.errors import UserError, printable
 from cskd_jax.losses import LOSSES, Method
-from cskd_jax.report.published import network_label
+from cskd_jax.report.published import network_label, standard_position
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
 from cskd_jax.runs.keys import indifferent
@@ -227,6 +228,8 @@ def _printable(content: Any) -> Any:
 def compare(runs: Iterable[Run]) -> list[Comparison]:
     """Returns the comparisons: one for each given teacher; runs without a teacher are part of each.
 
+    Pairs of the standard table come last, in its order.
+
     Raises:
       UserError: There are two runs of the same configuration and seed with different results.
     """
@@ -240,7 +243,13 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
         for teacher in teachers:
             runs = [run for run in groups[key] if run.given_teacher in (None, teacher)]
             comparisons.append(_comparison(runs, (teacher[:8] or "of each run") if len(teachers) > 1 else ""))
-    return comparisons
+    return sorted(comparisons, key=_position)
+
+
+def _position(comparison: Comparison) -> int:
+    """Returns the place of a pair in the standard table, behind all pairs that are not in it."""
+    found = standard_position(comparison.dataset, comparison.teacher, comparison.student)
+    return -1 if found is None else found
 
 
 def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
@@ -256,7 +265,7 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
             first = by_seed.setdefault(run.results["seed"], run)
             if first.results["student"]["last"] != run.results["student"]["last"]:
                 raise UserError(f"{first.folder} and {run.folder} are the same run with other scores; name one of them")
-        method = same[0].results["method"]
+        method = networks.in_order(same[0].results["method"])
         others = [json.loads(other) for other in kinds if other != key and json.loads(other)["method"] == method]
         rows.append(Row(_label(method, json.loads(key), others), method, tuple(by_seed.values())))
     rows.sort(key=lambda row: (row.has_teacher, -row.summary("last").mean, row.label))

@@ -14,7 +14,17 @@ _SCORES = ("last_mean", "last_std", "best_mean", "best_std")
 
 def methods(comparisons: Iterable[Comparison]) -> str:
     """Returns a line for each row of the comparisons, with scores in percent; unknown ones are empty."""
-    header = (*_SECTION, "method", "metric", "seeds", *_SCORES, "published", "published_source", "differs")
+    header = (
+        *_SECTION,
+        "method",
+        "metric",
+        "seeds",
+        *_SCORES,
+        "published",
+        "published_source",
+        "differs",
+        "published_epoch",
+    )
     return csv_text([header, *(line for comparison in comparisons for line in _methods(comparison))])
 
 
@@ -36,9 +46,9 @@ def _methods(comparison: Comparison) -> Iterator[list[Any]]:
 
 def _method(comparison, label, method, last, best, differs):
     values = published.lookup(comparison.dataset, comparison.teacher, comparison.student, method)
-    beside = (values[0].top1, values[0].source) if values else (None, None)
+    beside, epoch = ((values[0].top1, values[0].source), values[0].epoch) if values else ((None, None), "")
     scores = *_numbers(last), *_numbers(best)
-    return [*_section(comparison), label, _metric(comparison), last.count, *scores, *beside, "; ".join(differs)]
+    return [*_section(comparison), label, _metric(comparison), last.count, *scores, *beside, "; ".join(differs), epoch]
 
 
 def _runs(comparison: Comparison) -> Iterator[list[Any]]:

@@ -23,8 +23,9 @@ class PairedDifference(NamedTuple):
 
     Attributes:
       mean: Mean over the seeds that both sides have.
-      margin: Half the width of Student's t interval at `CONFIDENCE`; None where it cannot be estimated: for a single
-        seed, and where the differences are all the same, as happens on small test splits.
+      margin: Half the width of Student's t interval, corrected for the number of comparisons if `paired_difference` was
+        given one; None where it cannot be estimated: for a single seed, and where the differences are all the same, as
+        happens on small test splits.
       count: Number of seeds.
     """
 
@@ -50,14 +51,23 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(statistics.fmean(values), deviation, len(values))
 
 
-def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
-    """Returns our values minus those of the baseline, over common seeds; None if there are none."""
+def paired_difference(
+    ours: Mapping[int, float], baseline: Mapping[int, float], comparisons: int = 1
+) -> PairedDifference | None:
+    """Returns our values minus those of the baseline, over common seeds; None if there are none.
+
+    Args:
+      ours: {seed: value}.
+      baseline: {seed: value}.
+      comparisons: Number of differences that are read together. Bonferroni's correction widens the interval so that
+        all of them hold together at `CONFIDENCE`.
+    """
     differences = [ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys())]
     if not differences:
         return None
     mean, deviation, count = summarize(differences)
-    margin = None
+    margin, error = None, (1 - CONFIDENCE) / comparisons
     # The differences are equal except for rounding.
     if deviation is not None and deviation > 1e-9:
-        margin = deviation / math.sqrt(count) * float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+        margin = deviation / math.sqrt(count) * float(stats.t.ppf(1 - error / 2, count - 1))
     return PairedDifference(mean, margin, count)

@@ -32,9 +32,9 @@ def recipe(comparison: Comparison) -> str:
     """Describes how all runs were trained, and by which teacher if there are several."""
     config, data = comparison.runs[0].config, comparison.runs[0].results["dataset"]
     teacher = comparison.distilled[0].results["teacher"].get("checkpoint") if comparison.given_teacher else None
-    return (
-        f"{config['epochs']} epochs, {data['train_examples']:,} training and {data['test_examples']:,} test images, "
-        f"{data['categories']} categories." + (f" Teacher {comparison.given_teacher}: {teacher}." if teacher else "")
+    images = f"{data['train_examples']:,} training and {data['test_examples']:,} test images"
+    return f"{counted(config['epochs'], 'epoch')}, {images}, {data['categories']} categories." + (
+        f" Teacher {comparison.given_teacher}: {teacher}." if teacher else ""
     )
 
 
@@ -60,7 +60,8 @@ def results(comparison: Comparison) -> Table:
     if not sources:
         notes.append("There are no published values for this data set with these networks.")
     else:
-        notes += [f"Sources of the published values: {'; '.join(sources)}.", published.MEANING]
+        meaning = published.MEANING if published.of_paper(sources) else "The next table has their epochs and protocols."
+        notes += [f"Sources of the published values: {'; '.join(sources)}.", meaning]
         if marks.notes:
             notes.append("Differences to published values say little where a note says that the recipe was another.")
     return table._replace(notes=tuple(notes))
@@ -100,7 +101,11 @@ def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | 
     values = published.lookup(comparison.dataset, comparison.teacher, comparison.student, method)
     if not values:
         return NONE, NONE, NONE
-    of_best, of_last = (NONE if ours is None else f"{ours.mean - values[0].top1:+.2f}" for ours in (best, last))
+    # A value that is known to be of one epoch is compared with ours of that epoch alone.
+    of_best, of_last = (
+        NONE if ours is None or values[0].epoch not in ("", epoch) else f"{ours.mean - values[0].top1:+.2f}"
+        for ours, epoch in ((best, "best"), (last, "last"))
+    )
     return "; ".join(f"{value.top1:.2f}" for value in values), of_best, of_last
 
 
@@ -113,22 +118,36 @@ def _sources(comparison):
 
 def differences(comparison: Comparison) -> Table | None:
     """Returns the paired differences of rows from `Comparison.references`; None without common seeds."""
-    rows = []
-    for position, reference in enumerate(comparison.references, 1):
-        for row in comparison.rows:
-            found = paired(row, reference)
-            if row not in comparison.references[:position] and found is not None:
-                label = f"{row.label} - {reference.label}"
-                rows.append((label, str(found.count), f"{found.mean:+.2f}", interval(found), found.verdict))
-    if not rows:
+    pairs = [
+        (row, reference)
+        for position, reference in enumerate(comparison.references, 1)
+        for row in comparison.rows
+        if row not in comparison.references[:position] and paired(row, reference) is not None
+    ]
+    if not pairs:
         return None
-    confidence = f"{CONFIDENCE:.0%}"
-    header = ("difference", "seeds", "mean, points", f"{confidence} interval", "what it shows")
+    rows = []
+    for row, reference in pairs:
+        alone, found = paired(row, reference), paired(row, reference, comparisons=len(pairs))
+        if alone is not None and found is not None:
+            intervals = (interval(alone), interval(found)) if len(pairs) > 1 else (interval(alone),)
+            label = f"{row.label} - {reference.label}"
+            rows.append((label, str(found.count), f"{found.mean:+.2f}", *intervals, found.verdict))
+    single, corrected = f"{CONFIDENCE:.0%} interval", f"corrected for {len(pairs)} lines"
+    header = ("difference", "seeds", "mean, points", single, corrected, "what it shows")
     notes = (
         f"Runs with the same seed start from the same weights and see the same batches, and are compared in pairs. The "
-        f"interval is Student's t, by itself for each line: of twenty such lines, one will exclude zero by chance. "
-        f"{_teachers(comparison)}",
+        f"{single} is Student's t, by itself for each line: of twenty such lines, one will exclude zero by chance. "
+        + (
+            f"The corrected interval is wider (Bonferroni), so that all {len(pairs)} lines hold together with "
+            f"{CONFIDENCE:.0%} confidence; what a line shows is read from it. "
+            if len(pairs) > 1
+            else ""
+        )
+        + _teachers(comparison),
     )
+    if len(pairs) == 1:
+        header = tuple(name for name in header if name != corrected)
     return Table("Differences after the last epoch", header, rows, notes)
 
 
@@ -141,9 +160,9 @@ def _teachers(comparison):
     return "Each run has trained a teacher of its own: seeds vary the teacher with the student."
 
 
-def paired(row: Row, baseline: Row) -> PairedDifference | None:
-    """Returns the paired difference of the scores after the last epoch."""
-    return paired_difference(row.scores("last"), baseline.scores("last"))
+def paired(row: Row, baseline: Row, comparisons: int = 1) -> PairedDifference | None:
+    """Returns the paired difference of the scores after the last epoch, one of `comparisons`."""
+    return paired_difference(row.scores("last"), baseline.scores("last"), comparisons)
 
 
 def ablations(comparison: Comparison) -> list[Table]:
@@ -186,6 +205,14 @@ def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
 
 def published_tables() -> list[Table]:
     """Returns the tables of published values."""
+    columns = published.standard_columns()
+    rows = [
+        (pair, *(f"{values[column].top1:.2f}" if column in values else NONE for column in columns))
+        for pair, values in published.standard_rows()
+    ]
+    standard = Table(
+        "Standard table: cifar100, top1, %", ("teacher, student", *columns), rows, (published.STANDARD_MEANING,)
+    )
     return [
         Table(
             f"{table['source']}: {table['dataset']}, {table['metric']}, %",
@@ -193,11 +220,16 @@ def published_tables() -> list[Table]:
             [(f"{row['teacher']}, {row['student']}", *map(_published_value, row["values"])) for row in table["rows"]],
         )
         for table in published.tables()
-    ]
+    ] + [standard]
 
 
 def _published_value(value: float | Sequence[float]) -> str:
     return " / ".join(f"{v:.2f}" for v in (value if isinstance(value, list) else [value]))
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns a number with its noun: "1 epoch", "2 epochs"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def summary(values: Summary, digits: int = 2) -> str:

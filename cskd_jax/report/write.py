@@ -7,7 +7,7 @@ import numpy as np
 from cskd_jax.console import say
 from cskd_jax.errors import UserError, printable
 from cskd_jax.files import write_text
-from cskd_jax.report import latex, markdown, page, spreadsheet, tables
+from cskd_jax.report import latex, markdown, page, spreadsheet, standard, tables
 from cskd_jax.report.curves import Curve
 from cskd_jax.report.runs import Comparison, Row
 
@@ -27,7 +27,13 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
         texts.append(markdown.render(comparison.title, tables.recipe(comparison), shown))
         papers.append(latex.render(comparison.title, shown))
     count = len({run for comparison in comparisons for run in comparison.runs})
-    lead = f"{count} runs on {', '.join(sorted({c.dataset for c in comparisons}))}; {_made_with(comparisons)}."
+    overview = standard.overview(comparisons)
+    if overview is not None:
+        sections.append(page.table(overview))
+        texts.append(markdown.render("All pairs", "", [overview]))
+        papers.append(latex.render("all pairs", [overview]))
+    datasets = ", ".join(sorted({comparison.dataset for comparison in comparisons}))
+    lead = f"{tables.counted(count, 'run')} on {datasets}; {_made_with(comparisons)}."
     files = {
         "report.html": page.render("Knowledge distillation: comparison of runs", lead, sections),
         "report.md": "\n".join(texts),
@@ -37,7 +43,7 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
     }
     for name, text in files.items():
         write_text(out / name, text)
-    say(f"{count} runs: {out / 'report.html'}, and {', '.join(list(files)[1:])} beside it")
+    say(f"{tables.counted(count, 'run')}: {out / 'report.html'}, and {', '.join(list(files)[1:])} beside it")
 
 
 def _made_with(comparisons):
@@ -53,8 +59,9 @@ def _comparison(comparison, data_dir):
     # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.report import embedding
 
-    shown = [tables.results(comparison), tables.differences(comparison), *tables.ablations(comparison)]
-    shown = [table for table in shown if table is not None] + [tables.sizes(comparison)]
+    shown = [tables.results(comparison), standard.beside(comparison), tables.differences(comparison)]
+    shown = [table for table in [*shown, *tables.ablations(comparison)] if table is not None]
+    shown.append(tables.sizes(comparison))
     sections = [page.table(table) for table in shown]
     task = comparison.runs[0].task
     lines = [curve for row in comparison.rows if (curve := mean_curve(row)) is not None]

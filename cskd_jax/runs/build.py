@@ -233,11 +233,14 @@ def make_trainer(
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
     """
     losses, epochs, settings = config.losses.to_dict(), config.epochs, config.student
+    optimization = config.optimizer.copy_and_resolve_references()
     if role == "teacher":
         losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
         epochs, settings = config.teacher.epochs, config.teacher
+        if config.teacher.learning_rate is not None:
+            optimization.learning_rate = config.teacher.learning_rate
     sampler = make_sampler(config, dataset)
-    schedule, optimizer = make_optimizer(config.optimizer, epochs, sampler.steps_per_epoch)
+    schedule, optimizer = make_optimizer(optimization, epochs, sampler.steps_per_epoch)
     student = Student(
         make_network(settings, dataset.num_classes, config.dtype),
         losses,

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
+from cskd_jax.configs import networks
 from cskd_jax.files import refuse_link
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
@@ -59,7 +61,15 @@ class Run:
 
 
 def make_grid(
-    recipe: str, methods: Sequence[str], seeds: Sequence[int], workdir: pathlib.Path, overrides: Sequence[str]
+    recipe: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    workdir: pathlib.Path,
+    overrides: Sequence[str],
+    *,
+    teacher_seeds: Sequence[int | None] = (None,),
+    settings: Mapping[str, Sequence[str]] | None = None,
+    label: str = "",
 ) -> list[Run]:
     """Returns the runs of a sweep, seed by seed, each after the run that trains its teacher.
 
@@ -69,6 +79,9 @@ def make_grid(
       seeds: Seeds of the runs.
       workdir: Folder of the sweep.
       overrides: Arguments --config.KEY=VALUE.
+      teacher_seeds: Seeds of the teachers, of which each trains all students; None is the seed of the recipe.
+      settings: {word: further overrides of its students}, which do not concern the teacher.
+      label: Text in the names of the runs, behind that of the method.
 
     Raises:
       UserError: A method or an override is unknown.
@@ -79,20 +92,20 @@ def make_grid(
         key = recipes.override_key(argument)
         if key not in known and key != "method":
             raise schema.unknown_key(key, known)
-    own = {word: [o for o in overrides if _concerns(o, config)] for word, config in configs.items()}
-    teachers: dict[str, Run] = {}
+    own = {word: [o for o in overrides if concerns(o, config)] for word, config in configs.items()}
     runs = []
-    for seed in seeds:
-        for word in methods:
-            config = recipes.load_recipe(f"{recipe}:{word}", own[word])
-            settings, teacher = [*own[word], f"--config.seed={seed}"], None
-            if needs_teacher(config.losses) and config.teacher.checkpoint is None and config.teacher.name:
-                teacher = _teacher_run(recipe, config, overrides, workdir)
-                # Runs are compared by their configurations, so all of them must name the same path.
-                settings.append(f"--config.teacher.checkpoint={teacher.workdir / 'student'}")
-                teachers.setdefault(teacher.name, teacher)
-            runs.append(Run(workdir, f"{word}-seed{seed}", f"{recipe}:{word}", tuple(settings), teacher))
-    return [*teachers.values(), *runs]
+    for seed, word, teacher_seed in itertools.product(seeds, methods, teacher_seeds):
+        config = recipes.load_recipe(f"{recipe}:{word}", own[word])
+        changes = [*own[word], *(settings or {}).get(word, ()), f"--config.seed={seed}"]
+        name, teacher = f"{networks.in_order(word)}{label}", None
+        if needs_teacher(config.losses) and config.teacher.checkpoint is None and config.teacher.name:
+            teacher = _teacher_run(recipe, config, overrides, workdir, teacher_seed)
+            # Runs are compared by their configurations, so all of them must name the same path.
+            changes.append(f"--config.teacher.checkpoint={teacher.workdir / 'student'}")
+            name += "" if teacher_seed is None else f"-teacher{teacher_seed}"
+        runs.append(Run(workdir, f"{name}-seed{seed}", f"{recipe}:{word}", tuple(changes), teacher))
+    runs = list(dict.fromkeys(runs))  # Runs without a teacher are the same for all teachers.
+    return [*dict.fromkeys(run.teacher for run in runs if run.teacher is not None), *runs]
 
 
 def group(runs: Sequence[Run], limit: int | None = None) -> list[tuple[Run, ...]]:
@@ -129,14 +142,18 @@ def _what_decides_batches(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
     return batches, teacher if needs_teacher(config.losses) else None
 
 
-def _concerns(override: str, config: ml_collections.ConfigDict) -> bool:
+def concerns(override: str, config: ml_collections.ConfigDict) -> bool:
     """Returns whether a method has the key: overrides of a loss apply to the methods that have the loss."""
     key = recipes.override_key(override)
     return not key.startswith("losses.") or key in schema.flatten(config)
 
 
 def _teacher_run(
-    recipe: str, config: ml_collections.ConfigDict, overrides: Sequence[str], workdir: pathlib.Path
+    recipe: str,
+    config: ml_collections.ConfigDict,
+    overrides: Sequence[str],
+    workdir: pathlib.Path,
+    seed: int | None,
 ) -> Run:
     """Returns the run that trains the teacher of `config` from labels alone."""
     word = recipes.word_without_teacher(multilabel=any(LOSSES[name].multilabel for name in config.losses))
@@ -144,7 +161,12 @@ def _teacher_run(
     replaced = ("losses.", "student.", "teacher.")
     kept = [o for o in overrides if not (recipes.override_key(o) + ".").startswith((*replaced, "epochs."))]
     network = [f"--config.student.name={teacher.name}", f"--config.student.width={teacher.width}"]
+    if teacher.learning_rate is not None:
+        network.append(f"--config.optimizer.learning_rate={teacher.learning_rate}")
     name = f"teacher-{teacher.name}_{teacher.width:g}"
+    if seed is not None:
+        network.append(f"--config.seed={seed}")
+        name += f"-seed{seed}"
     return Run(workdir, name, f"{recipe}:{word}", (*kept, *network, f"--config.epochs={teacher.epochs}"))
 
 

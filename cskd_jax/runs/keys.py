@@ -170,6 +170,11 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "Folder of a trained teacher, such as WORKDIR/teacher; None trains one first, on the labels alone.",
         ),
         "teacher.epochs": Key(200, rules.integer(1), "Epochs that the teacher trains for, if it is trained here."),
+        "teacher.learning_rate": Key(
+            None,
+            rules.optional(rules.POSITIVE),
+            "Learning rate of a teacher that is trained here; None takes optimizer.learning_rate.",
+        ),
         "student.name": Key(REQUIRED, _MODEL, "Network of the student."),
         "student.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the student."),
         "optimizer.name": Key("sgd", rules.one_of("sgd", "adamw"), "Name of the optimizer."),

@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
+from typing import Any
 
 import ml_collections
 
@@ -31,14 +32,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
       UserError: There is no such recipe, or a key or value does not fit.
     """
     file = recipe_file(recipe)
-    _, colon, word = recipe.partition(":")
-    try:
-        with _importable_configs(file):
-            config = _read(file).get_config(*([word] if colon else []))
-    except ValueError as error:  # Recipes raise this for an unknown word.
-        raise UserError(str(error)) from None
-    except Exception as error:  # A recipe is code: it may raise anything.
-        raise UserError(f"--config={recipe}: {type(error).__name__}: {error}") from None
+    config = _call(recipe, "get_config")
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"get_config of {file} must return a ConfigDict, as that of configs/digits.py does")
     if "method" not in config:
@@ -47,6 +41,38 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
     from cskd_jax.runs import schema
 
     return override(schema.fill(config).lock(), overrides)
+
+
+def load_sources(recipe: str) -> dict[str, str]:
+    """Returns {key: source} of the values that a recipe took from published work, if its file has a `get_sources`.
+
+    Args:
+      recipe: RECIPE or RECIPE:WORD.
+
+    Raises:
+      UserError: There is no such recipe, or it does not have the word.
+    """
+    return _call(recipe, "get_sources") or {}
+
+
+def _call(recipe: str, function: str) -> Any:
+    """Returns what a function in the file of a recipe returns for its word; None if there is no such function."""
+    file = recipe_file(recipe)
+    _, colon, word = recipe.partition(":")
+    try:
+        with _importable_configs(file):
+            module = _read(file)
+            found = getattr(module, function, None)
+            return None if found is None else found(*([word] if colon else []))
+    except networks.UnknownWordError as error:
+        close = close_to(error.word, error.known)
+        if close:
+            raise UserError(f"unknown {error.kind} {error.word!r}; did you mean {' or '.join(close)}?") from None
+        raise UserError(str(error)) from None
+    except ValueError as error:  # Recipes raise this for an unknown word.
+        raise UserError(str(error)) from None
+    except Exception as error:  # A recipe is code: it may raise anything.
+        raise UserError(f"--config={recipe}: {type(error).__name__}: {error}") from None
 
 
 def recipe_file(recipe: str) -> pathlib.Path:
@@ -70,7 +96,7 @@ def recipe_file(recipe: str) -> pathlib.Path:
 
 def packaged_recipes() -> list[str]:
     """Returns the names of the packaged recipes."""
-    return sorted({path.stem for path in _PACKAGED.glob("*.py")} - {"__init__", "methods", "networks"})
+    return sorted({path.stem for path in _PACKAGED.glob("*.py")} - {"__init__", "benchmark", "methods", "networks"})
 
 
 def packaged_recipe(name: str, word: str) -> ml_collections.ConfigDict:

@@ -10,6 +10,7 @@ import ml_collections
 from flax import traverse_util
 from ml_collections import config_dict
 
+from cskd_jax.configs import networks
 from cskd_jax.errors import UserError, close_to
 from cskd_jax.inputs import is_number, read_json
 from cskd_jax.losses import LOSSES
@@ -125,7 +126,8 @@ def complete(flat: Mapping[str, Any]) -> dict[str, Any]:
       flat: {"a.b": JSON value}.
 
     Returns:
-      The same with all keys except missing required ones, and with numbers as floats where the key is a float.
+      The same with all keys except missing required ones, with numbers as floats where the key is a float, and with
+      the methods of a sum in the order that recipes give them, which was once that of the command line.
     """
     names = {path.split(".")[1] for path in flat if path.startswith("losses.")}
     settings = {f"losses.{name}.{s}": key for name in names & LOSSES.keys() for s, key in keys.loss_keys(name).items()}
@@ -135,6 +137,8 @@ def complete(flat: Mapping[str, Any]) -> dict[str, Any]:
         if value is not REQUIRED:
             value = list(value) if isinstance(value, tuple) else value
             full[path] = value if value is None else _typed(value, key)
+    if isinstance(full.get("method"), str):
+        full["method"] = networks.in_order(full["method"])
     return full
 
 

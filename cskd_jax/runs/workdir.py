@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from cskd_jax.configs import networks
 from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.fingerprint import fingerprint
@@ -56,15 +57,15 @@ def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.P
       recipe: RECIPE or RECIPE:WORD.
       config: Configuration of the run, which is the recipe with overrides.
     """
-    word = recipe.partition(":")[2] or config.method
+    word = networks.in_order(recipe.partition(":")[2] or config.method)
     plain = pathlib.Path("runs") / recipes.recipe_file(recipe).stem / f"{word}-seed{config.seed}"
-    changes = _describe_changes(schema.flatten(recipes.load_recipe(recipe, [])), schema.flatten(config))
+    changes = describe_changes(schema.flatten(recipes.load_recipe(recipe, [])), schema.flatten(config))
     named = plain.with_name(plain.name + changes)
     # Earlier versions used this name whatever the configuration changed.
     return plain if not named.exists() and _holds(plain, config) else named
 
 
-def _describe_changes(base: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+def describe_changes(base: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     """Returns "-KEY=VALUE" for every override that changes results, as part of a file name."""
     in_order = [*(key for key in keys.KEYS if key in values), *(key for key in values if key not in keys.KEYS)]
     passed = {"seed", *keys.indifferent()}

@@ -760,11 +760,48 @@ def test_method_projects_the_last_map_of_the_student():
     assert_terms_close(terms, expected_terms, rtol=1e-6)
 
 
-def test_method_refuses_maps_of_different_size():
-    inputs = LossInputs(network_output(3, size=4), network_output(4, size=2), make_batch()["labels"])
-    text = "the last feature maps of student (8, 4, 4, 3) and teacher (8, 2, 2, 4) must have equal height and width"
+@pytest.mark.parametrize("name", ["category_structure", "multilabel_category_structure"])
+@pytest.mark.parametrize(("student_size", "teacher_size"), [(4, 2), (2, 4), (3, 2)])
+def test_the_larger_map_is_pooled_to_the_smaller(name, student_size, teacher_size):
+    """Pooled by the method or before it makes no difference, nor does pooling before or after sigma."""
+    student, teacher = network_output(3, student_size), network_output(4, teacher_size)
+    labels = make_batch()["labels"]
+    labels = labels if name == "category_structure" else np.eye(NUM_CLASSES, dtype=np.float32)[labels]
+    pooled = [
+        types.SimpleNamespace(**vars(output) | {"features": (None, pool_by_hand(output.features[-1], 2))})
+        for output in (student, teacher)
+    ]
+    method = LOSSES[name](num_classes=NUM_CLASSES)
+    variables = method.init(jax.random.key(0), LossInputs(student, teacher, labels))
+    assert variables["params"]["sigma"].shape == (3, 4)
+
+    def loss(variables, student, teacher):
+        return method.apply(variables, LossInputs(student, teacher, labels))[0]
+
+    value, gradient = jax.value_and_grad(loss)(variables, student, teacher)
+    expected, expected_gradient = jax.value_and_grad(loss)(variables, *pooled)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient["params"]["sigma"], expected_gradient["params"]["sigma"], rtol=1e-4, atol=1e-6)
+    projected = pool_by_hand(student.features[-1] @ np.asarray(variables["params"]["sigma"]), 2)
+    np.testing.assert_allclose(projected, pooled[0].features[-1] @ variables["params"]["sigma"], rtol=1e-5, atol=1e-6)
+
+
+def pool_by_hand(maps, size):
+    """Means of the cells of floor(i H / n) to ceil((i + 1) H / n)."""
+    height, width = maps.shape[1:3]
+    rows, columns = ([(i * n // size, -(-(i + 1) * n // size)) for i in range(size)] for n in (height, width))
+    cells = [[maps[:, a:b, c:d].mean(axis=(1, 2)) for c, d in columns] for a, b in rows]
+    return np.stack([np.stack(row, axis=1) for row in cells], axis=1)
+
+
+def test_only_maps_are_pooled():
+    student, teacher = network_output(3), network_output(4)
+    student.features = (None, np.zeros((8, 9, 3), np.float32))
+    text = "the last features of student (8, 9, 3) and teacher (8, 2, 2, 4) differ in size"
     with pytest.raises(ValueError, match=message(text)):
-        CategoryStructure(num_classes=NUM_CLASSES).init(jax.random.key(0), inputs)
+        CategoryStructure(num_classes=NUM_CLASSES).init(
+            jax.random.key(0), LossInputs(student, teacher, make_batch()["labels"])
+        )
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-14, 1e-19, 1e-30])

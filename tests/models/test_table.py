@@ -83,6 +83,7 @@ TABLE = {
     "resnet50_224": imagenet(25557032, 4),
     "resnet101_224": imagenet(44549160, 4),
     "resnet152_224": imagenet(60192808, 4),
+    "resnet50_crd": small(23705252, 4),
     "resnet8": cifar(83892),
     "resnet14": cifar(181108),  # follows
     "resnet20": cifar(278324),
@@ -131,6 +132,7 @@ DEEP = tuple(
     "resnet26_stem64",
     "resnet32_stem64",
     "resnet50_224",
+    "resnet50_crd",
     "resnet14",
     "resnet20",
     "resnet32",

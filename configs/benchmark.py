@@ -1,0 +1,115 @@
+"""Recipes from tables of published settings, which are data with a source for every value.
+
+A table is a JSON file beside its recipe: `protocol`, which holds for every cell; `pairs`, those that were published, of
+which the first is meant by a method alone; `networks`, the names that may form a pair; and `methods`, with values for
+single pairs where those were published. Settings are keys of docs/configuration.md. A method that a table does not have
+keeps its weights of configs/methods.py.
+"""
+
+from ml_collections import ConfigDict
+
+from cskd_jax.configs import methods, networks
+
+
+def config_of(table, word):
+    """Returns the configuration of a cell.
+
+    Args:
+      table: Content of the JSON file.
+      word: TEACHER/STUDENT/METHOD, or METHOD alone.
+    """
+    return _cell(table, word)[0]
+
+
+def sources_of(table, word):
+    """Returns {key: where its value was published} of a cell; the arguments are those of `config_of`."""
+    config, settings = _cell(table, word)
+    return {key: source for key, (value, source) in settings.items() if _value(config, key) == value}
+
+
+def _cell(table, word):
+    """Returns the configuration of a cell, and the settings of the table that lead to it: {key: (value, source)}."""
+    first_teacher, first_student = (networks.network(name) for name in table["pairs"][0].split("/"))
+    *pair, method = networks.split_word(word, first_teacher, first_student)
+    pair = [_name_in_table(table, network) for network in pair]
+    losses = methods.losses(
+        method, init_epochs=table["protocol"]["first_phase_epochs"], changes=_changes(table, pair, method)
+    )
+    settings = _settings(table, pair, method)
+    first = methods.first_phase(losses)
+    if first:  # The epochs of the protocol count from the end of a first phase.
+        (epochs, source), (milestones, _) = settings["epochs"], settings["optimizer.milestones"]
+        source = f"{source}, after a first phase of {first} epochs"
+        settings["epochs"] = epochs + first, source
+        settings["optimizer.milestones"] = [epoch + first for epoch in milestones], source
+    config = ConfigDict({"method": method, "losses": losses, "teacher": {}, "student": {}})
+    for role, name in zip(("teacher", "student"), pair, strict=True):
+        config[role].name, config[role].width = _network(table, name)
+    for key, (value, _) in settings.items():
+        if not key.startswith("losses.") or method in table["methods"]:
+            _set(config, key, tuple(value) if isinstance(value, list) else value)
+    return config, settings
+
+
+def _settings(table, pair, method):
+    """Returns {key: (value, source)} of the protocol, of the student, and of the methods of a sum."""
+    protocol, rate = table["protocol"], table["networks"][pair[1]].get("learning_rate")
+    found = {key: (value, protocol["source"]) for key, value in protocol["settings"].items()}
+    if rate is not None:
+        found["optimizer.learning_rate"] = rate, f"{protocol['source']}, for students of this kind"
+    for part in dict.fromkeys([*method.split("+"), method]):
+        found |= _settings_of_method(table, pair, part)
+    return found
+
+
+def _settings_of_method(table, pair, method):
+    """Returns {key: (value, source)} of the losses of a method for a pair; empty if the table does not have it."""
+    entry = table["methods"].get(method, {"settings": {}, "source": ""})
+    found = {key: (value, entry["source"]) for key, value in entry["settings"].items()}
+    of_pairs = entry.get("pairs", {})
+    for key in {key for settings in of_pairs.values() for key in settings}:
+        found[key] = found[key][0], f"{entry['source']}, for pairs without a value of their own"
+    own = of_pairs.get("/".join(pair), {})
+    return found | {key: (value, f"{entry['pairs_source']}, for this pair") for key, value in own.items()}
+
+
+def _changes(table, pair, method):
+    """Returns the settings of each method of a sum as `methods.losses` takes them."""
+    changes = {}
+    for part in method.split("+"):
+        for key, (value, _) in _settings_of_method(table, pair, part).items():
+            _, name, setting = key.split(".")
+            changes.setdefault(part, {}).setdefault(name, {})[setting] = value
+    return changes
+
+
+def _name_in_table(table, network):
+    """Returns the name that the table has for a network, (name, width)."""
+    name, width = network
+    if width == 1 and name in table["networks"]:
+        return name
+    for word in table["networks"]:
+        if _network(table, word) == (name, width):
+            return word
+    raise networks.UnknownWordError("network", name if width == 1 else f"{name}_{width:g}", table["networks"])
+
+
+def _network(table, name):
+    """Returns (name, width) of the network that the table calls `name`."""
+    entry = table["networks"][name]
+    return entry.get("name", name), entry.get("width", 1.0)
+
+
+def _set(config, key, value):
+    *sections, name = key.split(".")
+    for section in sections:
+        if section not in config:
+            config[section] = ConfigDict()
+        config = config[section]
+    config[name] = value
+
+
+def _value(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return list(config) if isinstance(config, tuple) else config

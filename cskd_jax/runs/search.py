@@ -1,0 +1,164 @@
+"""A search for the settings of the methods of a sweep: its runs, and what is best on the validation split."""
+
+import csv
+import io
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from cskd_jax.console import say
+from cskd_jax.errors import UserError
+from cskd_jax.files import write_text
+from cskd_jax.runs import recipes, schema
+from cskd_jax.runs.grid import Run, concerns, make_grid
+from cskd_jax.runs.workdir import describe_changes, read_json
+from cskd_jax.training.metrics import task_that_measured
+
+FOLDER, TABLE = "search", "search.csv"
+_VALIDATION = "dataset.validation_examples"
+# Sections and keys whose values are not those of a method: the teacher, the data and the seed are common to all.
+_COMMON = ("teacher.", "dataset.", "seed.", "method.")
+
+
+class Trial(NamedTuple):
+    """A run of a search.
+
+    Attributes:
+      word: Word of the method, with its networks if they are named.
+      values: {key: text of its value}.
+      run: The run, whose results have the scores of the validation split.
+    """
+
+    word: str
+    values: Mapping[str, str]
+    run: Run
+
+
+def parse(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Returns {key: texts of its values} of arguments KEY=VALUE,VALUE.
+
+    Raises:
+      UserError: An argument is not of this form, names a key twice, or one that is common to all methods.
+    """
+    grid: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        key = key.lstrip("-").removeprefix("config.")
+        # A comma within parentheses belongs to a value, as in optimizer.milestones=(10,20),(15,25).
+        values = re.findall(r"(?:\([^()]*\)|[^,()])+", text)
+        if not equals or not key or not values:
+            raise UserError(f"--grid takes KEY=VALUE,VALUE, such as losses.kd.weight=0.5,0.9; got {argument}")
+        if f"{key}.".startswith(_COMMON):
+            raise UserError(f"--grid cannot vary {key}, which is the same for all runs of a sweep")
+        if key in grid or len(set(values)) < len(values):
+            raise UserError(f"--grid names {key} twice" if key in grid else f"--grid names a value of {key} twice")
+        grid[key] = values
+    return grid
+
+
+def make_trials(
+    recipe: str,
+    words: Sequence[str],
+    seed: int,
+    workdir: pathlib.Path,
+    overrides: Sequence[str],
+    grid: Mapping[str, Sequence[str]],
+) -> list[Trial]:
+    """Returns the runs of a search: each method with every combination of those values of the grid that it has.
+
+    A teacher that is trained for the search learns without the validation split, too.
+
+    Args:
+      recipe: Recipe without a word.
+      words: Words that follow the recipe.
+      seed: Seed of all runs.
+      workdir: Folder of the sweep, in which the search has one of its own.
+      overrides: Arguments --config.KEY=VALUE.
+      grid: {key: texts of its values}.
+
+    Raises:
+      UserError: No method has a key of the grid, or there is no validation split.
+    """
+    trials, found = [], set()
+    for word in words:
+        own = [override for override in overrides if _has(recipe, word, override)]
+        base = recipes.load_recipe(f"{recipe}:{word}", own)
+        if base.dataset.validation_examples is None:
+            raise UserError(f"--grid chooses on a validation split: add --config.{_VALIDATION}=N")
+        keys = [key for key in grid if _has(recipe, word, key)]
+        found.update(keys)
+        for values in itertools.product(*(grid[key] for key in keys)) if keys else ():
+            changes = dict(zip(keys, values, strict=True))
+            settings = as_overrides(changes)
+            config = recipes.override(base.copy_and_resolve_references(), settings)
+            label = describe_changes(schema.flatten(base), schema.flatten(config))
+            runs = make_grid(recipe, [word], [seed], workdir / FOLDER, own, settings={word: settings}, label=label)
+            trials.append(Trial(word, changes, runs[-1]))
+    for key in grid.keys() - found:
+        known = {k for word in words for k in schema.flatten(recipes.load_recipe(f"{recipe}:{word}", []))}
+        raise schema.unknown_key(key, known)
+    return trials
+
+
+def as_overrides(values: Mapping[str, str]) -> list[str]:
+    """Returns values as arguments --config.KEY=VALUE."""
+    return [f"--config.{key}={value}" for key, value in values.items()]
+
+
+def without_validation(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides of the runs that follow a search, which learn from the whole training split."""
+    return [override for override in overrides if recipes.override_key(override) != _VALIDATION]
+
+
+def runs_of(trials: Sequence[Trial]) -> list[Run]:
+    """Returns the runs of a search, the teachers first."""
+    runs = [trial.run for trial in trials]
+    return list(dict.fromkeys([*(run.teacher for run in runs if run.teacher is not None), *runs]))
+
+
+def choose(trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Mapping[str, str]]:
+    """Returns {word: its best values} by the validation split after the last epoch, and writes the table of all.
+
+    Args:
+      trials: Runs of the search, all done. Of equal scores, the first wins.
+      workdir: Folder of the sweep, which gets search.csv.
+    """
+    scores = {trial.run: _score(trial.run) for trial in trials}
+    best = {}
+    for trial in trials:
+        if trial.word not in best or scores[trial.run][1] > scores[best[trial.word].run][1]:
+            best[trial.word] = trial
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
+    table.writerow(["word", *keys, "metric", "validation_last", "chosen", "folder"])
+    for trial in trials:
+        name, score = scores[trial.run]
+        chosen = "yes" if best[trial.word] is trial else ""
+        values = [trial.values.get(key, "") for key in keys]
+        table.writerow([trial.word, *values, name, score, chosen, trial.run.workdir.relative_to(workdir)])
+    write_text(workdir / TABLE, text.getvalue())
+    for word, trial in best.items():
+        name, score = scores[trial.run]
+        values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
+        count = sum(other.word == word for other in trials)
+        say(f"{word}: {values} is the best of {count} on the validation split, {name} {score:.4f}")
+    say(f"all of the search: {workdir / TABLE}")
+    return {word: trial.values for word, trial in best.items()}
+
+
+def _score(run: Run) -> tuple[str, float]:
+    """Returns the name of the score and the score of a run on the validation split after the last epoch."""
+    values = read_json(run.workdir / "results.json")["student"]["validation"]["last"]
+    task = task_that_measured(values)
+    score = float(values[task.score])
+    return task.names[task.score], -math.inf if math.isnan(score) else score
+
+
+def _has(recipe: str, word: str, override: str) -> bool:
+    """Returns whether a method has the key of an override, or a key."""
+    config = recipes.load_recipe(f"{recipe}:{word}", [])
+    return concerns(override, config) and recipes.override_key(override) in {*schema.flatten(config), "method"}

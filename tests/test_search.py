@@ -1,0 +1,152 @@
+"""A search in a sweep: its runs, what is chosen, and the runs that follow."""
+
+import csv
+import json
+
+import pytest
+
+from cskd_jax.commands.sweep import main as sweep_main
+from cskd_jax.errors import UserError
+from cskd_jax.runs import grid, search
+from tests.conftest import ROOT
+
+DIGITS = f"{ROOT}/configs/digits.py"
+VALIDATION = ["--config.dataset.validation_examples=100"]
+
+
+def write_results(run, score):
+    """What the choice reads of the results of a run: the test score, which must not decide, is the opposite."""
+    run.workdir.mkdir(parents=True)
+    entry = {"last": {"top1": 1 - score, "loss": 0.0, "top5": 1.0}, "chosen_on": "validation"}
+    entry["validation"] = {"last": {"top1": score, "loss": 0.0, "top5": 1.0}, "best": {"top1": 1 - score}}
+    (run.workdir / "results.json").write_text(json.dumps({"student": entry}))
+
+
+def test_values_of_a_grid():
+    found = search.parse(["losses.kd.weight=0.5,0.9", "--config.optimizer.milestones=(3,4),(5,)"])
+    assert found == {"losses.kd.weight": ["0.5", "0.9"], "optimizer.milestones": ["(3,4)", "(5,)"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["losses.kd.weight"], "--grid takes KEY=VALUE,VALUE, such as losses.kd.weight=0.5,0.9; got losses.kd.weight"),
+        (["losses.kd.weight="], "--grid takes KEY=VALUE,VALUE"),
+        (["seed=0,1"], "--grid cannot vary seed, which is the same for all runs of a sweep"),
+        (["teacher.width=1,2"], "--grid cannot vary teacher.width"),
+        (["epochs=1,2", "epochs=3"], "--grid names epochs twice"),
+        (["epochs=1,1"], "--grid names a value of epochs twice"),
+    ],
+)
+def test_grids_that_are_none(arguments, message):
+    with pytest.raises(UserError) as error:
+        search.parse(arguments)
+    assert str(error.value).startswith(message)
+
+
+def make_trials(folder, values):
+    return search.make_trials(DIGITS, ["ce", "kd", "at"], 3, folder, VALIDATION, search.parse(values))
+
+
+def test_every_method_with_the_values_that_it_has(tmp_path):
+    trials = make_trials(tmp_path, ["losses.kd.weight=0.5,0.9", "losses.kd.temperature=2,4"])
+    assert [trial.word for trial in trials] == ["kd"] * 4
+    assert [trial.run.name for trial in trials] == [
+        "kd-losses.kd.temperature=2-losses.kd.weight=0.5-seed3", "kd-losses.kd.weight=0.5-seed3",
+        "kd-losses.kd.temperature=2-seed3", "kd-seed3",
+    ]  # fmt: skip
+    config = trials[0].run.config
+    assert (config.losses.kd.weight, config.losses.kd.temperature, config.seed) == (0.5, 2.0, 3)
+    assert config.dataset.validation_examples == 100
+    teacher, *runs = search.runs_of(trials)
+    assert runs == [trial.run for trial in trials]
+    assert {run.teacher for run in runs} == {teacher}
+    assert teacher.workdir == tmp_path / "search" / "teacher-resnet18_0.25"
+    assert teacher.config.dataset.validation_examples == 100, "it has not seen what judges its students"
+
+    trials = make_trials(tmp_path, ["optimizer.learning_rate=0.01,0.1"])
+    assert [trial.word for trial in trials] == ["ce", "ce", "kd", "kd", "at", "at"]
+    assert search.runs_of(trials)[0].config.optimizer.learning_rate == 0.05, "the grid is that of the students"
+
+
+def test_the_validation_split_chooses(tmp_path, capsys):
+    trials = make_trials(tmp_path, ["losses.kd.weight=0.5,0.9", "losses.at.weight=1,10,100"])
+    for trial, score in zip(trials, (0.7, 0.6, 0.3, 0.5, 0.5), strict=True):
+        write_results(trial.run, score)
+    best = search.choose(trials, tmp_path)
+    assert best == {"kd": {"losses.kd.weight": "0.5"}, "at": {"losses.at.weight": "10"}}, "the first of equals"
+    said = capsys.readouterr().out
+    assert "kd: losses.kd.weight=0.5 is the best of 2 on the validation split, top-1 0.7000" in said
+    rows = list(csv.DictReader((tmp_path / "search.csv").read_text().splitlines()))
+    assert [(row["word"], row["validation_last"], row["chosen"]) for row in rows] == [
+        ("kd", "0.7", "yes"), ("kd", "0.6", ""), ("at", "0.3", ""), ("at", "0.5", "yes"), ("at", "0.5", ""),
+    ]  # fmt: skip
+    assert rows[0]["losses.kd.weight"] == "0.5"
+    assert rows[0]["losses.at.weight"] == ""
+    assert (tmp_path / rows[0]["folder"] / "results.json").exists()
+
+    settings = {word: search.as_overrides(values) for word, values in best.items()}
+    overrides = search.without_validation(VALIDATION)
+    runs = grid.make_grid(DIGITS, ["ce", "kd"], [0, 1], tmp_path, overrides, settings=settings)
+    assert [run.name for run in runs] == ["teacher-resnet18_0.25", "ce-seed0", "kd-seed0", "ce-seed1", "kd-seed1"]
+    assert {run.config.losses.kd.weight for run in runs if "kd" in run.name} == {0.5}
+    assert {run.config.dataset.validation_examples for run in runs} == {None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid", "losses.kd.weight=0.5,0.9"], "add --config.dataset.validation_examples=N"),
+        (["--grid", "losses.kd.wieght=1,2", *VALIDATION], "unknown configuration key losses.kd.wieght; did you mean"),
+        (["--grid=losses.kd.weight=a,b", *VALIDATION], "losses.kd.weight is 'a'"),
+        (["--teacher_seeds=x"], "--teacher_seeds is x; it must be integers"),
+        (["--pairs=R18/R18,R18/R18"], "--pairs names R18/R18 twice"),
+        (["--pairs=R18"], "'R18/kd' must be METHOD or TEACHER/STUDENT/METHOD"),
+    ],
+)
+def test_mistakes(arguments, message, tmp_path, capsys):
+    assert sweep_main(["sweep", DIGITS, "--methods=kd", *arguments, f"--workdir={tmp_path / 'sweep'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_several_teachers_and_pairs(tmp_path):
+    words = ["resnet56/resnet20/ce", "resnet56/resnet20/kd", "vgg13/mobilenet_v2/kd"]
+    runs = grid.make_grid("cifar100_standard", words, [0], tmp_path, [], teacher_seeds=[5, 6])
+    assert [run.name for run in runs] == [
+        "teacher-resnet56_1-seed5", "teacher-resnet56_1-seed6", "teacher-vgg13_1-seed5", "teacher-vgg13_1-seed6",
+        "resnet56/resnet20/ce-seed0", "resnet56/resnet20/kd-teacher5-seed0", "resnet56/resnet20/kd-teacher6-seed0",
+        "vgg13/mobilenet_v2/kd-teacher5-seed0", "vgg13/mobilenet_v2/kd-teacher6-seed0",
+    ]  # fmt: skip
+    by_name = {run.name: run.config for run in runs}
+    teacher = by_name["teacher-vgg13_1-seed6"]
+    assert (teacher.seed, teacher.epochs, teacher.optimizer.learning_rate) == (6, 240, 0.05)
+    student = by_name["vgg13/mobilenet_v2/kd-teacher6-seed0"]
+    assert (student.seed, student.optimizer.learning_rate) == (0, 0.01)
+    assert student.teacher.checkpoint == f"{tmp_path}/teacher-vgg13_1-seed6/student"
+
+
+def test_the_best_is_trained_with_all_seeds(digits_dir, tmp_path, monkeypatch):
+    """The command, with results that are written instead of trained."""
+    done = []
+
+    def pretend(runs, jobs):
+        assert jobs == 2
+        for run in runs:
+            done.append(run)
+            write_results(run, 0.9 if run.config.losses.get("kd", {}).get("weight") == 0.25 else 0.1)
+
+    monkeypatch.setattr("cskd_jax.runs.sweep.sweep", pretend)
+    arguments = [f"--config.dataset.data_dir={digits_dir}", f"--workdir={tmp_path}", "--jobs=2", *VALIDATION]
+    arguments += ["--methods=ce,kd", "--seeds=4,5", "--grid", "losses.kd.weight=0.5,0.25"]
+    assert sweep_main(["sweep", DIGITS, *arguments]) == 0
+    names = [str(run.workdir.relative_to(tmp_path)) for run in done]
+    assert names == [
+        "search/teacher-resnet18_0.25", "search/kd-losses.kd.weight=0.5-seed4", "search/kd-losses.kd.weight=0.25-seed4",
+        "teacher-resnet18_0.25", "ce-seed4", "kd-seed4", "ce-seed5", "kd-seed5",
+    ]  # fmt: skip
+    assert {run.config.losses.kd.weight for run in done[3:] if run.name.startswith("kd")} == {0.25}
+    splits = [run.config.dataset.validation_examples for run in done]
+    assert splits == [100] * 3 + [None] * 5, "the test split has chosen nothing"
+    assert (tmp_path / "search.csv").exists()

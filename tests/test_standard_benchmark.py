@@ -1,0 +1,271 @@
+"""The standard benchmark: every cell against the published protocol, every pair with every method, and real steps.
+
+The facts are in golden/protocol_cifar100_standard.json, or in the file of that form that CSKD_PROTOCOL names.
+"""
+
+import functools
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cskd_jax.configs.methods import METHODS
+from cskd_jax.data import ImageDataset, Split
+from cskd_jax.distributed.devices import Devices
+from cskd_jax.losses import LossInputs
+from cskd_jax.models import create_model
+from cskd_jax.runs import build, schema
+from cskd_jax.runs.build import make_network, make_trainer
+from cskd_jax.runs.recipes import load_recipe, load_sources
+from cskd_jax.training.objective import Objective
+from cskd_jax.training.state import init_network
+from cskd_jax.training.trainer import Teacher
+from tests.conftest import ROOT
+
+FACTS = pathlib.Path(os.environ.get("CSKD_PROTOCOL", ROOT / "tests" / "golden" / "protocol_cifar100_standard.json"))
+PAIRS = (
+    "resnet56/resnet20", "resnet110/resnet20", "resnet110/resnet32", "resnet32x4/resnet8x4", "wrn_40_2/wrn_16_2",
+    "wrn_40_2/wrn_40_1", "vgg13/vgg8", "resnet32x4/shufflenet_v1", "wrn_40_2/shufflenet_v1", "vgg13/mobilenet_v2",
+    "resnet50/mobilenet_v2", "resnet50/vgg8", "resnet32x4/shufflenet_v2", "resnet32x4/wrn_16_2",
+    "resnet32x4/wrn_40_2", "wrn_40_2/resnet8x4", "wrn_40_2/mobilenet_v2",
+)  # fmt: skip
+# Parameters of the networks with 100 classes in CRD's reference code.
+PARAMETERS = {
+    "resnet20": 278324, "resnet32": 472756, "resnet56": 861620, "resnet110": 1736564, "resnet8x4": 1233540,
+    "resnet32x4": 7433860, "wrn_16_2": 703284, "wrn_40_1": 569780, "wrn_40_2": 2255156, "vgg8": 3965028,
+    "vgg13": 9462180, "resnet50": 23705252, "mobilenet_v2": 812836, "shufflenet_v1": 949258, "shufflenet_v2": 1355528,
+}  # fmt: skip
+# Names in the facts of the methods whose weights are gamma (labels), alpha (KD) and beta (the method).
+NAMES = {
+    "kd": "kd", "fitnet": "fitnet (hint)", "at": "at (attention)", "sp": "sp (similarity)", "cc": "cc (correlation)",
+    "vid": "vid", "rkd": "rkd", "pkt": "pkt", "nst": "nst", "crd": "crd", "ft": "ft (factor)",
+}  # fmt: skip
+# Loss settings, with their names in the facts.
+SETTINGS = {
+    "kd": {"temperature": "T"},
+    "cc": {"embedding_size": "feat_dim"},
+    "vid": {"initial_variance": "init_pred_var"},
+    "rkd": {"distance_weight": "w_d", "angle_weight": "w_a"},
+    "pkt": {"epsilon": "eps"},
+    "crd": {"embedding_size": "feat_dim", "num_negatives": "nce_k", "temperature": "nce_t", "momentum": "nce_m"},
+}
+
+
+@functools.cache
+def facts():
+    return json.loads(FACTS.read_text(encoding="utf-8"))
+
+
+def cell(pair, method):
+    return load_recipe(f"cifar100_standard:{pair}/{method}", [])
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_protocol_of_every_cell(pair):
+    common, student = facts()["common_repdistiller"], pair.partition("/")[2]
+    slow = student.startswith(("mobilenet", "shufflenet"))
+    rate = common["learning_rate_mobilenet_v2_shufflenets" if slow else "learning_rate"]
+    for method in METHODS:
+        config = cell(pair, method)
+        schema.validate(config)
+        settings = config.optimizer
+        # The epochs of the facts count from the end of the first phase.
+        first = common["init_epochs"] if method in ("ab", "fsp") else 0
+        assert config.epochs == common["epochs"] + first
+        assert settings.milestones == tuple(epoch + first for epoch in common["lr_decay_epochs"])
+        assert (config.teacher.epochs, config.teacher.learning_rate) == (common["epochs"], common["learning_rate"])
+        assert (config.batch_size, config.drop_last) == (common["batch_size"], common["drop_last"])
+        assert (settings.name, settings.schedule, settings.learning_rate) == ("sgd", "step", rate)
+        assert (settings.decay_factor, settings.momentum) == (common["lr_decay_rate"], common["momentum"])
+        assert (settings.weight_decay, settings.decay_all) == (common["weight_decay"], True)
+        changes = settings.nesterov, settings.restart_momentum, settings.warmup_epochs, settings.clip_norm
+        assert not any(changes)
+        assert (config.augment.crop_padding, config.augment.flip, config.augment.resize) == (4, True, 0)
+        assert (config.dataset.name, config.method) == ("cifar100", method)
+        if FACTS.parent.name == "golden":
+            normalization = facts()["normalization"]
+            assert [*config.dataset.mean] == normalization["mean"]
+            assert [*config.dataset.std] == normalization["std"]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_networks_of_every_pair(pair):
+    config = cell(pair, "kd")
+    images = jnp.zeros((1, 32, 32, 3))
+    for name, role in zip(pair.split("/"), ("teacher", "student"), strict=True):
+        settings = config[role]
+        model = create_model(settings.name, num_classes=100, width=settings.width)
+        shapes = jax.eval_shape(lambda key, m=model: m.init(key, images, train=False), jax.random.key(0))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_weights_of_the_reference_code(method):
+    entry = facts()["methods_repdistiller"][NAMES[method]]
+    for pair in PAIRS:
+        losses = cell(pair, method).losses
+        weight = entry["alpha"] if method == "kd" else entry["beta"]
+        assert (losses.cross_entropy.weight, losses[method].weight) == (entry["gamma"], weight)
+        for setting, name in SETTINGS.get(method, {}).items():
+            assert losses[method][setting] == entry[name]
+        phases = [(loss.start_epoch, loss.end_epoch, loss.warmup_epochs) for loss in losses.values()]
+        if method != "ft":
+            assert phases == [(0, None, 0)] * 2, "one phase, fitnet too"
+
+
+@pytest.mark.parametrize("method", ["ab", "fsp"])
+def test_first_phase_of_the_method_alone(method):
+    entry = facts()["methods_repdistiller"][{"ab": "ab (abound)"}.get(method, method)]
+    epochs = facts()["common_repdistiller"]["init_epochs"]
+    assert entry["first_phase"].startswith(f"{epochs} epochs, lr = learning_rate")
+    losses = cell("resnet56/resnet20", method).losses
+    assert (losses[method].start_epoch, losses[method].end_epoch, losses[method].weight) == (0, epochs, 1.0)
+    assert (losses.cross_entropy.start_epoch, losses.cross_entropy.end_epoch) == (epochs, None)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_weights_of_single_pairs(pair):
+    dkd, review = facts()["mdistiller"]["dkd"], facts()["reviewkd_original"]
+    losses = cell(pair, "dkd").losses
+    expected = (dkd["ce"], dkd["alpha"], dkd["beta"].get(pair, 8), dkd["T"], dkd["warmup_epochs"])
+    found = losses.dkd
+    assert (losses.cross_entropy.weight, found.alpha, found.beta, found.temperature, found.warmup_epochs) == expected
+    losses = cell(pair, "reviewkd").losses
+    assert losses.reviewkd.weight == review["weight"].get(pair, 1.0)
+    assert losses.reviewkd.warmup_epochs == review["warmup_epochs_of_weight"]
+    scaled = facts()["logit_standardization"]
+    temperature, weight = scaled["kd"].get(pair, (scaled["default"]["T"], scaled["default"]["kd_weight"]))
+    losses = cell(pair, "lskd").losses
+    assert (losses.lskd.temperature, losses.lskd.weight, losses.cross_entropy.weight) == (
+        temperature, weight, scaled["ce"],
+    )  # fmt: skip
+    losses, dist = cell(pair, "dist").losses, facts()["dist"]
+    assert (losses.cross_entropy.weight, losses.dist.weight) == (dist["ce"], dist["dist"])
+    assert (losses.dist.beta, losses.dist.gamma, losses.dist.temperature) == (dist["beta"], dist["gamma"], dist["T"])
+
+
+def test_sums_of_methods():
+    entry = facts()["methods_repdistiller"]["crd+kd"]
+    for word in ("crd+kd", "kd+crd"):
+        losses = cell("resnet56/resnet20", word).losses
+        weights = {"cross_entropy": entry["gamma"], "kd": entry["alpha"], "crd": entry["beta"]}
+        assert {name: loss.weight for name, loss in losses.items()} == weights
+    losses = cell("resnet32x4/resnet8x4", "at+dkd").losses
+    assert {name: loss.weight for name, loss in losses.items()} == {"at": 1000.0, "cross_entropy": 1.0, "dkd": 1.0}
+    assert (losses.dkd.beta, cell("vgg13/vgg8", "at+dkd").losses.dkd.beta) == (8.0, 6.0)
+
+
+def test_every_published_value_has_a_source():
+    for method in ("kd", "dkd", "reviewkd", "crd+kd", "at+dkd", "ab"):
+        config, sources = cell("vgg13/vgg8", method), load_sources(f"cifar100_standard:vgg13/vgg8/{method}")
+        flat = schema.flatten(config)
+        assert all(sources.values())
+        assert sources.keys() <= flat.keys()
+        assert {"epochs", "optimizer.milestones", "optimizer.learning_rate"} <= sources.keys()
+        assert {key for key in flat if key.startswith("losses.") and key.endswith("weight")} - sources.keys() <= {
+            "losses.cross_entropy.weight"
+        }
+    assert sources["epochs"].endswith("after a first phase of 30 epochs")
+    sources = load_sources("cifar100_standard:vgg13/vgg8/dkd")
+    assert sources["losses.dkd.beta"] == "megvii-research/mdistiller:configs/cifar100/dkd, for this pair"
+    assert "without a value" in load_sources("cifar100_standard:resnet50/vgg8/dkd")["losses.dkd.beta"]
+
+
+def test_pairs_that_were_not_published_and_networks_by_their_own_names():
+    config = cell("resnet56/resnet8", "dkd")
+    assert (config.student.name, config.losses.dkd.beta) == ("resnet8", 8.0)
+    by_own_name = cell("resnet50_crd/mobilenet_v2_crd_0.5", "kd")
+    assert schema.flatten(by_own_name) == schema.flatten(cell("resnet50/mobilenet_v2", "kd"))
+    assert by_own_name.optimizer.learning_rate == 0.01
+
+
+def outputs_of(pair, batch=8):
+    """Shapes of the outputs of teacher and student."""
+    config, key = cell(pair, "kd"), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    networks = [make_network(settings, 100, "float32") for settings in (config.teacher, config.student)]
+    outputs = [jax.eval_shape(init_network, network, key, (32, 32, 3))[1] for network in networks]
+    return [jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), output) for output in outputs]
+
+
+# Methods that pair stages one to one, which a teacher of three stages and a student of four do not allow.
+OF_PAIRED_STAGES = {"ab", "at", "fitnet", "fsp", "nst", "reviewkd", "vid"}
+
+
+@functools.cache
+def trace(method, losses, shapes):
+    """Fails unless the losses of a method take outputs of these shapes; many pairs have the same."""
+    teacher, student = shapes
+    labels, key = jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    objective = Objective.create(json.loads(losses), num_classes=100, num_examples=50_000)
+
+    def loss(key, inputs):
+        params, memory = objective.init(key, inputs)
+        return objective(params, memory, inputs, 0)[0]
+
+    assert jax.eval_shape(loss, key, LossInputs(student, teacher, labels, labels, key)).shape == (), method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_method_with_every_pair(pair):
+    teacher, student = outputs_of(pair)
+    unequal = len(teacher.features) != len(student.features)
+    assert unequal == (pair == "wrn_40_2/mobilenet_v2")
+    for method in METHODS:
+        losses = cell(pair, method).losses.to_json()
+        if unequal and method in OF_PAIRED_STAGES:
+            with pytest.raises(ValueError, match="student has 4 stages and teacher 3"):
+                trace(method, losses, (teacher, student))
+        else:
+            trace(method, losses, (teacher, student))
+
+
+# Pairs of the shallowest networks, which compile fastest: of three and of four stages, and with last maps of two sizes.
+KINDS = ("resnet14/resnet8", "vgg11/vgg8", "resnet8/shufflenet_v1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", KINDS)
+def test_two_steps_with_each_kind_of_student(pair):
+    """Both steps, of a sum of methods, move all that is trained."""
+    config, rng = cell(pair, "at+cskd"), np.random.default_rng(0)
+    for role in ("teacher", "student"):
+        config[role].width *= 0.125
+    config.update(epochs=1, batch_size=8)
+    config.optimizer.weight_decay = 0.0  # So that a momentum is 0 only where all gradients were.
+    images, labels = rng.integers(0, 256, (16, 32, 32, 3), np.uint8), np.arange(16, dtype=np.int32) % 4
+    dataset = ImageDataset("cifar100", Split(images, labels), Split(images[:2], labels[:2]), tuple("abcd"))
+    teacher = Teacher(make_network(config.teacher, 4, "float32"))
+    shapes, _ = jax.eval_shape(init_network, teacher.network, jax.random.PRNGKey(1), (32, 32, 3))
+    teacher.variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype(np.float32), shapes)
+    trainer = make_trainer("student", config, dataset, None, Devices(1), teacher)
+    (result,) = trainer.fit().values()
+    state = trainer.state["student"]
+    assert state.step == 2
+    momenta = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state.opt_state)}
+    for name in ("network", "sigma"):
+        assert any(name in path and np.any(leaf) for path, leaf in momenta.items()), name
+    assert np.isfinite(result.last["loss"])
+
+
+def test_a_teacher_keeps_its_learning_rate(monkeypatch):
+    """A student of another kind has its own."""
+    rates, images = [], np.zeros((64, 32, 32, 3), np.uint8)
+    split = Split(images, np.arange(64, dtype=np.int32) % 4)
+    dataset = ImageDataset("cifar100", split, split, tuple("abcd"))
+    whole = build.make_optimizer
+
+    def record(settings, *arguments, **others):
+        rates.append(settings.learning_rate)
+        return whole(settings, *arguments, **others)
+
+    monkeypatch.setattr(build, "make_optimizer", record)
+    config = cell("vgg8/shufflenet_v1", "ce")
+    for role in ("teacher", "student"):
+        make_trainer(role, config, dataset, None, Devices(1))
+    assert rates == [0.05, 0.01]
+    assert config.optimizer.learning_rate == 0.01
