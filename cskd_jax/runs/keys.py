@@ -54,6 +54,17 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "batch_size": Key(128, rules.integer(1), "Images in a step, over all devices."),
         "drop_last": Key(False, rules.BOOL, "Whether the last, smaller batch of an epoch is left out."),
         "epochs": Key(200, rules.integer(1), "Epochs that the student trains for; a larger number extends a run."),
+        "first_phase.epochs": Key(
+            0,
+            rules.integer(0),
+            "Epochs of a first phase of ab, fsp or ft before the epochs of the student: the method trains alone, with an "
+            "optimizer of its own; a fresh one follows, whose epochs count from its start.",
+        ),
+        "first_phase.learning_rate": Key(
+            None,
+            rules.optional(rules.POSITIVE),
+            "Learning rate of the first phase, which stays the same throughout; None takes optimizer.learning_rate.",
+        ),
         "dtype": Key(
             "float32",
             rules.one_of("float32", "bfloat16", "float64"),
@@ -151,7 +162,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "teacher.epochs": Key(200, rules.integer(1), "Epochs that the teacher trains for, if it is trained here."),
         "student.name": Key(REQUIRED, _MODEL, "Network of the student."),
         "student.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the student."),
-        "optimizer.name": Key("sgd", rules.one_of("sgd", "adamw"), "Name of the optimizer."),
+        "optimizer.name": Key("sgd", rules.one_of("sgd", "adamw", "dot"), "Name of the optimizer; dot is sgd with two momenta."),
         "optimizer.learning_rate": Key(
             0.1, rules.POSITIVE, "Learning rate after the warm-up, before the schedule lowers it."
         ),
@@ -194,7 +205,13 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "Decay of an exponential moving average of the parameters and batch statistics, which then is what is "
             "evaluated, saved for others, and taken as teacher; None keeps none.",
         ),
-        "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of sgd."),
+        "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of sgd; mean of the two momenta of dot."),
+        "optimizer.delta": Key(
+            0.075,
+            rules.FRACTION,
+            "How much higher than optimizer.momentum the momentum of distillation is with dot, and how much lower that "
+            "of supervision.",
+        ),
         "optimizer.nesterov": Key(False, rules.BOOL, "Whether the momentum of sgd is Nesterov's."),
         "optimizer.restart_momentum": Key(
             False,

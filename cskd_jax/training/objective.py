@@ -158,6 +158,19 @@ class Objective:
         return total, terms, new_memory
 
 
+    def split(self, terms: Mapping[str, jax.Array], step: jax.Array) -> tuple[Any, Any]:
+        """Returns the weighted totals of the losses that need no teacher, and of those that do.
+
+        Args:
+          terms: The unweighted values of the losses by name, as `__call__` returns them.
+          step: int32, the number of optimization steps done.
+        """
+        totals = [jnp.zeros_like(next(iter(terms.values())))] * 2
+        for name, (weight, loss) in self.losses.items():
+            totals[loss.needs_teacher] += weight.at(step // self.steps_per_epoch) * terms[name]
+        return totals[False], totals[True]
+
+
 class FunctionLoss(Method):
     """A plain function as a loss, which sees the whole batch even if it is split over devices.
 
@@ -253,6 +266,16 @@ class _Outputs:
 
     def __init__(self, output: ModelOutput, role: str, prepare: Callable[[jax.Array], jax.Array] = lambda x: x):
         self.output, self._role, self._prepare = output, role, prepare
+
+    @property
+    def stages(self):
+        """Returns the map that each stage hands on, or the features where a network does not tell."""
+        return self.maps[1:] if self.output.maps else self.features
+
+    @property
+    def stem(self):
+        """Returns the map of the stem, or None if the network does not tell."""
+        return self.maps[0] if self.output.maps else None
 
     def __getattr__(self, name):
         if name.startswith("_") or name not in ModelOutput._fields:

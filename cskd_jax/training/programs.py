@@ -13,6 +13,7 @@ from flax.errors import FlaxError
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, lower
 from cskd_jax.errors import UserError
+from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.phases import Part
@@ -128,8 +129,13 @@ class Programs:
             )
 
     def _make_step(self, part, ema):
+        network = self.network
+        if part.evaluated is not None:
+            if not isinstance(network, LinenNetwork):
+                raise ValueError("evaluate_frozen of a phase needs a network that is a flax.linen module")
+            network = dataclasses.replace(network, trainable=part.evaluated)
         step = make_train_step(
-            self.network,
+            network,
             part.objective,
             part.optimizer,
             preprocess=self._setup.preprocess,
