@@ -81,8 +81,8 @@ METHODS, MULTILABEL_METHODS = tuple(table(1)), tuple(multilabel_table())
 
 # Losses that supervise by the labels: they stand once in a combination, with weight 1.
 SUPERVISION = ("cross_entropy", "binary_cross_entropy")
-# Methods with a first phase for themselves, and its learning rate in the reference code of Tian et al. 2020; None is that
-# of the optimizer. The first two have no other phase.
+# Methods with a first phase for themselves, and its learning rate in the reference code of Tian et al. 2020; None is
+# that of the optimizer. The first two are off after it.
 FIRST_PHASES = {"ab": None, "fsp": None, "ft": 0.01}
 # Weights of combinations that were published with others than those of their methods: {methods: {loss: weight}}.
 COMBINATIONS = {

@@ -46,8 +46,8 @@ train digits:kd+kd
     kd+kd after the ':' of --config: a method is named twice
 train digits:cskd+intra
     cskd+intra after the ':' of --config: the loss mse_logits is that of intra and of another method
-train digits:fitnet+ab
-    fitnet+ab after the ':' of --config: fitnet and ab need a first phase of their own
+train digits:fsp+ab
+    fsp+ab after the ':' of --config: fsp and ab need a first phase of their own
 train digit_pairs:kd
     unknown method 'kd' after the ':' of --config; known: mlcskd, mlcskd_reference, bkd, bce
 train digits:R18/kd
@@ -75,7 +75,7 @@ train digits:kd config.epochs=1
     config.epochs=1 lacks its dashes; did you mean --config.epochs=1?
     -> train digits:kd --config.epochs=1
 train digits:kd --learning-rate=0.2
-    there is no flag --learning-rate; did you mean --config.optimizer.learning_rate=0.2?
+    there is no flag --learning-rate; did you mean --config.optimizer.learning_rate=0.2 or --config.first_phase.learning_rate=0.2?
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --width=0.5
     there is no flag --width; did you mean --config.teacher.width=0.5 or --config.student.width=0.5?
@@ -103,7 +103,7 @@ train digits:kd --config.epoch=1
     unknown configuration key epoch; did you mean epochs?
     -> train digits:kd --config.epochs=1
 train digits:kd --config.learning_rate=0.2
-    unknown configuration key learning_rate; did you mean optimizer.learning_rate?
+    unknown configuration key learning_rate; did you mean optimizer.learning_rate or first_phase.learning_rate?
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --config.kd.temprature=2
     unknown configuration key kd.temprature; cskd-jax config keys lists all

@@ -108,7 +108,11 @@ def make_losses(meta, values):
     section = meta[meta["method"]]
     weights = section | section.get("LOSS", {})
     name, weight, settings = {
-        "KD": lambda: ("lskd" if meta.get("logit_stand") else "kd", "KD_WEIGHT", {"temperature": section["TEMPERATURE"]}),
+        "KD": lambda: (
+            "lskd" if meta.get("logit_stand") else "kd",
+            "KD_WEIGHT",
+            {"temperature": section["TEMPERATURE"]},
+        ),
         "AT": lambda: ("at", "FEAT_WEIGHT", {}),
         "RKD": lambda: (
             "rkd",

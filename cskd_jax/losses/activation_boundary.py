@@ -59,10 +59,10 @@ def activation_boundary_loss(
 class ActivationBoundary(Method):
     """Applies `activation_boundary_loss` to the pre-activations of all stages.
 
-    Where the shapes differ, a trainable convolution with batch normalization brings the student's pre-activations to the
-    size and the channels of the teacher's, see `_connectors.Regressor`. Where the teacher's map is larger, but not twice
-    as large, both are average-pooled to a common size first. The paper uses the loss alone to initialize the student,
-    which is then trained with cross-entropy.
+    Where the shapes differ, a trainable convolution with batch normalization brings the student's pre-activations to
+    the size and the channels of the teacher's, see `_connectors.Regressor`. Where the teacher's map is larger, but not
+    twice as large, both are average-pooled to a common size first. The paper uses the loss alone to initialize the
+    student, which is then trained with cross-entropy.
 
     Attributes:
       margin: Margin around a boundary, by which a neuron is pushed below or above it; greater than 0.

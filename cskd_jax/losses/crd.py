@@ -14,7 +14,6 @@ from cskd_jax.losses._checks import check_float, check_labels, check_same_batch,
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import Count, Fraction, LossInputs, Method, Positive
 
-
 # This number is added to the denominators within the logarithms, as in the reference code.
 _EPSILON = 1e-7
 

@@ -29,8 +29,9 @@ def dist_loss(
     """Computes DIST: T^2 (beta * inter + gamma * intra), for predictions Y = softmax(z / T) of shape [B, C].
 
     inter = 1 - mean over the samples i of pearson(Y^s_i:, Y^t_i:), which relates the classes of a sample. intra = 1 -
-    mean over the classes c of pearson(Y^s_:c, Y^t_:c), which relates the samples of the global batch. As in the authors'
-    code (https://github.com/hunto/DIST_KD), pearson(a, b) = <a, b> / (|a| |b| + 1e-8) of rows with their means removed.
+    mean over the classes c of pearson(Y^s_:c, Y^t_:c), which relates the samples of the global batch. As in the
+    authors' code (https://github.com/hunto/DIST_KD), pearson(a, b) = <a, b> / (|a| |b| + 1e-8) of rows with their means
+    removed.
 
     Time and memory are O(B C), on every device.
 

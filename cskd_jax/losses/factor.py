@@ -98,9 +98,9 @@ class FactorTransfer(Method):
       rate: Channels of the factor, as a fraction of the teacher's.
       pool_channels: Whether the factor is the mean of the squared channels at each position; None is True unless the
         maps are 1x1, where a single position scaled to norm 1 would always be 1 and transfer nothing.
-      trains: What the loss trains: "paraphraser", then its value is the mean squared error of the reconstruction;
-        "student" with the translator, then it is the transfer; "both" at once, for a training in a single phase, then it
-        is transfer + reconstruction_weight * reconstruction.
+      trains: What the loss trains: "paraphraser", where its value is the mean squared error of the reconstruction;
+        "student" with the translator, where it is the transfer; or "both" at once, for a training in a single phase,
+        where it is transfer + reconstruction_weight * reconstruction.
       reconstruction_weight: Weight of the reconstruction relative to the transfer where both are trained; the default,
         1/200, makes it 1 under the usual weight of this loss, 200.
     """

@@ -74,8 +74,9 @@ class FSP(Method):
     """Applies `fsp_loss` to all pairs of consecutive stages, of which the first is the stem.
 
     The stem is left out if one of the two networks does not give its map. The paper uses the loss alone to initialize
-    the student, which is then trained with cross-entropy. A trainable 1x1 convolution without bias first projects a stage of the student whose channels are not as many as the
-    teacher's; the paper only has networks with equal channels.
+    the student, which is then trained with cross-entropy. A trainable 1x1 convolution without bias first projects a
+    stage of the student whose channels are not as many as the teacher's; the paper and the reference code of CRD (Tian
+    et al. 2020, https://github.com/HobbitLong/RepDistiller) only have networks with equal channels.
     """
 
     version: ClassVar[int] = 2

@@ -95,8 +95,8 @@ class AttentionFusion(nn.Module):
 class ReviewKD(Method):
     """Sums `hierarchical_context_loss` over all stages, each fused with the later ones of the student.
 
-    The teacher's stages are its pre-activations. The pooled embedding, a map of size 1x1, is the last stage. The authors
-    let the loss grow over the first 20 epochs; that is a schedule of its weight, not part of the loss.
+    The teacher's stages are its pre-activations. The pooled embedding, a map of size 1x1, is the last stage. The
+    authors let the loss grow over the first 20 epochs; that is a schedule of its weight, not part of the loss.
 
     Attributes:
       variant: Maps of the student. "cifar100" takes them as each stage hands them on, after its ReLU, as the authors'

@@ -54,17 +54,6 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "batch_size": Key(128, rules.integer(1), "Images in a step, over all devices."),
         "drop_last": Key(False, rules.BOOL, "Whether the last, smaller batch of an epoch is left out."),
         "epochs": Key(200, rules.integer(1), "Epochs that the student trains for; a larger number extends a run."),
-        "first_phase.epochs": Key(
-            0,
-            rules.integer(0),
-            "Epochs of a first phase of ab, fsp or ft before the epochs of the student: the method trains alone, with an "
-            "optimizer of its own; a fresh one follows, whose epochs count from its start.",
-        ),
-        "first_phase.learning_rate": Key(
-            None,
-            rules.optional(rules.POSITIVE),
-            "Learning rate of the first phase, which stays the same throughout; None takes optimizer.learning_rate.",
-        ),
         "dtype": Key(
             "float32",
             rules.one_of("float32", "bfloat16", "float64"),
@@ -162,7 +151,9 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "teacher.epochs": Key(200, rules.integer(1), "Epochs that the teacher trains for, if it is trained here."),
         "student.name": Key(REQUIRED, _MODEL, "Network of the student."),
         "student.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the student."),
-        "optimizer.name": Key("sgd", rules.one_of("sgd", "adamw", "dot"), "Name of the optimizer; dot is sgd with two momenta."),
+        "optimizer.name": Key(
+            "sgd", rules.one_of("sgd", "adamw", "dot"), "Name of the optimizer; dot is sgd with two momenta."
+        ),
         "optimizer.learning_rate": Key(
             0.1, rules.POSITIVE, "Learning rate after the warm-up, before the schedule lowers it."
         ),
@@ -221,6 +212,17 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "optimizer.beta1": Key(0.9, rules.FRACTION, "Decay of the mean of the gradients of adamw."),
         "optimizer.beta2": Key(0.999, rules.FRACTION, "Decay of the mean of the squared gradients of adamw."),
         "optimizer.epsilon": Key(1e-8, rules.POSITIVE, "Term of adamw that keeps its denominator from zero."),
+        "first_phase.epochs": Key(
+            0,
+            rules.integer(0),
+            "Epochs of a first phase of ab, fsp or ft, which come before `epochs`: the method trains alone, with "
+            "weight 1 and an optimizer of its own; a fresh one follows, and all other epochs count from there.",
+        ),
+        "first_phase.learning_rate": Key(
+            None,
+            rules.optional(rules.POSITIVE),
+            "Learning rate of the first phase, which stays the same throughout; None takes optimizer.learning_rate.",
+        ),
     }
 )
 

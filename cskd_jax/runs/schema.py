@@ -237,11 +237,13 @@ def _validate_first_phase(config: ml_collections.ConfigDict) -> None:
     if not fitting:
         known = ", ".join(sorted(name for name, loss in LOSSES.items() if loss.first_phase))
         raise UserError(
-            f"first_phase.epochs is {config.first_phase.epochs}; method {config.method} has no loss with a first phase: "
-            f"these are {known}"
+            f"first_phase.epochs is {config.first_phase.epochs}; it must be 0 without a loss that has a first phase, "
+            f"which are {known}"
         )
     if len(fitting) > 1:
-        raise UserError(f"losses.{fitting[0]} and losses.{fitting[1]} need a first phase of their own; take one of them")
+        raise UserError(
+            f"losses.{fitting[0]} and losses.{fitting[1]} need a first phase of their own; take one of them"
+        )
 
 
 def _validate_loss(name: str, settings: Any) -> None:

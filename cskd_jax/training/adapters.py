@@ -54,8 +54,8 @@ class LinenNetwork:
       embedding: Path of the submodule whose output is the embedding; None if it is not needed.
       streams: Names of the random streams that get a key of their own. A module that draws from another with
         `make_rng` draws from "params" instead; one that asks `has_rng`, or splits a stream, needs its name here.
-      trainable: Function from the path of a parameter to whether it trains. Submodules none of whose parameters train are
-        in evaluation mode if they get their training flag by keyword. None leaves all in training mode.
+      trainable: Function from the path of a parameter to whether it trains. Submodules none of whose parameters train
+        are in evaluation mode if they get their training flag by keyword. None leaves all in training mode.
     """
 
     module: nn.Module

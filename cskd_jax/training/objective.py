@@ -51,7 +51,7 @@ class Weight:
         """Returns the weight in `epoch`, an integer scalar."""
         weight = self.weight
         if self.warmup_epochs:
-            weight = weight * jnp.minimum((epoch - self.start_epoch + 1) / self.warmup_epochs, 1)
+            weight = weight * jnp.minimum((epoch - self.start_epoch + 1).astype(float) / self.warmup_epochs, 1)
         if self.start_epoch or self.end_epoch is not None:
             before_end = True if self.end_epoch is None else epoch < self.end_epoch
             weight = jnp.where((epoch >= self.start_epoch) & before_end, weight, 0)
@@ -150,13 +150,12 @@ class Objective:
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             (value, parts), updated = loss.apply(variables, inputs, mutable=["memory"])
             _check_scalars(name, value, parts)
-            total += weight.at(step // self.steps_per_epoch) * value
+            total += self._weigh(weight, value, step)
             terms[name] = value
             terms |= {f"{name}/{term}": part for term, part in parts.items()}
             if name in memory:
                 new_memory[name] = updated["memory"]
         return total, terms, new_memory
-
 
     def split(self, terms: Mapping[str, jax.Array], step: jax.Array) -> tuple[Any, Any]:
         """Returns the weighted totals of the losses that need no teacher, and of those that do.
@@ -167,8 +166,14 @@ class Objective:
         """
         totals = [jnp.zeros_like(next(iter(terms.values())))] * 2
         for name, (weight, loss) in self.losses.items():
-            totals[loss.needs_teacher] += weight.at(step // self.steps_per_epoch) * terms[name]
+            totals[loss.needs_teacher] += self._weigh(weight, terms[name], step)
         return totals[False], totals[True]
+
+    def _weigh(self, weight, value, step):
+        factor = weight.at(step // self.steps_per_epoch)
+        if isinstance(factor, jax.Array):  # That of another type would decide the type of the total.
+            factor = factor.astype(jnp.result_type(value, float))
+        return factor * value
 
 
 class FunctionLoss(Method):

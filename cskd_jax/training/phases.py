@@ -96,7 +96,9 @@ def make_parts(
     described = [losses if phase.losses is None else phase.losses for phase in phases]
     all_losses = create({name: entry for description in reversed(described) for name, entry in description.items()})
     objectives = [create(description) for description in described]
-    chosen = [(optimizer, schedule) if phase.optimizer is None else (phase.optimizer, phase.schedule) for phase in phases]
+    chosen = [
+        (optimizer, schedule) if phase.optimizer is None else (phase.optimizer, phase.schedule) for phase in phases
+    ]
     keys = [(choice, phase.trainable) for choice, phase in zip(chosen, phases, strict=True)]
     starts = [number for number, key in enumerate(keys) if number == 0 or key != keys[number - 1]]
     parts: list[Part] = []

@@ -41,8 +41,8 @@ def make_train_step(
     Args:
       student: Network that is trained, in training mode.
       objective: Weighted losses.
-      optimizer: Optimizer of the parameters of the student and of the losses. A `SeparateOptimizer` gets the gradients of
-        supervision and of distillation apart.
+      optimizer: Optimizer of the parameters of the student and of the losses. A `SeparateOptimizer` gets the gradients
+        of supervision and of distillation apart.
       preprocess: `(images, key, positions) -> inputs of the networks`; positions are in the global batch.
       teacher: Network in evaluation mode, not differentiated; None if the objective reads none.
       axis_name: Mapped axis over which the batch is split; the step then equals that of the global batch.
@@ -58,7 +58,6 @@ def make_train_step(
       the run (the step is folded in here). metrics are scalars: `loss`, the terms of the objective, `task.score`
       of the student on the batch, `gradient_norm`.
     """
-
     separate = isinstance(optimizer, SeparateOptimizer)
 
     def differentiate(state, teacher_variables, batch, positions, step_key, draw_key):
