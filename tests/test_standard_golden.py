@@ -73,67 +73,59 @@ def make_network(kind, num_classes, norm_passes):
 
 def make_losses(meta, values):
     """The losses that `meta` describes, and the name of the method's own loss."""
-    if "gamma" in meta and "kd_T" in meta:
-        losses = {"cross_entropy": {"weight": meta["gamma"]}}
-        if meta["alpha"]:
-            losses["kd"] = {"weight": meta["alpha"], "temperature": meta["kd_T"]}
-        if meta["method"] == "kd":
-            return losses, "kd"
-        name, settings = {
-            "abound": ("ab", {}),
-            "attention": ("at", {}),
-            "correlation": ("cc", {"embedding_size": meta.get("feat_dim")}),
-            "crd": ("crd", {}),
-            "factor": ("ft", {}),
-            "fsp": ("fsp", {}),
-            "hint": ("fitnet", {"stage": meta.get("hint_layer")}),
-            "nst": ("nst", {}),
-            "pkt": ("pkt", {}),
-            "rkd": ("rkd", {}),
-            "similarity": ("sp", {}),
-            "vid": ("vid", {}),
-        }[meta["method"]]
-        if name == "crd":
-            recorded = values["random/contrast_idx"][:, :, 1:].tolist()
-            sizes = {"embedding_size": meta["feat_dim"], "num_negatives": meta["nce_k"]}
-            settings = sizes | {"temperature": meta["nce_t"], "momentum": meta["nce_m"]}
-            settings |= {"loss": Recorded, "recorded": tuple(tuple(map(tuple, step)) for step in recorded)}
-        return losses | {name: {"weight": meta["beta"], **settings}}, name
     if meta["method"] == "ce":
         return {"cross_entropy": {"weight": 1.0}}, None
     if meta["method"] == "dist":
         settings = {"weight": meta["kd_loss_weight"], "temperature": meta["tau"]}
         settings |= {name: meta[name] for name in ("beta", "gamma")}
         return {"cross_entropy": {"weight": meta["ori_loss_weight"]}, "dist": settings}, "dist"
+    if meta["method"] in meta:
+        return losses_of_mdistiller(meta)
+    return losses_of_repdistiller(meta, values)
+
+
+def losses_of_repdistiller(meta, values):
+    losses = {"cross_entropy": {"weight": meta["gamma"]}}
+    if meta["alpha"]:
+        losses["kd"] = {"weight": meta["alpha"], "temperature": meta["kd_T"]}
+    if meta["method"] == "kd":
+        return losses, "kd"
+    name, settings = {
+        "abound": ("ab", {}),
+        "attention": ("at", {}),
+        "correlation": ("cc", {"embedding_size": meta.get("feat_dim")}),
+        "crd": ("crd", {}),
+        "factor": ("ft", {}),
+        "fsp": ("fsp", {}),
+        "hint": ("fitnet", {"stage": meta.get("hint_layer")}),
+        "nst": ("nst", {}),
+        "pkt": ("pkt", {}),
+        "rkd": ("rkd", {}),
+        "similarity": ("sp", {}),
+        "vid": ("vid", {}),
+    }[meta["method"]]
+    if name == "crd":
+        recorded = values["random/contrast_idx"][:, :, 1:].tolist()
+        sizes = {"embedding_size": meta["feat_dim"], "num_negatives": meta["nce_k"]}
+        settings = sizes | {"temperature": meta["nce_t"], "momentum": meta["nce_m"]}
+        settings |= {"loss": Recorded, "recorded": tuple(tuple(map(tuple, step)) for step in recorded)}
+    return losses | {name: {"weight": meta["beta"], **settings}}, name
+
+
+def losses_of_mdistiller(meta):
     section = meta[meta["method"]]
     weights = section | section.get("LOSS", {})
-    name, weight, settings = {
-        "KD": lambda: (
-            "lskd" if meta.get("logit_stand") else "kd",
-            "KD_WEIGHT",
-            {"temperature": section["TEMPERATURE"]},
-        ),
-        "AT": lambda: ("at", "FEAT_WEIGHT", {}),
-        "RKD": lambda: (
-            "rkd",
-            "FEAT_WEIGHT",
-            {"distance_weight": section["DISTANCE_WEIGHT"], "angle_weight": section["ANGLE_WEIGHT"]},
-        ),
-        "DKD": lambda: (
-            "dkd",
-            None,
-            {"alpha": section["ALPHA"], "beta": section["BETA"], "temperature": section["T"]}
-            | {"warmup_epochs": section["WARMUP"]},
-        ),
-        "REVIEWKD": lambda: (
-            "reviewkd",
-            "REVIEWKD_WEIGHT",
-            {"variant": "imagenet" if section["STU_PREACT"] else "cifar100"}
-            | {"warmup_epochs": section["WARMUP_EPOCHS"]},
-        ),
-    }[meta["method"]]()
-    weight = weights[weight] if weight else 1.0
-    return {"cross_entropy": {"weight": weights["CE_WEIGHT"]}, name: {"weight": weight, **settings}}, name
+    name, weight, keys = {
+        "KD": ("lskd" if meta.get("logit_stand") else "kd", "KD_WEIGHT", {"temperature": "TEMPERATURE"}),
+        "AT": ("at", "FEAT_WEIGHT", {}),
+        "RKD": ("rkd", "FEAT_WEIGHT", {"distance_weight": "DISTANCE_WEIGHT", "angle_weight": "ANGLE_WEIGHT"}),
+        "DKD": ("dkd", None, {"alpha": "ALPHA", "beta": "BETA", "temperature": "T", "warmup_epochs": "WARMUP"}),
+        "REVIEWKD": ("reviewkd", "REVIEWKD_WEIGHT", {"warmup_epochs": "WARMUP_EPOCHS"}),
+    }[meta["method"]]
+    settings = {"weight": weights[weight] if weight else 1.0} | {ours: section[key] for ours, key in keys.items()}
+    if name == "reviewkd":
+        settings["variant"] = "imagenet" if section["STU_PREACT"] else "cifar100"
+    return {"cross_entropy": {"weight": weights["CE_WEIGHT"]}, name: settings}, name
 
 
 def kernel(weight):
