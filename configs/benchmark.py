@@ -32,17 +32,10 @@ def _cell(table, word):
     first_teacher, first_student = (networks.network(name) for name in table["pairs"][0].split("/"))
     *pair, method = networks.split_word(word, first_teacher, first_student)
     pair = [_name_in_table(table, network) for network in pair]
-    losses = methods.losses(
-        method, init_epochs=table["protocol"]["first_phase_epochs"], changes=_changes(table, pair, method)
-    )
     settings = _settings(table, pair, method)
-    first = methods.first_phase(losses)
-    if first:  # The epochs of the protocol count from the end of a first phase.
-        (epochs, source), (milestones, _) = settings["epochs"], settings["optimizer.milestones"]
-        source = f"{source}, after a first phase of {first} epochs"
-        settings["epochs"] = epochs + first, source
-        settings["optimizer.milestones"] = [epoch + first for epoch in milestones], source
-    config = ConfigDict({"method": method, "losses": losses, "teacher": {}, "student": {}})
+    config = ConfigDict({"method": method, "teacher": {}, "student": {}})
+    config.losses = methods.losses(method, changes=_changes(table, pair, method))
+    config.first_phase = methods.first_phase(method, table["protocol"]["first_phase_epochs"])
     for role, name in zip(("teacher", "student"), pair, strict=True):
         config[role].name, config[role].width = _network(table, name)
     for key, (value, _) in settings.items():

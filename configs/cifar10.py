@@ -22,6 +22,7 @@ def get_config(word="cskd"):
     config.teacher = ConfigDict({"name": teacher[0], "width": teacher[1]})
     config.student = ConfigDict({"name": student[0], "width": student[1]})
     config.losses = methods.losses(method)
+    config.first_phase = methods.first_phase(method)
     config.optimizer = ConfigDict(
         {"milestones": (80, 120) if released else (80, 120, 160), "restart_momentum": released}
     )

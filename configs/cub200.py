@@ -26,5 +26,6 @@ def get_config(word="cskd"):
     config.teacher = ConfigDict({"name": teacher[0], "width": teacher[1]})
     config.student = ConfigDict({"name": student[0], "width": student[1]})
     config.losses = methods.losses(method)
+    config.first_phase = methods.first_phase(method)
     config.optimizer = ConfigDict({"weight_decay": 5e-4, "milestones": (50, 100, 150)})
     return config

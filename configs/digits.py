@@ -21,7 +21,8 @@ def get_config(word="cskd"):
     config.augment = ConfigDict({"crop_padding": 1})  # There is no flip, because it would change most digits.
     config.teacher = ConfigDict({"name": teacher[0], "width": teacher[1], "epochs": 30})
     config.student = ConfigDict({"name": student[0], "width": student[1]})
-    config.losses = methods.losses(method, init_epochs=4, warmup_epochs=5)
+    config.losses = methods.losses(method, warmup_epochs=5)
+    config.first_phase = methods.first_phase(method, epochs=4)
     config.optimizer = ConfigDict(
         {"learning_rate": 0.05, "milestones": (15, 25), "restart_momentum": method != "cskd_paper"}
     )

@@ -27,15 +27,13 @@ def category_structure(variant, *, intra=True, inter=True):
     return {"cross_entropy": {"weight": cross_entropy}, "mse_logits": {"weight": mse}, "category_structure": structure}
 
 
-def with_cross_entropy(name, weight, *, wait=0, **settings):
-    """Returns cross-entropy with weight 1, from epoch `wait` on, and one more loss, as in published comparisons."""
-    cross_entropy = {"weight": 1.0} | ({"start_epoch": wait} if wait else {})
-    return {"cross_entropy": cross_entropy, name: {"weight": weight, **settings}}
+def with_cross_entropy(name, weight, **settings):
+    """Returns cross-entropy with weight 1 and one more loss, as in published comparisons."""
+    return {"cross_entropy": {"weight": 1.0}, name: {"weight": weight, **settings}}
 
 
-def table(init_epochs, warmup_epochs):
+def table(warmup_epochs):
     """Returns {method: its losses} for data whose images have one class each."""
-    init = {"wait": init_epochs}  # Until a first phase of the method alone is over.
     warmup = {"warmup_epochs": warmup_epochs}
     return {
         "cskd": category_structure("reference"),
@@ -45,11 +43,11 @@ def table(init_epochs, warmup_epochs):
         "ce": {"cross_entropy": {"weight": 1.0}},
         "kd": {"cross_entropy": {"weight": 0.1}, "kd": {"weight": 0.9}},
         "lskd": {"cross_entropy": {"weight": 0.1}, "lskd": {"weight": 9.0}},
-        "fitnet": with_cross_entropy("fitnet", 100.0, **init),
+        "fitnet": with_cross_entropy("fitnet", 100.0),
         "at": with_cross_entropy("at", 1000.0),
         "nst": with_cross_entropy("nst", 50.0),
-        "fsp": with_cross_entropy("fsp", 1.0, **init, end_epoch=init_epochs),
-        "ab": with_cross_entropy("ab", 1.0, **init, end_epoch=init_epochs),
+        "fsp": with_cross_entropy("fsp", 1.0),
+        "ab": with_cross_entropy("ab", 1.0),
         "cckd": with_cross_entropy("cckd", 100.0),
         "cc": with_cross_entropy("cc", 0.02),
         "rkd": with_cross_entropy("rkd", 1.0),
@@ -61,7 +59,7 @@ def table(init_epochs, warmup_epochs):
         "crd": with_cross_entropy("crd", 0.8),
         "dkd": with_cross_entropy("dkd", 1.0, **warmup),
         "reviewkd": with_cross_entropy("reviewkd", 1.0, **warmup),
-        "dist": with_cross_entropy("dist", 1.0),
+        "dist": with_cross_entropy("dist", 2.0),
         "kdgan": with_cross_entropy("kdgan", 1.0),
     }
 
@@ -81,22 +79,35 @@ def multilabel_table():
     }
 
 
-METHODS, MULTILABEL_METHODS = tuple(table(1, 1)), tuple(multilabel_table())
+METHODS, MULTILABEL_METHODS = tuple(table(1)), tuple(multilabel_table())
 
 # Losses that supervise by the labels: they stand once in a combination, with weight 1.
 SUPERVISION = ("cross_entropy", "binary_cross_entropy")
+# Methods with a first phase for themselves, and its learning rate in the reference code of Tian et al. 2020; None is
+# that of the optimizer. The first two are off after it.
+FIRST_PHASES = {"ab": None, "fsp": None, "ft": 0.01}
 # Weights of combinations that were published with others than those of their methods: {methods: {loss: weight}}.
 COMBINATIONS = {
     frozenset({"crd", "kd"}): {"cross_entropy": 1.0, "kd": 1.0, "crd": 0.8},  # Tian et al. 2020, reference code
 }
 
 
-def losses(method, *, init_epochs=30, warmup_epochs=20, multilabel=False, changes=None):
+def first_phase(method, epochs=30):
+    """Returns the first phase of a method, for `config.first_phase`: one of no epochs for most methods.
+
+    Args:
+      method: Name of the method, as in `losses`.
+      epochs: Length of the first phase of the methods that have one.
+    """
+    rates = [FIRST_PHASES[part] for part in method.split("+") if part in FIRST_PHASES]
+    return ConfigDict({"epochs": epochs, "learning_rate": rates[0]} if rates else {"epochs": 0})
+
+
+def losses(method, *, warmup_epochs=20, multilabel=False, changes=None):
     """Returns the losses of a method, for `config.losses`.
 
     Args:
       method: One of METHODS, or of MULTILABEL_METHODS, or several with + between them, such as "at+kd".
-      init_epochs: Length of the first phase of the methods that have one (fitnet, fsp, ab).
       warmup_epochs: Epochs over which the weights of dkd and reviewkd grow.
       multilabel: Whether the images of the recipe have any number of classes instead of one.
       changes: {method: {loss: {setting: value}}}, what a recipe sets otherwise than the table of methods.
@@ -108,7 +119,7 @@ def losses(method, *, init_epochs=30, warmup_epochs=20, multilabel=False, change
       UnknownWordError: If there is no such method.
       ValueError: If the methods of a sum do not go together.
     """
-    known = multilabel_table() if multilabel else table(init_epochs, warmup_epochs)
+    known = multilabel_table() if multilabel else table(warmup_epochs)
     parts = method.split("+")
     for part in parts:
         if part not in known:
@@ -126,15 +137,13 @@ def losses(method, *, init_epochs=30, warmup_epochs=20, multilabel=False, change
 def combine(parts, count):
     """Returns the losses of several methods together: each at its own weight, and supervision once with weight 1.
 
-    During the first phase that a method has for itself, the losses of the others are off, as supervision is.
-
     Args:
       parts: {method: its losses}.
       count: Number of methods that were named; more than there are in `parts` if one was named twice.
     """
     if len(parts) < count:
         raise ValueError("a method is named twice")
-    phases = {part: first_phase(terms) for part, terms in parts.items() if first_phase(terms)}
+    phases = [part for part in parts if part in FIRST_PHASES]
     if len(phases) > 1:
         raise ValueError(f"{' and '.join(phases)} need a first phase of their own")
     losses = {}
@@ -143,15 +152,6 @@ def combine(parts, count):
             if name in losses and name not in SUPERVISION:
                 raise ValueError(f"the loss {name} is that of {part} and of another method")
             losses[name] = {"weight": 1.0} if name in SUPERVISION else dict(settings)
-    for part, epochs in phases.items():
-        for name in losses:
-            if name in SUPERVISION or name not in parts[part]:
-                losses[name]["start_epoch"] = epochs
     for name, weight in COMBINATIONS.get(frozenset(parts), {}).items():
         losses[name]["weight"] = weight
     return losses
-
-
-def first_phase(terms):
-    """Returns the number of epochs that the losses of a method have before labels are read; 0 for most methods."""
-    return max(terms[name].get("start_epoch", 0) for name in SUPERVISION if name in terms)

@@ -64,8 +64,6 @@ def run_all(folder: pathlib.Path, dtype: str, methods: list[str]) -> dict[str, s
             *[f"--config.{network}.name=resnet8" for network in ("teacher", "student")],
             *[f"--config.{network}.width=0.25" for network in ("teacher", "student")],
         ]
-        if method == "fitnet":  # Both of its phases are to be seen.
-            arguments.append("--config.losses.cross_entropy.start_epoch=1")
         if teacher is not None:
             arguments.append(f"--config.teacher.checkpoint={teacher}")
         code = main(["main", *arguments])

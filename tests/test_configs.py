@@ -16,7 +16,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.report import published
 from cskd_jax.runs import keys, schema
-from cskd_jax.runs.build import make_network, make_trainer
+from cskd_jax.runs.build import make_network, make_trainer, make_training
 from cskd_jax.training.objective import Objective, needs_teacher
 from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
@@ -249,14 +249,54 @@ def test_combined_methods(method, weights):
     assert get_config("digits", f"{networks}{slash}{reverse}") == config, "whatever their order"
 
 
-def test_other_methods_wait_for_the_first_phase_of_one():
-    losses = get_config("digits", "at+fsp").losses
-    phases = {name: (settings.start_epoch, settings.end_epoch) for name, settings in losses.items()}
-    assert phases == {"cross_entropy": (4, None), "at": (4, None), "fsp": (0, 4)}
-    assert (
-        get_config("digits", "fitnet+dkd").losses.dkd.to_dict().items()
-        >= {"start_epoch": 4, "warmup_epochs": 5}.items()
-    )
+@pytest.mark.parametrize(
+    ("method", "settings", "losses"),
+    [
+        ("at+fsp", {"fsp": {}}, {"at": (4, None), "cross_entropy": (4, None)}),
+        ("ab", {"ab": {"margin": 1.0}}, {"cross_entropy": (4, None)}),
+        ("ft", {"ft": {"trains": "paraphraser"}}, {"cross_entropy": (4, None), "ft": (4, None)}),
+    ],
+)
+def test_other_methods_wait_for_the_first_phase_of_one(method, settings, losses):
+    config = get_config("digits", method)
+    schema.validate(config)
+    training = make_training(config, steps_per_epoch=3)
+    first, later = training.phases
+    assert (first.epochs, later.epochs) == (4, 30)
+    assert first.losses.keys() == settings.keys()
+    for name, expected in settings.items():
+        assert first.losses[name].items() >= ({"weight": 1.0} | expected).items()
+    assert {name: (s["start_epoch"], s["end_epoch"]) for name, s in training.losses.items()} == losses
+    assert training.losses.get("ft", {"trains": "student"})["trains"] == "student"
+    assert first.schedule(0) == pytest.approx(0.01 if method == "ft" else 0.05)
+    paths = [("stem", "kernel"), ("stage1_block1", "conv1", "kernel"), ("head", "kernel"), ("classifier", "bias")]
+    assert [first.trainable(path) for path in paths] == [method != "ft"] * 2 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("word", "changes", "message"),
+    [
+        ("kd", {"first_phase.epochs": 3}, "first_phase.epochs is 3; it must be 0 without a loss that has a first"),
+        (
+            "ab",
+            {"optimizer.name": "dot", "optimizer.restart_momentum": False},
+            "optimizer.name is dot, which has no first phase: set first_phase.epochs to 0",
+        ),
+        ("kd", {"optimizer.name": "dot"}, "optimizer.restart_momentum is True; with optimizer.name dot it must be"),
+        (
+            "cskd_paper",
+            {"optimizer.name": "dot", "optimizer.delta": 0.2},
+            "optimizer.delta is 0.2, optimizer.momentum 0.9; their difference must be at least 0, and their sum less",
+        ),
+    ],
+)
+def test_first_phases_and_optimizers_that_make_no_sense(word, changes, message):
+    config = get_config("digits", word)
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        config[section][name] = value
+    with pytest.raises(UserError, match=re.escape(message)):
+        schema.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +304,7 @@ def test_other_methods_wait_for_the_first_phase_of_one():
     [
         ("digits", "kd+at+kd", "at+kd+kd: a method is named twice"),
         ("digits", "cskd+cskd_paper", "the loss mse_logits is that of cskd_paper and of another method"),
-        ("digits", "ab+kd+fitnet", "ab and fitnet need a first phase of their own"),
+        ("digits", "ab+kd+fsp", "ab and fsp need a first phase of their own"),
         ("digits", "kd+", "unknown method ''; known: cskd, "),
         ("digit_pairs", "mlcskd+bkd", "the loss binary_kd is that of mlcskd and of another method"),
     ],

@@ -49,8 +49,8 @@ train digits:kd+kd
     kd+kd: a method is named twice
 train digits:cskd+intra
     cskd+intra: the loss mse_logits is that of intra and of another method
-train digits:fitnet+ab
-    ab+fitnet: ab and fitnet need a first phase of their own
+train digits:fsp+ab
+    ab+fsp: ab and fsp need a first phase of their own
 train digit_pairs:kd
     unknown method 'kd'; did you mean bkd?
     -> train digit_pairs:bkd
@@ -116,7 +116,7 @@ train digits:kd --config.epoch=1
     unknown configuration key epoch; did you mean epochs?
     -> train digits:kd --config.epochs=1
 train digits:kd --config.learning_rate=0.2
-    unknown configuration key learning_rate; did you mean optimizer.learning_rate or teacher.learning_rate?
+    unknown configuration key learning_rate; did you mean teacher.learning_rate or ...
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --config.kd.temprature=2
     unknown configuration key kd.temprature; cskd-jax config keys lists all

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cskd_jax.models import BasicBlock, ModelOutput, ResNet
+from cskd_jax.models.layers import BatchNorm
 from cskd_jax.training.adapters import LinenNetwork, as_network
 from cskd_jax.training.networks import as_output, draws_random_numbers
 from cskd_jax.training.state import init_network
@@ -177,3 +178,31 @@ def test_networks_of_this_package_follow_the_axis():
     assert network.on_axis("batch").module.axis_name == "batch"
     assert network.on_axis("batch").on_axis(None) == LinenNetwork(module)
     assert not as_network(Train()).synchronized
+
+
+def test_modules_that_do_not_train_are_in_evaluation_mode():
+    class Normalized(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            first = BatchNorm(name="first")(images, train=train)
+            return BatchNorm(name="second")(2 * first, train=train).mean((1, 2))
+
+    images = jnp.asarray(np.random.default_rng(0).normal(3, 2, (4, 2, 2, 3)).astype(np.float32))
+    network = LinenNetwork(Normalized())
+    variables, _ = network.init(jax.random.key(0), images.shape[1:])
+    whole, part, none = (
+        LinenNetwork(Normalized(), trainable=trainable).apply(variables, images, train=True)
+        for trainable in (lambda path: True, lambda path: path[0] == "first", lambda path: False)
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, network.apply(variables, images, train=True))
+    first, second = (part[1]["batch_stats"][name]["mean"] for name in ("first", "second"))
+    assert first.any()
+    assert not second.any()
+    evaluated = BatchNorm().apply(
+        {name: collection["second"] for name, collection in variables.items()},
+        2 * (images - images.mean((0, 1, 2))) / np.sqrt(images.var((0, 1, 2)) + 1e-5),
+        train=False,
+    )
+    np.testing.assert_allclose(part[0].logits, evaluated.mean((1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(none[0].logits, network.apply(variables, images, train=False)[0].logits)
+    assert none[1] == {}

@@ -5,7 +5,14 @@ import numpy as np
 import optax
 import pytest
 
-from cskd_jax.training.optimizers import StepSchedule, learning_rate_of_step, restart_every, sgd
+from cskd_jax.training.optimizers import (
+    SeparateGradients,
+    StepSchedule,
+    dot,
+    learning_rate_of_step,
+    restart_every,
+    sgd,
+)
 
 STEPS_PER_EPOCH = 3
 DEFAULTS = {
@@ -135,3 +142,26 @@ def test_restart_survives_saving_and_restoring_the_state():
     restored = jax.tree.map(np.asarray, state)
     outputs = [float(buffer_after(optimizer, [1] * count, restored)[0]) for count in (1, 2)]
     assert outputs == [1.75, 1]
+
+
+def test_dot_is_sgd_with_a_momentum_for_each_gradient():
+    """What losses train has no gradient of supervision, and the momentum of plain SGD."""
+    rng = np.random.default_rng(0)
+    params = {"network": {"kernel": rng.normal(size=3)}, "losses": {"cc": {"kernel": rng.normal(size=2)}}}
+    optimizer = dot(StepSchedule(0.1, (2,)), momentum=0.8, delta=0.1, weight_decay=0.01)
+    plain = sgd(StepSchedule(0.1, (2,)), momentum=0.8, weight_decay=0.01)
+    with jax.enable_x64(True):
+        state, plain_params, plain_state = optimizer.init(params), params["losses"], plain.init(params["losses"])
+        expected, task, distilled = params["network"]["kernel"], 0, 0
+        for rate in (0.1, 0.1, 0.01):
+            drawn = [jax.tree.map(lambda x: rng.normal(size=x.shape), params) for _ in "sd"]
+            drawn[0]["losses"] = jax.tree.map(np.zeros_like, params["losses"])
+            task = 0.7 * task + drawn[0]["network"]["kernel"] + 0.01 * expected
+            distilled = 0.9 * distilled + drawn[1]["network"]["kernel"]
+            expected = expected - rate * (task + distilled)
+            updates, state = optimizer.update(SeparateGradients(*drawn), state, params)
+            params = optax.apply_updates(params, updates)
+            updates, plain_state = plain.update(drawn[1]["losses"], plain_state, plain_params)
+            plain_params = optax.apply_updates(plain_params, updates)
+        np.testing.assert_allclose(params["network"]["kernel"], expected, rtol=1e-12)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), params["losses"], plain_params)

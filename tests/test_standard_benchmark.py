@@ -73,10 +73,10 @@ def test_protocol_of_every_cell(pair):
         config = cell(pair, method)
         schema.validate(config)
         settings = config.optimizer
-        # The epochs of the facts count from the end of the first phase.
-        first = common["init_epochs"] if method in ("ab", "fsp") else 0
-        assert config.epochs == common["epochs"] + first
-        assert settings.milestones == tuple(epoch + first for epoch in common["lr_decay_epochs"])
+        # Epochs count from the end of the first phase.
+        first = common["init_epochs"] if method in ("ab", "fsp", "ft") else 0
+        assert (config.epochs, config.first_phase.epochs) == (common["epochs"], first)
+        assert settings.milestones == tuple(common["lr_decay_epochs"])
         assert (config.teacher.epochs, config.teacher.learning_rate) == (common["epochs"], common["learning_rate"])
         assert (config.batch_size, config.drop_last) == (common["batch_size"], common["drop_last"])
         assert (settings.name, settings.schedule, settings.learning_rate) == ("sgd", "step", rate)
@@ -113,8 +113,7 @@ def test_weights_of_the_reference_code(method):
         for setting, name in SETTINGS.get(method, {}).items():
             assert losses[method][setting] == entry[name]
         phases = [(loss.start_epoch, loss.end_epoch, loss.warmup_epochs) for loss in losses.values()]
-        if method != "ft":
-            assert phases == [(0, None, 0)] * 2, "one phase, fitnet too"
+        assert phases == [(0, None, 0)] * 2
 
 
 @pytest.mark.parametrize("method", ["ab", "fsp"])
@@ -122,9 +121,9 @@ def test_first_phase_of_the_method_alone(method):
     entry = facts()["methods_repdistiller"][{"ab": "ab (abound)"}.get(method, method)]
     epochs = facts()["common_repdistiller"]["init_epochs"]
     assert entry["first_phase"].startswith(f"{epochs} epochs, lr = learning_rate")
-    losses = cell("resnet56/resnet20", method).losses
-    assert (losses[method].start_epoch, losses[method].end_epoch, losses[method].weight) == (0, epochs, 1.0)
-    assert (losses.cross_entropy.start_epoch, losses.cross_entropy.end_epoch) == (epochs, None)
+    config = cell("resnet56/resnet20", method)
+    assert (config.first_phase.epochs, config.first_phase.learning_rate) == (epochs, None)
+    assert config.losses[method].weight == 1.0
 
 
 @pytest.mark.parametrize("pair", PAIRS)

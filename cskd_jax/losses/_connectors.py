@@ -11,6 +11,8 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from cskd_jax.losses._arrays import pool_to_common_size
+
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the distribution from which torch.nn.Linear and torch.nn.Conv2d draw weights.
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -62,32 +64,100 @@ class Convolution(nn.Module):
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-class Connector(nn.Module):
-    """A `Convolution`, followed by batch normalization by the statistics of the global batch.
+class Normalization(nn.Module):
+    """Batch normalization by the statistics of the global batch.
 
     Attributes:
-      features: Number of output channels.
-      kernel_size: Side of the square kernel.
       axis_name: Name of the mapped axis over which the batch is split, or None.
-      kernel_init: Initializer of the kernel.
       epsilon: Number added to the variance.
     """
 
-    features: int
-    kernel_size: int = 1
     axis_name: str | None = None
-    kernel_init: Callable = torch_uniform
     epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [B, H, W, D] to [B, H, W, features]."""
-        x = Convolution(self.features, self.kernel_size, self.kernel_init, name="convolution")(x)
-        scale = self.param("scale", nn.initializers.ones, (self.features,), x.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), x.dtype)
+        """Normalizes x [B, H, W, D]."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), x.dtype)
         mean = self._global(jnp.mean(x, axis=(0, 1, 2)))
         variance = self._global(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
         return (x - mean) * (scale * lax.rsqrt(variance + self.epsilon)) + bias
 
     def _global(self, mean):
         return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
+
+
+class Connector(nn.Module):
+    """A `Convolution`, followed by a `Normalization`.
+
+    Attributes:
+      features: Number of output channels.
+      kernel_size: Side of the square kernel.
+      axis_name: Name of the mapped axis over which the batch is split, or None.
+      kernel_init: Initializer of the kernel.
+    """
+
+    features: int
+    kernel_size: int = 1
+    axis_name: str | None = None
+    kernel_init: Callable = torch_uniform
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, H, W, D] to [B, H, W, features]."""
+        x = Convolution(self.features, self.kernel_size, self.kernel_init, name="convolution")(x)
+        return Normalization(self.axis_name, name="normalization")(x)
+
+
+class Regressor(nn.Module):
+    """A convolution with bias to the size and the channels of another map, followed by a `Normalization`.
+
+    The convolution is that of the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller):
+    3x3 with stride 2 to half the size, transposed 4x4 with stride 2 to twice the size, and otherwise without padding,
+    with the kernel that leaves the size wanted; 1x1 where the sizes are equal.
+
+    Attributes:
+      features: Number of output channels.
+      size: Height and width of the output: half or twice those of the input, or at most those of the input.
+      axis_name: Name of the mapped axis over which the batch is split, or None.
+    """
+
+    features: int
+    size: tuple[int, int]
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, H, W, D] to [B, *size, features]."""
+        dtype = np.promote_types(x.dtype, np.float32)
+        given = x.shape[1:3]
+        kernel_size, stride, dilation, padding = (given[0] - self.size[0] + 1, given[1] - self.size[1] + 1), 1, 1, 0
+        if given == _twice(self.size):
+            kernel_size, stride, padding = (3, 3), 2, 1
+        elif self.size == _twice(given):
+            # A transposed convolution is one of the map with zeros in between.
+            kernel_size, dilation, padding = (4, 4), 2, 2
+        kernel = self.param("kernel", torch_uniform, (*kernel_size, x.shape[-1], self.features), dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
+        x = lax.conv_general_dilated(
+            x.astype(dtype),
+            kernel,
+            (stride, stride),
+            ((padding, padding),) * 2,
+            lhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return Normalization(self.axis_name, name="normalization")(x + bias)
+
+
+def pool_to_reachable_size(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns both maps [B, H, W, D], pooled to a common size if no `Regressor` maps one size to the other."""
+    given, wanted = student.shape[1:3], teacher.shape[1:3]
+    if wanted == _twice(given) or (given[0] >= wanted[0] and given[1] >= wanted[1]):
+        return student, teacher
+    return pool_to_common_size(student, teacher)
+
+
+def _twice(size):
+    return 2 * size[0], 2 * size[1]

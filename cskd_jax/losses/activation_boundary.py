@@ -1,16 +1,16 @@
 """Activation boundaries: the student learns which neurons are on, whatever their strength."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._arrays import pool_to_common_size
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, pair_stages
-from cskd_jax.losses._connectors import Connector
-from cskd_jax.losses.base import LossInputs, Method, Positive
+from cskd_jax.losses._connectors import Regressor, pool_to_reachable_size
+from cskd_jax.losses.base import FirstPhase, LossInputs, Method, Positive
 
 
 def activation_boundary_loss(
@@ -59,23 +59,28 @@ def activation_boundary_loss(
 class ActivationBoundary(Method):
     """Applies `activation_boundary_loss` to the pre-activations of all stages.
 
-    A trainable 1x1 convolution with batch normalization brings the student's pre-activations to the teacher's channels.
-    Where maps differ in size, the larger is average-pooled to the smaller. The paper uses the loss alone to initialize
-    the student, which is then trained with cross-entropy.
+    Where the shapes differ, a trainable convolution with batch normalization brings the student's pre-activations to
+    the size and the channels of the teacher's, see `_connectors.Regressor`. Where the teacher's map is larger, but not
+    twice as large, both are average-pooled to a common size first. The paper uses the loss alone to initialize the
+    student, which is then trained with cross-entropy.
 
     Attributes:
       margin: Margin around a boundary, by which a neuron is pushed below or above it; greater than 0.
     """
 
     margin: Positive = 1.0
+    version: ClassVar[int] = 2
+    first_phase: ClassVar[FirstPhase | None] = FirstPhase(trains_network=True)
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
         students, teachers = [], []
         pairs = pair_stages(inputs.student.preactivations, inputs.teacher.preactivations)
         for stage, (student, teacher) in enumerate(pairs, start=1):
-            student, teacher = pool_to_common_size(student, teacher)
-            connector = Connector(teacher.shape[-1], axis_name=self.axis_name, name=f"connector{stage}")
-            students.append(connector(student))
+            student, teacher = pool_to_reachable_size(student, teacher)
+            if student.shape != teacher.shape:
+                size = teacher.shape[1:3]
+                student = Regressor(teacher.shape[-1], size, self.axis_name, name=f"connector{stage}")(student)
+            students.append(student)
             teachers.append(teacher)
         return activation_boundary_loss(students, teachers, margin=self.margin), {}

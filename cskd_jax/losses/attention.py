@@ -1,5 +1,7 @@
 """Attention transfer: the student learns where on a stage's map the activation lies."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -54,6 +56,8 @@ def attention_transfer_loss(student_features: jax.Array, teacher_features: jax.A
 class AttentionTransfer(Method):
     """Sums `attention_transfer_loss` over all stages."""
 
+    version: ClassVar[int] = 2
+
     def __call__(self, inputs: LossInputs):
-        stages = pair_stages(inputs.student.features, inputs.teacher.features)
+        stages = pair_stages(inputs.student.stages, inputs.teacher.stages)
         return sum(attention_transfer_loss(student, teacher) for student, teacher in stages), {}

@@ -36,6 +36,31 @@ class NetworkOutput(Protocol):
         """Returns the maps before the last ReLU of each stage."""
         ...
 
+    @property
+    def stages(self) -> tuple[jax.Array, ...]:
+        """Returns the map that each stage hands on to the next part of the network."""
+        ...
+
+    @property
+    def stem(self) -> Any:
+        """Returns the map of the stem; None where a network does not give it."""
+        ...
+
+
+class FirstPhase(NamedTuple):
+    """How a method trains in a first phase of its own, in which no other loss is on.
+
+    Attributes:
+      trains_network: Whether the stages of the network train, all that precedes the head and the classifier; if not,
+        only what the method itself trains.
+      settings: Settings of the method in that phase, which override those of a configuration.
+      later: Its settings after that phase; None if it is then off.
+    """
+
+    trains_network: bool
+    settings: Mapping[str, Any] = {}
+    later: Mapping[str, Any] | None = None
+
 
 class LossInputs(NamedTuple):
     """A batch as the methods see it.
@@ -79,6 +104,7 @@ class Method(nn.Module):
       parts: Parts of the loss whose contributions are studied apart: {name: the setting with its weight}.
       version: Version of the formula. It is raised when the same settings lead to other values than before, so that no
         run that was begun with the old formula is continued with the new one.
+      first_phase: How the method trains in a first phase of its own; None if it has none.
     """
 
     num_classes: int
@@ -89,3 +115,9 @@ class Method(nn.Module):
     baseline: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, str]] = {}
     version: ClassVar[int] = 1
+    first_phase: ClassVar[FirstPhase | None] = None
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Returns the names of its parameters that neither train nor decay under its present settings."""
+        return ()

@@ -14,6 +14,9 @@ from cskd_jax.losses._checks import check_float, check_labels, check_same_batch,
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import Count, Fraction, LossInputs, Method, Positive
 
+# This number is added to the denominators within the logarithms, as in the reference code.
+_EPSILON = 1e-7
+
 
 class ContrastMemory(NamedTuple):
     """The embeddings and labels remembered of the N samples of the training split; equal on all devices.
@@ -73,13 +76,12 @@ def contrastive_loss(
     """Computes contrastive representation distillation: NCE of each network's embedding against the other's memory.
 
     For an anchor v of sample i (the student's embedding against the teacher's memory m, and the reverse)
-      P(j) = exp(<v, m_j> / T) / Z,      h(j) = P(j) / (P(j) + K / N)
-      loss = -ln h(i) - K mean over the allowed negatives j of ln(1 - h(j))
+      P(j) = exp(<v, m_j> / T) / Z,      S(j) = P(j) + K / N + 1e-7
+      loss = -ln(P(i) / S(i)) - K mean over the allowed negatives j of ln(K / N / S(j))
     with the constant Z = N mean exp(<v, m_j> / T) over the anchors, positives and negatives of the first batch. The
     value is the sum over the two directions. A negative is allowed unless it is known to be of the sample's own class:
-    the mean times K stands for K draws from the allowed ones, and the negatives count 0 if none is allowed. The loss is
-    computed from ln h = -softplus(ln(K / N) - ln P), so that the small number that the reference code adds inside the
-    logarithm is not needed. N cancels from h.
+    the mean times K stands for K draws from the allowed ones, and the negatives count 0 if none is allowed. The small
+    number is that of the reference code. The loss is computed from logarithms and finite for any embeddings.
 
     Time is O(B N D): one matrix product with each memory, from which the scores of the negatives are picked. Memory is
     therefore O(B N) instead of the O(B K D) that collecting the embeddings of the negatives would take, on each device
@@ -117,7 +119,7 @@ def contrastive_loss(
     check_same_batch(student_embedding=student_embedding, indices=indices, negatives=negatives)
     check_temperature(temperature)
     memory = ContrastMemory(*map(jnp.asarray, memory))
-    num_negatives = negatives.shape[1]
+    num_negatives, excess = negatives.shape[1], len(memory.student) * _EPSILON
     known_labels = memory.labels[negatives]
     allowed = (known_labels != labels[:, None]) & (negatives != indices[:, None])
     allowed = allowed.astype(student_embedding.dtype)
@@ -132,8 +134,10 @@ def contrastive_loss(
         estimate = _log_mean_exp(positive, negative, weights, axis_name)
         known = lax.stop_gradient(memory.log_normalizers[i])
         log_normalizer = jnp.where(jnp.isneginf(known), estimate, known)
-        shift = log_normalizer + math.log(num_negatives)
-        nce = jax.nn.softplus(shift - positive[:, 0]) + jnp.sum(weights * jax.nn.softplus(negative - shift), axis=1)
+        shift = log_normalizer + math.log(num_negatives + excess)
+        # The numerator of the negatives does not have the excess.
+        negative_nce = jax.nn.softplus(negative - shift) + math.log1p(excess / num_negatives)
+        nce = jax.nn.softplus(shift - positive[:, 0]) + jnp.sum(weights * negative_nce, axis=1)
         terms[name] = jnp.mean(nce)
         log_normalizers.append(log_normalizer)
     return terms["student"] + terms["teacher"], terms, jnp.stack(log_normalizers)
@@ -210,6 +214,7 @@ class CRD(Method):
     temperature: Positive = 0.07
     momentum: Fraction = 0.5
     multilabel: ClassVar[bool] = False
+    version: ClassVar[int] = 2
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
@@ -220,9 +225,8 @@ class CRD(Method):
         variable = self.variable("memory", "contrast", self._new_memory, student.dtype)
         labels, indices, batch_size = inputs.labels, inputs.indices, len(inputs.labels)
         num_negatives = min(self.num_negatives, self.num_examples - 1)
-        negatives = draw_negatives(
-            inputs.key, batch_positions(batch_size, self.axis_name), num_negatives, self.num_examples
-        )
+        positions = batch_positions(batch_size, self.axis_name)
+        negatives = self.draw(inputs.key, positions, num_negatives)
         memory = ContrastMemory(**variable.value)
         known = gather_batch(labels, self.axis_name).astype(jnp.int32)
         memory = memory._replace(labels=memory.labels.at[gather_batch(indices, self.axis_name)].set(known))
@@ -241,6 +245,10 @@ class CRD(Method):
             memory = remember(memory, student, teacher, indices, momentum=self.momentum, axis_name=self.axis_name)
             variable.value = memory._asdict()
         return value, terms
+
+    def draw(self, key: jax.Array, positions: jax.Array, num_negatives: int) -> jax.Array:
+        """Returns the negatives of the samples at `positions` in the global batch, int32 [B, num_negatives]."""
+        return draw_negatives(key, positions, num_negatives, self.num_examples)
 
     def _embed(self, name, embedding):
         return normalize(Pointwise(self.embedding_size, use_bias=True, name=name)(embedding))

@@ -1,13 +1,20 @@
 """DIST: the student learns the correlations of the predictions, within a sample and within a class."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cskd_jax.losses._arrays import normalize
+from cskd_jax.losses._arrays import safe_sqrt
 from cskd_jax.losses._batch import gather_batch
 from cskd_jax.losses._checks import at_least_float32, check_logits, check_several_samples, check_temperature
 from cskd_jax.losses.base import LossInputs, Method, Positive
+
+# This number is added to the product of two norms, as in the authors' code.
+_EPSILON = 1e-8
+# Squared norms up to this count as zero, with zero gradient.
+_NEGLIGIBLE = 1e-24
 
 
 def dist_loss(
@@ -22,15 +29,16 @@ def dist_loss(
     """Computes DIST: T^2 (beta * inter + gamma * intra), for predictions Y = softmax(z / T) of shape [B, C].
 
     inter = 1 - mean over the samples i of pearson(Y^s_i:, Y^t_i:), which relates the classes of a sample. intra = 1 -
-    mean over the classes c of pearson(Y^s_:c, Y^t_:c), which relates the samples of the global batch.
+    mean over the classes c of pearson(Y^s_:c, Y^t_:c), which relates the samples of the global batch. As in the
+    authors' code (https://github.com/hunto/DIST_KD), pearson(a, b) = <a, b> / (|a| |b| + 1e-8) of rows with their means
+    removed.
 
     Time and memory are O(B C), on every device.
 
     Args:
       student_logits: Logits of the student, float [B, C].
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
-      beta: Weight of inter. Like that of gamma, the default is that of the authors' code
-        (https://github.com/hunto/DIST_KD).
+      beta: Weight of inter. Like that of gamma, the default is that of the authors' code.
       gamma: Weight of intra.
       temperature: Temperature T, greater than 0. The default is that of the authors for small images (CIFAR-100); on
         ImageNet they use 1.
@@ -66,8 +74,11 @@ def dist_loss(
 
 def _pearson(a, b):
     """Returns the correlation of each row of `a` with that of `b`: [R, N], [R, N] -> [R]."""
-    a, b = (normalize(x - jnp.mean(x, axis=1, keepdims=True)) for x in (a, b))
-    return jnp.sum(a * b, axis=1)
+    a, b = (x - jnp.mean(x, axis=1, keepdims=True) for x in (a, b))
+    norms = [safe_sqrt(jnp.sum(jnp.square(x), axis=1), _NEGLIGIBLE) for x in (a, b)]
+    varies = (norms[0] > 0) & (norms[1] > 0)
+    product = jnp.where(varies, jnp.sum(a * b, axis=1), 0)
+    return product / (norms[0] * norms[1] + _EPSILON)
 
 
 class DIST(Method):
@@ -82,6 +93,7 @@ class DIST(Method):
     beta: float = 1.0
     gamma: float = 1.0
     temperature: Positive = 4.0
+    version: ClassVar[int] = 2
 
     def __call__(self, inputs: LossInputs):
         return dist_loss(

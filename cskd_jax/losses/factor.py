@@ -1,5 +1,7 @@
 """Factor transfer: the teacher's last map, compressed to fewer channels."""
 
+from typing import ClassVar, Literal
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,9 +9,9 @@ from jax import lax
 
 from cskd_jax.losses._arrays import normalize, pool_to_common_size
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch
-from cskd_jax.losses._connectors import Convolution
+from cskd_jax.losses._connectors import Convolution, Normalization
 from cskd_jax.losses.attention import attention_map
-from cskd_jax.losses.base import LossInputs, Method, Positive
+from cskd_jax.losses.base import FirstPhase, LossInputs, Method, Positive
 
 
 def factor_transfer_loss(
@@ -61,16 +63,23 @@ class ConvolutionStack(nn.Module):
 
     Attributes:
       widths: Numbers of output channels of the convolutions.
+      normalize: Whether batch normalization follows each convolution.
+      axis_name: Name of the mapped axis over which the batch is split, or None.
     """
 
     widths: tuple[int, ...]
+    normalize: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, D] to [B, H, W, widths[-1]]."""
         for layer, width in enumerate(self.widths, start=1):
             x = Convolution(width, 3, name=f"layer{layer}")(x)
-            x = nn.leaky_relu(x + self.param(f"bias{layer}", nn.initializers.zeros, (width,), x.dtype), 0.1)
+            x += self.param(f"bias{layer}", nn.initializers.zeros, (width,), x.dtype)
+            if self.normalize:
+                x = Normalization(self.axis_name, name=f"normalization{layer}")(x)
+            x = nn.leaky_relu(x, 0.1)
         return x
 
 
@@ -78,39 +87,55 @@ class FactorTransfer(Method):
     """Applies `factor_transfer_loss` to the last stage, with a trainable paraphraser and translator.
 
     The paraphraser is an autoencoder of the teacher's last map: three 3x3 convolutions to rate * channels (the factor)
-    and three back. The translator is three convolutions from the student's last map to as many channels. The paper
-    trains the paraphraser first and then keeps it; here it is trained at the same time, by its own reconstruction loss,
-    so that one phase is enough. No gradient of the transfer reaches the paraphraser, and none of the reconstruction
-    reaches the student: only the size of the paraphraser's steps depends on `reconstruction_weight`.
+    and three back. The translator is three convolutions, each with batch normalization, from the student's last map to
+    as many channels. No gradient of the transfer reaches the paraphraser, and none of its reconstruction reaches the
+    student.
 
-    The value is transfer + reconstruction_weight * reconstruction, and these two are its terms.
+    The paper, and the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller), first train
+    the paraphraser alone and then keep it. Recipes do so, by setting `trains` in each of the two phases.
 
     Attributes:
       rate: Channels of the factor, as a fraction of the teacher's.
       pool_channels: Whether the factor is the mean of the squared channels at each position; None is True unless the
         maps are 1x1, where a single position scaled to norm 1 would always be 1 and transfer nothing.
-      reconstruction_weight: Weight of the paraphraser's reconstruction, relative to the transfer; the default, 1/200,
-        makes it 1 under the usual weight of this loss, 200.
+      trains: What the loss trains: "paraphraser", where its value is the mean squared error of the reconstruction;
+        "student" with the translator, where it is the transfer; or "both" at once, for a training in a single phase,
+        where it is transfer + reconstruction_weight * reconstruction.
+      reconstruction_weight: Weight of the reconstruction relative to the transfer where both are trained; the default,
+        1/200, makes it 1 under the usual weight of this loss, 200.
     """
 
     rate: Positive = 0.5
     pool_channels: bool | None = None
+    trains: Literal["both", "paraphraser", "student"] = "both"
     reconstruction_weight: float = 0.005
+    version: ClassVar[int] = 2
+    first_phase: ClassVar[FirstPhase | None] = FirstPhase(False, {"trains": "paraphraser"}, {"trains": "student"})
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Returns the parts that `trains` leaves as they are."""
+        return {"both": (), "paraphraser": ("translator",), "student": ("encoder", "decoder")}[self.trains]
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
-        student, teacher = inputs.student.features[-1], lax.stop_gradient(inputs.teacher.features[-1])
+        student, teacher = inputs.student.stages[-1], lax.stop_gradient(inputs.teacher.stages[-1])
         channels = teacher.shape[-1]
         width = int(channels * self.rate)
         if width < 1:
             raise ValueError(f"rate {self.rate} leaves no channel of the teacher's {channels}")
         factor = ConvolutionStack((channels, width, width), name="encoder")(teacher)
         reconstructed = ConvolutionStack((width, channels, channels), name="decoder")(factor)
-        reconstruction = jnp.mean(jnp.square(reconstructed - teacher.astype(reconstructed.dtype)))
-        translated = ConvolutionStack((student.shape[-1], width, width), name="translator")(student)
+        translator = ConvolutionStack((student.shape[-1], width, width), True, self.axis_name, name="translator")
         pool_channels = self.pool_channels
         if pool_channels is None:
             pool_channels = min(student.shape[1], teacher.shape[1]) * min(student.shape[2], teacher.shape[2]) > 1
-        transfer = factor_transfer_loss(translated, factor, pool_channels=pool_channels)
-        terms = {"transfer": transfer, "reconstruction": reconstruction}
-        return transfer + self.reconstruction_weight * reconstruction, terms
+        terms = {
+            "transfer": factor_transfer_loss(translator(student), factor, pool_channels=pool_channels),
+            "reconstruction": jnp.mean(jnp.square(reconstructed - teacher.astype(reconstructed.dtype))),
+        }
+        if self.trains == "student":
+            return terms["transfer"], {}
+        if self.trains == "paraphraser":
+            return terms["reconstruction"], {}
+        return terms["transfer"] + self.reconstruction_weight * terms["reconstruction"], terms

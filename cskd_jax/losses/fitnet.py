@@ -1,13 +1,14 @@
 """Hints: the student learns the maps of a middle stage themselves."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._arrays import pool_to_common_size
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, pair_stages
-from cskd_jax.losses._connectors import Connector
+from cskd_jax.losses._connectors import Regressor, pool_to_reachable_size
 from cskd_jax.losses.base import Count, LossInputs, Method
 
 
@@ -40,21 +41,23 @@ def hint_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.A
 
 
 class FitNet(Method):
-    """Applies `hint_loss` to one stage through a trainable regressor: 1x1 convolution, batch normalization, ReLU.
+    """Applies `hint_loss` to one stage through a trainable regressor: convolution, batch normalization, ReLU.
 
-    Where the maps differ in size, the larger is average-pooled to the smaller.
+    The convolution brings the student's map to the size of the teacher's, see `_connectors.Regressor`. Where the
+    teacher's map is larger, but not twice as large, both are average-pooled to a common size instead.
 
     Attributes:
       stage: Stage of student and teacher, counted from 1.
     """
 
     stage: Count = 2
+    version: ClassVar[int] = 2
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
-        pairs = pair_stages(inputs.student.features, inputs.teacher.features)
+        pairs = pair_stages(inputs.student.stages, inputs.teacher.stages)
         if not 1 <= self.stage <= len(pairs):
             raise ValueError(f"stage must be from 1 to {len(pairs)}, the number of stages, got {self.stage}")
-        student, teacher = pool_to_common_size(*pairs[self.stage - 1])
-        regressor = Connector(teacher.shape[-1], axis_name=self.axis_name, name="regressor")
+        student, teacher = pool_to_reachable_size(*pairs[self.stage - 1])
+        regressor = Regressor(teacher.shape[-1], teacher.shape[1:3], self.axis_name, name="regressor")
         return hint_loss(nn.relu(regressor(student)), teacher), {}

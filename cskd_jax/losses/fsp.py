@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax import lax
 from cskd_jax.losses._arrays import pool_to_common_size
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch, pair_stages
 from cskd_jax.losses._connectors import Pointwise
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import FirstPhase, LossInputs, Method
 
 
 def fsp_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -70,18 +71,25 @@ def fsp_loss(student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.A
 
 
 class FSP(Method):
-    """Applies `fsp_loss` to all pairs of consecutive stages.
+    """Applies `fsp_loss` to all pairs of consecutive stages, of which the first is the stem.
 
-    A trainable 1x1 convolution without bias first projects a stage of the student whose channels are not as many as the
-    teacher's; the paper only has networks with equal channels.
+    The stem is left out if one of the two networks does not give its map. The paper uses the loss alone to initialize
+    the student, which is then trained with cross-entropy. A trainable 1x1 convolution without bias first projects a
+    stage of the student whose channels are not as many as the teacher's; the paper and the reference code of CRD (Tian
+    et al. 2020, https://github.com/HobbitLong/RepDistiller) only have networks with equal channels.
     """
+
+    version: ClassVar[int] = 2
+    first_phase: ClassVar[FirstPhase | None] = FirstPhase(trains_network=True)
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
+        pairs = list(enumerate(pair_stages(inputs.student.stages, inputs.teacher.stages), start=1))
+        if inputs.student.stem is not None and inputs.teacher.stem is not None:
+            pairs.insert(0, (0, (inputs.student.stem, inputs.teacher.stem)))
         stages = []
-        pairs = pair_stages(inputs.student.features, inputs.teacher.features)
-        for stage, (student, teacher) in enumerate(pairs, start=1):
+        for stage, (student, teacher) in pairs:
             if student.shape[-1] != teacher.shape[-1]:
                 student = Pointwise(teacher.shape[-1], name=f"projection{stage}")(student)
             stages.append(student)
-        return fsp_loss(stages, inputs.teacher.features), {}
+        return fsp_loss(stages, [teacher for _, (_, teacher) in pairs]), {}

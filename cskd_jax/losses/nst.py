@@ -1,5 +1,7 @@
 """Neuron selectivity transfer: the student learns the distribution of the channels' activation patterns."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -63,6 +65,8 @@ def _mean_kernel(a, b):
 class NeuronSelectivityTransfer(Method):
     """Sums `nst_loss` over all stages."""
 
+    version: ClassVar[int] = 2
+
     def __call__(self, inputs: LossInputs):
-        stages = pair_stages(inputs.student.features, inputs.teacher.features)
+        stages = pair_stages(inputs.student.stages, inputs.teacher.stages)
         return sum(nst_loss(student, teacher) for student, teacher in stages), {}

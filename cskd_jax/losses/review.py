@@ -1,5 +1,7 @@
 """Knowledge review: late stages of the student, fused into earlier ones, learn from the teacher's stages."""
 
+from typing import ClassVar, Literal
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -93,21 +95,26 @@ class AttentionFusion(nn.Module):
 class ReviewKD(Method):
     """Sums `hierarchical_context_loss` over all stages, each fused with the later ones of the student.
 
-    Stages are their pre-activations, as in the authors' code (https://github.com/dvlab-research/ReviewKD). The pooled
-    embedding, a map of size 1x1, is the last stage. The authors let the loss grow over the first 20 epochs; that is a
-    schedule of its weight, not part of the loss.
+    The teacher's stages are its pre-activations. The pooled embedding, a map of size 1x1, is the last stage. The
+    authors let the loss grow over the first 20 epochs; that is a schedule of its weight, not part of the loss.
 
     Attributes:
+      variant: Maps of the student. "cifar100" takes them as each stage hands them on, after its ReLU, as the authors'
+        code (https://github.com/dvlab-research/ReviewKD) and mdistiller (https://github.com/megvii-research/mdistiller)
+        do for CIFAR-100; "imagenet" takes the pre-activations, as both do for ImageNet.
       mid_channels: Channels of the maps that are fused; None takes those of the student's last stage, at most 512.
       with_embedding: Whether the pooled embedding counts as a stage.
     """
 
+    variant: Literal["cifar100", "imagenet"] = "cifar100"
     mid_channels: Count | None = None
     with_embedding: bool = True
+    version: ClassVar[int] = 2
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
-        pairs = pair_stages(inputs.student.preactivations, inputs.teacher.preactivations)
+        student_stages = inputs.student.stages if self.variant == "cifar100" else inputs.student.preactivations
+        pairs = pair_stages(student_stages, inputs.teacher.preactivations)
         if self.with_embedding:
             student, teacher = inputs.student.embedding, inputs.teacher.embedding
             pairs.append((student[:, None, None, :], teacher[:, None, None, :]))

@@ -1,5 +1,7 @@
 """Similarity preserving: the student learns which samples of the batch resemble each other."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -53,6 +55,8 @@ def _similarities(features, axis_name):
 class SimilarityPreserving(Method):
     """Applies `similarity_preserving_loss` to the last stage's maps."""
 
+    version: ClassVar[int] = 2
+
     def __call__(self, inputs: LossInputs):
-        student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
+        student, teacher = inputs.student.stages[-1], inputs.teacher.stages[-1]
         return similarity_preserving_loss(student, teacher, axis_name=self.axis_name), {}

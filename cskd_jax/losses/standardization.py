@@ -1,15 +1,20 @@
 """Knowledge distillation of standardized logits: the student learns relations between classes without their size."""
 
-import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cskd_jax.losses._arrays import normalize
+from cskd_jax.losses._arrays import safe_sqrt
 from cskd_jax.losses._checks import at_least_float32, check_logits
 from cskd_jax.losses.base import LossInputs, Method, Positive
 from cskd_jax.losses.logits import kd_loss
+
+# This number is added to the standard deviation, as in the authors' code.
+_EPSILON = 1e-7
+# Sums of squares up to this count as zero, with zero gradient.
+_NEGLIGIBLE = 1e-24
 
 
 def standardized_kd_loss(
@@ -17,8 +22,9 @@ def standardized_kd_loss(
 ) -> jax.Array:
     """Computes distillation of logits scaled to mean 0 and standard deviation 1 over the classes of a sample.
 
-    The loss is T^2 KL(softmax(n(z^t) / T) || softmax(n(z^s) / T)), with n(z) = (z - mean z) / std z. The student learns
-    the order and the spacing of the teacher's logits, not their size. Time and memory are O(B C).
+    The loss is T^2 KL(softmax(n(z^t) / T) || softmax(n(z^s) / T)), with n(z) = (z - mean z) / (std z + 1e-7), where the
+    sum of squares in std is divided by C - 1. The student learns the order and the spacing of the teacher's logits, not
+    their size. Time and memory are O(B C).
 
     Args:
       student_logits: Logits of the student, float [B, C], with C >= 2.
@@ -35,7 +41,7 @@ def standardized_kd_loss(
 
     References:
       Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024,
-      https://arxiv.org/abs/2403.01993, with the deviation over all C classes (their code divides by C - 1).
+      https://arxiv.org/abs/2403.01993; code: https://github.com/sunshangquan/logit-standardization-KD.
     """
     check_logits(student_logits, teacher_logits)
     if student_logits.shape[1] < 2:
@@ -47,7 +53,10 @@ def standardized_kd_loss(
 
 def _standardize(logits):
     logits = at_least_float32(logits)
-    return normalize(logits - jnp.mean(logits, axis=1, keepdims=True)) * math.sqrt(logits.shape[1])
+    centered = logits - jnp.mean(logits, axis=1, keepdims=True)
+    squares = jnp.sum(jnp.square(centered), axis=1, keepdims=True)
+    deviation = safe_sqrt(squares / (logits.shape[1] - 1), _NEGLIGIBLE)
+    return jnp.where(deviation > 0, centered, 0) / (deviation + _EPSILON)
 
 
 class StandardizedKD(Method):
@@ -58,6 +67,7 @@ class StandardizedKD(Method):
     """
 
     temperature: Positive = 2.0
+    version: ClassVar[int] = 2
 
     def __call__(self, inputs: LossInputs):
         student, teacher = inputs.student.logits, inputs.teacher.logits

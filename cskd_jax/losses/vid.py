@@ -1,6 +1,7 @@
 """Variational information distillation: the student's maps learn to predict the teacher's."""
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ class VID(Method):
     """
 
     initial_variance: Positive = 5.0
+    version: ClassVar[int] = 2
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
@@ -88,7 +90,7 @@ class VID(Method):
         excess = self.initial_variance - MIN_VARIANCE
         start = nn.initializers.constant(excess + math.log(-math.expm1(-excess)))
         total = 0.0
-        pairs = pair_stages(inputs.student.features, inputs.teacher.features)
+        pairs = pair_stages(inputs.student.stages, inputs.teacher.stages)
         for stage, (student, teacher) in enumerate(pairs, start=1):
             student, teacher = pool_to_common_size(student, teacher)
             mean = MeanNetwork(teacher.shape[-1], name=f"mean{stage}")(student)

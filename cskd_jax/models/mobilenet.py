@@ -51,8 +51,8 @@ class MobileNetV2(nn.Module):
     """3x3 stem, inverted residuals in four stages with strides 1, 2, 2, 2, and a 1x1 head that ends the last stage.
 
     Blocks end linearly, so `features` and `preactivations` of the first three stages are the same maps, of both signs.
-    Those of the last stage are the head's, after and before its activation, so that its features are the input of the
-    pool.
+    The features of the last stage are the head's, so that they are the input of the pool; its preactivations and its
+    map in `maps` are those before the head.
 
     Attributes:
       num_classes: Number of classes.
@@ -75,18 +75,18 @@ class MobileNetV2(nn.Module):
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with four stage maps."""
         conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
         x = conv(scale_width(32, self.width), 3, self.stem_stride, name="stem")(images, train=train)
-        x, features = self.activation(x), []
+        x = self.activation(x)
+        maps = [x]
         for stage, blocks in enumerate(_STAGES, start=1):
             for index, (expansion, channels, stride) in enumerate(blocks, start=1):
                 width = scale_width(channels, self.width)
                 name = f"stage{stage}_block{index}"
                 x = InvertedResidual(width, expansion, stride, conv, self.activation, name=name)(x, train=train)
-            features.append(x)
-        head = conv(scale_width(1280, max(self.width, 1)), 1, name="head")(x, train=train)
-        x = self.activation(head)
+            maps.append(x)
+        x = self.activation(conv(scale_width(1280, max(self.width, 1)), 1, name="head")(x, train=train))
         embedding = jnp.mean(x, axis=(1, 2))
         logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
-        return ModelOutput(logits, (*features[:-1], x), embedding, (*features[:-1], head))
+        return ModelOutput(logits, (*maps[1:-1], x), embedding, tuple(maps[1:]), tuple(maps))
 
 
 MOBILENETS = {

@@ -138,6 +138,7 @@ class ResNet(nn.Module):
         x = nn.relu(conv(stem_width, self.stem_kernel_size, self.stem_stride, name="stem")(images, train=train))
         if self.pool_stride is not None:
             x = max_pool(x, self.pool_stride)
+        stem = x
         features, preactivations = [], []
         for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, widths, strict=True)):
             for index in range(num_blocks):
@@ -152,7 +153,7 @@ class ResNet(nn.Module):
             shape = (1, 1, x.shape[-1], self.projection_features)
             kernel = self.param("projection", kaiming_normal_fan_out, shape, np.promote_types(self.dtype, np.float32))
             features[-1] = convolve(x, kernel.astype(x.dtype), 1, 0)
-        return ModelOutput(logits, tuple(features), embedding, tuple(preactivations))
+        return ModelOutput(logits, tuple(features), embedding, tuple(preactivations), (stem, *features))
 
 
 _SIZES = {

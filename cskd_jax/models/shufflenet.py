@@ -70,7 +70,10 @@ class ShuffleBlockV2(nn.Module):
 
 
 class ShuffleNet(nn.Module):
-    """1x1 stem, three stages that each begin with stride 2, and in v2 a 1x1 head that belongs to the last stage.
+    """1x1 stem, three stages that each begin with stride 2, and in v2 a 1x1 head.
+
+    The features of the last stage are the head's where there is one, so that they are the input of the pool; its
+    preactivations and its map in `maps` are those before the head.
 
     Attributes:
       num_classes: Number of classes.
@@ -99,7 +102,7 @@ class ShuffleNet(nn.Module):
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with three stage maps."""
         conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
         x = nn.relu(conv(scale_width(24, self.width, self.groups), 1, name="stem")(images, train=train))
-        features, preactivations = [], []
+        maps, preactivations = [x], []
         for stage, (num_blocks, stage_width) in enumerate(zip(self.stage_sizes, self.stage_widths, strict=True)):
             width = scale_width(stage_width, self.width, self.groups)
             for index in range(num_blocks):
@@ -112,15 +115,14 @@ class ShuffleNet(nn.Module):
                     block = ShuffleBlockV2(width, stride, conv, name=name)
                 y = block(x, train=train)
                 x = nn.relu(y)
-            features.append(x)
+            maps.append(x)
             preactivations.append(y)
         if self.head_width is not None:
             width = scale_width(self.head_width, max(self.width, 1))
-            preactivations[-1] = conv(width, 1, name="head")(x, train=train)
-            features[-1] = nn.relu(preactivations[-1])
-        embedding = jnp.mean(features[-1], axis=(1, 2))
+            x = nn.relu(conv(width, 1, name="head")(x, train=train))
+        embedding = jnp.mean(x, axis=(1, 2))
         logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
-        return ModelOutput(logits, tuple(features), embedding, tuple(preactivations))
+        return ModelOutput(logits, (*maps[1:-1], x), embedding, tuple(preactivations), tuple(maps))
 
 
 SHUFFLENETS = {

@@ -58,7 +58,7 @@ class VGG(nn.Module):
             preactivations.append(y)
         embedding = jnp.mean(x, axis=(1, 2))
         logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
-        return ModelOutput(logits, tuple(features[1:]), embedding, tuple(preactivations[1:]))
+        return ModelOutput(logits, tuple(features[1:]), embedding, tuple(preactivations[1:]), tuple(features))
 
 
 VGGS = {

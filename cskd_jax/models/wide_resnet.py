@@ -18,7 +18,7 @@ class WideResNet(nn.Module):
     """Residual network with normalization and ReLU before the convolutions, in three stages with strides 1, 2, 2.
 
     The sum at the end of a stage is normalized by the following part, the next stage or the classifier:
-    `preactivations` are that normalized sum, `features` its positive part.
+    `preactivations` are that normalized sum, `features` its positive part, and `maps` the sum itself.
 
     Attributes:
       num_classes: Number of classes.
@@ -26,6 +26,9 @@ class WideResNet(nn.Module):
       widening: Factor k on the stage widths (not on the stem's).
       width: Factor on the widths of stem and stages.
       stage_widths: Numbers of channels of the stages at widening and width 1; the stem has as many as the first.
+      norm_passes: Number of times that a training step updates the running statistics of the normalizations that make
+        `preactivations`: 1, or 2 as in the reference code where a method reads preactivations, because it then applies
+        them once on the way and once for the method.
       dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
       axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
@@ -35,6 +38,7 @@ class WideResNet(nn.Module):
     widening: int
     width: float = 1.0
     stage_widths: tuple[int, ...] = (16, 32, 64)
+    norm_passes: int = 1
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -42,29 +46,34 @@ class WideResNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with three stage maps."""
         normalize = partial(BatchNorm, dtype=self.dtype, axis_name=self.axis_name)
+        # Several updates by the same statistics are one with a power of the momentum.
+        normalize_stage = partial(normalize, momentum=BatchNorm.momentum**self.norm_passes)
         conv = partial(Convolution, dtype=self.dtype)
         conv_normalize = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
         x = conv(scale_width(self.stage_widths[0], self.width), name="stem")(images)
-        features, preactivations = [], []
+        maps, features, preactivations = [x], [], []
         for stage, stage_width in enumerate(self.stage_widths):
             width = scale_width(stage_width * self.widening, self.width)
             for index in range((self.depth - 4) // 6):
                 name = f"stage{stage + 1}_block{index + 1}"
-                preactivation = normalize(name=f"{name}_norm")(x, train=train)
+                ends_stage = index == 0 and stage > 0
+                normalize_here = normalize_stage if ends_stage else normalize
+                preactivation = normalize_here(name=f"{name}_norm")(x, train=train)
                 y = nn.relu(preactivation)
-                if index == 0 and stage > 0:
+                if ends_stage:
                     features.append(y)
                     preactivations.append(preactivation)
-                stride = 2 if index == 0 and stage > 0 else 1
+                stride = 2 if ends_stage else 1
                 if y.shape[-1] != width or stride != 1:
                     x = conv(width, 1, stride, name=f"{name}_shortcut")(y)
                 y = nn.relu(conv_normalize(width, 3, stride, name=f"{name}_conv1")(y, train=train))
                 x = x + conv(width, name=f"{name}_conv2")(y)
-        preactivations.append(normalize(name="norm")(x, train=train))
+            maps.append(x)
+        preactivations.append(normalize_stage(name="norm")(x, train=train))
         features.append(nn.relu(preactivations[-1]))
         embedding = jnp.mean(features[-1], axis=(1, 2))
         logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
-        return ModelOutput(logits, tuple(features), embedding, tuple(preactivations))
+        return ModelOutput(logits, tuple(features), embedding, tuple(preactivations), tuple(maps))
 
 
 WIDE_RESNETS = {

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,9 @@ from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.data.samplers import BalancedSampler, UniformSampler
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
+from cskd_jax.losses import LOSSES
 from cskd_jax.models import create_model
+from cskd_jax.runs import keys
 from cskd_jax.runs.trained import check_fits
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.callbacks import Callback
@@ -33,6 +35,7 @@ from cskd_jax.training.optimizers import (
     Schedule,
     StepSchedule,
     clip_first,
+    dot,
     no_bias_or_norm,
     sgd,
 )
@@ -232,20 +235,20 @@ def make_trainer(
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
     """
-    losses, epochs, settings = config.losses.to_dict(), config.epochs, config.student
-    optimization = config.optimizer.copy_and_resolve_references()
+    settings, sampler = config[role], make_sampler(config, dataset)
     if role == "teacher":
         losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
-        epochs, settings = config.teacher.epochs, config.teacher
-        if config.teacher.learning_rate is not None:
-            optimization.learning_rate = config.teacher.learning_rate
-    sampler = make_sampler(config, dataset)
-    schedule, optimizer = make_optimizer(optimization, epochs, sampler.steps_per_epoch)
+        optimization = config.optimizer.copy_and_resolve_references()
+        optimization.learning_rate = config.teacher.learning_rate or optimization.learning_rate
+        made = make_optimizer(optimization, config.teacher.epochs, sampler.steps_per_epoch, distills=False)
+        training = Training(losses, *made, [Phase(config.teacher.epochs)])
+    else:
+        training = make_training(config, sampler.steps_per_epoch)
     student = Student(
         make_network(settings, dataset.num_classes, config.dtype),
-        losses,
-        optimizer,
-        schedule,
+        training.losses,
+        training.optimizer,
+        training.schedule,
         config.optimizer.ema_decay,
         description={"name": settings.name, "width": float(settings.width)},
         method=config.method,
@@ -254,7 +257,7 @@ def make_trainer(
         {role: student},
         [] if teacher is None else [teacher],
         data=dataset,
-        phases=[Phase(epochs)],
+        phases=training.phases,
         seed=config.seed,
         sampler=sampler,
         normalize=make_normalize(config),
@@ -270,6 +273,70 @@ def make_trainer(
     )
 
 
+class Training(NamedTuple):
+    """How a student is trained.
+
+    Attributes:
+      losses: Losses of the last phase, see `Objective.create`.
+      schedule: Schedule of its optimizer.
+      optimizer: Its optimizer.
+      phases: All phases.
+    """
+
+    losses: Mapping[str, Any]
+    schedule: Schedule
+    optimizer: optax.GradientTransformation
+    phases: list[Phase]
+
+
+def make_training(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Training:
+    """Returns how a configuration trains its student."""
+    losses, phases = config.losses.to_dict(), [Phase(config.epochs)]
+    if config.first_phase.epochs:
+        phases.insert(0, make_first_phase(config, steps_per_epoch))
+        losses = _after_first_phase(losses, config.first_phase.epochs)
+    made = make_optimizer(config.optimizer, config.epochs, steps_per_epoch, distills=needs_teacher(losses))
+    return Training(losses, *made, phases)
+
+
+def make_first_phase(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Phase:
+    """Returns the first phase that `config.first_phase` describes, of the loss that has one."""
+    name, first = next((name, LOSSES[name].first_phase) for name in config.losses if LOSSES[name].first_phase)
+    settings = config.first_phase
+    schedule = ConstantSchedule(settings.learning_rate or config.optimizer.learning_rate)
+    own = {key: value for key, value in config.losses[name].to_dict().items() if key not in keys.weight_keys()}
+    return Phase(
+        settings.epochs,
+        losses={name: own | {"weight": 1.0, **first.settings}},
+        optimizer=optimizer_of(config.optimizer, schedule, steps_per_epoch),
+        schedule=schedule,
+        trainable=_is_in_stage if first.trains_network else _is_in_nothing,
+        evaluate_frozen=True,
+    )
+
+
+def _is_in_stage(path: tuple[str, ...]) -> bool:
+    """Returns whether a parameter of a network of `MODELS` precedes the head, the last normalization and classifier."""
+    return path[0] not in ("head", "norm", "classifier")
+
+
+def _is_in_nothing(path: tuple[str, ...]) -> bool:
+    del path
+    return False
+
+
+def _after_first_phase(losses: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """Returns the losses after a first phase, with epochs that count from its end."""
+    later = {}
+    for name, settings in losses.items():
+        first = LOSSES[name].first_phase
+        if first is not None and first.later is None:
+            continue
+        shifted = {key: settings[key] + epochs for key in ("start_epoch", "end_epoch") if settings[key] is not None}
+        later[name] = settings | shifted | (first.later if first is not None else {})
+    return later
+
+
 def make_schedule(settings: Any, epochs: int, steps_per_epoch: int) -> Schedule:
     """Returns the schedule that `config.optimizer` describes for a number of epochs."""
     rate, warmup = settings.learning_rate, settings.warmup_epochs * steps_per_epoch
@@ -281,10 +348,21 @@ def make_schedule(settings: Any, epochs: int, steps_per_epoch: int) -> Schedule:
     return StepSchedule(rate, boundaries, settings.decay_factor, warmup_steps=warmup)
 
 
-def make_optimizer(settings: Any, epochs: int, steps_per_epoch: int) -> tuple[Schedule, optax.GradientTransformation]:
+def make_optimizer(
+    settings: Any, epochs: int, steps_per_epoch: int, distills: bool = True
+) -> tuple[Schedule, optax.GradientTransformation]:
     """Returns the schedule and the optimizer that `config.optimizer` describes for a number of epochs."""
     schedule = make_schedule(settings, epochs, steps_per_epoch)
+    return schedule, optimizer_of(settings, schedule, steps_per_epoch, distills)
+
+
+def optimizer_of(
+    settings: Any, schedule: Schedule, steps_per_epoch: int, distills: bool = True
+) -> optax.GradientTransformation:
+    """Returns the optimizer that `config.optimizer` describes with any schedule; dot is sgd where nothing distills."""
     decay, mask = settings.weight_decay, None if settings.decay_all else no_bias_or_norm
+    if settings.name == "dot" and distills:
+        return dot(schedule, momentum=settings.momentum, delta=settings.delta, weight_decay=decay, mask=mask)
     if settings.name == "adamw":
         betas = {"b1": settings.beta1, "b2": settings.beta2, "eps": settings.epsilon}
         optimizer = optax.adamw(schedule, **betas, weight_decay=decay, mask=mask)
@@ -298,4 +376,4 @@ def make_optimizer(settings: Any, epochs: int, steps_per_epoch: int) -> tuple[Sc
             restart_every_steps=restart,
             mask=mask,
         )
-    return schedule, clip_first(optimizer, settings.clip_norm)
+    return clip_first(optimizer, settings.clip_norm)

@@ -17,8 +17,8 @@ from cskd_jax.runs.build import load_data
 from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done, kept_values
 from cskd_jax.training.objective import needs_teacher
 
-# Keys that concern the training of one student, besides those of its network, losses, optimizer and teacher.
-_OF_A_STUDENT = {"method", "epochs", "log_every", "keep_checkpoints"}
+# Keys and sections that concern the training of one student.
+_OF_A_STUDENT = {"method", "epochs", "log_every", "keep_checkpoints", "losses", "student", "optimizer", "first_phase"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +135,9 @@ def group(runs: Sequence[Run], limit: int | None = None) -> list[tuple[Run, ...]
 def _what_decides_batches(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
     """Returns what decides the batches of a run, and its teacher, or None; both can be compared."""
     flat = schema.flatten(config)
-    of_student = {key for key in flat if key.split(".")[0] in ("losses", "student", "optimizer", "teacher")}
-    of_student = (of_student | _OF_A_STUDENT) - {"optimizer.accumulation_steps"}
     teacher = {key: value for key, value in flat.items() if key.startswith("teacher.")}
-    batches = {key: value for key, value in flat.items() if key not in of_student}
+    common = {key for key in flat if key.split(".")[0] not in _OF_A_STUDENT} | {"optimizer.accumulation_steps"}
+    batches = {key: value for key, value in flat.items() if key in common and key not in teacher}
     return batches, teacher if needs_teacher(config.losses) else None
 
 

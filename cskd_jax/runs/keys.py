@@ -177,7 +177,9 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         ),
         "student.name": Key(REQUIRED, _MODEL, "Network of the student."),
         "student.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the student."),
-        "optimizer.name": Key("sgd", rules.one_of("sgd", "adamw"), "Name of the optimizer."),
+        "optimizer.name": Key(
+            "sgd", rules.one_of("sgd", "adamw", "dot"), "Name of the optimizer; dot is sgd with two momenta."
+        ),
         "optimizer.learning_rate": Key(
             0.1, rules.POSITIVE, "Learning rate after the warm-up, before the schedule lowers it."
         ),
@@ -220,7 +222,13 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "Decay of an exponential moving average of the parameters and batch statistics, which then is what is "
             "evaluated, saved for others, and taken as teacher; None keeps none.",
         ),
-        "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of sgd."),
+        "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of sgd; mean of the two momenta of dot."),
+        "optimizer.delta": Key(
+            0.075,
+            rules.FRACTION,
+            "How much higher than optimizer.momentum the momentum of distillation is with dot, and how much lower that "
+            "of supervision.",
+        ),
         "optimizer.nesterov": Key(False, rules.BOOL, "Whether the momentum of sgd is Nesterov's."),
         "optimizer.restart_momentum": Key(
             False,
@@ -230,6 +238,17 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "optimizer.beta1": Key(0.9, rules.FRACTION, "Decay of the mean of the gradients of adamw."),
         "optimizer.beta2": Key(0.999, rules.FRACTION, "Decay of the mean of the squared gradients of adamw."),
         "optimizer.epsilon": Key(1e-8, rules.POSITIVE, "Term of adamw that keeps its denominator from zero."),
+        "first_phase.epochs": Key(
+            0,
+            rules.integer(0),
+            "Epochs of a first phase of ab, fsp or ft, which come before `epochs`: the method trains alone, with "
+            "weight 1 and an optimizer of its own; a fresh one follows, and all other epochs count from there.",
+        ),
+        "first_phase.learning_rate": Key(
+            None,
+            rules.optional(rules.POSITIVE),
+            "Learning rate of the first phase, which stays the same throughout; None takes optimizer.learning_rate.",
+        ),
     }
 )
 

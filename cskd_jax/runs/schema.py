@@ -230,6 +230,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"method {config.method} needs a teacher: set teacher.name to one of {', '.join(sorted(MODELS))}"
         )
     _validate_optimizer(config)
+    _validate_first_phase(config)
     if len(config.dataset.mean) != len(config.dataset.std):
         raise UserError(f"dataset.mean {config.dataset.mean} and dataset.std {config.dataset.std} differ in length")
 
@@ -238,6 +239,8 @@ def _validate_optimizer(config: ml_collections.ConfigDict) -> None:
     settings = config.optimizer
     if settings.name != "sgd" and settings.nesterov:
         raise UserError(f"optimizer.nesterov is True; it is for sgd, optimizer.name is {settings.name}")
+    if settings.name == "dot":
+        _validate_dot(config)
     trains_teacher = needs_teacher(config.losses) and config.teacher.checkpoint is None
     epochs = {"epochs": config.epochs} | ({"teacher.epochs": config.teacher.epochs} if trains_teacher else {})
     for key, value in epochs.items():
@@ -247,6 +250,36 @@ def _validate_optimizer(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"batch_size is {config.batch_size}, which does not divide by optimizer.accumulation_steps, "
             f"{settings.accumulation_steps}"
+        )
+
+
+def _validate_dot(config: ml_collections.ConfigDict) -> None:
+    settings = config.optimizer
+    for key, default in (("clip_norm", None), ("restart_momentum", False)):
+        if settings[key] != default:
+            raise UserError(f"optimizer.{key} is {settings[key]}; with optimizer.name dot it must be {default}")
+    if config.first_phase.epochs:
+        raise UserError("optimizer.name is dot, which has no first phase: set first_phase.epochs to 0")
+    if not settings.delta <= settings.momentum < 1 - settings.delta:
+        raise UserError(
+            f"optimizer.delta is {settings.delta}, optimizer.momentum {settings.momentum}; their difference must be at "
+            "least 0, and their sum less than 1"
+        )
+
+
+def _validate_first_phase(config: ml_collections.ConfigDict) -> None:
+    if not config.first_phase.epochs:
+        return
+    fitting = [name for name in config.losses if LOSSES[name].first_phase]
+    if not fitting:
+        known = ", ".join(sorted(name for name, loss in LOSSES.items() if loss.first_phase))
+        raise UserError(
+            f"first_phase.epochs is {config.first_phase.epochs}; it must be 0 without a loss that has a first phase, "
+            f"which are {known}"
+        )
+    if len(fitting) > 1:
+        raise UserError(
+            f"losses.{fitting[0]} and losses.{fitting[1]} need a first phase of their own; take one of them"
         )
 
 

@@ -54,12 +54,15 @@ class LinenNetwork:
       embedding: Path of the submodule whose output is the embedding; None if it is not needed.
       streams: Names of the random streams that get a key of their own. A module that draws from another with
         `make_rng` draws from "params" instead; one that asks `has_rng`, or splits a stream, needs its name here.
+      trainable: Function from the path of a parameter to whether it trains. Submodules none of whose parameters train
+        are in evaluation mode if they get their training flag by keyword. None leaves all in training mode.
     """
 
     module: nn.Module
     features: tuple[str, ...] = ()
     embedding: str | None = None
     streams: tuple[str, ...] = ("dropout",)
+    trainable: Callable[[tuple[str, ...]], bool] | None = None
 
     @property
     def variables(self) -> None:
@@ -93,6 +96,12 @@ class LinenNetwork:
         self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> tuple[ModelOutput, Variables]:
         """Returns the outputs for images [B, H, W, C], and the updated collections (empty outside of training)."""
+        if train and self.trainable is not None:
+            frozen = _frozen_modules(variables["params"], self.trainable)
+            if () not in frozen:
+                with nn.intercept_methods(_evaluating(frozen)):
+                    return dataclasses.replace(self, trainable=None).apply(variables, images, train=True, key=key)
+            train = False
         mutable = [name for name in variables if name != "params"] if train else []
         rngs = make_rngs(key, self.streams) if train else None
         args, flags = self._flags(train=train)
@@ -230,6 +239,27 @@ def as_network(module: Any, features: Sequence[str] = (), embedding: str | None 
     if callable(module):
         return FunctionNetwork(module)
     raise TypeError(f"a network must be a flax.linen.Module, a flax.nnx.Module, a function or a Network; got {kind}")
+
+
+def _frozen_modules(params: Any, trainable: Callable[[tuple[str, ...]], bool]) -> set[tuple[str, ...]]:
+    """Returns the paths of the modules that have parameters of which none trains; () is the network itself."""
+    paths = traverse_util.flatten_dict(dict(params))
+    modules, trained = (
+        {path[:length] for path in chosen for length in range(len(path))}
+        for chosen in (paths, [path for path in paths if trainable(path)])
+    )
+    return modules - trained
+
+
+def _evaluating(frozen: set[tuple[str, ...]]) -> Callable[..., Any]:
+    """Returns an interceptor of flax.linen that calls the modules at some paths in evaluation mode."""
+
+    def intercept(call, args, kwargs, context):
+        if context.module.path in frozen:
+            kwargs = kwargs | {name: not value for name, value in _TRAINING_FLAGS.items() if name in kwargs}
+        return call(*args, **kwargs)
+
+    return intercept
 
 
 def _by_path(intermediates: Any) -> dict[str, Any]:

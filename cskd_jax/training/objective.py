@@ -52,7 +52,7 @@ class Weight:
         """Returns the weight in `epoch`, an integer scalar."""
         weight = self.weight
         if self.warmup_epochs:
-            weight = weight * jnp.minimum((epoch - self.start_epoch + 1) / self.warmup_epochs, 1)
+            weight = weight * jnp.minimum((epoch - self.start_epoch + 1).astype(float) / self.warmup_epochs, 1)
         if self.start_epoch or self.end_epoch is not None:
             before_end = True if self.end_epoch is None else epoch < self.end_epoch
             weight = jnp.where((epoch >= self.start_epoch) & before_end, weight, 0)
@@ -177,12 +177,30 @@ class Objective:
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             (value, parts), updated = loss.apply(variables, inputs, mutable=["memory"])
             _check_scalars(name, value, parts)
-            total += weight.at(step // self.steps_per_epoch) * value
+            total += self._weigh(weight, value, step)
             terms[name] = value
             terms |= {f"{name}/{term}": part for term, part in parts.items()}
             if name in memory:
                 new_memory[name] = updated["memory"]
         return total, terms, new_memory
+
+    def split(self, terms: Mapping[str, jax.Array], step: jax.Array) -> tuple[Any, Any]:
+        """Returns the weighted totals of the losses that need no teacher, and of those that do.
+
+        Args:
+          terms: The unweighted values of the losses by name, as `__call__` returns them.
+          step: int32, the number of optimization steps done.
+        """
+        totals = [jnp.zeros_like(next(iter(terms.values())))] * 2
+        for name, (weight, loss) in self.losses.items():
+            totals[loss.needs_teacher] += self._weigh(weight, terms[name], step)
+        return totals[False], totals[True]
+
+    def _weigh(self, weight, value, step):
+        factor = weight.at(step // self.steps_per_epoch)
+        if isinstance(factor, jax.Array):  # That of another type would decide the type of the total.
+            factor = factor.astype(jnp.result_type(value, float))
+        return factor * value
 
 
 class FunctionLoss(Method):
@@ -280,6 +298,16 @@ class _Outputs:
 
     def __init__(self, output: ModelOutput, role: str, prepare: Callable[[jax.Array], jax.Array] = lambda x: x):
         self.output, self._role, self._prepare = output, role, prepare
+
+    @property
+    def stages(self):
+        """Returns the map that each stage hands on, or the features where a network does not tell."""
+        return self.maps[1:] if self.output.maps else self.features
+
+    @property
+    def stem(self):
+        """Returns the map of the stem, or None if the network does not tell."""
+        return self.maps[0] if self.output.maps else None
 
     def __getattr__(self, name):
         if name.startswith("_") or name not in ModelOutput._fields:

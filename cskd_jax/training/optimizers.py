@@ -148,6 +148,75 @@ def sgd(
     return optax.chain(optax.add_decayed_weights(weight_decay, mask), trace, optax.scale_by_learning_rate(schedule))
 
 
+class SeparateGradients(NamedTuple):
+    """The gradients of the losses that need no teacher, and of those that do."""
+
+    supervision: Any
+    distillation: Any
+
+
+class SeparateOptimizer(optax.GradientTransformation):
+    """An optax optimizer whose `update` takes `SeparateGradients` instead of the gradients of their sum."""
+
+
+class _DotState(NamedTuple):
+    count: Any
+    buffers: SeparateGradients
+
+
+def dot(
+    schedule: Schedule,
+    *,
+    momentum: float,
+    delta: float,
+    weight_decay: float,
+    mask: Callable[[Any], Any] | None = None,
+) -> SeparateOptimizer:
+    """Returns the distillation-oriented trainer: SGD with a momentum for each of two losses.
+
+    Every parameter has a buffer for the gradient of supervision, with weight decay, and one for that of distillation:
+    buffer = (momentum - delta) * buffer + gradient and buffer = (momentum + delta) * buffer + gradient; the parameter
+    moves by minus the learning rate times their sum. What losses train has no gradient of supervision, so its momentum
+    is that of plain SGD.
+
+    Args:
+      schedule: Learning rate.
+      momentum: Mean of the two momenta.
+      delta: Half of their difference.
+      weight_decay: Factor of the parameter that is added to its gradient of supervision (L2).
+      mask: Function from the parameters to which of them decay; None decays all.
+
+    References:
+      Zhao, Cui, Song, Liang, "DOT: A Distillation-Oriented Trainer", ICCV 2023, https://arxiv.org/abs/2307.08436; code:
+      https://github.com/megvii-research/mdistiller.
+    """
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return _DotState(jnp.zeros((), jnp.int32), SeparateGradients(zeros, zeros))
+
+    def update(updates, state, params=None):
+        decayed, _ = decay.update(updates.supervision, decay.init(params), params)
+
+        def accumulate(sign):
+            def add(path, buffer, gradient):
+                factor = momentum if path[0] == jax.tree_util.DictKey("losses") else momentum + sign * delta
+                return factor * buffer + gradient
+
+            return add
+
+        buffers = SeparateGradients(
+            jax.tree.map_with_path(accumulate(-1), state.buffers.supervision, decayed),
+            jax.tree.map_with_path(accumulate(1), state.buffers.distillation, updates.distillation),
+        )
+        rate = schedule(state.count)
+        moves = jax.tree.map(lambda x, y: -jnp.asarray(rate, x.dtype) * (x + y), *buffers)
+        return moves, _DotState(optax.safe_increment(state.count), buffers)
+
+    return SeparateOptimizer(init, update)
+
+
 def clip_first(optimizer: optax.GradientTransformation, norm: float | None) -> optax.GradientTransformation:
     """Returns the optimizer with gradients first clipped to a global norm; None leaves it as it is."""
     return optimizer if norm is None else optax.chain(optax.clip_by_global_norm(norm), optimizer)

@@ -10,6 +10,7 @@ import optax
 
 from cskd_jax.errors import UserError
 from cskd_jax.training.objective import Objective
+from cskd_jax.training.optimizers import SeparateOptimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +18,8 @@ class Phase:
     """A part of a training. Fields that are None take the value of the student.
 
     A phase that changes the optimizer or the choice of what trains starts with a fresh optimizer, whose schedule counts
-    from there; otherwise the optimizer continues. Epochs in the weights of losses are counted from
-    the start of the first phase.
+    from there; otherwise the optimizer continues. Until the optimizer changes again, the parameters of losses that are
+    off stay as they are. Epochs in the weights of losses are counted from the start of the first phase.
 
     Attributes:
       epochs: Number of epochs.
@@ -26,7 +27,10 @@ class Phase:
       optimizer: Optimizer.
       schedule: Learning rate of that optimizer by the number of its updates, for the log; read only beside `optimizer`.
       trainable: Function from the path of a parameter of the network, such as ("classifier", "kernel"), to whether it
-        trains; None trains all. What losses train always trains.
+        trains; None trains all. What the losses of the phase train always trains.
+      evaluate_frozen: Whether the modules of the network none of whose parameters train are in evaluation mode, so that
+        their running statistics stay as they are. It needs a network that is a flax.linen module whose submodules get
+        their training flag by keyword.
     """
 
     epochs: int
@@ -34,6 +38,7 @@ class Phase:
     optimizer: optax.GradientTransformation | None = None
     schedule: Callable[[Any], Any] | None = None
     trainable: Callable[[tuple[str, ...]], bool] | None = None
+    evaluate_frozen: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Part:
       schedule: Learning rate by the number of updates of the optimizer, or None if it is not known.
       fresh: Whether the phase starts with a fresh optimizer.
       optimizer_start: Number of steps before the optimizer started.
+      evaluated: Function from the path of a parameter of the network to whether it trains, if modules that do not train
+        are in evaluation mode; None if the whole network is in training mode.
     """
 
     start: int
@@ -59,6 +66,7 @@ class Part:
     schedule: Callable[[Any], Any] | None
     fresh: bool
     optimizer_start: int
+    evaluated: Callable[[tuple[str, ...]], bool] | None = None
 
 
 def make_parts(
@@ -87,36 +95,62 @@ def make_parts(
         raise UserError("a training needs at least one phase, and every phase at least one epoch, as an integer")
     described = [losses if phase.losses is None else phase.losses for phase in phases]
     all_losses = create({name: entry for description in reversed(described) for name, entry in description.items()})
+    objectives = [create(description) for description in described]
+    chosen = [
+        (optimizer, schedule) if phase.optimizer is None else (phase.optimizer, phase.schedule) for phase in phases
+    ]
+    keys = [(choice, phase.trainable) for choice, phase in zip(chosen, phases, strict=True)]
+    starts = [number for number, key in enumerate(keys) if number == 0 or key != keys[number - 1]]
     parts: list[Part] = []
-    before = None
-    for phase, description in zip(phases, described, strict=True):
-        chosen = (optimizer, schedule) if phase.optimizer is None else (phase.optimizer, phase.schedule)
-        start = parts[-1].end if parts else 0
-        fresh = before != (chosen, phase.trainable)
-        before = chosen, phase.trainable
+    for number, phase in enumerate(phases):
+        start, fresh = parts[-1].end if parts else 0, number in starts
+        if fresh:
+            end = next((later for later in starts if later > number), len(phases))
+            kept = _kept(objectives[number:end], all_losses)
         parts.append(
             Part(
                 start=start,
                 end=start + phase.epochs * steps_per_epoch,
-                objective=create(description),
+                objective=objectives[number],
                 all_losses=all_losses,
-                optimizer=_only(chosen[0], phase.trainable) if fresh else parts[-1].optimizer,
-                schedule=chosen[1],
+                optimizer=_only(chosen[number][0], phase.trainable, kept) if fresh else parts[-1].optimizer,
+                schedule=chosen[number][1],
                 fresh=fresh,
                 optimizer_start=start if fresh else parts[-1].optimizer_start,
+                evaluated=phase.trainable if phase.evaluate_frozen else None,
             )
         )
     return parts
 
 
-def _only(optimizer, trainable):
-    """Returns the optimizer restricted to the parameters that train; the others do not change or decay."""
-    if trainable is None:
+def _kept(objectives, all_losses):
+    """Returns the paths of the parameters of losses that stay as they are while one optimizer lasts."""
+    kept = set()
+    for name in all_losses.losses:
+        on = [objective.losses[name][1] for objective in objectives if name in objective.losses]
+        frozen = [set(loss.frozen) for loss in on]
+        kept |= {(name, part) for part in set.intersection(*frozen)} if on else {(name,)}
+    return kept
+
+
+def _only(optimizer, trainable, kept):
+    """Returns the optimizer restricted to the parameters that train; the others do not change or decay.
+
+    Args:
+      optimizer: Optimizer of all parameters.
+      trainable: Function from the path of a parameter of the network to whether it trains; None: all train.
+      kept: Paths among the parameters of the losses under which none train.
+    """
+    if trainable is None and not kept:
         return optimizer
+    if isinstance(optimizer, SeparateOptimizer):
+        raise UserError("an optimizer with separate gradients trains all parameters: it fits no phase that keeps some")
 
     def label(path, _):
-        names = tuple(entry.key for entry in path)
-        return "train" if names[0] != "network" or trainable(names[1:]) else "keep"
+        part, *names = (entry.key for entry in path)
+        if part == "losses":
+            return "keep" if kept & {tuple(names[:1]), tuple(names[:2])} else "train"
+        return "train" if trainable is None or trainable(tuple(names)) else "keep"
 
     return optax.multi_transform(
         {"train": optimizer, "keep": optax.set_to_zero()}, lambda params: jax.tree.map_with_path(label, params)

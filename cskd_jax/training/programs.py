@@ -16,6 +16,7 @@ from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, lower
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
+from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.phases import Part
@@ -226,8 +227,13 @@ class Programs:
         return jax.tree.map(lambda *found: any(found), *reads)
 
     def _make_step(self, part, ema):
+        network = self.network
+        if part.evaluated is not None:
+            if not isinstance(network, LinenNetwork):
+                raise ValueError("evaluate_frozen of a phase needs a network that is a flax.linen module")
+            network = dataclasses.replace(network, trainable=part.evaluated)
         step = make_train_step(
-            self.network,
+            network,
             part.objective,
             part.optimizer,
             axis_name=AXIS,

@@ -13,6 +13,7 @@ from cskd_jax.losses import LossInputs, batch_positions
 from cskd_jax.training.metrics import SINGLE_LABEL, Task
 from cskd_jax.training.networks import Network
 from cskd_jax.training.objective import Objective
+from cskd_jax.training.optimizers import SeparateGradients, SeparateOptimizer
 from cskd_jax.training.state import TrainState
 
 Batch = dict[str, Any]
@@ -98,7 +99,8 @@ def make_train_step(
     Args:
       student: Network that is trained, in training mode.
       objective: Weighted losses.
-      optimizer: Optimizer of the parameters of the student and of the losses.
+      optimizer: Optimizer of the parameters of the student and of the losses. A `SeparateOptimizer` gets the gradients
+        of supervision and of distillation apart.
       axis_name: Mapped axis over which the batch is split; the step then equals that of the global batch.
       task: Task that defines the metric of the batch.
       micro_batch_size: Number of images, over all devices, of the micro-batches that the batch is divided into. The
@@ -112,6 +114,7 @@ def make_train_step(
       training split. `key` is the key of the run (the step is folded in here). metrics are scalars: `loss`, the terms
       of the objective, `task.score` of the student on the batch, `gradient_norm`.
     """
+    separate = isinstance(optimizer, SeparateOptimizer)
 
     def differentiate(state, batch, draw_key):
         """Returns (gradients, collections, memory, metrics)."""
@@ -125,9 +128,11 @@ def make_train_step(
             inputs = LossInputs(output, batch.get("teacher"), labels, batch.get("index"), loss_key)
             total, terms, memory = objective(params["losses"], state.memory, inputs, state.step)
             measured = task.measure_step(output.logits, labels, axis_name)
-            return total, (collections, memory, {"loss": total, **terms, **measured})
+            kept = collections, memory, {"loss": total, **terms, **measured}
+            return (SeparateGradients(*objective.split(terms, state.step)) if separate else total), kept
 
-        gradients, (collections, memory, metrics) = jax.grad(loss, has_aux=True)(state.params)
+        gradient = _separate_gradients(loss) if separate else jax.grad(loss, has_aux=True)
+        gradients, (collections, memory, metrics) = gradient(state.params)
         if axis_name is not None:
             gradients, metrics = lax.pmean((gradients, metrics), axis_name)
             if not student.synchronized:
@@ -149,7 +154,8 @@ def make_train_step(
             gradients, collections, memory, metrics = _accumulate(
                 differentiate_part, state, batch, micro_batch_size, axis_name
             )
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        whole = jax.tree.map(jnp.add, *gradients) if separate else gradients
+        metrics["gradient_norm"] = optax.tree.norm(whole)
         # Parts of optax fail under strict dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -160,6 +166,19 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _separate_gradients(loss):
+    """Returns `params -> (SeparateGradients, aux)` of a function that returns (SeparateGradients of scalars, aux)."""
+
+    def gradients(params):
+        values, pull_back, aux = jax.vjp(loss, params, has_aux=True)
+        zero, one = (jax.tree.map(lambda x, fill=fill: jnp.full_like(x, fill), values) for fill in (0, 1))
+        supervision = zero._replace(supervision=one.supervision)
+        distillation = zero._replace(distillation=one.distillation)
+        return SeparateGradients(pull_back(supervision)[0], pull_back(distillation)[0]), aux
+
+    return gradients
 
 
 def _accumulate(differentiate, state, batch, size, axis_name):

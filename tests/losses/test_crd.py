@@ -50,14 +50,16 @@ def nce(anchor, bank, log_normalizer, index, label, labels, negatives):
     """Sum over one sample's positive and negatives, with probabilities that are normalized over the N examples."""
     num_examples = len(bank)
 
-    def posterior(j):
+    noise = len(negatives) / num_examples
+
+    def posteriors(j):
         probability = np.exp(np.sum(anchor * bank[j]) / TEMPERATURE) / (np.exp(log_normalizer) * num_examples)
-        return probability / (probability + len(negatives) / num_examples)
+        return np.array([probability, noise]) / (probability + noise + 1e-7)
 
     allowed = [j for j in negatives if labels[j] != label and j != index]
-    value = -np.log(posterior(index))
+    value = -np.log(posteriors(index)[0])
     for j in allowed:
-        value -= len(negatives) / len(allowed) * np.log(1 - posterior(j))
+        value -= len(negatives) / len(allowed) * np.log(posteriors(j)[1])
     return value
 
 

@@ -32,7 +32,7 @@ def softmax(logits, temperature):
 
 def pearson(a, b):
     a, b = a - sum(a) / len(a), b - sum(b) / len(b)
-    return sum(a * b) / math.sqrt(sum(a * a) * sum(b * b))
+    return sum(a * b) / (math.sqrt(sum(a * a) * sum(b * b)) + 1e-8)
 
 
 def oracle(student, teacher, beta=1.0, gamma=1.0, temperature=4.0):

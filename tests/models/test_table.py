@@ -83,7 +83,6 @@ TABLE = {
     "resnet50_224": imagenet(25557032, 4),
     "resnet101_224": imagenet(44549160, 4),
     "resnet152_224": imagenet(60192808, 4),
-    "resnet50_crd": small(23705252, 4),
     "resnet8": cifar(83892),
     "resnet14": cifar(181108),  # follows
     "resnet20": cifar(278324),
@@ -191,7 +190,8 @@ def test_parameters_and_shapes(name):
     assert count_parameters(variables["params"]) == row.parameters
     assert output.logits.shape == (2, row.num_classes)
     assert [x.shape for x in output.features] == [(2, side, side, channels) for side, channels in row.stages]
-    assert [x.shape for x in output.preactivations] == [x.shape for x in output.features]
+    assert [x.shape for x in output.preactivations] == [x.shape for x in output.stages]
+    assert [x.shape[1:3] for x in output.stages] == [x.shape[1:3] for x in output.features]
     assert output.embedding.shape == (2, row.stages[-1][1] * row.cells)
     assert {leaf.dtype for leaf in jax.tree.leaves((output, variables))} == {jnp.dtype(jnp.float32)}
 
@@ -268,14 +268,17 @@ def test_one_gradient_step(name):
 
 
 def check_stages(name, output):
-    """Features are the activation of the pre-activations, the embedding the mean of the last map."""
-    for stage, (feature, preactivation) in enumerate(zip(output.features, output.preactivations, strict=True), start=1):
+    """Maps are the activation of the pre-activations, the embedding the mean of the last map."""
+    maps = output.features if name.startswith("wrn") else output.stages
+    for stage, preactivation in zip(maps, output.preactivations, strict=True):
         assert preactivation.min() < 0
-        if name.startswith("mobilenet") and stage < 4:
-            expected = preactivation
-        else:
-            expected = np.clip(preactivation, 0, 6 if name == "mobilenet_v2" else None)
-        np.testing.assert_allclose(feature, expected, rtol=1e-6, atol=1e-6)
+        expected = preactivation if name.startswith("mobilenet") else np.maximum(preactivation, 0)
+        np.testing.assert_allclose(stage, expected, rtol=1e-6, atol=1e-6)
+    has_head = name.startswith("mobilenet") or name == "shufflenet_v2"
+    for stage, feature in list(zip(output.stages, output.features, strict=True))[: -1 if has_head else None]:
+        assert np.array_equal(stage, feature) != name.startswith("wrn")
+    if has_head:
+        assert output.features[-1].min() == 0 > output.preactivations[-1].min()
     maps = output.features[-1]
     expected = maps.mean(axis=(1, 2))
     if TABLE[name].cells == 4:
