@@ -187,6 +187,7 @@ def read_tar(
     try:
         with open_regular(path, archive.limit) as file, _unpacked(file) as unpacked:
             bounded: Any = _Bounded(unpacked, archive.limit)
+            tar: Any
             with tarfile.open(fileobj=bounded, mode="r|", tarinfo=_Member) as tar:
                 for number, member in enumerate(tar):
                     tar.members = []  # Otherwise it would remember all of them.
@@ -236,7 +237,7 @@ class _Member(tarfile.TarInfo):
     """A member whose header does not take the memory that it claims to need."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> "_Member":
+    def frombuf(cls, buf: bytes | bytearray, encoding: Any, errors: str) -> "_Member":
         member = super().frombuf(buf, encoding, errors)
         if member.type in _HEADERS and member.size > _MAX_HEADER:
             raise ValueError(f"a header of {member.size:,} bytes")

@@ -120,7 +120,8 @@ def _read_safetensors(file: io.BufferedReader) -> dict[str, np.ndarray]:
 
 def _place(name: str, entry: Any, available: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
     """Returns type, shape, start and end of a tensor, which the header describes and the file has room for."""
-    kind, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _PLACE)
+    values: Any = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = (values.get(key) for key in _PLACE)
     if not isinstance(kind, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise UserError(f"is not a sound safetensors file ({shown(name)} lacks a type, a shape or its place)")
     if kind not in _SAFETENSORS_DTYPES:

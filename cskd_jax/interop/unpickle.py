@@ -265,8 +265,8 @@ class TorchUnpickler:
             raise UserError("holds something else than storages outside of its pickle")
         if pid[0] == "module":
             return self._push(pid[1])
-        view = pid[5] if len(pid) > 5 else None
-        kind, key, size, start = pid[1], pid[2], pid[4], 0 if view is None else view[1]
+        _, kind, key, _, size, *view = pid
+        start = view[0][1] if view and view[0] is not None else 0
         name = kind.name.rpartition(".")[2] if isinstance(kind, Global) else kind
         wanted = (key, str), (name, str), (size, int), (start, int)
         if pid[0] != "storage" or any(type(value) is not of for value, of in wanted) or len(key) > MAX_NAME:

@@ -86,10 +86,11 @@ class _TensorBoard:
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
 
+        messages: Any = event_pb2  # Its classes are made when it is imported, which type checkers do not see.
         folder.mkdir(parents=True, exist_ok=True)
-        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._event, self._scalar = messages.Event, summary.scalar
         self._writer = event_file_writer.EventsWriter(str(folder.absolute() / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        start = messages.SessionLog(status=messages.SessionLog.START)
         self._writer.write_event(self._event(step=first_step, session_log=start))
 
     def add(self, values: Mapping[str, float], step: int) -> None:

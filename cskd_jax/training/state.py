@@ -72,10 +72,8 @@ def check_variables(network: Network, variables: Variables, image_shape: tuple[i
     """
     key = jax.random.PRNGKey(0)
     expected = jax.eval_shape(partial(init_network, network, image_shape=image_shape), key)[0]
-    shapes = [
-        {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-        for tree in (variables, expected)
-    ]
+    trees: list[dict[str, Any]] = [traverse_util.flatten_dict(tree, sep="/") for tree in (variables, expected)]
+    shapes = [{name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in trees]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         found, wanted = (shape.get(name, "nothing") for shape in shapes)
         if found != wanted:
