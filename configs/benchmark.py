@@ -36,6 +36,8 @@ def _cell(table, word):
     config = ConfigDict({"method": method, "teacher": {}, "student": {}})
     config.losses = methods.losses(method, changes=_changes(table, pair, method))
     config.first_phase = methods.first_phase(method, table["protocol"]["first_phase_epochs"])
+    if not pair[1].startswith(tuple(table["protocol"]["first_phase_with_own_rate"])):
+        config.first_phase.learning_rate = None  # That of the optimizer.
     for role, name in zip(("teacher", "student"), pair, strict=True):
         config[role].name, config[role].width = _network(table, name)
     for key, (value, _) in settings.items():

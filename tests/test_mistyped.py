@@ -116,7 +116,7 @@ train digits:kd --config.epoch=1
     unknown configuration key epoch; did you mean epochs?
     -> train digits:kd --config.epochs=1
 train digits:kd --config.learning_rate=0.2
-    unknown configuration key learning_rate; did you mean teacher.learning_rate or ...
+    unknown configuration key learning_rate; did you mean first_phase.learning_rate or optimizer.learning_rate or ...
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --config.kd.temprature=2
     unknown configuration key kd.temprature; cskd-jax config keys lists all

@@ -1,6 +1,7 @@
 """A search in a sweep: its runs, what is chosen, and the runs that follow."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -131,9 +132,9 @@ def test_the_best_is_trained_with_all_seeds(digits_dir, tmp_path, monkeypatch):
     """The command, with results that are written instead of trained."""
     done = []
 
-    def pretend(runs, jobs):
+    def pretend(groups, jobs):
         assert jobs == 2
-        for run in runs:
+        for run in itertools.chain.from_iterable(groups):
             done.append(run)
             write_results(run, 0.9 if run.config.losses.get("kd", {}).get("weight") == 0.25 else 0.1)
 

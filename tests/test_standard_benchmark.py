@@ -116,6 +116,11 @@ def test_weights_of_the_reference_code(method):
         assert phases == [(0, None, 0)] * 2
 
 
+def test_first_phase_of_ft():
+    rates = [cell(pair, "ft").first_phase.learning_rate for pair in ("resnet56/resnet20", "vgg13/vgg8")]
+    assert rates == [0.01, None]
+
+
 @pytest.mark.parametrize("method", ["ab", "fsp"])
 def test_first_phase_of_the_method_alone(method):
     entry = facts()["methods_repdistiller"][{"ab": "ab (abound)"}.get(method, method)]
@@ -168,7 +173,6 @@ def test_every_published_value_has_a_source():
         assert {key for key in flat if key.startswith("losses.") and key.endswith("weight")} - sources.keys() <= {
             "losses.cross_entropy.weight"
         }
-    assert sources["epochs"].endswith("after a first phase of 30 epochs")
     sources = load_sources("cifar100_standard:vgg13/vgg8/dkd")
     assert sources["losses.dkd.beta"] == "megvii-research/mdistiller:configs/cifar100/dkd, for this pair"
     assert "without a value" in load_sources("cifar100_standard:resnet50/vgg8/dkd")["losses.dkd.beta"]

@@ -58,6 +58,12 @@ def _run(argv):
 
     workdir = values.workdir or default_workdir(recipe, config)
     console.say(f"{name}:{recipe.partition(':')[2] or config.method}, seed {config.seed}, into {workdir}")
+    changed = {recipes.override_key(override) for override in values.overrides}
+    if config.optimizer.name == "adamw" and changed & {"optimizer.name"} and "optimizer.learning_rate" not in changed:
+        rate = config.optimizer.learning_rate
+        console.say(
+            f"the learning rate stays at {rate:g}, which the recipe has for sgd: adamw usually takes some 0.001"
+        )
     processes.initialize(values.coordinator, values.processes, values.process, values.cluster)
     train(config, workdir)
 

@@ -76,7 +76,7 @@ def load_dataset(
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     # Images of other data sets are read as their papers and other programs read them.
     options: dict[str, Any] = {"exif_orientation": exif_orientation} if name == "image_folder" else {}
-    load = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))
+    load: Any = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))
     dataset = load(data_dir=data_dir, path=path, train_examples=train_examples, image_size=image_size, **options)
     if validation_examples is not None:
         dataset = hold_out(dataset, validation_examples, validation_seed)

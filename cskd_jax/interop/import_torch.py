@@ -123,7 +123,7 @@ def _run(argv):
         finished=True,
     )
     print(f"{arguments.file}: {network}{_origin(known)}")
-    report = {"file": str(arguments.file), "sha256": digest, "prefix": found.prefix}
+    report: dict[str, Any] = {"file": str(arguments.file), "sha256": digest, "prefix": found.prefix}
     if arguments.verify is not None:
         report["verified"] = _verify(arguments, module, Saved(found.variables, record, 0, ""))
     _write(arguments, found, record, report)
@@ -208,7 +208,7 @@ def _verify(arguments, module, saved) -> dict[str, Any]:
     command_line.set_up_jax()
     with pause(f"loading the data set {arguments.verify}"):
         dataset = load_dataset(arguments.verify, data_dir=arguments.data_dir, path=arguments.path)
-    normalize = check_fits(str(arguments.file), saved, dataset)
+    normalize: Any = check_fits(str(arguments.file), saved, dataset)  # It is known, as checked above.
     devices = Devices()
     evaluation = Evaluation(
         LinenNetwork(module),

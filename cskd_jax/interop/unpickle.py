@@ -259,9 +259,9 @@ class TorchUnpickler:
             names = ", ".join(list(inner)[:3]) if isinstance(inner, dict) else type(inner).__name__
             raise ValueError(f"{type(target).__name__} takes no state, such as {names}")
 
-    def _persistent(self, pid):
+    def _persistent(self, pid: Any):
         """Puts an object outside of the pickle: a storage, or a class whose source code the file holds too."""
-        if not isinstance(pid, tuple) or len(pid) < 2:
+        if type(pid) is not tuple or len(pid) < 2:
             raise UserError("holds something else than storages outside of its pickle")
         if pid[0] == "module":
             return self._push(pid[1])

@@ -79,7 +79,7 @@ class ActivationBoundary(Method):
         for stage, (student, teacher) in enumerate(pairs, start=1):
             student, teacher = pool_to_reachable_size(student, teacher)
             if student.shape != teacher.shape:
-                size = teacher.shape[1:3]
+                size = teacher.shape[1], teacher.shape[2]
                 student = Regressor(teacher.shape[-1], size, self.axis_name, name=f"connector{stage}")(student)
             students.append(student)
             teachers.append(teacher)

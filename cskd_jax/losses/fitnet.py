@@ -59,5 +59,5 @@ class FitNet(Method):
         if not 1 <= self.stage <= len(pairs):
             raise ValueError(f"stage must be from 1 to {len(pairs)}, the number of stages, got {self.stage}")
         student, teacher = pool_to_reachable_size(*pairs[self.stage - 1])
-        regressor = Regressor(teacher.shape[-1], teacher.shape[1:3], self.axis_name, name="regressor")
+        regressor = Regressor(teacher.shape[-1], (teacher.shape[1], teacher.shape[2]), self.axis_name, name="regressor")
         return hint_loss(nn.relu(regressor(student)), teacher), {}

@@ -165,7 +165,7 @@ _SIZES = {
 }
 
 
-def _comparison(depth, stage_widths=(16, 32, 64), stem_width=16, block=BasicBlock, **settings):
+def _comparison(depth, stage_widths=(16, 32, 64), stem_width=16, block: Any = BasicBlock, **settings):
     """Returns a network for CIFAR with three stages of two-layer blocks: 6 n + 2 layers with n blocks in each stage."""
     sizes, settings = ((depth - 2) // 6,) * 3, {"pool_stride": None, **settings}
     return partial(ResNet, stage_sizes=sizes, block=block, stage_widths=stage_widths, stem_width=stem_width, **settings)

@@ -301,7 +301,8 @@ def make_training(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Tr
 
 def make_first_phase(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Phase:
     """Returns the first phase that `config.first_phase` describes, of the loss that has one."""
-    name, first = next((name, LOSSES[name].first_phase) for name in config.losses if LOSSES[name].first_phase)
+    phases = {name: LOSSES[name].first_phase for name in config.losses}
+    name, first = next((name, phase) for name, phase in phases.items() if phase is not None)
     settings = config.first_phase
     schedule = ConstantSchedule(settings.learning_rate or config.optimizer.learning_rate)
     own = {key: value for key, value in config.losses[name].to_dict().items() if key not in keys.weight_keys()}

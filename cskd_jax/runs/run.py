@@ -137,11 +137,12 @@ class _Started:
         self._kept = kept
         config = job.config = schema.with_values(job.config, kept)
         self.devices.check_batch_size("batch_size", config.batch_size)
-        given = None
+        given = digest = None
         if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
             self.given = given = self.given or processes.on_first(load_given_teacher, config)
+            digest = identity_of_teacher(given[0], given[1], config)
         # A resumed run must not go on with another teacher.
-        identity = identify(config, None if given is None else identity_of_teacher(*given, config))
+        identity = identify(config, digest)
 
         def done_or_locked():
             check_workdir(workdir, identity)

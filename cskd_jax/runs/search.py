@@ -12,9 +12,10 @@ from typing import NamedTuple
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
 from cskd_jax.files import write_text
+from cskd_jax.inputs import read_json
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.grid import Run, concerns, make_grid
-from cskd_jax.runs.workdir import describe_changes, read_json
+from cskd_jax.runs.workdir import describe_changes
 from cskd_jax.training.metrics import task_that_measured
 
 FOLDER, TABLE = "search", "search.csv"

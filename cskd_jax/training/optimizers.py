@@ -196,7 +196,7 @@ def dot(
         zeros = jax.tree.map(jnp.zeros_like, params)
         return _DotState(jnp.zeros((), jnp.int32), SeparateGradients(zeros, zeros))
 
-    def update(updates, state, params=None):
+    def update(updates, state, params: Any = None):
         decayed, _ = decay.update(updates.supervision, decay.init(params), params)
 
         def accumulate(sign):
