@@ -75,7 +75,7 @@ train digits:kd config.epochs=1
     config.epochs=1 lacks its dashes; did you mean --config.epochs=1?
     -> train digits:kd --config.epochs=1
 train digits:kd --learning-rate=0.2
-    there is no flag --learning-rate; did you mean --config.optimizer.learning_rate=0.2 or
+    there is no flag --learning-rate; did you mean --config.first_phase.learning_rate=0.2 or ...
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --width=0.5
     there is no flag --width; did you mean --config.teacher.width=0.5 or --config.student.width=0.5?
@@ -103,7 +103,7 @@ train digits:kd --config.epoch=1
     unknown configuration key epoch; did you mean epochs?
     -> train digits:kd --config.epochs=1
 train digits:kd --config.learning_rate=0.2
-    unknown configuration key learning_rate; did you mean optimizer.learning_rate or first_phase.learning_rate?
+    unknown configuration key learning_rate; did you mean first_phase.learning_rate or optimizer.learning_rate?
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --config.kd.temprature=2
     unknown configuration key kd.temprature; cskd-jax config keys lists all
