@@ -75,7 +75,7 @@ train digits:kd config.epochs=1
     config.epochs=1 lacks its dashes; did you mean --config.epochs=1?
     -> train digits:kd --config.epochs=1
 train digits:kd --learning-rate=0.2
-    there is no flag --learning-rate; did you mean --config.first_phase.learning_rate=0.2 or ...
+    there is no flag --learning-rate; did you mean --config.optimizer.learning_rate=0.2 or ...
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --width=0.5
     there is no flag --width; did you mean --config.teacher.width=0.5 or --config.student.width=0.5?
