@@ -38,7 +38,7 @@ from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import InterruptedRun
 from cskd_jax.runs.build import make_network, make_trainer, precision
 from cskd_jax.runs.recipes import load_recipe
-from cskd_jax.training.checkpoint import digest_of
+from cskd_jax.training.arrays import digest_of
 from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
 

@@ -26,8 +26,9 @@ from cskd_jax.losses import Method
 from cskd_jax.runs.results import RESULTS, describe_result
 from cskd_jax.runs.workdir import held
 from cskd_jax.training.adapters import as_network
+from cskd_jax.training.arrays import digest_of
 from cskd_jax.training.callbacks import Callback
-from cskd_jax.training.checkpoint import FOLDER, digest_of, mark_unfinished
+from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
 from cskd_jax.training.normalization import renormalize
 from cskd_jax.training.objective import as_settings
 from cskd_jax.training.phases import Phase

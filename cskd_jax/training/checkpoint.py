@@ -9,12 +9,9 @@ needs the folder. The others receive what it read, or its error.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import math
 import pathlib
-import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -24,13 +21,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import serialization, traverse_util
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from cskd_jax.distributed import processes
 from cskd_jax.errors import InterruptedRun, UserError, one_line
 from cskd_jax.files import write_json
 from cskd_jax.inputs import MAX_JSON, is_count, is_list, is_map, is_number, is_optional, is_text, read_json, unsound
+from cskd_jax.training.arrays import digest_array, digest_json, flatten, unflatten, upgrade
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ _ARRAYS, _RECORD = "arrays", "record"
 _FIRST_PROCESS = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
-# Version of the names of the arrays and of the record; `_upgrade` reads older ones.
+# Version of the names of the arrays and of the record; `arrays.upgrade` reads older ones.
 _VERSION = 2
 # Limits on the files of a checkpoint, and on what its compressed arrays may take in memory for each byte of the files.
 # Weights hardly compress; what compresses well, such as a momentum of zeros, has at most a few times their size.
@@ -196,12 +194,12 @@ class Checkpoints:
         processes.on_first(self._save, step, tree, record, score)
 
     def _save(self, step, tree, record, score):
-        arrays = _flatten(jax.device_get(tree))
+        arrays = flatten(jax.device_get(tree))
         values = dataclasses.asdict(record) | {"version": _VERSION}
-        content = {"record": values, "digests": {name: _digest(array) for name, array in arrays.items()}}
+        content = {"record": values, "digests": {name: digest_array(array) for name, array in arrays.items()}}
         parts = {
             _ARRAYS: ocp.args.StandardSave(arrays),
-            _RECORD: ocp.args.JsonSave(content | {"digest": _text_digest(content)}),
+            _RECORD: ocp.args.JsonSave(content | {"digest": digest_json(content)}),
         }
         with self._saving():
             saved = self._manager.save(step, args=ocp.args.Composite(**parts), metrics={"score": score, "step": step})
@@ -248,7 +246,7 @@ class Checkpoints:
             path = self._directory / str(step)
             try:
                 arrays, record, _ = _read(path)
-                return _unflatten(arrays, template(step)), record
+                return unflatten(arrays, template(step)), record
             except _Damaged as damage:
                 aside = path.with_name(f"{step}.damaged")
                 _logger.warning(
@@ -318,11 +316,6 @@ def _load(path):
     return Saved({"params": {}, **variables}, record, int(path.name), digest)
 
 
-def digest_of(tree: Any) -> str:
-    """Returns a digest of all arrays of a tree and of their names."""
-    return _text_digest({name: _digest(array) for name, array in _flatten(jax.device_get(tree)).items()})
-
-
 class _Damaged(Exception):
     pass
 
@@ -352,17 +345,17 @@ def _read(path):
         raise
     except Exception as error:  # Orbax raises whatever the damage makes its parsers raise.
         raise _Damaged(f"{type(error).__name__} while reading: {one_line(error)}") from error
-    if digest != _text_digest(content):
+    if digest != digest_json(content):
         raise _Damaged("the digest of its record differs")
     if set(arrays) != set(digests):
         raise _Damaged("arrays are missing")
     for name, array in arrays.items():
-        if _digest(array) != digests[name]:
+        if digest_array(array) != digests[name]:
             raise _Damaged(f"the digest of {name} differs")
-    digest = _text_digest({name: _digest(array) for name, array in arrays.items()})
+    digest = digest_json({name: digest_array(array) for name, array in arrays.items()})
     if version > _VERSION:
         raise UserError(f"checkpoint {path} was written by a newer version of cskd_jax")
-    arrays = arrays if version == _VERSION else {_upgrade(name): array for name, array in arrays.items()}
+    arrays = arrays if version == _VERSION else {upgrade(name): array for name, array in arrays.items()}
     return arrays, record, digest
 
 
@@ -377,49 +370,6 @@ def _check_files(path):
     if (path / _RECORD / "metadata").stat().st_size > MAX_JSON:
         raise _Damaged("its record is too large")
     return total
-
-
-def _upgrade(name):
-    """Returns the current name of an array that version 1 called `name`."""
-    if name.startswith("batch_stats/"):
-        return f"collections/{name}"
-    # The parameters are below these two in the state of an optimizer, too.
-    match = re.match(r"((?:params|opt_state)/(?:.*?/)??)(student|methods)(/.*)", name)
-    if match is None:
-        return name
-    return match[1] + {"student": "network", "methods": "losses"}[match[2]] + match[3]
-
-
-def _flatten(tree):
-    """Returns {path joined by "/": numpy array} of a tree, with the names that Flax gives to its parts."""
-    flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
-    return {name: np.asarray(array) for name, array in flat.items()}
-
-
-def _unflatten(arrays, template):
-    target = serialization.to_state_dict(template)
-    flat: dict[str, Any] = traverse_util.flatten_dict(target, sep="/", keep_empty_nodes=True)
-    empty = traverse_util.empty_node
-    wanted = {name for name, leaf in flat.items() if leaf is not empty}
-    for name in sorted(wanted | set(arrays)):
-        found, expected = arrays.get(name), flat.get(name) if name in wanted else None
-        shapes = ["nothing" if x is None else f"{x.dtype}{list(x.shape)}" for x in (found, expected)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                "the checkpoint holds other arrays than the networks, losses and optimizer of this run train "
-                f"({name}: {shapes[0]} instead of {shapes[1]}); use another workdir"
-            )
-    flat |= arrays
-    return serialization.from_state_dict(template, traverse_util.unflatten_dict(flat, sep="/"))
-
-
-def _digest(array):
-    array = np.ascontiguousarray(array)
-    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()
-
-
-def _text_digest(content):
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _score(metrics: Any) -> Any:
@@ -438,9 +388,9 @@ def mark_unfinished(folder: pathlib.Path) -> None:
     path = folder / str(max(steps)) / _RECORD / "metadata"
     try:
         content = read_json(path)
-        sound = content.pop("digest") == _text_digest(content) and Record.from_json(content["record"]).finished
+        sound = content.pop("digest") == digest_json(content) and Record.from_json(content["record"]).finished
     except (OSError, UserError, ValueError, KeyError):
         return
     if sound:
         content["record"]["finished"] = False
-        write_json(path, content | {"digest": _text_digest(content)})
+        write_json(path, content | {"digest": digest_json(content)})

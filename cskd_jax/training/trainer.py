@@ -18,10 +18,10 @@ from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import DivergedError, UserError
-from cskd_jax.losses import LOSSES
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Console, Progress
 from cskd_jax.training.checkpoint import Record
+from cskd_jax.training.checks import check_batches, check_losses
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.loop import Loop
 from cskd_jax.training.networks import Network, Variables
@@ -183,7 +183,7 @@ class Trainer:
             keep_checkpoints=keep_checkpoints,
             accumulation_steps=accumulation_steps,
         )
-        _check_batches(shared)
+        check_batches(shared)
         self._setup = shared
         if beside is None:
             self.teacher_pass = TeacherPass(shared, self._teacher_network, self._teacher_variables())
@@ -207,7 +207,7 @@ class Trainer:
                 num_examples=0 if isinstance(sampler, EpochBatches) else len(data.train.labels),
                 steps_per_epoch=sampler.steps_per_epoch,
             )
-            _check_losses(objective, data)
+            check_losses(objective, data)
             if objective.needs_teacher and self._teacher is None:
                 names = [loss for loss, (_, module) in objective.losses.items() if module.needs_teacher]
                 raise UserError(f"{name}: losses.{names[0]} needs a teacher")
@@ -377,62 +377,3 @@ def _describe_images(data: ImageDataset, normalize: Any) -> dict[str, Any]:
     if isinstance(normalize, Normalize):
         images |= {"mean": list(normalize.mean), "std": list(normalize.std)}
     return images
-
-
-def _check_losses(objective: Objective, data: ImageDataset) -> None:
-    """Raises UserError for a loss that needs another kind of labels than the data set has."""
-    if not objective.losses:
-        raise UserError("losses must name at least one loss")
-    wrong = [name for name, (_, loss) in objective.losses.items() if loss.multilabel not in (None, data.multilabel)]
-    if wrong:
-        fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]
-        kind = "any number of categories (multi-label)" if data.multilabel else "one category"
-        raise UserError(
-            f"losses.{wrong[0]} does not fit data set '{data.name}', whose images have {kind} each: of the methods "
-            f"that read labels, those for it are {', '.join(sorted(fitting))}"
-        )
-
-
-def _check_batches(setup: Setup) -> None:
-    """Raises UserError for batches that are impossible or not divisible by the number of devices."""
-    sampler = setup.sampler
-    if not isinstance(sampler.batch_size, int | np.integer) or sampler.batch_size < 1:
-        raise UserError(f"batch_size is {sampler.batch_size!r}; it must be an integer of at least 1")
-    if sampler.batch_size > sampler.num_examples:
-        raise UserError(
-            f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
-        )
-    if sampler.batch_size == 1:
-        raise UserError(
-            "batch_size is 1; it must be at least 2, since batch normalization and losses relate images to each other"
-        )
-    setup.devices.check_batch_size("batch_size", sampler.batch_size)
-    if sampler.last_batch_size == 1:
-        raise UserError(
-            "the last batch of an epoch holds one image, which has nothing to relate to: "
-            + ("give it more" if isinstance(sampler, EpochBatches) else "set drop_last=True, or another batch_size")
-        )
-    setup.devices.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)
-    if setup.accumulation_steps > 1:
-        _check_micro_batches(setup)
-
-
-def _check_micro_batches(setup: Setup) -> None:
-    """Raises UserError for micro-batches that are impossible."""
-    sampler, steps = setup.sampler, setup.accumulation_steps
-    if sampler.batch_size % steps:
-        raise UserError(f"batch_size is {sampler.batch_size}, which does not divide by accumulation_steps, {steps}")
-    size = sampler.batch_size // steps
-    setup.devices.check_batch_size(
-        f"a micro-batch (batch_size {sampler.batch_size} / accumulation_steps {steps})", size
-    )
-    if size == 1:
-        raise UserError(
-            f"with accumulation_steps={steps}, a micro-batch holds one image, which has nothing to relate to: "
-            "set a smaller number"
-        )
-    if sampler.last_batch_size % size == 1:
-        raise UserError(
-            f"with accumulation_steps={steps}, the last micro-batch of an epoch holds one image, which has nothing to "
-            "relate to: set drop_last=True, or another number"
-        )

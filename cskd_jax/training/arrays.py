@@ -1,0 +1,63 @@
+"""Trees of arrays by the names of their arrays, and digests of them."""
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from flax import serialization, traverse_util
+
+from cskd_jax.errors import UserError
+
+
+def digest_of(tree: Any) -> str:
+    """Returns a digest of all arrays of a tree and of their names."""
+    return digest_json({name: digest_array(array) for name, array in flatten(jax.device_get(tree)).items()})
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """Returns {path joined by "/": numpy array} of a tree, with the names that Flax gives to its parts."""
+    flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
+    return {name: np.asarray(array) for name, array in flat.items()}
+
+
+def unflatten(arrays: dict[str, np.ndarray], template: Any) -> Any:
+    """Returns a tree like `template` with these arrays; raises UserError if names, shapes or dtypes differ."""
+    target = serialization.to_state_dict(template)
+    flat: dict[str, Any] = traverse_util.flatten_dict(target, sep="/", keep_empty_nodes=True)
+    empty = traverse_util.empty_node
+    wanted = {name for name, leaf in flat.items() if leaf is not empty}
+    for name in sorted(wanted | set(arrays)):
+        found, expected = arrays.get(name), flat.get(name) if name in wanted else None
+        shapes = ["nothing" if x is None else f"{x.dtype}{list(x.shape)}" for x in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                "the checkpoint holds other arrays than the networks, losses and optimizer of this run train "
+                f"({name}: {shapes[0]} instead of {shapes[1]}); use another workdir"
+            )
+    flat |= arrays
+    return serialization.from_state_dict(template, traverse_util.unflatten_dict(flat, sep="/"))
+
+
+def digest_array(array: np.ndarray) -> str:
+    """Returns a digest of the type, shape and bytes of an array."""
+    array = np.ascontiguousarray(array)
+    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()
+
+
+def digest_json(content: Any) -> str:
+    """Returns a digest of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def upgrade(name: str) -> str:
+    """Returns the current name of an array that version 1 of checkpoints called `name`."""
+    if name.startswith("batch_stats/"):
+        return f"collections/{name}"
+    # The parameters are below these two in the state of an optimizer, too.
+    match = re.match(r"((?:params|opt_state)/(?:.*?/)??)(student|methods)(/.*)", name)
+    if match is None:
+        return name
+    return match[1] + {"student": "network", "methods": "losses"}[match[2]] + match[3]

@@ -1,0 +1,69 @@
+"""Checks that losses, batches and data fit together, before anything is traced."""
+
+import numpy as np
+
+from cskd_jax.data import ImageDataset
+from cskd_jax.data.batches import EpochBatches
+from cskd_jax.errors import UserError
+from cskd_jax.losses import LOSSES
+from cskd_jax.training.objective import Objective
+from cskd_jax.training.setup import Setup
+
+
+def check_losses(objective: Objective, data: ImageDataset) -> None:
+    """Raises UserError for a loss that needs another kind of labels than the data set has."""
+    if not objective.losses:
+        raise UserError("losses must name at least one loss")
+    wrong = [name for name, (_, loss) in objective.losses.items() if loss.multilabel not in (None, data.multilabel)]
+    if wrong:
+        fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]
+        kind = "any number of categories (multi-label)" if data.multilabel else "one category"
+        raise UserError(
+            f"losses.{wrong[0]} does not fit data set '{data.name}', whose images have {kind} each: of the methods "
+            f"that read labels, those for it are {', '.join(sorted(fitting))}"
+        )
+
+
+def check_batches(setup: Setup) -> None:
+    """Raises UserError for batches that are impossible or not divisible by the number of devices."""
+    sampler = setup.sampler
+    if not isinstance(sampler.batch_size, int | np.integer) or sampler.batch_size < 1:
+        raise UserError(f"batch_size is {sampler.batch_size!r}; it must be an integer of at least 1")
+    if sampler.batch_size > sampler.num_examples:
+        raise UserError(
+            f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
+        )
+    if sampler.batch_size == 1:
+        raise UserError(
+            "batch_size is 1; it must be at least 2, since batch normalization and losses relate images to each other"
+        )
+    setup.devices.check_batch_size("batch_size", sampler.batch_size)
+    if sampler.last_batch_size == 1:
+        raise UserError(
+            "the last batch of an epoch holds one image, which has nothing to relate to: "
+            + ("give it more" if isinstance(sampler, EpochBatches) else "set drop_last=True, or another batch_size")
+        )
+    setup.devices.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)
+    if setup.accumulation_steps > 1:
+        _check_micro_batches(setup)
+
+
+def _check_micro_batches(setup: Setup) -> None:
+    """Raises UserError for micro-batches that are impossible."""
+    sampler, steps = setup.sampler, setup.accumulation_steps
+    if sampler.batch_size % steps:
+        raise UserError(f"batch_size is {sampler.batch_size}, which does not divide by accumulation_steps, {steps}")
+    size = sampler.batch_size // steps
+    setup.devices.check_batch_size(
+        f"a micro-batch (batch_size {sampler.batch_size} / accumulation_steps {steps})", size
+    )
+    if size == 1:
+        raise UserError(
+            f"with accumulation_steps={steps}, a micro-batch holds one image, which has nothing to relate to: "
+            "set a smaller number"
+        )
+    if sampler.last_batch_size % size == 1:
+        raise UserError(
+            f"with accumulation_steps={steps}, the last micro-batch of an epoch holds one image, which has nothing to "
+            "relate to: set drop_last=True, or another number"
+        )
