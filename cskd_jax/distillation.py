@@ -133,32 +133,16 @@ def distill(
         `results` of the error has theirs.
     """
     several = students is not None
-    if students is None:
-        network = as_network(student, student_features, student_embedding)
-        students = {_STUDENT: _make_student(network, losses, optimizer, schedule, ema, student_variables)}
-    else:
-        _check_students(
-            students,
-            student=student,
-            losses=losses,
-            optimizer=optimizer,
-            schedule=schedule,
-            ema=ema,
-            student_variables=student_variables,
-            student_features=student_features,
-            student_embedding=student_embedding,
-        )
+    single = {"student": student, "losses": losses, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    single |= {"student_variables": student_variables}
+    single |= {"student_features": student_features, "student_embedding": student_embedding}
+    students = {_STUDENT: _make_student(**single)} if students is None else _checked_students(students, single)
     sampler = _make_batches(train, steps_per_epoch)
     arrays: Any = train if sampler is None else sampler.first
     data = make_data(arrays, test, categories, validation)
     if sampler is not None:
         sampler.num_classes = data.num_classes
-    normalize = _make_normalize(data, mean, std)
-    own_mean, own_std = mean if teacher_mean is None else teacher_mean, std if teacher_std is None else teacher_std
-    own = _make_normalize(data, own_mean, own_std, "teacher_")
-    floats = data.image_dtype != np.uint8
-    if floats and not own.is_same(normalize):
-        raise UserError("teacher_mean and teacher_std need uint8 images; floats are taken as they are")
+    normalize, own = _make_normalizations(data, mean, std, teacher_mean, teacher_std)
     teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
     teachers = [Teacher(renormalize(entry.network, normalize, own), entry.variables) for entry in teachers]
     workdir = None if workdir is None else local_folder(workdir)
@@ -170,7 +154,7 @@ def distill(
             phases=[Phase(epochs)],
             seed=seed,
             sampler=sampler or UniformSampler(len(data.train.labels), batch_size, seed, drop_last),
-            normalize=None if floats else normalize,
+            normalize=normalize if data.image_dtype == np.uint8 else None,
             augment=augment,
             callbacks=callbacks,
             workdir=workdir,
@@ -197,14 +181,18 @@ def distill(
     return results if several else results[_STUDENT]
 
 
-def _make_student(network, losses, optimizer, schedule, ema, variables):
+def _make_student(
+    student, losses, optimizer, schedule, ema, student_variables, student_features, student_embedding
+) -> Student:
+    """Returns the student of a call with one; raises UserError without losses and an optimizer."""
+    network = as_network(student, student_features, student_embedding)
     if losses is None or optimizer is None:
         raise UserError("a student needs losses and an optimizer, such as losses={'kd': 0.9}, optimizer=optax.sgd(0.1)")
-    return Student(network, losses, optimizer, schedule, ema, variables)
+    return Student(network, losses, optimizer, schedule, ema, student_variables)
 
 
-def _check_students(students, **single):
-    """Raises UserError for students that are none, or for settings that belong to one of them."""
+def _checked_students(students, single):
+    """Returns the students; raises UserError if they are none, or for settings that belong to one of them."""
     given = [name for name, value in single.items() if value is not None and value != ()]
     if given:
         raise UserError(f"{given[0]} belongs to one student: with students={{...}}, it is part of each `Student`")
@@ -217,6 +205,7 @@ def _check_students(students, **single):
             f"a student cannot be called {wrong[0]!r}, as a folder is named after it: letters, digits and ._+- are "
             "allowed, but not tensorboard"
         )
+    return students
 
 
 def _describe_student(student):
@@ -225,6 +214,16 @@ def _describe_student(student):
     variables = None if student.variables is None else digest_of(student.variables)
     ema = {} if student.ema is None else {"ema": float(student.ema)}
     return {"losses": losses, "student_variables": variables, **ema}
+
+
+def _make_normalizations(data, mean, std, teacher_mean, teacher_std):
+    """Returns the normalizations of the images for the students and for the teacher."""
+    normalize = _make_normalize(data, mean, std)
+    own_mean, own_std = mean if teacher_mean is None else teacher_mean, std if teacher_std is None else teacher_std
+    own = _make_normalize(data, own_mean, own_std, "teacher_")
+    if data.image_dtype != np.uint8 and not own.is_same(normalize):
+        raise UserError("teacher_mean and teacher_std need uint8 images; floats are taken as they are")
+    return normalize, own
 
 
 def _make_normalize(data: ImageDataset, mean: Sequence[float], std: Sequence[float], name: str = "") -> Normalize:

@@ -147,15 +147,13 @@ def make_train_step(
         else:
 
             def differentiate_part(state, part, number):
-                return differentiate(
-                    state, part, jax.random.fold_in(jax.random.fold_in(step_key, _MICRO_BATCH), number)
-                )
+                part_key = jax.random.fold_in(jax.random.fold_in(step_key, _MICRO_BATCH), number)
+                return differentiate(state, part, part_key)
 
             gradients, collections, memory, metrics = _accumulate(
                 differentiate_part, state, batch, micro_batch_size, axis_name
             )
-        whole = jax.tree.map(jnp.add, *gradients) if separate else gradients
-        metrics["gradient_norm"] = optax.tree.norm(whole)
+        metrics["gradient_norm"] = optax.tree.norm(jax.tree.map(jnp.add, *gradients) if separate else gradients)
         # Parts of optax fail under strict dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
