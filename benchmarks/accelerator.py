@@ -219,7 +219,7 @@ def measure_checks(pair: Pair) -> Part:
         config.batch_size, config.epochs = pair.batch_size, 2
         for settings, (name, width) in ((config.teacher, pair.teacher), (config.student, pair.student)):
             settings.name, settings.width = name, width
-        dataset = make_dataset(max(NUM_CLASSES, 3 * pair.batch_size), pair.side)
+        dataset = make_dataset(pair.batch_size * max(3, -(-NUM_CLASSES // pair.batch_size)), pair.side)
         network = make_network(config.teacher, NUM_CLASSES, config.dtype)
         variables = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
         trainer = make_trainer("student", config, dataset, folder, Devices(), Teacher(network, variables))

@@ -16,6 +16,11 @@ def total_memory() -> int:
 
 
 def memory_left() -> int:
-    """Returns the bytes of memory that this process has never taken; others may hold some of them."""
-    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Returns the bytes of memory that this process does not take; others may hold some of them."""
+    try:
+        taken = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
+    except OSError:  # macOS has no such file.
+        taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return max(0, total_memory() - taken)

@@ -22,17 +22,20 @@ import subprocess
 import sys
 import tempfile
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # All processes of this session share it: many tests compile the same programs.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cskd_jax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-
 import jax
 import pytest
 
 from cskd_jax import console
 from cskd_jax.data import load_dataset
+
+# The environment variable with the cache of the commands that tests start, which all processes of a session share.
+_CACHE = "CSKD_TESTS_CACHE"
+
+if _CACHE not in os.environ:
+    os.environ[_CACHE] = tempfile.mkdtemp(prefix="cskd_jax-tests-")
+    atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
+# To save a program that was compiled with the flags above has ended a process.
+jax.config.update("jax_enable_compilation_cache", False)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 gc.set_threshold(100_000)  # As in main: most of the quick tests' time is tracing.
@@ -122,7 +125,7 @@ def start():
     `program` is a module, or the words of another command that takes such arguments.
     """
     flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(_HERE_ALONE))
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XDG_CACHE_HOME": os.environ[_CACHE], "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
     def start(arguments, cwd=ROOT, program="cskd_jax.main", **variables):
         words = (sys.executable, "-m", program) if isinstance(program, str) else program

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import pathlib
-import resource
 import struct
 import sys
 import time
@@ -508,11 +507,17 @@ def read_all(group, folder):
                 code = exit_code(lambda _, read=read, source=source: read(source, folder), [])
             except BaseException:  # A traceback is what must not come.
                 code = traceback.format_exc()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        memory = _peak_memory()
         seconds = time.process_time() - begin
         found[name] = {"code": code, "error": error.getvalue(), "happened": list(_happened), "seconds": seconds}
         found[name]["memory"] = memory
     return found
+
+
+def _peak_memory():
+    """Returns the largest memory of this process in MiB; getrusage would also count that of the process before exec."""
+    lines = pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 if __name__ == "__main__":

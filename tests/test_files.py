@@ -155,11 +155,11 @@ def test_sweep_in_a_folder_with_a_link(link, workdir, outside, digits_dir):
 
 
 def test_output_of_a_sweep(workdir, outside):
-    run = grid.Run(workdir, "kd-seed0", "", ())
+    run, other = (grid.Run(workdir, name, "", ()) for name in ("kd-seed0", "ce-seed0"))
     run.workdir.mkdir()
     (run.workdir / "log.txt").symlink_to(outside)
     with pytest.raises(UserError, match="log.txt is a symbolic link"):
-        sweep._start(run, {})
+        sweep._Process([other, run], {})
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ CIFAR = ["--config.dataset.name=cifar100", "--config.dataset.data_dir={empty}", 
 BAD_INPUT = {
     "no config": (["--config="], ["--config=RECIPE must name a file"], None),
     "missing config file": (["--config=configs/nothing.py"], ["configs/nothing.py"], None),
-    "unknown method": ([f"--config={ROOT}/configs/digits.py:cskdd"], ["cskdd", "cskd_paper"], None),
+    "unknown method": ([f"--config={ROOT}/configs/digits.py:cskdd"], ["cskdd", "did you mean cskd?"], None),
     "unknown key": (["--config.batchsize=3"], ["batchsize", "did you mean batch_size"], None),
     "unknown loss": (["--config.losses.crossentropy.weight=1"], ["losses.crossentropy.weight"], None),
     "wrong type": (["--config.epochs=many"], ["epochs", "many"], None),

@@ -152,7 +152,9 @@ def test_run_with_a_teacher_of_another_normalization(done, digits_dir, tmp_path)
         trained = load_trained(path, config, dataset)
         evaluation = make_evaluation(trained.network, config, dataset, devices)
         scores.append(evaluation(devices.replicate(trained.saved.variables)))
-        kinds.append(type(build(config, tmp_path, devices, (str(path), load_variables(str(path)))).teacher.network))
+        kinds.append(
+            type(build(config, tmp_path, devices, dataset, (str(path), load_variables(str(path)))).teacher.network)
+        )
     assert scores[0]["top1"] == scores[1]["top1"]
     np.testing.assert_allclose(scores[0]["loss"], scores[1]["loss"], rtol=1e-4)
     assert kinds[0] is not RenormalizedNetwork

@@ -67,7 +67,7 @@ def test_an_old_run_of_another_formula_is_refused(start, digits_dir, tmp_path):
     workdir = unpack("memory", tmp_path)
     before = sorted(workdir.rglob("*"))
     output, error = (process := start(arguments_of("crd", workdir, digits_dir, CRD))).communicate()
-    assert process.returncode == 1, output
+    assert process.returncode == 2, output
     assert "losses.crd version 1 != 2: the formula of the loss crd has changed between versions of cskd_jax" in error
     assert [path for path in sorted(workdir.rglob("*")) if path.name != "lock"] == before
 

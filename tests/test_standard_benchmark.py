@@ -207,7 +207,7 @@ def trace(method, losses, shapes):
 
     def loss(key, inputs):
         params, memory = objective.init(key, inputs)
-        return objective(params, memory, inputs, 0)[0]
+        return objective(params, memory, inputs, jnp.int32(0))[0]
 
     assert jax.eval_shape(loss, key, LossInputs(student, teacher, labels, labels, key)).shape == (), method
 

@@ -55,7 +55,7 @@ from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import check_new, number, numbers
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
-from cskd_jax.inputs import read_bytes
+from cskd_jax.inputs import open_regular, read_bytes
 
 _MAX_NAMES = 64 << 20  # bytes of the file of the classes, of which there are at most a million
 
@@ -154,8 +154,9 @@ def _identify(arguments):
       UserError: The network is neither named nor known.
     """
     from cskd_jax.interop.checkpoints import known_checkpoints
+    from cskd_jax.interop.torch_file import MAX_FILE
 
-    with arguments.file.open("rb") as file:
+    with open_regular(arguments.file, MAX_FILE) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     known = known_checkpoints().get(digest)
     if known is not None and arguments.model in (None, known.model):

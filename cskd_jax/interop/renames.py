@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from cskd_jax.errors import UserError, printable
+from cskd_jax.inputs import read_bytes
 
 # A pair (regular expression, replacement).
 Rule = tuple[str, str]
@@ -28,11 +29,9 @@ def read_rules(path: pathlib.Path) -> list[Rule]:
       UserError: If the file is no such text, or a pattern is invalid or could take too long.
       OSError: If the file cannot be read.
     """
-    with path.open("rb") as file:
-        data = file.read(_MAX_BYTES + 1)
-    lines = data.decode("utf-8", errors="replace").splitlines()
-    if len(data) > _MAX_BYTES or len(lines) > _MAX_RULES:
-        raise UserError(f"{path} has more than {_MAX_BYTES} bytes or {_MAX_RULES} lines, too many for a file of names")
+    lines = read_bytes(path, _MAX_BYTES).decode("utf-8", errors="replace").splitlines()
+    if len(lines) > _MAX_RULES:
+        raise UserError(f"{path} has more than {_MAX_RULES} lines, too many for a file of names")
     rules = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):

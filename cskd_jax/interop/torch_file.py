@@ -53,7 +53,7 @@ _SAFETENSORS_DTYPES = {
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _PLACE = ("dtype", "shape", "data_offsets")
 # Limits on the sizes of a file, of its pickle and of the header of safetensors. VGG19 with Adam's state has 1.7 GB.
-_MAX_FILE, _MAX_PICKLE, _MAX_HEADER = 4 << 30, 256 << 20, 8 << 20
+MAX_FILE, _MAX_PICKLE, _MAX_HEADER = 4 << 30, 256 << 20, 8 << 20
 _MAX_DIMENSIONS = 8
 # Limits on the modules, because a network that contains itself would have no end, and on the entries of dictionaries
 # that are looked through and the letters of their names, because many names can mean the same large dictionary.
@@ -77,7 +77,7 @@ def read_state_dict(path: pathlib.Path, key: str | None = None) -> dict[str, np.
       UserError: If the file is damaged, asks for code to be executed, or holds no network.
       OSError: If the file cannot be read.
     """
-    with open_regular(path, _MAX_FILE) as file:
+    with open_regular(path, MAX_FILE) as file:
         try:
             if path.suffix == ".safetensors":
                 tensors = _read_safetensors(file)

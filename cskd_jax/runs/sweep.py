@@ -15,7 +15,7 @@ from cskd_jax.console import say
 from cskd_jax.distributed.children import die_with_parent
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import InterruptedRun, UserError, printable
-from cskd_jax.files import open_append
+from cskd_jax.files import open_append, refuse_links
 from cskd_jax.inputs import open_regular
 from cskd_jax.runs.grid import Run
 from cskd_jax.runs.results import RESULTS, read_results
@@ -105,6 +105,7 @@ class _Process:
 
     def __init__(self, group: Sequence[Run], variables: Mapping[str, str]):
         self.start, self.left, self.log = time.monotonic(), list(group), group[0].workdir / LOG
+        refuse_links(run.workdir / LOG for run in group)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open_append(self.log) as log:
             self._process = subprocess.Popen(

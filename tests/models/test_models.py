@@ -87,7 +87,7 @@ def test_bfloat16_leaves_logits_and_variables_in_float32(name):
 
 @pytest.mark.parametrize("name", ["resnet19", "ResNet18", "", "__init__"])
 def test_unknown_name(name):
-    known = "resnet18, resnet18_224, resnet20, resnet32"
+    known = "resnet18, resnet18_224, resnet18_crd, resnet20"
     with pytest.raises(UserError, match=f"^unknown model {name!r}; known: .*{known}"):
         create_model(name, num_classes=10)
 
