@@ -44,6 +44,7 @@ from cskd_jax.training.trainer import Teacher
 
 TOGETHER = ("ce", "kd", "at", "cskd")
 NUM_CLASSES = 100
+_PARTS = ("checks", "loop", "torch", "steps")
 # Arithmetic of a device at its peak in FLOP/s, by a part of its kind: of float32 products by default, and of bfloat16.
 # From the vendors' data sheets, dense.
 PEAKS = {"H100": (494e12, 989e12), "H200": (494e12, 989e12), "A100": (156e12, 312e12), "v5 lite": (99e12, 197e12)}
@@ -164,7 +165,7 @@ def measure_steps(pairs: dict[str, Pair], steps: int, deadline: float) -> Part:
     cases = [(pair, numbers, methods) for numbers in TYPES for methods in (("kd",), TOGETHER) for pair in pairs]
     for name, numbers, methods in cases:
         label = f"{name}, {numbers}, {len(methods)} together"
-        if time.monotonic() > deadline:
+        if rows and time.monotonic() > deadline:
             left_out.append(label)
             continue
         students, pair = Students(pairs[name], *TYPES[numbers], methods), pairs[name]
@@ -261,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--parts", default=",".join(_PARTS), help=f"of {', '.join(_PARTS)}; default: all")
     arguments = parser.parse_args(argv)
     deadline = time.monotonic() + arguments.seconds
     set_up_jax()
@@ -276,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         "steps": lambda: measure_steps(pairs, steps, deadline),
     }
     for name, measure in parts.items():
-        if measure is None:
+        if measure is None or name not in arguments.parts.split(","):
             continue
         part = measure()
         results[name] = part._asdict()
