@@ -14,6 +14,7 @@ cskd-jax report --published
 Exit codes: 0 done; 2 something to mend in the command or the runs.
 """
 
+from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, refuse_link
@@ -34,6 +35,7 @@ def _run(argv):
     folders = [local_folder(folder) for folder in [*values.words, *values.workdir]]
     if not folders and not values.published:
         raise UserError("name the folders of the runs, such as runs/sweep/digits")
+    console.start()
     # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.report import markdown, published, tables
     from cskd_jax.report.runs import compare, find_runs
