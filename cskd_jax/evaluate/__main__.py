@@ -13,7 +13,6 @@ Prints a table and writes it as evaluation.json into DIR. Every network is that 
 Exit codes: 0 done; 2 mistake in the command, the configuration or the data.
 """
 
-from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import one_folder
 from cskd_jax.errors import UserError
@@ -32,6 +31,8 @@ def _run(argv):
     folder = one_folder(values, "workdir", "checkpoint", example="cskd-jax evaluate runs/digits/kd-seed0")
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder")
+    from cskd_jax import console
+
     console.start()
     # Imported late: mistakes in the command should not wait for everything.
     from cskd_jax.console import say

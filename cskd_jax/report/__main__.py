@@ -14,7 +14,6 @@ cskd-jax report --published
 Exit codes: 0 done; 2 something to mend in the command or the runs.
 """
 
-from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, refuse_link
@@ -35,6 +34,8 @@ def _run(argv):
     folders = [local_folder(folder) for folder in [*values.words, *values.workdir]]
     if not folders and not values.published:
         raise UserError("name the folders of the runs, such as runs/sweep/digits")
+    from cskd_jax import console
+
     console.start()
     # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.report import markdown, published, tables
