@@ -1,7 +1,8 @@
 """Exceptions that the commands show as one line, each with its exit code, and helpers for their messages."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # Share of common letters from which two names count as alike; below it, momentum would be suggested for adamw.
@@ -45,6 +46,21 @@ class InterruptedRun(UserError):
     """An exception for a run that a signal stopped with its state saved, so that the same command resumes it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+@contextlib.contextmanager
+def kept_error(owner: Any) -> Iterator[None]:
+    """Returns a context in which a UserError ends the work of one of several, and leaves the others undisturbed.
+
+    Args:
+      owner: Object whose attribute `error` becomes the error. An `InterruptedRun` concerns all, and is raised.
+    """
+    try:
+        yield
+    except InterruptedRun:
+        raise
+    except UserError as error:
+        owner.error = error
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -14,7 +14,7 @@ from cskd_jax.data import ImageDataset
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
-from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.errors import UserError, kept_error
 from cskd_jax.runs import schema
 from cskd_jax.runs.build import Run, build, load_data, precision
 from cskd_jax.runs.results import (
@@ -91,28 +91,17 @@ def train_together(jobs: Sequence[Job]) -> None:
     """
     start = time.monotonic()
     for job in jobs:
-        with _kept(job):
+        with kept_error(job):
             schema.validate(job.config)
     with console.pause("starting the devices"):
         devices = Devices()
     with contextlib.ExitStack() as stack, precision(jobs[0].config):
         started = _Started(devices, stack)
         for job in jobs:
-            with _kept(job):
+            with kept_error(job):
                 started.add(job)
         with StopRequest() as stop:
             _train(started, stop, start)
-
-
-@contextlib.contextmanager
-def _kept(job: Job) -> Iterator[None]:
-    """Returns a context in which an error ends this run alone; it is skipped after one."""
-    try:
-        yield
-    except InterruptedRun:
-        raise
-    except UserError as error:
-        job.error = error
 
 
 class _Started:
@@ -177,7 +166,7 @@ def _train(started, stop, start):
         return
     for job, run in started.runs.items():
         if run.teacher_trainer is not None:
-            with _kept(job):
+            with kept_error(job):
                 result = run.teacher_trainer.fit(stop)["teacher"]
                 run.teacher.variables = result.variables
                 teacher_entry = describe_result(run.teacher_trainer.describe("teacher"), result)
@@ -191,7 +180,7 @@ def _train(started, stop, start):
             job.error = outcome
         else:
             run = started.runs[job]
-            with _kept(job):
+            with kept_error(job):
                 _finish(job, run, outcome, None if run.teacher is None else teacher_entry, started.devices, start)
 
     if jobs:

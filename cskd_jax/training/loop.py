@@ -10,7 +10,7 @@ import jax
 
 from cskd_jax.data.batches import read_steps
 from cskd_jax.distributed.signals import StopRequest
-from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.errors import InterruptedRun, kept_error
 from cskd_jax.training.participant import Participant
 from cskd_jax.training.programs import TeacherPass
 
@@ -59,7 +59,7 @@ class Loop:
         with contextlib.ExitStack() as stack:
             stack.callback(pool.shutdown, cancel_futures=True)
             for participant in self._participants:
-                with _undisturbed(participant):
+                with kept_error(participant):
                     stack.enter_context(participant)
             waiting = self._close_done(self._participants, on_done)
             teacher_variables = None if self._reads is None else teacher_variables
@@ -133,7 +133,7 @@ class Loop:
                 jax.block_until_ready(prepared)
             for participant in together:
                 if participant.error is None:
-                    with _undisturbed(participant):
+                    with kept_error(participant):
                         participant.train_step(size, {**prepared, **batch})
             if not self._is_ahead:
                 self._compile_ahead(active, pool)
@@ -142,11 +142,11 @@ class Loop:
             step += 1
         stopped = stop.requested
         for participant in together:
-            with _undisturbed(participant):
+            with kept_error(participant):
                 participant.drain()
         for participant in together:
             if participant.error is None and (step % steps_per_epoch == 0 or stopped):
-                with _undisturbed(participant):
+                with kept_error(participant):
                     participant.rest()
         return stopped
 
@@ -173,7 +173,7 @@ class Loop:
             return
         # Waiting blocks the host; it should not count as time of the steps in flight, or of the next.
         for participant in participants:
-            with _undisturbed(participant):
+            with kept_error(participant):
                 participant.drain()
         with _pause(participants, f"compiling the training step for batches of {size}"):
             self._pass.compile(size, self._reads, pool)
@@ -187,17 +187,6 @@ class Loop:
         self._pass.compiled(size)
         for participant in participants:
             participant.wait_for_compiler(size)
-
-
-@contextlib.contextmanager
-def _undisturbed(participant: Participant) -> Iterator[None]:
-    """Returns a context in which what ends the training of one student leaves the others undisturbed."""
-    try:
-        yield
-    except InterruptedRun:
-        raise
-    except UserError as error:
-        participant.error = error
 
 
 @contextlib.contextmanager
