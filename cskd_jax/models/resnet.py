@@ -44,28 +44,25 @@ class BasicBlock(nn.Module):
     def __call__(self, x, *, train):
         y = nn.relu(self.conv(self.width, 3, self.stride, name="conv1")(x, train=train))
         y = self.conv(self.width, 3, name="conv2")(y, train=train)
-        if self.stride != 1 or x.shape[-1] != self.width:
-            x = self.conv(self.width, 1, self.stride, name="downsample")(x, train=train)
-        return x + y
+        return self._shortcut(x, train) + y
+
+    def _shortcut(self, x, train):
+        if self.stride == 1 and x.shape[-1] == self.width:
+            return x
+        return self.conv(self.width, 1, self.stride, name="downsample")(x, train=train)
 
 
-class PaddedBlock(nn.Module):
+class PaddedBlock(BasicBlock):
     """Two 3x3 convolutions around a shortcut without parameters; the caller applies the last ReLU.
 
     The shortcut takes every pixel at the stride, and puts zeros before and after its channels.
     """
 
-    width: int
-    stride: int
-    conv: Any
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        y = nn.relu(self.conv(self.width, 3, self.stride, name="conv1")(x, train=train))
-        y = self.conv(self.width, 3, name="conv2")(y, train=train)
+    def _shortcut(self, x, train):
+        del train
         missing = self.width - x.shape[-1]
         pads = ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2))
-        return jnp.pad(x[:, :: self.stride, :: self.stride], pads) + y
+        return jnp.pad(x[:, :: self.stride, :: self.stride], pads)
 
 
 class Bottleneck(nn.Module):
