@@ -36,6 +36,9 @@ if _CACHE not in os.environ:
     atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
 # To save a program that was compiled with the flags above has ended a process.
 jax.config.update("jax_enable_compilation_cache", False)
+# Linux allows a process 65,530 mappings of memory. A compiled program holds dozens, and XLA aborts when none is left.
+_MAPPINGS = pathlib.Path("/proc/self/maps")
+_MOST_MAPPINGS = 30_000
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 gc.set_threshold(100_000)  # As in main: most of the quick tests' time is tracing.
@@ -66,6 +69,14 @@ def own_console(monkeypatch):
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if type(handler).__module__ == console.__name__]:
         root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Drops the compiled programs of the tests so far when they hold too many mappings of memory."""
+    yield
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
