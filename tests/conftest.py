@@ -126,6 +126,7 @@ def small_run(digits_dir) -> list[str]:
         "--config.student.width=0.25",
         "--config.teacher.epochs=1",
         "--config.epochs=3",
+        "--config.save_every_minutes=0",
     ]
 
 

@@ -267,6 +267,8 @@ def make_trainer(
         devices=devices,
         log_every=config.log_every,
         keep_checkpoints=config.keep_checkpoints,
+        save_every_minutes=config.save_every_minutes,
+        evaluate_every_epochs=config.evaluate_every_epochs,
         accumulation_steps=config.optimizer.accumulation_steps,
         stream=_STREAMS[role],
         beside=beside,

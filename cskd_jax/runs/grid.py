@@ -18,7 +18,18 @@ from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_do
 from cskd_jax.training.objective import needs_teacher
 
 # Keys and sections that concern the training of one student.
-_OF_A_STUDENT = {"method", "epochs", "log_every", "keep_checkpoints", "losses", "student", "optimizer", "first_phase"}
+_OF_A_STUDENT = {
+    "method",
+    "epochs",
+    "log_every",
+    "keep_checkpoints",
+    "save_every_minutes",
+    "evaluate_every_epochs",
+    "losses",
+    "student",
+    "optimizer",
+    "first_phase",
+}
 
 
 @dataclasses.dataclass(frozen=True)

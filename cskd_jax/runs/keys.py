@@ -77,6 +77,19 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "keep_checkpoints": Key(
             2, rules.integer(1), "Number of the newest checkpoints kept, besides the best one.", changes_results=False
         ),
+        "save_every_minutes": Key(
+            0.5,
+            rules.NOT_NEGATIVE,
+            "Least minutes between two checkpoints, which are saved at the end of an epoch; 0 saves after every epoch. "
+            "The last epoch and a stop always save one.",
+            changes_results=False,
+        ),
+        "evaluate_every_epochs": Key(
+            1,
+            rules.integer(1),
+            "Epochs from one evaluation to the next; the last epoch is always evaluated. The best epoch is the best of "
+            "those that are evaluated.",
+        ),
         "dataset.name": Key(
             REQUIRED,
             rules.TEXT,

@@ -14,6 +14,7 @@ import math
 import pathlib
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -148,6 +149,15 @@ class Saved(NamedTuple):
         return classes
 
 
+class _Snapshot(NamedTuple):
+    """What a checkpoint will hold: the step, arrays by name on the host, the record and the score."""
+
+    step: int
+    arrays: dict[str, np.ndarray]
+    record: Record
+    score: float
+
+
 class Checkpoints:
     """A context manager for the checkpoints of one network, by step; saving is asynchronous.
 
@@ -156,10 +166,20 @@ class Checkpoints:
     Args:
       directory: Folder of the checkpoints, which is created if it is missing.
       keep: Number of the newest checkpoints to keep, besides the one with the best score.
+      every_minutes: Least time between two checkpoints that `offer` saves.
+      clock: Function that returns the time in seconds.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int):
-        self._directory = directory
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        keep: int,
+        every_minutes: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._directory, self._seconds, self._clock = directory, 60 * every_minutes, clock
+        self._best: _Snapshot | None = None
+        self._saved_at = clock()
         processes.on_first(self._open, keep)
 
     def _open(self, keep):
@@ -193,8 +213,36 @@ class Checkpoints:
         """
         processes.on_first(self._save, step, tree, record, score)
 
+    def offer(self, step: int, tree: Any, record: Record, score: float, is_best: bool) -> bool:
+        """Saves as `save` does if it is time to, and returns whether it did.
+
+        What is not saved but the best so far is kept on the host, and saved before the next checkpoint.
+        """
+        return processes.on_first(self._offer, step, tree, record, score, is_best)
+
+    def _offer(self, step, tree, record, score, is_best):
+        is_time = self._clock() - self._saved_at >= self._seconds
+        if is_time:
+            self._save(step, tree, record, score)
+        elif is_best:
+            self._best = _Snapshot(step, flatten(jax.device_get(tree)), record, score)
+        return is_time
+
     def _save(self, step, tree, record, score):
-        arrays = flatten(jax.device_get(tree))
+        if self._best is not None and self._best.step == step:
+            self._best = None
+        self._save_best()
+        self._write(_Snapshot(step, flatten(jax.device_get(tree)), record, score))
+        self._saved_at = self._clock()
+
+    def _save_best(self):
+        """Saves what was the best since the last checkpoint, if it is still only on the host."""
+        if self._best is not None:
+            best, self._best = self._best, None
+            self._write(best)
+
+    def _write(self, snapshot):
+        step, arrays, record, score = snapshot
         values = dataclasses.asdict(record) | {"version": _VERSION}
         content = {"record": values, "digests": {name: digest_array(array) for name, array in arrays.items()}}
         parts = {
@@ -236,6 +284,7 @@ class Checkpoints:
         return processes.on_first(self._read_variables, step)
 
     def _read_variables(self, step):
+        self._save_best()
         with self._saving():
             self._manager.wait_until_finished()
         return _load(self._directory / str(step)).variables
@@ -272,6 +321,7 @@ class Checkpoints:
 
     def _close(self):
         with self._saving():
+            self._save_best()
             self._manager.close()
 
     @contextlib.contextmanager

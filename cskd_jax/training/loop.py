@@ -144,10 +144,11 @@ class Loop:
         for participant in together:
             with kept_error(participant):
                 participant.drain()
-        for participant in together:
+        # A student that waits for the others may not have saved its last epoch.
+        for participant in active if stopped else together:
             if participant.error is None and (step % steps_per_epoch == 0 or stopped):
                 with kept_error(participant):
-                    participant.rest()
+                    participant.rest(stopping=stopped)
         return stopped
 
     def _batch(self, step, total):

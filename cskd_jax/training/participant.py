@@ -59,8 +59,10 @@ class Participant:
         self._best_variables: Variables | None = None
         self._checkpoints: Checkpoints | None = None
         self._meter: Meter | None = None
-        # Number of steps done at the last evaluation or saving, or at the start.
-        self._rested = 0
+        # Numbers of steps done at the last call of `rest`, and at the last checkpoint, or at the start.
+        self._rested = self._saved = 0
+        # Score of the state after `_rested` steps.
+        self._score = -math.inf
         self._pending: deque[tuple[int, int, Any]] = deque()
 
     @property
@@ -77,11 +79,12 @@ class Participant:
         self._stack = contextlib.ExitStack()
         if self.setup.workdir is not None:
             folder = self.setup.workdir / self.name / FOLDER
-            self._checkpoints = self._stack.enter_context(Checkpoints(folder, self.setup.keep_checkpoints))
+            checkpoints = Checkpoints(folder, self.setup.keep_checkpoints, self.setup.save_every_minutes)
+            self._checkpoints = self._stack.enter_context(checkpoints)
             restored = self._checkpoints.restore(lambda step: self.programs.states[self._part_of(step - 1)])
             if restored is not None:
                 self.state, self.progress = restored[0], Progress(**restored[1].progress)
-                self.step = self._rested = int(self.state.step)
+                self.step = self._rested = self._saved = int(self.state.step)
         if self.step > self.steps:
             self._stack.close()
             raise UserError(
@@ -213,30 +216,46 @@ class Participant:
         while self._pending:
             self._running_meter.add(*self._pending.popleft())
 
-    def rest(self) -> None:
-        """Evaluates if an epoch has ended, and saves if there is a workdir; does nothing if no step has been done."""
-        if self.step == self._rested:
-            return
-        self._rested, meter, state = self.step, self._running_meter, self.state
-        score = -math.inf  # what is saved in the middle of an epoch is never the best
-        if self.step % self._steps_per_epoch == 0:
-            with self.pause("evaluating"):
-                values = self.evaluation_on(self._choice)(state.averaged)
-            is_best = meter.end_epoch(self.step, self._choice, values)
-            score = values[self._task.score]
-            if self._choice != "test":
-                if is_best and self._checkpoints is None:
-                    self._best_variables = jax.device_get(state.averaged)
-                if self.done:
-                    with self.pause("evaluating the test split"):
-                        self._measure_test(meter)
-        if self._checkpoints is not None:
-            progress = dataclasses.asdict(meter.progress)
-            record = dataclasses.replace(self.record, finished=self.done, progress=progress)
+    def rest(self, *, stopping: bool) -> None:
+        """Evaluates and saves what is due after an epoch.
+
+        Args:
+          stopping: Whether the training is about to stop, also within an epoch: then all is saved that is not yet.
+        """
+        is_best = False
+        if self.step != self._rested:
+            self._rested, self._score = self.step, -math.inf  # What is not evaluated is never the best.
+            epoch, within = divmod(self.step, self._steps_per_epoch)
+            if self.done or (within == 0 and epoch % self.setup.evaluate_every_epochs == 0):
+                self._score, is_best = self._evaluate()
+        if self._checkpoints is not None and self.step != self._saved:
             with self.pause("saving"):
-                self._checkpoints.save(self.step, state, record, score)
-                if self.done:
-                    self._checkpoints.wait()
+                self._save(self._checkpoints, is_best, at_once=stopping or self.done)
+
+    def _evaluate(self):
+        """Evaluates the epoch on the split that chooses, and returns (score, whether it is the best so far)."""
+        meter, variables = self._running_meter, self.state.averaged
+        with self.pause("evaluating"):
+            values = self.evaluation_on(self._choice)(variables)
+        is_best = meter.end_epoch(self.step, self._choice, values)
+        if self._choice != "test":
+            if is_best and self._checkpoints is None:
+                self._best_variables = jax.device_get(variables)
+            if self.done:
+                with self.pause("evaluating the test split"):
+                    self._measure_test(meter)
+        return values[self._task.score], is_best
+
+    def _save(self, checkpoints, is_best, *, at_once):
+        progress = dataclasses.asdict(self._running_meter.progress)
+        record = dataclasses.replace(self.record, finished=self.done, progress=progress)
+        snapshot = self.step, self.state, record, self._score
+        if at_once:
+            checkpoints.save(*snapshot)
+        if at_once or checkpoints.offer(*snapshot, is_best):
+            self._saved = self.step
+        if self.done:
+            checkpoints.wait()
 
     def _measure_test(self, meter):
         """Evaluates on the test split the best epoch, which the validation split chose, and the last epoch."""

@@ -84,9 +84,7 @@ class _TensorBoard:
     def __init__(self, folder: pathlib.Path, first_step: int):
         # This imports all of PyTorch if it is installed, so it is done while the devices have steps to do.
         from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2 as protocol
-
-        event_pb2: Any = protocol  # Its classes are made when it is imported, which type checkers do not see.
+        from tensorboardX.proto import event_pb2
 
         messages: Any = event_pb2  # Its classes are made when it is imported, which type checkers do not see.
         folder.mkdir(parents=True, exist_ok=True)

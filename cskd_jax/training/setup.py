@@ -29,6 +29,8 @@ class Setup:
       workdir: Folder of the checkpoints and logs; None writes nothing.
       log_every: Number of steps between two rows of the history.
       keep_checkpoints: Number of newest checkpoints to keep besides the best.
+      save_every_minutes: Least time between two checkpoints, which are saved at the end of an epoch.
+      evaluate_every_epochs: Number of epochs from one evaluation to the next.
       accumulation_steps: Number of micro-batches that a batch is divided into.
     """
 
@@ -42,6 +44,8 @@ class Setup:
     workdir: pathlib.Path | None = None
     log_every: int = 50
     keep_checkpoints: int = 2
+    save_every_minutes: float = 0.5
+    evaluate_every_epochs: int = 1
     accumulation_steps: int = 1
 
     @property

@@ -125,6 +125,9 @@ class Trainer:
       devices: Devices to compute on, or how many of all; None for all.
       log_every: Number of steps between two rows of the history.
       keep_checkpoints: Number of newest checkpoints to keep besides the best.
+      save_every_minutes: Least time between two checkpoints, which are saved at the end of an epoch; the last epoch
+        and a stop always save one.
+      evaluate_every_epochs: Number of epochs from one evaluation to the next; the last epoch is always evaluated.
       accumulation_steps: Number of micro-batches that a batch is divided into, to save memory: `batch_size` is what an
         update sees; batch normalization, memories, and losses that relate images to each other see micro-batches.
       stream: Number folded into the seed for weights and augmentation; trainers with different ones draw differently.
@@ -156,11 +159,14 @@ class Trainer:
         devices: Devices | int | Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
         log_every: int = 50,
         keep_checkpoints: int = 2,
+        save_every_minutes: float = 0.5,
+        evaluate_every_epochs: int = 1,
         accumulation_steps: int = 1,
         stream: int = 1,
         beside: "Trainer | None" = None,
     ):
-        integers = (("log_every", log_every, 1), ("seed", seed, 0), ("accumulation_steps", accumulation_steps, 1))
+        integers = [("log_every", log_every, 1), ("seed", seed, 0), ("accumulation_steps", accumulation_steps, 1)]
+        integers += [("evaluate_every_epochs", evaluate_every_epochs, 1)]
         for argument, value, low in integers:
             if not isinstance(value, int | np.integer) or value < low:
                 raise UserError(f"{argument} is {value!r}; it must be an integer of at least {low}")
@@ -181,6 +187,8 @@ class Trainer:
             workdir=self._workdir,
             log_every=log_every,
             keep_checkpoints=keep_checkpoints,
+            save_every_minutes=save_every_minutes,
+            evaluate_every_epochs=evaluate_every_epochs,
             accumulation_steps=accumulation_steps,
         )
         check_batches(shared)

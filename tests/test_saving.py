@@ -1,0 +1,112 @@
+"""How often a training is evaluated and saved, and that neither changes what it becomes."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+
+import cskd_jax
+from cskd_jax.data import ImageDataset, Split
+from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.training.checkpoint import Checkpoints, Record, load_variables
+from tests.conftest import Stop
+
+RNG = np.random.default_rng(0)
+IMAGES, LABELS = RNG.normal(size=(24, 2, 2, 1)).astype(np.float32), (np.arange(24) % 3).astype(np.int32)
+DATA = ImageDataset("arrays", Split(IMAGES[:16], LABELS[:16]), Split(IMAGES[16:], LABELS[16:]), ("a", "b", "c"))
+STEPS_PER_EPOCH, EPOCHS = 2, 6
+RECORD = Record({"name": "resnet8", "width": 1.0}, channels=1)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+def fit(workdir=None, stop=None, data=DATA, **settings):
+    # A learning rate this large makes the accuracy go up and down, so that the best epoch is not the last.
+    student = cskd_jax.Student(Net(), {"cross_entropy": 1.0}, optax.sgd(5.0))
+    trainer = cskd_jax.Trainer(
+        {"net": student},
+        data=data,
+        phases=[cskd_jax.Phase(EPOCHS)],
+        batch_size=8,
+        workdir=workdir,
+        devices=1,
+        callbacks=(),
+        **settings,
+    )
+    return trainer.fit(stop)["net"]
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "net" / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual.variables, expected.variables)
+    assert (actual.last, actual.best) == (expected.last, expected.best)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    result = fit()
+    assert result.best["epoch"] < EPOCHS
+    return result
+
+
+def test_after_every_epoch(tmp_path, whole):
+    assert_same(fit(tmp_path, save_every_minutes=0, keep_checkpoints=100), whole)
+    assert saved_steps(tmp_path) == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
+
+
+def test_best_and_last_are_saved_in_any_case(tmp_path, whole):
+    assert_same(fit(tmp_path, save_every_minutes=60), whole)
+    assert saved_steps(tmp_path) == [STEPS_PER_EPOCH * whole.best["epoch"], STEPS_PER_EPOCH * EPOCHS]
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 5, 9])
+def test_stop_saves_what_is_not_saved(tmp_path, whole, step):
+    with pytest.raises(InterruptedRun):
+        fit(tmp_path, Stop(step), save_every_minutes=60)
+    assert saved_steps(tmp_path)[-1] == step
+    assert_same(fit(tmp_path, save_every_minutes=60), whole)
+
+
+def test_validation_measures_a_best_epoch_that_was_not_saved(tmp_path):
+    data = dataclasses.replace(DATA, validation=DATA.test)
+    alone = fit(data=data)
+    assert alone.best["epoch"] < EPOCHS
+    assert_same(fit(tmp_path, data=data, save_every_minutes=60), alone)
+
+
+def test_evaluation_every_few_epochs(tmp_path, whole):
+    result = fit(tmp_path, evaluate_every_epochs=4, save_every_minutes=0)
+    jax.tree.map(np.testing.assert_array_equal, result.variables, whole.variables)
+    assert [row["epoch"] for row in result.history if row["split"] == "test"] == [4, 6]
+    assert result.last == whole.last
+    with pytest.raises(UserError, match="evaluate_every_epochs is 0; it must be an integer of at least 1"):
+        fit(evaluate_every_epochs=0)
+
+
+def test_offers_are_saved_when_it_is_time(tmp_path):
+    now = 0.0
+
+    def offer(step, score, is_best):
+        tree = {"params": {"network": {"w": np.full(2, step, np.float32)}}}
+        return checkpoints.offer(step, tree, RECORD, score, is_best)
+
+    with Checkpoints(tmp_path / "checkpoints", keep=1, every_minutes=1, clock=lambda: now) as checkpoints:
+        now = 59.0
+        assert [offer(1, 0.5, True), offer(2, 0.7, True), offer(3, 0.6, False)] == [False] * 3
+        now = 61.0
+        assert offer(4, 0.1, False)
+        now = 120.0
+        assert not offer(5, 0.2, False)
+        assert not offer(6, 0.9, True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6"], "closing saves the best"
+    assert load_variables(str(tmp_path)).variables["params"]["w"].tolist() == [6, 6]
