@@ -15,6 +15,7 @@ BATCH = 128
 FEATURES = (4, 4, 1024)
 TRAINED = ("student_features", "student_logits")
 FEW, MANY = 100, 20_000
+EAGER, COMPILED = "PyTorch", "compiled PyTorch"
 # {name: (static arguments of category_structure_loss, whether it takes logits)}
 CASES = {
     "paper": ({"variant": "paper"}, False),
@@ -49,8 +50,10 @@ def jax_call(inputs: dict[str, np.ndarray], num_classes: int, settings: dict[str
     return partial(jax.jit(jax.value_and_grad(loss)), trained, inputs)
 
 
-def torch_call(inputs: dict[str, np.ndarray], settings: dict[str, Any], by_product: bool) -> Callable[[], Any]:
-    """Returns the same in PyTorch, with cosines from one matrix product or row by row (`by_product`)."""
+def torch_call(
+    inputs: dict[str, np.ndarray], num_classes: int, settings: dict[str, Any], compiled: bool
+) -> Callable[[], Any]:
+    """Returns the same in PyTorch, eager or by `torch.compile`."""
     import torch
 
     from benchmarks import torch_reference
@@ -60,13 +63,19 @@ def torch_call(inputs: dict[str, np.ndarray], settings: dict[str, Any], by_produ
     tensors["labels"] = tensors["labels"].long()
     trained = {name: tensor.requires_grad_() for name, tensor in tensors.items() if name in TRAINED}
     options = {name: value for name, value in settings.items() if name != "variant"}
-    options["cosines"] = torch_reference.cosines_by_product if by_product else torch_reference.cosines_by_rows
+
+    def loss(student_features, teacher_features, labels, **logits):
+        group = torch_reference.group_all if compiled else torch_reference.group_present
+        groups = group(labels, num_classes) if compiled else group(labels)
+        if settings["variant"] == "paper":
+            return torch_reference.paper_loss(student_features, teacher_features, groups)
+        arguments = student_features, teacher_features, labels, groups
+        return torch_reference.reference_terms(*arguments, **logits, **options)["category"]
+
+    function = torch.compile(loss) if compiled else loss
 
     def call():
-        if settings["variant"] == "paper":
-            value = torch_reference.paper_loss(**tensors, **options)
-        else:
-            value = torch_reference.reference_terms(**tensors, **options)["category"]
+        value = function(**tensors)
         gradients = torch.autograd.grad(value, list(trained.values()))
         torch_reference.synchronize(device)
         return value.detach(), dict(zip(trained, gradients, strict=True))
@@ -85,29 +94,26 @@ def check_equal(name: str, ours: Any, theirs: Any) -> None:
 
 
 def measure(repeats: int, with_torch: bool) -> Part:
-    """Measures median times at 100 and 20,000 categories, and of PyTorch at 100."""
+    """Measures median times at 100 and 20,000 categories, and of PyTorch at 100, all interleaved."""
     rows = []
     for name, (settings, with_logits) in CASES.items():
         inputs = make_inputs(FEW, with_logits)
-        few = jax_call(inputs, FEW, settings)
-        many = jax_call(make_inputs(MANY, with_logits), MANY, settings)
-        few_ms, many_ms = interleaved([few, many], repeats)
-        few_median, many_median = statistics.median(few_ms), statistics.median(many_ms)
-        row = {
-            "value and gradient": name,
-            f"JAX {FEW:,}": few_median,
-            f"JAX {MANY:,}": many_median,
-            f"{MANY:,}/{FEW:,}": many_median / few_median,
-            "in pairs": median_ratio(many_ms, few_ms),
+        calls = {
+            f"JAX {FEW:,}": jax_call(inputs, FEW, settings),
+            f"JAX {MANY:,}": jax_call(make_inputs(MANY, with_logits), MANY, settings),
         }
-        for column, by_product in (("PyTorch", False), ("PyTorch*", True)):
-            milliseconds = None
-            if with_torch:
-                reference = torch_call(inputs, settings, by_product)
-                check_equal(name, few(), reference())
-                milliseconds = statistics.median(interleaved([reference], max(3, repeats // 4), warm_up=1)[0])
-            row[f"{column} {FEW:,}"] = milliseconds
-            row[f"{column}/JAX"] = milliseconds / few_median if milliseconds else None
+        if with_torch:
+            calls |= {column: torch_call(inputs, FEW, settings, column == COMPILED) for column in (EAGER, COMPILED)}
+        few, *others = calls.values()
+        for reference in others[1:]:
+            check_equal(name, few(), reference())
+        times = dict(zip(calls, interleaved(list(calls.values()), repeats), strict=True))
+        row = {"value and gradient": name} | {column: statistics.median(values) for column, values in times.items()}
+        row |= dict.fromkeys(column for column in (EAGER, COMPILED) if column not in row)
+        few_ms = times[f"JAX {FEW:,}"]
+        row[f"{MANY:,}/{FEW:,}"] = median_ratio(times[f"JAX {MANY:,}"], few_ms)
+        for column in (EAGER, COMPILED):
+            row[f"{column}/JAX"] = median_ratio(times[column], few_ms) if column in times else None
         rows.append(row)
     return Part(f"Loss: batch {BATCH}, features {'x'.join(map(str, FEATURES))}, float32", rows, _notes(with_torch))
 
@@ -116,15 +122,15 @@ def _notes(with_torch):
     features = int(np.prod(FEATURES))
     growth = (features + MANY) / (features + FEW)
     notes = [
-        f"Median milliseconds; {FEW:,} and {MANY:,}: categories of the label set, labels uniformly random; in pairs: "
-        "median ratio of calls made one right after the other.",
+        f"Median milliseconds; {FEW:,} and {MANY:,}: categories of the label set, labels uniformly random. Ratios are "
+        "medians over calls made one right after the other.",
         f"With {MANY:,} categories a batch of {BATCH} holds up to {BATCH} centers, with {FEW} at most {FEW}: their "
         f"cosines are {(BATCH / FEW) ** 2:.2f} times as much work. A larger label set adds nothing further.",
         f"Logits of {MANY:,} categories make the inputs themselves {growth:.1f} times larger (row reference); the rows "
         "without logits leave that out.",
     ]
     text = (
-        "PyTorch: a direct port with loops over samples, categories and rows of cosines; PyTorch*: with the cosines "
-        "from one matrix product. Value and gradient are checked to be those of JAX."
+        f"{EAGER}: without loops, sums by `index_add`; {COMPILED}: by `torch.compile`, sums by one-hot products. Both "
+        f"at {FEW:,} categories. Value and gradient are checked to be those of JAX."
     )
     return notes + [text if with_torch else MISSING_TORCH]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.loss_part import COMPILED, EAGER
 from benchmarks.measuring import MISSING_TORCH, Part, milliseconds
 from cskd_jax.data.augment import augment
 from cskd_jax.distributed.devices import AXIS, Devices
@@ -66,7 +67,7 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
     return call, time.perf_counter() - start
 
 
-def torch_call(batch: dict[str, np.ndarray]) -> Callable[[], dict[str, float]]:
+def torch_call(batch: dict[str, np.ndarray], compiled: bool) -> Callable[[], dict[str, float]]:
     """Returns a function that takes a step in PyTorch on normalized images and returns milliseconds of its parts."""
     import torch
 
@@ -75,37 +76,42 @@ def torch_call(batch: dict[str, np.ndarray]) -> Callable[[], dict[str, float]]:
     device = torch_reference.pick_device(jax.default_backend())
     teacher = torch_reference.ResNet(NUM_CLASSES, (3, 4, 23, 3), bottleneck=True, width=0.5)
     student = torch_reference.ResNet(NUM_CLASSES, (2, 2, 2, 2), bottleneck=False, width=0.25)
-    step = torch_reference.Step(teacher, student, device)
+    step = torch_reference.Step(teacher, student, device, compiled)
     config = load_recipe("cifar100", [])
     images = (batch["image"] / 255 - config.dataset.mean) / config.dataset.std
-    images = torch.from_numpy(images.astype(np.float32).transpose(0, 3, 1, 2).copy()).to(device)
+    images = torch.from_numpy(images.astype(np.float32).transpose(0, 3, 1, 2).copy())
+    images = images.to(device, memory_format=torch.channels_last)
     labels = torch.from_numpy(batch["label"]).long().to(device)
     return lambda: step(images, labels)[1]
 
 
 def measure(repeats: int, with_torch: bool) -> Part:
-    """Measures the median times of the parts in PyTorch and of the whole step in both."""
+    """Measures the median times of whole steps, interleaved, and of the parts in PyTorch."""
     batch = make_batch(load_recipe("cifar100", []).batch_size)
-    repeats = max(3, repeats // 2)
     ours, compile_seconds = jax_call(batch)
-    ours_ms = statistics.median(milliseconds(ours) for _ in range(repeats))
-    rows = []
-    if with_torch:
-        theirs = torch_call(batch)
-        theirs()
-        steps = [theirs() for _ in range(repeats)]
-        rows = [
-            {"part": part, "PyTorch ms": statistics.median(step[part] for step in steps), "JAX ms": None, "ratio": None}
-            for part in steps[0]
-        ]
-    total = {"part": "whole step", "PyTorch ms": None, "JAX ms": ours_ms, "ratio": None}
-    if with_torch:
-        total["PyTorch ms"] = statistics.median(sum(step.values()) for step in steps)
-        total["ratio"] = total["PyTorch ms"] / ours_ms
+    references = {column: torch_call(batch, column == COMPILED) for column in ((EAGER, COMPILED) if with_torch else ())}
+    for reference in references.values():
+        reference()  # Compiles, or warms up.
+    times, parts = [], {column: [] for column in references}
+    for _ in range(max(3, repeats // 2)):
+        times.append(milliseconds(ours))
+        for column, reference in references.items():
+            parts[column].append(reference())
+    rows = [
+        {"part": part, "JAX ms": None}
+        | {f"{column} ms": statistics.median(step[part] for step in steps) for column, steps in parts.items()}
+        for part in (parts[EAGER][0] if parts else ())
+    ]
+    total = {"part": "whole step", "JAX ms": statistics.median(times)}
+    total |= {
+        f"{column} ms": statistics.median(sum(step.values()) for step in steps) for column, steps in parts.items()
+    }
     notes = [
         "Teacher ResNet101 (width 0.5) in evaluation mode, student ResNet18 (width 0.25) with sigma, variant "
-        "reference, SGD. The step in JAX is one program; it also crops, mirrors and normalizes, PyTorch does not.",
+        "reference, SGD. JAX runs two programs, the teacher pass and the student's step; it also crops, mirrors and "
+        "normalizes, PyTorch does not.",
         f"The first step in JAX took {compile_seconds:.0f} s: it is traced and compiled.",
     ]
-    notes.append("PyTorch: eager, the loss with loops over samples and categories." if with_torch else MISSING_TORCH)
-    return Part(f"Training step: batch {len(batch['label'])} of 32x32 images, 100 categories", rows + [total], notes)
+    text = f"{EAGER}: eager, channels-last, fused SGD; {COMPILED}: networks and loss by `torch.compile`."
+    notes.append(text if with_torch else MISSING_TORCH)
+    return Part(f"Training step: batch {len(batch['label'])} of 32x32 images, 100 categories", [*rows, total], notes)

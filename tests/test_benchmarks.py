@@ -23,12 +23,12 @@ except ImportError:
     torch = None
 
 needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed: pip install 'cskd_jax[torch]'")
-by_product = pytest.mark.parametrize("by_product", [False, True], ids=["rows", "product"])
+compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "for the compiler"])
 
 
 @needs_torch
-@by_product
-def test_torch_reference_is_golden(loss_file, by_product):
+@compiled
+def test_torch_reference_is_golden(loss_file, compiled):
     with np.load(loss_file) as file:
         case = dict(file)
     tensors = {
@@ -38,9 +38,10 @@ def test_torch_reference_is_golden(loss_file, by_product):
     }
     trained = [tensors[f"student_{kind}"].requires_grad_() for kind in ("features", "logits")]
     labels = torch.from_numpy(case["labels"]).long()
-    cosines = torch_reference.cosines_by_product if by_product else torch_reference.cosines_by_rows
+    num_classes = case["student_logits"].shape[1]
+    groups = torch_reference.group_all(labels, num_classes) if compiled else torch_reference.group_present(labels)
     terms = torch_reference.reference_terms(
-        **tensors, labels=labels, filter_misclassified=bool(case["filter_misclassified"]), cosines=cosines
+        **tensors, labels=labels, groups=groups, filter_misclassified=bool(case["filter_misclassified"])
     )
     for name, value in terms.items():
         # A squared difference of cosines that should be 0 is the square of float32's rounding in the golden file.
@@ -52,14 +53,13 @@ def test_torch_reference_is_golden(loss_file, by_product):
 
 
 @needs_torch
-@by_product
 @pytest.mark.parametrize("name", loss_part.CASES)
-def test_loss_in_both(monkeypatch, name, by_product):
+def test_loss_in_both(monkeypatch, name):
     monkeypatch.setattr(loss_part, "FEATURES", (2, 2, 24))
     settings, with_logits = loss_part.CASES[name]
     inputs = loss_part.make_inputs(100, with_logits)
     ours = loss_part.jax_call(inputs, 100, settings)()
-    theirs = loss_part.torch_call(inputs, settings, by_product)()
+    theirs = loss_part.torch_call(inputs, 100, settings, compiled=False)()
     assert set(ours[1]) == set(theirs[1])
     loss_part.check_equal(name, ours, theirs)
 
@@ -92,15 +92,16 @@ def network_variables(network):
 
 @needs_torch
 def test_step_in_both():
-    # Widths 4, 8, 16, 32. In evaluation mode, fresh statistics would let the features of a teacher grow without bound.
+    # Widths 8, 16, 32, 64: with 4 channels, channels-last, PyTorch 2.13 computes a wrong gradient of a strided 1x1
+    # convolution. In evaluation mode, fresh statistics would let the features of a teacher grow without bound.
     torch.manual_seed(0)
-    teacher = torch_reference.ResNet(10, (1, 1, 1, 1), bottleneck=True, width=1 / 16)
-    student = torch_reference.ResNet(10, (1, 1, 1, 1), bottleneck=False, width=1 / 16)
+    teacher = torch_reference.ResNet(10, (1, 1, 1, 1), bottleneck=True, width=1 / 8)
+    student = torch_reference.ResNet(10, (1, 1, 1, 1), bottleneck=False, width=1 / 8)
     step = torch_reference.Step(teacher, student)
     teacher_variables, student_variables = network_variables(teacher), network_variables(student)
     sigma = jnp.array(step.sigma.weight.detach().numpy()[:, :, 0, 0].T.copy())
 
-    common = {"num_classes": 10, "stage_sizes": (1, 1, 1, 1), "width": 1 / 16}
+    common = {"num_classes": 10, "stage_sizes": (1, 1, 1, 1), "width": 1 / 8}
     losses = {
         "cross_entropy": {"weight": 0.9},
         "category_structure": {"weight": 1.0, "variant": "reference"},
@@ -137,6 +138,7 @@ def test_parameter_counts_of_the_recipe():
     assert size(torch_reference.ResNet(100, (2, 2, 2, 2), bottleneck=False, width=0.25)) == 713_076
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # From PyTorch itself, which compiles.
 def test_tables(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(loss_part, "FEATURES", (1, 1, 8))
     path = tmp_path / "figures.json"
