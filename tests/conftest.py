@@ -6,9 +6,9 @@ import os
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=1",
+        "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_force_host_platform_device_count=8",
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -34,7 +34,7 @@ _CACHE = "CSKD_TESTS_CACHE"
 if _CACHE not in os.environ:
     os.environ[_CACHE] = tempfile.mkdtemp(prefix="cskd_jax-tests-")
     atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
-# To save a program that was compiled with the flags above has ended a process.
+# To save one of so many programs has ended a process.
 jax.config.update("jax_enable_compilation_cache", False)
 # Linux allows a process 65,530 mappings of memory. A compiled program holds dozens, and XLA aborts when none is left.
 _MAPPINGS = pathlib.Path("/proc/self/maps")
@@ -44,7 +44,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 gc.set_threshold(100_000)  # As in main: most of the quick tests' time is tracing.
 
 ROOT = pathlib.Path(__file__).parent.parent
-_HERE_ALONE = ("--xla_force_host_platform", "--xla_backend_optimization", "--xla_llvm_disable_expensive")
 
 
 class Stop:
@@ -132,16 +131,16 @@ def small_run(digits_dir) -> list[str]:
 
 @pytest.fixture(scope="session")
 def start():
-    """Starts a command line as a process of its own, on one device.
+    """Starts a command line as a process of its own.
 
     `program` is a module, or the words of another command that takes such arguments.
     """
-    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(_HERE_ALONE))
-    environment = os.environ | {"XDG_CACHE_HOME": os.environ[_CACHE], "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XDG_CACHE_HOME": os.environ[_CACHE], "PYTHONPATH": str(ROOT)}
+    flags = environment["XLA_FLAGS"].removesuffix("8")
 
-    def start(arguments, cwd=ROOT, program="cskd_jax.main", **variables):
+    def start(arguments, cwd=ROOT, program="cskd_jax.main", devices=1, **variables):
         words = (sys.executable, "-m", program) if isinstance(program, str) else program
-        pipe, variables = subprocess.PIPE, environment | variables
+        pipe, variables = subprocess.PIPE, environment | {"XLA_FLAGS": f"{flags}{devices}"} | variables
         return subprocess.Popen([*words, *arguments], cwd=cwd, env=variables, text=True, stdout=pipe, stderr=pipe)
 
     return start

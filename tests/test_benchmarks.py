@@ -152,7 +152,7 @@ def test_tables(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_loop(monkeypatch, capsys):
     monkeypatch.setattr(loop_part, "CASES", {"small": ("resnet8", 0.25, 8, 3)})
-    category_structure.main(["--parts", "loop", "--repeats", "2"])
+    category_structure.main(["--parts", "loop", "--repeats", "1"])
     assert "overhead %" in capsys.readouterr().out
 
 

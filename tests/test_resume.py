@@ -171,8 +171,7 @@ def test_memories_and_further_networks_resume(start, small_run, done, tmp_path, 
 
 def test_two_devices_end_where_one_does(start, small_run, done, tmp_path):
     """Through the whole loop; rounding differs, and a few steps of training enlarge it."""
-    flags = "--xla_force_host_platform_device_count=2"
-    _, error = (process := start([*small_run, f"--workdir={tmp_path}"], XLA_FLAGS=flags)).communicate()
+    _, error = (process := start([*small_run, f"--workdir={tmp_path}"], devices=2)).communicate()
     assert process.returncode == 0, error
     actual, expected = (final_parameters(workdir, "teacher")[0] for workdir in (tmp_path, done))
     np.testing.assert_allclose(
