@@ -24,7 +24,7 @@ BAD_INPUT = {
     "a run as a word": (["{done}", "--config.batchsize=3"], ["did you mean batch_size"]),
     "a network as a word": (["{done}/student", "--config.batchsize=3"], ["did you mean batch_size"]),
     "batch and devices": (["--workdir={done}", "--config.batch_size=60"], ["batch_size is 60", "8 devices"]),
-    "other labels": (["--workdir={done}", "--config.dataset.name=digit_pairs"], ["one category per image"]),
+    "other labels": (["--workdir={done}", "--config.dataset.name=digit_pairs"], ["one class per image"]),
     "other program's flag": (["--workdir={done}", "--jobs=3"], ["jobs"]),
 }
 

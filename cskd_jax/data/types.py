@@ -90,7 +90,7 @@ def _select(images, index):
 def balanced_indices(
     labels: np.ndarray, categories: Sequence[str], train_examples: int | None, name: str = "train_examples"
 ) -> np.ndarray:
-    """Chooses the first examples of each category, as evenly as `train_examples` allows.
+    """Chooses the first examples of each class, as evenly as `train_examples` allows.
 
     With K classes, each one gives its first `train_examples // K` examples, and the first `train_examples % K` classes
     give one more. There is no randomness: the same data and number always give the same subset. Examples of several

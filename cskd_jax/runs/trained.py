@@ -49,7 +49,7 @@ def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | 
             f"{source} takes images with {record.channels} channels, those of {dataset.name} have {channels}"
         )
     if record.multilabel != dataset.multilabel:
-        one, several = "one category per image", "several categories per image"
+        one, several = "one class per image", "several classes per image"
         raise UserError(
             f"{source} was trained with {one if dataset.multilabel else several}, "
             f"{dataset.name} has {several if dataset.multilabel else one}"
@@ -89,5 +89,5 @@ def _check_classes(source: str, saved: Saved, dataset: ImageDataset) -> None:
     if number != len(ours) or theirs not in (None, ours):
         names = "" if theirs is None else f" ({', '.join(theirs[:3])}, ...)"
         raise UserError(
-            f"{source} knows {number} categories{names}, {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
+            f"{source} knows {number} classes{names}, {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
         )
