@@ -114,15 +114,15 @@ def balanced_indices(
         if not 1 <= train_examples <= len(labels):
             raise UserError(f"{name}={train_examples} is out of range: allowed are 1 to {len(labels)}")
         return np.arange(train_examples)
+    available = np.bincount(labels, minlength=len(categories))
     share, remainder = divmod(train_examples, len(categories))
     if share < 1:
         raise UserError(
             f"{name}={train_examples} is fewer than the {len(categories)} classes: "
-            f"allowed are {len(categories)} to {len(labels)}"
+            f"allowed are {len(categories)} to {_largest_subset(available)}"
         )
     wanted = np.full(len(categories), share)
     wanted[:remainder] += 1
-    available = np.bincount(labels, minlength=len(categories))
     short = np.flatnonzero(available < wanted)
     if short.size:
         first = short[0]
@@ -137,5 +137,5 @@ def balanced_indices(
 def _largest_subset(available: np.ndarray) -> int:
     """Returns the largest `train_examples` that the counts of the classes allow."""
     smallest = int(available.min())
-    # One more from each of the first categories, up to the first that has no more to give.
+    # One more from each of the first classes, up to the first that has no more to give.
     return smallest * len(available) + int(np.argmax(available == smallest))
