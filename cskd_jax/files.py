@@ -32,6 +32,9 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # Of an error in writing, Python names no file.
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

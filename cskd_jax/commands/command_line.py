@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cskd_jax.commands.streams import outlive_console
-from cskd_jax.errors import InterruptedRun, UserError, close_to, printable
+from cskd_jax.errors import InterruptedRun, UserError, close_to, describe_os_error, printable
 
 Program = Callable[[list[str]], int | None]
 
@@ -54,8 +54,7 @@ def exit_code(program: Program, argv: list[str]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return InterruptedRun.exit_code
     except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        print(f"error: {printable(f'{error.strerror or error}{place}')}", file=sys.stderr)
+        print(f"error: {printable(describe_os_error(error))}", file=sys.stderr)
         return UserError.exit_code
 
 

@@ -50,7 +50,7 @@ def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
                     continue
             except OSError as error:
                 if error.errno not in _WITHOUT_LOCKS:
-                    raise
+                    raise UserError(f"cannot write to workdir {path.parent}: {error.strerror}") from None
                 _logger.warning("%s: this file system has no locks (%s); start no second job", path, error.strerror)
             try:
                 yield
@@ -97,9 +97,9 @@ def _acquire(file, holder):
                 raise UserError(f"{holder}; wait for its end, or use another workdir") from None
             time.sleep(_POLL_SECONDS)
         else:
-            file.truncate(0)
-            file.write(_machine())
-            file.flush()
+            # Not by the buffer of the file, which would try again when the file is closed.
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), _machine().encode())
             return
 
 

@@ -256,7 +256,7 @@ class Checkpoints:
                 path.rename(aside)
                 self._manager.reload()
         if steps:
-            raise UserError(f"no checkpoint in {self._directory} is sound; remove the folder to start anew")
+            raise UserError(f"no checkpoint in {self._directory} is sound; the same command starts anew")
         return None
 
     def __enter__(self):
