@@ -119,7 +119,10 @@ def test_one_that_is_damaged_is_put_aside(tmp_path, caplog):
     """As the message says, the next start begins anew."""
     (save(tmp_path) / "record" / "metadata").write_bytes(b"{")
     folder = tmp_path / "checkpoints"
-    with Checkpoints(folder, keep=1) as checkpoints, pytest.raises(UserError, match="no checkpoint in .* is sound; the same command starts anew"):
+    with (
+        Checkpoints(folder, keep=1) as checkpoints,
+        pytest.raises(UserError, match="no checkpoint in .* is sound; the same command starts anew"),
+    ):
         checkpoints.restore(lambda step: {})
     assert "is damaged" in caplog.text
     assert [path.name for path in folder.iterdir()] == ["3.damaged"]

@@ -32,7 +32,8 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch):
     """Returns a function that makes terminals of the standard output and error, and returns them."""
 
-    def use():
+    def use(kind="xterm"):
+        monkeypatch.setenv("TERM", kind)
         streams = Terminal(), Terminal()
         for name, stream in zip(("stdout", "stderr"), streams, strict=True):
             monkeypatch.setattr(sys, name, stream)
@@ -125,6 +126,14 @@ def test_other_processes_are_mute(terminal):
         pass
     console.progress_bar(10, 0).refresh()
     assert [stream.getvalue() for stream in streams] == ["", ""]
+
+
+def test_a_dumb_terminal_has_lines_only(terminal):
+    """Such as that of Emacs, in which a line cannot change."""
+    output, error = terminal("dumb")
+    with console.pause("compiling"):
+        console.progress_bar(10, 0).refresh()
+    assert (output.getvalue(), error.getvalue()) == ("compiling ...\n", "")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """Checkpoints of trained networks: loading a given teacher, and checking that a network fits a data set."""
 
-import pathlib
-
 import ml_collections
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
+from cskd_jax.files import full_path
 from cskd_jax.runs import schema
 from cskd_jax.training.checkpoint import FOLDER, Record, Saved, load_variables
 
@@ -18,7 +17,7 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
       UserError: The checkpoint is not that of the configured network, trained to the end.
     """
     schema.check_teacher_exists(config)
-    path = pathlib.Path(config.teacher.checkpoint).expanduser()
+    path = full_path(config.teacher.checkpoint)
     # The workdir of a run is taken to mean its teacher.
     path = str(path / "teacher" if (path / "teacher" / FOLDER).is_dir() else path)
     saved = load_variables(path)
