@@ -192,14 +192,14 @@ def _cache_folder() -> str | None:
 
     JAX would warn of every program that it cannot write.
     """
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cskd_jax"
     try:
-        base = os.environ.get("XDG_CACHE_HOME")
-        folder = (pathlib.Path(base) if base else full_path("~/.cache")) / "cskd_jax"
+        folder = full_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, UserError) as error:
-        why = describe_os_error(error) if isinstance(error, OSError) else error
-        _logger.warning("compiled programs are not kept for the next start: %s", why)
+        why = error.strerror if isinstance(error, OSError) else "there is no home folder"
+        _logger.warning("compiled programs are not kept in %s (%s); XDG_CACHE_HOME can name a folder", folder, why)
         return None
     return str(folder)
 
