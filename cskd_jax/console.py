@@ -53,6 +53,16 @@ def start(*, speaks: bool = True) -> None:
     logging.getLogger("cskd_jax").setLevel(logging.INFO)
     # Orbax and tensorflow-datasets; what fails there is raised too.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    sys.unraisablehook = _show_unraisable
+
+
+def _show_unraisable(unraisable):
+    """Shows an error in a place from which none can be raised, but for those of a checkpoint that cannot be written.
+
+    Then each of TensorStore's many parts fails once more in a thread of its own, because nobody waits for it anymore.
+    """
+    if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def mute() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -264,6 +265,16 @@ def test_warnings_are_one_line(capsys, monkeypatch):
         "downloading\n",
         "warning: checkpoint 3 is damaged\\n(twice)\nwarning: no GPU found\nerror: cannot start: full\n",
     )
+
+
+def test_what_tensorstore_says_of_a_full_disk_is_left_out(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda unraisable: shown.append(str(unraisable.exc_value)))
+    console.start()
+    for owner, text in ((None, "Event loop is closed"), (None, "other"), (console, "Event loop is closed")):
+        sys.unraisablehook(types.SimpleNamespace(object=owner, exc_value=RuntimeError(text)))
+    assert shown == ["other", "Event loop is closed"]
 
 
 def test_data_are_prepared_without_words_of_other_libraries(tmp_path, capfd, caplog):
