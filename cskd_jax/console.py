@@ -52,7 +52,7 @@ def start(*, speaks: bool = True) -> None:
         root.addHandler(_Handler())
     logging.getLogger("cskd_jax").setLevel(logging.INFO)
     # Orbax and tensorflow-datasets; what fails there is raised too.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
 
 
