@@ -52,7 +52,17 @@ def start(*, speaks: bool = True) -> None:
         root.addHandler(_Handler())
     logging.getLogger("cskd_jax").setLevel(logging.INFO)
     # Orbax and tensorflow-datasets; what fails there is raised too.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _show_unraisable
+
+
+def _show_unraisable(unraisable):
+    """Shows an error in a place from which none can be raised, but for those of a checkpoint that cannot be written.
+
+    Then each of TensorStore's many parts fails once more in a thread of its own, because nobody waits for it anymore.
+    """
+    if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def mute() -> None:
@@ -70,13 +80,18 @@ def say(message: str) -> None:
 
 def is_live() -> bool:
     """Returns whether all is shown on a terminal, where a line can change; otherwise lines are all that is left."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    return sys.stdout.isatty() and sys.stderr.isatty() and not _is_dumb()
+
+
+def _is_dumb() -> bool:
+    """Returns whether the terminal can only add to its text, such as the one that Emacs is for a program."""
+    return os.environ.get("TERM") == "dumb"
 
 
 def progress_bar(total: int, initial: int, *, shown: bool = True) -> tqdm.tqdm:
     """Returns a bar on standard error, shown only on a terminal; its description stands before it."""
     # None: not shown where there is no terminal.
-    disable = None if shown and not _muted else True
+    disable = None if shown and not _muted and not _is_dumb() else True
     return tqdm.tqdm(
         total=total,
         initial=initial,

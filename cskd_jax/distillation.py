@@ -146,7 +146,7 @@ def distill(
     teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
     teachers = [Teacher(renormalize(entry.network, normalize, own), entry.variables) for entry in teachers]
     workdir = None if workdir is None else local_folder(workdir)
-    with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY):
+    with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY, folders=("tensorboard", *students)):
         trainer = Trainer(
             students,
             teachers,
@@ -278,7 +278,7 @@ def make_data(
     count = splits[0].labels.shape[1] if multilabel else 1 + max(int(split.labels.max()) for split in splits)
     names = tuple(map(str, range(count))) if categories is None else tuple(categories)
     if len(names) < count or any(split.labels.min() < 0 for split in splits):
-        raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of categories less 1")
+        raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of classes less 1")
     return ImageDataset("arrays", splits[0], splits[1], names, splits[2] if validation is not None else None)
 
 

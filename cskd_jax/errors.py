@@ -63,6 +63,11 @@ def kept_error(owner: Any) -> Iterator[None]:
         owner.error = error
 
 
+def describe_os_error(error: OSError) -> str:
+    """Returns what the system refuses and for which file, such as "No space left on device: a/results.json"."""
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+
+
 def printable(text: str) -> str:
     r"""Returns an untrusted text as one line that is safe to show on a console.
 

@@ -32,6 +32,9 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # Of an error in writing, Python names no file.
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -117,4 +120,12 @@ def local_folder(path: str | pathlib.Path) -> pathlib.Path:
             f"{path} is an address, not a folder: name a local or a mounted folder, and copy it from or to "
             f"{address[1]}:// by other means, such as gcloud storage or rclone"
         )
-    return pathlib.Path(path).expanduser()
+    return full_path(path)
+
+
+def full_path(path: str | pathlib.Path) -> pathlib.Path:
+    """Returns a path with ~ expanded; raises UserError where there is no home folder, as in many containers."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no home folder (HOME is not set); name the folder in full") from None

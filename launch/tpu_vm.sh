@@ -1,21 +1,35 @@
 #!/usr/bin/env bash
-# Trains on a TPU VM or a pod slice: creates it or takes the one that is there, installs, runs on all workers with
-# their output here, and starts again where the run stopped when the VM was preempted. Needs gcloud, logged in.
+# Trains on a TPU VM or a pod slice: creates it or takes the one that is there, installs, starts the run on all workers,
+# shows its log here, and starts again where the run stopped when the VM was preempted. Needs gcloud, logged in.
+#
+# The run does not need this machine: when it sleeps or loses its connection, the run goes on, and the same command
+# shows its log again. Only a new VM in the place of a preempted one needs this script to be at work.
 #
 # usage: launch/tpu_vm.sh [--dry-run] run NAME --config=RECIPE [--config.KEY=VALUE ...]
+#        launch/tpu_vm.sh [--dry-run] follow NAME     shows the log again
 #        launch/tpu_vm.sh [--dry-run] delete NAME
 #
 #   BUCKET=gs://mine/cskd launch/tpu_vm.sh run first --config=configs/cifar100.py
+#   BUCKET=gs://mine/cskd ZONE=us-west4-a TYPE=v5litepod-8 launch/tpu_vm.sh run first --config=configs/cifar100.py   # v5e
+#   BUCKET=gs://mine/cskd ZONE=us-east5-b TYPE=v6e-8 launch/tpu_vm.sh run first --config=configs/cifar100.py
 #
-#   v5e: ZONE=us-west4-a TYPE=v5litepod-8 VERSION=v2-alpha-tpuv5-lite
-#   v6e: ZONE=us-east5-b TYPE=v6e-8 VERSION=v2-alpha-tpuv6e
-#
-# Environment: BUCKET, where the workdir of NAME is kept (needed by run; copied every minute); ZONE (default
-# us-central2-b), TYPE (v4-8), VERSION of the image (tpu-ubuntu2204-base), SPOT (1: a preemptible one; 0), ATTEMPTS
-# (20: how often to create a VM before giving up), DELAY (30: seconds between them).
+# Environment:
+#   BUCKET    where the workdir of NAME is kept, and the data and compiled programs of all runs (needed by run; copied
+#             every minute)
+#   ZONE      (us-central2-b) a zone that has the type; `gcloud compute tpus accelerator-types list --zone=ZONE`
+#   TYPE      (v4-8) type of accelerator, as Google writes it: v5e is v5litepod-CHIPS, v6e is v6e-CHIPS, but the number
+#             of v4 and v5p counts two cores for each chip
+#   VERSION   image of the VM. Each generation has its own, which is chosen by TYPE: v2-alpha-tpuv5-lite for v5e,
+#             v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e, tpu-ubuntu2204-base for v4 and older. A VM with the
+#             image of another generation starts, but finds no TPU.
+#   SPOT      (1) a preemptible VM; 0: one that is not
+#   QUEUED    (0) 1: asks by a queued resource of the same name, which waits until there is room, for days if need be;
+#             without, the request is refused while there is none. For v5e and v6e Google advises the queue.
+#   ATTEMPTS  (20) how often to try what fails before giving up; DELAY (30): seconds between them
+#   WORKER    (0) whose log follow shows; only the first one speaks, unless something fails
 #
 # With --dry-run the commands are printed, as for a VM that is not there yet. The VM is not deleted at the end.
-# Exit codes: of gcloud for the run (0 done).
+# Exit codes: of the run, as cskd_jax.supervise ends it (0 done); 1 if there is no VM or no connection.
 set -euo pipefail
 
 usage() {
@@ -28,14 +42,21 @@ if [[ ${1:-} == --dry-run ]]; then
   dry_run=true
   shift
 fi
-[[ $# -ge 2 && ($1 == run || $1 == delete) ]] || usage
+[[ $# -ge 2 && $1 =~ ^(run|follow|delete)$ ]] || usage
 action=$1 name=$2
 shift 2
-zone=${ZONE:-us-central2-b}
+zone=${ZONE:-us-central2-b} type=${TYPE:-v4-8} queued=${QUEUED:-0} attempts=${ATTEMPTS:-20} delay=${DELAY:-30}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+case $type in
+  v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+  v5p-*) version=v2-alpha-tpuv5 ;;
+  v6e-*) version=v2-alpha-tpuv6e ;;
+  *) version=tpu-ubuntu2204-base ;;
+esac
+version=${VERSION:-$version}
 
-tpu() {
-  local command=(gcloud compute tpus tpu-vm "$1" --zone="$zone" "${@:2}")
+tpus() {
+  local command=(gcloud compute tpus "$1" "$2" --zone="$zone" "${@:3}")
   if $dry_run; then
     printf '%q ' "${command[@]}"
     echo
@@ -44,31 +65,73 @@ tpu() {
   fi
 }
 
+# Prints the state of the VM, or of the queue while it is not through; nothing if there is none.
 state() {
-  if ! $dry_run; then
-    gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)' 2>/dev/null || true
+  local found=ACTIVE
+  $dry_run && return
+  if [[ $queued == 1 ]]; then
+    found=$(tpus queued-resources describe "$name" --format='value(state.state)' 2>/dev/null || true)
+  fi
+  if [[ $found == ACTIVE ]]; then
+    found=$(tpus tpu-vm describe "$name" --format='value(state)' 2>/dev/null || true)
+  fi
+  echo "$found"
+}
+
+request() {
+  local options=(--accelerator-type="$type")
+  [[ ${SPOT:-1} == 1 ]] && options+=(--spot)
+  if [[ $queued == 1 ]]; then
+    tpus queued-resources create "$name" --node-id="$name" --runtime-version="$version" "${options[@]}"
+  else
+    tpus tpu-vm create "$name" --version="$version" "${options[@]}"
   fi
 }
 
-# Until the VM is ready; one that was preempted is of no more use.
+remove() {
+  if [[ $queued == 1 ]]; then
+    tpus queued-resources delete "$name" --force --quiet
+  else
+    tpus tpu-vm delete "$name" --quiet
+  fi
+}
+
+# Until the VM is ready; one that was preempted is of no more use. Waiting is no failed attempt.
 create() {
-  local attempt found spot=()
-  [[ ${SPOT:-1} == 1 ]] && spot=(--spot)
-  for ((attempt = 1; attempt <= ${ATTEMPTS:-20}; attempt++)); do
+  local failures=0 found
+  local passing='^(ACCEPTED|CREATING|PROVISIONING|WAITING_FOR_RESOURCES|STARTING|RESTARTING|SUSPENDING|DELETING)$'
+  while true; do
     found=$(state)
-    [[ $found == READY ]] && return
-    if [[ -n $found && ! $found =~ ^(CREATING|STARTING|RESTARTING|DELETING)$ ]]; then
-      tpu delete "$name" --quiet
+    if [[ -n $found && $found != READY && ! $found =~ $passing ]]; then
+      remove || true
       found=
     fi
-    if [[ -z $found ]] && tpu create "$name" --accelerator-type="${TYPE:-v4-8}" \
-      --version="${VERSION:-tpu-ubuntu2204-base}" "${spot[@]}"; then
-      return
+    if [[ -z $found ]]; then
+      if ! request; then
+        ((++failures < attempts)) || break
+      elif $dry_run; then
+        return
+      fi
+      found=$(state)
     fi
-    sleep "${DELAY:-30}"
+    [[ $found == READY ]] && return
+    sleep "$delay"
   done
-  echo "error: no TPU VM after ${ATTEMPTS:-20} attempts" >&2
+  echo "error: no TPU VM after $attempts attempts" >&2
   exit 1
+}
+
+# The connection notices within two minutes that it is lost.
+on_worker() {
+  local worker=$1
+  shift
+  tpus tpu-vm ssh "$name" --worker="$worker" --ssh-flag='-o ServerAliveInterval=30' \
+    --command="cskd_jax/launch/tpu_worker.sh $(printf '%q ' "$@")"
+}
+
+# Prints "runs", the exit code of the run, "none", or nothing without a connection.
+status() {
+  $dry_run || on_worker 0 status "$name" 2>/dev/null | tail --lines=1 || true
 }
 
 # Commands are joined by &&, because set -e has no effect where the caller uses the code. uv brings a Python, because
@@ -76,46 +139,57 @@ create() {
 install() {
   local archive
   archive=$(mktemp) &&
-    tar -czf "$archive" -C "$here" cskd_jax configs setup.cfg pyproject.toml README.md LICENSE &&
-    tpu ssh "$name" --worker=all --command='mkdir -p cskd_jax' &&
-    tpu scp "$archive" "$name:cskd_jax/source.tar.gz" --worker=all &&
+    tar -czf "$archive" -C "$here" cskd_jax configs launch setup.cfg pyproject.toml README.md LICENSE &&
+    tpus tpu-vm ssh "$name" --worker=all --command='mkdir -p cskd_jax' &&
+    tpus tpu-vm scp "$archive" "$name:cskd_jax/source.tar.gz" --worker=all &&
     rm "$archive" &&
-    tpu ssh "$name" --worker=all --command='set -e; cd cskd_jax; tar -xzf source.tar.gz
+    tpus tpu-vm ssh "$name" --worker=all --command='set -e; cd cskd_jax; tar -xzf source.tar.gz
 curl -LsSf https://astral.sh/uv/install.sh | sh
 ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv
 ~/.local/bin/uv pip install --quiet --python .venv/bin/python "jax[tpu]" -e .'
 }
 
-run() {
-  local workdir=runs/$name arguments
-  arguments=$(printf '%q ' "$@")
-  # The first worker alone reads and writes the workdir; it brings it to the bucket while the run goes on, and at its end.
-  tpu ssh "$name" --worker=all --command="cd cskd_jax; mkdir -p $workdir
-keep() { gcloud storage rsync --recursive --delete-unmatched-destination-objects $workdir $BUCKET/$name; }
-case \$(hostname) in *-w-0)
-  # The file gives the first copy something to copy, so that any failure is a real one.
-  : | gcloud storage cp - $BUCKET/$name/lock && gcloud storage rsync --recursive $BUCKET/$name $workdir || exit 1
-  while sleep 60; do keep; done >/dev/null 2>&1 & copying=\$!
-esac
-.venv/bin/python -m cskd_jax.supervise -- .venv/bin/python -m cskd_jax.main --cluster --workdir=$workdir $arguments
-code=\$?
-if [ -n \"\${copying:-}\" ]; then kill \$copying; keep; fi
-exit \$code"
+# Shows the log until the run has ended, and ends with its code; returns if the VM or the run on it is gone.
+follow() {
+  local lost=0 found
+  while true; do
+    on_worker "${WORKER:-0}" follow "$name" || true
+    $dry_run && exit 0
+    found=$(status)
+    [[ $found =~ ^[0-9]+$ ]] && exit "$found"
+    if [[ $found == runs ]]; then
+      lost=0
+    elif [[ $found == none || $(state) != READY ]]; then
+      return 0
+    else
+      ((++lost < attempts)) || exit 1
+    fi
+    sleep "$delay"
+  done
 }
 
-if [[ $action == delete ]]; then
-  tpu delete "$name" --quiet
-  exit
-fi
+case $action in
+  delete)
+    remove
+    exit
+    ;;
+  follow)
+    follow
+    echo "error: no run $name on a TPU VM in $zone" >&2
+    exit 1
+    ;;
+esac
 : "${BUCKET:?must name where the workdir is kept, such as gs://mine/cskd}"
-for ((start = 1; start <= ${ATTEMPTS:-20}; start++)); do
+for ((start = 1; start <= attempts; start++)); do
   create
-  code=0
-  { install && run "$@"; } || code=$?
-  # A failure on a VM that still runs is not a preemption, and the supervisor has tried again already.
-  if $dry_run || [[ $code == 0 || $(state) == READY ]]; then
-    exit "$code"
+  if [[ $(status) != runs ]]; then
+    code=0
+    { install && on_worker all start "$name" "$BUCKET" "$@"; } || code=$?
+    if [[ $code != 0 && $(state) == READY ]]; then
+      exit "$code"
+    fi
   fi
-  echo "the TPU VM is gone ($(state)): again, from what is in $BUCKET/$name" >&2
+  follow
+  echo "the run is gone, TPU VM: $(state); again, from what is in $BUCKET/$name" >&2
 done
-exit "$code"
+exit 1

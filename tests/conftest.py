@@ -64,6 +64,7 @@ class Stop:
 def own_console(monkeypatch):
     """What a command does to the console and to logging ends with its test."""
     monkeypatch.setattr(console, "_muted", False)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # It is that of pytest.
     yield
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if type(handler).__module__ == console.__name__]:

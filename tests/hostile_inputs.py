@@ -25,12 +25,13 @@ from tests.torch_files import Call, Global, pickled
 # What an input must not make happen; see "Audit events table" of Python's documentation.
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty",
               "pty.spawn", "socket.connect", "pickle.find_class", "ftplib.connect", "webbrowser.open")  # fmt: skip
-_happened: list[str] = []
+happened: list[str] = []
 
 
-def _watch(event, _):
+def watch(event, _):
+    """An audit hook that adds what must not happen to `happened`."""
     if event in _FORBIDDEN:
-        _happened.append(event)
+        happened.append(event)
 
 
 # Weights: name -> content of a file of PyTorch in the zip format, as a pickle.
@@ -500,26 +501,26 @@ def read_all(group, folder):
     logging.disable(logging.WARNING)  # Archives of other checksums than the official one are expected here.
     found = {}
     for name, (read, source) in GROUPS[group](folder).items():
-        _happened.clear()
+        happened.clear()
         begin, error = time.process_time(), io.StringIO()
         with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
             try:
                 code = exit_code(lambda _, read=read, source=source: read(source, folder), [])
             except BaseException:  # A traceback is what must not come.
                 code = traceback.format_exc()
-        memory = _peak_memory()
+        memory = peak_memory()
         seconds = time.process_time() - begin
-        found[name] = {"code": code, "error": error.getvalue(), "happened": list(_happened), "seconds": seconds}
+        found[name] = {"code": code, "error": error.getvalue(), "happened": list(happened), "seconds": seconds}
         found[name]["memory"] = memory
     return found
 
 
-def _peak_memory():
+def peak_memory():
     """Returns the largest memory of this process in MiB; getrusage would also count that of the process before exec."""
     lines = pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 if __name__ == "__main__":
-    sys.addaudithook(_watch)
+    sys.addaudithook(watch)
     json.dump(read_all(sys.argv[1], pathlib.Path(sys.argv[2])), sys.stdout)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -32,7 +33,8 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch):
     """Returns a function that makes terminals of the standard output and error, and returns them."""
 
-    def use():
+    def use(kind="xterm"):
+        monkeypatch.setenv("TERM", kind)
         streams = Terminal(), Terminal()
         for name, stream in zip(("stdout", "stderr"), streams, strict=True):
             monkeypatch.setattr(sys, name, stream)
@@ -125,6 +127,14 @@ def test_other_processes_are_mute(terminal):
         pass
     console.progress_bar(10, 0).refresh()
     assert [stream.getvalue() for stream in streams] == ["", ""]
+
+
+def test_a_dumb_terminal_has_lines_only(terminal):
+    """Such as that of Emacs, in which a line cannot change."""
+    output, error = terminal("dumb")
+    with console.pause("compiling"):
+        console.progress_bar(10, 0).refresh()
+    assert (output.getvalue(), error.getvalue()) == ("compiling ...\n", "")
 
 
 @pytest.mark.parametrize(
@@ -255,6 +265,16 @@ def test_warnings_are_one_line(capsys, monkeypatch):
         "downloading\n",
         "warning: checkpoint 3 is damaged\\n(twice)\nwarning: no GPU found\nerror: cannot start: full\n",
     )
+
+
+def test_what_tensorstore_says_of_a_full_disk_is_left_out(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda unraisable: shown.append(str(unraisable.exc_value)))
+    console.start()
+    for owner, text in ((None, "Event loop is closed"), (None, "other"), (console, "Event loop is closed")):
+        sys.unraisablehook(types.SimpleNamespace(object=owner, exc_value=RuntimeError(text)))
+    assert shown == ["other", "Event loop is closed"]
 
 
 def test_data_are_prepared_without_words_of_other_libraries(tmp_path, capfd, caplog):

@@ -13,7 +13,7 @@ BAD_INPUT = {
     "nothing": ([], ["name one folder, such as cskd-jax evaluate runs/digits/kd-seed0; got none"]),
     "both": (["--workdir={done}", "--checkpoint={done}/student"], ["name one folder", "{done} and {done}/student"]),
     "no folder": (["--workdir={done}/nothing"], ["is no folder"]),
-    "no run": (["--workdir={empty}"], ["holds no config.json", "--config=RECIPE"]),
+    "no run": (["--workdir={empty}"], ["holds no checkpoints of a teacher or a student"]),
     "no configuration beside it": (["--checkpoint={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "a run for a network": (["--checkpoint={done}/tensorboard"], ["no checkpoint in"]),
     "a workdir for a network": (
@@ -24,7 +24,7 @@ BAD_INPUT = {
     "a run as a word": (["{done}", "--config.batchsize=3"], ["did you mean batch_size"]),
     "a network as a word": (["{done}/student", "--config.batchsize=3"], ["did you mean batch_size"]),
     "batch and devices": (["--workdir={done}", "--config.batch_size=60"], ["batch_size is 60", "8 devices"]),
-    "other labels": (["--workdir={done}", "--config.dataset.name=digit_pairs"], ["one category per image"]),
+    "other labels": (["--workdir={done}", "--config.dataset.name=digit_pairs"], ["one class per image"]),
     "other program's flag": (["--workdir={done}", "--jobs=3"], ["jobs"]),
 }
 

@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import re
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -73,51 +75,132 @@ def test_tpu_vm_dry_run(launch, fake):
     process, calls = launch(LAUNCH / "tpu_vm.sh", "--dry-run", "run", "first", RECIPE, BUCKET="gs://b")
     assert process.returncode == 0, process.stderr
     assert calls == []
-    assert kinds(process.stdout.splitlines()) == ["create", "ssh", "scp", "ssh", "ssh"]
+    assert kinds(process.stdout.splitlines()) == ["create", "ssh", "scp", "ssh", "ssh", "ssh"]
 
 
-# A VM whose state is in a file; what `scp` and `train` say happens to the copy and the run.
+# A VM whose state is in a file. Its worker is a folder in which the commands for launch/tpu_worker.sh are carried out,
+# unless `ssh` says what happens instead.
 TPU_VM = """
 case "$4" in
-  describe) cat {folder}/state; grep -q DELETING {folder}/state && : > {folder}/state ;;
-  create) echo READY > {folder}/state ;;
-  delete) : > {folder}/state ;;
+  describe) cat {folder}/$3; grep -q DELETING {folder}/$3 && : > {folder}/$3 ;;
+  create) echo READY > {folder}/tpu-vm; echo ACTIVE > {folder}/queued-resources ;;
+  delete) : > {folder}/tpu-vm; : > {folder}/queued-resources ;;
   scp) {scp} ;;
-  ssh) case "$*" in *cskd_jax.main*) {train} ;; esac ;;
+  ssh)
+    cd {folder}/home
+    for word; do case "$word" in --command=*tpu_worker.sh*) {ssh}; eval "${word#--command=}" ;; esac; done ;;
 esac
 """
-PREEMPTED_ONCE = "test -e {folder}/again && exit 0; touch {folder}/again; echo PREEMPTED > {folder}/state; exit 255"
+GONE = "echo PREEMPTED > {folder}/tpu-vm; echo SUSPENDED > {folder}/queued-resources; rm -rf cskd_jax/state; exit 255"
+PREEMPTED_ONCE = f"if [[ $word == *follow* && ! -e {{folder}}/again ]]; then touch {{folder}}/again; {GONE}; fi"
+LOST_ONCE = "if [[ $word == *follow* && ! -e {folder}/again ]]; then touch {folder}/again; exit 255; fi"
+
+
+@pytest.fixture
+def tpu_vm(fake, tmp_path):
+    """Makes the tools of a TPU VM; `train` is what its Python does."""
+
+    def tpu_vm(train, state="", scp="", ssh=":"):
+        (tmp_path / "tpu-vm").write_text(state)
+        (tmp_path / "queued-resources").write_text("")
+        python = tmp_path / "home" / "cskd_jax" / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        (tmp_path / "home" / "cskd_jax" / "launch").symlink_to(LAUNCH)
+        python.write_text(f"#!/bin/bash\nprintf 'trains %s\\n' \"$*\"\n{train}\n")
+        python.chmod(0o755)
+        script = TPU_VM.replace("{scp}", scp).replace("{ssh}", ssh)
+        fake("gcloud", script.replace("{folder}", str(tmp_path)))
+        fake("hostname", "echo t1v-n-w-0")
+        fake("sleep", "/bin/sleep 0.02")
+
+    return tpu_vm
+
+
+NEW = "create ssh ssh scp ssh ssh ssh ssh"  # status, install in three steps, start, follow, status
 
 
 @pytest.mark.parametrize(
-    ("state", "train", "code", "expected"),
+    ("state", "queued", "train", "code", "expected"),
     [
-        ("", "exit 0", 0, "create ssh scp ssh ssh"),
-        ("READY", "exit 0", 0, "ssh scp ssh ssh"),
-        ("READY", "exit 3", 3, "ssh scp ssh ssh"),
-        ("", PREEMPTED_ONCE, 0, "create ssh scp ssh ssh delete create ssh scp ssh ssh"),
-        ("DELETING", "exit 0", 0, "create ssh scp ssh ssh"),
+        ("", "0", "exit 0", 0, NEW),
+        ("", "1", "exit 0", 0, NEW),
+        ("READY", "0", "exit 0", 0, NEW.removeprefix("create ")),
+        ("READY", "0", "exit 3", 3, NEW.removeprefix("create ")),
+        ("DELETING", "0", "exit 0", 0, NEW),
     ],
-    ids=["new", "there", "diverged", "preempted", "deleting"],
+    ids=["new", "queued", "there", "diverged", "deleting"],
 )
-def test_tpu_vm(launch, fake, tmp_path, state, train, code, expected):
-    (tmp_path / "state").write_text(state)
-    fake("gcloud", TPU_VM.replace("{train}", train).replace("{scp}", "").replace("{folder}", str(tmp_path)))
-    process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
+def test_tpu_vm(launch, tpu_vm, state, queued, train, code, expected):
+    tpu_vm(train, state)
+    process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b", QUEUED=queued)
     assert process.returncode == code, process.stderr
     assert [kind for kind in kinds(calls) if kind != "describe"] == expected.split()
-    run = next(call for call in calls if "cskd_jax.main" in call)
-    assert "--worker=all" in run
-    assert f"cskd_jax.main --cluster --workdir=runs/first {RECIPE}" in run
-    assert "gs://b/first" in run
+    requests = [call.split()[3] for call in calls if call.startswith("gcloud compute") and " create " in call]
+    assert requests == expected.split().count("create") * [["tpu-vm", "queued-resources"][int(queued)]]
+    (start,) = [call for call in calls if "tpu_worker.sh start" in call]
+    assert "--worker=all" in start
+    run = "trains -m cskd_jax.supervise -- .venv/bin/python -m cskd_jax.main --cluster --workdir=runs/first"
+    assert process.stdout.splitlines() == [f"{run} {RECIPE}"]
+    for folder in ("runs/first gs://b/first", "data gs://b/data", "cache gs://b/cache"):
+        assert any(call.startswith("gcloud storage rsync") and call.endswith(folder) for call in calls), folder
 
 
-def test_tpu_vm_does_not_run_what_it_could_not_install(launch, fake, tmp_path):
-    (tmp_path / "state").write_text("READY")
-    fake("gcloud", TPU_VM.replace("{train}", "exit 0").replace("{scp}", "exit 5").replace("{folder}", str(tmp_path)))
+@pytest.mark.parametrize("queued", ["0", "1"])
+def test_tpu_vm_that_is_preempted(launch, tpu_vm, queued):
+    tpu_vm("exit 0", ssh=PREEMPTED_ONCE)
+    process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b", QUEUED=queued)
+    assert process.returncode == 0, process.stderr
+    assert "the run is gone" in process.stderr
+    assert [kind for kind in kinds(calls) if kind in ("create", "delete")] == ["create", "delete", "create"]
+    assert kinds(calls).count("scp") == 2
+    assert sum("tpu_worker.sh start" in call for call in calls) == 2
+
+
+def test_tpu_vm_whose_connection_is_lost(launch, tpu_vm):
+    tpu_vm("exit 0", state="READY", ssh=LOST_ONCE)
+    process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
+    assert process.returncode == 0, process.stderr
+    assert kinds(calls).count("scp") == 1, "what goes on is not installed anew"
+
+
+def test_a_run_on_a_tpu_vm_needs_nobody_connected(launch, tpu_vm, tmp_path):
+    """The script that started it is killed with all of its processes, as when a laptop is closed; the run goes on."""
+    tpu_vm(f"until [[ -e {tmp_path}/enough ]]; do /bin/sleep 0.05; done; exit 75", state="READY")
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "BUCKET": "gs://b"}
+    command = ["bash", LAUNCH / "tpu_vm.sh", "run", "first", RECIPE]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, text=True, process_group=0) as process:
+        assert process.stdout.readline().startswith("trains ")
+        os.killpg(process.pid, signal.SIGKILL)
+    (tmp_path / "enough").touch()
+    process, calls = launch(LAUNCH / "tpu_vm.sh", "follow", "first")
+    assert process.returncode == 75, process.stderr
+    assert process.stdout.count("trains ") == 1
+    assert sum("tpu_worker.sh start" in call for call in calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("type_", "version"),
+    [
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5litepod-8", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_every_generation_of_tpus_has_its_image(launch, fake, type_, version):
+    fake("gcloud")
+    process, _ = launch(LAUNCH / "tpu_vm.sh", "--dry-run", "run", "first", RECIPE, BUCKET="gs://b", TYPE=type_)
+    create = process.stdout.splitlines()[0]
+    assert f"--version={version}" in create
+    assert f"--accelerator-type={type_}" in create
+
+
+def test_tpu_vm_does_not_run_what_it_could_not_install(launch, tpu_vm):
+    tpu_vm("exit 0", state="READY", scp="exit 5")
     process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
     assert process.returncode == 5, process.stderr
-    assert [kind for kind in kinds(calls) if kind != "describe"] == ["ssh", "scp"]
+    assert [kind for kind in kinds(calls) if kind != "describe"] == ["ssh", "ssh", "scp"]
 
 
 def test_tpu_vm_needs_a_bucket_and_deletes(launch, fake):
@@ -182,12 +265,16 @@ def test_slurm_dry_run(launch, fake):
 
 def test_kubernetes(launch, fake):
     """The service and the job fit each other, and the command of a pod is one of ours."""
-    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
-    name, spec = job["metadata"]["name"], job["spec"]
+    service = yaml.safe_load((LAUNCH / "kubernetes_service.yaml").read_text())
+    job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    name, spec = "cskd-jax-x7k2p", job["spec"]
+    assert "name" not in job["metadata"]
+    assert name.startswith(job["metadata"]["generateName"])
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
-    environment = {variable["name"]: variable["value"] for variable in container["env"]}
-    assert service["spec"]["selector"] == {"job-name": name}
+    environment = {variable["name"]: variable.get("value", name) for variable in container["env"]}
+    labels = [job["metadata"]["labels"], spec["template"]["metadata"]["labels"]]
+    assert labels == [service["spec"]["selector"]] * 2
     assert service["metadata"]["name"] == pod["subdomain"]
     assert spec["completions"] == spec["parallelism"] == int(environment["PROCESSES"])
     fake("python")
@@ -201,3 +288,24 @@ def test_kubernetes(launch, fake):
     assert pathlib.Path(ROOT / call.split("--config=")[1].split()[0]).is_file()
     codes = {rule["action"]: rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][:2]}
     assert codes == {"FailJob": [2, 3], "Ignore": [75]}
+
+
+def test_kubernetes_on_tpus():
+    """What is to be put in the place of the GPUs, by uncommenting, is sound."""
+    begin, *kinds = re.split(r"      # Google, (?=GPU|TPU)", (LAUNCH / "kubernetes.yaml").read_text())
+    rest = kinds[-1].partition("      containers:")[2]
+    for kind, label in zip(kinds[1:], ("tpu-v5-lite-podslice", "tpu-v6e-slice"), strict=True):
+        lines = [line.replace("# ", "", 1) for line in kind.partition("      containers:")[0].splitlines()[1:]]
+        text = begin + "\n".join(lines) + "\n      containers:" + rest
+        selector = yaml.safe_load(text)["spec"]["template"]["spec"]["nodeSelector"]
+        assert selector["cloud.google.com/gke-tpu-accelerator"] == label
+        assert set(selector) == {f"cloud.google.com/gke-tpu-{name}" for name in ("accelerator", "topology")}
+
+
+def test_docker_is_sent_what_it_copies():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert ignore[0] == "*"
+    assert {line.removeprefix("!") for line in ignore if line.startswith("!")} == set(copied)
+    assert all((ROOT / name).exists() for name in copied)

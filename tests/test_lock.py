@@ -65,3 +65,39 @@ def test_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
     with caplog.at_level("WARNING", logger="cskd_jax"), lock.locked(tmp_path / "lock", ""):
         pass
     assert f"{tmp_path / 'lock'}: this file system has no locks ({os.strerror(number)})" in caplog.text
+
+
+def test_a_folder_in_which_nothing_came_is_removed(tmp_path):
+    for _ in range(2):
+        with lock.locked(tmp_path / "a" / "b" / "lock", ""):
+            assert (tmp_path / "a" / "b" / "lock").exists()
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="refused"), lock.locked(tmp_path / "a" / "b" / "lock", ""):
+        raise UserError("refused")
+    assert list((tmp_path / "a").iterdir()) == []
+    with lock.locked(tmp_path / "a" / "b" / "lock", ""):
+        (tmp_path / "a" / "b" / "results.json").touch()
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"lock", "results.json"}
+
+
+def test_a_lock_that_its_holder_removes_is_held_by_one_at_a_time(tmp_path, patience):
+    """One that waits for a file that is gone would hold a lock that nobody else sees."""
+    patience(60)
+    path, held, end = tmp_path / "new" / "lock", threading.Event(), threading.Event()
+
+    def hold():
+        with lock.locked(path, ""):
+            held.set()
+            end.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    threading.Timer(0.1, end.set).start()
+    with lock.locked(path, "another job"):
+        patience(0.05)
+        refused = pytest.raises(UserError, match="a third")
+        with refused, lock.locked(path, "a third"):
+            pass
+    holder.join()

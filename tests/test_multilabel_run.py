@@ -41,7 +41,7 @@ def black(multilabel, count=64):
 def test_methods_for_other_labels(name):
     multilabel = not LOSSES[name].multilabel
     network = create_model("resnet8", num_classes=10, width=0.25)
-    kind = r"any number of categories \(multi-label\)" if multilabel else "one category"
+    kind = r"any number of classes \(multi-label\)" if multilabel else "one class"
     supervision = "binary_cross_entropy, binary_kd" if multilabel else "category_structure, crd, cross_entropy"
     text = f"^losses.{name} does not fit data set 'black', whose images have {kind} each: .* for it are {supervision}"
     losses = {"mse_logits": {"weight": 1.0}, name: {"weight": 1.0}}
@@ -57,11 +57,11 @@ def test_methods_for_other_labels(name):
 
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_teacher_of_other_labels(multilabel):
-    # Checkpoints that do not say are of one category per image.
+    # Checkpoints that do not say are of one class per image.
     values = {"network": {"name": "resnet8", "width": 1.0}, "channels": 1, "categories": list("0123456789")}
     wrong = Record.from_json(values if multilabel else values | {"multilabel": True})
     right = Record.from_json(values | {"multilabel": multilabel})
-    one, several = "one category per image", "several categories per image"
+    one, several = "one class per image", "several classes per image"
     trained, needed = (one, several) if multilabel else (several, one)
     with pytest.raises(UserError, match=f"runs/teacher was trained with {trained}, black has {needed}"):
         check_fits("runs/teacher", Saved({}, wrong, 1, ""), black(multilabel))

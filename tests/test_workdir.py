@@ -244,6 +244,7 @@ def test_without_a_teacher_its_epochs_are_a_key_like_others(tmp_path):
 
 def test_a_sweep_extends_its_runs(tmp_path):
     (run,) = grid.make_grid("digits", ["ce"], [0], tmp_path, [])
+    run.workdir.mkdir()
     claim(run.workdir, identify(run.config), dataset())
     save(run.workdir, "student", 7, finished=True)
     (run.workdir / "results.json").write_text("{}")

@@ -5,15 +5,20 @@ Modules that need JAX are imported where they are used, so that --help and most 
 
 import argparse
 import gc
+import logging
 import os
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cskd_jax.commands.streams import outlive_console
-from cskd_jax.errors import InterruptedRun, UserError, close_to, printable
+from cskd_jax.errors import InterruptedRun, UserError, close_to, describe_os_error, printable
+from cskd_jax.files import full_path
+
+_logger = logging.getLogger(__name__)
 
 Program = Callable[[list[str]], int | None]
 
@@ -54,8 +59,7 @@ def exit_code(program: Program, argv: list[str]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return InterruptedRun.exit_code
     except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        print(f"error: {printable(f'{error.strerror or error}{place}')}", file=sys.stderr)
+        print(f"error: {printable(describe_os_error(error))}", file=sys.stderr)
         return UserError.exit_code
 
 
@@ -183,6 +187,23 @@ def _keys_like(name: str) -> list[str]:
     return schema.close_keys(name, keys.KEYS) or in_losses
 
 
+def _cache_folder() -> str | None:
+    """Returns the folder of compiled programs; None, with a warning, if nothing can be written there.
+
+    JAX would warn of every program that it cannot write.
+    """
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cskd_jax"
+    try:
+        folder = full_path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, UserError) as error:
+        why = error.strerror if isinstance(error, OSError) else "there is no home folder"
+        _logger.warning("compiled programs are not kept in %s (%s); XDG_CACHE_HOME can name a folder", folder, why)
+        return None
+    return str(folder)
+
+
 def set_up_jax() -> None:
     """Makes operations deterministic and caches compiled programs; must be called before devices are used."""
     # cuDNN and XLA would otherwise sum in an order that changes from run to run.
@@ -191,8 +212,7 @@ def set_up_jax() -> None:
 
     options: Any = jax.config  # Its options are attributes, which type checkers do not see.
     if options.jax_compilation_cache_dir is None:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "cskd_jax"))
+        jax.config.update("jax_compilation_cache_dir", _cache_folder())
     # Compiling many small programs adds up, so all of them are kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # Tracing makes millions of long-lived objects; searching them for cycles by default took a quarter of its time.

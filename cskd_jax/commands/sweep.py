@@ -67,9 +67,11 @@ def _run(argv):
     _check_each_once("--seeds", values.seeds)
     _check_each_once("--teacher_seeds", values.teacher_seeds or [])
     _check_each_once("--pairs", values.pairs)
+    from cskd_jax import console
     from cskd_jax.runs import recipes
 
     file = recipes.recipe_file(recipe)
+    console.start()
     # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.runs import search
     from cskd_jax.runs.grid import check, group, make_grid

@@ -64,6 +64,11 @@ def _run(argv):
         console.say(
             f"the learning rate stays at {rate:g}, which the recipe has for sgd: adamw usually takes some 0.001"
         )
+    if "dataset.image_size" in changed and config.augment.resize and "augment.resize" not in changed:
+        console.say(
+            f"augment.resize stays at {config.augment.resize}: the squares of {config.dataset.image_size} pixels are "
+            "cropped from images that are enlarged to it"
+        )
     processes.initialize(values.coordinator, values.processes, values.process, values.cluster)
     train(config, workdir)
 

@@ -16,6 +16,7 @@ from cskd_jax.data import cifar, cub200, digit_pairs, digits, image_folder, tfds
 from cskd_jax.data.streaming import ImageStream, Workers, read_batches
 from cskd_jax.data.types import ImageDataset, Split, hold_out
 from cskd_jax.errors import UserError
+from cskd_jax.files import full_path
 from cskd_jax.machine import total_memory
 
 __all__ = ["DATASETS", "ImageDataset", "Split", "load_dataset", "read_batches"]
@@ -73,7 +74,7 @@ def load_dataset(
       UserError: If the data cannot be obtained, is damaged or does not fit; the message names what is wrong and what is
         allowed.
     """
-    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    data_dir = None if data_dir is None else str(full_path(data_dir))
     # Images of other data sets are read as their papers and other programs read them.
     options: dict[str, Any] = {"exif_orientation": exif_orientation} if name == "image_folder" else {}
     load: Any = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))

@@ -14,6 +14,7 @@ import logging
 import lzma
 import os
 import posixpath
+import secrets
 import sys
 import tarfile
 import urllib.request
@@ -125,7 +126,8 @@ def download(archive: Archive, folder: Path) -> Path:
     target = folder / (archive.stem + archive.suffixes[0])
     by_hand = f"download it by other means and put it at {target}"
     # Each process has a file of its own: several may download at once, and the last rename wins with the same bytes.
-    part = folder / f"{target.name}.{os.getpid()}.part"
+    # Nobody can have put a link at its name.
+    part = folder / f"{target.name}.{secrets.token_hex(8)}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -146,7 +148,7 @@ def _stream(archive: Archive, part: Path) -> str:
     _logger.info("downloading %s, %.0f MB", archive.url, archive.size / 1e6)
     with (
         urllib.request.urlopen(archive.url, timeout=_TIMEOUT_SECONDS) as response,
-        part.open("wb") as file,
+        part.open("xb") as file,
         tqdm(total=archive.size, unit="B", unit_scale=True, desc=archive.stem, disable=not sys.stderr.isatty()) as bar,
     ):
         while chunk := response.read(_CHUNK_BYTES):

@@ -12,6 +12,7 @@ import numpy as np
 from cskd_jax.data.images import read_image
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
 from cskd_jax.errors import UserError, printable
+from cskd_jax.files import full_path
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def load(
     del data_dir
     if path is None:
         raise UserError("data set image_folder needs path: a folder with train/CLASS/* and test/CLASS/*")
-    root = Path(path).expanduser()
+    root = full_path(path)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: path of image_folder is one that holds train and test (or val)")
     if not (root / "train").is_dir():

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -259,6 +260,11 @@ def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
     """Calls `make`, which constructs a builder, and turns all errors but that of an unknown name into UserError."""
     import tensorflow_datasets as tfds
 
+    # tensorflow-datasets would make a folder that is called ~ in the working folder.
+    if data_dir is None and "TFDS_DATA_DIR" not in os.environ and os.path.expanduser("~") == "~":
+        raise UserError(
+            f"data set '{name}' needs a folder, and there is no home folder (HOME is not set): set data_dir"
+        )
     try:
         return make()
     except tfds.core.DatasetNotFoundError:

@@ -90,7 +90,7 @@ def _select(images, index):
 def balanced_indices(
     labels: np.ndarray, categories: Sequence[str], train_examples: int | None, name: str = "train_examples"
 ) -> np.ndarray:
-    """Chooses the first examples of each category, as evenly as `train_examples` allows.
+    """Chooses the first examples of each class, as evenly as `train_examples` allows.
 
     With K classes, each one gives its first `train_examples // K` examples, and the first `train_examples % K` classes
     give one more. There is no randomness: the same data and number always give the same subset. Examples of several
@@ -114,15 +114,15 @@ def balanced_indices(
         if not 1 <= train_examples <= len(labels):
             raise UserError(f"{name}={train_examples} is out of range: allowed are 1 to {len(labels)}")
         return np.arange(train_examples)
+    available = np.bincount(labels, minlength=len(categories))
     share, remainder = divmod(train_examples, len(categories))
     if share < 1:
         raise UserError(
             f"{name}={train_examples} is fewer than the {len(categories)} classes: "
-            f"allowed are {len(categories)} to {len(labels)}"
+            f"allowed are {len(categories)} to {_largest_subset(available)}"
         )
     wanted = np.full(len(categories), share)
     wanted[:remainder] += 1
-    available = np.bincount(labels, minlength=len(categories))
     short = np.flatnonzero(available < wanted)
     if short.size:
         first = short[0]
@@ -137,5 +137,5 @@ def balanced_indices(
 def _largest_subset(available: np.ndarray) -> int:
     """Returns the largest `train_examples` that the counts of the classes allow."""
     smallest = int(available.min())
-    # One more from each of the first categories, up to the first that has no more to give.
+    # One more from each of the first classes, up to the first that has no more to give.
     return smallest * len(available) + int(np.argmax(available == smallest))

@@ -44,8 +44,8 @@ def _run(argv):
     from cskd_jax.training.metrics import task_of
 
     is_network = values.checkpoint is not None or (values.workdir is None and (folder / FOLDER).is_dir())
-    config = _config(folder.absolute().parent if is_network else folder, values)
     folders = [folder] if is_network else _networks(folder, FOLDER)
+    config = _config(folder.absolute().parent if is_network else folder, values)
     command_line.set_up_jax()
     devices = Devices()
     devices.check_batch_size("batch_size", config.batch_size)

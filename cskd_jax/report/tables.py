@@ -33,7 +33,7 @@ def recipe(comparison: Comparison) -> str:
     config, data = comparison.runs[0].config, comparison.runs[0].results["dataset"]
     teacher = comparison.distilled[0].results["teacher"].get("checkpoint") if comparison.given_teacher else None
     images = f"{data['train_examples']:,} training and {data['test_examples']:,} test images"
-    return f"{counted(config['epochs'], 'epoch')}, {images}, {data['categories']} categories." + (
+    return f"{counted(config['epochs'], 'epoch')}, {images}, {data['categories']} classes." + (
         f" Teacher {comparison.given_teacher}: {teacher}." if teacher else ""
     )
 

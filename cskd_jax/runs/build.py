@@ -236,6 +236,7 @@ def make_trainer(
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
     """
     settings, sampler = config[role], make_sampler(config, dataset)
+    _check_resize(config.augment.resize, dataset.image_shape)
     if role == "teacher":
         losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
         optimization = config.optimizer.copy_and_resolve_references()
@@ -273,6 +274,16 @@ def make_trainer(
         stream=_STREAMS[role],
         beside=beside,
     )
+
+
+def _check_resize(resize: int, image_shape: tuple[int, ...]) -> None:
+    """Raises UserError if images would have to be made smaller."""
+    shorter = min(image_shape[:2])
+    if 0 < resize < shorter:
+        raise UserError(
+            f"augment.resize is {resize}, and the shorter side of the images has {shorter} pixels: it must be 0 or at "
+            f"least {shorter}, since it does not follow dataset.image_size"
+        )
 
 
 class Training(NamedTuple):

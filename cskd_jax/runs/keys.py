@@ -166,7 +166,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "augment.resize": Key(
             0,
             rules.integer(0, 1024),
-            "Pixels of the shorter side, to which an image is enlarged before it is cropped; 0 leaves it as it is.",
+            "Pixels of the shorter side, to which an image is enlarged before it is cropped, no fewer than it has; 0 "
+            "leaves it as it is. It does not follow dataset.image_size.",
         ),
         "augment.crop_padding": Key(
             0,

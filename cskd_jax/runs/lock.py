@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
     """Holds the lock for this process; the system releases it when the process ends, however it ends.
 
     If a process of another machine holds it, waits for `PATIENCE_SECONDS`: the server may not know yet that it died.
+    If nothing has come into the folder by the end, such as after a refused run, the lock and the folders that were made
+    for it are removed.
 
     Args:
       path: File of the lock; the file and its folder are created if they are missing.
@@ -36,19 +39,48 @@ def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
     Raises:
       UserError: Another process holds it, its folder cannot be written to, or the path is a symbolic link.
     """
+    file, made = _open(path)
+    while True:
+        with file:
+            try:
+                _acquire(file, holder)
+                if not _is_at(path, file):  # Its earlier holder has removed it.
+                    file, added = _open(path)
+                    made = [*added, *made]
+                    continue
+            except OSError as error:
+                if error.errno not in _WITHOUT_LOCKS:
+                    raise UserError(f"cannot write to workdir {path.parent}: {error.strerror}") from None
+                _logger.warning("%s: this file system has no locks (%s); start no second job", path, error.strerror)
+            try:
+                yield
+            finally:
+                _leave_no_trace(path, made)
+            return
+
+
+def _open(path):
+    """Opens the file of a lock; returns it, and the folders that were made for it, the innermost first."""
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open_append(path)
+        return open_append(path), made
     except OSError as error:
         raise UserError(f"cannot write to workdir {path.parent}: {error.strerror}") from None
-    with file:
-        try:
-            _acquire(file, holder)
-        except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
-                raise
-            _logger.warning("%s: this file system has no locks (%s); start no second job", path, error.strerror)
-        yield
+
+
+def _is_at(path, file):
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
+
+
+def _leave_no_trace(path, made):
+    with contextlib.suppress(OSError):
+        if os.listdir(path.parent) == [path.name]:
+            path.unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def _acquire(file, holder):
@@ -65,9 +97,9 @@ def _acquire(file, holder):
                 raise UserError(f"{holder}; wait for its end, or use another workdir") from None
             time.sleep(_POLL_SECONDS)
         else:
-            file.truncate(0)
-            file.write(_machine())
-            file.flush()
+            # Not by the buffer of the file, which would try again when the file is closed.
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), _machine().encode())
             return
 
 

@@ -153,7 +153,7 @@ def write_results(
 
 
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
-    """Writes the matrix as CSV, with the categories as header and first column."""
+    """Writes the matrix as CSV, with the classes as header and first column."""
     rows = ([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
     write_text(path, csv_text([["category \\ taken for", *categories], *rows], line_end="\r\n"))
 

@@ -154,7 +154,7 @@ class _Started:
         used, data = self.devices.describe(), self._dataset
         job.say(
             f"{data.name}: {len(data.train.labels):,} training and {len(data.test.labels):,} test images, "
-            f"{data.num_classes} categories; {used['count']} x {used['kind']}"
+            f"{data.num_classes} classes; {used['count']} x {used['kind']}"
         )
         self.runs[job] = run
 

@@ -12,6 +12,7 @@ from ml_collections import config_dict
 
 from cskd_jax.configs import networks
 from cskd_jax.errors import UserError, close_to
+from cskd_jax.files import full_path
 from cskd_jax.inputs import is_number, read_json
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS
@@ -302,7 +303,7 @@ def _validate_loss(name: str, settings: Any) -> None:
 def check_teacher_exists(config: ml_collections.ConfigDict) -> None:
     """Raises UserError if the checkpoint of a given teacher does not exist."""
     path = config.teacher.checkpoint
-    if needs_teacher(config.losses) and path is not None and not pathlib.Path(path).expanduser().exists():
+    if needs_teacher(config.losses) and path is not None and not full_path(path).exists():
         raise UserError(f"teacher.checkpoint {path} does not exist")
 
 

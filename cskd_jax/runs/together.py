@@ -50,10 +50,10 @@ def carry_out(runs: Sequence[tuple[str, ml_collections.ConfigDict, pathlib.Path]
 
 
 def _make_log(path: pathlib.Path) -> Callable[[str], None]:
-    """Returns a function that adds a line to a file."""
+    """Returns a function that adds a line to a file, unless the disk is full, which need not end a training."""
 
     def say(message):
-        with open_append(path) as file:
+        with contextlib.suppress(OSError), open_append(path) as file:
             file.write(f"{message}\n")
 
     return say

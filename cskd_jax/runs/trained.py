@@ -1,12 +1,11 @@
 """Checkpoints of trained networks: loading a given teacher, and checking that a network fits a data set."""
 
-import pathlib
-
 import ml_collections
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
+from cskd_jax.files import full_path
 from cskd_jax.runs import schema
 from cskd_jax.training.checkpoint import FOLDER, Record, Saved, load_variables
 
@@ -18,7 +17,7 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
       UserError: The checkpoint is not that of the configured network, trained to the end.
     """
     schema.check_teacher_exists(config)
-    path = pathlib.Path(config.teacher.checkpoint).expanduser()
+    path = full_path(config.teacher.checkpoint)
     # The workdir of a run is taken to mean its teacher.
     path = str(path / "teacher" if (path / "teacher" / FOLDER).is_dir() else path)
     saved = load_variables(path)
@@ -49,7 +48,7 @@ def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | 
             f"{source} takes images with {record.channels} channels, those of {dataset.name} have {channels}"
         )
     if record.multilabel != dataset.multilabel:
-        one, several = "one category per image", "several categories per image"
+        one, several = "one class per image", "several classes per image"
         raise UserError(
             f"{source} was trained with {one if dataset.multilabel else several}, "
             f"{dataset.name} has {several if dataset.multilabel else one}"
@@ -89,5 +88,5 @@ def _check_classes(source: str, saved: Saved, dataset: ImageDataset) -> None:
     if number != len(ours) or theirs not in (None, ours):
         names = "" if theirs is None else f" ({', '.join(theirs[:3])}, ...)"
         raise UserError(
-            f"{source} knows {number} categories{names}, {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
+            f"{source} knows {number} classes{names}, {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
         )

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -117,7 +117,7 @@ def kept_values(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dic
 
 
 def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
-    """Raises UserError if the workdir is not writable, or if its run cannot be continued as the requested one.
+    """Raises UserError if the run in the workdir cannot be read, or cannot be continued as the requested one.
 
     A run with checkpoints can be continued if nothing that changes its results differs, or if it is to train for more
     epochs. A workdir without checkpoints can be used for any run.
@@ -127,10 +127,9 @@ def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
       identity: Result of `identify`, possibly with the fingerprint of the data.
     """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         found = _recorded(workdir, identity)
     except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from None
+        raise UserError(f"cannot read workdir {workdir}: {error.strerror}") from None
     if not _has_checkpoints(workdir):
         return
     different = _differences(found, identity)
@@ -143,21 +142,22 @@ def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path, *written: str) -> Iterator[None]:
+def held(workdir: pathlib.Path, *written: str, folders: Sequence[str] = FOLDERS) -> Iterator[None]:
     """Holds a workdir for this process.
 
     Args:
       workdir: Folder of the run. It may be a symbolic link; a link within it is refused, since a folder from
         elsewhere may contain links to files of the user.
       written: Names of files written into it besides `results.FILES`.
+      folders: Names of folders into which files are written.
 
     Raises:
       UserError: Another process holds it, or something in it is a link, or a folder where a file belongs.
     """
     with locked(workdir / "lock", f"another job runs in workdir {workdir}"):
-        files, folders = ([workdir / name for name in names] for names in ((*FILES, *written), FOLDERS))
-        refuse_links([*files, *folders])
-        refuse_other_kinds(files, folders)
+        files, inner = ([workdir / name for name in names] for names in ((*FILES, *written), folders))
+        refuse_links([*files, *inner])
+        refuse_other_kinds(files, inner)
         yield
 
 

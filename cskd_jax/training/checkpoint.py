@@ -9,8 +9,10 @@ needs the folder. The others receive what it read, or its error.
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
+import os
 import pathlib
 import shutil
 import stat
@@ -36,7 +38,6 @@ _logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 _ARRAYS, _RECORD = "arrays", "record"
 _FIRST_PROCESS = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-
 
 # Version of the names of the arrays and of the record; `arrays.upgrade` reads older ones.
 _VERSION = 2
@@ -305,7 +306,7 @@ class Checkpoints:
                 path.rename(aside)
                 self._manager.reload()
         if steps:
-            raise UserError(f"no checkpoint in {self._directory} is sound; remove the folder to start anew")
+            raise UserError(f"no checkpoint in {self._directory} is sound; the same command starts anew")
         return None
 
     def __enter__(self):
@@ -330,9 +331,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise errors of many kinds.
+            # TensorStore says this last, after all that it was about to do.
+            full = os.strerror(errno.ENOSPC)
+            reason = full if full in str(error) else one_line(error)
             raise UserError(
-                f"cannot save a checkpoint in {self._directory}: {one_line(error)}; "
-                "the checkpoints before it are untouched"
+                f"cannot save a checkpoint in {self._directory}: {reason}; the checkpoints before it are untouched"
             ) from error
 
 

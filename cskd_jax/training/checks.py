@@ -3,7 +3,7 @@
 import numpy as np
 
 from cskd_jax.data import ImageDataset
-from cskd_jax.data.batches import EpochBatches
+from cskd_jax.data.batches import EpochBatches, Sampler
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.training.objective import Objective
@@ -17,7 +17,7 @@ def check_losses(objective: Objective, data: ImageDataset) -> None:
     wrong = [name for name, (_, loss) in objective.losses.items() if loss.multilabel not in (None, data.multilabel)]
     if wrong:
         fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]
-        kind = "any number of categories (multi-label)" if data.multilabel else "one category"
+        kind = "any number of classes (multi-label)" if data.multilabel else "one class"
         raise UserError(
             f"losses.{wrong[0]} does not fit data set '{data.name}', whose images have {kind} each: of the methods "
             f"that read labels, those for it are {', '.join(sorted(fitting))}"
@@ -41,11 +41,20 @@ def check_batches(setup: Setup) -> None:
     if sampler.last_batch_size == 1:
         raise UserError(
             "the last batch of an epoch holds one image, which has nothing to relate to: "
-            + ("give it more" if isinstance(sampler, EpochBatches) else "set drop_last=True, or another batch_size")
+            + _how_to_avoid(sampler, "another batch_size")
         )
-    setup.devices.check_batch_size("the last batch of an epoch (drop_last=True leaves it out)", sampler.last_batch_size)
+    makes_batches = isinstance(sampler, EpochBatches)
+    last = "the last batch of an epoch" + ("" if makes_batches else " (drop_last=True leaves it out)")
+    setup.devices.check_batch_size(last, sampler.last_batch_size)
     if setup.accumulation_steps > 1:
         _check_micro_batches(setup)
+
+
+def _how_to_avoid(sampler: Sampler, another: str) -> str:
+    """Returns what helps against a last batch that is too small."""
+    if isinstance(sampler, EpochBatches):
+        return "let train leave it out, or give it more images"
+    return f"set drop_last=True, or {another}"
 
 
 def _check_micro_batches(setup: Setup) -> None:
@@ -65,5 +74,5 @@ def _check_micro_batches(setup: Setup) -> None:
     if sampler.last_batch_size % size == 1:
         raise UserError(
             f"with accumulation_steps={steps}, the last micro-batch of an epoch holds one image, which has nothing to "
-            "relate to: set drop_last=True, or another number"
+            f"relate to: {_how_to_avoid(sampler, 'accumulation_steps=1')}"
         )

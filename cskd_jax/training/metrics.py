@@ -1,4 +1,4 @@
-"""Metrics of classification: with one category per image, and with any number of them (multi-label)."""
+"""Metrics of classification: with one class per image, and with any number of them (multi-label)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -48,8 +48,12 @@ class MetricsFiles(Callback):
         if not processes.is_first():
             return
         # Opened for every row, because the students of a trainer share the file.
-        with open_append(self._path) as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open_append(self._path) as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            error.filename = str(self._path)  # Of an error in writing, Python names no file.
+            raise
         if self._shows:
             try:
                 self._show(row)

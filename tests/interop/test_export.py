@@ -85,7 +85,7 @@ def test_imported_teacher_is_taken(returned, digits_dir):
     # Ten categories, whatever their names, of images that it does not know.
     assert check_fits(path, saved, dataset) is None
     fewer = dataclasses.replace(dataset, categories=dataset.categories[:9])
-    with pytest.raises(UserError, match="knows 10 categories, digits has 9"):
+    with pytest.raises(UserError, match="knows 10 classes, digits has 9"):
         check_fits(path, saved, fewer)
 
 

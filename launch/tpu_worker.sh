@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# What launch/tpu_vm.sh runs on the workers of a TPU VM, where it has unpacked the package.
+#
+# usage: launch/tpu_worker.sh start NAME BUCKET --config=RECIPE ...   starts the run, which needs nobody connected
+#        launch/tpu_worker.sh follow NAME    shows its log from the beginning, until it ends
+#        launch/tpu_worker.sh status NAME    prints "runs", its exit code when it has ended, or "none"
+#
+# The log, the exit code and the number of the process are in state/NAME.
+set -uo pipefail
+
+[[ $# -ge 2 && $1 =~ ^(start|follow|status|work)$ ]] || {
+  sed -n '/^# usage/,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2
+  exit 2
+}
+action=$1 name=$2
+shift 2
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+state=state/$name
+mkdir -p "$state"
+
+is_running() {
+  ! flock --nonblock "$state/lock" true
+}
+
+work() {
+  local bucket=$1 workdir=runs/$name folder copying='' code
+  shift
+  # Prepared data and compiled programs outlive a VM that is preempted, and serve other runs of the bucket.
+  export TFDS_DATA_DIR=$PWD/data XDG_CACHE_HOME=$PWD/cache
+  keep() {
+    gcloud storage rsync --recursive --delete-unmatched-destination-objects "$workdir" "$bucket/$name"
+    for folder in data cache; do
+      gcloud storage rsync --recursive --exclude='.*\.(incomplete|part).*' $folder "$bucket/$folder"
+    done
+  }
+  # The file gives the first copy something to copy, so that any failure is a real one.
+  fetch() {
+    mkdir -p "$2"
+    : | gcloud storage cp - "$bucket/$1/lock" && gcloud storage rsync --recursive "$bucket/$1" "$2"
+  }
+  fetch data data && fetch cache cache || return 1
+  # The first worker alone reads and writes the workdir, and brings to the bucket what is new.
+  case $(hostname) in *-w-0)
+    fetch "$name" "$workdir" || return 1
+    while sleep 60; do keep; done >/dev/null 2>&1 &
+    copying=$!
+    ;;
+  esac
+  .venv/bin/python -m cskd_jax.supervise -- .venv/bin/python -m cskd_jax.main --cluster --workdir="$workdir" "$@"
+  code=$?
+  if [[ -n $copying ]]; then
+    kill "$copying"
+    keep
+  fi
+  return "$code"
+}
+
+case $action in
+  start)
+    if ! is_running; then
+      rm -f "$state/code" "$state/pid"
+      # A session of its own: that of ssh ends when the laptop sleeps.
+      setsid flock --close "$state/lock" launch/tpu_worker.sh work "$name" "$@" >"$state/log" 2>&1 </dev/null &
+      until [[ -e $state/pid ]]; do sleep 0.1; done
+    fi
+    ;;
+  work)
+    echo $$ >"$state/pid"
+    work "$@"
+    echo $? >"$state/code"
+    ;;
+  follow)
+    tail --lines=+1 --follow --pid="$(cat "$state/pid")" "$state/log"
+    ;;
+  status)
+    if is_running; then
+      echo runs
+    else
+      cat "$state/code" 2>/dev/null || echo none
+    fi
+    ;;
+esac

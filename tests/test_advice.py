@@ -1,0 +1,144 @@
+"""What the messages advise when a run does not fit its data: it is tried, up to where the training would begin."""
+
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from PIL import Image
+
+import cskd_jax
+from cskd_jax.__main__ import main
+from cskd_jax.errors import UserError
+from cskd_jax.runs import run
+from cskd_jax.training.trainer import Trainer
+
+SMALL = "digits:ce --config.student.name=resnet8 --config.student.width=0.25"
+DIGITS = f"{SMALL} --config.dataset.train_examples=160"
+LAST = f"{SMALL} --config.drop_last=true"
+FOLDER = f"{SMALL} --config.dataset.name=image_folder --config.dataset.path={{folder}} --config.batch_size=8 "
+FOLDER += "--config.dataset.mean=(0.5,) --config.dataset.std=(0.5,)"
+# What is asked for; a part of the message; and what it advises, each in the place of the same key or added.
+ADVICE = [
+    (f"{DIGITS} --config.dataset.train_examples=129", "set drop_last=True, or another batch_size", ["drop_last=true"]),
+    (
+        f"{DIGITS} --config.dataset.train_examples=148 --config.batch_size=16",
+        "the last batch of an epoch (drop_last=True leaves it out) is 4, which",
+        ["drop_last=true"],
+    ),
+    (
+        f"{DIGITS} --config.batch_size=16 --config.optimizer.accumulation_steps=16",
+        "micro-batch (batch_size 16 / accumulation_steps 16) is 1, which does not divide",
+        ["optimizer.accumulation_steps=2"],
+    ),
+    (f"{DIGITS} --config.dataset.path=/x", "leave it out", []),
+    (f"{LAST} --config.dataset.train_examples=5", "allowed are 10 to 1398", ["dataset.train_examples=1398"]),
+    (f"{LAST} --config.dataset.train_examples=1400", "at most 1398 are possible", ["dataset.train_examples=1398"]),
+    (
+        f"{DIGITS} --config.dataset.image_size=12 --config.augment.resize=8",
+        "it must be 0 or at least 12, since it does not follow dataset.image_size",
+        ["augment.resize=0", "augment.resize=12"],
+    ),
+    (f"{DIGITS} --config.optimizer.warmup_epochs=30", "must be less than epochs, 30", ["optimizer.warmup_epochs=29"]),
+    (f"{DIGITS} --config.dataset.mean=(0.1,0.2) --config.dataset.std=(1,1)", "one value for all of them", []),
+    (FOLDER, "dataset.image_size be set", ["dataset.image_size=8"]),
+]
+
+
+@pytest.fixture
+def command(tmp_path, digits_dir, monkeypatch, capsys):
+    """Runs a command up to where the training would begin; returns its code, its error, and whether it got there."""
+    begun = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "_train", lambda started, stop, start: begun.extend(started.runs))
+
+    def call(words):
+        begun.clear()
+        code = main(["cskd-jax", "train", *words, f"--config.dataset.data_dir={digits_dir}", "--workdir=run"])
+        return code, capsys.readouterr().err, bool(begun)
+
+    return call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "message", "advised"), ADVICE, ids=[message for _, message, _ in ADVICE])
+def test_advice(asked, message, advised, command, tmp_path):
+    for number, name in enumerate(
+        f"{split}/{label}/{n}" for split in ("train", "test") for label in "ab" for n in "1234"
+    ):
+        path = tmp_path / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8 + number % 2, 8)).save(path)
+    words = asked.format(folder=tmp_path / "images").split()
+    code, error, begun = command(words)
+    assert (code, begun) == (2, False)
+    assert message in error
+    assert not (tmp_path / "run").exists(), "a refused run leaves nothing"
+    for change in advised:
+        rest = [word for word in words if not word.startswith(f"--config.{change.partition('=')[0]}=")]
+        code, error, begun = command([*rest, f"--config.{change}"])
+        assert (code, begun) == (0, True), error
+
+
+class _Net(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(3)(images.reshape(len(images), -1))
+
+
+def _arrays(count):
+    return np.zeros((count, 4, 4, 1), np.uint8), np.arange(count) % 3
+
+
+# Settings of `distill` that are refused, the message, and those that it advises.
+SETTINGS = [
+    (
+        {"train": _arrays(16), "batch_size": 1, "drop_last": True},
+        "batch_size is 1; it must be at least 2",
+        [{"batch_size": 2}],
+    ),
+    (
+        {"train": _arrays(17), "batch_size": 8, "accumulation_steps": 2},
+        "holds one image, .*set drop_last=True, or another batch_size",
+        [{"drop_last": True}, {"batch_size": 6}],
+    ),
+    (
+        {"train": _arrays(13), "batch_size": 8, "accumulation_steps": 2},
+        "the last micro-batch .*set drop_last=True, or accumulation_steps=1",
+        [{"drop_last": True}, {"accumulation_steps": 1}],
+    ),
+    ({"train": _arrays(16), "batch_size": 8, "accumulation_steps": 8}, "smaller number", [{"accumulation_steps": 4}]),
+    (
+        {"train": lambda epoch: [_arrays(8), _arrays(1)]},
+        "one image, .*let train leave it out, or give it more images",
+        [{"train": lambda epoch: [_arrays(8)]}, {"train": lambda epoch: [_arrays(8), _arrays(2)]}],
+    ),
+    ({"train": iter([])}, "give arrays, or a function from", [{"train": _arrays(16), "batch_size": 8}]),
+    (
+        {"train": _arrays(16), "batch_size": 8, "losses": None},
+        r"losses=\{'kd': 0.9\}",
+        [{"losses": {"cross_entropy": 1.0}}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message", "advised"), SETTINGS, ids=[message for _, message, _ in SETTINGS])
+def test_advice_of_distill(settings, message, advised, monkeypatch):
+    monkeypatch.setattr(Trainer, "fit", lambda trainer: {"student": "begun"})
+    rest = {"test": _arrays(6), "epochs": 1, "callbacks": (), "devices": 1, "optimizer": optax.sgd(0.1)}
+    rest |= {"losses": {"cross_entropy": 1.0}}
+    with pytest.raises(UserError, match=message):
+        cskd_jax.distill(_Net(), **rest | settings)
+    for change in advised:
+        assert cskd_jax.distill(_Net(), **rest | settings | change) == "begun"
+
+
+def test_folders_of_students_are_no_links(tmp_path):
+    """A folder from elsewhere may hold links to files of the user, which checkpoints would replace."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "small").symlink_to(tmp_path / "outside")
+    students = {"small": cskd_jax.Student(_Net(), {"cross_entropy": 1.0}, optax.sgd(0.1))}
+    with pytest.raises(UserError, match="small is a symbolic link"):
+        cskd_jax.distill(
+            train=_arrays(8), test=_arrays(4), students=students, epochs=1, batch_size=4, workdir=tmp_path / "run"
+        )

@@ -1,0 +1,130 @@
+"""Checkpoints from others: what their folders, records and arrays may not be."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+
+from cskd_jax.errors import UserError
+from cskd_jax.models import create_model
+from cskd_jax.training import checkpoint
+from cskd_jax.training.adapters import LinenNetwork
+from cskd_jax.training.checkpoint import Checkpoints, Record, load_variables
+from cskd_jax.training.state import check_variables
+from tests.torch_files import random_variables
+
+RECORD = Record({"name": "resnet8", "width": 0.25}, channels=1)
+
+
+def save(folder, record=RECORD, **arrays):
+    with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(3, {"params": {"network": arrays or {"kernel": np.ones((2, 3), np.float32)}}}, record)
+    return folder / "checkpoints" / "3"
+
+
+def refused(folder):
+    """Returns the message with which a checkpoint is refused, for use as well as for going on."""
+    with pytest.raises(UserError) as error:
+        load_variables(str(folder))
+    return str(error.value)
+
+
+def test_a_sound_one(tmp_path):
+    save(tmp_path)
+    saved = load_variables(str(tmp_path))
+    assert (saved.step, saved.record) == (3, RECORD)
+    np.testing.assert_array_equal(saved.variables["params"]["kernel"], np.ones((2, 3), np.float32))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: os.mkfifo(path / "arrays" / "pipe"),
+        lambda path: (path / "arrays" / "link").symlink_to("/dev/zero"),
+        lambda path: (path / "record" / "link").symlink_to("nowhere"),
+    ],
+    ids=["pipe", "device", "link"],
+)
+def test_what_is_no_file(make, tmp_path):
+    make(save(tmp_path))
+    assert "is damaged (" in refused(tmp_path)
+    assert "is no regular file)" in refused(tmp_path)
+
+
+def test_too_many_files(tmp_path, monkeypatch):
+    save(tmp_path)
+    monkeypatch.setattr(checkpoint, "_MAX_FILES", 3)
+    assert "is damaged (it has too many files)" in refused(tmp_path)
+
+
+def test_a_record_that_is_too_large(tmp_path):
+    path = save(tmp_path) / "record" / "metadata"
+    path.write_bytes(path.read_bytes() + bytes(checkpoint.MAX_JSON))
+    assert "is damaged (its record is too large)" in refused(tmp_path)
+
+
+def test_arrays_that_unpack_to_far_more_than_their_files(tmp_path):
+    """Sixteen megabytes of zeros take some kilobytes in the files."""
+    save(tmp_path, kernel=np.zeros((4 << 20,), np.float32))
+    assert "its arrays would take 16,777,216 bytes, its files have " in refused(tmp_path)
+
+
+def test_a_record_that_was_changed(tmp_path):
+    path = save(tmp_path) / "record" / "metadata"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["record"]["channels"] = 3
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert "is damaged (the digest of its record differs)" in refused(tmp_path)
+
+
+def test_a_record_that_is_unsound(tmp_path):
+    save(tmp_path, dataclasses.replace(RECORD, multilabel="yes"))
+    assert "its record has no sound multilabel" in refused(tmp_path)
+
+
+def test_a_newer_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_VERSION", 3)
+    save(tmp_path)
+    monkeypatch.setattr(checkpoint, "_VERSION", 2)
+    assert "was written by a newer version of cskd_jax" in refused(tmp_path)
+
+
+def test_arrays_of_no_network(tmp_path):
+    save(tmp_path, **{"a": np.ones(1, np.float32), "a/b": np.ones(1, np.float32)})
+    assert "its arrays are those of no network" in refused(tmp_path)
+
+
+def test_no_classifier(tmp_path):
+    save(tmp_path)
+    with pytest.raises(UserError, match=r"the checkpoint of a resnet8, width 0\.25 holds no classifier"):
+        _ = load_variables(str(tmp_path)).num_classes
+
+
+def test_arrays_that_do_not_fit_the_network_that_is_named():
+    module = create_model("resnet8", num_classes=3, width=0.25)
+    variables = random_variables(module)
+    network = LinenNetwork(module)
+    check_variables(network, variables, (32, 32, 3), "it")
+    variables["params"]["classifier"]["bias"] = np.zeros(4, np.float32)
+    with pytest.raises(UserError, match=r"it does not hold .*: params/classifier/bias is \(4,\) instead of \(3,\)"):
+        check_variables(network, variables, (32, 32, 3), "it")
+    del variables["params"]["classifier"]["bias"]
+    with pytest.raises(UserError, match=r"params/classifier/bias is nothing instead of \(3,\)"):
+        check_variables(network, variables, (32, 32, 3), "it")
+
+
+def test_one_that_is_damaged_is_put_aside(tmp_path, caplog):
+    """As the message says, the next start begins anew."""
+    (save(tmp_path) / "record" / "metadata").write_bytes(b"{")
+    folder = tmp_path / "checkpoints"
+    with (
+        Checkpoints(folder, keep=1) as checkpoints,
+        pytest.raises(UserError, match="no checkpoint in .* is sound; the same command starts anew"),
+    ):
+        checkpoints.restore(lambda step: {})
+    assert "is damaged" in caplog.text
+    assert [path.name for path in folder.iterdir()] == ["3.damaged"]
+    with Checkpoints(folder, keep=1) as checkpoints:
+        assert checkpoints.restore(lambda step: {}) is None

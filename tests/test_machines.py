@@ -1,0 +1,121 @@
+"""Machines that lack something: a home folder, room on the disk, a terminal that can more than print, the time."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import time
+
+import pytest
+
+from cskd_jax.commands import command_line
+from cskd_jax.data import load_dataset
+from cskd_jax.errors import UserError
+from cskd_jax.files import local_folder, write_json
+from cskd_jax.runs import lock
+from cskd_jax.training.callbacks import Progress, Start
+from cskd_jax.training.metrics import SINGLE_LABEL
+from cskd_jax.training.records import MetricsFiles
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """As in a container in which the user has a number that no file of users lists."""
+    for name in ("HOME", "XDG_CACHE_HOME", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_folder(monkeypatch, tmp_path, caplog):
+    monkeypatch.chdir(tmp_path)
+    assert command_line._cache_folder() is None
+    assert (
+        "compiled programs are not kept in ~/.cache/cskd_jax (there is no home folder); XDG_CACHE_HOME can"
+        in caplog.text
+    )
+    with pytest.raises(UserError, match="there is no home folder .*: set data_dir"):
+        load_dataset("digits")
+    for use in (local_folder, lambda path: load_dataset("image_folder", path=path)):
+        with pytest.raises(UserError, match=r"~/runs: there is no home folder \(HOME is not set\); name the folder in"):
+            use("~/runs")
+    assert local_folder("runs") == pathlib.Path("runs")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_folder_in_which_nothing_can_be_written(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert command_line._cache_folder() is None
+    assert f"are not kept in {tmp_path}/file/.cache/cskd_jax (Not a directory); XDG_CACHE_HOME can" in caplog.text
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command_line._cache_folder() == str(tmp_path / ".cache" / "cskd_jax")
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder on a disk of 64 kB, and a function that fills it up to some bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"only root can make a small disk: {mounted.stderr.strip()}")
+
+    def fill():
+        with (folder / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+
+    yield folder, fill
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_results_on_a_full_disk(full_disk, capsys):
+    """The old file stays, nothing else is left, and the message names the file."""
+    folder, fill = full_disk
+    write_json(folder / "results.json", {"old": 1})
+    fill()
+    assert command_line.exit_code(lambda _: write_json(folder / "results.json", {"new": "x" * 9000}), []) == 2
+    assert capsys.readouterr().err == f"error: No space left on device: {folder}/results.json\n"
+    assert json.loads((folder / "results.json").read_text()) == {"old": 1}
+    assert {path.name for path in folder.iterdir()} == {"results.json", "ballast"}
+
+
+def test_metrics_on_a_full_disk(full_disk, capsys):
+    folder, fill = full_disk
+    files = MetricsFiles(folder)
+    files.on_start(Start("student", 0, 1, 1, 0, 1, SINGLE_LABEL, Progress(), lambda _: None))
+    row = {"phase": "student", "split": "train", "step": 1, "epoch": 1, "loss": 1.0}
+    fill()
+    assert command_line.exit_code(lambda _: files.on_row(row), []) == 2
+    assert capsys.readouterr().err == f"error: No space left on device: {folder}/metrics.jsonl\n"
+    (folder / "ballast").unlink()
+    files.on_row(row)
+    files.on_end()
+    assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == [row]
+
+
+def test_a_lock_on_a_full_disk(full_disk):
+    folder, fill = full_disk
+    fill()
+    message = f"cannot write to workdir {folder}: No space left on device"
+    with pytest.raises(UserError, match=message), lock.locked(folder / "lock", ""):
+        pass
+
+
+@pytest.mark.parametrize("year", [1970, 2100])
+def test_wrong_clocks(year, monkeypatch, tmp_path):
+    """Files, locks and pauses go by differences, if by the time at all."""
+    monkeypatch.setattr(time, "time", lambda: (year - 1970) * 31_556_952.0 + 10)
+    with lock.locked(tmp_path / "run" / "lock", ""):
+        files = MetricsFiles(tmp_path / "run")
+        files.on_start(Start("student", 0, 1, 1, 0, 1, SINGLE_LABEL, Progress(), lambda _: None))
+        files.on_row({"phase": "student", "split": "test", "step": 1, "epoch": 1, "top1": 0.5})
+        files.on_end()
+    (events,) = (tmp_path / "run" / "tensorboard" / "student").iterdir()
+    assert events.stat().st_size > 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
