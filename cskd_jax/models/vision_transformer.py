@@ -1,0 +1,461 @@
+"""Vision Transformers (Dosovitskiy et al. 2021) in the form of timm and DeiT (Touvron et al. 2021).
+
+They have what the checkpoints of that family have: a class token or an average over the patches, a distillation token,
+register tokens (Darcet et al. 2024), LayerScale, SwiGLU, and images of any size, for which the position embedding is
+interpolated.
+"""
+
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.models.layers import scale_width, torch_uniform
+from cskd_jax.models.outputs import ModelOutput, TokenGrid
+from cskd_jax.models.settings import Setting
+
+# timm draws the weights of linear layers and the position embedding so, and the tokens almost as zeros.
+_linear_init = nn.initializers.truncated_normal(0.02)
+_token_init = nn.initializers.normal(1e-6)
+# Number of blocks that a description of a network may ask for; the deepest that are published have less than 100.
+MAX_DEPTH = 200
+
+
+class Dropout(nn.Module):
+    """Dropout whose draws depend on the position of a sample in the global batch, not on the number of devices.
+
+    Attributes:
+      rate: Probability of a zero; what is left is divided by 1 - rate.
+      whole: Whether a sample is dropped as a whole, which makes stochastic depth (Huang et al. 2016).
+      axis_name: Name of the mapped axis over which the batch is split; None on one device.
+    """
+
+    rate: float
+    whole: bool = False
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns x [B, ...] with zeros in training, and x itself otherwise."""
+        if not train or self.rate == 0:
+            return x
+        key, shape = self.make_rng("dropout"), (1,) * (x.ndim - 1) if self.whole else x.shape[1:]
+        offset = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * len(x)
+        positions = offset + jnp.arange(len(x), dtype=jnp.int32)
+        keep = jax.vmap(lambda position: jax.random.bernoulli(jax.random.fold_in(key, position), 1 - self.rate, shape))
+        return jnp.where(keep(positions), x / (1 - self.rate), 0)
+
+
+class LayerNorm(nn.Module):
+    """Normalization of the last axis; mean and variance are computed in at least float32.
+
+    Attributes:
+      epsilon: Number added to the variance.
+      dtype: Dtype of the computation.
+    """
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x [..., D]."""
+        dtype = np.promote_types(self.dtype, np.float32)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], dtype)
+        x = x.astype(dtype)
+        x -= jnp.mean(x, axis=-1, keepdims=True)
+        x *= lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale + bias).astype(self.dtype)
+
+
+class PatchEmbedding(nn.Module):
+    """A linear map of square patches that do not overlap.
+
+    Attributes:
+      features: Number of numbers of a token.
+      patch_size: Side of a patch.
+      use_bias: Whether a bias is added.
+      dtype: Dtype of the computation.
+    """
+
+    features: int
+    patch_size: int
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [B, H, W, C] to [B, H / patch_size, W / patch_size, features]."""
+        shape = (self.patch_size, self.patch_size, images.shape[-1], self.features)
+        dtype = np.promote_types(self.dtype, np.float32)
+        # timm leaves the kernel as torch.nn.Conv2d draws it.
+        kernel = self.param("kernel", torch_uniform(self.patch_size**2 * shape[2]), shape, dtype)
+        batch, height, width, channels = images.shape
+        rows, columns = height // self.patch_size, width // self.patch_size
+        x = images.astype(self.dtype).reshape(batch, rows, self.patch_size, columns, self.patch_size, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
+        x = x @ kernel.astype(self.dtype).reshape(-1, self.features)
+        if self.use_bias:
+            x += self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(self.dtype)
+        return x
+
+
+class LayerScale(nn.Module):
+    """A factor for each channel (Touvron et al. 2021b).
+
+    Attributes:
+      initial: Value that every factor starts from.
+      dtype: Dtype of the computation.
+    """
+
+    initial: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Scales x [..., D]."""
+        init = nn.initializers.constant(self.initial)
+        return x * self.param("gamma", init, x.shape[-1:], np.promote_types(self.dtype, np.float32)).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the softmax is computed in at least float32.
+
+    Attributes:
+      num_heads: Number of heads, which divides the size of a token.
+      dense: Constructor of linear layers.
+      norm: Constructor of layer normalizations.
+      qkv_bias: Whether queries, keys and values have a bias.
+      proj_bias: Whether the output has a bias.
+      qk_norm: Whether queries and keys are normalized in each head.
+    """
+
+    num_heads: int
+    dense: Any
+    norm: Any
+    qkv_bias: bool
+    proj_bias: bool
+    qk_norm: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps tokens [B, T, D] to [B, T, D]."""
+        batch, length, size = x.shape
+        qkv = self.dense(3 * size, use_bias=self.qkv_bias, name="qkv")(x)
+        qkv = qkv.reshape(batch, length, 3, self.num_heads, size // self.num_heads)
+        query, key, value = (qkv[:, :, part] for part in range(3))
+        if self.qk_norm:
+            query, key = self.norm(name="q_norm")(query), self.norm(name="k_norm")(key)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
+        shares = jax.nn.softmax(scores.astype(np.promote_types(x.dtype, np.float32))).astype(x.dtype)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", shares, value).reshape(x.shape)
+        return self.dense(size, use_bias=self.proj_bias, name="proj")(mixed)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU in between, or a SwiGLU (Shazeer 2020).
+
+    Attributes:
+      kind: "gelu"; "swiglu", whose first layer holds gate and value in one matrix, as in DINOv2; or "swiglu_split",
+        which holds them in two.
+      hidden: Number of outputs of the first layer, gate and value together for "swiglu".
+      dense: Constructor of linear layers.
+      norm: Constructor of layer normalizations.
+      use_norm: Whether what the second layer gets is normalized.
+      use_bias: Whether the second layer has a bias.
+      dropout: Constructor of dropout after each of the two.
+    """
+
+    kind: str
+    hidden: int
+    dense: Any
+    norm: Any
+    use_norm: bool
+    use_bias: bool
+    dropout: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps tokens [B, T, D] to [B, T, D]."""
+        size = x.shape[-1]
+        if self.kind == "swiglu_split":
+            gate = self.dense(self.hidden, use_bias=self.use_bias, name="fc1_g")(x)
+            x = nn.silu(gate) * self.dense(self.hidden, use_bias=self.use_bias, name="fc1_x")(x)
+        else:
+            x = self.dense(self.hidden, use_bias=self.use_bias, name="fc1")(x)
+            if self.kind == "swiglu":
+                gate, x = jnp.split(x, 2, axis=-1)
+                x = nn.silu(gate) * x
+            else:
+                x = nn.gelu(x, approximate=False)
+        x = self.dropout(name="dropout1")(x, train=train)
+        if self.use_norm:
+            x = self.norm(name="norm")(x)
+        x = self.dense(size, use_bias=self.use_bias, name="fc2")(x)
+        return self.dropout(name="dropout2")(x, train=train)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each with a normalization before it and a shortcut around it.
+
+    Attributes:
+      attention: Constructor of the attention.
+      mlp: Constructor of the MLP.
+      norm: Constructor of layer normalizations.
+      dropout: Constructor of dropout after the attention.
+      drop_path: Constructor of stochastic depth.
+      scale: Constructor of LayerScale; None leaves it out.
+    """
+
+    attention: Any
+    mlp: Any
+    norm: Any
+    dropout: Any
+    drop_path: Any
+    scale: Any
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        y = self.attention(name="attn")(self.norm(name="norm1")(x))
+        y = self.dropout(name="dropout")(y, train=train)
+        x = x + self._branch(y, 1, train)
+        y = self.mlp(name="mlp")(self.norm(name="norm2")(x), train=train)
+        return x + self._branch(y, 2, train)
+
+    def _branch(self, y, number, train):
+        if self.scale is not None:
+            y = self.scale(name=f"ls{number}")(y)
+        return self.drop_path(name=f"drop_path{number}")(y, train=train)
+
+
+class VisionTransformer(nn.Module):
+    """Vision Transformer: patches as tokens, blocks of attention and MLP, a linear layer.
+
+    `features` are the tokens [B, T, D] after each stage, which are equal parts of the blocks; those of the last stage
+    are normalized, as the pool gets them. `stages` are the same before that normalization, and `stem` is what the first
+    block gets. Class, distillation and register tokens come first, in this order; `grid` says where the patches are.
+
+    Attributes:
+      num_classes: Number of classes; 0 leaves the head out, and then the logits are the embedding.
+      embed_dim: Size of a token at width 1.
+      num_heads: Number of heads of the attention.
+      depth: Number of blocks.
+      width: Factor on the size of a token.
+      patch_size: Side of a patch.
+      image_size: (height, width) of the images that the position embedding is for, which is interpolated for others;
+        None takes images of one size only, that of the first.
+      pool: What the head gets: the class token, or the average of the patches.
+      class_token: Whether there is a class token.
+      distillation_token: Whether there is a distillation token, with a head of its own. In training, `logits` are those
+        of the class token and `distillation_logits` those of the other; otherwise `logits` are the mean of both.
+      register_tokens: Number of register tokens.
+      position_tokens: Tokens besides the patches that have a position embedding: all, all but the registers ("class"),
+        or none.
+      layer_scale: Initial factors of LayerScale; None leaves it out.
+      mlp: Kind of the MLP, see `MLP`.
+      mlp_ratio: Number of outputs of the first layer of an MLP for each number of a token.
+      mlp_norm: Whether an MLP has a normalization before its second layer.
+      qkv_bias: Whether queries, keys and values have a bias.
+      proj_bias: Whether the other linear layers of the blocks have a bias.
+      patch_bias: Whether the embedding of the patches has a bias.
+      qk_norm: Whether queries and keys are normalized.
+      pre_norm: Whether tokens are normalized before the first block.
+      last_norm: Whether the last normalization is that of all tokens, or of the pooled one; None takes the pooled one
+        for pool "average", as timm does.
+      epsilon: Number added to the variances of the normalizations.
+      dropout: Rate of dropout after the position embedding, the attention, and each layer of an MLP.
+      stochastic_depth: Probability that the branches of the last block are dropped; it grows linearly from 0.
+      num_stages: Largest number of stages.
+      dtype: Dtype of the computation; parameters and logits are at least float32.
+      axis_name: Name of the mapped axis over which the batch is split, for random draws; None on one device.
+      draws_by_position: Whether random draws depend on the positions of images in the global batch, and so not on the
+        number of devices.
+    """
+
+    num_classes: int
+    embed_dim: int
+    num_heads: int
+    depth: int = 12
+    width: float = 1.0
+    patch_size: int = 16
+    image_size: tuple[int, int] | None = None
+    pool: Literal["token", "average"] = "token"
+    class_token: bool = True
+    distillation_token: bool = False
+    register_tokens: int = 0
+    position_tokens: Literal["all", "class", "none"] = "all"
+    layer_scale: float | None = None
+    mlp: Literal["gelu", "swiglu", "swiglu_split"] = "gelu"
+    mlp_ratio: float = 4.0
+    mlp_norm: bool = False
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    patch_bias: bool = True
+    qk_norm: bool = False
+    pre_norm: bool = False
+    last_norm: Literal["tokens", "pooled"] | None = None
+    epsilon: float = 1e-6
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    num_stages: int = 4
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    draws_by_position: ClassVar[bool] = True
+
+    @property
+    def token_size(self) -> int:
+        """Returns the number of numbers of a token, a multiple of the number of heads."""
+        return scale_width(self.embed_dim, self.width, self.num_heads)
+
+    @property
+    def grid_size(self) -> tuple[int, int] | None:
+        """Returns the rows and columns of patches that the position embedding is for; None for those of the images."""
+        return None if self.image_size is None else self._grid(self.image_size)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
+        """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with tokens [B, T, D] for each stage."""
+        if not self.class_token and (self.pool == "token" or self.distillation_token):
+            raise ValueError("without a class token, pool must be average, and there is no distillation token")
+        if self.distillation_token and self.pool != "token":
+            raise ValueError("a distillation token needs pool token")
+        param_dtype = np.promote_types(self.dtype, np.float32)
+        norm = partial(LayerNorm, self.epsilon, self.dtype)
+        x, grid = self._embed(images, param_dtype)
+        dropout = partial(Dropout, self.dropout, axis_name=self.axis_name)
+        x = dropout(name="dropout")(x, train=train)
+        if self.pre_norm:
+            x = norm(name="norm_pre")(x)
+        stem, stages, block = x, [], self._block(norm, dropout, param_dtype)
+        for blocks in np.array_split(np.arange(self.depth), min(self.num_stages, self.depth)):
+            for index in blocks.tolist():
+                rate = self.stochastic_depth * index / max(self.depth - 1, 1)
+                drop_path = partial(Dropout, rate, whole=True, axis_name=self.axis_name)
+                x = block(drop_path=drop_path, name=f"block{index + 1}")(x, train=train)
+            stages.append(x)
+        last_norm = self.last_norm or ("pooled" if self.pool == "average" else "tokens")
+        if last_norm == "tokens":
+            x = norm(name="norm")(x)
+        embedding = x[:, 0] if self.pool == "token" else jnp.mean(x[:, grid.first :], axis=1)
+        if last_norm == "pooled":
+            embedding = norm(name="fc_norm")(embedding)
+        logits = self._classify("classifier", embedding, param_dtype)
+        output = ModelOutput(logits, (*stages[:-1], x), embedding, maps=(stem, *stages), grid=grid)
+        if not self.distillation_token:
+            return output
+        distilled = self._classify("distillation_classifier", x[:, 1], param_dtype)
+        return output._replace(logits=logits if train else (logits + distilled) / 2, distillation_logits=distilled)
+
+    def _embed(self, images, dtype):
+        """Returns (tokens [B, T, D] with position embedding, TokenGrid)."""
+        rows, columns = self._grid(images.shape[1:3])
+        size, count = self.token_size, rows * columns
+        patches = PatchEmbedding(size, self.patch_size, self.patch_bias, self.dtype, name="patch_embed")(images)
+        first = []
+        if self.class_token:
+            first.append(self.param("cls_token", _token_init, (1, 1, size), dtype))
+        if self.distillation_token:
+            first.append(self.param("dist_token", _linear_init, (1, 1, size), dtype))
+        embedded = {"all": len(first) + self.register_tokens, "class": len(first), "none": 0}[self.position_tokens]
+        if self.register_tokens:
+            first.append(self.param("reg_token", _token_init, (1, self.register_tokens, size), dtype))
+        own_rows, own_columns = self.grid_size or (rows, columns)
+        position = self.param("pos_embed", _linear_init, (1, embedded + own_rows * own_columns, size), dtype)
+        if (own_rows, own_columns) != (rows, columns):
+            old = position[:, embedded:].reshape(1, own_rows, own_columns, size)
+            # This is torch's bicubic interpolation with antialiasing, as timm applies it.
+            new = jax.image.resize(old, (1, rows, columns, size), "cubic").reshape(1, count, size)
+            position = jnp.concatenate([position[:, :embedded], new], axis=1)
+        tokens = [
+            *(jnp.broadcast_to(token, (len(images), *token.shape[1:])).astype(self.dtype) for token in first),
+            patches.reshape(len(images), count, size),
+        ]
+        x, missing = jnp.concatenate(tokens, axis=1), sum(token.shape[1] for token in first) - embedded
+        # Registers follow the embedded tokens, which are none where not even the class token is embedded.
+        gap = jnp.zeros((1, missing, size), dtype)
+        position = jnp.concatenate([position[:, :embedded], gap, position[:, embedded:]], axis=1)
+        return x + position.astype(self.dtype), TokenGrid(embedded + missing, rows, columns)
+
+    def _grid(self, image_size):
+        if any(side % self.patch_size or not side for side in image_size):
+            height, width = image_size
+            raise ValueError(
+                f"images of {height}x{width} do not divide into patches of {self.patch_size}x{self.patch_size}; "
+                "set patch_size to a divisor of their sides"
+            )
+        return image_size[0] // self.patch_size, image_size[1] // self.patch_size
+
+    def _block(self, norm, dropout, param_dtype):
+        """Returns the constructor of a block from its drop_path and name."""
+        dense = partial(nn.Dense, dtype=self.dtype, param_dtype=param_dtype, kernel_init=_linear_init)
+        hidden = round(self.token_size * self.mlp_ratio)
+        # Jitted so that blocks that are alike are traced and lowered once.
+        return partial(
+            nn.jit(Block, static_argnames=("train",)),
+            partial(Attention, self.num_heads, dense, norm, self.qkv_bias, self.proj_bias, self.qk_norm),
+            partial(MLP, self.mlp, hidden, dense, norm, self.mlp_norm, self.proj_bias, dropout),
+            norm,
+            dropout,
+            scale=None if self.layer_scale is None else partial(LayerScale, self.layer_scale, self.dtype),
+        )
+
+    def _classify(self, name, x, dtype):
+        x = x.astype(dtype)
+        if not self.num_classes:
+            return x
+        return nn.Dense(self.num_classes, dtype=dtype, param_dtype=dtype, kernel_init=_linear_init, name=name)(x)
+
+
+def _is_count(low, high):
+    return Setting((int,), lambda value: low <= value <= high, f"an integer from {low} to {high}")
+
+
+def _is_one_of(*values):
+    return Setting((str,), lambda value: value in values, "one of " + ", ".join(values))
+
+
+_IS_BOOL = Setting((bool,), lambda value: True, "true or false")
+_IS_RATE = Setting((float, int), lambda value: 0 <= value < 1, "a number in [0, 1)")
+_IS_SCALE = Setting((float, int), lambda value: 0 < value <= 1e6, "a number above 0, up to 1000000")
+_IS_SIZE = Setting(
+    (tuple,),
+    lambda value: len(value) == 2 and all(type(side) is int and 0 < side <= 10**5 for side in value),
+    "(height, width) in pixels",
+)
+
+# The fields of a network of the table that may differ from it; a checkpoint keeps them, and configurations set some.
+VISION_TRANSFORMER_SETTINGS = {
+    "patch_size": _is_count(1, 1024),
+    "image_size": _IS_SIZE,
+    "depth": _is_count(1, MAX_DEPTH),
+    "num_heads": _is_count(1, 1024),
+    "pool": _is_one_of("token", "average"),
+    "class_token": _IS_BOOL,
+    "distillation_token": _IS_BOOL,
+    "register_tokens": _is_count(0, 1024),
+    "position_tokens": _is_one_of("all", "class", "none"),
+    "layer_scale": _IS_SCALE,
+    "mlp": _is_one_of("gelu", "swiglu", "swiglu_split"),
+    "mlp_ratio": _IS_SCALE,
+    "mlp_norm": _IS_BOOL,
+    "qkv_bias": _IS_BOOL,
+    "proj_bias": _IS_BOOL,
+    "patch_bias": _IS_BOOL,
+    "qk_norm": _IS_BOOL,
+    "pre_norm": _IS_BOOL,
+    "last_norm": _is_one_of("tokens", "pooled"),
+    "epsilon": _IS_SCALE,
+    "dropout": _IS_RATE,
+    "stochastic_depth": _IS_RATE,
+}
+
+VISION_TRANSFORMERS = {
+    "deit_tiny": partial(VisionTransformer, embed_dim=192, num_heads=3),
+    "deit_small": partial(VisionTransformer, embed_dim=384, num_heads=6),
+    "deit_base": partial(VisionTransformer, embed_dim=768, num_heads=12),
+}
