@@ -361,7 +361,7 @@ def _abstract_variables(module: nn.Module, channels: int) -> dict[tuple[str, ...
     """Returns {path: shape and dtype} of the variables."""
     size = (32, 32)  # Only the position embedding of a Vision Transformer depends on it.
     if isinstance(module, VisionTransformer):
-        size = module.image_size or (module.patch_size, module.patch_size)
+        size = module.image_size or (2 * module.patch_size, 2 * module.patch_size)
     variables, _ = jax.eval_shape(lambda: init_network(LinenNetwork(module), jax.random.PRNGKey(0), (*size, channels)))
     return traverse_util.flatten_dict(variables)
 

@@ -332,11 +332,11 @@ class VisionTransformer(nn.Module):
         if self.pre_norm:
             x = norm(name="norm_pre")(x)
         stem, stages, block = x, [], self._block(norm, dropout, param_dtype)
+        rates = [self.stochastic_depth * index / max(self.depth - 1, 1) for index in range(self.depth)]
+        drop_paths = {rate: partial(Dropout, rate, whole=True, axis_name=self.axis_name) for rate in rates}
         for blocks in np.array_split(np.arange(self.depth), min(self.num_stages, self.depth)):
             for index in blocks.tolist():
-                rate = self.stochastic_depth * index / max(self.depth - 1, 1)
-                drop_path = partial(Dropout, rate, whole=True, axis_name=self.axis_name)
-                x = block(drop_path=drop_path, name=f"block{index + 1}")(x, train=train)
+                x = block(drop_path=drop_paths[rates[index]], name=f"block{index + 1}")(x, train=train)
             stages.append(x)
         last_norm = self.last_norm or ("pooled" if self.pool == "average" else "tokens")
         if last_norm == "tokens":

@@ -318,8 +318,8 @@ class _Outputs:
         value, grid = getattr(self.output, name), self.output.grid
         if name == "preactivations" and grid is not None:
             raise ValueError(
-                f"a loss reads the maps before the last ReLU of each stage, and the {self._role} gives tokens, which no "
-                "ReLU follows: this loss needs networks of maps"
+                "a loss reads the maps before the last ReLU of each stage, and no ReLU follows the tokens that the "
+                f"{self._role} gives: this loss needs networks of maps"
             )
         if value is None or (isinstance(value, tuple) and not value):
             raise ValueError(
