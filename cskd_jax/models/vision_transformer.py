@@ -5,6 +5,7 @@ register tokens (Darcet et al. 2024), LayerScale, SwiGLU, and images of any size
 interpolated.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -25,17 +26,29 @@ _token_init = nn.initializers.normal(1e-6)
 MAX_DEPTH = 200
 
 
+def draw_by_position(key: jax.Array, draw: Callable, size: int, axis_name: str | None) -> jax.Array:
+    """Returns a random draw for each image, which does not depend on the number of devices.
+
+    Args:
+      key: Key, the same on all devices.
+      draw: Function from a key to the draw of one image.
+      size: Number of images of this device.
+      axis_name: Name of the mapped axis over which the batch is split; None on one device.
+    """
+    offset = 0 if axis_name is None else lax.axis_index(axis_name) * size
+    positions = offset + jnp.arange(size, dtype=jnp.int32)
+    return jax.vmap(lambda position: draw(jax.random.fold_in(key, position)))(positions)
+
+
 class Dropout(nn.Module):
-    """Dropout whose draws depend on the position of a sample in the global batch, not on the number of devices.
+    """Dropout whose draws depend on the position of an image in the global batch.
 
     Attributes:
       rate: Probability of a zero; what is left is divided by 1 - rate.
-      whole: Whether a sample is dropped as a whole, which makes stochastic depth (Huang et al. 2016).
       axis_name: Name of the mapped axis over which the batch is split; None on one device.
     """
 
     rate: float
-    whole: bool = False
     axis_name: str | None = None
 
     @nn.compact
@@ -43,11 +56,39 @@ class Dropout(nn.Module):
         """Returns x [B, ...] with zeros in training, and x itself otherwise."""
         if not train or self.rate == 0:
             return x
-        key, shape = self.make_rng("dropout"), (1,) * (x.ndim - 1) if self.whole else x.shape[1:]
-        offset = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * len(x)
-        positions = offset + jnp.arange(len(x), dtype=jnp.int32)
-        keep = jax.vmap(lambda position: jax.random.bernoulli(jax.random.fold_in(key, position), 1 - self.rate, shape))
-        return jnp.where(keep(positions), x / (1 - self.rate), 0)
+
+        def draw(key):
+            return jax.random.bernoulli(key, 1 - self.rate, x.shape[1:])
+
+        keep = draw_by_position(self.make_rng("dropout"), draw, len(x), self.axis_name)
+        return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+class StochasticDepth(nn.Module):
+    """The draws of stochastic depth (Huang et al. 2016), one for each branch of each block and each image.
+
+    All are drawn at once, because a random draw takes long to compile.
+
+    Attributes:
+      rate: Probability that the branches of the last block are dropped; it grows linearly from 0.
+      depth: Number of blocks.
+      axis_name: Name of the mapped axis over which the batch is split; None on one device.
+    """
+
+    rate: float
+    depth: int
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, size: int, dtype: Any) -> jax.Array:
+        """Returns factors [size, depth, 2] of the branches, which are 0 or keep the mean."""
+        keep = 1 - self.rate * np.arange(self.depth)[:, None] / max(self.depth - 1, 1)
+
+        def draw(key):
+            return jax.random.uniform(key, (self.depth, 2)) < jnp.asarray(keep, jnp.float32)
+
+        drawn = draw_by_position(self.make_rng("dropout"), draw, size, self.axis_name)
+        return jnp.where(drawn, jnp.asarray(1 / keep, dtype), 0)
 
 
 class LayerNorm(nn.Module):
@@ -208,7 +249,6 @@ class Block(nn.Module):
       mlp: Constructor of the MLP.
       norm: Constructor of layer normalizations.
       dropout: Constructor of dropout after the attention.
-      drop_path: Constructor of stochastic depth.
       scale: Constructor of LayerScale; None leaves it out.
     """
 
@@ -216,21 +256,19 @@ class Block(nn.Module):
     mlp: Any
     norm: Any
     dropout: Any
-    drop_path: Any
     scale: Any
 
     @nn.compact
-    def __call__(self, x, *, train):
-        y = self.attention(name="attn")(self.norm(name="norm1")(x))
-        y = self.dropout(name="dropout")(y, train=train)
-        x = x + self._branch(y, 1, train)
-        y = self.mlp(name="mlp")(self.norm(name="norm2")(x), train=train)
-        return x + self._branch(y, 2, train)
+    def __call__(self, x: jax.Array, factors: jax.Array | None, *, train: bool) -> jax.Array:
+        """Maps tokens [B, T, D] to [B, T, D]; `factors` [B, 2] are those of stochastic depth."""
 
-    def _branch(self, y, number, train):
-        if self.scale is not None:
-            y = self.scale(name=f"ls{number}")(y)
-        return self.drop_path(name=f"drop_path{number}")(y, train=train)
+        def branch(y, number):
+            y = y if self.scale is None else self.scale(name=f"ls{number}")(y)
+            return y if factors is None else y * factors[:, number - 1, None, None]
+
+        y = self.attention(name="attn")(self.norm(name="norm1")(x))
+        x = x + branch(self.dropout(name="dropout")(y, train=train), 1)
+        return x + branch(self.mlp(name="mlp")(self.norm(name="norm2")(x), train=train), 2)
 
 
 class VisionTransformer(nn.Module):
@@ -331,12 +369,13 @@ class VisionTransformer(nn.Module):
         x = dropout(name="dropout")(x, train=train)
         if self.pre_norm:
             x = norm(name="norm_pre")(x)
-        stem, stages, block = x, [], self._block(norm, dropout, param_dtype)
-        rates = [self.stochastic_depth * index / max(self.depth - 1, 1) for index in range(self.depth)]
-        drop_paths = {rate: partial(Dropout, rate, whole=True, axis_name=self.axis_name) for rate in rates}
+        stem, stages, block, factors = x, [], self._block(norm, dropout, param_dtype), None
+        if train and self.stochastic_depth:
+            factors = StochasticDepth(self.stochastic_depth, self.depth, self.axis_name)(len(x), x.dtype)
         for blocks in np.array_split(np.arange(self.depth), min(self.num_stages, self.depth)):
             for index in blocks.tolist():
-                x = block(drop_path=drop_paths[rates[index]], name=f"block{index + 1}")(x, train=train)
+                own = None if factors is None else factors[:, index]
+                x = block(name=f"block{index + 1}")(x, own, train=train)
             stages.append(x)
         last_norm = self.last_norm or ("pooled" if self.pool == "average" else "tokens")
         if last_norm == "tokens":
@@ -391,7 +430,7 @@ class VisionTransformer(nn.Module):
         return image_size[0] // self.patch_size, image_size[1] // self.patch_size
 
     def _block(self, norm, dropout, param_dtype):
-        """Returns the constructor of a block from its drop_path and name."""
+        """Returns the constructor of a block from its name."""
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=param_dtype, kernel_init=_linear_init)
         hidden = round(self.token_size * self.mlp_ratio)
         # Jitted so that blocks that are alike are traced and lowered once.
