@@ -41,12 +41,14 @@ def read_settings(
         "distillation_token": "dist_token" in shapes,
         "register_tokens": registers[1] if len(registers) == 3 else 0,
         "pool": "token" if "cls_token" in shapes and "fc_norm.weight" not in shapes else "average",
-        "last_norm": "pooled" if "fc_norm.weight" in shapes else "tokens",
         "patch_bias": "patch_embed.proj.bias" in shapes,
         "pre_norm": "norm_pre.weight" in shapes,
         **_read_block({name.removeprefix("blocks.0."): shape for name, shape in shapes.items()}, patch[0]),
     }
-    if "ls1.gamma" in {name.removeprefix("blocks.0.") for name in shapes}:
+    pooled = "fc_norm.weight" in shapes
+    if pooled != (settings["pool"] == "average"):
+        settings["last_norm"] = "pooled" if pooled else "tokens"
+    if "blocks.0.ls1.gamma" in shapes:
         settings["layer_scale"] = module.layer_scale or _LAYER_SCALE
     grid = None if image_size is None else (image_size[0] // patch[-1], image_size[1] // patch[-1])
     found = _read_positions(positions[1], tokens, settings["register_tokens"], grid)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cskd_jax.errors import UserError
+from cskd_jax.models.description import Description, Model, Stage
 from cskd_jax.models.inception import INCEPTIONS
 from cskd_jax.models.mobilenet import MOBILENETS
 from cskd_jax.models.outputs import ModelOutput, TokenGrid
@@ -22,8 +23,11 @@ __all__ = [
     "MODELS",
     "BasicBlock",
     "Bottleneck",
+    "Description",
+    "Model",
     "ModelOutput",
     "ResNet",
+    "Stage",
     "TokenGrid",
     "VisionTransformer",
     "check_settings",
@@ -32,8 +36,13 @@ __all__ = [
     "settings_of",
 ]
 
-# {name: constructor that takes num_classes, width, dtype and axis_name}
-MODELS = {**RESNETS, **WIDE_RESNETS, **VGGS, **MOBILENETS, **SHUFFLENETS, **INCEPTIONS, **VISION_TRANSFORMERS}
+_SMALL = {**RESNETS, **WIDE_RESNETS, **VGGS, **MOBILENETS, **SHUFFLENETS, **INCEPTIONS}
+
+# {name: constructor that takes num_classes, width, dtype and axis_name, and that describes what the network gives}
+MODELS = {
+    **{name: Model(made, *((224, 1000) if name.endswith("_224") else ())) for name, made in _SMALL.items()},
+    **{name: Model(made, 224, 1000) for name, made in VISION_TRANSFORMERS.items()},
+}
 
 
 def settings_of(name: str) -> Mapping[str, Setting]:

@@ -85,7 +85,7 @@ class StochasticDepth(nn.Module):
         keep = 1 - self.rate * np.arange(self.depth)[:, None] / max(self.depth - 1, 1)
 
         def draw(key):
-            return jax.random.uniform(key, (self.depth, 2)) < jnp.asarray(keep, jnp.float32)
+            return jax.random.uniform(key, (self.depth, 2), jnp.float32) < jnp.asarray(keep, jnp.float32)
 
         drawn = draw_by_position(self.make_rng("dropout"), draw, size, self.axis_name)
         return jnp.where(drawn, jnp.asarray(1 / keep, dtype), 0)
