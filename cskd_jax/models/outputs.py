@@ -40,7 +40,6 @@ class ModelOutput(NamedTuple):
         dtype. They differ from `features` where a part between the stages belongs to neither of them, such as the
         normalization after a stage of a wide ResNet, or the head of MobileNet. Empty for networks that do not tell.
       grid: Where the patches are among the tokens; None for a network of maps.
-      distillation_logits: Logits of a distillation token, [B, num_classes], at least float32; None without one.
     """
 
     logits: jax.Array
@@ -49,7 +48,6 @@ class ModelOutput(NamedTuple):
     preactivations: tuple[jax.Array, ...] = ()
     maps: tuple[jax.Array, ...] = ()
     grid: TokenGrid | None = None
-    distillation_logits: jax.Array | None = None
 
     @property
     def stages(self) -> tuple[jax.Array, ...]:

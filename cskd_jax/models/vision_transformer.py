@@ -289,8 +289,8 @@ class VisionTransformer(nn.Module):
         None takes images of one size only, that of the first.
       pool: What the head gets: the class token, or the average of the patches.
       class_token: Whether there is a class token.
-      distillation_token: Whether there is a distillation token, with a head of its own. In training, `logits` are those
-        of the class token and `distillation_logits` those of the other; otherwise `logits` are the mean of both.
+      distillation_token: Whether there is a distillation token, with a head of its own. The logits are the mean of both
+        heads.
       register_tokens: Number of register tokens.
       position_tokens: Tokens besides the patches that have a position embedding: all, all but the registers ("class"),
         or none.
@@ -384,11 +384,9 @@ class VisionTransformer(nn.Module):
         if last_norm == "pooled":
             embedding = norm(name="fc_norm")(embedding)
         logits = self._classify("classifier", embedding, param_dtype)
-        output = ModelOutput(logits, (*stages[:-1], x), embedding, maps=(stem, *stages), grid=grid)
-        if not self.distillation_token:
-            return output
-        distilled = self._classify("distillation_classifier", x[:, 1], param_dtype)
-        return output._replace(logits=logits if train else (logits + distilled) / 2, distillation_logits=distilled)
+        if self.distillation_token:
+            logits = (logits + self._classify("distillation_classifier", x[:, 1], param_dtype)) / 2
+        return ModelOutput(logits, (*stages[:-1], x), embedding, maps=(stem, *stages), grid=grid)
 
     def _embed(self, images, dtype):
         """Returns (tokens [B, T, D] with position embedding, TokenGrid)."""

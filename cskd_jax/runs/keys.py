@@ -60,7 +60,6 @@ _NETWORK_SETTINGS = (
     "num_heads",
     "pool",
     "register_tokens",
-    "distillation_token",
     "layer_scale",
     "dropout",
     "stochastic_depth",

@@ -22,4 +22,7 @@ def row(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(HEADER + "".join(map(row, MODELS)))
+    sys.stdout.write(HEADER)
+    for name in MODELS:
+        sys.stdout.write(row(name))
+        sys.stdout.flush()
