@@ -3,9 +3,8 @@
 A rule turns the path of a module of this package into the names that its layer (convolution or linear) and its
 normalization have in a PyTorch state dict. ResNets are named as in torchvision and in the code of Chen et al. 2020
 (https://github.com/xeanzheng/CSKD), which adds `branch1` to `branch4`; Inception is named as in torchvision; the others
-are named as in the code of Tian et al. 2020 for CIFAR (https://github.com/HobbitLong/RepDistiller). Vision
-Transformers are named as in timm, DeiT and DINOv2. Where the same
-network goes by other names too, a family also says how to turn those into these.
+are named as in the code of Tian et al. 2020 for CIFAR (https://github.com/HobbitLong/RepDistiller), and Vision
+Transformers as in timm. Where a network goes by other names too, a family also says how to turn those into these.
 """
 
 import re
@@ -164,6 +163,7 @@ def _resnet(shortcut, head, **others):
 _BRANCHES = r"branch\d+\.weight"
 # Only networks without a max-pool, which leaves no trace in a file, are known by both names.
 _TO_FC = ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc."))
+_FROM_DINOV2 = ((r"^register_tokens$", "reg_token"), (r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."))
 _TO_LINEAR = ((r"\.downsample\.", ".shortcut."), (r"^fc\.", "linear."))
 
 # {(class of the network, its variant): names}; a parameter of the network itself has the path "".
@@ -222,14 +222,9 @@ FAMILIES = {
             "classifier": _same("head"),
             "distillation_classifier": _same("head_dist"),
         },
-        # A token that DINOv2 puts in the place of hidden patches, in its own training only.
+        # DINOv2 puts it in the place of hidden patches, in its own training only.
         unused="mask_token",
-        # The names in DINOv2.
-        aliases=(
-            (r"^register_tokens$", "reg_token"),
-            (r"\.mlp\.w12\.", ".mlp.fc1."),
-            (r"\.mlp\.w3\.", ".mlp.fc2."),
-        ),
+        aliases=_FROM_DINOV2,
     ),
 }
 

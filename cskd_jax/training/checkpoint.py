@@ -49,8 +49,7 @@ class Record:
     """The JSON record that is saved with the arrays of a network.
 
     Attributes:
-      network: {"name", "width"} of a network of `MODELS`, with "settings" if it has any that differ from those of the
-        table; {"name"} of any other.
+      network: {"name", "width"} of a network of `MODELS`, and its "settings" if it has any; {"name"} of any other.
       channels: Number of channels of the images.
       categories: Names of the classes by label; None if unknown.
       multilabel: Whether an image has any number of classes.
@@ -83,17 +82,12 @@ class Record:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def packaged_network(self) -> dict[str, Any]:
-        """Returns the arguments "name", "width" and "settings" of `create_model`.
-
-        Raises:
-          UserError: The network is not part of this package.
-        """
+        """Returns arguments of `create_model`; raises UserError if the network is not part of this package."""
         if "width" not in self.network:
             raise UserError(f"the checkpoint holds a {self.network['name']}, which is not a network of this package")
-        settings = self.network.get("settings", {})
-        # JSON has no tuples.
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-        return {"name": self.network["name"], "width": self.network["width"], "settings": settings}
+        found = {"settings": {}, **self.network}
+        settings = {key: tuple(x) if isinstance(x, list) else x for key, x in found["settings"].items()}
+        return {"name": found["name"], "width": found["width"], "settings": settings}
 
     def describe_network(self) -> str:
         """Returns a readable description of the network, such as "resnet18, width 0.25"."""
@@ -102,13 +96,10 @@ class Record:
 
 
 def _is_network(value):
-    tests = {"width": lambda width: is_number(width) and 0 < width <= 64, "settings": is_map(_is_setting)}
+    # `models.check_settings` knows which setting takes which of these.
+    settings = is_map(lambda x: type(x) is bool or is_text(x) or is_number(x) or is_list(is_number)(x))
+    tests = {"width": lambda width: is_number(width) and 0 < width <= 64, "settings": settings}
     return not unsound(value, {"name": is_text}, tests)
-
-
-def _is_setting(value):
-    """Returns whether a value may be that of some setting; `models.check_settings` knows which setting takes which."""
-    return type(value) is bool or is_text(value) or is_number(value) or is_list(is_number)(value)
 
 
 def _is_images(value):

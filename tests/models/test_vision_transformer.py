@@ -13,7 +13,7 @@ from cskd_jax.interop.matching import match
 from cskd_jax.interop.names import to_torch
 from cskd_jax.losses import LossInputs, attention_transfer_loss
 from cskd_jax.models import ModelOutput, TokenGrid, count_parameters, create_model
-from cskd_jax.models.vision_transformer import Dropout, StochasticDepth
+from cskd_jax.models.transformer_layers import Dropout, StochasticDepth
 from cskd_jax.training.objective import Objective
 from tests.torch_files import assert_same_variables
 
