@@ -222,8 +222,7 @@ FAMILIES = {
             "classifier": _same("head"),
             "distillation_classifier": _same("head_dist"),
         },
-        # DINOv2 puts it in the place of hidden patches, in its own training only.
-        unused="mask_token",
+        unused="mask_token",  # DINOv2 puts it in the place of hidden patches, in its own training only.
         aliases=_FROM_DINOV2,
     ),
 }

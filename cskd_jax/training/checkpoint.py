@@ -36,7 +36,6 @@ FOLDER = "checkpoints"
 _ARRAYS, _RECORD = "arrays", "record"
 _FIRST_PROCESS = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
-
 # Version of the names of the arrays and of the record; `arrays.upgrade` reads older ones.
 _VERSION = 2
 # Limits on the files of a checkpoint, and on what its compressed arrays may take in memory for each byte of the files.
@@ -91,8 +90,7 @@ class Record:
 
     def describe_network(self) -> str:
         """Returns a readable description of the network, such as "resnet18, width 0.25"."""
-        width = self.network.get("width")
-        return self.network["name"] + ("" if width is None else f", width {width:g}")
+        return self.network["name"] + (f", width {self.network['width']:g}" if "width" in self.network else "")
 
 
 def _is_network(value):
