@@ -104,7 +104,7 @@ def test_run_on_the_command_line(start, small_run, done, tmp_path, capsys):
     _, error = (process := start(arguments)).communicate()
     assert process.returncode == 0, error
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["student"]["name"] == "deit_tiny"
+    assert results["student"]["model"] == "deit_tiny"
     assert export.main(["export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'exported'}"]) == 0
     file, imported = tmp_path / "exported" / "weights.safetensors", tmp_path / "imported"
     flags = ["--model=deit_tiny", "--width=0.125", "--num_classes=10", "--channels=1", f"--out={imported}"]

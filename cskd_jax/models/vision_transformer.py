@@ -50,7 +50,7 @@ class VisionTransformer(nn.Module):
       patch_size: Side of a patch.
       image_size: (height, width) of the images that the position embedding is for, which is interpolated for others;
         None takes images of one size only, that of the first.
-      pool: What the head gets: the class token, or the average of the patches.
+      pool: Whether the head gets the class token or the average of the patches.
       class_token: Whether there is a class token.
       distillation_token: Whether there is a distillation token, with a head of its own. The logits are the mean of both
         heads.

@@ -86,8 +86,10 @@ def _network_keys(role: str) -> dict[str, Key]:
     meanings, found = attributes_of(VisionTransformer), {}
     for name in _NETWORK_SETTINGS:
         rule = rules.optional(rules.Rule(*VISION_TRANSFORMER_SETTINGS[name]))
-        meaning = f"For a Vision Transformer: {meanings[name]}".rstrip(".")
-        found[f"{role}.{name}"] = Key(None, rule, f"{meaning}. None leaves it as the network has it.")
+        meaning = meanings[name].partition(";")[0].rstrip(".")
+        found[f"{role}.{name}"] = Key(
+            None, rule, f"{meaning}, for a Vision Transformer; None leaves it as the network has it."
+        )
     return found
 
 
