@@ -34,7 +34,7 @@ def read_settings(
         return {}
     tokens = sum(name in shapes for name in ("cls_token", "dist_token"))
     registers = shapes.get("reg_token", (1, 0, 0))
-    settings = {
+    settings: dict[str, Any] = {
         "patch_size": patch[-1],
         "depth": min(MAX_DEPTH, len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})),
         "class_token": "cls_token" in shapes,
@@ -67,7 +67,7 @@ def _read_block(shapes: Mapping[str, tuple[int, ...]], size: int) -> dict[str, A
       shapes: Shapes by the names within the block.
       size: Size of a token.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "qkv_bias": "attn.qkv.bias" in shapes,
         "proj_bias": "attn.proj.bias" in shapes,
         "qk_norm": "attn.q_norm.weight" in shapes,
