@@ -91,8 +91,8 @@ def golden_path() -> pathlib.Path:
 
 
 def pytest_generate_tests(metafunc):
-    """A test that takes `loss_file` or `train_file` runs once for every golden file of that kind."""
-    for kind in ("loss", "train"):
+    """A test that takes `loss_file`, `train_file` or `vit_file` runs once for every golden file of that kind."""
+    for kind in ("loss", "train", "vit"):
         if f"{kind}_file" in metafunc.fixturenames:
             files = sorted((golden_path() / kind).glob("*.npz"))
             metafunc.parametrize(f"{kind}_file", files, ids=lambda path: path.stem)

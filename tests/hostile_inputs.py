@@ -249,7 +249,10 @@ def records():
     sound = {"network": {"name": "resnet8", "width": 0.25}, "channels": 3}
     found = {}
     wrong = {
-        "network": [None, "resnet8", {}, {"name": 1}, {"name": "resnet8", "width": "1"}, {"name": "r", "width": 1e300}],
+        "network": [
+            *(None, "resnet8", {}, {"name": 1}, {"name": "resnet8", "width": "1"}, {"name": "r", "width": 1e300}),
+            *({"name": "deit_tiny", "width": 1.0, "settings": wrong} for wrong in ([1], "depth", {"depth": None})),
+        ],
         "channels": [None, 0, -1, "3", 1.5, True, [3]],
         "categories": ["abc", 3, [1, 2], [["a"]], {"a": 1}],
         "multilabel": [1, "yes", None],

@@ -5,7 +5,8 @@ cskd-jax import-torch FILE --out=DIR    a file of docs/checkpoints.md, which is 
 
   --model        a network of docs/networks.md
   --width        factor on its channels; default: 1
-  --num_classes  number of categories
+  --num_classes  number of categories; 0 for a Vision Transformer without a head
+  --num_heads    number of heads of a Vision Transformer, if it is not that of --model
   --channels     channels of the images; default: 3
   --categories   file of the names of the categories, one a line
   --multilabel   an image has any number of categories
@@ -27,7 +28,8 @@ cskd-jax import-torch FILE --out=DIR    a file of docs/checkpoints.md, which is 
 FILE is a state dict, a dictionary that holds one (such as {"epoch", "model", "optimizer"}), or a whole pickled network,
 in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of torchvision
 or of the code of Chen et al. 2020, https://github.com/xeanzheng/CSKD (ResNets), of torchvision (Inception), or of the
-code of Tian et al. 2020, https://github.com/HobbitLong/RepDistiller (all others; cskd_jax/interop/names.py). Networks
+code of Tian et al. 2020, https://github.com/HobbitLong/RepDistiller (all others; cskd_jax/interop/names.py), and
+Vision Transformers those of timm or DINOv2, whose patch size, depth and other settings are read from the file. Networks
 without a max-pool may also call their classifier linear and their shortcuts shortcut. The prefixes module., model.,
 student. and teacher. are found, if the network fits with one of them alone. docs/interop.md explains --names.
 
@@ -72,7 +74,8 @@ def _parse(argv):
     parser = command_line.Parser()
     parser.add_argument("--model")
     parser.add_argument("--width", type=number(float, 1e-3, 64), default=1.0)
-    parser.add_argument("--num_classes", type=number(int, 2, 10**6))
+    parser.add_argument("--num_classes", type=number(int, 0, 10**6))
+    parser.add_argument("--num_heads", type=number(int, 1, 1024))
     parser.add_argument("--channels", type=number(int, 1, 1024), default=3)
     parser.add_argument("--categories", type=pathlib.Path)
     parser.add_argument("--multilabel", action="store_true")
@@ -90,6 +93,8 @@ def _parse(argv):
     if len(values.words) != 1:
         raise UserError(f"name one file, such as teacher.pth; got {' and '.join(values.words) or 'none'}")
     values.file = pathlib.Path(values.words[0])
+    if values.num_classes == 1:
+        raise UserError("--num_classes is 1; it must be at least 2, or 0 for a network without a head")
     return values
 
 
@@ -105,16 +110,19 @@ def _run(argv):
     from cskd_jax.models import create_model
     from cskd_jax.training.checkpoint import Record, Saved
 
-    module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width)
+    given = {} if arguments.num_heads is None else {"num_heads": arguments.num_heads}
+    module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width, settings=given)
     rules = [] if arguments.names is None else read_rules(arguments.names)
     state_dict = read_state_dict(arguments.file, arguments.key)
     network = f"{arguments.model} of width {arguments.width:g} with {arguments.num_classes} classes"
     try:
-        found = match(module, arguments.channels, state_dict, prefix=arguments.prefix, rules=rules)
+        size = _images(arguments, known).get("size")
+        found = match(module, arguments.channels, state_dict, prefix=arguments.prefix, rules=rules, image_size=size)
     except (UserError, ValueError) as error:
         raise UserError(f"{arguments.file} as {network}: {error}") from None
+    settings = given | found.settings
     record = Record(
-        network={"name": arguments.model, "width": arguments.width},
+        network={"name": arguments.model, "width": arguments.width} | ({"settings": settings} if settings else {}),
         channels=arguments.channels,
         categories=categories,
         multilabel=arguments.multilabel,
@@ -125,7 +133,7 @@ def _run(argv):
     print(f"{arguments.file}: {network}{_origin(known)}")
     report: dict[str, Any] = {"file": str(arguments.file), "sha256": digest, "prefix": found.prefix}
     if arguments.verify is not None:
-        report["verified"] = _verify(arguments, module, Saved(found.variables, record, 0, ""))
+        report["verified"] = _verify(arguments, module.clone(**found.settings), Saved(found.variables, record, 0, ""))
     _write(arguments, found, record, report)
 
 
@@ -134,7 +142,8 @@ def _write(arguments, found, record, report):
     from cskd_jax.training.checkpoint import FOLDER, Checkpoints
 
     variables = found.variables
-    tree = {"params": {"network": variables["params"]}, "collections": {"batch_stats": variables["batch_stats"]}}
+    collections = {name: collection for name, collection in variables.items() if name != "params"}
+    tree = {"params": {"network": variables["params"]}, "collections": collections}
     with Checkpoints(arguments.out / FOLDER, keep=1) as checkpoints:
         checkpoints.save(0, tree, record)
     path = arguments.out / "import.json"

@@ -11,30 +11,44 @@ from cskd_jax.errors import UserError
 from cskd_jax.interop.names import aliases, expected_shapes, from_torch, mismatches
 from cskd_jax.interop.nearest import describe_nearest, likely_names
 from cskd_jax.interop.renames import Rule, given_prefix, possible_prefixes, rename, with_prefix
+from cskd_jax.interop.settings import read_settings
 
 
 class Match(NamedTuple):
     """The variables of a network that a file holds.
 
     Attributes:
-      variables: {"params", "batch_stats"}, numpy arrays in the dtypes of the network.
+      variables: {"params", and other collections}, numpy arrays in the dtypes of the network.
       used: {name in the file: path in the network} of the tensors that were used.
       unused: Names of the tensors that were not needed.
       prefix: Prefix of the names of the network in the file.
+      settings: Settings of the network that the file tells, which differ from those of the given one.
     """
 
     variables: dict[str, Any]
     used: dict[str, str]
     unused: list[str]
     prefix: str
+    settings: dict[str, Any]
 
 
 class _Candidate(NamedTuple):
-    """The tensors with one prefix: `sources` are their names in the file by their names without it, after renaming."""
+    """The tensors with one prefix.
+
+    `sources` are their names in the file by their names without it, after renaming. `module` is the network with the
+    `settings` that they tell, and `shapes` are the shapes that it expects.
+    """
 
     prefix: str
     sources: dict[str, str]
     tensors: dict[str, np.ndarray]
+    settings: dict[str, Any]
+    module: nn.Module
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def mismatches(self) -> dict[str, dict[str, Any]]:
+        return mismatches(self.module, self.shapes, self.tensors)
 
 
 def match(
@@ -44,50 +58,56 @@ def match(
     *,
     prefix: str | None = None,
     rules: Sequence[Rule] = (),
+    image_size: tuple[int, int] | None = None,
 ) -> Match:
     """Finds the variables of a network in a PyTorch state dict.
 
     Args:
-      module: Network.
+      module: Network; the settings that the file tells take the place of its own.
       channels: Number of channels of its images.
       state_dict: Floating-point arrays by name, in PyTorch's layout.
       prefix: Prefix of the names of the network; tensors without it are not used. None tries all prefixes of wrappers
         that occur, and takes the one with which the network fits.
       rules: Renaming rules, which are applied to the names without the prefix.
+      image_size: (height, width) of the images that it was trained on, for a position embedding; None if unknown.
 
     Raises:
       UserError: If the tensors do not fit the network, or those of several prefixes do. The message names the known
         network that is nearest.
     """
-    shapes, rules = expected_shapes(module, channels), [*rules, *aliases(module)]
+    rules = [*rules, *aliases(module)]
     prefixes = possible_prefixes(state_dict) if prefix is None else [given_prefix(state_dict, prefix)]
-    candidates = [_candidate(state_dict, found, rules) for found in prefixes]
-    fitting = [found for found in candidates if not any(mismatches(module, shapes, found.tensors).values())]
+    candidates = [_candidate(module, channels, state_dict, found, rules, image_size) for found in prefixes]
+    fitting = [found for found in candidates if not any(found.mismatches.values())]
     if len(fitting) > 1:
         raise UserError(
             f"several networks fit, with the names that begin with {' and '.join(found.prefix for found in fitting)}: "
             f"choose one, such as --prefix={fitting[0].prefix}"
         )
     # If none fits, the error is about the one that lacks the fewest tensors.
-    best = min(fitting or candidates, key=lambda found: len(shapes.keys() - found.tensors.keys()))
+    best = min(fitting or candidates, key=lambda found: len(found.shapes.keys() - found.tensors.keys()))
     try:
-        variables, used, _ = from_torch(module, channels, best.tensors)
+        variables, used, _ = from_torch(best.module, channels, best.tensors)
     except UserError as error:
-        raise UserError(f"{error}{'' if fitting else _hint(module, shapes, best.tensors)}") from None
+        raise UserError(f"{error}{'' if fitting else _hint(module.width, best)}") from None
     used = {best.sources[name]: path for name, path in used.items()}
-    return Match(variables, used, [name for name in state_dict if name not in used], best.prefix)
+    unused = [name for name in state_dict if name not in used]
+    return Match(variables, used, unused, best.prefix, best.settings)
 
 
-def _candidate(state_dict, prefix, rules):
+def _candidate(module, channels, state_dict, prefix, rules, image_size):
     without = with_prefix(state_dict, prefix)
     sources = {new: without[name] for new, name in rename(without, rules).items()}
-    return _Candidate(prefix, sources, {new: state_dict[name] for new, name in sources.items()})
+    tensors = {new: state_dict[name] for new, name in sources.items()}
+    settings = read_settings(module, {name: array.shape for name, array in tensors.items()}, image_size)
+    module = module.clone(**settings)
+    return _Candidate(prefix, sources, tensors, settings, module, expected_shapes(module, channels))
 
 
-def _hint(module, shapes, tensors):
+def _hint(width, candidate):
     """Returns the end of an error message: the names that were probably meant, and the nearest known network."""
-    problems = mismatches(module, shapes, tensors)
+    problems = candidate.mismatches
     likely = likely_names(problems["missing"], problems["unknown"])
     meant = f"; by their shapes, {', '.join(likely)}" if likely else ""
     with pause("looking for the nearest known network"):
-        return f"{meant}; {describe_nearest(tensors, module.width)}"
+        return f"{meant}; {describe_nearest(candidate.tensors, width)}"

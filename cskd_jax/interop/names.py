@@ -3,8 +3,8 @@
 A rule turns the path of a module of this package into the names that its layer (convolution or linear) and its
 normalization have in a PyTorch state dict. ResNets are named as in torchvision and in the code of Chen et al. 2020
 (https://github.com/xeanzheng/CSKD), which adds `branch1` to `branch4`; Inception is named as in torchvision; the others
-are named as in the code of Tian et al. 2020 for CIFAR (https://github.com/HobbitLong/RepDistiller). Where the same
-network goes by other names too, a family also says how to turn those into these.
+are named as in the code of Tian et al. 2020 for CIFAR (https://github.com/HobbitLong/RepDistiller), and Vision
+Transformers as in timm. Where a network goes by other names too, a family also says how to turn those into these.
 """
 
 import re
@@ -23,6 +23,7 @@ from cskd_jax.models.mobilenet import MobileNetV2
 from cskd_jax.models.resnet import PaddedBlock, ResNet
 from cskd_jax.models.shufflenet import ShuffleNet
 from cskd_jax.models.vgg import VGG
+from cskd_jax.models.vision_transformer import VisionTransformer
 from cskd_jax.models.wide_resnet import WideResNet
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.state import init_network
@@ -142,6 +143,11 @@ def _inception_layer(stage, block, branch, layer):
     return f"{name}.conv", f"{name}.bn"
 
 
+def _transformer_layer(block, path):
+    name = f"blocks.{block - 1}.{path.replace('/', '.')}"
+    return name, name
+
+
 _STEM = {"stem": lambda: ("conv1", "bn1")}
 _BLOCK = r"stage(\d+)_block(\d+)"
 
@@ -157,6 +163,7 @@ def _resnet(shortcut, head, **others):
 _BRANCHES = r"branch\d+\.weight"
 # Only networks without a max-pool, which leaves no trace in a file, are known by both names.
 _TO_FC = ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc."))
+_FROM_DINOV2 = ((r"^register_tokens$", "reg_token"), (r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."))
 _TO_LINEAR = ((r"\.downsample\.", ".shortcut."), (r"^fc\.", "linear."))
 
 # {(class of the network, its variant): names}; a parameter of the network itself has the path "".
@@ -207,6 +214,17 @@ FAMILIES = {
         {rf"{_BLOCK}/branch(\d+)_conv(\w+)": _inception_layer, "classifier": _same("fc")},
         unused=r"AuxLogits\..*",
     ),
+    (VisionTransformer, None): Family(
+        {
+            "patch_embed": _same("patch_embed.proj"),
+            r"block(\d+)/(.+)": _transformer_layer,
+            **{name: _same(name) for name in ("norm_pre", "norm", "fc_norm")},
+            "classifier": _same("head"),
+            "distillation_classifier": _same("head_dist"),
+        },
+        unused="mask_token",  # DINOv2 puts it in the place of hidden patches, in its own training only.
+        aliases=_FROM_DINOV2,
+    ),
 }
 
 # {name of an array in this package: (0 for the layer or 1 for the normalization, its name there)}
@@ -218,7 +236,10 @@ _ARRAYS = {
     "bias": (1, "bias"),
     "mean": (1, "running_mean"),
     "var": (1, "running_var"),
+    "gamma": (0, "gamma"),
 }
+# Arrays of the network itself that have the same names there.
+_SAME_ARRAYS = frozenset({"cls_token", "dist_token", "reg_token", "pos_embed"})
 # PyTorch counts the batches of a normalization; nothing reads the count.
 _COUNT = "num_batches_tracked"
 # Number of names of each kind that an error lists.
@@ -236,8 +257,8 @@ def from_torch(
       state_dict: Floating-point arrays by name, in PyTorch's layout.
 
     Returns:
-      A tuple of {"params", "batch_stats"} of numpy arrays in the dtypes of the network, {name in `state_dict`: path in
-      the network} of the arrays that were used, and the names of those that were not needed.
+      A tuple of {"params", and other collections} of numpy arrays in the dtypes of the network, {name in `state_dict`:
+      path in the network} of the arrays that were used, and the names of those that were not needed.
 
     Raises:
       UserError: If tensors are missing, unknown, of another shape, not floating-point, or not finite.
@@ -303,7 +324,7 @@ def to_torch(module: nn.Module, variables: Mapping[str, Any], batches: int) -> d
 
     Args:
       module: Network.
-      variables: Variables {"params", "batch_stats"} of the network.
+      variables: Variables of the network, such as {"params", "batch_stats"}.
       batches: Number of batches that the network was trained on, which PyTorch keeps with every normalization.
 
     Returns:
@@ -331,13 +352,18 @@ def _resnet_variant(module):
 
 
 def _abstract_variables(module: nn.Module, channels: int) -> dict[tuple[str, ...], Any]:
-    """Returns {path: shape and dtype} of the variables, which do not depend on the size of the images."""
-    variables, _ = jax.eval_shape(lambda: init_network(LinenNetwork(module), jax.random.PRNGKey(0), (32, 32, channels)))
+    """Returns {path: shape and dtype} of the variables."""
+    size = (32, 32)  # Only the position embedding of a Vision Transformer depends on it.
+    if isinstance(module, VisionTransformer):
+        size = module.image_size or (2 * module.patch_size, 2 * module.patch_size)
+    variables, _ = jax.eval_shape(lambda: init_network(LinenNetwork(module), jax.random.PRNGKey(0), (*size, channels)))
     return traverse_util.flatten_dict(variables)
 
 
 def _torch_name(family, path):
     """Returns PyTorch's name of the array at (collection, module, ..., name)."""
+    if path[-1] in _SAME_ARRAYS:
+        return path[-1]
     which, suffix = _ARRAYS[path[-1]]
     for pattern, names in family.rules.items():
         if match := re.fullmatch(pattern, "/".join(path[1:-1])):
@@ -347,8 +373,8 @@ def _torch_name(family, path):
 
 
 def _transpose(array, kernel_axes):
-    """Transposes kernels by `kernel_axes` and matrices; arrays with one axis stay as they are."""
-    return array.transpose(kernel_axes) if array.ndim == 4 else array.T
+    """Transposes kernels by `kernel_axes` and matrices; arrays with one axis, and tokens, stay as they are."""
+    return array.transpose(kernel_axes) if array.ndim == 4 else array.T if array.ndim == 2 else array
 
 
 def _from_torch_layout(array, dtype):
@@ -357,7 +383,8 @@ def _from_torch_layout(array, dtype):
 
 
 def _torch_shape(shape):
-    return tuple(shape[axis] for axis in (3, 2, 0, 1)) if len(shape) == 4 else tuple(reversed(shape))
+    axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(len(shape), range(len(shape)))
+    return tuple(shape[axis] for axis in axes)
 
 
 def _refuse(problems):

@@ -12,6 +12,7 @@ import numpy as np
 from cskd_jax.errors import UserError
 from cskd_jax.interop.names import aliases, expected_shapes, mismatches
 from cskd_jax.interop.renames import rename
+from cskd_jax.interop.settings import read_settings
 from cskd_jax.models import MODELS, Bottleneck, ResNet, create_model
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -26,10 +27,11 @@ _WIDTHS = (1e-3, 64)
 
 
 class _Network(NamedTuple):
-    """A network of the table with a width, and how much of a file is like it."""
+    """A network of the table with a width and the settings that a file tells, and how much of the file is like it."""
 
     name: str
     width: float
+    settings: dict[str, Any]
     share: float
     classes: int | None
     channels: int | None
@@ -55,6 +57,8 @@ def describe_nearest(tensors: Mapping[str, np.ndarray], width: float = 1.0) -> s
     best = max(network.share for network in rated)
     near = [network for network in rated if network.share == best]
     if exact := [network for network in near if _fits(network, floats)]:
+        # The sizes of Vision Transformers differ in their width alone, beside the heads, which no file tells.
+        exact = [network for network in exact if network.width == 1] or exact
         return f"the tensors are those of {' or '.join(network.flags for network in exact)}"
     if best >= _NEAR:
         return f"the nearest known network is {' or '.join(n.flags for n in near)}: {best:.0%} of the tensors fit it"
@@ -92,14 +96,18 @@ def _plausible(shapes: _Shapes) -> list[str]:
 
 
 @functools.cache
-def _known(name: str, width: float) -> _Shapes:
+def _known(name: str, width: float, settings: tuple[tuple[str, Any], ...] = ()) -> _Shapes:
     """Returns the shapes of a network of the table, whose axes of certain sizes stand for any size."""
-    return expected_shapes(create_model(name, num_classes=_ANY_CLASSES, width=width), _ANY_CHANNELS)
+    module = create_model(name, num_classes=_ANY_CLASSES, width=width, settings=dict(settings))
+    return expected_shapes(module, _ANY_CHANNELS)
 
 
 def _rate(name: str, shapes: _Shapes) -> list[_Network]:
     """Returns a network at width 1 and, if most names fit, at the width that the stem in the file has."""
-    found, known = _by_names_of(name, shapes), _known(name, 1.0)
+    found = _by_names_of(name, shapes)
+    settings = read_settings(create_model(name, num_classes=2), found)
+    told = tuple(settings.items())
+    known = _known(name, 1.0, told)
     widths = {1.0}
     if 2 * len(known.keys() & found.keys()) > len(known):
         stem = next(tensor for tensor, shape in known.items() if _ANY_CHANNELS in shape)
@@ -108,13 +116,13 @@ def _rate(name: str, shapes: _Shapes) -> list[_Network]:
     rated = []
     for width in sorted(widths):
         try:
-            known = _known(name, width)
+            known = _known(name, width, told)
         except ValueError:  # A layer would be left without channels.
             continue
         fitting = [tensor for tensor in known if tensor in found and _equal(found[tensor], known[tensor])]
         share = 2 * len(fitting) / (len(known) + len(shapes))
         sizes = {size: found[t][axis] for t in fitting for axis, size in enumerate(known[t])}
-        rated.append(_Network(name, width, share, sizes.get(_ANY_CLASSES), sizes.get(_ANY_CHANNELS)))
+        rated.append(_Network(name, width, settings, share, sizes.get(_ANY_CLASSES), sizes.get(_ANY_CHANNELS)))
     return rated
 
 
@@ -137,7 +145,7 @@ def _fits(network: _Network, tensors: Mapping[str, np.ndarray]) -> bool:
     """Returns whether tensors can be imported as a network."""
     if network.classes is None or network.channels is None:
         return False
-    module = create_model(network.name, num_classes=network.classes, width=network.width)
+    module = create_model(network.name, num_classes=network.classes, width=network.width, settings=network.settings)
     shapes = expected_shapes(module, network.channels)
     return not any(mismatches(module, shapes, _by_names_of(network.name, tensors)).values())
 

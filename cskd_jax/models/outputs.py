@@ -1,8 +1,30 @@
 """The outputs that every network returns."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class TokenGrid:
+    """The places of the patches of an image among its tokens [B, T, D].
+
+    Attributes:
+      first: Number of tokens before those of the patches, such as a class token.
+      rows: Number of rows of patches.
+      columns: Number of patches in a row; the patches of a row follow each other.
+    """
+
+    first: int
+    rows: int
+    columns: int
+
+    def to_map(self, tokens: jax.Array) -> jax.Array:
+        """Returns the tokens of the patches as a map [B, rows, columns, D], without those of no patch."""
+        patches = tokens[:, self.first : self.first + self.rows * self.columns]
+        return patches.reshape(len(tokens), self.rows, self.columns, tokens.shape[-1])
 
 
 class ModelOutput(NamedTuple):
@@ -10,12 +32,14 @@ class ModelOutput(NamedTuple):
 
     Attributes:
       logits: Logits, [B, num_classes], at least float32.
-      features: Maps after each stage, [B, H_l, W_l, D_l], the first stage first, in the compute dtype.
-      embedding: Globally pooled last map, the input of the classifier, [B, D], in the compute dtype.
+      features: Maps after each stage, [B, H_l, W_l, D_l], the first stage first, in the compute dtype; or tokens
+        [B, T, D] of a network with a `grid`.
+      embedding: Input of the classifier, [B, D], in the compute dtype, such as the globally pooled last map.
       preactivations: Maps of `stages` before the last ReLU of each stage, in the compute dtype.
       maps: Map of the stem, then the map that each stage hands on to the next part of the network, in the compute
         dtype. They differ from `features` where a part between the stages belongs to neither of them, such as the
         normalization after a stage of a wide ResNet, or the head of MobileNet. Empty for networks that do not tell.
+      grid: Where the patches are among the tokens; None for a network of maps.
     """
 
     logits: jax.Array
@@ -23,6 +47,7 @@ class ModelOutput(NamedTuple):
     embedding: jax.Array | None = None
     preactivations: tuple[jax.Array, ...] = ()
     maps: tuple[jax.Array, ...] = ()
+    grid: TokenGrid | None = None
 
     @property
     def stages(self) -> tuple[jax.Array, ...]:

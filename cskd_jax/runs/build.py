@@ -18,7 +18,7 @@ from cskd_jax.data.samplers import BalancedSampler, UniformSampler
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
-from cskd_jax.models import create_model
+from cskd_jax.models import create_model, settings_of
 from cskd_jax.runs import keys
 from cskd_jax.runs.trained import check_fits
 from cskd_jax.training.adapters import LinenNetwork
@@ -97,7 +97,8 @@ def build(
         trainer = make_trainer("student", config, dataset, workdir, devices, beside.teacher, callbacks, beside.trainer)
         return beside._replace(trainer=trainer)
     if given is None:
-        teacher = Teacher(make_network(config.teacher, dataset.num_classes, config.dtype))
+        description = describe_network(config.teacher, dataset.image_shape)
+        teacher = Teacher(make_network(description, dataset.num_classes, config.dtype))
         teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices, callbacks=callbacks)
     else:
         path, saved = given
@@ -139,10 +140,23 @@ def precision(config: ml_collections.ConfigDict) -> contextlib.AbstractContextMa
     return jax.default_matmul_precision(config.precision)
 
 
-def make_network(settings: Any, num_classes: int, dtype: str) -> LinenNetwork:
-    """Returns the network that `config.teacher` or `config.student` describes."""
-    module = create_model(settings["name"], num_classes=num_classes, width=settings["width"], dtype=_DTYPES[dtype])
-    return LinenNetwork(module)
+def describe_network(settings: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the description of a network in checkpoints, which are arguments of `create_model`.
+
+    Args:
+      settings: `config.teacher` or `config.student`.
+      image_shape: Shape of the images that it is trained on, (H, W, C).
+    """
+    own = keys.network_settings(settings)
+    if "image_size" in settings_of(settings.name):
+        own["image_size"] = tuple(image_shape[:2])
+    description = {"name": settings.name, "width": float(settings.width)}
+    return description | ({"settings": own} if own else {})
+
+
+def make_network(description: Mapping[str, Any], num_classes: int, dtype: str) -> LinenNetwork:
+    """Returns the network of a description, see `describe_network`."""
+    return LinenNetwork(create_model(**description, num_classes=num_classes, dtype=_DTYPES[dtype]))
 
 
 class TrainedNetwork(NamedTuple):
@@ -235,7 +249,7 @@ def make_trainer(
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
     """
-    settings, sampler = config[role], make_sampler(config, dataset)
+    description, sampler = describe_network(config[role], dataset.image_shape), make_sampler(config, dataset)
     _check_resize(config.augment.resize, dataset.image_shape)
     if role == "teacher":
         losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
@@ -246,12 +260,12 @@ def make_trainer(
     else:
         training = make_training(config, sampler.steps_per_epoch)
     student = Student(
-        make_network(settings, dataset.num_classes, config.dtype),
+        make_network(description, dataset.num_classes, config.dtype),
         training.losses,
         training.optimizer,
         training.schedule,
         config.optimizer.ema_decay,
-        description={"name": settings.name, "width": float(settings.width)},
+        description=description,
         method=config.method,
     )
     return Trainer(
@@ -331,7 +345,7 @@ def make_first_phase(config: ml_collections.ConfigDict, steps_per_epoch: int) ->
 
 def _is_in_stage(path: tuple[str, ...]) -> bool:
     """Returns whether a parameter of a network of `MODELS` precedes the head, the last normalization and classifier."""
-    return path[0] not in ("head", "norm", "classifier")
+    return path[0] not in ("head", "norm", "fc_norm", "classifier", "distillation_classifier")
 
 
 def _is_in_nothing(path: tuple[str, ...]) -> bool:

@@ -14,6 +14,7 @@ from cskd_jax.files import refuse_link
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
+from cskd_jax.runs.keys import network_settings
 from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done, kept_values
 from cskd_jax.training.objective import needs_teacher
 
@@ -171,6 +172,7 @@ def _teacher_run(
     replaced = ("losses.", "student.", "teacher.")
     kept = [o for o in overrides if not (recipes.override_key(o) + ".").startswith((*replaced, "epochs."))]
     network = [f"--config.student.name={teacher.name}", f"--config.student.width={teacher.width}"]
+    network += [f"--config.student.{key}={value}" for key, value in network_settings(teacher).items()]
     if teacher.learning_rate is not None:
         network.append(f"--config.optimizer.learning_rate={teacher.learning_rate}")
     name = f"teacher-{teacher.name}_{teacher.width:g}"

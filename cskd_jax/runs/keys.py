@@ -8,6 +8,7 @@ from typing import Any
 
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS
+from cskd_jax.models.vision_transformer import VISION_TRANSFORMER_SETTINGS, VisionTransformer
 from cskd_jax.runs import rules
 from cskd_jax.training.objective import Weight, hyperparameters
 
@@ -51,6 +52,46 @@ class Key:
 
 _MODEL = rules.one_of(*MODELS, listed_in="a network of [networks.md](networks.md)")
 _TEACHER = rules.optional(_MODEL._replace(test=lambda value: value in MODELS or not value))
+
+# The settings of a network that configurations may set, beside its name and width.
+_NETWORK_SETTINGS = (
+    "patch_size",
+    "depth",
+    "num_heads",
+    "pool",
+    "register_tokens",
+    "layer_scale",
+    "dropout",
+    "stochastic_depth",
+)
+
+
+def attributes_of(owner: type) -> dict[str, str]:
+    """Returns the descriptions of attributes in the docstring of a class, by name."""
+    lines = (inspect.getdoc(owner) or "").partition("Attributes:\n")[2].splitlines()
+    found: dict[str, str] = {}
+    for line in lines:
+        if line.startswith("    ") and found:
+            found[list(found)[-1]] += " " + line.strip()
+        elif line.startswith("  ") and ": " in line:
+            name, _, text = line.strip().partition(": ")
+            found[name] = text
+        else:
+            break
+    return found
+
+
+def _network_keys(role: str) -> dict[str, Key]:
+    """Returns the keys of the settings of a teacher or student, which are those of a Vision Transformer."""
+    meanings, found = attributes_of(VisionTransformer), {}
+    for name in _NETWORK_SETTINGS:
+        rule = rules.optional(rules.Rule(*VISION_TRANSFORMER_SETTINGS[name]))
+        meaning = meanings[name].partition(";")[0].rstrip(".")
+        found[f"{role}.{name}"] = Key(
+            None, rule, f"{meaning}, for a Vision Transformer; None leaves it as the network has it."
+        )
+    return found
+
 
 # Every key but those of `losses`, which `loss_keys` derives from the classes of the losses.
 KEYS: Mapping[str, Key] = types.MappingProxyType(
@@ -191,6 +232,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         ),
         "student.name": Key(REQUIRED, _MODEL, "Network of the student."),
         "student.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the student."),
+        **_network_keys("teacher"),
+        **_network_keys("student"),
         "optimizer.name": Key(
             "sgd", rules.one_of("sgd", "adamw", "dot"), "Name of the optimizer; dot is sgd with two momenta."
         ),
@@ -291,19 +334,9 @@ def _key(field, rule, owner):
     return Key(default, rule, attributes_of(owner).get(field.name, ""))
 
 
-def attributes_of(owner: type) -> dict[str, str]:
-    """Returns the descriptions of attributes in the docstring of a class, by name."""
-    lines = (inspect.getdoc(owner) or "").partition("Attributes:\n")[2].splitlines()
-    found: dict[str, str] = {}
-    for line in lines:
-        if line.startswith("    ") and found:
-            found[list(found)[-1]] += " " + line.strip()
-        elif line.startswith("  ") and ": " in line:
-            name, _, text = line.strip().partition(": ")
-            found[name] = text
-        else:
-            break
-    return found
+def network_settings(section: Any) -> dict[str, Any]:
+    """Returns {name: value} of the settings of a network that `config.teacher` or `config.student` sets."""
+    return {name: section[name] for name in _NETWORK_SETTINGS if section[name] is not None}
 
 
 def find_key(path: str) -> Key | None:

@@ -15,7 +15,7 @@ from cskd_jax.errors import UserError, close_to
 from cskd_jax.files import full_path
 from cskd_jax.inputs import is_number, read_json
 from cskd_jax.losses import LOSSES
-from cskd_jax.models import MODELS
+from cskd_jax.models import MODELS, check_settings
 from cskd_jax.runs import keys, rules
 from cskd_jax.runs.keys import REQUIRED, Key
 from cskd_jax.training.objective import needs_teacher
@@ -223,6 +223,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         rules.check(path, values[path], key.rule)
     for name, settings in losses.items():
         _validate_loss(name, settings)
+    for role in ("teacher", "student"):
+        if config[role].name:
+            check_settings(config[role].name, keys.network_settings(config[role]), f"{role}.")
     options: Any = jax.config  # Its options are attributes, which type checkers do not see.
     if config.dtype == "float64" and not options.jax_enable_x64:
         raise UserError("dtype is float64; it needs the environment variable JAX_ENABLE_X64=1")

@@ -1,12 +1,17 @@
 """Checkpoints of trained networks: loading a given teacher, and checking that a network fits a data set."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
 from cskd_jax.files import full_path
+from cskd_jax.models import create_model
 from cskd_jax.runs import schema
+from cskd_jax.runs.keys import network_settings
 from cskd_jax.training.checkpoint import FOLDER, Record, Saved, load_variables
 
 
@@ -22,11 +27,26 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
     path = str(path / "teacher" if (path / "teacher" / FOLDER).is_dir() else path)
     saved = load_variables(path)
     wanted = {"name": config.teacher.name, "width": float(config.teacher.width)}
-    if saved.record.network != wanted:
-        raise UserError(f"teacher.checkpoint {path} holds {saved.record.network}, the configuration asks for {wanted}")
+    held = {key: saved.record.network.get(key) for key in wanted}
+    if held != wanted:
+        raise UserError(f"teacher.checkpoint {path} holds {held}, the configuration asks for {wanted}")
+    _check_settings(path, saved.record, network_settings(config.teacher))
     if not saved.record.finished:
         raise UserError(f"teacher.checkpoint {path} is not trained to its end: run its own command again first")
     return path, saved
+
+
+def _check_settings(path: str, record: Record, asked: Mapping[str, Any]) -> None:
+    """Raises UserError unless the network of a checkpoint has the settings that a configuration asks for."""
+    network = record.packaged_network()
+    held: Any = create_model(**network, num_classes=2)
+    for name, value in asked.items():
+        own = getattr(held, name)
+        if own != value:
+            raise UserError(
+                f"teacher.checkpoint {path} holds a {network['name']} with {name} {own}, the configuration asks for "
+                f"teacher.{name} {value}: leave it at None"
+            )
 
 
 def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | None:

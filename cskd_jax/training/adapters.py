@@ -74,6 +74,11 @@ class LinenNetwork:
         """Returns whether the module takes the name of the axis over which a batch is split."""
         return "axis_name" in _field_names(self.module)
 
+    @property
+    def draws_by_position(self) -> bool:
+        """Returns whether the module draws random numbers by the positions of samples in the global batch."""
+        return getattr(self.module, "draws_by_position", False)
+
     def on_axis(self, axis_name: str | None) -> "LinenNetwork":
         """Returns the network for a batch that is split over a mapped axis; None for a whole batch."""
         if not self.synchronized:

@@ -51,7 +51,7 @@ class Record:
     """The JSON record that is saved with the arrays of a network.
 
     Attributes:
-      network: {"name", "width"} of a network of `MODELS`, {"name"} of any other.
+      network: {"name", "width"} of a network of `MODELS`, and its "settings" if it has any; {"name"} of any other.
       channels: Number of channels of the images.
       categories: Names of the classes by label; None if unknown.
       multilabel: Whether an image has any number of classes.
@@ -84,19 +84,23 @@ class Record:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def packaged_network(self) -> dict[str, Any]:
-        """Returns {"name", "width"}; raises UserError if the network is not part of this package."""
+        """Returns arguments of `create_model`; raises UserError if the network is not part of this package."""
         if "width" not in self.network:
             raise UserError(f"the checkpoint holds a {self.network['name']}, which is not a network of this package")
-        return {key: self.network[key] for key in ("name", "width")}
+        found = {"settings": {}, **self.network}
+        settings = {key: tuple(x) if isinstance(x, list) else x for key, x in found["settings"].items()}
+        return {"name": found["name"], "width": found["width"], "settings": settings}
 
     def describe_network(self) -> str:
         """Returns a readable description of the network, such as "resnet18, width 0.25"."""
-        width = self.network.get("width")
-        return self.network["name"] + ("" if width is None else f", width {width:g}")
+        return self.network["name"] + (f", width {self.network['width']:g}" if "width" in self.network else "")
 
 
 def _is_network(value):
-    return not unsound(value, {"name": is_text}, {"width": lambda width: is_number(width) and 0 < width <= 64})
+    # `models.check_settings` knows which setting takes which of these.
+    settings = is_map(lambda x: type(x) is bool or is_text(x) or is_number(x) or is_list(is_number)(x))
+    tests = {"width": lambda width: is_number(width) and 0 < width <= 64, "settings": settings}
+    return not unsound(value, {"name": is_text}, tests)
 
 
 def _is_images(value):

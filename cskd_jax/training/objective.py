@@ -290,6 +290,9 @@ def _create_loss(name, loss, hyper, common):
 class _Outputs:
     """The outputs of a network for losses; reading an output that the network lacks raises a clear error.
 
+    Losses read maps. Of a network of tokens, they get the tokens of the patches as the map that they form, without
+    class, distillation and register tokens. As of any maps, the larger of a pair is then pooled to the smaller.
+
     Args:
       output: Outputs of the network.
       role: "student" or "teacher".
@@ -312,12 +315,19 @@ class _Outputs:
     def __getattr__(self, name):
         if name.startswith("_") or name not in ModelOutput._fields:
             raise AttributeError(name)
-        value = getattr(self.output, name)
+        value, grid = getattr(self.output, name), self.output.grid
+        if name == "preactivations" and grid is not None:
+            raise ValueError(
+                "a loss reads the maps before the last ReLU of each stage, and no ReLU follows the tokens that the "
+                f"{self._role} gives: this loss needs networks of maps"
+            )
         if value is None or (isinstance(value, tuple) and not value):
             raise ValueError(
                 f"a loss reads the {name} of the {self._role}, which that network does not return; "
                 f"name the path of a submodule, or return a ModelOutput with {name}"
             )
+        if grid is not None and name in ("features", "maps"):
+            value = tuple(grid.to_map(tokens) for tokens in value)
         return jax.tree.map(self._prepare, value)
 
     def tree_flatten(self):

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+# Names of the arrays of a Vision Transformer that do not decay with `no_bias_or_norm`.
+_TOKENS = frozenset({"cls_token", "dist_token", "reg_token", "pos_embed"})
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(abc.ABC):
@@ -223,5 +226,12 @@ def clip_first(optimizer: optax.GradientTransformation, norm: float | None) -> o
 
 
 def no_bias_or_norm(params: Any) -> Any:
-    """Returns a mask that is False for biases and normalization parameters: arrays of at most one dimension."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+    """Returns a mask that is False for biases and normalization parameters: arrays of at most one dimension.
+
+    It is False too for the tokens and the position embedding of a Vision Transformer, which timm does not decay either.
+    """
+
+    def decays(path, x):
+        return x.ndim > 1 and getattr(path[-1], "key", None) not in _TOKENS if path else x.ndim > 1
+
+    return jax.tree.map_with_path(decays, params)

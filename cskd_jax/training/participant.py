@@ -119,7 +119,8 @@ class Participant:
         causes = []
         if not network.synchronized:
             causes = [f"its {name} are computed on each device's part of a batch" for name in state.collections]
-        if draws_random_numbers(network, state.variables, images):
+        by_position = getattr(network, "draws_by_position", False)
+        if not by_position and draws_random_numbers(network, state.variables, images):
             causes.append("it draws random numbers on each device")
         if causes:
             self.say(f"results depend on the number of devices, {count}: {', and '.join(causes)}")

@@ -71,7 +71,10 @@ def check_variables(network: Network, variables: Variables, image_shape: tuple[i
       source: Name of where they come from, for the message.
     """
     key = jax.random.PRNGKey(0)
-    expected = jax.eval_shape(partial(init_network, network, image_shape=image_shape), key)[0]
+    try:
+        expected = jax.eval_shape(partial(init_network, network, image_shape=image_shape), key)[0]
+    except ValueError as error:  # Such as images that do not divide into the patches of the network.
+        raise UserError(f"{source} does not go with images of shape {tuple(image_shape)}: {error}") from None
     trees: list[dict[str, Any]] = [traverse_util.flatten_dict(tree, sep="/") for tree in (variables, expected)]
     shapes = [{name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in trees]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):

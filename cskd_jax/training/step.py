@@ -119,7 +119,8 @@ def make_train_step(
     def differentiate(state, batch, draw_key):
         """Returns (gradients, collections, memory, metrics)."""
         labels = batch["label"]
-        student_key = _student_key(draw_key, axis_name)
+        by_position = getattr(student, "draws_by_position", False)
+        student_key = _student_key(draw_key, None if by_position else axis_name)
 
         def loss(params):
             variables = {"params": params["network"], **state.collections}
@@ -264,9 +265,9 @@ def make_eval_step(
 
 
 def _student_key(step_key, axis_name):
-    """Returns the key of the student's random draws."""
+    """Returns the key of the student's random draws; `axis_name` is None where draws depend on global positions."""
     key = jax.random.fold_in(step_key, _STUDENT)
-    # Draws have the shape of the device's part of the batch, so every device must draw its own.
+    # Otherwise draws have the shape of the device's part of the batch, so every device must draw its own.
     return key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
 
 
