@@ -151,6 +151,6 @@ def restore_prediction(network: Network, variables: Variables, record: Any, sour
     try:
         shape = (*record.images["size"], record.channels)
         jax.eval_shape(lambda variables: output_of(predicting, shape, variables), variables)
-    except (TypeError, ValueError, KeyError, AttributeError, FlaxError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, FlaxError) as error:
         raise UserError(f"{source} holds no sound prediction by {name}: {one_line(error)}") from None
     return predicting

@@ -21,7 +21,14 @@ from tests.method_checks import (
 )
 
 NAMES = ("ofa", "ofd", "sdd_dkd", "sdd_kd", "sdd_nkd", "simkd", "srrl", "srrl_maps")
-WITH_MEMORY = ("simkd",)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Nothing here runs long enough to be worth optimizing; the golden tests run what is optimized."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def method_class(name):
@@ -67,18 +74,12 @@ class WithLayers:
         return self.method.apply(variables, inputs._replace(**self.layers), **others)
 
 
-@functools.cache
-def typical(name):
-    with jax.enable_x64(True):
-        inputs = make_inputs()
-        method, variables = create(method_class(name), inputs, **settings_of(name))
-        batch, layers = batch_of(inputs)
-        return jax.device_get(evaluate(WithLayers(method, layers), variables, batch))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_values_and_gradients_are_finite_and_reach_the_student(name):
-    result, (params, student, teacher), _ = typical(name)
+    inputs = make_inputs(dtype=np.float32)
+    method, variables = create(method_class(name), inputs, **settings_of(name))
+    batch, layers = batch_of(inputs)
+    result, (params, student, teacher), _ = evaluate(WithLayers(method, layers), variables, batch)
     assert_finite((result, params, student, teacher))
     assert any(leaf.any() for leaf in jax.tree.leaves(student))
     assert not any(leaf.any() for leaf in jax.tree.leaves(teacher))
@@ -135,7 +136,8 @@ def compiled(name):
     def run(params, memory, inputs):
         def value(params, student, student_head):
             given = inputs._replace(student=student, student_head=student_head)
-            return method.apply({"params": params, "memory": memory}, given, mutable=["memory"])
+            (value, terms), updated = method.apply({"params": params, "memory": memory}, given, mutable=["memory"])
+            return value, (terms, updated)
 
         return jax.value_and_grad(value, (0, 1, 2), has_aux=True)(params, inputs.student, inputs.student_head)
 
@@ -207,7 +209,7 @@ def test_ofa_with_exponent_1_is_the_cross_entropy_with_the_teacher():
 def test_a_layer_that_is_not_known(name, layer, text):
     inputs = make_inputs(dtype=np.float32)._replace(**{layer: None})
     with pytest.raises(ValueError, match="^" + re.escape(text)):
-        Objective.create({name: 1.0}, num_classes=NUM_CLASSES).init(jax.random.key(0), inputs)
+        jax.eval_shape(Objective.create({name: 1.0}, num_classes=NUM_CLASSES).init, jax.random.key(0), inputs)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_a_layer_that_is_not_known(name, layer, text):
 def test_layers_that_do_not_fit(name, change, text):
     inputs = make_inputs(dtype=np.float32)._replace(**change)
     with pytest.raises(ValueError, match="^" + re.escape(text)):
-        LOSSES[name](num_classes=NUM_CLASSES).init(jax.random.key(0), inputs)
+        jax.eval_shape(LOSSES[name](num_classes=NUM_CLASSES).init, jax.random.key(0), inputs)
 
 
 @pytest.mark.parametrize(
@@ -233,5 +235,6 @@ def test_layers_that_do_not_fit(name, change, text):
     ],
 )
 def test_settings_that_do_not_fit(name, settings, text):
+    method = LOSSES[name](num_classes=NUM_CLASSES, **settings)
     with pytest.raises(ValueError, match="^" + re.escape(text)):
-        LOSSES[name](num_classes=NUM_CLASSES, **settings).init(jax.random.key(0), make_inputs(dtype=np.float32))
+        jax.eval_shape(method.init, jax.random.key(0), make_inputs(dtype=np.float32))
