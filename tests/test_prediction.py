@@ -163,6 +163,7 @@ def test_refusals(losses, changes, text):
 @pytest.mark.slow
 def test_every_loss_that_reads_layers_trains_in_micro_batches_on_two_devices():
     losses = dict.fromkeys(("ofa", "ofd", "sdd_dkd", "sdd_kd", "sdd_nkd", "simkd", "srrl"), 0.1)
+    # A function sees the gathered batch.
     losses |= {"own": lambda inputs: jnp.mean(jnp.square(inputs.student_head.bias - inputs.teacher_head.bias))}
     results = [distill(losses, devices=devices, accumulation_steps=2, epochs=1) for devices in (1, 2)]
     for one, two in zip(*map(jax.tree.leaves, (results[0].variables, results[1].variables)), strict=True):
