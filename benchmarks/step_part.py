@@ -59,7 +59,7 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
         nonlocal state
         prepared = prepare(variables, batch["image"], key, np.int32(0))
         # The old state is donated to the new one.
-        state, metrics = step(state, batch | prepared, key)
+        state, metrics = step(state, batch | prepared, key, None)
         return state, metrics
 
     start = time.perf_counter()

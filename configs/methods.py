@@ -61,6 +61,13 @@ def table(warmup_epochs):
         "reviewkd": with_cross_entropy("reviewkd", 1.0, **warmup),
         "dist": with_cross_entropy("dist", 2.0),
         "kdgan": with_cross_entropy("kdgan", 1.0),
+        "ofa": with_cross_entropy("ofa", 1.0),
+        "ofd": with_cross_entropy("ofd", 0.001),
+        "sdd_dkd": with_cross_entropy("sdd_dkd", 1.0, **warmup),
+        "sdd_kd": {"cross_entropy": {"weight": 0.1}, "sdd_kd": {"weight": 0.9}},
+        "sdd_nkd": with_cross_entropy("sdd_nkd", 1.0, **warmup),
+        "simkd": {"simkd": {"weight": 1.0}},
+        "srrl": with_cross_entropy("srrl", 1.0) | {"kd": {"weight": 1.0}},
     }
 
 
@@ -108,7 +115,7 @@ def losses(method, *, warmup_epochs=20, multilabel=False, changes=None):
 
     Args:
       method: One of METHODS, or of MULTILABEL_METHODS, or several with + between them, such as "at+kd".
-      warmup_epochs: Epochs over which the weights of dkd and reviewkd grow.
+      warmup_epochs: Epochs over which the weights of dkd, reviewkd, sdd_dkd and sdd_nkd grow.
       multilabel: Whether the images of the recipe have any number of classes instead of one.
       changes: {method: {loss: {setting: value}}}, what a recipe sets otherwise than the table of methods.
 

@@ -68,6 +68,8 @@ def distill(
     teacher_features: Sequence[str] = (),
     student_embedding: str | None = None,
     teacher_embedding: str | None = None,
+    student_head: str | None = None,
+    teacher_head: str | None = None,
     callbacks: Sequence[Callback] | None = None,
     workdir: str | pathlib.Path | None = None,
     devices: int | Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
@@ -118,6 +120,9 @@ def distill(
       teacher_features: Likewise, of the teacher.
       student_embedding: Path of the submodule of the student whose output is its embedding.
       teacher_embedding: Likewise, of the teacher.
+      student_head: Path among the parameters of the student of its classifier, a linear layer on the pooled last map,
+        for losses that read it; None for "classifier".
+      teacher_head: Likewise, of the teacher.
       callbacks: Callbacks; by default `Console`: a progress bar on a terminal, a line for every epoch. () is quiet.
       workdir: Folder of checkpoints and logs, in which the same call resumes; None: nothing is written.
       devices: Devices to compute on, or how many of all; None for all.
@@ -136,6 +141,7 @@ def distill(
     single = {"student": student, "losses": losses, "optimizer": optimizer, "schedule": schedule, "ema": ema}
     single |= {"student_variables": student_variables}
     single |= {"student_features": student_features, "student_embedding": student_embedding}
+    single |= {"student_head": student_head}
     students = {_STUDENT: _make_student(**single)} if students is None else _checked_students(students, single)
     sampler = _make_batches(train, steps_per_epoch)
     arrays: Any = train if sampler is None else sampler.first
@@ -143,7 +149,7 @@ def distill(
     if sampler is not None:
         sampler.num_classes = data.num_classes
     normalize, own = _make_normalizations(data, mean, std, teacher_mean, teacher_std)
-    teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding)
+    teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding, teacher_head)
     teachers = [Teacher(renormalize(entry.network, normalize, own), entry.variables) for entry in teachers]
     workdir = None if workdir is None else local_folder(workdir)
     with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY, folders=("tensorboard", *students)):
@@ -168,6 +174,8 @@ def distill(
             # A setting that is off is not written: an earlier version knew none.
             settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
             paths = [student_features, teacher_features, student_embedding, teacher_embedding]
+            heads = [student_head, teacher_head]
+            settings |= {} if heads == [None, None] else {"heads": heads}
             settings |= {} if own.is_same(normalize) else {"teacher_mean": own.mean, "teacher_std": own.std}
             settings |= {"mean": normalize.mean, "std": normalize.std, "paths": paths, "data": fingerprint(data)}
             settings["teacher_variables"] = None if teacher_variables is None else digest_of(teacher_variables)
@@ -182,10 +190,10 @@ def distill(
 
 
 def _make_student(
-    student, losses, optimizer, schedule, ema, student_variables, student_features, student_embedding
+    student, losses, optimizer, schedule, ema, student_variables, student_features, student_embedding, student_head
 ) -> Student:
     """Returns the student of a call with one; raises UserError without losses and an optimizer."""
-    network = as_network(student, student_features, student_embedding)
+    network = as_network(student, student_features, student_embedding, student_head)
     if losses is None or optimizer is None:
         raise UserError("a student needs losses and an optimizer, such as losses={'kd': 0.9}, optimizer=optax.sgd(0.1)")
     return Student(network, losses, optimizer, schedule, ema, student_variables)
@@ -231,11 +239,11 @@ def _make_normalize(data: ImageDataset, mean: Sequence[float], std: Sequence[flo
     return Normalize(tuple(map(float, mean)), tuple(map(float, std))).checked(data.image_shape[-1], name)
 
 
-def _make_teachers(teacher, variables, features, embedding):
+def _make_teachers(teacher, variables, features, embedding, head):
     """Returns the teachers, at most one; raises UserError for one without variables."""
     if teacher is None:
         return []
-    network = as_network(teacher, features, embedding)
+    network = as_network(teacher, features, embedding, head)
     variables = network.variables if variables is None else variables
     if variables is None:
         raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")

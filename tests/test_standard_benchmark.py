@@ -21,6 +21,7 @@ from cskd_jax.models import create_model
 from cskd_jax.runs import build, schema
 from cskd_jax.runs.build import make_network, make_trainer
 from cskd_jax.runs.recipes import load_recipe, load_sources
+from cskd_jax.training.layers import layers_of
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
@@ -187,21 +188,24 @@ def test_pairs_that_were_not_published_and_networks_by_their_own_names():
 
 
 def outputs_of(pair, batch=8):
-    """Shapes of the outputs of teacher and student."""
+    """Shapes of the outputs of teacher and student, and of their layers that losses read."""
     config, key = cell(pair, "kd"), jax.ShapeDtypeStruct((2,), jnp.uint32)
     networks = [make_network(settings, 100, "float32") for settings in (config.teacher, config.student)]
-    outputs = [jax.eval_shape(init_network, network, key, (32, 32, 3))[1] for network in networks]
-    return [jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), output) for output in outputs]
+    found = [jax.eval_shape(init_network, network, key, (32, 32, 3)) for network in networks]
+    outputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), [output for _, output in found]
+    )
+    return *outputs, *(layers_of(network, variables) for network, (variables, _) in zip(networks, found, strict=True))
 
 
 # Methods that pair stages one to one, which a teacher of three stages and a student of four do not allow.
-OF_PAIRED_STAGES = {"ab", "at", "fitnet", "fsp", "nst", "reviewkd", "vid"}
+OF_PAIRED_STAGES = {"ab", "at", "fitnet", "fsp", "nst", "ofd", "reviewkd", "vid"}
 
 
 @functools.cache
 def trace(method, losses, shapes):
     """Fails unless the losses of a method take outputs of these shapes; many pairs have the same."""
-    teacher, student = shapes
+    teacher, student, teacher_layers, student_layers = shapes
     labels, key = jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
     objective = Objective.create(json.loads(losses), num_classes=100, num_examples=50_000)
 
@@ -209,22 +213,29 @@ def trace(method, losses, shapes):
         params, memory = objective.init(key, inputs)
         return objective(params, memory, inputs, jnp.int32(0))[0]
 
-    assert jax.eval_shape(loss, key, LossInputs(student, teacher, labels, labels, key)).shape == (), method
+    layers = {
+        "student_head": student_layers.head,
+        "teacher_head": teacher_layers.head,
+        "teacher_norms": teacher_layers.norms,
+    }
+    inputs = LossInputs(student, teacher, labels, labels, key, **layers)
+    assert jax.eval_shape(loss, key, inputs).shape == (), method
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_method_with_every_pair(pair):
-    teacher, student = outputs_of(pair)
+    shapes = outputs_of(pair)
+    teacher, student, *_ = shapes
     unequal = len(teacher.features) != len(student.features)
     assert unequal == (pair == "wrn_40_2/mobilenet_v2")
     for method in METHODS:
         losses = cell(pair, method).losses.to_json()
         if unequal and method in OF_PAIRED_STAGES:
             with pytest.raises(ValueError, match="student has 4 stages and teacher 3"):
-                trace(method, losses, (teacher, student))
+                trace(method, losses, shapes)
         else:
-            trace(method, losses, (teacher, student))
+            trace(method, losses, shapes)
 
 
 # Pairs of the shallowest networks, which compile fastest: of three and of four stages, and with last maps of two sizes.

@@ -103,12 +103,12 @@ class Devices:
         return jax.pmap(teacher_pass, axis_name=AXIS, devices=self._devices, **axes)
 
     def map_train_step(self, step: Callable) -> Callable:
-        """Maps `(state, batch, key) -> (state, metrics)` over the devices.
+        """Maps `(state, batch, key, teacher_layers) -> (state, metrics)` over the devices.
 
-        State and key are the same on all devices and stay whole arrays; the batch is `shard`ed. The state is donated:
-        its buffers become those of the new state.
+        All but the batch is the same on all devices and stays whole arrays; the batch is `shard`ed. The state is
+        donated: its buffers become those of the new state.
         """
-        axes = {"in_axes": (None, 0, None), "out_axes": (None, None)}
+        axes = {"in_axes": (None, 0, None, None), "out_axes": (None, None)}
         return jax.pmap(step, axis_name=AXIS, devices=self._devices, donate_argnums=(0,), **axes)
 
     def map_eval_step(self, step: Callable) -> Callable:

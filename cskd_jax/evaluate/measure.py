@@ -16,6 +16,7 @@ from cskd_jax.errors import printable
 from cskd_jax.models import count_parameters
 from cskd_jax.runs.build import TrainedNetwork, make_evaluation, make_normalize
 from cskd_jax.runs.results import describe_dataset, read_versions
+from cskd_jax.training.prediction import parameters_of
 
 FLOPS_MEANING = (
     "floating-point operations of one image in evaluation mode, from XLA's cost analysis of the program before the "
@@ -84,7 +85,7 @@ def evaluate(
         "width": saved.record.network["width"],
         "step": saved.step,
         "finished": saved.record.finished,
-        "parameters": count_parameters(saved.variables["params"]),
+        "parameters": count_parameters(parameters_of(saved.variables)),
         "flops_per_image": analysis["flops"] / config.batch_size,
         "latency_ms": latencies,
         **values,

@@ -18,6 +18,7 @@ DIR then holds
   the network as torchvision, the code of Chen et al. 2020 (https://github.com/xeanzheng/CSKD) or that of Tian et al.
   2020 (https://github.com/HobbitLong/RepDistiller) defines it. That network takes images [B, C, H, W] that are scaled
   to [0, 1] and normalized by the mean and deviation of network.json;
+  It is left out where a method predicts in the place of the network (simkd), which PyTorch's network does not do;
 - network.jax_export: the network in evaluation mode, normalization included, from uint8 images [B, H, W, C] of any
   number B to logits [B, number of classes]. In an environment with only jax and flatbuffers:
       network = jax.export.deserialize(bytearray(open(PATH, "rb").read()))
@@ -70,6 +71,13 @@ def _run(argv):
     from cskd_jax.models import count_parameters, create_model
     from cskd_jax.training.adapters import LinenNetwork
     from cskd_jax.training.checkpoint import FOLDER, load_variables
+    from cskd_jax.training.prediction import (
+        PredictingModule,
+        PredictingNetwork,
+        parameters_of,
+        restore_prediction,
+        without_prediction,
+    )
     from cskd_jax.training.state import check_variables
 
     has_phases = not (arguments.workdir / FOLDER).is_dir()
@@ -80,9 +88,17 @@ def _run(argv):
     images = _images(arguments, record)
     classes = saved.num_classes
     module = create_model(**network, num_classes=classes)
-    check_variables(LinenNetwork(module), variables, (*images["size"], record.channels), str(path))
-    function = export_function(module, variables, record.channels, **images)
-    state_dict = to_torch(module, variables, batches=saved.step)
+    network_of_module = LinenNetwork(module)
+    check_variables(network_of_module, without_prediction(variables), (*images["size"], record.channels), str(path))
+    predicting = restore_prediction(network_of_module, variables, record, str(path))
+    files = {}
+    if isinstance(predicting, PredictingNetwork):
+        files[FUNCTION] = export_function(PredictingModule(predicting), variables, record.channels, **images)
+    else:
+        files[FUNCTION] = export_function(module, variables, record.channels, **images)
+        # Readers of such files for PyTorch look for the entry "format".
+        state_dict = to_torch(module, variables, batches=saved.step)
+        files[WEIGHTS] = safetensors.numpy.save(state_dict, metadata={"format": "pt"})
     description = {
         **network,
         "num_classes": classes,
@@ -93,15 +109,14 @@ def _run(argv):
         "finished": record.finished,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    # Readers of such files for PyTorch look for this entry.
-    write_bytes(arguments.out / WEIGHTS, safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
-    write_bytes(arguments.out / FUNCTION, function)
+    for name, content in files.items():
+        write_bytes(arguments.out / name, content)
     write_json(arguments.out / DESCRIPTION, description)
     trained = "" if record.finished else ", not trained to its end"
     print(
         f"{record.describe_network()}, "
-        f"{count_parameters(variables['params']):,} parameters, step {saved.step}{trained}: "
-        f"{', '.join(str(arguments.out / name) for name in (WEIGHTS, FUNCTION, DESCRIPTION))}"
+        f"{count_parameters(parameters_of(variables)):,} parameters, step {saved.step}{trained}: "
+        f"{', '.join(str(arguments.out / name) for name in (*files, DESCRIPTION))}"
     )
 
 

@@ -7,7 +7,7 @@ the outputs of student and teacher. Their fields are the hyper-parameters that `
 from cskd_jax.losses._batch import batch_positions, gather_batch, sum_batch
 from cskd_jax.losses.activation_boundary import ActivationBoundary, activation_boundary_loss
 from cskd_jax.losses.attention import AttentionTransfer, attention_map, attention_transfer_loss
-from cskd_jax.losses.base import LossInputs, Method
+from cskd_jax.losses.base import Head, LossInputs, Method, Norm
 from cskd_jax.losses.binary import BinaryCrossEntropy, BinaryKD, binary_cross_entropy_loss, binary_kd_loss
 from cskd_jax.losses.category import (
     CategoryIndex,
@@ -33,10 +33,15 @@ from cskd_jax.losses.kdgan import KDGAN, kdgan_loss
 from cskd_jax.losses.logits import KD, CrossEntropy, MSELogits, cross_entropy_loss, kd_loss, mse_logits_loss
 from cskd_jax.losses.multilabel import MultilabelCategoryStructure, multilabel_category_structure_loss
 from cskd_jax.losses.nst import NeuronSelectivityTransfer, nst_loss
+from cskd_jax.losses.ofa import OFA, ofa_loss
+from cskd_jax.losses.ofd import OFD, ofd_loss, ofd_margin
 from cskd_jax.losses.pkt import PKT, pkt_loss
 from cskd_jax.losses.review import ReviewKD, hierarchical_context_loss
 from cskd_jax.losses.rkd import RKD, rkd_loss
+from cskd_jax.losses.sdd import SDDDKD, SDDKD, SDDNKD, region_logits, region_weights, sdd_loss
 from cskd_jax.losses.similarity import SimilarityPreserving, similarity_preserving_loss
+from cskd_jax.losses.simkd import SimKD
+from cskd_jax.losses.srrl import SRRL, srrl_loss
 from cskd_jax.losses.standardization import StandardizedKD, standardized_kd_loss
 from cskd_jax.losses.vid import VID, vid_loss
 
@@ -44,8 +49,10 @@ __all__ = [
     "LOSSES",
     "CategoryIndex",
     "ContrastMemory",
+    "Head",
     "LossInputs",
     "Method",
+    "Norm",
     "RunningCenters",
     "activation_boundary_loss",
     "attention_map",
@@ -76,10 +83,17 @@ __all__ = [
     "mse_logits_loss",
     "multilabel_category_structure_loss",
     "nst_loss",
+    "ofa_loss",
+    "ofd_loss",
+    "ofd_margin",
     "pkt_loss",
+    "region_logits",
+    "region_weights",
     "rkd_loss",
     "running_category_structure_loss",
+    "sdd_loss",
     "similarity_preserving_loss",
+    "srrl_loss",
     "standardized_kd_loss",
     "sum_batch",
     "vid_loss",
@@ -107,9 +121,16 @@ LOSSES: dict[str, type[Method]] = {
     "mse_logits": MSELogits,
     "multilabel_category_structure": MultilabelCategoryStructure,
     "nst": NeuronSelectivityTransfer,
+    "ofa": OFA,
+    "ofd": OFD,
     "pkt": PKT,
     "reviewkd": ReviewKD,
     "rkd": RKD,
+    "sdd_dkd": SDDDKD,
+    "sdd_kd": SDDKD,
+    "sdd_nkd": SDDNKD,
+    "simkd": SimKD,
     "sp": SimilarityPreserving,
+    "srrl": SRRL,
     "vid": VID,
 }

@@ -1,6 +1,6 @@
 """Layers that methods train beside the student, to bring its maps to the teacher's channels.
 
-They are used in training only: they normalize by the statistics of the batch and keep no running averages.
+Most are used in training only: they normalize by the statistics of the batch and keep no running averages.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,18 @@ class Pointwise(nn.Module):
     Attributes:
       features: Number of output channels.
       use_bias: Whether to add a bias, which starts at 0.
+      kernel_init: Initializer of the kernel.
     """
 
     features: int
     use_bias: bool = False
+    kernel_init: Callable = torch_uniform
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., D] to [..., features]."""
         dtype = np.promote_types(x.dtype, np.float32)
-        kernel = self.param("kernel", torch_uniform, (x.shape[-1], self.features), dtype)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), dtype)
         x = x.astype(dtype) @ kernel
         if self.use_bias:
             x += self.param("bias", nn.initializers.zeros, (self.features,), dtype)
@@ -70,19 +72,37 @@ class Normalization(nn.Module):
     Attributes:
       axis_name: Name of the mapped axis over which the batch is split, or None.
       epsilon: Number added to the variance.
+      running: Whether the collection "memory" holds running averages of mean and variance, which a call without
+        `train` normalizes by. As in PyTorch, their momentum is 0.1 and the averaged variance is the unbiased one.
     """
 
     axis_name: str | None = None
     epsilon: float = 1e-5
+    running: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = True) -> jax.Array:
         """Normalizes x [B, H, W, D]."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), x.dtype)
-        mean = self._global(jnp.mean(x, axis=(0, 1, 2)))
-        variance = self._global(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
+        if not train:
+            mean, variance = (self.get_variable("memory", name) for name in ("mean", "variance"))
+        else:
+            mean = self._global(jnp.mean(x, axis=(0, 1, 2)))
+            variance = self._global(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
+            if self.running:
+                self._remember(mean, variance, x.size // x.shape[-1])
         return (x - mean) * (scale * lax.rsqrt(variance + self.epsilon)) + bias
+
+    def _remember(self, mean, variance, count):
+        """Moves the running averages toward the statistics of a batch with `count` positions on each device."""
+        count *= 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        averages = self.variable("memory", "mean", jnp.zeros_like, mean)
+        variances = self.variable("memory", "variance", jnp.ones_like, variance)
+        if not self.is_initializing():
+            averages.value = 0.9 * averages.value + 0.1 * lax.stop_gradient(mean)
+            unbiased = lax.stop_gradient(variance) * (count / max(count - 1, 1))
+            variances.value = 0.9 * variances.value + 0.1 * unbiased
 
     def _global(self, mean):
         return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
@@ -96,18 +116,44 @@ class Connector(nn.Module):
       kernel_size: Side of the square kernel.
       axis_name: Name of the mapped axis over which the batch is split, or None.
       kernel_init: Initializer of the kernel.
+      running: Whether running averages are kept, see `Normalization`.
     """
 
     features: int
     kernel_size: int = 1
     axis_name: str | None = None
     kernel_init: Callable = torch_uniform
+    running: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = True) -> jax.Array:
         """Maps x [B, H, W, D] to [B, H, W, features]."""
         x = Convolution(self.features, self.kernel_size, self.kernel_init, name="convolution")(x)
-        return Normalization(self.axis_name, name="normalization")(x)
+        return Normalization(self.axis_name, running=self.running, name="normalization")(x, train=train)
+
+
+class Projector(nn.Module):
+    """A `Connector` 1x1 to fewer channels, one of 3x3 and one of 1x1, each followed by a ReLU.
+
+    Attributes:
+      hidden: Number of channels between the connectors.
+      features: Number of output channels.
+      axis_name: Name of the mapped axis over which the batch is split, or None.
+      running: Whether running averages are kept, see `Normalization`.
+    """
+
+    hidden: int
+    features: int
+    axis_name: str | None = None
+    running: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = True) -> jax.Array:
+        """Maps x [B, H, W, D] to [B, H, W, features]."""
+        for layer, (width, size) in enumerate(((self.hidden, 1), (self.hidden, 3), (self.features, 1)), start=1):
+            connector = Connector(width, size, self.axis_name, running=self.running, name=f"layer{layer}")
+            x = nn.relu(connector(x, train=train))
+        return x
 
 
 class Regressor(nn.Module):

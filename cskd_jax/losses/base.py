@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 import jax
 from flax import linen as nn
 
+from cskd_jax.losses._checks import at_least_float32
+
 # Types of the settings of a loss, for which a plain float (at least 0) or int (at least 0) allows too much.
 Positive = Annotated[float, "greater than 0"]
 Fraction = Annotated[float, "in [0, 1)"]
@@ -47,6 +49,44 @@ class NetworkOutput(Protocol):
         ...
 
 
+class Head(NamedTuple):
+    """The classifier of a network, a linear layer on the pooled last map.
+
+    Attributes:
+      kernel: Weights, [D, C].
+      bias: Biases, [C].
+    """
+
+    kernel: jax.Array
+    bias: jax.Array
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Returns the logits [..., C] of pooled features [..., D], in at least float32."""
+        self.check(features.shape[-1])
+        kernel, bias = at_least_float32(self.kernel), at_least_float32(self.bias)
+        return at_least_float32(features).astype(kernel.dtype) @ kernel + bias
+
+    def check(self, channels: int) -> None:
+        """Raises ValueError unless the classifier takes the means of the channels of a map."""
+        if channels != self.kernel.shape[0]:
+            raise ValueError(
+                f"a loss applies a classifier of {self.kernel.shape[0]} features to a map of {channels} channels; it "
+                "must be the linear layer that follows the mean over the positions of that map"
+            )
+
+
+class Norm(NamedTuple):
+    """The scale and the offset of a batch normalization, in evaluation and in training mode.
+
+    Attributes:
+      scale: Factor of the normalized map, [D].
+      bias: Offset, [D].
+    """
+
+    scale: jax.Array
+    bias: jax.Array
+
+
 class FirstPhase(NamedTuple):
     """How a method trains in a first phase of its own, in which no other loss is on.
 
@@ -71,6 +111,10 @@ class LossInputs(NamedTuple):
       labels: Labels, int32 [B], or float32 [B, C] where images have several classes (multi-label).
       indices: Positions of the samples in the training split, int32 [B]; None where the batch does not carry them.
       key: Key of the random draws of this step, the same on all devices; None where nothing is drawn.
+      student_head: Classifier of the student, which is differentiated; None where a network does not give it.
+      teacher_head: Classifier of the teacher, which is not differentiated; None likewise.
+      teacher_norms: Batch normalizations before the last ReLU of each stage of the teacher, whose outputs (on their
+        branch, if it is a residual one) make its preactivations; None likewise.
     """
 
     student: NetworkOutput
@@ -78,6 +122,9 @@ class LossInputs(NamedTuple):
     labels: jax.Array
     indices: jax.Array | None = None
     key: jax.Array | None = None
+    student_head: Head | Any = None
+    teacher_head: Head | Any = None
+    teacher_norms: tuple[Norm, ...] | Any = None
 
 
 class Method(nn.Module):
@@ -102,6 +149,7 @@ class Method(nn.Module):
       baseline: Whether a student that distills by this loss alone, beside losses of the labels, is one that other
         methods are compared with.
       parts: Parts of the loss whose contributions are studied apart: {name: the setting with its weight}.
+      predicts: Whether the method replaces the prediction of the student by that of `predict`.
       version: Version of the formula. It is raised when the same settings lead to other values than before, so that no
         run that was begun with the old formula is continued with the new one.
       first_phase: How the method trains in a first phase of its own; None if it has none.
@@ -114,6 +162,7 @@ class Method(nn.Module):
     multilabel: ClassVar[bool | None] = None
     baseline: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, str]] = {}
+    predicts: ClassVar[bool] = False
     version: ClassVar[int] = 1
     first_phase: ClassVar[FirstPhase | None] = None
 
@@ -121,3 +170,11 @@ class Method(nn.Module):
     def frozen(self) -> tuple[str, ...]:
         """Returns the names of its parameters that neither train nor decay under its present settings."""
         return ()
+
+    def predict(self, student: NetworkOutput) -> jax.Array:
+        """Returns the logits [B, C] by which a student of this method predicts, if `predicts` is set.
+
+        It reads the outputs of the student in evaluation mode, and the variables of the method, which checkpoints keep
+        beside those of the student; no teacher is needed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not predict")

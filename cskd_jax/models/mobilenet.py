@@ -70,6 +70,11 @@ class MobileNetV2(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
+    @property
+    def preactivation_norms(self) -> tuple[str, ...]:
+        """Returns the paths of the batch normalizations that end the stages, before the shortcut is added."""
+        return tuple(f"stage{stage}_block{len(blocks)}/project" for stage, blocks in enumerate(_STAGES, start=1))
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with four stage maps."""

@@ -124,6 +124,12 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
+    @property
+    def preactivation_norms(self) -> tuple[str, ...]:
+        """Returns the paths of the batch normalizations that end the stages, before the shortcut is added."""
+        last = "conv3" if self.block is Bottleneck else "conv2"
+        return tuple(f"stage{stage}_block{blocks}/{last}" for stage, blocks in enumerate(self.stage_sizes, start=1))
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with a map for each stage."""

@@ -38,6 +38,11 @@ class VGG(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
+    @property
+    def preactivation_norms(self) -> tuple[str, ...]:
+        """Returns the paths of the batch normalizations that end the stages."""
+        return tuple(f"stage{stage}_conv{layers}" for stage, layers in enumerate(self.stage_sizes, start=1))
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with four stage maps.

@@ -42,6 +42,12 @@ class WideResNet(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
+    @property
+    def preactivation_norms(self) -> tuple[str, ...]:
+        """Returns the paths of the batch normalizations of the sums at the ends of the stages."""
+        following = tuple(f"stage{stage}_block1_norm" for stage in range(2, len(self.stage_widths) + 1))
+        return (*following, "norm")
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with three stage maps."""

@@ -14,7 +14,9 @@ from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.results import RESULTS
 from cskd_jax.runs.run import train
 from cskd_jax.runs.workdir import default_workdir
+from cskd_jax.training.adapters import as_network
 from cskd_jax.training.checkpoint import load_variables
+from cskd_jax.training.prediction import PredictingModule, PredictingNetwork, restore_prediction
 
 
 class LoadedRun(NamedTuple):
@@ -22,7 +24,8 @@ class LoadedRun(NamedTuple):
 
     Attributes:
       network: The student, a linen module: `network.apply(variables, images, train=False)`, for images that are
-        normalized as those of the run.
+        normalized as those of the run. Of a method that replaces the prediction of the student, such as simkd, it
+        predicts as that method does.
       variables: Its variables, numpy arrays.
       results: Content of results.json; empty if the run is not done.
     """
@@ -82,5 +85,8 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
         except UserError as error:
             raise UserError(f"{workdir}: {error}: give student=") from None
         student = create_model(**network, num_classes=saved.num_classes)
+    predicting = restore_prediction(as_network(student), saved.variables, saved.record, str(workdir))
+    if isinstance(predicting, PredictingNetwork):
+        student = PredictingModule(predicting)
     results = workdir / RESULTS
     return LoadedRun(student, saved.variables, read_json(results) if results.exists() else {})

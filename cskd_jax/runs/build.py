@@ -40,6 +40,7 @@ from cskd_jax.training.optimizers import (
     sgd,
 )
 from cskd_jax.training.phases import Phase
+from cskd_jax.training.prediction import restore_prediction, without_prediction
 from cskd_jax.training.state import check_variables
 from cskd_jax.training.trainer import Student, Teacher, Trainer
 
@@ -190,7 +191,8 @@ def _fitting_network(source, saved, config, dataset):
     """Returns the network of a checkpoint, which takes images as the configuration normalizes them."""
     own = check_fits(source, saved, dataset)
     network = make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
-    check_variables(network, saved.variables, dataset.image_shape, source)
+    check_variables(network, without_prediction(saved.variables), dataset.image_shape, source)
+    network = restore_prediction(network, saved.variables, saved.record, source)
     return renormalize(network, make_normalize(config), own)
 
 

@@ -18,6 +18,7 @@ from cskd_jax.inputs import is_count, is_map, is_number, is_optional, is_text, r
 from cskd_jax.models import count_parameters
 from cskd_jax.runs import schema
 from cskd_jax.training.metrics import Task, task_that_measured
+from cskd_jax.training.prediction import parameters_of
 from cskd_jax.training.trainer import Result
 
 _logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
     return {
         "model": network["name"],
         "width": network.get("width"),
-        "parameters": count_parameters(variables["params"]),
+        "parameters": count_parameters(parameters_of(variables)),
         "images_per_second": None,
         **evaluations,
     }

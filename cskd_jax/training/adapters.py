@@ -30,6 +30,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from cskd_jax.models import ModelOutput
+from cskd_jax.training.layers import CLASSIFIER
 from cskd_jax.training.networks import Network, Variables, as_output, make_rngs
 
 # The names of the argument of `__call__` that asks for training mode, and the value that does.
@@ -56,6 +57,7 @@ class LinenNetwork:
         `make_rng` draws from "params" instead; one that asks `has_rng`, or splits a stream, needs its name here.
       trainable: Function from the path of a parameter to whether it trains. Submodules none of whose parameters train
         are in evaluation mode if they get their training flag by keyword. None leaves all in training mode.
+      head: Path of the classifier, a linear layer on the pooled last map, for losses that read it.
     """
 
     module: nn.Module
@@ -63,6 +65,7 @@ class LinenNetwork:
     embedding: str | None = None
     streams: tuple[str, ...] = ("dropout",)
     trainable: Callable[[tuple[str, ...]], bool] | None = None
+    head: str = CLASSIFIER
 
     @property
     def variables(self) -> None:
@@ -78,6 +81,11 @@ class LinenNetwork:
     def draws_by_position(self) -> bool:
         """Returns whether the module draws random numbers by the positions of samples in the global batch."""
         return getattr(self.module, "draws_by_position", False)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Returns the paths of the batch normalizations before the last ReLU of each stage; empty if not known."""
+        return getattr(self.module, "preactivation_norms", ())
 
     def on_axis(self, axis_name: str | None) -> "LinenNetwork":
         """Returns the network for a batch that is split over a mapped axis; None for a whole batch."""
@@ -175,10 +183,13 @@ class FunctionNetwork:
     Attributes:
       function: The function.
       variables: Variables that training starts from; None if they are given separately, as `student_variables`.
+      head: Path among the parameters of the classifier, a linear layer on the pooled last map, for losses that read
+        it.
     """
 
     function: Callable[..., Any]
     variables: Variables | None = None
+    head: str = CLASSIFIER
 
     synchronized = False
 
@@ -213,22 +224,27 @@ class FunctionNetwork:
         return hash(self.function)
 
 
-def as_network(module: Any, features: Sequence[str] = (), embedding: str | None = None) -> Network:
+def as_network(
+    module: Any, features: Sequence[str] = (), embedding: str | None = None, head: str | None = None
+) -> Network:
     """Returns a module as a `Network`.
 
     Args:
       module: A linen module, an nnx module, a function, or a `Network`; see the top of this file.
       features: Paths of the features of a linen module, as in `LinenNetwork`.
       embedding: Path of the embedding of a linen module, as in `LinenNetwork`.
+      head: Path of the classifier among the parameters, for losses that read it; None for "classifier", or for that of
+        a `Network`.
 
     Raises:
       TypeError: The module is none of these, or paths are given for a network that is not a linen module.
     """
+    heads = {} if head is None else {"head": head}
     if isinstance(module, nn.Module):
-        return LinenNetwork(module, tuple(features), embedding)
+        return LinenNetwork(module, tuple(features), embedding, **heads)
     if isinstance(module, LinenNetwork):
         changes = {"features": tuple(features), "embedding": embedding} if features or embedding else {}
-        return dataclasses.replace(module, **changes)
+        return dataclasses.replace(module, **changes, **heads)
     kind = module.__name__ if isinstance(module, type) else type(module).__name__
     if features or embedding:
         raise TypeError(f"features are taken by path from a flax.linen.Module only; got {kind}")
@@ -238,11 +254,15 @@ def as_network(module: Any, features: Sequence[str] = (), embedding: str | None 
     if "flax.nnx" in sys.modules and isinstance(module, sys.modules["flax.nnx"].Module):
         from cskd_jax.training.nnx_adapter import NnxNetwork
 
-        return NnxNetwork(module)
+        return NnxNetwork(module, **heads)
+    if isinstance(module, FunctionNetwork):
+        return dataclasses.replace(module, **heads)
     if isinstance(module, Network):
+        if heads:
+            raise TypeError(f"a {kind} names its classifier itself, by an attribute `head`")
         return module
     if callable(module):
-        return FunctionNetwork(module)
+        return FunctionNetwork(module, **heads)
     raise TypeError(f"a network must be a flax.linen.Module, a flax.nnx.Module, a function or a Network; got {kind}")
 
 

@@ -32,6 +32,7 @@ from cskd_jax.errors import InterruptedRun, UserError, one_line
 from cskd_jax.files import write_json
 from cskd_jax.inputs import MAX_JSON, is_count, is_list, is_map, is_number, is_optional, is_text, read_json, unsound
 from cskd_jax.training.arrays import digest_array, digest_json, flatten, unflatten, upgrade
+from cskd_jax.training.prediction import is_prediction, prediction_of
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Record:
       multilabel: Whether an image has any number of classes.
       images: {"size": (H, W), "mean", "std"} of the training images, as far as they are known.
       method: Name of the method that trained it.
+      prediction: {"loss", "settings"} of the loss by which it predicts; empty where its own logits are the prediction.
       finished: Whether it was trained to the end.
       progress: Fields of `callbacks.Progress`.
     """
@@ -67,6 +69,7 @@ class Record:
     multilabel: bool = False
     images: dict[str, Any] = dataclasses.field(default_factory=dict)
     method: str = ""
+    prediction: dict[str, Any] = dataclasses.field(default_factory=dict)
     finished: bool = False
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -123,6 +126,7 @@ _RECORD_TESTS = {
     "multilabel": lambda value: type(value) is bool,
     "images": _is_images,
     "method": is_text,
+    "prediction": is_prediction,
     "finished": lambda value: type(value) is bool,
     "progress": _is_progress,
     "version": is_count,
@@ -368,6 +372,7 @@ def _load(path):
     try:
         tree = traverse_util.unflatten_dict(arrays, sep="/")
         variables = tree.get("ema", {"params": tree["params"].get("network", {}), **tree.get("collections", {})})
+        variables |= prediction_of(tree["params"], tree.get("memory", {}), record.prediction.get("loss"))
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):  # Names that are no paths of a network.
         raise UserError(f"checkpoint {path} is damaged (its arrays are those of no network)") from None
     return Saved({"params": {}, **variables}, record, int(path.name), digest)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from cskd_jax.models import ModelOutput
+from cskd_jax.training.layers import CLASSIFIER
 from cskd_jax.training.networks import Variables, as_output
 
 
@@ -19,17 +20,20 @@ class NnxNetwork:
 
     Args:
       module: Module that is called with images [B, H, W, C] and is not modified.
+      head: Path among the parameters of the classifier, a linear layer on the pooled last map, for losses that read
+        it.
 
     Attributes:
       module: The module.
+      head: Path of the classifier.
       synchronized: False: statistics of batch normalization are those of a device's part of the batch.
       variables: The variables of the instance, {"params": ..., "batch_stats": ..., ...}.
     """
 
     synchronized = False
 
-    def __init__(self, module: nnx.Module):
-        self.module, self._graphs = module, {}
+    def __init__(self, module: nnx.Module, head: str = CLASSIFIER):
+        self.module, self.head, self._graphs = module, head, {}
         for train in (False, True):
             copy = nnx.clone(module)
             copy.train() if train else copy.eval()

@@ -7,6 +7,7 @@ import numpy as np
 
 from cskd_jax.data.augment import Normalize
 from cskd_jax.models import ModelOutput
+from cskd_jax.training.layers import CLASSIFIER
 from cskd_jax.training.networks import Network, Variables
 
 
@@ -33,6 +34,16 @@ class RenormalizedNetwork:
     def variables(self) -> Variables | None:
         """Returns the variables that come with the network."""
         return self.network.variables
+
+    @property
+    def head(self) -> str | None:
+        """Returns the path of the classifier of the network; None if it has none."""
+        return getattr(self.network, "head", CLASSIFIER)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Returns the paths of the batch normalizations before the last ReLU of each stage; empty if not known."""
+        return getattr(self.network, "norms", ())
 
     def on_axis(self, axis_name: str | None) -> "RenormalizedNetwork":
         """Returns the network for a batch that is split over a mapped axis; None for a whole batch."""

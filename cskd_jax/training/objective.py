@@ -13,6 +13,7 @@ import numpy as np
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch
 from cskd_jax.models import ModelOutput
+from cskd_jax.training.layers import Layers, guard_layers
 
 # The metrics and the columns of the history that are not losses; "accuracy" is what earlier versions called "top1".
 _RESERVED = frozenset(
@@ -131,8 +132,8 @@ class Objective:
                 memory[name] = variables["memory"]
         return params, memory
 
-    def find_reads(self, params: Any, memory: Any, inputs: LossInputs) -> ModelOutput:
-        """Returns which outputs of the teacher the losses read, found by tracing; reads only shapes.
+    def find_reads(self, params: Any, memory: Any, inputs: LossInputs) -> tuple[ModelOutput, Layers]:
+        """Returns which outputs and layers of the teacher the losses read, found by tracing; reads only shapes.
 
         Args:
           params: {name: parameters of the loss}.
@@ -140,21 +141,25 @@ class Objective:
           inputs: A batch, with a teacher.
 
         Returns:
-          A `ModelOutput` of booleans.
+          A `ModelOutput` and `Layers` of booleans.
         """
         whole = {name: (weight, loss.clone(axis_name=None)) for name, (weight, loss) in self.losses.items()}
         objective = dataclasses.replace(self, losses=whole)
         step = jax.ShapeDtypeStruct((), jnp.int32)
 
         def evaluate(teacher, inputs, params, memory, step):
-            return objective(params, memory, inputs._replace(teacher=teacher), step)
+            output, layers = teacher
+            inputs = inputs._replace(teacher=output, teacher_head=layers.head, teacher_norms=layers.norms)
+            return objective(params, memory, inputs, step)
 
-        traced = jax.make_jaxpr(evaluate)(inputs.teacher, inputs._replace(teacher=None), params, memory, step).jaxpr
+        teacher = inputs.teacher, Layers(inputs.teacher_head, inputs.teacher_norms)
+        others = inputs._replace(teacher=None, teacher_head=None, teacher_norms=None)
+        traced = jax.make_jaxpr(evaluate)(teacher, others, params, memory, step).jaxpr
         read = {x for x in traced.outvars if isinstance(x, jax.extend.core.Var)}
         for equation in reversed(traced.eqns):
             if equation.effects or read.intersection(equation.outvars):
                 read.update(x for x in equation.invars if isinstance(x, jax.extend.core.Var))
-        leaves, structure = jax.tree.flatten(inputs.teacher)
+        leaves, structure = jax.tree.flatten(teacher)
         return jax.tree.unflatten(structure, [x in read for x in traced.invars[: len(leaves)]])
 
     def __call__(
@@ -183,6 +188,19 @@ class Objective:
             if name in memory:
                 new_memory[name] = updated["memory"]
         return total, terms, new_memory
+
+    @property
+    def predictor(self) -> str | None:
+        """Returns the name of the loss that replaces the prediction of the student, or None."""
+        return next((name for name, (_, loss) in self.losses.items() if loss.predicts), None)
+
+    def predict(self, params: Mapping[str, Any], memory: Mapping[str, Any], output: ModelOutput) -> jax.Array:
+        """Returns the logits by which a student with these outputs predicts, under the memory after the batch."""
+        name = self.predictor
+        if name is None:
+            return output.logits
+        variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
+        return self.losses[name][1].apply(variables, output, method="predict")
 
     def split(self, terms: Mapping[str, jax.Array], step: jax.Array) -> tuple[Any, Any]:
         """Returns the weighted totals of the losses that need no teacher, and of those that do.
@@ -339,5 +357,8 @@ class _Outputs:
 
 
 def _guard(inputs):
-    teacher = None if inputs.teacher is None else _Outputs(inputs.teacher, "teacher")
-    return inputs._replace(student=_Outputs(inputs.student, "student"), teacher=teacher)
+    """Returns the inputs with a clear error in the place of everything that a network does not give."""
+    return guard_layers(inputs)._replace(
+        student=_Outputs(inputs.student, "student"),
+        teacher=None if inputs.teacher is None else _Outputs(inputs.teacher, "teacher"),
+    )

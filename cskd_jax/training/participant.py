@@ -149,7 +149,7 @@ class Participant:
         """Compiles in the background what the rest of the epoch, its evaluation and later phases will need."""
         number = self._part_of(self.step)
         self.programs.compile(number, self.setup.sampler.last_batch_size, pool)
-        self.evaluation_on(self._choice).compile(self.programs.states[0].averaged, pool)
+        self.evaluation_on(self._choice).compile(self.programs.variables_of(self.programs.states[0]), pool)
         for later in range(number + 1, len(self.programs.parts)):
             self.programs.compile(later, self.setup.sampler.batch_size, pool)
 
@@ -235,7 +235,7 @@ class Participant:
 
     def _evaluate(self):
         """Evaluates the epoch on the split that chooses, and returns (score, whether it is the best so far)."""
-        meter, variables = self._running_meter, self.state.averaged
+        meter, variables = self._running_meter, self.programs.variables_of(self.state)
         with self.pause("evaluating"):
             values = self.evaluation_on(self._choice)(variables)
         is_best = meter.end_epoch(self.step, self._choice, values)
@@ -261,7 +261,8 @@ class Participant:
     def _measure_test(self, meter):
         """Evaluates on the test split the best epoch, which the validation split chose, and the last epoch."""
         evaluate, best = self.evaluation_on("test"), meter.progress.evaluations["best"]["epoch"]
-        best_step, last = best * self._steps_per_epoch, (self.steps, evaluate(self.state.averaged))
+        variables = self.programs.variables_of(self.state)
+        best_step, last = best * self._steps_per_epoch, (self.steps, evaluate(variables))
         entries = {"best": last, "last": last}
         if best_step != self.steps:
             try:
@@ -276,7 +277,7 @@ class Participant:
         if split not in self._evaluations:
             data = self.setup.data
             self._evaluations[split] = Evaluation(
-                self.programs.network,
+                self.programs.predicting,
                 {"test": data.test, "train": data.train, "validation": data.validation}[split],
                 data.num_classes,
                 normalize=self.setup.normalize,

@@ -17,9 +17,11 @@ from cskd_jax.distributed.devices import AXIS, lower
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.training.adapters import LinenNetwork
+from cskd_jax.training.layers import NO_LAYERS, Layers, layers_of
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.phases import Part
+from cskd_jax.training.prediction import predicting, variables_of
 from cskd_jax.training.setup import Setup
 from cskd_jax.training.state import (
     TrainState,
@@ -43,6 +45,7 @@ class TeacherPass:
 
     Attributes:
       outputs: Shapes of the outputs of the teacher for two images; None without a teacher.
+      layers: Shapes of the layers of the teacher that losses may read.
 
     Raises:
       UserError: The teacher cannot be applied to the images.
@@ -53,7 +56,7 @@ class TeacherPass:
         self._teacher = None if teacher is None else teacher.on_axis(AXIS)
         self._key = jax.random.split(setup.key)[1]
         self._compiled: dict[int, Future] = {}
-        self._variables, self.outputs = None, None
+        self._variables, self.outputs, self.layers = None, None, NO_LAYERS
         with _one_line("teacher"):
             if self._teacher is not None:
                 self._trace(self._teacher, variables)
@@ -71,11 +74,16 @@ class TeacherPass:
         else:
             self._variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
             self.outputs = jax.eval_shape(functools.partial(output_of, teacher, shape), variables)
+        self.layers = jax.eval_shape(self.layers_of, self._variables)
         for x in jax.tree.leaves(self.outputs):
             if x.shape[:1] != (2,):
                 raise ValueError(
                     f"an output of the teacher has shape {x.shape} for two images; the first axis must be the image"
                 )
+
+    def layers_of(self, variables: Variables) -> Layers:
+        """Returns the layers of the teacher that losses may read."""
+        return NO_LAYERS if self._teacher is None else layers_of(self._teacher, variables)
 
     def example(self, rows: int, reads: Any) -> dict[str, Any]:
         """Returns zeros in the place of what the pass returns for that many rows; see `select_outputs`."""
@@ -139,10 +147,12 @@ class Programs:
 
     Attributes:
       network: The network for a batch that is split over the devices.
+      predicting: The network as it is evaluated, by the prediction of a loss if one replaces its own.
       parts: The phases.
       states: Shapes and dtypes of the state in each phase.
       lowered: The traced step of each phase for whole batches.
       reads: Outputs of the teacher that a loss reads, a `ModelOutput` of booleans; None where no loss reads any.
+      layer_reads: Layers of the teacher that a loss reads, `Layers` of booleans.
 
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
@@ -161,6 +171,12 @@ class Programs:
     ):
         self.network, self.parts, self._setup, self._variables = network.on_axis(AXIS), parts, setup, variables
         self._teacher_pass = teacher_pass
+        self.predicting = predicting(self.network, parts[-1].objective)
+        if ema is not None and self.predicting is not self.network:
+            raise UserError(
+                f"{name}: losses.{parts[-1].objective.predictor} predicts by parameters of its own, of which no moving "
+                "average is kept: leave out the ema"
+            )
         # One key for the weights, one for the rest.
         self._init_key, self._key = jax.random.split(setup.key)
         self._compiled: dict[tuple[int, int], Future] = {}
@@ -170,7 +186,10 @@ class Programs:
         with _one_line(name):
             student_output = self._trace_student()
             self._lower_state(teacher_output, ema is not None)
-            self.reads = None if teacher_output is None else self._find_reads(student_output, teacher_output)
+            self.reads, self.layer_reads = None, NO_LAYERS
+            if teacher_output is not None:
+                self.reads, self.layer_reads = self._find_reads(student_output, teacher_output)
+            self._teacher_layers: Any = None
             self._steps = [self._make_step(part, ema) for part in parts]
             size = setup.sampler.batch_size
             self.lowered = [self._lower_step(number, size) for number in range(len(parts))]
@@ -196,6 +215,7 @@ class Programs:
                 self._label,
                 variables,
                 ema,
+                self._teacher_pass.layers,
             )
 
         self._lowered_state = jax.jit(new_state).lower(self._variables)
@@ -220,9 +240,17 @@ class Programs:
         return output
 
     def _find_reads(self, student_output, teacher_output):
-        """Returns which outputs of the teacher a loss of any phase reads."""
-        inputs: LossInputs = example_inputs(student_output, teacher_output, self._label, self._init_key)
-        params, memory = self.states[0].params["losses"], self.states[0].memory
+        """Returns which outputs and layers of the teacher a loss of any phase reads."""
+        state = self.states[0]
+        inputs: LossInputs = example_inputs(
+            student_output,
+            teacher_output,
+            self._label,
+            self._init_key,
+            student_head=layers_of(self.network, state.variables).head,
+            layers=self._teacher_pass.layers,
+        )
+        params, memory = state.params["losses"], state.memory
         reads = [part.objective.find_reads(params, memory, inputs) for part in self.parts]
         return jax.tree.map(lambda *found: any(found), *reads)
 
@@ -251,7 +279,12 @@ class Programs:
             "label": np.zeros((rows, *labels.shape[1:]), labels.dtype),
             "index": np.zeros(rows, np.int32),
         }
-        return lower(self._steps[number], self.states[number], devices.shard(batch), self._key)
+        layers = self._select_layers(self._teacher_pass.layers)
+        return lower(self._steps[number], self.states[number], devices.shard(batch), self._key, layers)
+
+    def _select_layers(self, layers):
+        """Returns the layers of the teacher that a loss reads; None if it reads none."""
+        return select_outputs(layers, self.layer_reads) if any(jax.tree.leaves(self.layer_reads)) else None
 
     def compile(self, number: int, size: int, pool: Executor) -> None:
         """Compiles the step of a phase for a global batch of `size`, likewise."""
@@ -285,10 +318,19 @@ class Programs:
         """Returns the compiled step of a phase for a global batch of `size`, waiting for it."""
         return self._compiled[number, size].result()
 
+    def variables_of(self, state: TrainState) -> dict[str, Any]:
+        """Returns the variables of the student for use, with those of the loss by which it predicts if there is one."""
+        return variables_of(state, self.parts[-1].objective)
+
+    def take_teacher(self, variables: Variables) -> None:
+        """Keeps those layers of a teacher that a loss reads, for the steps."""
+        layers = self._select_layers(self._teacher_pass.layers_of(variables))
+        self._teacher_layers = None if layers is None else self._setup.devices.replicate(layers)
+
     def step(self, number: int, size: int, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Any]:
         """Runs the compiled step of a phase on what the teacher pass returns, with "label" and "index"."""
         teacher = None if self.reads is None else select_outputs(batch["teacher"], self.reads)
-        return self.compiled(number, size)(state, {**batch, "teacher": teacher}, self._key)
+        return self.compiled(number, size)(state, {**batch, "teacher": teacher}, self._key, self._teacher_layers)
 
     def with_fresh_optimizer(self, number: int, state: TrainState) -> TrainState:
         """Returns the state with a fresh optimizer state for a phase."""

@@ -13,6 +13,7 @@ from flax import struct, traverse_util
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
+from cskd_jax.training.layers import NO_LAYERS, Layers, layers_of
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
 
@@ -93,6 +94,7 @@ def init_state(
     label: jax.ShapeDtypeStruct = _ONE_CLASS,
     variables: Variables | None = None,
     ema: bool = False,
+    teacher_layers: Layers = NO_LAYERS,
 ) -> TrainState:
     """Returns a fresh state.
 
@@ -106,13 +108,17 @@ def init_state(
       label: Shape and dtype of the label of one image: int32 [] or float32 [K].
       variables: Variables to start from; None for fresh ones.
       ema: Whether a moving average of the variables is kept, which starts from the initial ones.
+      teacher_layers: Shapes of the layers of the teacher that losses may read.
     """
     student_key, losses_key = jax.random.split(key)
     if variables is None:
         start, student_output = init_network(student, student_key, image_shape)
     else:
         start, student_output = variables, jax.eval_shape(partial(output_of, student, image_shape), variables)
-    losses, memory = objective.init(losses_key, example_inputs(student_output, teacher_output, label, key))
+    inputs = example_inputs(
+        student_output, teacher_output, label, key, student_head=layers_of(student, start).head, layers=teacher_layers
+    )
+    losses, memory = objective.init(losses_key, inputs)
     params = {"network": start.get("params", {}), "losses": losses}
     opt_state = init_optimizer(optimizer, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, collections_of(start), opt_state, memory)
@@ -120,7 +126,13 @@ def init_state(
 
 
 def example_inputs(
-    student: ModelOutput, teacher: ModelOutput | None, label: jax.ShapeDtypeStruct, key: jax.Array
+    student: ModelOutput,
+    teacher: ModelOutput | None,
+    label: jax.ShapeDtypeStruct,
+    key: jax.Array,
+    *,
+    student_head: Any = None,
+    layers: Layers = NO_LAYERS,
 ) -> LossInputs:
     """Returns what losses see of two images, as shapes.
 
@@ -129,6 +141,8 @@ def example_inputs(
       teacher: Likewise, of the teacher; None without one.
       label: Shape and dtype of the label of one image.
       key: A key.
+      student_head: Classifier of the student, or its shapes; None if it is not known.
+      layers: Layers of the teacher that losses may read, or their shapes.
     """
     shape: Any = jax.ShapeDtypeStruct  # Shapes stand in for arrays.
     return LossInputs(
@@ -137,6 +151,9 @@ def example_inputs(
         labels=shape((2, *label.shape), label.dtype),
         indices=shape((2,), jnp.int32),
         key=shape(key.shape, key.dtype),
+        student_head=student_head,
+        teacher_head=layers.head,
+        teacher_norms=layers.norms,
     )
 
 

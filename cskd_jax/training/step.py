@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from cskd_jax.losses import LossInputs, batch_positions
+from cskd_jax.training.layers import NO_LAYERS, layers_of
 from cskd_jax.training.metrics import SINGLE_LABEL, Task
 from cskd_jax.training.networks import Network
 from cskd_jax.training.objective import Objective
@@ -78,8 +79,8 @@ def select_outputs(outputs: Any, reads: Any) -> Any:
     """Returns outputs of a network with None in the place of those that are not read.
 
     Args:
-      outputs: A `ModelOutput` of arrays, or of anything else; None stays None.
-      reads: A `ModelOutput` of booleans.
+      outputs: A `ModelOutput` or `Layers` of arrays, or of anything else; None stays None.
+      reads: The same of booleans.
     """
     return jax.tree.map(lambda read, x: x if read else None, reads, outputs, is_leaf=lambda x: x is None)
 
@@ -93,8 +94,8 @@ def make_train_step(
     task: Task = SINGLE_LABEL,
     micro_batch_size: int | None = None,
     ema: float | None = None,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns `train_step(state, batch, key) -> (state, metrics)`.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns `train_step(state, batch, key, teacher_layers) -> (state, metrics)`.
 
     Args:
       student: Network that is trained, in training mode.
@@ -111,12 +112,13 @@ def make_train_step(
     Returns:
       A pure function. `batch` is what the teacher pass returns, {"image", "teacher"}, with "label", int32 [B] or
       float32 [B, K], and, for the losses that keep a memory of the samples, "index": int32 [B], their positions in the
-      training split. `key` is the key of the run (the step is folded in here). metrics are scalars: `loss`, the terms
+      training split. `key` is the key of the run (the step is folded in here). `teacher_layers` are the `Layers` of the
+      teacher that losses read, which are no part of the batch; None by default. metrics are scalars: `loss`, the terms
       of the objective, `task.score` of the student on the batch, `gradient_norm`.
     """
     separate = isinstance(optimizer, SeparateOptimizer)
 
-    def differentiate(state, batch, draw_key):
+    def differentiate(state, batch, draw_key, teacher_layers):
         """Returns (gradients, collections, memory, metrics)."""
         labels = batch["label"]
         by_position = getattr(student, "draws_by_position", False)
@@ -126,9 +128,20 @@ def make_train_step(
             variables = {"params": params["network"], **state.collections}
             output, collections = student.apply(variables, batch["image"], train=True, key=student_key)
             loss_key = jax.random.fold_in(draw_key, _LOSSES)
-            inputs = LossInputs(output, batch.get("teacher"), labels, batch.get("index"), loss_key)
+            inputs = LossInputs(
+                output,
+                batch.get("teacher"),
+                labels,
+                batch.get("index"),
+                loss_key,
+                # From the parameters that are differentiated, so that gradients flow into it.
+                student_head=layers_of(student, variables).head,
+                teacher_head=teacher_layers.head,
+                teacher_norms=teacher_layers.norms,
+            )
             total, terms, memory = objective(params["losses"], state.memory, inputs, state.step)
-            measured = task.measure_step(output.logits, labels, axis_name)
+            predicted = objective.predict(params["losses"], memory, output)
+            measured = task.measure_step(predicted, labels, axis_name)
             kept = collections, memory, {"loss": total, **terms, **measured}
             return (SeparateGradients(*objective.split(terms, state.step)) if separate else total), kept
 
@@ -141,15 +154,16 @@ def make_train_step(
         # A later phase may use parameters that this one does not.
         return gradients, {**state.collections, **collections}, {**state.memory, **memory}, metrics
 
-    def train_step(state, batch, key):
+    def train_step(state, batch, key, teacher_layers=None):
+        teacher_layers = NO_LAYERS if teacher_layers is None else teacher_layers
         step_key = jax.random.fold_in(key, state.step)
         if micro_batch_size is None:
-            gradients, collections, memory, metrics = differentiate(state, batch, step_key)
+            gradients, collections, memory, metrics = differentiate(state, batch, step_key, teacher_layers)
         else:
 
             def differentiate_part(state, part, number):
                 part_key = jax.random.fold_in(jax.random.fold_in(step_key, _MICRO_BATCH), number)
-                return differentiate(state, part, part_key)
+                return differentiate(state, part, part_key, teacher_layers)
 
             gradients, collections, memory, metrics = _accumulate(
                 differentiate_part, state, batch, micro_batch_size, axis_name

@@ -28,6 +28,7 @@ from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.participant import Participant
 from cskd_jax.training.phases import Phase, make_parts
+from cskd_jax.training.prediction import describe_prediction
 from cskd_jax.training.programs import Programs, TeacherPass
 from cskd_jax.training.records import MetricsFiles, read_rows
 from cskd_jax.training.setup import Setup
@@ -236,6 +237,7 @@ class Trainer:
             multilabel=data.multilabel,
             images=_describe_images(data, self._setup.normalize),
             method=student.method,
+            prediction=describe_prediction(parts[-1].objective),
         )
         # Callbacks keep what belongs to one student, so each of several has copies.
         callbacks = map(copy.copy, self._setup.callbacks) if several else self._setup.callbacks
@@ -298,7 +300,8 @@ class Trainer:
             path = self._workdir / "metrics.jsonl"
             rows = processes.on_first(lambda: list(read_rows(path)))
             history = [row for row in rows if row["phase"] == name]
-        return _result(name, self.state[name].averaged, participant.progress, history)
+        variables = participant.programs.variables_of(self.state[name])
+        return _result(name, variables, participant.progress, history)
 
     def say(self, message: str) -> None:
         """Sends a line of text to the callbacks."""
@@ -320,7 +323,8 @@ class Trainer:
         """
         if name not in self.state:
             raise UserError(f"{name} has not been trained: fit trains {', '.join(self._participants)}")
-        return self.evaluation(name, split)(self._setup.devices.replicate(self.state[name].averaged))
+        variables = self.programs(name).variables_of(self.state[name])
+        return self.evaluation(name, split)(self._setup.devices.replicate(variables))
 
     def evaluation(self, name: str, split: str = "test") -> Evaluation:
         """Returns the evaluation of a student on a split; raises UserError if the split can only be read once."""

@@ -1,0 +1,132 @@
+"""The layers of a network whose variables losses read: its classifier, and the normalizations that end its stages."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cskd_jax.losses import Head, LossInputs, Norm
+from cskd_jax.training.networks import Network, Variables
+
+# Where the networks of this package, and any that name their last layer likewise, have their classifier.
+CLASSIFIER = "classifier"
+
+
+class Layers(NamedTuple):
+    """The layers of a network whose variables losses read.
+
+    Attributes:
+      head: Classifier; None where the network has none that is known.
+      norms: Batch normalizations before the last ReLU of each stage; None where the network does not tell them.
+    """
+
+    head: Any = None
+    norms: Any = None
+
+
+NO_LAYERS = Layers()
+
+
+def layers_of(network: Network, variables: Variables) -> Layers:
+    """Returns the layers of a network that losses may read.
+
+    The classifier is the linear layer at the path that the attribute `head` of the network names ("classifier" for a
+    network without that attribute); the normalizations are those at the paths of its attribute `norms`.
+
+    Args:
+      network: Network.
+      variables: Its variables, or their shapes.
+
+    Raises:
+      ValueError: There is no linear layer at a path that was given for the network.
+    """
+    params, path = variables.get("params", {}), getattr(network, "head", CLASSIFIER)
+    head = None if path is None else _head_at(params, path)
+    if head is None and path not in (None, CLASSIFIER):
+        raise ValueError(
+            f"there is no linear layer, with a kernel [features, classes], at {path!r}; the network has them at "
+            f"{', '.join(map(repr, _linear_layers(params))) or 'no path'}"
+        )
+    norms = tuple(_norm_at(params, norm) for norm in getattr(network, "norms", ()))
+    return Layers(head, norms or None)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Missing:
+    """Stands for layers that a network does not have, or that are not known; reading it raises a clear error.
+
+    Attributes:
+      message: The error.
+    """
+
+    message: str
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise ValueError(self.message)
+
+    def __call__(self, *_):
+        raise ValueError(self.message)
+
+    def __iter__(self):
+        raise ValueError(self.message)
+
+
+def _no_head(role):
+    return _Missing(
+        f"a loss reads the classifier of the {role}, which is not known: name the path of the linear layer by which "
+        f"that network predicts, such as {role}_head='Dense_0' of distill, or LinenNetwork(module, head='Dense_0')"
+    )
+
+
+_NO_NORMS = _Missing(
+    "a loss reads the batch normalizations before the last ReLU of each stage of the teacher, which that network does "
+    "not tell: ResNets, wide ResNets, VGGs and MobileNets of this package do, and any linen module with an attribute "
+    "`preactivation_norms`, a tuple of their paths"
+)
+
+
+def guard_layers(inputs: LossInputs) -> LossInputs:
+    """Returns inputs of losses in which reading a layer that is missing raises a clear error."""
+    heads = {f"{role}_head": getattr(inputs, f"{role}_head") for role in ("student", "teacher")}
+    heads = {name: _no_head(name.partition("_")[0]) if head is None else head for name, head in heads.items()}
+    return inputs._replace(
+        teacher_norms=_NO_NORMS if inputs.teacher_norms is None else inputs.teacher_norms,
+        **heads,
+    )
+
+
+def _at(params, path):
+    for name in path.split("/"):
+        params = params.get(name) if isinstance(params, Mapping) else None
+    return params
+
+
+def _head_at(params, path):
+    """Returns the linear layer at a path, or None."""
+    layer = _at(params, path)
+    kernel = layer.get("kernel") if isinstance(layer, Mapping) else None
+    if kernel is None or len(kernel.shape) != 2:
+        return None
+    bias = layer.get("bias")
+    return Head(kernel, np.zeros(kernel.shape[1], kernel.dtype) if bias is None else bias)
+
+
+def _norm_at(params, path):
+    layer = _at(params, path)
+    if not isinstance(layer, Mapping) or not {"scale", "bias"} <= layer.keys():
+        raise ValueError(f"there is no batch normalization, with scale and bias, at {path!r}")
+    return Norm(layer["scale"], layer["bias"])
+
+
+def _linear_layers(params, prefix=""):
+    """Returns the paths of all linear layers."""
+    found = []
+    for name, part in params.items() if isinstance(params, Mapping) else ():
+        path = f"{prefix}{name}"
+        found += [path] if _head_at(params, name) is not None else _linear_layers(part, f"{path}/")
+    return found

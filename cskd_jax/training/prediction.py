@@ -1,0 +1,156 @@
+"""Students that predict by a loss: `Method.predict` in the place of the logits of the network."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.errors import FlaxError
+
+from cskd_jax.errors import UserError, one_line
+from cskd_jax.inputs import is_map, is_optional, is_text, unsound
+from cskd_jax.losses import LOSSES, Method
+from cskd_jax.models import ModelOutput
+from cskd_jax.training.networks import Network, Variables
+from cskd_jax.training.objective import Objective, hyperparameters
+from cskd_jax.training.state import TrainState, output_of
+
+# The collection of a network's variables that holds those of the loss by which it predicts.
+PREDICTION = "prediction"
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictingNetwork:
+    """A `Network` for evaluation whose logits are those that a loss predicts from its outputs.
+
+    Attributes:
+      network: Network.
+      loss: Loss, whose variables are the collection "prediction" of the variables.
+    """
+
+    network: Network
+    loss: Method
+
+    # Its own classifier takes no part in its prediction.
+    head = None
+
+    @property
+    def synchronized(self) -> bool:
+        """Returns whether the network computes batch statistics from the global batch."""
+        return self.network.synchronized
+
+    @property
+    def variables(self) -> None:
+        """Returns None: the variables come from a training."""
+        return None
+
+    def on_axis(self, axis_name: str | None) -> "PredictingNetwork":
+        """Returns the network for a batch that is split over a mapped axis; None means a whole batch."""
+        return dataclasses.replace(self, network=self.network.on_axis(axis_name))
+
+    def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
+        """Raises ValueError, because the loss learns what it predicts by in a training."""
+        raise ValueError("a network that predicts by a loss has variables from a training only")
+
+    def apply(
+        self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[ModelOutput, Variables]:
+        """Returns the outputs for images [B, H, W, C] in evaluation mode, and no updated collections.
+
+        Raises:
+          ValueError: Training mode is asked for.
+        """
+        del key
+        if train:
+            raise ValueError("a network that predicts by a loss is for evaluation only")
+        output, _ = self.network.apply(without_prediction(variables), images, train=False)
+        logits = self.loss.apply(variables[PREDICTION], output, method="predict")
+        return output._replace(logits=logits), {}
+
+
+class PredictingModule(nn.Module):
+    """A `PredictingNetwork` as a linen module, whose variables are those of the network.
+
+    Attributes:
+      network: The network.
+    """
+
+    network: PredictingNetwork
+
+    def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
+        """Returns the outputs for images [B, H, W, C]; raises ValueError in training mode."""
+        return self.network.apply(self.variables, images, train=train)[0]
+
+
+def without_prediction(variables: Variables) -> Variables:
+    """Returns the variables of the network itself."""
+    return {name: collection for name, collection in variables.items() if name != PREDICTION}
+
+
+def predicting(network: Network, objective: Objective) -> Network:
+    """Returns a network that predicts as a student of an objective does; the same network if no loss changes that."""
+    name = objective.predictor
+    return network if name is None else PredictingNetwork(network, objective.losses[name][1].clone(axis_name=None))
+
+
+def variables_of(state: TrainState, objective: Objective) -> dict[str, Any]:
+    """Returns the variables of a student for use, with those of the loss by which it predicts if there is one."""
+    return {**state.averaged, **prediction_of(state.params, state.memory, objective.predictor)}
+
+
+def prediction_of(params: Mapping[str, Any], memory: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """Returns the collection of the loss `name` of a state, by which a student predicts; empty where that is None."""
+    if name is None:
+        return {}
+    return {PREDICTION: {"params": params.get("losses", {}).get(name, {}), "memory": memory.get(name, {})}}
+
+
+def parameters_of(variables: Variables) -> Any:
+    """Returns all that a student has been trained to predict by: its parameters, and those of a loss."""
+    return variables["params"], variables.get(PREDICTION, {}).get("params", {})
+
+
+def describe_prediction(objective: Objective) -> dict[str, Any]:
+    """Returns {"loss", "settings"} of the loss by which a student predicts, for its record; {} if there is none."""
+    name = objective.predictor
+    if name is None:
+        return {}
+    loss = objective.losses[name][1]
+    if type(loss) is not LOSSES.get(name):
+        return {"loss": name, "settings": None}
+    return {"loss": name, "settings": {field: getattr(loss, field) for field in hyperparameters(name)}}
+
+
+def is_prediction(value: Any) -> bool:
+    """Returns whether a JSON value is a result of `describe_prediction`."""
+    settings = is_optional(is_map(lambda setting: isinstance(setting, str | int | float | bool | None)))
+    return value == {} or not unsound(value, {"loss": is_text, "settings": settings})
+
+
+def restore_prediction(network: Network, variables: Variables, record: Any, source: str) -> Network:
+    """Returns the network of a checkpoint that predicts as its record says.
+
+    Args:
+      network: Network, whose own variables fit.
+      variables: Variables of the checkpoint.
+      record: Record of the checkpoint.
+      source: Name of the checkpoint, for errors.
+
+    Raises:
+      UserError: The loss is not one of this package, or its variables do not fit.
+    """
+    if not record.prediction:
+        return network
+    name, settings = record.prediction["loss"], record.prediction["settings"]
+    loss = LOSSES.get(name)
+    if loss is None or not loss.predicts or settings is None or settings.keys() - hyperparameters(name).keys():
+        raise UserError(f"{source} holds a student that predicts by a loss {name!r} that this version does not know")
+    # Losses that predict read the number of classes from their variables.
+    predicting = PredictingNetwork(network, loss(num_classes=0, **settings))
+    try:
+        shape = (*record.images["size"], record.channels)
+        jax.eval_shape(lambda variables: output_of(predicting, shape, variables), variables)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, FlaxError) as error:
+        raise UserError(f"{source} holds no sound prediction by {name}: {one_line(error)}") from None
+    return predicting
