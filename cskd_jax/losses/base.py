@@ -11,6 +11,7 @@ Positive = Annotated[float, "greater than 0"]
 Fraction = Annotated[float, "in [0, 1)"]
 Share = Annotated[float, "in [0, 1]"]
 Count = Annotated[int, "at least 1"]
+Signed = Annotated[float, "any finite number"]
 
 
 class NetworkOutput(Protocol):
@@ -47,6 +48,18 @@ class NetworkOutput(Protocol):
         ...
 
 
+class Head(NamedTuple):
+    """The classifier of a network, a linear layer on the pooled last map.
+
+    Attributes:
+      kernel: Weights, [D, C].
+      bias: Biases, [C].
+    """
+
+    kernel: jax.Array
+    bias: jax.Array
+
+
 class FirstPhase(NamedTuple):
     """How a method trains in a first phase of its own, in which no other loss is on.
 
@@ -62,6 +75,18 @@ class FirstPhase(NamedTuple):
     later: Mapping[str, Any] | None = None
 
 
+class View(NamedTuple):
+    """The outputs of the networks for another augmented version of the images of a batch.
+
+    Attributes:
+      student: Outputs of the student, which are differentiated.
+      teacher: Outputs of the teacher, which are not differentiated; None where no loss reads a teacher.
+    """
+
+    student: NetworkOutput
+    teacher: NetworkOutput | Any
+
+
 class LossInputs(NamedTuple):
     """A batch as the methods see it.
 
@@ -71,6 +96,9 @@ class LossInputs(NamedTuple):
       labels: Labels, int32 [B], or float32 [B, C] where images have several classes (multi-label).
       indices: Positions of the samples in the training split, int32 [B]; None where the batch does not carry them.
       key: Key of the random draws of this step, the same on all devices; None where nothing is drawn.
+      teacher_head: Classifier of the teacher, which is not differentiated; None where a network does not give it.
+      epoch: The epoch, an int32 scalar that counts from 0 as the weights of losses do; set by the objective.
+      views: Further augmented versions of the same images, as many as the loss of the run that needs most asks for.
     """
 
     student: NetworkOutput
@@ -78,6 +106,9 @@ class LossInputs(NamedTuple):
     labels: jax.Array
     indices: jax.Array | None = None
     key: jax.Array | None = None
+    teacher_head: Head | Any = None
+    epoch: jax.Array | Any = None  # Any stands for None, which no method meets.
+    views: tuple[View, ...] = ()
 
 
 class Method(nn.Module):
@@ -104,6 +135,7 @@ class Method(nn.Module):
       parts: Parts of the loss whose contributions are studied apart: {name: the setting with its weight}.
       version: Version of the formula. It is raised when the same settings lead to other values than before, so that no
         run that was begun with the old formula is continued with the new one.
+      views: Number of `inputs.views` that the method needs, each of which is a forward pass of both networks.
       first_phase: How the method trains in a first phase of its own; None if it has none.
     """
 
@@ -115,6 +147,7 @@ class Method(nn.Module):
     baseline: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, str]] = {}
     version: ClassVar[int] = 1
+    views: ClassVar[int] = 0
     first_phase: ClassVar[FirstPhase | None] = None
 
     @property

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cskd_jax.errors import UserError
-from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch
+from cskd_jax.losses import LOSSES, LossInputs, Method, View, gather_batch, half_cosine
 from cskd_jax.models import ModelOutput
 
 # The metrics and the columns of the history that are not losses; "accuracy" is what earlier versions called "top1".
@@ -41,18 +41,35 @@ class Weight:
       start_epoch: The first epoch with the loss.
       end_epoch: The first epoch without it; None if it stays to the end.
       warmup_epochs: Number of epochs over which the weight grows linearly: 1/n of it in the first, all in the n-th.
+      decay_epoch: The number of epochs after which the weight falls along half a cosine, to 0 in the last epoch before
+        `end_epoch`, which must then be given; None if it does not fall.
     """
 
     weight: float
     start_epoch: int = 0
     end_epoch: int | None = None
     warmup_epochs: int = 0
+    decay_epoch: int | None = None
+
+    @property
+    def wrong(self) -> str | None:
+        """Returns what is wrong with the epochs, beginning with the name of an attribute; None if they make sense."""
+        if self.end_epoch is not None and self.end_epoch <= self.start_epoch:
+            return f"end_epoch is {self.end_epoch}; it must be more than start_epoch, {self.start_epoch}"
+        if self.decay_epoch is not None and self.end_epoch is None:
+            return f"decay_epoch is {self.decay_epoch}; it needs end_epoch, in which the weight arrives at 0"
+        if self.decay_epoch is not None and not self.start_epoch <= self.decay_epoch < self.end_epoch:
+            allowed = f"at least start_epoch, {self.start_epoch}, and less than end_epoch, {self.end_epoch}"
+            return f"decay_epoch is {self.decay_epoch}; it must be {allowed}"
+        return None
 
     def at(self, epoch: jax.Array) -> jax.Array | float:
         """Returns the weight in `epoch`, an integer scalar."""
         weight = self.weight
         if self.warmup_epochs:
             weight = weight * jnp.minimum((epoch - self.start_epoch + 1).astype(float) / self.warmup_epochs, 1)
+        if self.decay_epoch is not None and self.end_epoch is not None:
+            weight = weight * half_cosine(epoch + 1 - self.decay_epoch, self.end_epoch - self.decay_epoch)
         if self.start_epoch or self.end_epoch is not None:
             before_end = True if self.end_epoch is None else epoch < self.end_epoch
             weight = jnp.where((epoch >= self.start_epoch) & before_end, weight, 0)
@@ -115,6 +132,11 @@ class Objective:
         return any(loss.needs_teacher for _, loss in self.losses.values())
 
     @property
+    def views(self) -> int:
+        """Returns how many further views of the images the losses need."""
+        return max(loss.views for _, loss in self.losses.values())
+
+    @property
     def may_read_teacher(self) -> bool:
         """Returns whether any of the losses reads the outputs of a teacher if there is one."""
         return self.needs_teacher or any(isinstance(loss, FunctionLoss) for _, loss in self.losses.values())
@@ -134,6 +156,8 @@ class Objective:
     def find_reads(self, params: Any, memory: Any, inputs: LossInputs) -> ModelOutput:
         """Returns which outputs of the teacher the losses read, found by tracing; reads only shapes.
 
+        What is read for one view of the images counts as read for all.
+
         Args:
           params: {name: parameters of the loss}.
           memory: {name: memory of the loss}.
@@ -147,9 +171,11 @@ class Objective:
         step = jax.ShapeDtypeStruct((), jnp.int32)
 
         def evaluate(teacher, inputs, params, memory, step):
-            return objective(params, memory, inputs._replace(teacher=teacher), step)
+            views = tuple(view._replace(teacher=teacher) for view in inputs.views)
+            return objective(params, memory, inputs._replace(teacher=teacher, views=views), step)
 
-        traced = jax.make_jaxpr(evaluate)(inputs.teacher, inputs._replace(teacher=None), params, memory, step).jaxpr
+        others = inputs._replace(teacher=None, views=tuple(view._replace(teacher=None) for view in inputs.views))
+        traced = jax.make_jaxpr(evaluate)(inputs.teacher, others, params, memory, step).jaxpr
         read = {x for x in traced.outvars if isinstance(x, jax.extend.core.Var)}
         for equation in reversed(traced.eqns):
             if equation.effects or read.intersection(equation.outvars):
@@ -172,7 +198,7 @@ class Objective:
           The weighted total; {NAME: unweighted value, NAME/TERM: value of a term} for every loss; the new memory.
         """
         total: Any = 0.0
-        inputs, terms, new_memory = _guard(inputs), {}, {}
+        inputs, terms, new_memory = _guard(inputs._replace(epoch=step // self.steps_per_epoch)), {}, {}
         for name, (weight, loss) in self.losses.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             (value, parts), updated = loss.apply(variables, inputs, mutable=["memory"])
@@ -224,6 +250,7 @@ class FunctionLoss(Method):
         inputs = inputs._replace(
             student=_Outputs(student.output, "student", gather),
             teacher=None if teacher is None else _Outputs(teacher.output, "teacher", gather),
+            views=jax.tree.map(gather, inputs.views),
             labels=gather(inputs.labels),
             indices=None if inputs.indices is None else gather(inputs.indices),
         )
@@ -246,9 +273,8 @@ def _create_weight(name, settings):
     weight = Weight(**{"weight": 1.0} | settings)
     if not isinstance(weight.weight, int | float) or not 0 <= weight.weight < math.inf:
         raise UserError(f"losses.{name}.weight is {weight.weight!r}; it must be a number of at least 0")
-    if weight.end_epoch is not None and weight.end_epoch <= weight.start_epoch:
-        start = weight.start_epoch
-        raise UserError(f"losses.{name}.end_epoch is {weight.end_epoch}; it must be more than start_epoch, {start}")
+    if weight.wrong:
+        raise UserError(f"losses.{name}.{weight.wrong}")
     return weight
 
 
@@ -329,5 +355,9 @@ class _Outputs:
 
 
 def _guard(inputs):
-    teacher = None if inputs.teacher is None else _Outputs(inputs.teacher, "teacher")
-    return inputs._replace(student=_Outputs(inputs.student, "student"), teacher=teacher)
+    def guard(student, teacher):
+        return _Outputs(student, "student"), None if teacher is None else _Outputs(teacher, "teacher")
+
+    student, teacher = guard(inputs.student, inputs.teacher)
+    views = tuple(View(*guard(*view)) for view in inputs.views)
+    return inputs._replace(student=student, teacher=teacher, views=views)
