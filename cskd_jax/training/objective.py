@@ -134,7 +134,7 @@ class Objective:
     @property
     def views(self) -> int:
         """Returns how many further views of the images the losses need."""
-        return max(loss.views for _, loss in self.losses.values())
+        return max((loss.views for _, loss in self.losses.values()), default=0)
 
     @property
     def may_read_teacher(self) -> bool:

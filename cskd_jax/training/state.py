@@ -11,7 +11,7 @@ import optax
 from flax import struct, traverse_util
 
 from cskd_jax.errors import UserError
-from cskd_jax.losses import LossInputs
+from cskd_jax.losses import LossInputs, View
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
@@ -109,7 +109,8 @@ def init_state(
         start, student_output = init_network(student, student_key, image_shape)
     else:
         start, student_output = variables, jax.eval_shape(partial(output_of, student, image_shape), variables)
-    losses, memory = objective.init(losses_key, example_inputs(student_output, teacher_output, label, key))
+    inputs = example_inputs(student_output, teacher_output, label, key, objective.views)
+    losses, memory = objective.init(losses_key, inputs)
     params = {"network": start.get("params", {}), "losses": losses}
     opt_state = init_optimizer(optimizer, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, collections_of(start), opt_state, memory)
@@ -117,7 +118,7 @@ def init_state(
 
 
 def example_inputs(
-    student: ModelOutput, teacher: ModelOutput | None, label: jax.ShapeDtypeStruct, key: jax.Array
+    student: ModelOutput, teacher: ModelOutput | None, label: jax.ShapeDtypeStruct, key: jax.Array, views: int = 0
 ) -> LossInputs:
     """Returns what losses see of two images, as shapes.
 
@@ -126,6 +127,7 @@ def example_inputs(
       teacher: Likewise, of the teacher; None without one.
       label: Shape and dtype of the label of one image.
       key: A key.
+      views: Number of further views of the images.
     """
     shape: Any = jax.ShapeDtypeStruct  # Shapes stand in for arrays.
     return LossInputs(
@@ -134,6 +136,8 @@ def example_inputs(
         labels=shape((2, *label.shape), label.dtype),
         indices=shape((2,), jnp.int32),
         key=shape(key.shape, key.dtype),
+        epoch=shape((), jnp.int32),
+        views=(View(student, teacher),) * views,
     )
 
 

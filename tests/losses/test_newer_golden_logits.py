@@ -42,7 +42,7 @@ from cskd_jax.training.objective import Weight
 from cskd_jax.training.optimizers import ConstantSchedule, SeparateGradients, dot, sgd
 from tests.newer_cases import FAMILIES, check_case, longest_prefix, names_of, read_cases
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
 
 def pair(inputs):
