@@ -47,7 +47,7 @@ def rld_loss(
       ValueError: If shapes do not fit, if there are fewer than 2 classes, or if a temperature is not positive.
 
     References:
-      Sun, Chen, Lian, Liu, Wang, Zhu, "Knowledge Distillation with Refined Logits", ICCV 2025,
+      Sun, Chen, Lyu, Chen, Chen, Wang, "Knowledge Distillation with Refined Logits", ICCV 2025,
       https://arxiv.org/abs/2408.07703; code: https://github.com/zju-SWJ/RLD.
     """
     check_logits(student_logits, teacher_logits)
