@@ -40,13 +40,13 @@ def normalize(images):
     return images.astype(jnp.result_type(float)) / 255
 
 
-def make_trainer(losses, **settings):
-    """A trainer of batches of 16, two a epoch."""
+def make_trainer(losses, data=DATA, **settings):
+    """A trainer of batches of 16, two an epoch."""
     teacher = Net(7)
     return cskd_jax.Trainer(
         {name: cskd_jax.Student(Net(), entry, optax.sgd(0.1, momentum=0.9)) for name, entry in losses.items()},
         [cskd_jax.Teacher(teacher, teacher.init(jax.random.PRNGKey(9), normalize(IMAGES[:2])))],
-        data=DATA,
+        data=data,
         phases=[cskd_jax.Phase(3)],
         batch_size=16,
         normalize=normalize,
@@ -141,15 +141,9 @@ def test_devices_and_micro_batches(settings):
 
 
 def test_images_of_floats_are_refused_in_words():
-    split = Split(normalize(IMAGES), LABELS)
+    split = Split(np.asarray(normalize(IMAGES)), LABELS)
     with pytest.raises(UserError, match="losses.mlkd sees strongly augmented images, .* uint8; got float32"):
-        cskd_jax.Trainer(
-            {"mlkd": cskd_jax.Student(Net(), {"mlkd": 1.0}, optax.sgd(0.1))},
-            [cskd_jax.Teacher(Net(), {})],
-            data=ImageDataset("floats", split, split, tuple("abcde")),
-            phases=[cskd_jax.Phase(1)],
-            callbacks=(),
-        )
+        make_trainer({"mlkd": MLKD}, ImageDataset("floats", split, split, tuple("abcde")))
 
 
 def test_methods_say_how_many_views_they_need():
