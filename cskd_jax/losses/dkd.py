@@ -54,10 +54,10 @@ def dkd_loss(
         raise ValueError(f"dkd needs at least 3 classes, got logits of shape {student_logits.shape}")
     check_temperature(temperature)
     is_target = is_class(labels, student_logits.shape[1])
-    *binary_s, among_s = decouple(at_least_float32(student_logits) / temperature, is_target)
+    target_s, others_s, among_s = decouple(at_least_float32(student_logits) / temperature, is_target)
     teacher = lax.stop_gradient(at_least_float32(teacher_logits))
-    *binary_t, among_t = decouple(teacher / temperature, is_target)
-    target = temperature**2 * jnp.mean(binary_divergence(tuple(binary_t), tuple(binary_s)))
+    target_t, others_t, among_t = decouple(teacher / temperature, is_target)
+    target = temperature**2 * jnp.mean(binary_divergence((target_t, others_t), (target_s, others_s)))
     non_target = temperature**2 * jnp.mean(jnp.sum(jnp.exp(among_t) * (among_t - among_s), axis=1))
     return alpha * target + beta * non_target, {"target": target, "non_target": non_target}
 

@@ -56,9 +56,11 @@ class Weight:
         """Returns what is wrong with the epochs, beginning with the name of an attribute; None if they make sense."""
         if self.end_epoch is not None and self.end_epoch <= self.start_epoch:
             return f"end_epoch is {self.end_epoch}; it must be more than start_epoch, {self.start_epoch}"
-        if self.decay_epoch is not None and self.end_epoch is None:
+        if self.decay_epoch is None:
+            return None
+        if self.end_epoch is None:
             return f"decay_epoch is {self.decay_epoch}; it needs end_epoch, in which the weight arrives at 0"
-        if self.decay_epoch is not None and not self.start_epoch <= self.decay_epoch < self.end_epoch:
+        if not self.start_epoch <= self.decay_epoch < self.end_epoch:
             allowed = f"at least start_epoch, {self.start_epoch}, and less than end_epoch, {self.end_epoch}"
             return f"decay_epoch is {self.decay_epoch}; it must be {allowed}"
         return None
@@ -355,7 +357,7 @@ class _Outputs:
 
 
 def _guard(inputs):
-    def guard(student, teacher):
+    def guard(student, teacher) -> tuple[Any, Any]:
         return _Outputs(student, "student"), None if teacher is None else _Outputs(teacher, "teacher")
 
     student, teacher = guard(inputs.student, inputs.teacher)
