@@ -60,6 +60,15 @@ def table(warmup_epochs):
         "dkd": with_cross_entropy("dkd", 1.0, **warmup),
         "reviewkd": with_cross_entropy("reviewkd", 1.0, **warmup),
         "dist": with_cross_entropy("dist", 2.0),
+        "nkd": with_cross_entropy("nkd", 1.0),
+        "ttm": with_cross_entropy("ttm", 45.0),
+        "wttm": with_cross_entropy("wttm", 4.0),
+        "rld": with_cross_entropy("rld", 1.0, **warmup),
+        "mlkd": {"cross_entropy": {"weight": 0.1, "all_views": True}, "mlkd": {"weight": 0.9}},
+        "ctkd": {"cross_entropy": {"weight": 0.1}, "ctkd": {"weight": 0.9}},
+        "luminet": {"cross_entropy": {"weight": 2.0}, "luminet": {"weight": 1.0, **warmup}},
+        "abkd": with_cross_entropy("abkd", 32.0, alpha=0.8, beta=0.3),
+        "wkd_l": with_cross_entropy("wkd_l", 30.0) | {"weighted_target": {"weight": 1.0}},
         "kdgan": with_cross_entropy("kdgan", 1.0),
         "ofa": with_cross_entropy("ofa", 1.0),
         "ofd": with_cross_entropy("ofd", 0.001),
@@ -115,7 +124,7 @@ def losses(method, *, warmup_epochs=20, multilabel=False, changes=None):
 
     Args:
       method: One of METHODS, or of MULTILABEL_METHODS, or several with + between them, such as "at+kd".
-      warmup_epochs: Epochs over which the weights of dkd, reviewkd, sdd_dkd and sdd_nkd grow.
+      warmup_epochs: Epochs over which the weights of dkd, luminet, reviewkd, rld, sdd_dkd and sdd_nkd grow.
       multilabel: Whether the images of the recipe have any number of classes instead of one.
       changes: {method: {loss: {setting: value}}}, what a recipe sets otherwise than the table of methods.
 
@@ -158,7 +167,7 @@ def combine(parts, count):
         for name, settings in terms.items():
             if name in losses and name not in SUPERVISION:
                 raise ValueError(f"the loss {name} is that of {part} and of another method")
-            losses[name] = {"weight": 1.0} if name in SUPERVISION else dict(settings)
+            losses[name] = {**losses.get(name, {}), **settings} | ({"weight": 1.0} if name in SUPERVISION else {})
     for name, weight in COMBINATIONS.get(frozenset(parts), {}).items():
         losses[name]["weight"] = weight
     return losses

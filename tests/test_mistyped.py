@@ -133,7 +133,7 @@ train digits:kd --config.adamw=1
 train digits:kd --config.losses.at.weight=1
     losses.at.weight: this method has no at, only cross_entropy, kd; see configs/methods.py
 train digits:kd --config.losses.kd=2
-    unknown configuration key losses.kd; losses.kd has end_epoch, start_epoch, temperature, warmup_epochs, weight
+    unknown configuration key losses.kd; losses.kd has decay_epoch, end_epoch, standardize, ...
 train digits:kd --config.method=at
     the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method
 train digits:kd --config.epochs=many
@@ -252,7 +252,7 @@ config keys adamw
     no key fits adamw; all of them begin with ...
     -> config keys batch_size
 config keys temprature
-    no key fits temprature; did you mean losses.binary_kd.temperature or losses.crd.temperature or ...
+    no key fits temprature; did you mean losses.abkd.temperature or losses.binary_kd.temperature or ...
     -> config keys losses.crd.temperature
 config keys a b
     config keys takes one pattern, such as cskd-jax config keys optimizer, and no recipe

@@ -145,7 +145,7 @@ def test_restart_survives_saving_and_restoring_the_state():
 
 
 def test_dot_is_sgd_with_a_momentum_for_each_gradient():
-    """What losses train has no gradient of supervision, and the momentum of plain SGD."""
+    """What losses train has no gradient of supervision, and is trained by plain SGD; it decays after the first step."""
     rng = np.random.default_rng(0)
     params = {"network": {"kernel": rng.normal(size=3)}, "losses": {"cc": {"kernel": rng.normal(size=2)}}}
     optimizer = dot(StepSchedule(0.1, (2,)), momentum=0.8, delta=0.1, weight_decay=0.01)
@@ -161,7 +161,8 @@ def test_dot_is_sgd_with_a_momentum_for_each_gradient():
             expected = expected - rate * (task + distilled)
             updates, state = optimizer.update(SeparateGradients(*drawn), state, params)
             params = optax.apply_updates(params, updates)
-            updates, plain_state = plain.update(drawn[1]["losses"], plain_state, plain_params)
+            decaying = plain_params if state.count > 1 else jax.tree.map(np.zeros_like, plain_params)
+            updates, plain_state = plain.update(drawn[1]["losses"], plain_state, decaying)
             plain_params = optax.apply_updates(plain_params, updates)
         np.testing.assert_allclose(params["network"]["kernel"], expected, rtol=1e-12)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), params["losses"], plain_params)

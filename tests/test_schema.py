@@ -67,7 +67,7 @@ def test_defaults_and_what_is_required():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.__delitem__("losses"), "config.losses must name at least one of ab, at"),
+        (lambda c: c.__delitem__("losses"), "config.losses must name at least one of ab, abkd, at"),
         (lambda c: c.__delitem__("method"), "configuration key method is missing; it must be a text"),
         (
             lambda c: c.student.__delitem__("name"),

@@ -16,7 +16,7 @@ import pytest
 from cskd_jax.configs.methods import METHODS
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed.devices import Devices
-from cskd_jax.losses import LossInputs
+from cskd_jax.losses import LossInputs, View
 from cskd_jax.models import create_model
 from cskd_jax.runs import build, schema
 from cskd_jax.runs.build import make_network, make_trainer
@@ -153,6 +153,21 @@ def test_weights_of_single_pairs(pair):
     assert (losses.dist.beta, losses.dist.gamma, losses.dist.temperature) == (dist["beta"], dist["gamma"], dist["T"])
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_weights_of_luminet_for_single_pairs(pair):
+    alpha, temperature, cross_entropy = facts()["luminet"]["alpha_T_ce"].get(pair, (31, 4, 2))
+    losses = cell(pair, "luminet").losses
+    assert (losses.luminet.alpha, losses.luminet.temperature) == (alpha, temperature)
+    assert (losses.luminet.weight, losses.cross_entropy.weight) == (1.0, cross_entropy)
+
+
+def test_curriculum_of_the_published_code():
+    entry, losses = facts()["ctkd"]["kd+ctkd+LS"], cell("resnet56/resnet20", "ctkd").losses
+    settings = losses.ctkd
+    assert entry["cosine_decay"] == f"{settings.maximum:g} to {settings.minimum:g} in {settings.loops} loops"
+    assert losses.cross_entropy.weight == entry["gamma"]
+
+
 def test_sums_of_methods():
     entry = facts()["methods_repdistiller"]["crd+kd"]
     for word in ("crd+kd", "kd+crd"):
@@ -218,7 +233,7 @@ def trace(method, losses, shapes):
         "teacher_head": teacher_layers.head,
         "teacher_norms": teacher_layers.norms,
     }
-    inputs = LossInputs(student, teacher, labels, labels, key, **layers)
+    inputs = LossInputs(student, teacher, labels, labels, key, views=(View(student, teacher),), **layers)
     assert jax.eval_shape(loss, key, inputs).shape == (), method
 
 

@@ -80,7 +80,7 @@ def test_company_changes_no_bit(names, settings):
 
 def test_the_pass_returns_only_what_is_read():
     trainer = make_trainer(STUDENTS)
-    reads = {name: trainer.programs(name).reads for name in STUDENTS}
+    reads = {name: trainer.programs(name).reads.teacher for name in STUDENTS}
     assert reads["ce"] is None
     assert (reads["kd"].logits, reads["kd"].features, reads["kd"].embedding) == (True, (False,), False)
     assert (reads["sp"].logits, reads["sp"].features, reads["sp"].embedding) == (False, (True,), False)

@@ -4,10 +4,13 @@ The functions take arrays and stand alone. `LOSSES` is the table of the methods:
 the outputs of student and teacher. Their fields are the hyper-parameters that `config.losses.NAME` may set.
 """
 
+from cskd_jax.losses._arrays import half_cosine
 from cskd_jax.losses._batch import batch_positions, gather_batch, sum_batch
+from cskd_jax.losses._logits import standardize_logits
+from cskd_jax.losses.abkd import ABKD, abkd_loss, abkd_tokens_loss
 from cskd_jax.losses.activation_boundary import ActivationBoundary, activation_boundary_loss
 from cskd_jax.losses.attention import AttentionTransfer, attention_map, attention_transfer_loss
-from cskd_jax.losses.base import Head, LossInputs, Method, Norm
+from cskd_jax.losses.base import Head, LossInputs, Method, Norm, View
 from cskd_jax.losses.binary import BinaryCrossEntropy, BinaryKD, binary_cross_entropy_loss, binary_kd_loss
 from cskd_jax.losses.category import (
     CategoryIndex,
@@ -23,6 +26,7 @@ from cskd_jax.losses.category import (
 from cskd_jax.losses.cckd import CorrelationCongruence, correlation_congruence_loss
 from cskd_jax.losses.correlation import CorrelationDelta, correlation_delta_loss
 from cskd_jax.losses.crd import CRD, ContrastMemory, contrastive_loss
+from cskd_jax.losses.ctkd import CTKD, curriculum_factor, curriculum_temperature
 from cskd_jax.losses.dist import DIST, dist_loss
 from cskd_jax.losses.dkd import DKD, dkd_loss
 from cskd_jax.losses.factor import FactorTransfer, factor_transfer_loss
@@ -31,19 +35,31 @@ from cskd_jax.losses.fsp import FSP, fsp_loss, fsp_matrix
 from cskd_jax.losses.irg import IRG, irg_loss
 from cskd_jax.losses.kdgan import KDGAN, kdgan_loss
 from cskd_jax.losses.logits import KD, CrossEntropy, MSELogits, cross_entropy_loss, kd_loss, mse_logits_loss
+from cskd_jax.losses.luminet import LumiNet, luminet_loss, perception
+from cskd_jax.losses.mlkd import MLKD, class_correlation_loss, mlkd_loss, sample_correlation_loss, uncertain
 from cskd_jax.losses.multilabel import MultilabelCategoryStructure, multilabel_category_structure_loss
+from cskd_jax.losses.nkd import NKD, WeightedTarget, nkd_loss, weighted_target_loss
 from cskd_jax.losses.nst import NeuronSelectivityTransfer, nst_loss
 from cskd_jax.losses.ofa import OFA, ofa_loss
 from cskd_jax.losses.ofd import OFD, ofd_loss, ofd_margin
 from cskd_jax.losses.pkt import PKT, pkt_loss
 from cskd_jax.losses.review import ReviewKD, hierarchical_context_loss
 from cskd_jax.losses.rkd import RKD, rkd_loss
+from cskd_jax.losses.rld import RLD, rld_loss
 from cskd_jax.losses.sdd import SDDDKD, SDDKD, SDDNKD, region_logits, region_weights, sdd_loss
 from cskd_jax.losses.similarity import SimilarityPreserving, similarity_preserving_loss
 from cskd_jax.losses.simkd import SimKD
 from cskd_jax.losses.srrl import SRRL, srrl_loss
 from cskd_jax.losses.standardization import StandardizedKD, standardized_kd_loss
+from cskd_jax.losses.ttm import TTM, WTTM, ttm_loss, wttm_loss
 from cskd_jax.losses.vid import VID, vid_loss
+from cskd_jax.losses.wkd_logits import (
+    WKDLogits,
+    cka_cost,
+    classifier_cost,
+    sinkhorn_distance,
+    wkd_logits_loss,
+)
 
 __all__ = [
     "LOSSES",
@@ -54,6 +70,9 @@ __all__ = [
     "Method",
     "Norm",
     "RunningCenters",
+    "View",
+    "abkd_loss",
+    "abkd_tokens_loss",
     "activation_boundary_loss",
     "attention_map",
     "attention_transfer_loss",
@@ -63,16 +82,22 @@ __all__ = [
     "category_centers",
     "category_index",
     "category_structure_loss",
+    "cka_cost",
+    "class_correlation_loss",
+    "classifier_cost",
     "contrastive_loss",
     "correlation_congruence_loss",
     "correlation_delta_loss",
     "cross_entropy_loss",
+    "curriculum_factor",
+    "curriculum_temperature",
     "dist_loss",
     "dkd_loss",
     "factor_transfer_loss",
     "fsp_loss",
     "fsp_matrix",
     "gather_batch",
+    "half_cosine",
     "hierarchical_context_loss",
     "hint_loss",
     "inter_category_structure",
@@ -80,27 +105,41 @@ __all__ = [
     "irg_loss",
     "kd_loss",
     "kdgan_loss",
+    "luminet_loss",
+    "mlkd_loss",
     "mse_logits_loss",
     "multilabel_category_structure_loss",
+    "nkd_loss",
     "nst_loss",
     "ofa_loss",
     "ofd_loss",
     "ofd_margin",
+    "perception",
     "pkt_loss",
     "region_logits",
     "region_weights",
     "rkd_loss",
+    "rld_loss",
     "running_category_structure_loss",
+    "sample_correlation_loss",
     "sdd_loss",
     "similarity_preserving_loss",
+    "sinkhorn_distance",
     "srrl_loss",
+    "standardize_logits",
     "standardized_kd_loss",
     "sum_batch",
+    "ttm_loss",
+    "uncertain",
     "vid_loss",
+    "weighted_target_loss",
+    "wkd_logits_loss",
+    "wttm_loss",
 ]
 
 LOSSES: dict[str, type[Method]] = {
     "ab": ActivationBoundary,
+    "abkd": ABKD,
     "at": AttentionTransfer,
     "binary_cross_entropy": BinaryCrossEntropy,
     "binary_kd": BinaryKD,
@@ -108,6 +147,7 @@ LOSSES: dict[str, type[Method]] = {
     "cckd": CorrelationCongruence,
     "crd": CRD,
     "cross_entropy": CrossEntropy,
+    "ctkd": CTKD,
     "dist": DIST,
     "irg": IRG,
     "cc": CorrelationDelta,
@@ -118,19 +158,27 @@ LOSSES: dict[str, type[Method]] = {
     "kd": KD,
     "kdgan": KDGAN,
     "lskd": StandardizedKD,
+    "luminet": LumiNet,
+    "mlkd": MLKD,
     "mse_logits": MSELogits,
     "multilabel_category_structure": MultilabelCategoryStructure,
+    "nkd": NKD,
     "nst": NeuronSelectivityTransfer,
     "ofa": OFA,
     "ofd": OFD,
     "pkt": PKT,
     "reviewkd": ReviewKD,
     "rkd": RKD,
+    "rld": RLD,
     "sdd_dkd": SDDDKD,
     "sdd_kd": SDDKD,
     "sdd_nkd": SDDNKD,
     "simkd": SimKD,
     "sp": SimilarityPreserving,
     "srrl": SRRL,
+    "ttm": TTM,
     "vid": VID,
+    "weighted_target": WeightedTarget,
+    "wkd_l": WKDLogits,
+    "wttm": WTTM,
 }

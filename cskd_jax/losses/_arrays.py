@@ -1,4 +1,6 @@
-"""Array functions that the losses share: roots and norms with a gradient at 0, and maps brought to one size."""
+"""Array functions that the losses share: roots and norms with a gradient at 0, schedules, maps brought to one size."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,12 @@ def safe_rsqrt(x: jax.Array) -> jax.Array:
 def normalize(x: jax.Array) -> jax.Array:
     """Divides vectors along the last axis by their Euclidean norm; a zero vector stays zero, with zero gradient."""
     return x * safe_rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+
+
+def half_cosine(progress: jax.Array, length: int) -> jax.Array:
+    """Returns a factor that falls along half a cosine from 1 where `progress` is at most 0 to 0 from `length` on."""
+    share = jnp.clip(progress, 0, length).astype(float) / length
+    return 0.5 * (1 + jnp.cos(math.pi * share))
 
 
 def average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:

@@ -50,9 +50,9 @@ def check_logits(student_logits: jax.Array, teacher_logits: jax.Array) -> None:
     check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
 
 
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless `temperature` is greater than 0."""
-    if not temperature > 0:
+def check_temperature(temperature: float | jax.Array) -> None:
+    """Raises ValueError unless `temperature` is greater than 0; the value of an array is not known while tracing."""
+    if not isinstance(temperature, jax.Array) and not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
 
 

@@ -13,6 +13,7 @@ Positive = Annotated[float, "greater than 0"]
 Fraction = Annotated[float, "in [0, 1)"]
 Share = Annotated[float, "in [0, 1]"]
 Count = Annotated[int, "at least 1"]
+Signed = Annotated[float, "any finite number"]
 
 
 class NetworkOutput(Protocol):
@@ -102,6 +103,18 @@ class FirstPhase(NamedTuple):
     later: Mapping[str, Any] | None = None
 
 
+class View(NamedTuple):
+    """The outputs of the networks for another augmented version of the images of a batch.
+
+    Attributes:
+      student: Outputs of the student, which are differentiated.
+      teacher: Outputs of the teacher, which are not differentiated; None where no loss reads a teacher.
+    """
+
+    student: NetworkOutput
+    teacher: NetworkOutput | Any
+
+
 class LossInputs(NamedTuple):
     """A batch as the methods see it.
 
@@ -115,6 +128,8 @@ class LossInputs(NamedTuple):
       teacher_head: Classifier of the teacher, which is not differentiated; None likewise.
       teacher_norms: Batch normalizations before the last ReLU of each stage of the teacher, whose outputs (on their
         branch, if it is a residual one) make its preactivations; None likewise.
+      epoch: The epoch, an int32 scalar that counts from 0 as the weights of losses do; set by the objective.
+      views: Further augmented versions of the same images, as many as the loss of the run that needs most asks for.
     """
 
     student: NetworkOutput
@@ -125,6 +140,8 @@ class LossInputs(NamedTuple):
     student_head: Head | Any = None
     teacher_head: Head | Any = None
     teacher_norms: tuple[Norm, ...] | Any = None
+    epoch: jax.Array | Any = None  # Any stands for None, which no method meets.
+    views: tuple[View, ...] = ()
 
 
 class Method(nn.Module):
@@ -152,6 +169,7 @@ class Method(nn.Module):
       predicts: Whether the method replaces the prediction of the student by that of `predict`.
       version: Version of the formula. It is raised when the same settings lead to other values than before, so that no
         run that was begun with the old formula is continued with the new one.
+      views: Number of `inputs.views` that the method needs, each of which is a forward pass of both networks.
       first_phase: How the method trains in a first phase of its own; None if it has none.
     """
 
@@ -164,6 +182,7 @@ class Method(nn.Module):
     parts: ClassVar[Mapping[str, str]] = {}
     predicts: ClassVar[bool] = False
     version: ClassVar[int] = 1
+    views: ClassVar[int] = 0
     first_phase: ClassVar[FirstPhase | None] = None
 
     @property

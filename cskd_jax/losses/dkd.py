@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cskd_jax.losses._checks import at_least_float32, check_labels, check_logits, check_temperature
+from cskd_jax.losses._logits import binary_divergence, decouple, is_class, read_logits
 from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
@@ -17,7 +18,7 @@ def dkd_loss(
     *,
     alpha: float = 1.0,
     beta: float = 8.0,
-    temperature: float = 4.0,
+    temperature: float | jax.Array = 4.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes decoupled knowledge distillation: T^2 (alpha TCKD + beta NCKD).
 
@@ -33,7 +34,7 @@ def dkd_loss(
       labels: Labels, int [B], in [0, C).
       alpha: Weight of TCKD.
       beta: Weight of NCKD.
-      temperature: Temperature T, greater than 0.
+      temperature: Temperature T, greater than 0; it may be an array, which is not checked and may be differentiated.
 
     Returns:
       A scalar, the mean over the batch of sums over the classes, and the unweighted terms `target` (T^2 TCKD) and
@@ -52,23 +53,13 @@ def dkd_loss(
     if student_logits.shape[1] < 3:
         raise ValueError(f"dkd needs at least 3 classes, got logits of shape {student_logits.shape}")
     check_temperature(temperature)
-    is_target = jnp.arange(student_logits.shape[1], dtype=jnp.int32) == labels.astype(jnp.int32)[:, None]
-    target_s, others_s, among_s = _decouple(at_least_float32(student_logits) / temperature, is_target)
+    is_target = is_class(labels, student_logits.shape[1])
+    target_s, others_s, among_s = decouple(at_least_float32(student_logits) / temperature, is_target)
     teacher = lax.stop_gradient(at_least_float32(teacher_logits))
-    target_t, others_t, among_t = _decouple(teacher / temperature, is_target)
-    binary = jnp.exp(target_t) * (target_t - target_s) + jnp.exp(others_t) * (others_t - others_s)
-    target = temperature**2 * jnp.mean(binary)
+    target_t, others_t, among_t = decouple(teacher / temperature, is_target)
+    target = temperature**2 * jnp.mean(binary_divergence((target_t, others_t), (target_s, others_s)))
     non_target = temperature**2 * jnp.mean(jnp.sum(jnp.exp(among_t) * (among_t - among_s), axis=1))
     return alpha * target + beta * non_target, {"target": target, "non_target": non_target}
-
-
-def _decouple(logits, is_target):
-    """Returns ln p_y [B], ln (1 - p_y) [B], and ln q [B, C], with 0 at the target."""
-    all_categories = jax.nn.logsumexp(logits, axis=1)
-    non_targets = jax.nn.logsumexp(jnp.where(is_target, -jnp.inf, logits), axis=1)
-    target = jnp.sum(jnp.where(is_target, logits, 0), axis=1)
-    among = jnp.where(is_target, 0, logits - non_targets[:, None])
-    return target - all_categories, non_targets - all_categories, among
 
 
 class DKD(Method):
@@ -78,17 +69,18 @@ class DKD(Method):
       alpha: Weight of the target class against all others.
       beta: Weight of the distribution over the other classes.
       temperature: Temperature of the softmax, greater than 0.
+      standardize: Whether the logits of every sample are first scaled to mean 0 and standard deviation 1.
     """
 
     alpha: float = 1.0
     beta: float = 8.0
     temperature: Positive = 4.0
+    standardize: bool = False
     multilabel: ClassVar[bool] = False
 
     def __call__(self, inputs: LossInputs):
         return dkd_loss(
-            inputs.student.logits,
-            inputs.teacher.logits,
+            *read_logits(inputs, self.standardize),
             inputs.labels,
             alpha=self.alpha,
             beta=self.beta,

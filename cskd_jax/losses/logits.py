@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_temperature
+from cskd_jax.losses._logits import read_logits
 from cskd_jax.losses.base import LossInputs, Method, Positive
 
 
@@ -30,13 +31,13 @@ def cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
 
 
-def kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 4.0) -> jax.Array:
+def kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float | jax.Array = 4.0) -> jax.Array:
     """Computes knowledge distillation: T^2 KL(softmax(z^t / T) || softmax(z^s / T)).
 
     Args:
       student_logits: Logits of the student, float [B, C].
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
-      temperature: Temperature T, greater than 0.
+      temperature: Temperature T, greater than 0; it may be an array, which is not checked and may be differentiated.
 
     Returns:
       A scalar of at least float32: the mean over the batch of the sum over classes.
@@ -74,13 +75,22 @@ def mse_logits_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax
 
 
 class CrossEntropy(Method):
-    """Applies `cross_entropy_loss` to the student's logits and the labels."""
+    """Applies `cross_entropy_loss` to the student's logits and the labels.
 
+    Attributes:
+      all_views: Whether the further views of the images, which some methods ask for, are supervised too: their
+        cross-entropies are then added.
+    """
+
+    all_views: bool = False
     needs_teacher: ClassVar[bool] = False
     multilabel: ClassVar[bool] = False
 
     def __call__(self, inputs: LossInputs):
-        return cross_entropy_loss(inputs.student.logits, inputs.labels), {}
+        value = cross_entropy_loss(inputs.student.logits, inputs.labels)
+        for view in inputs.views if self.all_views else ():
+            value += cross_entropy_loss(view.student.logits, inputs.labels)
+        return value, {}
 
 
 class KD(Method):
@@ -88,13 +98,15 @@ class KD(Method):
 
     Attributes:
       temperature: Temperature of the softmax, greater than 0.
+      standardize: Whether the logits of every sample are first scaled to mean 0 and standard deviation 1.
     """
 
     temperature: Positive = 4.0
+    standardize: bool = False
     baseline: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
-        return kd_loss(inputs.student.logits, inputs.teacher.logits, temperature=self.temperature), {}
+        return kd_loss(*read_logits(inputs, self.standardize), temperature=self.temperature), {}
 
 
 class MSELogits(Method):

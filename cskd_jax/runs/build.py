@@ -362,7 +362,8 @@ def _after_first_phase(losses: Mapping[str, Any], epochs: int) -> dict[str, Any]
         first = LOSSES[name].first_phase
         if first is not None and first.later is None:
             continue
-        shifted = {key: settings[key] + epochs for key in ("start_epoch", "end_epoch") if settings[key] is not None}
+        counted = ("start_epoch", "end_epoch", "decay_epoch")
+        shifted = {key: settings[key] + epochs for key in counted if settings[key] is not None}
         later[name] = settings | shifted | (first.later if first is not None else {})
     return later
 

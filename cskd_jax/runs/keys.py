@@ -315,6 +315,7 @@ _WEIGHT_RULES = {
     "start_epoch": rules.integer(0),
     "end_epoch": rules.optional(rules.integer(1)),
     "warmup_epochs": rules.integer(0),
+    "decay_epoch": rules.optional(rules.integer(0)),
 }
 
 

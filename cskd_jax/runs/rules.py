@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from cskd_jax.errors import UserError
-from cskd_jax.losses.base import Count, Fraction, Positive, Share
+from cskd_jax.losses.base import Count, Fraction, Positive, Share, Signed
 
 
 class Rule(NamedTuple):
@@ -78,6 +78,7 @@ _OF_TYPES = {
     Positive: POSITIVE,
     Fraction: FRACTION,
     Share: SHARE,
+    Signed: Rule((float, int), math.isfinite, "a finite number"),
     Count: COUNT,
 }
 
@@ -85,7 +86,7 @@ _OF_TYPES = {
 def of_field(field: dataclasses.Field) -> Rule:
     """Returns the rule for a hyperparameter of a loss, which follows from the type of its field, `T` or `T | None`.
 
-    No hyperparameter of a loss is a negative or infinite number.
+    No hyperparameter of a loss is an infinite number, and only those that say so may be negative.
 
     Args:
       field: Field whose T is bool, int, float, str, a literal, or a type of `cskd_jax.losses.base`.

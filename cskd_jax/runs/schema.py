@@ -18,7 +18,7 @@ from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS, check_settings
 from cskd_jax.runs import keys, rules
 from cskd_jax.runs.keys import REQUIRED, Key
-from cskd_jax.training.objective import needs_teacher
+from cskd_jax.training.objective import Weight, needs_teacher
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -298,9 +298,9 @@ def _validate_loss(name: str, settings: Any) -> None:
         if setting not in allowed:
             raise unknown_key(path, [f"losses.{name}.{known}" for known in allowed])
         rules.check(path, value, allowed[setting].rule)
-    end, start = settings.get("end_epoch"), settings.get("start_epoch", 0)
-    if end is not None and end <= start:
-        raise UserError(f"losses.{name}.end_epoch is {end}; it must be more than start_epoch, {start}")
+    weight = Weight(**{key: value for key, value in settings.items() if key in keys.weight_keys()})
+    if weight.wrong:
+        raise UserError(f"losses.{name}.{weight.wrong}")
 
 
 def check_teacher_exists(config: ml_collections.ConfigDict) -> None:

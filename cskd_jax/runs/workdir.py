@@ -21,9 +21,10 @@ from cskd_jax.runs.lock import locked
 from cskd_jax.runs.results import FILES, FOLDERS, RESULTS
 from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
 from cskd_jax.training.objective import needs_teacher
+from cskd_jax.training.optimizers import DOT_VERSION
 
 # What config.json holds besides the configuration has a space in its name: the digest of a given teacher, the
-# fingerprint of the data, and "losses.NAME version" of a loss whose formula is not its first.
+# fingerprint of the data, "losses.NAME version" of a loss whose formula is not its first, and that of the optimizer.
 TEACHER_DIGEST = "teacher.checkpoint digest"
 DATA_FINGERPRINT = "dataset fingerprint"
 _VERSION = " version"
@@ -44,6 +45,8 @@ def identify(config: ml_collections.ConfigDict, teacher_digest: str | None = Non
     """
     identity = schema.plain(config)
     identity |= {f"losses.{name}{_VERSION}": LOSSES[name].version for name in config.losses if LOSSES[name].version > 1}
+    if config.optimizer.name == "dot":
+        identity[f"optimizer.dot{_VERSION}"] = DOT_VERSION
     return identity if teacher_digest is None else identity | {TEACHER_DIGEST: teacher_digest}
 
 
@@ -246,8 +249,9 @@ def _reason(workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity:
     if key == DATA_FINGERPRINT:
         return ": the data differ, in their images, labels, or classes"
     if key.endswith(_VERSION):
-        name = key.removeprefix("losses.").removesuffix(_VERSION)
-        return f": the formula of the loss {name} has changed between versions of cskd_jax"
+        section, name = key.removesuffix(_VERSION).split(".")
+        kind = "loss" if section == "losses" else section
+        return f": the formula of the {kind} {name} has changed between versions of cskd_jax"
     if key not in _EPOCHS.values():
         return ""
     old, new = schema.complete(found), schema.complete(identity)

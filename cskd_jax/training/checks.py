@@ -11,12 +11,17 @@ from cskd_jax.training.setup import Setup
 
 
 def check_losses(objective: Objective, data: ImageDataset) -> None:
-    """Raises UserError for a loss that needs another kind of labels than the data set has."""
+    """Raises UserError for a loss that needs another kind of labels or of images than the data set has."""
     if not objective.losses:
         raise UserError("losses must name at least one loss")
     predicting = [name for name, (_, loss) in objective.losses.items() if loss.predicts]
     if len(predicting) > 1:
         raise UserError(f"losses.{predicting[0]} and losses.{predicting[1]} both replace the prediction: leave one out")
+    if objective.views and data.image_dtype != np.uint8:
+        name = next(name for name, (_, loss) in objective.losses.items() if loss.views)
+        raise UserError(
+            f"losses.{name} sees strongly augmented images, which are made from images of uint8; got {data.image_dtype}"
+        )
     wrong = [name for name, (_, loss) in objective.losses.items() if loss.multilabel not in (None, data.multilabel)]
     if wrong:
         fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]

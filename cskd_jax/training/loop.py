@@ -12,7 +12,7 @@ from cskd_jax.data.batches import read_steps
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import InterruptedRun, kept_error
 from cskd_jax.training.participant import Participant
-from cskd_jax.training.programs import TeacherPass
+from cskd_jax.training.programs import Reads, TeacherPass
 
 # Share of the free memory that students trained together may take by the account of the compiler.
 _MEMORY_SHARE = 0.8
@@ -33,8 +33,7 @@ class Loop:
     def __init__(self, participants: Sequence[Participant], teacher_pass: TeacherPass):
         self._participants, self._pass = participants, teacher_pass
         self._setup = participants[0].setup
-        found = [participant.programs.reads for participant in participants if participant.programs.reads is not None]
-        self._reads = jax.tree.map(lambda *reads: any(reads), *found) if found else None
+        self._reads = Reads.union([participant.programs.reads for participant in participants])
         self._batches: Iterator[tuple[int, dict[str, jax.Array]]] = iter(())
         self._next_step, self._is_ahead = -1, False
 
@@ -62,7 +61,7 @@ class Loop:
                 with kept_error(participant):
                     stack.enter_context(participant)
             waiting = self._close_done(self._participants, on_done)
-            teacher_variables = None if self._reads is None else teacher_variables
+            teacher_variables = None if self._reads.teacher is None else teacher_variables
             for participant in waiting if teacher_variables is not None else ():
                 participant.programs.take_teacher(teacher_variables)
             while waiting:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cskd_jax.errors import UserError
-from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch
+from cskd_jax.losses import LOSSES, LossInputs, Method, View, gather_batch, half_cosine
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import Layers, guard_layers
 
@@ -42,18 +42,37 @@ class Weight:
       start_epoch: The first epoch with the loss.
       end_epoch: The first epoch without it; None if it stays to the end.
       warmup_epochs: Number of epochs over which the weight grows linearly: 1/n of it in the first, all in the n-th.
+      decay_epoch: The number of epochs after which the weight falls along half a cosine, to 0 in the last epoch before
+        `end_epoch`, which must then be given; None if it does not fall.
     """
 
     weight: float
     start_epoch: int = 0
     end_epoch: int | None = None
     warmup_epochs: int = 0
+    decay_epoch: int | None = None
+
+    @property
+    def wrong(self) -> str | None:
+        """Returns what is wrong with the epochs, beginning with the name of an attribute; None if they make sense."""
+        if self.end_epoch is not None and self.end_epoch <= self.start_epoch:
+            return f"end_epoch is {self.end_epoch}; it must be more than start_epoch, {self.start_epoch}"
+        if self.decay_epoch is None:
+            return None
+        if self.end_epoch is None:
+            return f"decay_epoch is {self.decay_epoch}; it needs end_epoch, in which the weight arrives at 0"
+        if not self.start_epoch <= self.decay_epoch < self.end_epoch:
+            allowed = f"at least start_epoch, {self.start_epoch}, and less than end_epoch, {self.end_epoch}"
+            return f"decay_epoch is {self.decay_epoch}; it must be {allowed}"
+        return None
 
     def at(self, epoch: jax.Array) -> jax.Array | float:
         """Returns the weight in `epoch`, an integer scalar."""
         weight = self.weight
         if self.warmup_epochs:
             weight = weight * jnp.minimum((epoch - self.start_epoch + 1).astype(float) / self.warmup_epochs, 1)
+        if self.decay_epoch is not None and self.end_epoch is not None:
+            weight = weight * half_cosine(epoch + 1 - self.decay_epoch, self.end_epoch - self.decay_epoch)
         if self.start_epoch or self.end_epoch is not None:
             before_end = True if self.end_epoch is None else epoch < self.end_epoch
             weight = jnp.where((epoch >= self.start_epoch) & before_end, weight, 0)
@@ -116,6 +135,11 @@ class Objective:
         return any(loss.needs_teacher for _, loss in self.losses.values())
 
     @property
+    def views(self) -> int:
+        """Returns how many further views of the images the losses need."""
+        return max((loss.views for _, loss in self.losses.values()), default=0)
+
+    @property
     def may_read_teacher(self) -> bool:
         """Returns whether any of the losses reads the outputs of a teacher if there is one."""
         return self.needs_teacher or any(isinstance(loss, FunctionLoss) for _, loss in self.losses.values())
@@ -135,6 +159,8 @@ class Objective:
     def find_reads(self, params: Any, memory: Any, inputs: LossInputs) -> tuple[ModelOutput, Layers]:
         """Returns which outputs and layers of the teacher the losses read, found by tracing; reads only shapes.
 
+        What is read for one view of the images counts as read for all.
+
         Args:
           params: {name: parameters of the loss}.
           memory: {name: memory of the loss}.
@@ -149,11 +175,13 @@ class Objective:
 
         def evaluate(teacher, inputs, params, memory, step):
             output, layers = teacher
-            inputs = inputs._replace(teacher=output, teacher_head=layers.head, teacher_norms=layers.norms)
+            views = tuple(view._replace(teacher=output) for view in inputs.views)
+            inputs = inputs._replace(teacher=output, teacher_head=layers.head, teacher_norms=layers.norms, views=views)
             return objective(params, memory, inputs, step)
 
         teacher = inputs.teacher, Layers(inputs.teacher_head, inputs.teacher_norms)
-        others = inputs._replace(teacher=None, teacher_head=None, teacher_norms=None)
+        views = tuple(view._replace(teacher=None) for view in inputs.views)
+        others = inputs._replace(teacher=None, teacher_head=None, teacher_norms=None, views=views)
         traced = jax.make_jaxpr(evaluate)(teacher, others, params, memory, step).jaxpr
         read = {x for x in traced.outvars if isinstance(x, jax.extend.core.Var)}
         for equation in reversed(traced.eqns):
@@ -177,7 +205,7 @@ class Objective:
           The weighted total; {NAME: unweighted value, NAME/TERM: value of a term} for every loss; the new memory.
         """
         total: Any = 0.0
-        inputs, terms, new_memory = _guard(inputs), {}, {}
+        inputs, terms, new_memory = _guard(inputs._replace(epoch=step // self.steps_per_epoch)), {}, {}
         for name, (weight, loss) in self.losses.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             (value, parts), updated = loss.apply(variables, inputs, mutable=["memory"])
@@ -242,6 +270,7 @@ class FunctionLoss(Method):
         inputs = inputs._replace(
             student=_Outputs(student.output, "student", gather),
             teacher=None if teacher is None else _Outputs(teacher.output, "teacher", gather),
+            views=jax.tree.map(gather, inputs.views),
             labels=gather(inputs.labels),
             indices=None if inputs.indices is None else gather(inputs.indices),
         )
@@ -264,9 +293,8 @@ def _create_weight(name, settings):
     weight = Weight(**{"weight": 1.0} | settings)
     if not isinstance(weight.weight, int | float) or not 0 <= weight.weight < math.inf:
         raise UserError(f"losses.{name}.weight is {weight.weight!r}; it must be a number of at least 0")
-    if weight.end_epoch is not None and weight.end_epoch <= weight.start_epoch:
-        start = weight.start_epoch
-        raise UserError(f"losses.{name}.end_epoch is {weight.end_epoch}; it must be more than start_epoch, {start}")
+    if weight.wrong:
+        raise UserError(f"losses.{name}.{weight.wrong}")
     return weight
 
 
@@ -358,7 +386,10 @@ class _Outputs:
 
 def _guard(inputs):
     """Returns the inputs with a clear error in the place of everything that a network does not give."""
-    return guard_layers(inputs)._replace(
-        student=_Outputs(inputs.student, "student"),
-        teacher=None if inputs.teacher is None else _Outputs(inputs.teacher, "teacher"),
-    )
+
+    def guard(student, teacher) -> tuple[Any, Any]:
+        return _Outputs(student, "student"), None if teacher is None else _Outputs(teacher, "teacher")
+
+    student, teacher = guard(inputs.student, inputs.teacher)
+    views = tuple(View(*guard(*view)) for view in inputs.views)
+    return guard_layers(inputs)._replace(student=student, teacher=teacher, views=views)

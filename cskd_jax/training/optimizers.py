@@ -162,6 +162,10 @@ class SeparateOptimizer(optax.GradientTransformation):
     """An optax optimizer whose `update` takes `SeparateGradients` instead of the gradients of their sum."""
 
 
+# Version of what `dot` computes. It is raised when the same settings lead to other values than before.
+DOT_VERSION = 2
+
+
 class _DotState(NamedTuple):
     count: Any
     buffers: SeparateGradients
@@ -179,8 +183,9 @@ def dot(
 
     Every parameter has a buffer for the gradient of supervision, with weight decay, and one for that of distillation:
     buffer = (momentum - delta) * buffer + gradient and buffer = (momentum + delta) * buffer + gradient; the parameter
-    moves by minus the learning rate times their sum. What losses train has no gradient of supervision, so its momentum
-    is that of plain SGD.
+    moves by minus the learning rate times their sum. As in the authors' code, a parameter that one of the two does not
+    reach has the mean of the momenta: what losses train, which supervision does not reach and whose decay begins with
+    the second step, and what the losses that need a teacher do not read, such as a classifier behind matched maps.
 
     Args:
       schedule: Learning rate.
@@ -202,22 +207,30 @@ def dot(
     def update(updates, state, params: Any = None):
         decayed, _ = decay.update(updates.supervision, decay.init(params), params)
 
-        def accumulate(sign):
-            def add(path, buffer, gradient):
-                factor = momentum if path[0] == jax.tree_util.DictKey("losses") else momentum + sign * delta
-                return factor * buffer + gradient
+        def supervise(path, buffer, decayed, gradient, distillation, distillation_buffer):
+            if _is_of_loss(path):
+                return momentum * buffer + jnp.where(state.count > 0, decayed, gradient)
+            # A gradient that has never been anything but zero is one that does not exist.
+            reached = jnp.any(distillation != 0) | jnp.any(distillation_buffer != 0)
+            return jnp.where(reached, momentum - delta, momentum).astype(buffer.dtype) * buffer + decayed
 
-            return add
+        def distill(path, buffer, gradient):
+            return (momentum if _is_of_loss(path) else momentum + delta) * buffer + gradient
 
+        supervision, distillation = state.buffers
         buffers = SeparateGradients(
-            jax.tree.map_with_path(accumulate(-1), state.buffers.supervision, decayed),
-            jax.tree.map_with_path(accumulate(1), state.buffers.distillation, updates.distillation),
+            jax.tree.map_with_path(supervise, supervision, decayed, *updates, distillation),
+            jax.tree.map_with_path(distill, distillation, updates.distillation),
         )
         rate = schedule(state.count)
         moves = jax.tree.map(lambda x, y: -jnp.asarray(rate, x.dtype) * (x + y), *buffers)
         return moves, _DotState(optax.safe_increment(state.count), buffers)
 
     return SeparateOptimizer(init, update)
+
+
+def _is_of_loss(path):
+    return path[0] == jax.tree_util.DictKey("losses")
 
 
 def clip_first(optimizer: optax.GradientTransformation, norm: float | None) -> optax.GradientTransformation:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,32 @@ from cskd_jax.training.state import (
     output_of,
 )
 from cskd_jax.training.step import make_teacher_pass, make_train_step, select_outputs
+
+
+class Reads(NamedTuple):
+    """The part of what the teacher pass can return that a student reads, or several students together.
+
+    Attributes:
+      teacher: Outputs of the teacher, a `ModelOutput` of booleans; None where no loss reads any.
+      views: Number of further views of the images.
+    """
+
+    teacher: Any
+    views: int
+
+    @classmethod
+    def union(cls, reads: Sequence["Reads"]) -> "Reads":
+        """Returns what any of several students reads; one that reads further views gets the same outputs for them."""
+        teachers = [read.teacher for read in reads if read.teacher is not None]
+        teacher = jax.tree.map(lambda *found: any(found), *teachers) if teachers else None
+        return cls(teacher, max(read.views for read in reads))
+
+    def select(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns the batch, as the pass returns it with other entries beside, without what is not read."""
+        views = tuple(self._replace(views=0).select(view) for view in batch.get("views", ())[: self.views])
+        teacher = None if self.teacher is None else select_outputs(batch["teacher"], self.teacher)
+        rest = {name: value for name, value in batch.items() if name != "views"}
+        return {**rest, "teacher": teacher} | ({"views": views} if views else {})
 
 
 class TeacherPass:
@@ -85,12 +111,13 @@ class TeacherPass:
         """Returns the layers of the teacher that losses may read."""
         return NO_LAYERS if self._teacher is None else layers_of(self._teacher, variables)
 
-    def example(self, rows: int, reads: Any) -> dict[str, Any]:
-        """Returns zeros in the place of what the pass returns for that many rows; see `select_outputs`."""
-        zeros = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), (self._image, self.outputs))
-        return {"image": zeros[0], "teacher": None if reads is None else select_outputs(zeros[1], reads)}
+    def example(self, rows: int, reads: Reads) -> dict[str, Any]:
+        """Returns zeros in the place of what the pass returns for that many rows to a student."""
+        image, outputs = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), (self._image, self.outputs))
+        one = {"image": image, "teacher": outputs}
+        return reads.select({**one, "views": (one,) * reads.views})
 
-    def compile(self, size: int, reads: Any, pool: Executor) -> None:
+    def compile(self, size: int, reads: Reads, pool: Executor) -> None:
         """Traces the pass for a global batch of `size` and compiles it in the background, unless that was asked before.
 
         Tracing stays in the thread of the caller, whose settings of JAX it depends on.
@@ -101,15 +128,17 @@ class TeacherPass:
     def _lower(self, size, reads):
         data, devices = self._setup.data, self._setup.devices
         teacher_pass = make_teacher_pass(
-            None if reads is None else self._teacher,
+            None if reads.teacher is None else self._teacher,
             preprocess=self._setup.preprocess,
             axis_name=AXIS,
             micro_batch_size=self._setup.micro_batch_size,
-            reads=reads,
+            reads=reads.teacher,
+            views=reads.views,
+            preprocess_view=self._setup.preprocess_view,
         )
         rows = len(range(size)[devices.local_rows(size)])
         images = devices.shard({"image": np.zeros((rows, *data.image_shape), data.image_dtype)})["image"]
-        variables = None if reads is None else self._variables
+        variables = None if reads.teacher is None else self._variables
         return lower(devices.map_teacher_pass(teacher_pass), variables, images, self._key, np.int32(0))
 
     def compiled(self, size: int) -> Callable[..., Any]:
@@ -151,7 +180,7 @@ class Programs:
       parts: The phases.
       states: Shapes and dtypes of the state in each phase.
       lowered: The traced step of each phase for whole batches.
-      reads: Outputs of the teacher that a loss reads, a `ModelOutput` of booleans; None where no loss reads any.
+      reads: Part of what the pass returns that the losses read.
       layer_reads: Layers of the teacher that a loss reads, `Layers` of booleans.
 
     Raises:
@@ -186,9 +215,10 @@ class Programs:
         with _one_line(name):
             student_output = self._trace_student()
             self._lower_state(teacher_output, ema is not None)
-            self.reads, self.layer_reads = None, NO_LAYERS
+            self.reads, self.layer_reads = Reads(None, parts[0].all_losses.views), NO_LAYERS
             if teacher_output is not None:
-                self.reads, self.layer_reads = self._find_reads(student_output, teacher_output)
+                outputs, self.layer_reads = self._find_reads(student_output, teacher_output)
+                self.reads = self.reads._replace(teacher=outputs)
             self._teacher_layers: Any = None
             self._steps = [self._make_step(part, ema) for part in parts]
             size = setup.sampler.batch_size
@@ -247,6 +277,7 @@ class Programs:
             teacher_output,
             self._label,
             self._init_key,
+            self.parts[0].all_losses.views,
             student_head=layers_of(self.network, state.variables).head,
             layers=self._teacher_pass.layers,
         )
@@ -329,8 +360,7 @@ class Programs:
 
     def step(self, number: int, size: int, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Any]:
         """Runs the compiled step of a phase on what the teacher pass returns, with "label" and "index"."""
-        teacher = None if self.reads is None else select_outputs(batch["teacher"], self.reads)
-        return self.compiled(number, size)(state, {**batch, "teacher": teacher}, self._key, self._teacher_layers)
+        return self.compiled(number, size)(state, self.reads.select(batch), self._key, self._teacher_layers)
 
     def with_fresh_optimizer(self, number: int, state: TrainState) -> TrainState:
         """Returns the state with a fresh optimizer state for a phase."""

@@ -9,6 +9,7 @@ import jax
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.batches import Sampler
+from cskd_jax.data.strong import strong_augment
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.training.callbacks import Callback
 
@@ -56,6 +57,13 @@ class Setup:
     def preprocess(self, images: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
         """Returns the images of a training batch as inputs of the networks."""
         return self.normalize(images if self.augment is None else self.augment(images, key, positions))
+
+    def preprocess_view(self, images: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
+        """Returns a further view of the images, augmented strongly after another draw of the usual augmentation."""
+        usual_key, strong_key = jax.random.split(key)
+        if self.augment is not None:
+            images = self.augment(images, usual_key, positions)
+        return self.normalize(strong_augment(images, strong_key, positions))
 
     def say(self, message: str) -> None:
         """Sends a line of text to the callbacks."""

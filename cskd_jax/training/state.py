@@ -11,7 +11,7 @@ import optax
 from flax import struct, traverse_util
 
 from cskd_jax.errors import UserError
-from cskd_jax.losses import LossInputs
+from cskd_jax.losses import LossInputs, View
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import NO_LAYERS, Layers, layers_of
 from cskd_jax.training.networks import Network, Variables
@@ -115,8 +115,9 @@ def init_state(
         start, student_output = init_network(student, student_key, image_shape)
     else:
         start, student_output = variables, jax.eval_shape(partial(output_of, student, image_shape), variables)
+    head = layers_of(student, start).head
     inputs = example_inputs(
-        student_output, teacher_output, label, key, student_head=layers_of(student, start).head, layers=teacher_layers
+        student_output, teacher_output, label, key, objective.views, student_head=head, layers=teacher_layers
     )
     losses, memory = objective.init(losses_key, inputs)
     params = {"network": start.get("params", {}), "losses": losses}
@@ -130,6 +131,7 @@ def example_inputs(
     teacher: ModelOutput | None,
     label: jax.ShapeDtypeStruct,
     key: jax.Array,
+    views: int = 0,
     *,
     student_head: Any = None,
     layers: Layers = NO_LAYERS,
@@ -141,6 +143,7 @@ def example_inputs(
       teacher: Likewise, of the teacher; None without one.
       label: Shape and dtype of the label of one image.
       key: A key.
+      views: Number of further views of the images.
       student_head: Classifier of the student, or its shapes; None if it is not known.
       layers: Layers of the teacher that losses may read, or their shapes.
     """
@@ -154,6 +157,8 @@ def example_inputs(
         student_head=student_head,
         teacher_head=layers.head,
         teacher_norms=layers.norms,
+        epoch=shape((), jnp.int32),
+        views=(View(student, teacher),) * views,
     )
 
 

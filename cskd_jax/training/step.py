@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cskd_jax.losses import LossInputs, batch_positions
+from cskd_jax.losses import LossInputs, View, batch_positions
 from cskd_jax.training.layers import NO_LAYERS, layers_of
 from cskd_jax.training.metrics import SINGLE_LABEL, Task
 from cskd_jax.training.networks import Network
@@ -21,8 +21,8 @@ Batch = dict[str, Any]
 Preprocess = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 # Folded into the key of a step for the draws of the losses and of the student. What is folded in for the images are
-# their positions, which are smaller. A micro-batch has a key of its own for both.
-_LOSSES, _STUDENT, _MICRO_BATCH = 2**31 - 1, 2**31 - 2, 2**31 - 3
+# their positions, which are smaller. A micro-batch has a key of its own for both, and so have further views.
+_LOSSES, _STUDENT, _MICRO_BATCH, _VIEWS = 2**31 - 1, 2**31 - 2, 2**31 - 3, 2**31 - 4
 
 
 def make_teacher_pass(
@@ -32,6 +32,8 @@ def make_teacher_pass(
     axis_name: str | None = None,
     micro_batch_size: int | None = None,
     reads: Any = None,
+    views: int = 0,
+    preprocess_view: Preprocess | None = None,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], dict[str, Any]]:
     """Returns `teacher_pass(teacher_variables, images, key, step) -> {"image", "teacher"}`, what every student reads.
 
@@ -42,15 +44,27 @@ def make_teacher_pass(
       micro_batch_size: As of `make_train_step`. The pass takes the parts of the batch one after the other too, so that
         it needs no more memory than the steps do.
       reads: Outputs of the teacher that a student reads, a `ModelOutput` of booleans; None for all of them.
+      views: Number of further views of the images that a student reads.
+      preprocess_view: As `preprocess`, for these views; needed if there are any.
 
     Returns:
       A pure function. `key` is the key of the run and `step` an int32 scalar, the number of steps done. "image" are
       inputs of the networks [B, H, W, C], "teacher" the outputs of the teacher with None in the place of those that are
-      not read; None without a teacher.
+      not read; None without a teacher. If there are further views, "views" is a tuple of the same for each of them.
     """
 
     def prepare(teacher_variables, images, positions, step_key):
-        images = preprocess(images, step_key, positions)
+        prepared = prepare_one(teacher_variables, preprocess(images, step_key, positions))
+        if views:
+            assert preprocess_view is not None
+            # Behind the barrier, the images of the main view are computed as they are without any other.
+            images = lax.optimization_barrier(images)
+            keys = (jax.random.fold_in(jax.random.fold_in(step_key, _VIEWS), number) for number in range(views))
+            others = (preprocess_view(images, view_key, positions) for view_key in keys)
+            prepared["views"] = tuple(prepare_one(teacher_variables, other) for other in others)
+        return prepared
+
+    def prepare_one(teacher_variables, images):
         if teacher is None:
             return {"image": images, "teacher": None}
         # The barriers keep the compiler from computing one thing in another way because of what else is returned, so
@@ -114,7 +128,8 @@ def make_train_step(
       float32 [B, K], and, for the losses that keep a memory of the samples, "index": int32 [B], their positions in the
       training split. `key` is the key of the run (the step is folded in here). `teacher_layers` are the `Layers` of the
       teacher that losses read, which are no part of the batch; None by default. metrics are scalars: `loss`, the terms
-      of the objective, `task.score` of the student on the batch, `gradient_norm`.
+      of the objective, `task.score` of the student on the batch, `gradient_norm`. The network sees the further views of
+      the pass one after the other in training mode, so that its collections move with each.
     """
     separate = isinstance(optimizer, SeparateOptimizer)
 
@@ -139,6 +154,12 @@ def make_train_step(
                 teacher_head=teacher_layers.head,
                 teacher_norms=teacher_layers.norms,
             )
+            for number, view in enumerate(batch.get("views", ())):
+                view_key = jax.random.fold_in(jax.random.fold_in(draw_key, _VIEWS), number)
+                key = _student_key(view_key, axis_name)
+                seen, moved = student.apply({**variables, **collections}, view["image"], train=True, key=key)
+                collections = {**collections, **moved}
+                inputs = inputs._replace(views=(*inputs.views, View(seen, view["teacher"])))
             total, terms, memory = objective(params["losses"], state.memory, inputs, state.step)
             predicted = objective.predict(params["losses"], memory, output)
             measured = task.measure_step(predicted, labels, axis_name)
