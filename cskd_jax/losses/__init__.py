@@ -23,12 +23,13 @@ from cskd_jax.losses.category import (
 from cskd_jax.losses.cckd import CorrelationCongruence, correlation_congruence_loss
 from cskd_jax.losses.correlation import CorrelationDelta, correlation_delta_loss
 from cskd_jax.losses.crd import CRD, ContrastMemory, contrastive_loss
-from cskd_jax.losses.dist import DIST, dist_loss
+from cskd_jax.losses.dist import DIST, dense_dist_loss, dist_loss
 from cskd_jax.losses.dkd import DKD, dkd_loss
 from cskd_jax.losses.factor import FactorTransfer, factor_transfer_loss
 from cskd_jax.losses.fitnet import FitNet, hint_loss
 from cskd_jax.losses.fsp import FSP, fsp_loss, fsp_matrix
 from cskd_jax.losses.irg import IRG, irg_loss
+from cskd_jax.losses.itrd import ITRD, itrd_correlation_loss, itrd_mutual_loss
 from cskd_jax.losses.kdgan import KDGAN, kdgan_loss
 from cskd_jax.losses.logits import KD, CrossEntropy, MSELogits, cross_entropy_loss, kd_loss, mse_logits_loss
 from cskd_jax.losses.multilabel import MultilabelCategoryStructure, multilabel_category_structure_loss
@@ -36,9 +37,13 @@ from cskd_jax.losses.nst import NeuronSelectivityTransfer, nst_loss
 from cskd_jax.losses.pkt import PKT, pkt_loss
 from cskd_jax.losses.review import ReviewKD, hierarchical_context_loss
 from cskd_jax.losses.rkd import RKD, rkd_loss
+from cskd_jax.losses.semckd import SemCKD, semckd_attention, semckd_loss
 from cskd_jax.losses.similarity import SimilarityPreserving, similarity_preserving_loss
+from cskd_jax.losses.srd import SRD, srd_correlation_loss, srd_difference_loss
 from cskd_jax.losses.standardization import StandardizedKD, standardized_kd_loss
 from cskd_jax.losses.vid import VID, vid_loss
+from cskd_jax.losses.vkd import VkD, vkd_loss
+from cskd_jax.losses.wkd_f import WKDFeature, wkd_feature_loss
 
 __all__ = [
     "LOSSES",
@@ -60,6 +65,7 @@ __all__ = [
     "correlation_congruence_loss",
     "correlation_delta_loss",
     "cross_entropy_loss",
+    "dense_dist_loss",
     "dist_loss",
     "dkd_loss",
     "factor_transfer_loss",
@@ -71,6 +77,8 @@ __all__ = [
     "inter_category_structure",
     "intra_category_structure",
     "irg_loss",
+    "itrd_correlation_loss",
+    "itrd_mutual_loss",
     "kd_loss",
     "kdgan_loss",
     "mse_logits_loss",
@@ -79,10 +87,16 @@ __all__ = [
     "pkt_loss",
     "rkd_loss",
     "running_category_structure_loss",
+    "semckd_attention",
+    "semckd_loss",
     "similarity_preserving_loss",
+    "srd_correlation_loss",
+    "srd_difference_loss",
     "standardized_kd_loss",
     "sum_batch",
     "vid_loss",
+    "vkd_loss",
+    "wkd_feature_loss",
 ]
 
 LOSSES: dict[str, type[Method]] = {
@@ -96,6 +110,7 @@ LOSSES: dict[str, type[Method]] = {
     "cross_entropy": CrossEntropy,
     "dist": DIST,
     "irg": IRG,
+    "itrd": ITRD,
     "cc": CorrelationDelta,
     "dkd": DKD,
     "fitnet": FitNet,
@@ -110,6 +125,10 @@ LOSSES: dict[str, type[Method]] = {
     "pkt": PKT,
     "reviewkd": ReviewKD,
     "rkd": RKD,
+    "semckd": SemCKD,
     "sp": SimilarityPreserving,
+    "srd": SRD,
     "vid": VID,
+    "vkd": VkD,
+    "wkd_f": WKDFeature,
 }
