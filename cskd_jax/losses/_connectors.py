@@ -198,9 +198,15 @@ def orthogonal_matrix(reflections: jax.Array) -> jax.Array:
     vectors = jnp.tril(reflections, -1) + identity
     products = _dot(vectors.T, vectors)
     inverse = jnp.triu(products, 1) + jnp.diag(jnp.diagonal(products) / 2)
-    matrix = _dot(vectors, solve_triangular(inverse, vectors[: reflections.shape[1]].T)) - identity
-    # In float32 the columns are then orthonormal to 6e-6; a step of Newton's method leaves 5e-7.
-    return 1.5 * matrix - 0.5 * _dot(matrix, _dot(matrix.T, matrix))
+    size = reflections.shape[1]
+    matrix = _dot(vectors, solve_triangular(inverse, vectors[:size].T)) - identity
+    # In float32 the columns are then orthonormal to 6e-6; a step of Newton's method leaves 6e-7. The error of Q^T Q
+    # takes the diagonal of Q by itself, so that small numbers are not added to numbers of size 1.
+    diagonal = jnp.diagonal(matrix)
+    rest = matrix - identity * diagonal
+    mixed = diagonal[:, None] * rest[:size]
+    error = jnp.diag((diagonal - 1) * (diagonal + 1)) + mixed + mixed.T + _dot(rest.T, rest)
+    return matrix - 0.5 * _dot(matrix, error)
 
 
 def _uniform_reflections(key, shape, dtype):

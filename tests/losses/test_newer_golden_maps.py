@@ -109,6 +109,7 @@ def semckd(case):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", newer_cases.names_of("semckd"))
 def test_newer_semckd(name):
     case = newer_cases.read_cases()[name]
@@ -136,6 +137,7 @@ def wkd_feature(case, params, student, teacher):
     return value, terms, states(running_statistics(last, "bn"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", newer_cases.names_of("wkd_f"))
 def test_newer_wkd_f(name):
     case = newer_cases.read_cases()[name]

@@ -56,15 +56,18 @@ CASES = {
     "wkd_f, conv1x1": ("wkd_f", {"projector": "conv1x1", "grid": 1}),
 }
 
+# Those that compile for long are slow tests.
+COMPILED = [pytest.param(case, marks=pytest.mark.slow) if case in ("semckd", "wkd_f") else case for case in CASES]
+
 
 def make_inputs(batch=BATCH, dtype=np.float32, num_classes=NUM_CLASSES):
-    """Two stages are enough; the teacher has other channels."""
+    """One stage of the student and two of the teacher, which has other channels, are enough."""
 
-    def of(seed, channels):
+    def of(seed, channels, stages):
         output = make_output(seed, batch, channels, dtype, num_classes)
-        return ModelOutput(output.logits, output.features[1:], output.embedding)
+        return ModelOutput(output.logits, output.features[-stages:], output.embedding)
 
-    return LossInputs(of(1, (2, 3, 4)), of(2, (2, 4, 6)), (np.arange(batch) % num_classes).astype(np.int32))
+    return LossInputs(of(1, (2, 3, 4), 1), of(2, (2, 4, 6), 2), (np.arange(batch) % num_classes).astype(np.int32))
 
 
 def created(case, inputs):
@@ -79,7 +82,7 @@ class DenseDIST(Method):
     """The dense form of DIST, as a method."""
 
     def __call__(self, inputs):
-        return dense_dist_loss(inputs.student.features[0], inputs.teacher.features[0], axis_name=self.axis_name)
+        return dense_dist_loss(inputs.student.features[-1], inputs.teacher.features[-1], axis_name=self.axis_name)
 
 
 @pytest.mark.slow
@@ -95,7 +98,7 @@ def test_newer_any_number_of_devices(case):
 @pytest.mark.usefixtures("x64")
 def test_newer_dense_dist_on_any_number_of_devices():
     inputs = make_inputs(dtype=np.float64)
-    teacher = inputs.teacher._replace(features=(inputs.teacher.features[0][..., :3],))
+    teacher = inputs.teacher._replace(features=(inputs.teacher.features[-1][..., :4],))
     inputs = inputs._replace(teacher=teacher)
     assert_same_on_any_number_of_devices(DenseDIST(num_classes=NUM_CLASSES), {"params": {}}, inputs)
 
@@ -142,7 +145,7 @@ def large(outputs):
     return jax.tree.map(lambda x: x * np.float32(1e4), outputs)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COMPILED)
 def test_newer_degenerate_inputs_are_finite(case):
     inputs = make_inputs()
     for change in (zeros, constant, identical_samples, one_dead_sample, vanishing, large):
@@ -151,7 +154,7 @@ def test_newer_degenerate_inputs_are_finite(case):
             assert_finite(compiled(case)(changed))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COMPILED)
 def test_newer_teacher_gets_no_gradient_and_all_else_that_is_read_does(case):
     _, (params, student, teacher) = compiled(case)(make_inputs())
     assert not any(leaf.any() for leaf in jax.tree.leaves(teacher))
@@ -161,11 +164,10 @@ def test_newer_teacher_gets_no_gradient_and_all_else_that_is_read_does(case):
         assert leaf.any() or path[-1].key == "bias", path
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["srd", "vkd"])
 def test_newer_two_classes(case):
-    inputs = make_inputs(num_classes=2)
-    method, variables = created(case, inputs)
-    assert_finite(evaluate(method, variables, inputs)[:2])
+    """The other methods read no logits."""
+    assert_finite(compiled(case)(make_inputs(num_classes=2)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -190,8 +192,8 @@ def test_newer_one_position_has_no_variance():
 
 
 def test_newer_equal_features_have_a_finite_logarithm():
-    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    value, gradient = jax.jit(jax.value_and_grad(srd_difference_loss))(x, x)
+    x = np.ones((4, 3), np.float32)
+    value, gradient = jax.jit(jax.value_and_grad(srd_difference_loss))(x, 2 * x)
     assert np.isfinite(value)
     assert not gradient.any()
 
@@ -199,6 +201,7 @@ def test_newer_equal_features_have_a_finite_logarithm():
 # semckd and the size of the batch.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_newer_semckd_fills_up_a_smaller_batch():
     """Missing samples have nothing in common with the others: the weights of their products are not read."""
@@ -220,9 +223,9 @@ def test_newer_semckd_fills_up_a_smaller_batch():
 
 
 def test_newer_semckd_refuses_a_larger_batch():
-    method, variables = created("semckd", make_inputs())
-    with pytest.raises(ValueError, match="^semckd was made for batches of 8 samples, got 10$"):
-        method.apply(variables, make_inputs(batch=10))
+    method = LOSSES["semckd"](num_classes=NUM_CLASSES, batch_size=8)
+    with pytest.raises(ValueError, match="^semckd was made for batches of 8 samples, got 10"):
+        method.lazy_init(jax.random.key(0), make_inputs(batch=10))
 
 
 # Orthogonal projectors.
@@ -239,7 +242,7 @@ def matrix_by_hand(reflections):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (7, 3), (9, 1)])
+@pytest.mark.parametrize("shape", [(4, 4), (7, 3)])
 def test_newer_orthogonal_matrix_is_a_product_of_reflections(shape):
     reflections = np.random.default_rng(0).normal(size=shape)
     np.testing.assert_allclose(jax.jit(orthogonal_matrix)(reflections), matrix_by_hand(reflections), atol=1e-13)
@@ -252,21 +255,22 @@ def error_of(matrix):
     return np.abs(matrix.T @ matrix - np.eye(matrix.shape[1])).max()
 
 
-@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 30.0])
 @pytest.mark.parametrize("sizes", [(64, 64), (64, 256), (256, 64)])
-def test_newer_projector_is_orthogonal_in_float32(sizes, scale):
+def test_newer_projector_is_orthogonal_in_float32(sizes):
     """So it is whatever the parameters are, and where the output is wider as well as where it is narrower."""
     module, x = Orthogonal(sizes[1]), np.eye(sizes[0], dtype=np.float32)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
 
     @jax.jit
-    def matrix(key):
-        variables = jax.tree.map(lambda leaf: scale * leaf, module.init(key, x))
-        return module.apply(variables, x)
+    def matrix(scale):
+        return module.apply(jax.tree.map(lambda leaf: scale * leaf, variables), x)
 
-    kernel = matrix(jax.random.key(0))
-    assert error_of(kernel if sizes[0] >= sizes[1] else kernel.T) < 1e-6
+    for scale in (0.0, 1e-3, 0.1, 1.0, 30.0):
+        kernel = matrix(np.float32(scale))
+        assert error_of(kernel if sizes[0] >= sizes[1] else kernel.T) < 1e-6, scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vkd", "srd"])
 def test_newer_projector_stays_orthogonal_at_every_step(method):
     settings = {"weight": 10.0} | ({"projector": "orthogonal"} if method == "srd" else {})
@@ -306,6 +310,7 @@ def make_trainer(losses, optimizer, workdir=None, epochs=2):
     )
 
 
+@pytest.mark.slow
 def test_newer_orthogonal_projector_does_not_decay():
     """Nothing but the decay moves parameters where the weights are 0."""
     optimizer = optax.adamw(0.1, weight_decay=0.5)
