@@ -357,16 +357,15 @@ def test_newer_decay_leaves_out_what_does_not_decay(name):
 
 @pytest.mark.slow
 def test_newer_methods_resume_bit_for_bit(tmp_path):
-    """All methods at once: the attention of semckd has the width of the batch, the last of which is smaller."""
-    losses = {"cross_entropy": 1.0, "itrd": 1.0, "semckd": 1.0, "srd": 0.1, "vkd": 1.0}
-    losses["wkd_f"] = {"hidden": 2, "grid": 2}
-    expected = make_trainer(losses, optax.sgd(0.01, momentum=0.9))
+    """The attention of semckd has the width of the batch, the last of which is smaller; a part of vkd does not decay."""
+    losses, optimizer = {"cross_entropy": 1.0, "semckd": 1.0, "vkd": 1.0}, optax.adamw(0.01)
+    expected = make_trainer(losses, optimizer, epochs=1)
     expected.fit()
     width = expected.state["net"].params["losses"]["semckd"]["cross_layers"]["query1_layer1"]["kernel"].shape[0]
     assert width == 8
     with pytest.raises(InterruptedRun):
-        make_trainer(losses, optax.sgd(0.01, momentum=0.9), tmp_path).fit(Stop(4))
-    resumed = make_trainer(losses, optax.sgd(0.01, momentum=0.9), tmp_path)
+        make_trainer(losses, optimizer, tmp_path, epochs=1).fit(Stop(1))
+    resumed = make_trainer(losses, optimizer, tmp_path, epochs=1)
     resumed.fit()
     jax.tree.map(np.testing.assert_array_equal, resumed.state["net"].params, expected.state["net"].params)
 
