@@ -293,7 +293,7 @@ class Net(nn.Module):
         return ModelOutput(nn.Dense(3)(embedding), (features,), embedding)
 
 
-def make_trainer(losses, optimizer, workdir=None, epochs=2):
+def make_trainer(losses, optimizer, workdir=None, epochs=2, **settings):
     """A training on 22 images in batches of 8, 8 and 6."""
     rng = np.random.default_rng(0)
     images, labels = rng.normal(size=(22, 4, 4, 1)).astype(np.float32), (np.arange(22) % 3).astype(np.int32)
@@ -307,6 +307,7 @@ def make_trainer(losses, optimizer, workdir=None, epochs=2):
         workdir=workdir,
         callbacks=(),
         devices=1,
+        **settings,
     )
 
 
@@ -356,18 +357,24 @@ def test_newer_decay_leaves_out_what_does_not_decay(name):
 
 
 @pytest.mark.slow
-def test_newer_methods_resume_bit_for_bit(tmp_path):
-    """The attention of semckd has the width of the batch, the last of which is smaller; a part of vkd does not decay."""
-    losses, optimizer = {"cross_entropy": 1.0, "semckd": 1.0, "vkd": 1.0}, optax.adamw(0.01)
+def test_newer_vkd_resumes_bit_for_bit(tmp_path):
+    """A part of its parameters does not decay."""
+    losses, optimizer = {"cross_entropy": 1.0, "vkd": 1.0}, optax.adamw(0.01)
     expected = make_trainer(losses, optimizer, epochs=1)
     expected.fit()
-    width = expected.state["net"].params["losses"]["semckd"]["cross_layers"]["query1_layer1"]["kernel"].shape[0]
-    assert width == 8
     with pytest.raises(InterruptedRun):
         make_trainer(losses, optimizer, tmp_path, epochs=1).fit(Stop(1))
     resumed = make_trainer(losses, optimizer, tmp_path, epochs=1)
     resumed.fit()
     jax.tree.map(np.testing.assert_array_equal, resumed.state["net"].params, expected.state["net"].params)
+
+
+@pytest.mark.parametrize(("accumulation_steps", "width"), [(1, 8), (2, 4)])
+def test_newer_semckd_is_as_wide_as_a_batch_or_micro_batch(accumulation_steps, width):
+    """The smaller last batch of an epoch asks for no other parameters."""
+    trainer = make_trainer({"semckd": 1.0}, optax.sgd(0.01), accumulation_steps=accumulation_steps)
+    layers = trainer.programs("net").states[0].params["losses"]["semckd"]["cross_layers"]
+    assert layers["query1_layer1"]["kernel"].shape[0] == layers["key1_layer1"]["kernel"].shape[0] == width
 
 
 # Errors.
