@@ -27,12 +27,13 @@ from cskd_jax.losses.cckd import CorrelationCongruence, correlation_congruence_l
 from cskd_jax.losses.correlation import CorrelationDelta, correlation_delta_loss
 from cskd_jax.losses.crd import CRD, ContrastMemory, contrastive_loss
 from cskd_jax.losses.ctkd import CTKD, curriculum_factor, curriculum_temperature
-from cskd_jax.losses.dist import DIST, dist_loss
+from cskd_jax.losses.dist import DIST, dense_dist_loss, dist_loss
 from cskd_jax.losses.dkd import DKD, dkd_loss
 from cskd_jax.losses.factor import FactorTransfer, factor_transfer_loss
 from cskd_jax.losses.fitnet import FitNet, hint_loss
 from cskd_jax.losses.fsp import FSP, fsp_loss, fsp_matrix
 from cskd_jax.losses.irg import IRG, irg_loss
+from cskd_jax.losses.itrd import ITRD, itrd_correlation_loss, itrd_mutual_loss
 from cskd_jax.losses.kdgan import KDGAN, kdgan_loss
 from cskd_jax.losses.logits import KD, CrossEntropy, MSELogits, cross_entropy_loss, kd_loss, mse_logits_loss
 from cskd_jax.losses.luminet import LumiNet, luminet_loss, perception
@@ -47,12 +48,16 @@ from cskd_jax.losses.review import ReviewKD, hierarchical_context_loss
 from cskd_jax.losses.rkd import RKD, rkd_loss
 from cskd_jax.losses.rld import RLD, rld_loss
 from cskd_jax.losses.sdd import SDDDKD, SDDKD, SDDNKD, region_logits, region_weights, sdd_loss
+from cskd_jax.losses.semckd import SemCKD, semckd_attention, semckd_loss
 from cskd_jax.losses.similarity import SimilarityPreserving, similarity_preserving_loss
 from cskd_jax.losses.simkd import SimKD
+from cskd_jax.losses.srd import SRD, srd_correlation_loss, srd_difference_loss
 from cskd_jax.losses.srrl import SRRL, srrl_loss
 from cskd_jax.losses.standardization import StandardizedKD, standardized_kd_loss
 from cskd_jax.losses.ttm import TTM, WTTM, ttm_loss, wttm_loss
 from cskd_jax.losses.vid import VID, vid_loss
+from cskd_jax.losses.vkd import VkD, vkd_loss
+from cskd_jax.losses.wkd_f import WKDFeature, wkd_feature_loss
 from cskd_jax.losses.wkd_logits import (
     WKDLogits,
     cka_cost,
@@ -91,6 +96,7 @@ __all__ = [
     "cross_entropy_loss",
     "curriculum_factor",
     "curriculum_temperature",
+    "dense_dist_loss",
     "dist_loss",
     "dkd_loss",
     "factor_transfer_loss",
@@ -103,6 +109,8 @@ __all__ = [
     "inter_category_structure",
     "intra_category_structure",
     "irg_loss",
+    "itrd_correlation_loss",
+    "itrd_mutual_loss",
     "kd_loss",
     "kdgan_loss",
     "luminet_loss",
@@ -123,8 +131,12 @@ __all__ = [
     "running_category_structure_loss",
     "sample_correlation_loss",
     "sdd_loss",
+    "semckd_attention",
+    "semckd_loss",
     "similarity_preserving_loss",
     "sinkhorn_distance",
+    "srd_correlation_loss",
+    "srd_difference_loss",
     "srrl_loss",
     "standardize_logits",
     "standardized_kd_loss",
@@ -132,7 +144,9 @@ __all__ = [
     "ttm_loss",
     "uncertain",
     "vid_loss",
+    "vkd_loss",
     "weighted_target_loss",
+    "wkd_feature_loss",
     "wkd_logits_loss",
     "wttm_loss",
 ]
@@ -150,6 +164,7 @@ LOSSES: dict[str, type[Method]] = {
     "ctkd": CTKD,
     "dist": DIST,
     "irg": IRG,
+    "itrd": ITRD,
     "cc": CorrelationDelta,
     "dkd": DKD,
     "fitnet": FitNet,
@@ -173,12 +188,16 @@ LOSSES: dict[str, type[Method]] = {
     "sdd_dkd": SDDDKD,
     "sdd_kd": SDDKD,
     "sdd_nkd": SDDNKD,
+    "semckd": SemCKD,
     "simkd": SimKD,
     "sp": SimilarityPreserving,
+    "srd": SRD,
     "srrl": SRRL,
     "ttm": TTM,
     "vid": VID,
+    "vkd": VkD,
     "weighted_target": WeightedTarget,
+    "wkd_f": WKDFeature,
     "wkd_l": WKDLogits,
     "wttm": WTTM,
 }

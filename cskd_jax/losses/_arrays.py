@@ -52,12 +52,22 @@ def half_cosine(progress: jax.Array, length: int) -> jax.Array:
     return 0.5 * (1 + jnp.cos(math.pi * share))
 
 
-def average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Averages maps over equal cells: [B, H, W, D] -> [B, *size, D], with `size` at most (H, W).
+def cells(length: int, number: int) -> list[slice]:
+    """Returns the positions of each of `number` equal cells along an axis of that length.
 
-    Where a size does not divide, cell i of n covers the positions from floor(i H / n) to ceil((i + 1) H / n). Such
+    Where the number does not divide, cell i of n covers the positions from floor(i H / n) to ceil((i + 1) H / n). Such
     cells overlap, as in torch's adaptive average pooling.
     """
+    return [slice(cell * length // number, -(-(cell + 1) * length // number)) for cell in range(number)]
+
+
+def mean_over_positions(x: jax.Array) -> jax.Array:
+    """Averages maps [B, H, W, D] or tokens [B, T, D] over their positions to [B, D]; vectors [B, D] stay the same."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
+
+
+def average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Averages maps over `cells` of both axes: [B, H, W, D] -> [B, *size, D], with `size` at most (H, W)."""
     return _pool_axis(_pool_axis(x, 1, size[0]), 2, size[1])
 
 
@@ -68,9 +78,8 @@ def _pool_axis(x, axis, size):
     if length % size == 0:
         return x.reshape(*x.shape[:axis], size, length // size, *x.shape[axis + 1 :]).mean(axis + 1)
     weights = np.zeros((length, size))
-    for cell in range(size):
-        start, stop = cell * length // size, -(-(cell + 1) * length // size)
-        weights[start:stop, cell] = 1 / (stop - start)
+    for cell, positions in enumerate(cells(length, size)):
+        weights[positions, cell] = 1 / (positions.stop - positions.start)
     pooled = jnp.tensordot(x, jnp.asarray(weights, x.dtype), (axis, 0), precision=lax.Precision.HIGHEST)
     return jnp.moveaxis(pooled, -1, axis)
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cskd_jax.losses._arrays import safe_rsqrt
+
 
 def gather_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
     """Returns the rows of all devices in the order of the global batch; `x` itself where `axis_name` is None.
@@ -27,6 +29,44 @@ def gather_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
 def sum_batch(x: Any, axis_name: str | None) -> Any:
     """Returns the sums over all devices of a tree of arrays; `x` itself where `axis_name` is None."""
     return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def mean_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """Returns the mean over the rows of the global batch, of which `x` has those of this device."""
+    mean = jnp.mean(x, axis=0)
+    return mean if axis_name is None else lax.pmean(mean, axis_name)
+
+
+def count_batch(x: jax.Array, axis_name: str | None) -> int:
+    """Returns the number of rows of the global batch, of which `x` has those of this device."""
+    return len(x) * (1 if axis_name is None else lax.axis_size(axis_name))
+
+
+def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean and the biased variance of each feature [D] over the rows [B, D] of the global batch."""
+    mean = mean_batch(x, axis_name)
+    return mean, mean_batch(jnp.square(x - mean), axis_name)
+
+
+def standardize_batch(
+    x: jax.Array, axis_name: str | None, *, epsilon: float = 0.0, unbiased: bool = False
+) -> jax.Array:
+    """Scales each feature of the rows [B, D] to mean 0 and variance 1 over the global batch.
+
+    Args:
+      x: Rows of this device.
+      axis_name: Name of the mapped axis over which the batch is split, or None on one device.
+      epsilon: Number added to the variance. A feature that does not vary is 0 with zero gradient even without it.
+      unbiased: Whether the sum of squares is divided by the number of rows minus one.
+
+    Returns:
+      An array of the shape of `x`.
+    """
+    mean, variance = batch_statistics(x, axis_name)
+    if unbiased:
+        rows = count_batch(x, axis_name)
+        variance *= rows / (rows - 1)
+    return (x - mean) * safe_rsqrt(variance + epsilon)
 
 
 def batch_positions(batch_size: int, axis_name: str | None) -> jax.Array:

@@ -160,6 +160,8 @@ class Method(nn.Module):
       num_classes: Number of classes; set by the objective, not by configurations.
       axis_name: Name of the mapped axis over which the batch is split; set by the objective, not by configurations.
       num_examples: Size of the training split, 0 if unknown; set by the objective, not by configurations.
+      batch_size: Number of images that the losses see at once, over all devices, 0 if unknown; the last batch of an
+        epoch may have fewer. Set by the objective, not by configurations.
       needs_teacher: Whether the method reads `inputs.teacher`.
       multilabel: Kind of labels that the method reads: True for [B, C], False for [B], None if it reads no labels and
         so takes both.
@@ -176,6 +178,7 @@ class Method(nn.Module):
     num_classes: int
     axis_name: str | None = None
     num_examples: int = 0
+    batch_size: int = 0
     needs_teacher: ClassVar[bool] = True
     multilabel: ClassVar[bool | None] = None
     baseline: ClassVar[bool] = False
@@ -188,6 +191,11 @@ class Method(nn.Module):
     @property
     def frozen(self) -> tuple[str, ...]:
         """Returns the names of its parameters that neither train nor decay under its present settings."""
+        return ()
+
+    @property
+    def undecayed(self) -> tuple[str, ...]:
+        """Returns the names of its parameters that train, but never decay."""
         return ()
 
     def predict(self, student: NetworkOutput) -> jax.Array:

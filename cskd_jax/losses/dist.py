@@ -8,7 +8,14 @@ from jax import lax
 
 from cskd_jax.losses._arrays import safe_sqrt
 from cskd_jax.losses._batch import gather_batch
-from cskd_jax.losses._checks import at_least_float32, check_logits, check_several_samples, check_temperature
+from cskd_jax.losses._checks import (
+    at_least_float32,
+    check_float,
+    check_logits,
+    check_same_shape,
+    check_several_samples,
+    check_temperature,
+)
 from cskd_jax.losses.base import LossInputs, Method, Positive
 
 # This number is added to the product of two norms, as in the authors' code.
@@ -70,6 +77,36 @@ def dist_loss(
     check_several_samples("dist_loss", len(student))
     intra = 1 - jnp.mean(_pearson(student.T, teacher.T))
     return temperature**2 * (beta * inter + gamma * intra), {"inter": inter, "intra": intra}
+
+
+def dense_dist_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes `dist_loss` of dense predictions, such as those of segmentation: every position counts as a sample.
+
+    The temperature is 1, as in the authors' code for segmentation. The remaining arguments, the returned values and the
+    errors are those of `dist_loss`.
+
+    Args:
+      student_logits: Logits of the student, float [B, H, W, C].
+      teacher_logits: Logits of the teacher, float [B, H, W, C], never differentiated.
+      beta: Weight of inter.
+      gamma: Weight of intra.
+      axis_name: Name of the mapped axis. For intra the predictions of the global batch are gathered.
+
+    Returns:
+      A scalar and the terms `inter` and `intra`.
+    """
+    check_float("student_logits", student_logits, ndim=4)
+    check_float("teacher_logits", teacher_logits, ndim=4)
+    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student_logits, teacher_logits))
+    return dist_loss(student, teacher, beta=beta, gamma=gamma, temperature=1.0, axis_name=axis_name)
 
 
 def _pearson(a, b):

@@ -20,7 +20,7 @@ _RESERVED = frozenset(
     {"accuracy", "epoch", "gradient_norm", "learning_rate", "loss", "mean_average_precision", "phase", "split", "step"}
     | {"top1"}
 )
-_SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "parent", "name"}
+_SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "batch_size", "parent", "name"}
 
 
 def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
@@ -99,6 +99,7 @@ class Objective:
         num_classes: int,
         axis_name: str | None = None,
         num_examples: int = 0,
+        batch_size: int = 0,
         steps_per_epoch: int = 1,
     ) -> "Objective":
         """Returns the objective that a dictionary describes.
@@ -111,12 +112,15 @@ class Objective:
           num_classes: Number of classes.
           axis_name: Mapped axis over which the batch is split; None on one device.
           num_examples: Size of the training split, for losses that keep a memory of its samples.
+          batch_size: Number of images that the losses see at once, over all devices, for losses whose parameters depend
+            on it.
           steps_per_epoch: Number of steps in an epoch, for weights that change.
 
         Raises:
           UserError: A loss or one of its settings is unknown.
         """
-        common = {"num_classes": num_classes, "axis_name": axis_name, "num_examples": num_examples}
+        common = {"num_classes": num_classes, "axis_name": axis_name}
+        common |= {"num_examples": num_examples, "batch_size": batch_size}
         fields = {field.name for field in dataclasses.fields(Weight)}
         created = {}
         for name, entry in sorted(losses.items()):

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -236,6 +236,34 @@ def _is_of_loss(path):
 def clip_first(optimizer: optax.GradientTransformation, norm: float | None) -> optax.GradientTransformation:
     """Returns the optimizer with gradients first clipped to a global norm; None leaves it as it is."""
     return optimizer if norm is None else optax.chain(optax.clip_by_global_norm(norm), optimizer)
+
+
+def without_decay(optimizer: Any, undecayed: Set[tuple[str, str]]) -> Any:
+    """Returns the optimizer with no weight decay of some parameters of the losses.
+
+    Optimizers read the values of parameters to make them decay. This one is told that the values of those parameters
+    are zero, so that it does not matter which optimizer it is. Its state and all other updates stay the same.
+
+    Args:
+      optimizer: Optimizer over {"network", "losses"}.
+      undecayed: Parameters that do not decay, (name of the loss, name of its parameter).
+    """
+    if not undecayed:
+        return optimizer
+
+    def update(updates, state, params=None, **extra):
+        if params is not None:
+            losses = {
+                name: {
+                    part: jax.tree.map(jnp.zeros_like, x) if (name, part) in undecayed else x
+                    for part, x in parts.items()
+                }
+                for name, parts in params["losses"].items()
+            }
+            params = {**params, "losses": losses}
+        return optimizer.update(updates, state, params, **extra)
+
+    return type(optimizer)(optimizer.init, update)
 
 
 def no_bias_or_norm(params: Any) -> Any:

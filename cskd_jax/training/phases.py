@@ -10,7 +10,7 @@ import optax
 
 from cskd_jax.errors import UserError
 from cskd_jax.training.objective import Objective
-from cskd_jax.training.optimizers import SeparateOptimizer
+from cskd_jax.training.optimizers import SeparateOptimizer, without_decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,7 @@ def make_parts(
     described = [losses if phase.losses is None else phase.losses for phase in phases]
     all_losses = create({name: entry for description in reversed(described) for name, entry in description.items()})
     objectives = [create(description) for description in described]
+    undecayed = {(name, part) for name, (_, loss) in all_losses.losses.items() for part in loss.undecayed}
     chosen = [
         (optimizer, schedule) if phase.optimizer is None else (phase.optimizer, phase.schedule) for phase in phases
     ]
@@ -107,13 +108,14 @@ def make_parts(
         if fresh:
             end = next((later for later in starts if later > number), len(phases))
             kept = _kept(objectives[number:end], all_losses)
+            optimizer = without_decay(_only(chosen[number][0], phase.trainable, kept), undecayed)
         parts.append(
             Part(
                 start=start,
                 end=start + phase.epochs * steps_per_epoch,
                 objective=objectives[number],
                 all_losses=all_losses,
-                optimizer=_only(chosen[number][0], phase.trainable, kept) if fresh else parts[-1].optimizer,
+                optimizer=optimizer if fresh else parts[-1].optimizer,
                 schedule=chosen[number][1],
                 fresh=fresh,
                 optimizer_start=start if fresh else parts[-1].optimizer_start,

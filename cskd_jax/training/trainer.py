@@ -214,6 +214,7 @@ class Trainer:
                 num_classes=data.num_classes,
                 axis_name=AXIS,
                 num_examples=0 if isinstance(sampler, EpochBatches) else len(data.train.labels),
+                batch_size=self._setup.micro_batch_size or sampler.batch_size,
                 steps_per_epoch=sampler.steps_per_epoch,
             )
             check_losses(objective, data)

@@ -1,0 +1,85 @@
+"""VkD: the student's features, turned by an orthogonal matrix, learn the teacher's normalized features."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cskd_jax.losses._arrays import mean_over_positions
+from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape
+from cskd_jax.losses._connectors import Orthogonal
+from cskd_jax.losses.base import LossInputs, Method, Positive
+from cskd_jax.losses.logits import kd_loss
+
+# The number that layer normalization adds to the variance.
+_EPSILON = 1e-5
+
+
+def vkd_loss(student_embedding: jax.Array, teacher_embedding: jax.Array) -> jax.Array:
+    """Computes the mean smooth L1 distance of projected features to the teacher's layer-normalized ones.
+
+    The distance of a and b is (a - b)^2 / 2 where |a - b| < 1, and |a - b| - 1/2 elsewhere. Time and memory are
+    O(B D).
+
+    Args:
+      student_embedding: Features of the student, projected to the teacher's size by an orthogonal matrix, float
+        [B, D].
+      teacher_embedding: Features of the teacher, float [B, D], never differentiated. Each sample is scaled to mean 0
+        and variance 1 over its features, with 1e-5 added to the variance.
+
+    Returns:
+      A scalar of at least float32: the mean over all B D elements.
+
+    Raises:
+      TypeError: If the features are not floating point.
+      ValueError: If shapes differ.
+
+    References:
+      Miles, Elezi, Deng, "VkD: Improving Knowledge Distillation using Orthogonal Projections", CVPR 2024,
+      https://arxiv.org/abs/2403.06213; code: https://github.com/roymiles/vkd.
+    """
+    check_float("student_embedding", student_embedding, ndim=2)
+    check_float("teacher_embedding", teacher_embedding, ndim=2)
+    check_same_shape(student_embedding=student_embedding, teacher_embedding=teacher_embedding)
+    teacher = lax.stop_gradient(at_least_float32(teacher_embedding))
+    teacher -= jnp.mean(teacher, axis=1, keepdims=True)
+    teacher *= lax.rsqrt(jnp.mean(jnp.square(teacher), axis=1, keepdims=True) + _EPSILON)
+    distance = jnp.abs(at_least_float32(student_embedding) - teacher)
+    return jnp.mean(jnp.where(distance < 1, jnp.square(distance) / 2, distance - 0.5))
+
+
+class VkD(Method):
+    """Applies `vkd_loss` to the features of both networks, and `kd_loss` to their logits.
+
+    The student's features go through a trained orthogonal matrix, `_connectors.Orthogonal`, whose parameters do not
+    decay. The authors' student is a Vision Transformer, whose tokens are averaged, and whose distillation token gives
+    the logits that learn the teacher's.
+
+    Attributes:
+      student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
+      representation_weight: Weight of the features.
+      kd_weight: Weight of the logits.
+      temperature: Temperature of the logits, greater than 0.
+    """
+
+    student: Literal["embedding", "tokens"] = "embedding"
+    representation_weight: float = 1.0
+    kd_weight: float = 1.0
+    temperature: Positive = 1.0
+
+    @property
+    def undecayed(self) -> tuple[str, ...]:
+        return ("projector",)
+
+    @nn.compact
+    def __call__(self, inputs: LossInputs):
+        student, teacher = inputs.student.embedding, inputs.teacher.embedding
+        if self.student == "tokens":
+            student = mean_over_positions(at_least_float32(inputs.student.stages[-1]))
+        projected = Orthogonal(teacher.shape[-1], name="projector")(student)
+        representation = vkd_loss(projected, teacher)
+        kd = kd_loss(inputs.student.logits, inputs.teacher.logits, temperature=self.temperature)
+        value = self.representation_weight * representation + self.kd_weight * kd
+        return value, {"representation": representation, "kd": kd}
