@@ -37,7 +37,6 @@ FOLDER = "checkpoints"
 _ARRAYS, _RECORD = "arrays", "record"
 _FIRST_PROCESS = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
-
 # Version of the names of the arrays and of the record; `arrays.upgrade` reads older ones.
 _VERSION = 2
 # Limits on the files of a checkpoint, and on what its compressed arrays may take in memory for each byte of the files.
