@@ -239,7 +239,7 @@ def as_network(
     Raises:
       TypeError: The module is none of these, or paths are given for a network that is not a linen module.
     """
-    heads = {} if head is None else {"head": head}
+    heads: dict[str, Any] = {} if head is None else {"head": head}
     if isinstance(module, nn.Module):
         return LinenNetwork(module, tuple(features), embedding, **heads)
     if isinstance(module, LinenNetwork):

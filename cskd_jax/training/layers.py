@@ -108,12 +108,13 @@ def _at(params, path):
 
 def _head_at(params, path):
     """Returns the linear layer at a path, or None."""
-    layer = _at(params, path)
+    layer: Any = _at(params, path)
     kernel = layer.get("kernel") if isinstance(layer, Mapping) else None
     if kernel is None or len(kernel.shape) != 2:
         return None
-    bias = layer.get("bias")
-    return Head(kernel, np.zeros(kernel.shape[1], kernel.dtype) if bias is None else bias)
+    # Zeros of numpy are no part of a program that does not read them.
+    none: Any = np.zeros(kernel.shape[1], kernel.dtype)
+    return Head(kernel, layer.get("bias", none))
 
 
 def _norm_at(params, path):

@@ -232,7 +232,8 @@ class Objective:
         if name is None:
             return output.logits
         variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
-        return self.losses[name][1].apply(variables, output, method="predict")
+        logits: Any = self.losses[name][1].apply(variables, output, method="predict")
+        return logits
 
     def split(self, terms: Mapping[str, jax.Array], step: jax.Array) -> tuple[Any, Any]:
         """Returns the weighted totals of the losses that need no teacher, and of those that do.
