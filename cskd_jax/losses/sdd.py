@@ -87,8 +87,10 @@ def sdd_loss(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.A
     check_labels(labels, len(student_logits))
     batch, regions, classes = student_logits.shape
     teacher_logits = lax.stop_gradient(at_least_float32(teacher_logits))
-    rows = [at_least_float32(logits).reshape(-1, 1, classes) for logits in (student_logits, teacher_logits)]
-    losses = jax.vmap(loss)(*rows, jnp.repeat(labels, regions)[:, None]).reshape(batch, regions)
+    students, teachers = (
+        at_least_float32(logits).reshape(-1, 1, classes) for logits in (student_logits, teacher_logits)
+    )
+    losses = jax.vmap(loss)(students, teachers, jnp.repeat(labels, regions)[:, None]).reshape(batch, regions)
     return jnp.mean(region_weights(teacher_logits, labels) * losses)
 
 

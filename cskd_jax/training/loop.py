@@ -62,8 +62,9 @@ class Loop:
                     stack.enter_context(participant)
             waiting = self._close_done(self._participants, on_done)
             teacher_variables = None if self._reads.teacher is None else teacher_variables
-            for participant in waiting if teacher_variables is not None else ():
-                participant.programs.take_teacher(teacher_variables)
+            if teacher_variables is not None:
+                for participant in waiting:
+                    participant.programs.take_teacher(teacher_variables)
             while waiting:
                 active = self._begin(waiting, pool)
                 waiting = [participant for participant in waiting if participant not in active]
