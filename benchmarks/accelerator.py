@@ -36,7 +36,7 @@ from cskd_jax.data.batches import read_steps
 from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import InterruptedRun
-from cskd_jax.runs.build import make_network, make_trainer, precision
+from cskd_jax.runs.build import describe_network, make_network, make_trainer, precision
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.arrays import digest_of
 from cskd_jax.training.state import init_network
@@ -84,7 +84,7 @@ class Students:
         self._size, self._devices = pair.batch_size, Devices()
         configs = [self._configure(pair, dtype, products, method) for method in methods]
         dataset = make_dataset(2 * pair.batch_size, pair.side)
-        network = make_network(configs[0].teacher, NUM_CLASSES, dtype)
+        network = make_network(describe_network(configs[0].teacher, dataset.image_shape), NUM_CLASSES, dtype)
         with precision(configs[0]):
             variables = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
             teacher, trainers = Teacher(network, jax.device_get(variables)), []
@@ -221,7 +221,7 @@ def measure_checks(pair: Pair) -> Part:
         for settings, (name, width) in ((config.teacher, pair.teacher), (config.student, pair.student)):
             settings.name, settings.width = name, width
         dataset = make_dataset(pair.batch_size * max(3, -(-NUM_CLASSES // pair.batch_size)), pair.side)
-        network = make_network(config.teacher, NUM_CLASSES, config.dtype)
+        network = make_network(describe_network(config.teacher, dataset.image_shape), NUM_CLASSES, config.dtype)
         variables = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
         trainer = make_trainer("student", config, dataset, folder, Devices(), Teacher(network, variables))
         return digest_of(trainer.fit(stop)["student"].variables)

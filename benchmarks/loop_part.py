@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.measuring import Part, median_ratio
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed.devices import Devices
-from cskd_jax.runs.build import make_network, make_trainer
+from cskd_jax.runs.build import describe_network, make_network, make_trainer
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
@@ -55,7 +55,10 @@ class Runner:
         dataset = make_dataset(config.batch_size * steps, side)
         images, labels = dataset.train.images[: config.batch_size], dataset.train.labels[: config.batch_size]
         self._batch = {"image": images, "label": labels, "index": np.arange(len(labels), dtype=np.int32)}
-        devices, network = Devices(), make_network(config.teacher, NUM_CLASSES, config.dtype)
+        devices, network = (
+            Devices(),
+            make_network(describe_network(config.teacher, dataset.image_shape), NUM_CLASSES, config.dtype),
+        )
         variables = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
         self._teacher, self._devices = Teacher(network, variables), devices
         self._make = lambda folder: make_trainer("student", config, dataset, folder, devices, self._teacher)

@@ -31,7 +31,7 @@ from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.models.layers import normalize_by_batch
-from cskd_jax.runs.build import make_network, make_trainer
+from cskd_jax.runs.build import describe_network, make_network, make_trainer
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.trainer import Teacher
 
@@ -80,7 +80,9 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
     labels = np.arange(arguments.batch, dtype=np.int32) % arguments.categories
     split = Split(np.zeros(shape, np.uint8), labels)
     dataset = ImageDataset("none", split, split, tuple(map(str, range(arguments.categories))))
-    teacher = Teacher(make_network(config.teacher, arguments.categories, config.dtype))
+    teacher = Teacher(
+        make_network(describe_network(config.teacher, dataset.image_shape), arguments.categories, config.dtype)
+    )
     trainer = make_trainer("student", config, dataset, None, Devices(), teacher)
     programs = trainer.programs("student")
     # The optimizations of LLVM change neither.

@@ -12,7 +12,7 @@ from benchmarks.loss_part import COMPILED, EAGER
 from benchmarks.measuring import MISSING_TORCH, Part, milliseconds
 from cskd_jax.data.augment import augment
 from cskd_jax.distributed.devices import AXIS, Devices
-from cskd_jax.runs.build import make_network, make_normalize, make_optimizer
+from cskd_jax.runs.build import describe_network, make_network, make_normalize, make_optimizer
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.state import init_network, init_state
@@ -35,7 +35,8 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
     config = load_recipe("cifar100", [])
     settings = {"num_classes": NUM_CLASSES, "axis_name": AXIS}
     student, teacher = (
-        make_network(part, NUM_CLASSES, config.dtype).on_axis(AXIS) for part in (config.student, config.teacher)
+        make_network(describe_network(settings, IMAGE_SHAPE), NUM_CLASSES, config.dtype).on_axis(AXIS)
+        for settings in (config.student, config.teacher)
     )
     objective = Objective.create(config.losses.to_dict(), **settings)
     _, optimizer = make_optimizer(config.optimizer, config.epochs, _STEPS_PER_EPOCH)

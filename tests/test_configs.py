@@ -16,7 +16,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.report import published
 from cskd_jax.runs import keys, schema
-from cskd_jax.runs.build import make_network, make_trainer, make_training
+from cskd_jax.runs.build import describe_network, make_network, make_trainer, make_training
 from cskd_jax.training.objective import Objective, needs_teacher
 from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
@@ -72,7 +72,7 @@ def trace_one_step(recipe, config, folder):
     dataset = ImageDataset(recipe, split, split, tuple(map(str, range(num_classes))))
     teacher = None
     if needs_teacher(config.losses):
-        teacher = Teacher(make_network(config.teacher, num_classes, config.dtype))
+        teacher = Teacher(make_network(describe_network(config.teacher, shape), num_classes, config.dtype))
     make_trainer("student", config, dataset, folder, Devices(), teacher)
 
 
@@ -113,7 +113,8 @@ def test_published_cell(recipe, word):
     schema.validate(config)
     num_classes, shape = RECIPES[recipe]
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    networks = [make_network(settings, num_classes, "float32") for settings in (config.teacher, config.student)]
+    described = [describe_network(settings, shape) for settings in (config.teacher, config.student)]
+    networks = [make_network(description, num_classes, "float32") for description in described]
     teacher, student = (jax.eval_shape(init_network, network, key, shape)[1] for network in networks)
     indices = jax.ShapeDtypeStruct((2,), jnp.int32)
     inputs = LossInputs(student, teacher, indices, indices, key)

@@ -13,7 +13,7 @@ from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import create_model
-from cskd_jax.runs.build import make_evaluation, make_network
+from cskd_jax.runs.build import describe_network, make_evaluation, make_network
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.trained import check_fits
 from cskd_jax.training.checkpoint import Record, Saved, load_variables
@@ -101,7 +101,7 @@ def test_evaluation_on_eight_devices_is_that_of_scikit_learn(done):
     config.student.update(name="resnet8", width=0.25)
     variables = load_variables(str(done / "student")).variables
     devices = Devices()
-    network = make_network(config.student, 10, config.dtype)
+    network = make_network(describe_network(config.student, dataset.image_shape), 10, config.dtype)
     values = make_evaluation(network, config, dataset, devices)(devices.replicate(variables))
     expected = json.loads((done / "results.json").read_text())["student"]["last"]
     for name in ("mean_average_precision", "loss"):

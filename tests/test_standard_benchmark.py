@@ -19,7 +19,7 @@ from cskd_jax.distributed.devices import Devices
 from cskd_jax.losses import LossInputs, View
 from cskd_jax.models import create_model
 from cskd_jax.runs import build, schema
-from cskd_jax.runs.build import make_network, make_trainer
+from cskd_jax.runs.build import describe_network, make_network, make_trainer
 from cskd_jax.runs.recipes import load_recipe, load_sources
 from cskd_jax.training.layers import layers_of
 from cskd_jax.training.objective import Objective
@@ -205,7 +205,8 @@ def test_pairs_that_were_not_published_and_networks_by_their_own_names():
 def outputs_of(pair, batch=8):
     """Shapes of the outputs of teacher and student, and of their layers that losses read."""
     config, key = cell(pair, "kd"), jax.ShapeDtypeStruct((2,), jnp.uint32)
-    networks = [make_network(settings, 100, "float32") for settings in (config.teacher, config.student)]
+    described = [describe_network(settings, (32, 32, 3)) for settings in (config.teacher, config.student)]
+    networks = [make_network(description, 100, "float32") for description in described]
     found = [jax.eval_shape(init_network, network, key, (32, 32, 3)) for network in networks]
     outputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), [output for _, output in found]
@@ -268,7 +269,7 @@ def test_two_steps_with_each_kind_of_student(pair):
     config.optimizer.weight_decay = 0.0  # So that a momentum is 0 only where all gradients were.
     images, labels = rng.integers(0, 256, (16, 32, 32, 3), np.uint8), np.arange(16, dtype=np.int32) % 4
     dataset = ImageDataset("cifar100", Split(images, labels), Split(images[:2], labels[:2]), tuple("abcd"))
-    teacher = Teacher(make_network(config.teacher, 4, "float32"))
+    teacher = Teacher(make_network(describe_network(config.teacher, dataset.image_shape), 4, "float32"))
     shapes, _ = jax.eval_shape(init_network, teacher.network, jax.random.PRNGKey(1), (32, 32, 3))
     teacher.variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype(np.float32), shapes)
     trainer = make_trainer("student", config, dataset, None, Devices(1), teacher)

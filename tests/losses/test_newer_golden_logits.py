@@ -326,37 +326,6 @@ def test_newer_costs(name):
     case.assert_close("term/fc_cosine_sharpened", classifier_cost(kernel, sharpen=sharpen))
 
 
-@pytest.mark.parametrize("name", names_of("wkd_train"))
-def test_newer_training_loss_of_wkd_on_logits(name):
-    """The part of logits of the whole: what it adds to the gradient of the student's logits, and the weights."""
-    case = read_cases()[name]
-    hyper, inputs = case.hyper, jax.tree.map(jnp.asarray, case.inputs)
-    weights = {
-        part: Weight(hyper[f"{part}_weight"], end_epoch=hyper["epochs"], decay_epoch=hyper["cosine_decay_epoch"])
-        for part in ("logit", "feat")
-    }
-
-    @jax.jit
-    def run(student, epoch):
-        arrays = inputs | {"student": student}
-
-        def loss(student):
-            arrays["student"] = student
-            cross_entropy = hyper["ce_weight"] * cross_entropy_loss(student, arrays["labels"])
-            return (
-                cross_entropy
-                + weighted_target_loss(*pair(arrays), arrays["labels"])
-                + (weights["logit"].at(epoch) * wasserstein(hyper, arrays))
-            )
-
-        cross_entropy = hyper["ce_weight"] * cross_entropy_loss(student, arrays["labels"])
-        found = {f"term/{part}_weight": weight.at(epoch) for part, weight in weights.items()}
-        return found | {"term/loss_ce": cross_entropy, "grad/student": jax.grad(loss)(student)}
-
-    for key, value in run(inputs["student"], jnp.int32(hyper["epoch"] - 1)).items():
-        case.assert_close(key, value)
-
-
 @pytest.mark.parametrize("name", names_of("dot"))
 def test_newer_steps_of_dot(name):
     """Parameters that distillation alone reaches are those of losses here; their two buffers then act as one."""
