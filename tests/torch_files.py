@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cskd_jax.models import create_model
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.state import init_network
+
+MODULE = create_model("resnet8", num_classes=7, width=0.25)
 
 
 class Global(NamedTuple):

@@ -34,18 +34,6 @@ from tests.torch_files import (
     write_zip,
 )
 
-MODULE = create_model("resnet8", num_classes=7, width=0.25)
-
-
-@pytest.fixture(scope="module")
-def variables():
-    return random_variables(MODULE)
-
-
-@pytest.fixture(scope="module")
-def arrays(variables):
-    return to_torch(MODULE, variables, batches=3)
-
 
 @pytest.fixture(autouse=True)
 def few_known_networks(monkeypatch):

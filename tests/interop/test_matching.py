@@ -16,20 +16,9 @@ from cskd_jax.interop.names import to_torch
 from cskd_jax.interop.renames import read_rules, rename
 from cskd_jax.models import MODELS, create_model
 from cskd_jax.training.checkpoint import load_variables
-from tests.torch_files import assert_same_variables, random_variables
+from tests.torch_files import MODULE, assert_same_variables, random_variables
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "interop.md"
-MODULE = create_model("resnet8", num_classes=7, width=0.25)
-
-
-@pytest.fixture(scope="module")
-def variables():
-    return random_variables(MODULE)
-
-
-@pytest.fixture(scope="module")
-def arrays(variables):
-    return to_torch(MODULE, variables, batches=3)
 
 
 @pytest.fixture(autouse=True)
