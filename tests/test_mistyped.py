@@ -147,7 +147,7 @@ train digits:kd --config.augment.flip=maybe
 train digits:kd --config.student.width=wide
     student.width is 'wide'; it must be a number above 0, up to 64
 train digits:kd --config.student.name=
-    student.name is ''; it must be one of inception_v3, mobilenet_v2, mobilenet_v2_crd, resnet101, resnet101_224, ...
+    student.name is ''; it must be one of deit_base, deit_small, deit_tiny, inception_v3, ...
 train digits:kd --config.optimizer.milestones=ten
     optimizer.milestones is 'ten'; it must be increasing epochs up to 1000000 in parentheses, such as (100,150)
     -> train digits:kd --config.optimizer.milestones=(100,150)
@@ -226,7 +226,7 @@ export runs/x --out=y --network=techer
 import-torch --model=vgg8 --num_classes=10 --out=y
     name one file, such as teacher.pth; got none
 import-torch t.pth --model=vgg8 --num_classes=ten --out=y
-    --num_classes: 'ten' is not an integer from 2 to 1000000; --help shows what is allowed
+    --num_classes: 'ten' is not an integer from 0 to 1000000; --help shows what is allowed
 import-torch t.pth --model=vgg8 --num_classes=10 --out=s3://b
     s3://b is an address, not a folder: name a local or a mounted folder, and copy it from or to s3:// by other ...
 supervise

@@ -234,7 +234,8 @@ def trace(method, losses, shapes):
         "teacher_head": teacher_layers.head,
         "teacher_norms": teacher_layers.norms,
     }
-    inputs = LossInputs(student, teacher, labels, labels, key, views=(View(student, teacher),), **layers)
+    epoch = jax.ShapeDtypeStruct((), jnp.int32)
+    inputs = LossInputs(student, teacher, labels, labels, key, epoch=epoch, views=(View(student, teacher),), **layers)
     assert jax.eval_shape(loss, key, inputs).shape == (), method
 
 
