@@ -47,6 +47,7 @@ ARGUMENTS = (
     "--config.student.width=0.0625",
     "--config.teacher.epochs=2",
     "--config.epochs=6",
+    "--config.save_every_minutes=0",
 )
 
 
