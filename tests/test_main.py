@@ -255,5 +255,5 @@ def test_two_jobs_in_one_workdir(small_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lock, "LOCAL_PATIENCE_SECONDS", 0)
     with lock.locked(tmp_path / "lock", ""):
         assert main(["main", *small_run, f"--workdir={tmp_path}"]) == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"], "that of the other job"
     assert f"another job runs in workdir {tmp_path}" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
