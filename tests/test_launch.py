@@ -91,7 +91,11 @@ case "$4" in
     for word; do case "$word" in --command=*tpu_worker.sh*) {ssh}; eval "${word#--command=}" ;; esac; done ;;
 esac
 """
-GONE = "echo PREEMPTED > {folder}/tpu-vm; echo SUSPENDED > {folder}/queued-resources; rm -rf cskd_jax/state; exit 255"
+# What ran there must not outlive the VM: the lock waits for its end.
+GONE = (
+    "echo PREEMPTED > {folder}/tpu-vm; echo SUSPENDED > {folder}/queued-resources; "
+    "flock cskd_jax/state/first/lock rm -rf cskd_jax/state; exit 255"
+)
 PREEMPTED_ONCE = f"if [[ $word == *follow* && ! -e {{folder}}/again ]]; then touch {{folder}}/again; {GONE}; fi"
 LOST_ONCE = "if [[ $word == *follow* && ! -e {folder}/again ]]; then touch {folder}/again; exit 255; fi"
 
