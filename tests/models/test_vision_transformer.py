@@ -323,7 +323,7 @@ def test_losses_get_tokens_as_maps():
     # Two of the tokens are no patches; the teacher's maps are pooled to the 2 x 4 patches.
     loss = jax.jit(lambda student, teacher: sum(map(attention_transfer_loss, student, teacher)))
     np.testing.assert_allclose(total, loss([x[:, 2:].reshape(2, 2, 4, 12) for x in tokens], maps), rtol=1e-6)
-    reads = objective.find_reads({}, {}, inputs)
+    reads, _ = objective.find_reads({}, {}, inputs)
     assert reads.features == (True, True)
     ab = Objective.create({"ab": 1.0}, num_classes=5)
     with pytest.raises(ValueError, match="no ReLU follows the tokens that the student gives"):
