@@ -40,6 +40,7 @@ def test_bad_input(case, done, digits_dir, tmp_path, capsys):
 
 
 def test_damaged_configuration(tmp_path, capsys):
+    (tmp_path / "student" / "checkpoints").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps({"batch_size": 3, "bach": 4}))
     assert main(["evaluate", f"--workdir={tmp_path}"]) == 2
     assert "unknown configuration key bach" in capsys.readouterr().err

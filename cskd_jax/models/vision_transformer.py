@@ -172,8 +172,8 @@ class VisionTransformer(nn.Module):
             new = jax.image.resize(old, (1, rows, columns, size), "cubic").reshape(1, count, size)
             position = jnp.concatenate([position[:, :embedded], new], axis=1)
         tokens = [
-            *(jnp.broadcast_to(token, (len(images), *token.shape[1:])).astype(self.dtype) for token in first),
-            patches.reshape(len(images), count, size),
+            *(jnp.broadcast_to(token, (images.shape[0], *token.shape[1:])).astype(self.dtype) for token in first),
+            patches.reshape(images.shape[0], count, size),
         ]
         x, missing = jnp.concatenate(tokens, axis=1), sum(token.shape[1] for token in first) - embedded
         # Registers follow the embedded tokens, which are none where not even the class token is embedded.
