@@ -187,6 +187,7 @@ def test_resized_images_depend_on_the_position_alone():
     np.testing.assert_array_equal(resized(np.arange(64)[::-1]), whole[::-1])
 
 
+@pytest.mark.slow
 def test_resize_alone_without_jit():
     images = np.repeat(make_image()[None], 8, axis=0)
     settings = {"resize": SIZE + 1, "crop_padding": 0, "flip": True}

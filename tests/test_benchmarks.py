@@ -138,6 +138,7 @@ def test_parameter_counts_of_the_recipe():
     assert size(torch_reference.ResNet(100, (2, 2, 2, 2), bottleneck=False, width=0.25)) == 713_076
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # From PyTorch itself, which compiles.
 def test_tables(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(loss_part, "FEATURES", (1, 1, 8))
@@ -172,6 +173,7 @@ def test_scaling(monkeypatch, capsys):
     assert scaling.STEP in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_torch(monkeypatch, capsys):
     monkeypatch.setattr(loss_part, "FEATURES", (1, 1, 8))
     monkeypatch.setattr(category_structure.importlib.util, "find_spec", lambda name: None)

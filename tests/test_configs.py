@@ -76,6 +76,7 @@ def trace_one_step(recipe, config, folder):
     make_trainer("student", config, dataset, folder, Devices(), teacher)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "method"),
     [("digits", method) for method in METHODS]

@@ -38,6 +38,7 @@ _SLOW = ("runs", "zip archives", "tar archives", "large pickles")
 _LENIENT = ("runs", "images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "group", [pytest.param(group, marks=[pytest.mark.slow] if group in _SLOW else []) for group in GROUPS]
 )

@@ -132,6 +132,7 @@ def test_features_by_path():
     np.testing.assert_array_equal(output.features[2], nn.relu(output.features[1]))
 
 
+@pytest.mark.slow
 def test_features_of_jitted_blocks_by_path():
     module = ResNet(num_classes=3, stage_sizes=(1, 3), block=BasicBlock, stage_widths=(4, 6))
     _, variables, output = created(module, features=("stage1_block1", "stage2_block3"))

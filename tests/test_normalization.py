@@ -110,6 +110,7 @@ def teacher_mean_logit(**settings):
     }
 
 
+@pytest.mark.slow
 def test_distill_with_a_teacher_of_another_normalization():
     seen, expected = teacher_mean_logit()
     np.testing.assert_allclose(seen, expected[OURS], rtol=1e-4)

@@ -139,6 +139,7 @@ def assert_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_against_optax(name, start_parameters):
     settings, optimizer = OPTIONS[name]
@@ -204,6 +205,7 @@ def test_the_log_has_the_learning_rate_of_the_update():
     assert [row["learning_rate"] for row in rows] == [schedule.on_host(step) for step in range(STEPS)]
 
 
+@pytest.mark.slow
 def test_validation_chooses_and_the_test_split_is_measured_twice(tmp_path):
     data = hold_out(DATA, 6, seed=0)
     assert sorted(data.validation.labels) == [0, 0, 1, 1, 2, 2]

@@ -26,6 +26,7 @@ def test_random_inputs(parser, tmp_path):
     assert row["accepted"] + row["refused"] == row["inputs"] == 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parser", GENERATORS)
 def test_inputs_that_hypothesis_looks_for(parser, tmp_path):
     """hypothesis draws every choice of a generator itself, and would make a failure as small as it can."""

@@ -147,6 +147,7 @@ def test_a_student_that_predicts_by_a_loss_resumes_bit_for_bit(tmp_path):
     assert found.metrics["test"] == expected.metrics["test"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("losses", "changes", "text"),
     [

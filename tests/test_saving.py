@@ -59,6 +59,7 @@ def whole():
     return result
 
 
+@pytest.mark.slow
 def test_after_every_epoch(tmp_path, whole):
     assert_same(fit(tmp_path, save_every_minutes=0, keep_checkpoints=100), whole)
     assert saved_steps(tmp_path) == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
@@ -69,6 +70,7 @@ def test_best_and_last_are_saved_in_any_case(tmp_path, whole):
     assert saved_steps(tmp_path) == [STEPS_PER_EPOCH * whole.best["epoch"], STEPS_PER_EPOCH * EPOCHS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3, 4, 5, 9])
 def test_stop_saves_what_is_not_saved(tmp_path, whole, step):
     with pytest.raises(InterruptedRun):

@@ -93,6 +93,7 @@ def test_protocol_of_every_cell(pair):
             assert [*config.dataset.std] == normalization["std"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_networks_of_every_pair(pair):
     config = cell(pair, "kd")

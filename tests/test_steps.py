@@ -108,6 +108,7 @@ def batch(size=8):
     return {"image": rng.normal(size=(size, *IMAGE)).astype(np.float32), "label": labels}
 
 
+@pytest.mark.slow
 def test_total_is_the_weighted_sum_of_its_methods():
     step, state, variables = plain_step(OBJECTIVES["kd"])
     _, metrics = step(state, variables, batch(), jax.random.PRNGKey(0))
@@ -126,6 +127,7 @@ def test_training_learns_a_batch():
     assert int(state.step) == 30
 
 
+@pytest.mark.slow
 def test_sigma_trains_and_the_teacher_stays():
     step, state, variables = plain_step(OBJECTIVES["reference"])
     before = jax.tree.map(np.asarray, variables)
@@ -136,6 +138,7 @@ def test_sigma_trains_and_the_teacher_stays():
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_with_float32_state():
     student, teacher = networks(dtype=jnp.bfloat16)
     objective = Objective.create(REFERENCE, num_classes=NUM_CLASSES)
@@ -149,6 +152,7 @@ def test_bfloat16_trains_with_float32_state():
     assert all(np.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_image_once_on_any_number_of_devices():
     student, _ = networks(AXIS, jnp.float32)
     variables = jax.jit(lambda key: init_network(student, key, IMAGE)[0])(jax.random.PRNGKey(0))

@@ -66,6 +66,7 @@ def assert_close(actual, expected, name):
     np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_trajectory(train_file):
     case = Case(train_file)
     values = case.values

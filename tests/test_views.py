@@ -59,6 +59,7 @@ def make_trainer(losses, data=DATA, **settings):
     )
 
 
+@pytest.mark.slow
 def test_strong_augmentation_depends_on_key_and_position_alone():
     augment, key = jax.jit(strong_augment), jax.random.PRNGKey(0)
     positions = np.arange(40, dtype=np.int32)
@@ -71,6 +72,7 @@ def test_strong_augmentation_depends_on_key_and_position_alone():
     assert len(np.unique(np.asarray(same).reshape(40, -1), axis=0)) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 4])
 def test_strong_augmentation_of_other_images(channels):
     images = np.full((16, 5, 9, channels), 200, np.uint8)
@@ -151,5 +153,6 @@ def test_images_of_floats_are_refused_in_words():
         make_trainer({"mlkd": MLKD}, ImageDataset("floats", split, split, tuple("abcde")))
 
 
+@pytest.mark.slow
 def test_methods_say_how_many_views_they_need():
     assert {name for name, loss in LOSSES.items() if loss.views} == {"mlkd"}

@@ -52,6 +52,7 @@ def prepared(tmp_path_factory):
     return folder, load_dataset("cub200", data_dir=str(folder))
 
 
+@pytest.mark.slow
 def test_prepared(prepared):
     folder, dataset = prepared
     assert (dataset.name, dataset.categories, dataset.image_shape) == ("cub200", tuple(CLASSES), (224, 224, 3))
@@ -71,6 +72,7 @@ def test_gray_becomes_rgb(prepared):
     assert not (dataset.train.images[5][..., :1] == dataset.train.images[5]).all()
 
 
+@pytest.mark.slow
 def test_the_same_when_prepared_twice(tmp_path, prepared, no_network):
     """Whatever the order, the place and the compression of the archive."""
     folder, first = prepared
@@ -114,6 +116,7 @@ def without(member):
 FIRST = f"images/{CLASSES[0]}/Bird_1_0000_1.jpg"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("members", "message"),
     [

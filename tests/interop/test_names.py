@@ -16,6 +16,7 @@ from tests.torch_files import assert_same_variables, random_variables
 REFERENCE = json.loads((pathlib.Path(__file__).parent / "torch_names.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_out_and_in_is_the_identity(name):
     module = create_model(name, num_classes=7, width=0.25)

@@ -707,6 +707,7 @@ def test_the_sharded_batch_exercises_the_filter(classes):
     assert abs(filtered["intra_feature"] - unfiltered["intra_feature"]) > 0.01 * unfiltered["intra_feature"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("case", INVARIANCE_CASES, ids="-".join)
 def test_mean_over_devices_is_the_global_loss(case, num_devices):

@@ -62,6 +62,7 @@ def load(path):
         return dict(file)
 
 
+@pytest.mark.slow
 def test_terms(loss_file, gradients):
     case = load(loss_file)
     terms, _ = gradients(case, "total")
@@ -70,6 +71,7 @@ def test_terms(loss_file, gradients):
         np.testing.assert_allclose(terms[name], case[name], rtol=1e-5, atol=1e-13, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["category", "total"])
 def test_gradients(loss_file, gradients, of):
     case = load(loss_file)

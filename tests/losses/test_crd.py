@@ -193,6 +193,7 @@ def test_new_memory():
 # The method.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_method():
     inputs = make_inputs()
@@ -218,6 +219,7 @@ def test_method():
     assert_close(new[:2], remembered[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_any_number_of_devices():
     inputs = make_inputs()
@@ -225,6 +227,7 @@ def test_any_number_of_devices():
     assert_same_on_any_number_of_devices(method, variables, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_training_on_several_devices():
     (*states, _), (*metrics, _) = on_one_device()

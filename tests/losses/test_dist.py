@@ -72,6 +72,7 @@ def test_equal_logits_give_zero():
     np.testing.assert_allclose(dist_loss(student, student)[0], 0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_any_number_of_devices():
     inputs = make_inputs()

@@ -136,6 +136,7 @@ def compiled(name):
 QUICK_OR_SLOW = [pytest.param("ofa", marks=pytest.mark.slow), *NAMES[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK_OR_SLOW)
 def test_values_and_gradients_are_finite_and_reach_the_student(name):
     result, (params, student, head, teacher) = compiled(name)(make_inputs(dtype=np.float32))

@@ -108,6 +108,7 @@ def test_gradients():
             assert not gradient.any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_any_number_of_devices():
     inputs = make_inputs()

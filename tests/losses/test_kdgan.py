@@ -192,6 +192,7 @@ def test_the_teacher_starts_as_the_given_network():
     np.testing.assert_allclose(terms["student_distillation"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_any_number_of_devices():
     inputs = make_inputs()
@@ -199,6 +200,7 @@ def test_any_number_of_devices():
     assert_same_on_any_number_of_devices(method, variables, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_training():
     states, metrics = train(LOSSES_OF_TRAINING, steps=30)

@@ -98,6 +98,7 @@ def test_values_and_gradients(variant):
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_values_without_jit():
     student, teacher, labels = (array[:3] for array in make_batch())
     with jax.disable_jit():
@@ -308,6 +309,7 @@ def multilabel_inputs() -> LossInputs:
     return inputs._replace(labels=labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.usefixtures("x64")
 def test_any_number_of_devices(variant):

@@ -276,6 +276,7 @@ def is_slow(name):
     return "stages" in read_cases()[name].hyper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if is_slow(n) else n for n in names_of(*ADAPTERS)]
 )

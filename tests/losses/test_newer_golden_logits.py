@@ -228,6 +228,7 @@ def test_every_newer_case_has_a_family():
     assert not unknown, f"no method is known for the golden cases {unknown}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names_of(*SIMPLE))
 def test_newer_case(name):
     case = read_cases()[name]

@@ -175,6 +175,7 @@ def test_bfloat16_is_computed_in_float32():
         np.testing.assert_allclose(value, exact[name][0][0], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_ranks_the_label_last_teaches_no_relations():
     teacher, student = np.array([[3.0, 1.0, 2.0]], np.float32), np.array([[0.5, 0.1, 0.2]], np.float32)
     gradient = jax.grad(lambda x: rld_loss(x, teacher, np.array([1], np.int32), alpha=0.0)[0])(student)

@@ -95,6 +95,7 @@ def test_newer_any_number_of_devices(case):
     assert_same_on_any_number_of_devices(method, variables, inputs, least=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_newer_dense_dist_on_any_number_of_devices():
     inputs = make_inputs(dtype=np.float64)
@@ -145,6 +146,7 @@ def large(outputs):
     return jax.tree.map(lambda x: x * np.float32(1e4), outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
 def test_newer_degenerate_inputs_are_finite(case):
     inputs = make_inputs()

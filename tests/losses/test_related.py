@@ -157,6 +157,7 @@ def message(text):
 # Methods.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_method_gives_finite_value_and_gradients(name):
     (value, terms), gradients = typical()[name]
@@ -471,6 +472,7 @@ def over_devices(num_devices):
         return jax.device_get(jax.block_until_ready(mapped((weights, params, split))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 @pytest.mark.parametrize("name", NAMES)
 def test_devices_share_one_global_batch(name, num_devices):

@@ -124,6 +124,7 @@ def part(case, kind):
     return {key.removeprefix(f"{kind}/"): value for key, value in case.items() if key.startswith(f"{kind}/")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(cases()))
 @pytest.mark.usefixtures("x64")
 def test_value_and_gradients(name):

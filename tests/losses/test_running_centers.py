@@ -121,6 +121,7 @@ def test_a_category_seen_rarely_is_not_drawn_to_zero():
     assert float(running.student[1, 0]) == pytest.approx((0.9 * 4 + 6) / 1.9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", ["paper", "reference"])
 def test_any_number_of_devices(variant):
@@ -133,6 +134,7 @@ def test_any_number_of_devices(variant):
     assert_same_on_any_number_of_devices(method, variables | {"memory": {"centers": centers}}, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_training_step_updates_the_memory():
     states, metrics = train({"category_structure": {"weight": 1.0, **SETTINGS}, "cross_entropy": {"weight": 1.0}})

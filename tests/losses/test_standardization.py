@@ -34,6 +34,7 @@ def logits(dtype=np.float64):
     return make_output(1, dtype=dtype).logits, make_output(2, dtype=dtype).logits
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_value_and_gradient(temperature):

@@ -65,6 +65,7 @@ def dtypes(tree):
 # Every width and number of categories.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "width"), [(name, width) for name, widths in PARAMETER_COUNTS.items() for width in widths]
 )
@@ -191,6 +192,7 @@ def test_projection_changes_the_last_map_alone():
     np.testing.assert_allclose(projected.logits, output.logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_one_gradient_step_is_finite_and_moves_everything(block):
     model = small_resnet(block=block)

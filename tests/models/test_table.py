@@ -181,6 +181,7 @@ def test_numbers_that_follow_from_others():
     assert rows["inception_v3"] == 27161264 - 3326696 - FEWER_CATEGORIES[2048]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_parameters_and_shapes(name):
     row = TABLE[name]
@@ -214,6 +215,7 @@ def compile_fast(function, *arguments):
     return jax.jit(function).lower(*arguments).compile(compiler_options=options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEEP)
 def test_gradient_of_a_deep_network_traces(name):
     model = create_model(name, num_classes=3, width=TABLE[name].step_width)
