@@ -136,8 +136,7 @@ def make_train_step(
     def differentiate(state, batch, draw_key, teacher_layers):
         """Returns (gradients, collections, memory, metrics)."""
         labels = batch["label"]
-        by_position = getattr(student, "draws_by_position", False)
-        student_key = _student_key(draw_key, None if by_position else axis_name)
+        student_key = _student_key(student, draw_key, axis_name)
 
         def loss(params):
             variables = {"params": params["network"], **state.collections}
@@ -156,7 +155,7 @@ def make_train_step(
             )
             for number, view in enumerate(batch.get("views", ())):
                 view_key = jax.random.fold_in(jax.random.fold_in(draw_key, _VIEWS), number)
-                key = _student_key(view_key, axis_name)
+                key = _student_key(student, view_key, axis_name)
                 seen, moved = student.apply({**variables, **collections}, view["image"], train=True, key=key)
                 collections = {**collections, **moved}
                 inputs = inputs._replace(views=(*inputs.views, View(seen, view["teacher"])))
@@ -299,11 +298,13 @@ def make_eval_step(
     return eval_step
 
 
-def _student_key(step_key, axis_name):
-    """Returns the key of the student's random draws; `axis_name` is None where draws depend on global positions."""
+def _student_key(student, step_key, axis_name):
+    """Returns the key of the student's random draws for one view of the images."""
     key = jax.random.fold_in(step_key, _STUDENT)
-    # Otherwise draws have the shape of the device's part of the batch, so every device must draw its own.
-    return key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
+    if axis_name is None or getattr(student, "draws_by_position", False):
+        return key
+    # Such draws have the shape of the device's part of the batch, so every device must draw its own.
+    return jax.random.fold_in(key, lax.axis_index(axis_name))
 
 
 def _average(collections, axis_name):
