@@ -32,8 +32,8 @@ def sum_batch(x: Any, axis_name: str | None) -> Any:
 
 
 def mean_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Returns the mean over the rows of the global batch, of which `x` has those of this device."""
-    mean = jnp.mean(x, axis=0)
+    """Returns the mean [D] over the rows, or positions, of the global batch, of which `x` [B, ..., D] has a part."""
+    mean = jnp.mean(x, axis=tuple(range(x.ndim - 1)))
     return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
@@ -43,7 +43,7 @@ def count_batch(x: jax.Array, axis_name: str | None) -> int:
 
 
 def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean and the biased variance of each feature [D] over the rows [B, D] of the global batch."""
+    """Returns the mean and the biased variance [D] of the features of x [B, ..., D] over the global batch."""
     mean = mean_batch(x, axis_name)
     return mean, mean_batch(jnp.square(x - mean), axis_name)
 

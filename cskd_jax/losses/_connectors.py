@@ -13,6 +13,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from cskd_jax.losses._arrays import pool_to_common_size
+from cskd_jax.losses._batch import batch_statistics, count_batch
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the distribution from which torch.nn.Linear and torch.nn.Conv2d draw weights.
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -95,24 +96,19 @@ class Normalization(nn.Module):
         if not train:
             mean, variance = (self.get_variable("memory", name) for name in ("mean", "variance"))
         else:
-            mean = self._global(jnp.mean(x, axis=(0, 1, 2)))
-            variance = self._global(jnp.mean(jnp.square(x - mean), axis=(0, 1, 2)))
+            mean, variance = batch_statistics(x, self.axis_name)
             if self.running:
-                self._remember(mean, variance, x.size // x.shape[-1])
+                self._remember(mean, variance, count_batch(x, self.axis_name) * x.shape[1] * x.shape[2])
         return (x - mean) * (scale * lax.rsqrt(variance + self.epsilon)) + bias
 
     def _remember(self, mean, variance, count):
-        """Moves the running averages toward the statistics of a batch with `count` positions on each device."""
-        count *= 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        """Moves the running averages toward the statistics of a global batch with `count` positions."""
         averages = self.variable("memory", "mean", jnp.zeros_like, mean)
         variances = self.variable("memory", "variance", jnp.ones_like, variance)
         if not self.is_initializing():
             averages.value = 0.9 * averages.value + 0.1 * lax.stop_gradient(mean)
             unbiased = lax.stop_gradient(variance) * (count / max(count - 1, 1))
             variances.value = 0.9 * variances.value + 0.1 * unbiased
-
-    def _global(self, mean):
-        return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
 
 
 class Connector(nn.Module):

@@ -1,10 +1,8 @@
 """LumiNet: distillation of logits that are standardized for every class over the batch."""
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from cskd_jax.losses._batch import gather_batch
+from cskd_jax.losses._batch import gather_batch, standardize_batch
 from cskd_jax.losses._checks import at_least_float32, check_logits, check_several_samples, check_temperature
 from cskd_jax.losses.base import LossInputs, Method, Positive
 from cskd_jax.losses.logits import kd_loss
@@ -25,9 +23,7 @@ def perception(logits: jax.Array, *, axis_name: str | None = None) -> jax.Array:
     Returns:
       The rows of the global batch on every device, at least float32.
     """
-    logits = gather_batch(at_least_float32(logits), axis_name)
-    centered = logits - jnp.mean(logits, axis=0)
-    return centered * lax.rsqrt(jnp.mean(jnp.square(centered), axis=0) + _EPSILON)
+    return standardize_batch(gather_batch(at_least_float32(logits), axis_name), None, epsilon=_EPSILON)
 
 
 def luminet_loss(
