@@ -1,4 +1,4 @@
-"""What the losses of logits share: standardized logits, the label against the rest, and softmax over some classes."""
+"""Functions that losses of logits share: standardized logits, the label against the rest, softmax over some classes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a network of the table gives: its stages, parameters and operations, from the network itself."""
+"""Descriptions of the networks of the table: stages, parameters and operations, from the networks themselves."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from flax import linen as nn
 
 
 class Stage(NamedTuple):
-    """What a network gives after a stage.
+    """The output of a network after a stage.
 
     Attributes:
       kind: "map" [B, H, W, D] or "tokens" [B, T, D].
@@ -25,7 +25,7 @@ class Stage(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a network is.
+    """The size, the operations and the stages of a network.
 
     Attributes:
       image_size: Side of the images that it is described for.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 
 class Setting(NamedTuple):
-    """What the value of a setting must be.
+    """A rule for the value of a setting.
 
     Attributes:
       types: Allowed types of the value. The first one is the type of the setting.

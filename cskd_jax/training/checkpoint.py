@@ -159,7 +159,7 @@ class Saved(NamedTuple):
 
 
 class _Snapshot(NamedTuple):
-    """What a checkpoint will hold: the step, arrays by name on the host, the record and the score."""
+    """The content of a checkpoint to be: the step, arrays by name on the host, the record and the score."""
 
     step: int
     arrays: dict[str, np.ndarray]
