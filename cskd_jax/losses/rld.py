@@ -64,7 +64,9 @@ def rld_loss(
     confidence_t = decouple(teacher / alpha_temperature, likeliest)[:2]
     confidence = alpha_temperature**2 * jnp.mean(binary_divergence(confidence_t, confidence_s))
     of_label = jnp.sum(jnp.where(target, teacher, 0), axis=1, keepdims=True)
-    log_s, log_t = (masked_log_softmax(x / temperature, teacher < of_label) for x in (student, teacher))
+    # A compiler may compute the logit of the label twice, with other rounding, and it must not be below itself.
+    below = (teacher < of_label) & ~target
+    log_s, log_t = (masked_log_softmax(x / temperature, below) for x in (student, teacher))
     correlation = temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=1))
     return alpha * confidence + beta * correlation, {"confidence": confidence, "correlation": correlation}
 
