@@ -30,7 +30,7 @@ foo
     name the command first, such as cskd-jax train --config=digits:kd
     -> train --config=digits:kd
 train
-    --config=RECIPE must name a file such as configs/digits.py, or one of the recipes ..., tiny_imagenet; got none
+    --config=RECIPE must name a file such as configs/digits.py, or one ..., tiny_imagenet_standard; got none
     -> train digits
 train digit:kd
     --config=RECIPE must name a file such as ... got digit:kd; did you mean digits or digit_pairs?
@@ -278,7 +278,7 @@ def cases():
 def command(tmp_path, monkeypatch, capsys):
     """Runs a command up to where a training or a sweep would start; returns its exit code and what it says."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "train", lambda config, workdir: schema.validate(config))
+    monkeypatch.setattr(run, "train", lambda config, workdir, adapt_devices: schema.validate(config))
     monkeypatch.setattr(sweep, "sweep", lambda runs, jobs: None)
     monkeypatch.setattr(grid, "load_data", lambda config: None)
 

@@ -54,6 +54,7 @@ def test_an_old_run_goes_on(name, start, digits_dir, tmp_path):
     output, error = (process := start(arguments, XLA_FLAGS="")).communicate()
     assert process.returncode == 0, error
     assert f"{'teacher' if name == 'teacher' else 'student'}: resuming at step 4 of" in output
+    assert "; 1 x cpu\n" in output  # However many cores there are: so it began.
     assert (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[: len(before)] == before
     assert "dataset fingerprint" in json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     assert json.loads((workdir / "results.json").read_text(encoding="utf-8"))["student"]["last"]["epoch"] == 3

@@ -18,6 +18,7 @@ def test_packaged_recipes_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert packaged_recipes() == [
         "cifar10", "cifar100", "cifar100_standard", "cub200", "digit_pairs", "digits", "tiny_imagenet",
+        "tiny_imagenet_standard",
     ]  # fmt: skip
     config = load_recipe("cifar100:kd", ["--config.losses.kd.temperature=2", "--config.epochs=3"])
     assert config.losses.kd.temperature == 2.0
@@ -52,7 +53,8 @@ def test_no_such_recipe(recipe, hint, tmp_path, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "error: --config=RECIPE must name a file such as configs/digits.py, or one of the recipes cifar10, cifar100, "
-        f"cifar100_standard, cub200, digit_pairs, digits, tiny_imagenet; got {recipe or 'none'}{hint}"
+        "cifar100_standard, cub200, digit_pairs, digits, tiny_imagenet, tiny_imagenet_standard; got "
+        f"{recipe or 'none'}{hint}"
     )
 
 

@@ -113,8 +113,10 @@ def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys, monkeypatch):
 
 def test_gpus_are_shared_out():
     assert sweep.device_variables(0, 1, {}) == {}
-    without_gpus = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    without_gpus = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_NUM_CPU_DEVICES": "1"}
     assert sweep.device_variables(1, 2, {"CUDA_VISIBLE_DEVICES": ""}) == without_gpus
+    given = {"CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    assert "JAX_NUM_CPU_DEVICES" not in sweep.device_variables(1, 2, given)
     found = [sweep.device_variables(slot, 3, {"CUDA_VISIBLE_DEVICES": "2,5"}) for slot in range(3)]
     assert [variables["CUDA_VISIBLE_DEVICES"] for variables in found] == ["2", "5", "2"]
 

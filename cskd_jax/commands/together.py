@@ -32,9 +32,10 @@ def _run(argv):
 
     loaded = [(name, recipes.load_recipe(recipe, overrides), workdir) for name, recipe, overrides, workdir in runs]
     command_line.set_up_jax()
+    from cskd_jax.distributed.devices import make_cores_devices
     from cskd_jax.runs.together import carry_out
 
-    return int(any(job.error is not None for job in carry_out(loaded)))
+    return int(any(job.error is not None for job in carry_out(loaded, adapt_devices=make_cores_devices())))
 
 
 if __name__ == "__main__":

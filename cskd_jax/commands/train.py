@@ -52,7 +52,7 @@ def _run(argv):
     with console.pause(f"loading JAX to train {recipe}"):
         config = recipes.load_recipe(recipe, values.overrides)
         command_line.set_up_jax()
-        from cskd_jax.distributed import processes
+        from cskd_jax.distributed import devices, processes
         from cskd_jax.runs.run import train
         from cskd_jax.runs.workdir import default_workdir
 
@@ -70,7 +70,7 @@ def _run(argv):
             "cropped from images that are enlarged to it"
         )
     processes.initialize(values.coordinator, values.processes, values.process, values.cluster)
-    train(config, workdir)
+    train(config, workdir, adapt_devices=not processes.is_distributed() and devices.make_cores_devices())
 
 
 def _is_first(process: int | None) -> bool:

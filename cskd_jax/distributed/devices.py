@@ -1,6 +1,7 @@
 """The devices of a run; no other file names `jax.pmap`."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,26 @@ from cskd_jax.machine import memory_left
 
 # Name of the mapped axis over which every global batch is split.
 AXIS = "devices"
+
+# The flag by which XLA is told how many devices a CPU is.
+COUNT_FLAG = "--xla_force_host_platform_device_count"
+# Images of a batch that are worth a CPU device of their own.
+_MIN_IMAGES = 8
+
+
+def make_cores_devices() -> bool:
+    """Makes every core of a CPU a device, unless the user has set the number of devices; call it before JAX is used.
+
+    XLA computes much of a training step with one thread for each device: convolutions' gradients, reductions, copies.
+
+    Returns:
+      Whether it did so, and the CPU is what JAX computes on.
+    """
+    config: Any = jax.config  # Its options are attributes, which type checkers do not see.
+    if COUNT_FLAG in os.environ.get("XLA_FLAGS", "") or config.jax_num_cpu_devices > 0:
+        return False
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    return jax.default_backend() == "cpu"
 
 
 class Devices:
@@ -57,6 +78,15 @@ class Devices:
         """Raises UserError unless a global batch of `size` splits evenly over the devices."""
         if size % self.count:
             raise UserError(f"{name} is {size}, which does not divide by the {self.count} devices")
+
+    def first(self, count: int) -> "Devices":
+        """Returns this number of the devices."""
+        return Devices(self._devices[:count])
+
+    def how_many_divide(self, *sizes: int) -> int:
+        """Returns the largest number of devices by which all sizes of batches divide, if each has enough images."""
+        most = min(self.count, sizes[0] // _MIN_IMAGES)
+        return next(n for n in range(max(1, most), 0, -1) if all(size % n == 0 for size in sizes))
 
     def round_up(self, size: int) -> int:
         """Returns the smallest multiple of the number of devices that is not below `size`."""

@@ -206,6 +206,13 @@ def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> Un
     return BalancedSampler(labels, config.batch_size, config.sampler.samples_per_category, config.seed)
 
 
+def batch_sizes(config: ml_collections.ConfigDict, dataset: ImageDataset) -> tuple[int, ...]:
+    """Returns the numbers of images that a step sees at once: of a micro-batch, and of the last of an epoch."""
+    sampler = make_sampler(config, dataset)
+    size = max(1, config.batch_size // config.optimizer.accumulation_steps)
+    return size, sampler.last_batch_size % size or size
+
+
 def make_normalize(config: ml_collections.ConfigDict) -> Normalize:
     """Returns the normalization of the images."""
     return Normalize(tuple(config.dataset.mean), tuple(config.dataset.std))

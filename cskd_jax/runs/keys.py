@@ -210,6 +210,11 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "Pixels of the shorter side, to which an image is enlarged before it is cropped, no fewer than it has; 0 "
             "leaves it as it is. It does not follow dataset.image_size.",
         ),
+        "augment.rotation": Key(
+            0,
+            rules.integer(0, 180),
+            "Degrees up to which an image is rotated, to either side, before it is cropped; 0 does not rotate it.",
+        ),
         "augment.crop_padding": Key(
             0,
             rules.integer(0, 256),

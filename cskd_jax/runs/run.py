@@ -16,7 +16,7 @@ from cskd_jax.distributed.devices import Devices
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import UserError, kept_error
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import Run, build, load_data, precision
+from cskd_jax.runs.build import Run, batch_sizes, build, load_data, precision
 from cskd_jax.runs.results import (
     RESULTS,
     describe,
@@ -28,9 +28,11 @@ from cskd_jax.runs.results import (
 )
 from cskd_jax.runs.trained import identity_of_teacher, load_given_teacher
 from cskd_jax.runs.workdir import (
+    DEVICES,
     check_data,
     check_workdir,
     claim,
+    devices_of,
     held,
     identify,
     is_done,
@@ -62,41 +64,47 @@ class Job:
     error: UserError | None = None
 
 
-def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, adapt_devices: bool = False) -> None:
     """Runs the training to its end, resuming where an earlier start stopped.
 
     Args:
       config: Configuration of the run. It may have more epochs than that of an earlier start.
       workdir: Folder of the run.
+      adapt_devices: See `train_together`.
 
     Raises:
       UserError: The user can fix something. InterruptedRun and DivergedError are subclasses.
     """
     job = Job(config, workdir)
-    train_together([job])
+    train_together([job], adapt_devices)
     if job.error is not None:
         raise job.error
 
 
-def train_together(jobs: Sequence[Job]) -> None:
+def train_together(jobs: Sequence[Job], adapt_devices: bool = False) -> None:
     """Carries out several runs at once, as `train` does each of them, with one pass of their teacher for all.
 
     An error of one run is kept in its job, and the others go on.
 
     Args:
       jobs: Runs that agree in all that decides the batches and the teacher; only one alone trains its teacher itself.
+      adapt_devices: Whether to use as many devices as at an earlier start, else as many as the batches divide by;
+        otherwise all are used.
 
     Raises:
       InterruptedRun: A signal arrived; the states are saved.
     """
     start = time.monotonic()
+    begun = set()
     for job in jobs:
         with kept_error(job):
             schema.validate(job.config)
+            begun.add(devices_of(job.workdir) if adapt_devices else None)
+    begun = min(begun - {None}, default=None)
     with console.pause("starting the devices"):
         devices = Devices()
     with contextlib.ExitStack() as stack, precision(jobs[0].config):
-        started = _Started(devices, stack)
+        started = _Started(devices, adapt_devices, begun, stack)
         for job in jobs:
             with kept_error(job):
                 started.add(job)
@@ -105,10 +113,17 @@ def train_together(jobs: Sequence[Job]) -> None:
 
 
 class _Started:
-    """Runs whose folders are held and whose objects are made, on the data and with the teacher of the first of them."""
+    """Runs whose folders are held and whose objects are made, on the data and with the teacher of the first of them.
 
-    def __init__(self, devices: Devices, stack: contextlib.ExitStack):
-        self.devices, self._stack = devices, stack
+    Args:
+      devices: Devices of the machine.
+      adapt_devices: See `train_together`.
+      begun: On how many devices those of the runs compute that have begun; None if none has.
+      stack: What lets go of the folders.
+    """
+
+    def __init__(self, devices: Devices, adapt_devices: bool, begun: int | None, stack: contextlib.ExitStack):
+        self.devices, self._adapt_devices, self._begun, self._stack = devices, adapt_devices, begun, stack
         self.runs: dict[Job, Run] = {}
         self.given: Any = None
         self._dataset: ImageDataset | None = None
@@ -125,7 +140,8 @@ class _Started:
             raise UserError(f"{workdir} began with another version of cskd_jax: train it alone, with --together=1")
         self._kept = kept
         config = job.config = schema.with_values(job.config, kept)
-        self.devices.check_batch_size("batch_size", config.batch_size)
+        if not self._adapt_devices:
+            self.devices.check_batch_size("batch_size", config.batch_size)
         given = digest = None
         if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
             self.given = given = self.given or processes.on_first(load_given_teacher, config)
@@ -148,15 +164,25 @@ class _Started:
         if self._dataset is None:
             # Otherwise several processes would prepare the same files at once.
             self._dataset = processes.first_then_all(lambda: load_data(config))
+            if self._adapt_devices:
+                self.devices = self._choose_devices(config, self._dataset)
+        if self._begun is not None and devices_of(workdir) not in (None, self._begun):
+            raise UserError(f"{workdir} computes on another number of devices: train it alone, with --together=1")
         beside = next((run for run in self.runs.values() if run.teacher is not None), None)
         run = build(config, workdir, self.devices, self._dataset, given, job.callbacks, beside)
-        processes.on_first(claim, workdir, identity, self._dataset)
+        processes.on_first(claim, workdir, identity | {DEVICES: self.devices.count}, self._dataset)
         used, data = self.devices.describe(), self._dataset
         job.say(
             f"{data.name}: {len(data.train.labels):,} training and {len(data.test.labels):,} test images, "
             f"{data.num_classes} classes; {used['count']} x {used['kind']}"
         )
         self.runs[job] = run
+
+    def _choose_devices(self, config, dataset):
+        count = self._begun
+        if count is None or count > self.devices.count:
+            count = self.devices.how_many_divide(*batch_sizes(config, dataset))
+        return self.devices.first(count)
 
 
 def _train(started, stop, start):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cskd_jax.console import say
 from cskd_jax.distributed.children import die_with_parent
+from cskd_jax.distributed.devices import COUNT_FLAG
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import InterruptedRun, UserError, printable
 from cskd_jax.files import open_append, refuse_links
@@ -143,11 +144,13 @@ class _Process:
 
 
 def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables that give the run in `slot` of `jobs` its share of the GPUs."""
+    """Returns the variables of the environment that give the run in `slot` of `jobs` its GPU, or one CPU device."""
     if jobs == 1:
         return {}
     # Each process would otherwise take three quarters of a GPU's memory when it starts.
     variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")}
+    if COUNT_FLAG not in environment.get("XLA_FLAGS", ""):
+        variables["JAX_NUM_CPU_DEVICES"] = environment.get("JAX_NUM_CPU_DEVICES", "1")
     listed = [device for device in environment.get("CUDA_VISIBLE_DEVICES", gpus()).split(",") if device]
     return variables | ({"CUDA_VISIBLE_DEVICES": listed[slot % len(listed)]} if listed else {})
 

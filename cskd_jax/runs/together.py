@@ -18,13 +18,16 @@ from cskd_jax.training.callbacks import Callback, Console, Start
 _LINE_SECONDS = 60.0
 
 
-def carry_out(runs: Sequence[tuple[str, ml_collections.ConfigDict, pathlib.Path]]) -> list[Job]:
+def carry_out(
+    runs: Sequence[tuple[str, ml_collections.ConfigDict, pathlib.Path]], adapt_devices: bool = False
+) -> list[Job]:
     """Carries out runs that agree in all that decides the batches and the teacher; see `train_together`.
 
     Each run writes what it says to log.txt in its folder. The console shows the progress of all in one line an epoch.
 
     Args:
       runs: Name, configuration and folder of each run.
+      adapt_devices: See `train_together`.
 
     Returns:
       The jobs, in the same order; what failed has its `error`.
@@ -37,7 +40,7 @@ def carry_out(runs: Sequence[tuple[str, ml_collections.ConfigDict, pathlib.Path]
         say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {name}, one of {len(runs)} runs that share a teacher pass")
         jobs.append(Job(config, workdir, say, (Console(say=say), board.callback(name))))
     try:
-        train_together(jobs)
+        train_together(jobs, adapt_devices)
     except UserError as error:
         for job in jobs:
             job.error = job.error or error

@@ -24,9 +24,11 @@ from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.optimizers import DOT_VERSION
 
 # What config.json holds besides the configuration has a space in its name: the digest of a given teacher, the
-# fingerprint of the data, "losses.NAME version" of a loss whose formula is not its first, and that of the optimizer.
+# fingerprint of the data, "losses.NAME version" of a loss whose formula is not its first, that of the optimizer, and
+# the number of devices, which changes results by rounding.
 TEACHER_DIGEST = "teacher.checkpoint digest"
 DATA_FINGERPRINT = "dataset fingerprint"
+DEVICES = "number of devices"
 _VERSION = " version"
 
 # Maximum length of the changes in the name of the default folder; longer ones are replaced by a digest.
@@ -117,6 +119,17 @@ def kept_values(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dic
         for name, key in changed.items()
         if requested[name] == key.default and found[name] == key.before
     }
+
+
+def devices_of(workdir: pathlib.Path) -> int | None:
+    """Returns on how many devices the run in the workdir computes; None if nothing in it would be continued."""
+    path = workdir / "config.json"
+    if not path.is_file() or not _has_checkpoints(workdir):
+        return None
+    count = schema.read_flat(path).get(DEVICES, 1)  # Earlier versions had one, unless it was asked for more.
+    if not isinstance(count, int) or count < 1:
+        raise UserError(f"{path}: {DEVICES} must be an integer of at least 1")
+    return count
 
 
 def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
@@ -229,7 +242,7 @@ def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, A
 
 def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns {key: (recorded value, requested value)} of all differences that change results."""
-    passed, both = set(keys.indifferent()), found.keys() & identity.keys()
+    passed, both = {DEVICES, *keys.indifferent()}, found.keys() & identity.keys()
     if TEACHER_DIGEST in both:
         passed.add("teacher.checkpoint")  # Its digest says which teacher it is: its folder may have moved.
     if DATA_FINGERPRINT not in both:

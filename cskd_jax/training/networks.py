@@ -1,6 +1,6 @@
 """The interface between networks and the trainer. `adapters.as_network` makes a `Network` of a module."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -88,8 +88,22 @@ def draws_random_numbers(network: Network, variables: Variables, images: jax.Sha
     """Returns whether the outputs in training mode depend on the key, as with dropout."""
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
     traced = jax.make_jaxpr(lambda k, v, x: network.apply(v, x, train=True, key=k)[0])(key, variables, images).jaxpr
-    reached = {traced.invars[0]}
-    for equation in traced.eqns:
-        if any(isinstance(x, jax.extend.core.Var) and x in reached for x in equation.invars):
-            reached.update(equation.outvars)
-    return any(isinstance(x, jax.extend.core.Var) and x in reached for x in traced.outvars)
+    return any(_depend(traced, [x is traced.invars[0] for x in traced.invars]))
+
+
+def _depend(program: jax.extend.core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """Returns which outputs of a traced program depend on those of its inputs that are True."""
+    reached = {x for x, is_reached in zip(program.invars, inputs, strict=True) if is_reached}
+
+    def are_reached(values):
+        return [isinstance(x, jax.extend.core.Var) and x in reached for x in values]
+
+    for equation in program.eqns:
+        found = are_reached(equation.invars)
+        inner = equation.params.get("jaxpr")  # A jitted block is given the key whether it draws or not.
+        if any(found) and isinstance(inner, jax.extend.core.ClosedJaxpr) and len(inner.jaxpr.invars) == len(found):
+            outputs = _depend(inner.jaxpr, found)
+        else:
+            outputs = [any(found)] * len(equation.outvars)
+        reached.update(x for x, is_reached in zip(equation.outvars, outputs, strict=True) if is_reached)
+    return are_reached(program.outvars)
