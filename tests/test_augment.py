@@ -14,7 +14,7 @@ PADDING = 1
 SIZE = 3
 COUNT = 400
 
-jitted = jax.jit(augment, static_argnames=("resize", "crop_padding", "flip"))
+jitted = jax.jit(augment, static_argnames=("resize", "rotation", "crop_padding", "flip"))
 
 
 def make_image():
@@ -209,3 +209,38 @@ def test_normalize_gray():
 
 def test_normalize_stays_float32_with_64_bit_types(x64):
     assert Normalize((0.5,), (0.5,))(np.zeros((1, 2, 2, 1), np.uint8)).dtype == jnp.float32
+
+
+def rotated(image, count, rotation):
+    """One image, rotated at `count` positions."""
+    images = np.repeat(image[None], count, axis=0)
+    key, positions = jax.random.key(3), jnp.arange(count)
+    return np.asarray(jitted(images, key, positions, rotation=rotation, crop_padding=0, flip=False))
+
+
+def test_rotation_is_that_of_pillow():
+    """The angles go up to the largest one to both sides, and the nearest pixel is taken."""
+    image = np.random.default_rng(0).integers(1, 256, (12, 16, 3), np.uint8)
+    angles = np.linspace(-20, 20, 257)
+    expected = [np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.NEAREST)) for angle in angles]
+    nearest = []
+    for result in rotated(image, 60, 20):
+        wrong = [(result != other).any(axis=-1).mean() for other in expected]
+        nearest.append(angles[np.argmin(wrong)])
+        assert min(wrong) < 0.02  # A pixel on the border between two others may fall to either.
+    assert min(nearest) < -15
+    assert max(nearest) > 15
+
+
+def test_half_a_turn_is_exact():
+    image = make_image()
+    turned = {image[::-1, ::-1].tobytes(), image.tobytes()}
+    assert turned <= {result.tobytes() for result in rotated(image, 2000, 180)}
+
+
+def test_rotation_leaves_the_other_draws_alone():
+    image, key = np.full((2, 5, 5, 1), 7, np.uint8), jax.random.key(0)
+    image[:, 2, 1] = 200
+    plain = augment(image, key, jnp.arange(2), crop_padding=0, flip=True)
+    with_rotation = augment(image, key, jnp.arange(2), rotation=1, crop_padding=0, flip=True)
+    np.testing.assert_array_equal(plain, with_rotation)  # One degree moves none of so few pixels.

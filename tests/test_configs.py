@@ -29,6 +29,7 @@ RECIPES = {
     "cifar100": (100, (32, 32, 3)),
     "cifar100_standard": (100, (32, 32, 3)),
     "tiny_imagenet": (200, (64, 64, 3)),
+    "tiny_imagenet_standard": (200, (64, 64, 3)),
     "cub200": (200, (224, 224, 3)),
 }
 MULTILABEL = {"digit_pairs"}
@@ -81,7 +82,8 @@ def trace_one_step(recipe, config, folder):
     ("recipe", "method"),
     [("digits", method) for method in METHODS]
     + [("digit_pairs", method) for method in MULTILABEL_METHODS]
-    + [pytest.param("cifar100", method, marks=pytest.mark.slow) for method in ("cskd", "cskd_paper", "crd", "kdgan")],
+    + [pytest.param("cifar100", method, marks=pytest.mark.slow) for method in ("cskd", "cskd_paper", "crd", "kdgan")]
+    + [("tiny_imagenet_standard", f"resnet18/{student}/kd") for student in ("mobilenet_v2", "shufflenet_v2")],
 )
 def test_one_step_of_every_method_traces(recipe, method, tmp_path):
     trace_one_step(recipe, get_config(recipe, method), tmp_path)

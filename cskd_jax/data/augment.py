@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cskd_jax.data.warp import WHOLE, make_rotation
 from cskd_jax.errors import UserError
 
 
@@ -61,10 +62,21 @@ class Normalize:
         return images.astype(jnp.float32) * scale + shift
 
 
+# What is folded into the key of an image for its rotation, and the number of angles from which that is drawn.
+_ROTATION, _ANGLES = 1, WHOLE + 1
+
+
 def augment(
-    images: jax.Array, key: jax.Array, positions: jax.Array, *, resize: int = 0, crop_padding: int, flip: bool
+    images: jax.Array,
+    key: jax.Array,
+    positions: jax.Array,
+    *,
+    resize: int = 0,
+    rotation: int = 0,
+    crop_padding: int,
+    flip: bool,
 ) -> jax.Array:
-    """Enlarges, pads with zeros (black), crops at random back to the size, and mirrors half of the images.
+    """Enlarges, rotates, pads with zeros (black), crops at random back to the size, and mirrors half of the images.
 
     The draw for an image depends on `key` and its position in the global batch alone, not on how the batch is split.
 
@@ -73,6 +85,8 @@ def augment(
       key: Key of the step.
       positions: Positions of the images in the global batch, int32 [B].
       resize: Pixels of the shorter side after enlarging; 0 leaves the images as they are.
+      rotation: Degrees up to which an image is rotated around its middle, to either side; corners from outside are
+        black.
       crop_padding: Pixels of zeros on each side, added after enlarging; 0 adds none.
       flip: Whether to mirror horizontally with probability 1/2.
 
@@ -88,8 +102,14 @@ def augment(
     pad = (crop_padding, crop_padding)
     margin = np.array(images.shape[1:3], np.int32) + np.int32(2 * crop_padding) - np.array(shape[:2], np.int32)
 
+    rotate = make_rotation(rotation, _ANGLES)
+
     def one(image, position):
-        crop_key, flip_key = jax.random.split(jax.random.fold_in(key, position))
+        own_key = jax.random.fold_in(key, position)
+        crop_key, flip_key = jax.random.split(own_key)
+        if rotation:
+            magnitude = jax.random.randint(jax.random.fold_in(own_key, _ROTATION), (), 0, WHOLE + 1)
+            image = rotate(image, magnitude)
         if margin.any():
             offset = jax.random.randint(crop_key, (2,), 0, margin + 1)
             image = lax.dynamic_slice(jnp.pad(image, (pad, pad, (0, 0))), (*offset, 0), shape)

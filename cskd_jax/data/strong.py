@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Magnitudes are drawn from 0 to this, and positions are counted in this many parts of a pixel.
-_WHOLE, _PIXEL = 256, 2**16
+from cskd_jax.data.warp import PIXEL, WHOLE, make_rotation, make_warp
+
 _DEGREES, _SHEAR, _SHIFT = 30, 0.3, 0.3
 _GRAY = 124
 
@@ -43,7 +43,7 @@ def strong_augment(images: jax.Array, key: jax.Array, positions: jax.Array) -> j
         for operation_key in keys[:2]:
             kind_key, magnitude_key = jax.random.split(operation_key)
             kind = jax.random.randint(kind_key, (), 0, len(_OPERATIONS))
-            magnitude = jax.random.randint(magnitude_key, (), 0, _WHOLE + 1)
+            magnitude = jax.random.randint(magnitude_key, (), 0, WHOLE + 1)
             image = lax.switch(kind, _OPERATIONS, image, magnitude)
         return _cut_out(image, keys[2]).astype(jnp.uint8)
 
@@ -68,7 +68,7 @@ def _gray(image):
     """Returns the brightness of the pixels, [H, W, 1]."""
     if image.shape[-1] != 3:
         return jnp.sum(image, axis=-1, keepdims=True) // image.shape[-1]
-    return jnp.sum(image * np.array([77, 150, 29], np.int32), axis=-1, keepdims=True) // _WHOLE
+    return jnp.sum(image * np.array([77, 150, 29], np.int32), axis=-1, keepdims=True) // WHOLE
 
 
 def _smooth(image):
@@ -83,8 +83,8 @@ def _toward(other):
     """Returns the operation that keeps between 5% and 95% of an image, the rest of which is `other(image)`."""
 
     def blend(image, magnitude):
-        kept = 13 + magnitude * 230 // _WHOLE
-        return (image * kept + other(image) * (_WHOLE - kept) + _WHOLE // 2) // _WHOLE
+        kept = 13 + magnitude * 230 // WHOLE
+        return (image * kept + other(image) * (WHOLE - kept) + WHOLE // 2) // WHOLE
 
     return blend
 
@@ -100,7 +100,7 @@ def _stretch(image, magnitude):
 
 
 def _posterize(image, magnitude):
-    step = jnp.left_shift(1, 4 - jnp.minimum(magnitude * 4 // _WHOLE, 3))  # 16, 8, 4 or 2
+    step = jnp.left_shift(1, 4 - jnp.minimum(magnitude * 4 // WHOLE, 3))  # 16, 8, 4 or 2
     return image // step * step
 
 
@@ -108,44 +108,12 @@ def _solarize(image, magnitude):
     return jnp.where(image < magnitude, image, 255 - image)
 
 
-def _warp(coefficients):
-    """Returns an operation that takes the pixel (x, y) from (a x + b y + c, d x + e y + f), or black from outside.
-
-    Args:
-      coefficients: Function of the height, the width, and the signed magnitude from -256 to 256, that returns the six
-        coefficients in parts of a pixel.
-    """
-
-    def warp(image, magnitude):
-        height, width = image.shape[:2]
-        a, b, c, d, e, f = coefficients(height, width, 2 * magnitude - _WHOLE)
-        x, y = jnp.arange(width, dtype=jnp.int32), jnp.arange(height, dtype=jnp.int32)[:, None]
-        column = (a * x + b * y + c + _PIXEL // 2) // _PIXEL
-        row = (d * x + e * y + f + _PIXEL // 2) // _PIXEL
-        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        taken = image[jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1)]
-        return jnp.where(inside[:, :, None], taken, 0)
-
-    return warp
-
-
-def _rotation(height, width, magnitude):
-    angles = np.deg2rad(np.arange(-_DEGREES, _DEGREES + 1))
-    cosines, sines = (np.rint(_PIXEL * function(angles)).astype(np.int32) for function in (np.cos, np.sin))
-    index = (magnitude + _WHOLE) * (2 * _DEGREES) // (2 * _WHOLE)
-    cosine, sine = jnp.asarray(cosines)[index], jnp.asarray(sines)[index]
-    # Around the middle, (width - 1) / 2 and (height - 1) / 2.
-    c = ((_PIXEL - cosine) * (width - 1) + sine * (height - 1)) // 2
-    f = ((_PIXEL - cosine) * (height - 1) - sine * (width - 1)) // 2
-    return cosine, -sine, c, sine, cosine, f
-
-
 def _shear(magnitude):
-    return magnitude * int(_PIXEL * _SHEAR) // _WHOLE
+    return magnitude * int(PIXEL * _SHEAR) // WHOLE
 
 
 def _shift(magnitude, length):
-    return magnitude * int(_PIXEL // _WHOLE * _SHIFT * length)
+    return magnitude * int(PIXEL // WHOLE * _SHIFT * length)
 
 
 _OPERATIONS = (
@@ -157,9 +125,9 @@ _OPERATIONS = (
     _toward(_smooth),
     _posterize,
     _solarize,
-    _warp(_rotation),
-    _warp(lambda height, width, magnitude: (_PIXEL, _shear(magnitude), 0, 0, _PIXEL, 0)),
-    _warp(lambda height, width, magnitude: (_PIXEL, 0, 0, _shear(magnitude), _PIXEL, 0)),
-    _warp(lambda height, width, magnitude: (_PIXEL, 0, _shift(magnitude, width), 0, _PIXEL, 0)),
-    _warp(lambda height, width, magnitude: (_PIXEL, 0, 0, 0, _PIXEL, _shift(magnitude, height))),
+    make_rotation(_DEGREES, 2 * _DEGREES + 1),
+    make_warp(lambda height, width, magnitude: (PIXEL, _shear(magnitude), 0, 0, PIXEL, 0)),
+    make_warp(lambda height, width, magnitude: (PIXEL, 0, 0, _shear(magnitude), PIXEL, 0)),
+    make_warp(lambda height, width, magnitude: (PIXEL, 0, _shift(magnitude, width), 0, PIXEL, 0)),
+    make_warp(lambda height, width, magnitude: (PIXEL, 0, 0, 0, PIXEL, _shift(magnitude, height))),
 )
