@@ -39,6 +39,7 @@ from cskd_jax.errors import InterruptedRun
 from cskd_jax.runs.build import describe_network, make_network, make_trainer, precision
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.arrays import digest_of
+from cskd_jax.training.programs import Reads
 from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
 
@@ -78,10 +79,11 @@ class Students:
       dtype: Type that the networks compute with.
       products: Precision of float32 products.
       methods: Methods, one student for each.
+      devices: Devices; None takes all.
     """
 
-    def __init__(self, pair: Pair, dtype: str, products: str, methods: tuple[str, ...]):
-        self._size, self._devices = pair.batch_size, Devices()
+    def __init__(self, pair: Pair, dtype: str, products: str, methods: tuple[str, ...], devices: Devices | None = None):
+        self._size, self._devices = pair.batch_size, devices or Devices()
         configs = [self._configure(pair, dtype, products, method) for method in methods]
         dataset = make_dataset(2 * pair.batch_size, pair.side)
         network = make_network(describe_network(configs[0].teacher, dataset.image_shape), NUM_CLASSES, dtype)
@@ -94,7 +96,10 @@ class Students:
             self._programs = [trainer.programs("student") for trainer in trainers]
             self._pass = trainers[0].teacher_pass
             self._compile()
-        self._variables = self._devices.replicate(teacher.variables)
+        variables = self._devices.replicate(teacher.variables)
+        for programs in self._programs:
+            programs.take_teacher(variables)
+        self._variables = None if self._reads.teacher is None else variables
         self.states = [self._devices.replicate(programs.init()) for programs in self._programs]
         batch = {"image": dataset.train.images[: self._size], "label": dataset.train.labels[: self._size]}
         self._batch = self._devices.shard(batch | {"index": np.arange(self._size, dtype=np.int32)})
@@ -107,10 +112,9 @@ class Students:
         return config
 
     def _compile(self):
-        found = [programs.reads for programs in self._programs if programs.reads is not None]
-        reads = jax.tree.map(lambda *flags: any(flags), *found)
+        self._reads = Reads.union([programs.reads for programs in self._programs])
         with ThreadPoolExecutor() as pool:
-            self._pass.compile(self._size, reads, pool)
+            self._pass.compile(self._size, self._reads, pool)
             for programs in self._programs:
                 programs.compile(0, self._size, pool)
                 programs.compile_init(pool)

@@ -2,15 +2,9 @@
 
 import os
 
-# Most tests run a program once: its speed does not matter, and compiling takes most of their time.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_force_host_platform_device_count=8",
-    ]
-)
+from tests.xla_flags import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import atexit
@@ -134,14 +128,14 @@ def small_run(digits_dir) -> list[str]:
 def start():
     """Starts a command line as a process of its own.
 
-    `program` is a module, or the words of another command that takes such arguments.
+    `program` is a module, or the words of another command that takes such arguments; the command itself chooses the
+    number of `devices` if that is None.
     """
     environment = os.environ | {"XDG_CACHE_HOME": os.environ[_CACHE], "PYTHONPATH": str(ROOT)}
-    flags = environment["XLA_FLAGS"].removesuffix("8")
 
     def start(arguments, cwd=ROOT, program="cskd_jax.main", devices=1, **variables):
         words = (sys.executable, "-m", program) if isinstance(program, str) else program
-        pipe, variables = subprocess.PIPE, environment | {"XLA_FLAGS": f"{flags}{devices}"} | variables
+        pipe, variables = subprocess.PIPE, environment | {"XLA_FLAGS": xla_flags(devices)} | variables
         return subprocess.Popen([*words, *arguments], cwd=cwd, env=variables, text=True, stdout=pipe, stderr=pipe)
 
     return start

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.distributed.devices import AXIS
+from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.losses import LossInputs
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.adapters import LinenNetwork
@@ -163,6 +163,8 @@ def train(losses, *, num_devices=None, steps=3, dtype=jnp.float64):
     else:
         devices = jax.devices()[:num_devices]
         step = jax.pmap(step, AXIS, in_axes=(None, None, 0, None), out_axes=(None, None), devices=devices)
+        # Already where the step will leave them: else the second call compiles again.
+        state, teacher_variables = Devices(devices).replicate((state, teacher_variables))
     rng = np.random.default_rng(0)
     images = rng.normal(size=(NUM_EXAMPLES, *IMAGE)).astype(dtype)
     labels = rng.integers(0, NUM_CLASSES, NUM_EXAMPLES, np.int32)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, category_structure, loop_part, loss_part, scaling
+from benchmarks import accelerator, category_structure, loop_part, loss_part, methods, pairs, scaling
+from cskd_jax import losses
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
@@ -18,7 +19,7 @@ from tests.whole_step import make_whole_step
 try:
     import torch
 
-    from benchmarks import torch_reference
+    from benchmarks import torch_pairs, torch_reference
 except ImportError:
     torch = None
 
@@ -186,3 +187,56 @@ def test_mistakes(argument, capsys):
     with pytest.raises(SystemExit, match="2"):
         category_structure.main([argument])
     assert argument.split("=")[0] in capsys.readouterr().err or "nothing" in argument
+
+
+@needs_torch
+def test_methods_in_both():
+    """The methods that a step is compared with compute what ours do."""
+    generator = np.random.default_rng(0)
+    student, teacher = (
+        torch_pairs.Output(
+            torch.from_numpy(generator.normal(size=(6, 5))),
+            [torch.from_numpy(generator.normal(size=(6, channels, 4, 4))) for channels in (3, 5)],
+            torch.from_numpy(generator.normal(size=(6, 7))),
+        )
+        for _ in range(2)
+    )
+    labels = np.arange(6, dtype=np.int32) % 5
+    logits, embeddings = ([np.asarray(x) for x in pair] for pair in zip(student[::2], teacher[::2], strict=True))
+    maps = [[np.asarray(x).transpose(0, 2, 3, 1) for x in output.maps] for output in (student, teacher)]
+    attention = [losses.attention_transfer_loss(*pair) for pair in zip(*maps, strict=True)]
+    expected = {
+        "kd": losses.kd_loss(*logits),
+        "at": sum(map(float, attention)),
+        "sp": losses.similarity_preserving_loss(maps[0][-1], maps[1][-1]),
+        "pkt": losses.pkt_loss(*embeddings),
+        "rkd": losses.rkd_loss(*embeddings)[0],
+    }
+    for name, method in torch_pairs.METHODS.items():
+        np.testing.assert_allclose(method(student, teacher).item(), expected[name], rtol=1e-4, err_msg=name)
+    value = torch_pairs.dkd(student, teacher, torch.from_numpy(labels).long()).item()
+    np.testing.assert_allclose(value, losses.dkd_loss(*logits, labels)[0], rtol=1e-4)
+
+
+@needs_torch
+@pytest.mark.slow
+def test_pairs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pairs, "set_up_jax", lambda: None)
+    path = tmp_path / "figures.json"
+    pairs.main(
+        ["--pairs=resnet8/resnet8", "--methods=kd,ce", "--devices=2", "--batch=4", "--rounds=1", f"--json={path}"]
+    )
+    assert "of one by one" in capsys.readouterr().out
+    rows = json.loads(path.read_text())["resnet8/resnet8"]["rows"]
+    assert [row["method"] for row in rows] == ["kd", "ce", "all, one by one", "kd+ce"]
+    assert all(row["JAX/2 ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_methods(monkeypatch, tmp_path):
+    monkeypatch.setattr(methods, "set_up_jax", lambda: None)
+    path = tmp_path / "figures.json"
+    methods.main(["--pair=resnet8/resnet8", "--methods=sp", "--batch=4", "--side=8", "--rounds=1", f"--json={path}"])
+    (row,) = json.loads(path.read_text())["methods"]["rows"]
+    assert row["method"] == "sp"
+    assert min(row["of kd"], row["memory MB"]) > 0

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 import time
 
 import pytest
@@ -17,6 +18,8 @@ from cskd_jax.runs import lock
 from cskd_jax.training.callbacks import Progress, Start
 from cskd_jax.training.metrics import SINGLE_LABEL
 from cskd_jax.training.records import MetricsFiles
+from tests import drift
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -119,3 +122,16 @@ def test_wrong_clocks(year, monkeypatch, tmp_path):
     (events,) = (tmp_path / "run" / "tensorboard" / "student").iterdir()
     assert events.stat().st_size > 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_run_without_streams_in_1970(start, small_run, done, tmp_path):
+    """Standard input, output and error are closed, and the clock stands where it does without a battery."""
+    clock = "import time\ntime.time = lambda now=time.time, start=time.time(): now() - start\n"
+    (tmp_path / "sitecustomize.py").write_text(clock)
+    program = ("bash", "-c", 'exec <&- >&- 2>&-; exec "$0" -m cskd_jax.main "$@"', sys.executable)
+    arguments = [*small_run, f"--workdir={tmp_path / 'run'}"]
+    process = start(arguments, program=program, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert process.communicate() == ("", "")
+    assert process.returncode == 0
+    assert drift.digest_of_run(tmp_path / "run") == drift.digest_of_run(done)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cskd_jax.data.augment import Normalize, augment
-from cskd_jax.distributed.devices import AXIS
+from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective, needs_teacher
@@ -59,7 +59,9 @@ def train(losses, num_devices, *, steps=5, batch_size=16, num_classes=NUM_CLASSE
     step = jax.pmap(
         step, axis_name=AXIS, in_axes=(None, None, 0, None), out_axes=(None, None), devices=jax.devices()[:num_devices]
     )
-    state, teacher_variables = initial(student, objective, optimizer, teacher)
+    # Already where the step will leave them: else the second call compiles again.
+    devices = Devices(jax.devices()[:num_devices])
+    state, teacher_variables = devices.replicate(initial(student, objective, optimizer, teacher))
     rng = np.random.default_rng(0)
     for _ in range(steps):
         batch = {
