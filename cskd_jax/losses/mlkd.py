@@ -73,7 +73,8 @@ def uncertain(teacher_logits: jax.Array, *, axis_name: str | None = None) -> tup
     """
     probabilities = jax.nn.softmax(at_least_float32(lax.stop_gradient(teacher_logits)))
     probabilities = gather_batch(probabilities, axis_name)
-    confidence, share = jnp.max(probabilities, axis=1), jnp.sum(probabilities, axis=0)
+    # Computed once: the median of numbers that are rounded in another way may be none of these.
+    confidence, share = lax.optimization_barrier((jnp.max(probabilities, axis=1), jnp.sum(probabilities, axis=0)))
     return confidence <= jnp.median(confidence), share <= jnp.median(share)
 
 
