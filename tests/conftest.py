@@ -109,11 +109,11 @@ def digits_dir(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def small_run(digits_dir) -> list[str]:
-    """Arguments of a run that takes seconds: digits, 160 images, small networks, 1 + 3 epochs of 3 steps."""
+    """Arguments of a run that takes seconds: digits, 192 images, small networks, 1 + 3 epochs of 3 steps."""
     return [
         f"--config={ROOT}/configs/digits.py",
         f"--config.dataset.data_dir={digits_dir}",
-        "--config.dataset.train_examples=160",
+        "--config.dataset.train_examples=192",
         "--config.teacher.name=resnet8",
         "--config.teacher.width=0.25",
         "--config.student.name=resnet8",

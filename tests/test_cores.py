@@ -45,7 +45,7 @@ def test_a_workdir_knows_its_number(tmp_path):
 def test_commands_use_all_cores_and_keep_what_a_run_began_with(start, small_run, done, tmp_path):
     cores = len(os.sched_getaffinity(0))
     shutil.copytree(done, tmp_path / "begun")
-    for name, epochs, expected in (("new", 1, Devices(min(8, cores)).how_many_divide(64, 32)), ("begun", 4, 1)):
+    for name, epochs, expected in (("new", 1, Devices(min(8, cores)).how_many_divide(64, 64)), ("begun", 4, 1)):
         arguments = [*small_run, f"--config.epochs={epochs}", f"--workdir={tmp_path / name}"]
         output, error = (process := start(arguments, devices=None)).communicate()
         assert process.returncode == 0, error

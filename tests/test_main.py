@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 def test_results(done):
     results = json.loads((done / "results.json").read_text())
     assert (results["method"], results["seed"]) == ("cskd", 0)
-    assert results["dataset"] == {"name": "digits", "categories": 10, "train_examples": 160, "test_examples": 357}
+    assert results["dataset"] == {"name": "digits", "categories": 10, "train_examples": 192, "test_examples": 357}
     for phase, epochs in (("teacher", 1), ("student", 3)):
         entry = results[phase]
         assert entry["last"]["epoch"] == epochs
@@ -171,7 +171,7 @@ BAD_INPUT = {
     "unknown data set": (["--config.dataset.name=digitz"], ["digitz", "digits", "image_folder"], None),
     "batch and devices": (["--config.batch_size=60"], ["batch_size is 60", "8 devices"], None),
     "last batch and devices": (["--config.dataset.train_examples=150"], ["last batch", "22", "drop_last"], None),
-    "batch larger than the data": (["--config.batch_size=512"], ["512", "160"], None),
+    "batch larger than the data": (["--config.batch_size=512"], ["512", "192"], None),
     "method as a key": (["--config.method=kd"], ["--config=RECIPE:METHOD"], None),
     "loss of another method": (["--config.losses.kd.weight=1"], ["no kd", "category_structure"], None),
     "weight that is no number": (

@@ -12,6 +12,7 @@ import pytest
 
 from cskd_jax.training.checkpoint import load_variables
 from tests.conftest import ROOT
+from tests.tiers import chosen
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +88,7 @@ def test_killed_at_random_moments(start, small_run, done, tmp_path):
     assert_same_run(tmp_path, done)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", chosen([signal.SIGTERM, signal.SIGINT], 1))
 def test_stopped_by_a_signal(start, small_run, done, tmp_path, number):
     process = start([*small_run, f"--workdir={tmp_path}"])
     wait_for_row(tmp_path, process, "teacher", 3)
@@ -143,7 +144,7 @@ def test_full_disk(start, small_run, done, tmp_path):
     assert_same_run(tmp_path, done)
 
 
-@pytest.mark.parametrize("method", ["crd", "kdgan"])
+@pytest.mark.parametrize("method", chosen(["crd", "kdgan"], 1))
 def test_memories_and_further_networks_resume(start, small_run, done, tmp_path, method):
     """Parameters, memories and optimizer of methods with a state of their own, by the digests saved with them."""
     arguments = [f"{small_run[0]}:{method}", *small_run[1:], f"--config.teacher.checkpoint={done}/teacher"]

@@ -26,6 +26,7 @@ from cskd_jax.training.objective import Objective
 from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
 from tests.conftest import ROOT
+from tests.tiers import chosen
 
 FACTS = pathlib.Path(os.environ.get("CSKD_PROTOCOL", ROOT / "tests" / "golden" / "protocol_cifar100_standard.json"))
 PAIRS = (
@@ -34,6 +35,8 @@ PAIRS = (
     "resnet50/mobilenet_v2", "resnet50/vgg8", "resnet32x4/shufflenet_v2", "resnet32x4/wrn_16_2",
     "resnet32x4/wrn_40_2", "wrn_40_2/resnet8x4", "wrn_40_2/mobilenet_v2",
 )  # fmt: skip
+# Pairs of networks of the same kind, of different kinds, and with different numbers of stages.
+KINDS = ("resnet56/resnet20", "wrn_40_2/wrn_16_2", "resnet32x4/shufflenet_v1", "resnet50/vgg8", "wrn_40_2/mobilenet_v2")
 # Parameters of the networks with 100 classes in CRD's reference code.
 PARAMETERS = {
     "resnet20": 278324, "resnet32": 472756, "resnet56": 861620, "resnet110": 1736564, "resnet8x4": 1233540,
@@ -241,7 +244,7 @@ def trace(method, losses, shapes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", chosen(PAIRS, KINDS))
 def test_every_method_with_every_pair(pair):
     shapes = outputs_of(pair)
     teacher, student, *_ = shapes

@@ -36,7 +36,12 @@ def total_loss(student_features, student_logits, case):
     return terms
 
 
-@pytest.fixture(params=[pytest.param(False, id="eager", marks=pytest.mark.slow), pytest.param(True, id="jit")])
+@pytest.fixture(
+    params=[
+        pytest.param(False, id="eager", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        pytest.param(True, id="jit"),
+    ]
+)
 def gradients(request):
     """Function from (case, name of a term) to (terms, gradients), jitted and not."""
 

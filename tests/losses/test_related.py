@@ -31,6 +31,7 @@ from cskd_jax.losses import (
 )
 from cskd_jax.losses._arrays import average_pool, pool_to_common_size, resize
 from cskd_jax.losses._batch import gather_batch
+from tests.tiers import chosen
 
 NAMES = ("fitnet", "at", "nst", "fsp", "ab", "cc", "rkd", "sp", "pkt", "vid", "ft", "dkd", "reviewkd")
 NUM_CLASSES = 5
@@ -473,7 +474,7 @@ def over_devices(num_devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("num_devices", chosen([8, 1, 2], 1))
 @pytest.mark.parametrize("name", NAMES)
 def test_devices_share_one_global_batch(name, num_devices):
     found, expected = over_devices(num_devices)[name], over_devices(None)[name]

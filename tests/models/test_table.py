@@ -120,6 +120,7 @@ TABLE = {
 }
 # Their gradient step compiles in seconds.
 FAST = ("resnet8", "wrn_16_1", "vgg8")
+KINDS = ("mobilenet_v2_crd", "shufflenet_v1", "shufflenet_v2", "inception_v3", "resnet18_224", "resnet50")
 # More of the same blocks as a network that takes its gradient step: theirs is traced, not compiled.
 DEEP = tuple(
     name
@@ -230,9 +231,14 @@ def test_gradient_of_a_deep_network_traces(name):
     assert (gradients, updated) == (shapes["params"], shapes["batch_stats"])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in TABLE if n not in DEEP]
-)
+def marks_of(name):
+    """FAST networks are quick; one more of each kind takes its step in CI."""
+    if name in FAST:
+        return []
+    return [pytest.mark.slow] if name in KINDS else [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in TABLE if name not in DEEP])
 def test_one_gradient_step(name):
     model = create_model(name, num_classes=3, width=TABLE[name].step_width)
     rng = np.random.default_rng(0)
