@@ -88,8 +88,8 @@ def train_together(jobs: Sequence[Job], adapt_devices: bool = False) -> None:
 
     Args:
       jobs: Runs that agree in all that decides the batches and the teacher; only one alone trains its teacher itself.
-      adapt_devices: Whether to use as many devices as at an earlier start, else as many as the batches divide by;
-        otherwise all are used.
+      adapt_devices: Whether to use as many devices of a CPU as at an earlier start, else as many as the batches divide
+        by; otherwise all are used.
 
     Raises:
       InterruptedRun: A signal arrived; the states are saved.
@@ -103,6 +103,7 @@ def train_together(jobs: Sequence[Job], adapt_devices: bool = False) -> None:
     begun = min(begun - {None}, default=None)
     with console.pause("starting the devices"):
         devices = Devices()
+    adapt_devices = adapt_devices and devices.describe()["platform"] == "cpu"
     with contextlib.ExitStack() as stack, precision(jobs[0].config):
         started = _Started(devices, adapt_devices, begun, stack)
         for job in jobs:
@@ -166,7 +167,7 @@ class _Started:
             self._dataset = processes.first_then_all(lambda: load_data(config))
             if self._adapt_devices:
                 self.devices = self._choose_devices(config, self._dataset)
-        if self._begun is not None and devices_of(workdir) not in (None, self._begun):
+        if self._adapt_devices and devices_of(workdir) not in (None, self._begun):
             raise UserError(f"{workdir} computes on another number of devices: train it alone, with --together=1")
         beside = next((run for run in self.runs.values() if run.teacher is not None), None)
         run = build(config, workdir, self.devices, self._dataset, given, job.callbacks, beside)
