@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -223,10 +224,10 @@ SRUN = "srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task=4"
 def test_slurm(launch, fake, code, requeued):
     fake("srun", f"exit {code}")
     fake("scontrol")
-    variables = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4", "PYTHONPATH": str(ROOT)}
+    variables = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
     process, calls = launch(LAUNCH / "slurm.sbatch", RECIPE, "--workdir=w", **variables)
     assert process.returncode == code, process.stderr
-    assert calls[0] == f"{SRUN} python -m cskd_jax.main --cluster {RECIPE} --workdir=w"
+    assert calls[0] == f"{SRUN} {sys.executable} -m cskd_jax.main --cluster {RECIPE} --workdir=w"
     assert calls[1:] == ["scontrol requeue 7"] * requeued
 
 
@@ -248,6 +249,7 @@ def test_slurm_saves_before_the_time_limit(fake, tmp_path):
     environment = os.environ | {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
         "SLURM_JOB_ID": "7",
     }
     command = ["bash", LAUNCH / "slurm.sbatch", RECIPE, "--workdir=w"]
