@@ -152,6 +152,7 @@ def test_tables(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_loop(monkeypatch, capsys):
     monkeypatch.setattr(loop_part, "CASES", {"small": ("resnet8", 0.25, 8, 3)})
     category_structure.main(["--parts", "loop", "--repeats", "1"])
@@ -167,6 +168,7 @@ def test_accelerator_in_miniature(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scaling(monkeypatch, capsys):
     networks = ["--teacher=resnet8:0.25", "--student=resnet8:0.25", "--image=8"]
     monkeypatch.setattr("sys.argv", ["scaling.py", "--devices=2", "--processes=1", "--sizes=", *networks])
@@ -218,7 +220,6 @@ def test_methods_in_both():
     np.testing.assert_allclose(value, losses.dkd_loss(*logits, labels)[0], rtol=1e-4)
 
 
-@needs_torch
 @pytest.mark.slow
 def test_pairs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pairs, "set_up_jax", lambda: None)
