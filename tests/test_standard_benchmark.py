@@ -276,14 +276,12 @@ def test_two_steps(pair, method):
         config[role].width *= 0.125
     config.update(epochs=1, batch_size=8)
     config.first_phase.epochs = min(1, config.first_phase.epochs)
-    config.optimizer.learning_rate = 1e-5  # The features of this teacher are large.
-    config.first_phase.learning_rate = None  # That of the optimizer.
     config.optimizer.weight_decay = 0.0  # So that a momentum is 0 only where all gradients were.
     images, labels = rng.integers(0, 256, (16, 32, 32, 3), np.uint8), np.arange(16, dtype=np.int32) % 4
     dataset = ImageDataset("cifar100", Split(images, labels), Split(images[:2], labels[:2]), tuple("abcd"))
     teacher = Teacher(make_network(describe_network(config.teacher, dataset.image_shape), 4, "float32"))
-    shapes, _ = jax.eval_shape(init_network, teacher.network, jax.random.PRNGKey(1), (32, 32, 3))
-    teacher.variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype(np.float32), shapes)
+    init = jax.jit(lambda key: init_network(teacher.network, key, dataset.image_shape)[0])
+    teacher.variables = init(jax.random.PRNGKey(1))
     trainer = make_trainer("student", config, dataset, None, Devices(1), teacher)
     (result,) = trainer.fit().values()
     state = trainer.state["student"]
