@@ -9,7 +9,6 @@ It prints one table for each part:
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -21,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import loop_part, loss_part, start_part, step_part
-from benchmarks.measuring import MISSING_TORCH, render
+from benchmarks.measuring import MISSING_TORCH, has_torch, render
 from cskd_jax.distributed.devices import Devices
 
 PARTS = {"loss": loss_part.measure, "step": step_part.measure, "loop": loop_part.measure, "start": start_part.measure}
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in names if name not in PARTS]
     if unknown or arguments.repeats < 1:
         parser.error(f"unknown part {unknown[0]!r}" if unknown else "--repeats must be at least 1")
-    with_torch = importlib.util.find_spec("torch") is not None
+    with_torch = has_torch()
     results = {"environment": describe_environment(with_torch)}
     print(json.dumps(results["environment"]))
     for name in names:

@@ -1,5 +1,6 @@
 """Functions that the benchmarks share: timing, ratios that withstand a noisy machine, plain tables."""
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -8,6 +9,11 @@ from typing import Any, NamedTuple
 import jax
 
 MISSING_TORCH = "PyTorch is not installed (pip install 'cskd_jax[torch]'): only JAX is measured"
+
+
+def has_torch() -> bool:
+    """Returns whether PyTorch is installed."""
+    return importlib.util.find_spec("torch") is not None
 
 
 class Part(NamedTuple):

@@ -1,12 +1,14 @@
-"""What each method costs: `python benchmarks/methods.py [--pair=resnet32x4/resnet8x4] [--methods=...] [--json=FILE]`.
+"""Measures what each method costs: `python benchmarks/methods.py [--pair=TEACHER/STUDENT] [--methods=...]`.
 
 For every method, milliseconds of a training step, the ratio to a step of kd that is measured in turn with it, and the
 memory that the compiled programs take. The step has the teacher's pass, augmentation and all weights of the cifar100
 recipe; methods that train in phases are measured in their first.
 
+  --pair     default: resnet32x4/resnet8x4
   --methods  default: all that learn from single labels
   --batch    images in a step; default: 64
   --rounds   steps of each; default: 5
+  --json     file for the figures
 """
 
 import argparse

@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.accelerator import Pair, Students
 from benchmarks.category_structure import describe_environment
-from benchmarks.measuring import MISSING_TORCH, Part, interleaved, median_ratio, render
+from benchmarks.measuring import MISSING_TORCH, Part, has_torch, interleaved, median_ratio, render
 from cskd_jax.commands.command_line import set_up_jax
 from cskd_jax.distributed.devices import Devices, make_cores_devices
 
@@ -37,7 +37,7 @@ def measure(pair: str, methods: tuple[str, ...], counts: list[int], batch_size: 
     teacher, student = pair.split("/")
     described = Pair((teacher, 1.0), (student, 1.0), batch_size, 32)
     calls: dict[tuple[str, str], Any] = {}
-    for method in methods if _has_torch() else ():
+    for method in methods if has_torch() else ():
         from benchmarks import torch_pairs
 
         calls[method, "PyTorch"] = torch_pairs.Step(teacher, student, method, batch_size)
@@ -65,20 +65,12 @@ def measure(pair: str, methods: tuple[str, ...], counts: list[int], batch_size: 
                     median_ratio(found, times["all, one by one", column]) if name == together else None
                 )
         rows.append(row)
-    notes = [f"Batches of {batch_size}, {rounds} rounds."] + ([] if _has_torch() else [MISSING_TORCH])
+    notes = [f"Batches of {batch_size}, {rounds} rounds."] + ([] if has_torch() else [MISSING_TORCH])
     return Part(f"{pair}: milliseconds of a training step", rows, notes)
 
 
 def _column(count):
     return f"JAX/{count}"
-
-
-def _has_torch():
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch is not None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     set_up_jax()
     make_cores_devices()
-    results: dict[str, Any] = {"environment": describe_environment(_has_torch())}
+    results: dict[str, Any] = {"environment": describe_environment(has_torch())}
     print(json.dumps(results["environment"]))
     counts = [int(count) for count in arguments.devices.split(",")]
     for pair in arguments.pairs.split(","):

@@ -1,6 +1,7 @@
 """The networks and methods of the standard table in PyTorch, for images of 32x32 pixels: eager, without loops."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,17 +37,21 @@ class _Stages(nn.Module):
         return Output(self.classifier(embedding), maps, embedding)
 
 
+def _make_stages(block, channels, widths, num_blocks):
+    """Returns stages of `block(channels, width, stride)` with strides 1, 2, 2, each at the first block."""
+    stages = []
+    for number, width in enumerate(widths):
+        rest = [block(width, width, 1) for _ in range(num_blocks - 1)]
+        stages.append(nn.Sequential(block(channels, width, 2 if number else 1), *rest))
+        channels = width
+    return stages
+
+
 def resnet(depth: int, widths: Sequence[int], num_classes: int = 100) -> _Stages:
-    """Returns a ResNet of basic blocks: widths of the stem and of three stages with strides 1, 2, 2."""
-    channels, stages = widths[0], []
-    for number, width in enumerate(widths[1:]):
-        blocks = []
-        for index in range((depth - 2) // 6):
-            blocks.append(Block(channels, width, 2 if number and not index else 1, bottleneck=False))
-            channels = width
-        stages.append(nn.Sequential(*blocks))
+    """Returns a ResNet of basic blocks: widths of the stem and of three stages."""
+    stages = _make_stages(partial(Block, bottleneck=False), widths[0], widths[1:], (depth - 2) // 6)
     stem = nn.Sequential(ConvBatchNorm(3, widths[0]), nn.ReLU(inplace=True))
-    return _Stages(stem, stages, nn.Identity(), channels, num_classes)
+    return _Stages(stem, stages, nn.Identity(), widths[-1], num_classes)
 
 
 class _WideBlock(nn.Module):
@@ -70,15 +75,10 @@ class _WideBlock(nn.Module):
 
 def wide_resnet(depth: int, factor: int, num_classes: int = 100) -> _Stages:
     """Returns a wide ResNet with three stages of 16, 32 and 64 times `factor` channels."""
-    channels, stages = 16, []
-    for number, width in enumerate((16 * factor, 32 * factor, 64 * factor)):
-        blocks = []
-        for index in range((depth - 4) // 6):
-            blocks.append(_WideBlock(channels, width, 2 if number and not index else 1))
-            channels = width
-        stages.append(nn.Sequential(*blocks))
-    last = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-    return _Stages(nn.Conv2d(3, 16, 3, 1, 1, bias=False), stages, last, channels, num_classes)
+    widths = (16 * factor, 32 * factor, 64 * factor)
+    stages = _make_stages(_WideBlock, 16, widths, (depth - 4) // 6)
+    last = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
+    return _Stages(nn.Conv2d(3, 16, 3, 1, 1, bias=False), stages, last, widths[-1], num_classes)
 
 
 NETWORKS = {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, category_structure, loop_part, loss_part, methods, pairs, scaling
+from benchmarks import accelerator, category_structure, loop_part, loss_part, measuring, methods, pairs, scaling
 from cskd_jax import losses
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.training.adapters import LinenNetwork
@@ -179,7 +179,7 @@ def test_scaling(monkeypatch, capsys):
 @pytest.mark.slow
 def test_without_torch(monkeypatch, capsys):
     monkeypatch.setattr(loss_part, "FEATURES", (1, 1, 8))
-    monkeypatch.setattr(category_structure.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(measuring.importlib.util, "find_spec", lambda name: None)
     category_structure.main(["--parts", "loss", "--repeats", "1"])
     assert "pip install 'cskd_jax[torch]'" in capsys.readouterr().out
 

@@ -7,7 +7,6 @@ import pytest
 
 from cskd_jax.main import main
 from tests.test_resume import assert_same_run
-from tests.tiers import chosen
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +68,8 @@ def test_killed_while_it_trains_longer(start, small_run, done, tmp_path):
     assert digests(tmp_path, "student") == digests(done, "student")
 
 
-@pytest.mark.parametrize("method", chosen(["crd", "fsp"], 0))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["crd", "fsp"])
 def test_memories_and_schedules_of_losses(start, small_run, done, tmp_path, method):
     """A memory, and losses that begin and end in some epoch."""
     arguments = [f"{small_run[0]}:{method}", *small_run[1:], f"--config.teacher.checkpoint={done}/teacher"]

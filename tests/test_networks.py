@@ -99,13 +99,13 @@ def test_training_mode_is_asked_for_by_its_name(module):
     assert draws_random_numbers(network, variables, jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype))
 
 
-@pytest.mark.parametrize(("name", "draws"), [("resnet8", False), ("wrn_16_1", False)])
-def test_a_network_that_passes_a_key_on_does_not_draw(name, draws):
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
+def test_a_network_that_passes_a_key_on_does_not_draw(name):
     """The jitted blocks of a ResNet are given the key of the step, though they have no use for it."""
     network = as_network(create_model(name, num_classes=3))
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     variables = jax.eval_shape(lambda key: init_network(network, key, images.shape[1:])[0], jax.random.PRNGKey(0))
-    assert draws_random_numbers(network, variables, images) == draws
+    assert not draws_random_numbers(network, variables, images)
 
 
 def test_a_module_without_a_flag_and_a_stream_of_its_own():

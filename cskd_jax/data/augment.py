@@ -101,7 +101,6 @@ def augment(
         images = enlarge(images, resize)
     pad = (crop_padding, crop_padding)
     margin = np.array(images.shape[1:3], np.int32) + np.int32(2 * crop_padding) - np.array(shape[:2], np.int32)
-
     rotate = make_rotation(rotation, _ANGLES)
 
     def one(image, position):

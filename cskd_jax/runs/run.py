@@ -95,12 +95,12 @@ def train_together(jobs: Sequence[Job], adapt_devices: bool = False) -> None:
       InterruptedRun: A signal arrived; the states are saved.
     """
     start = time.monotonic()
-    begun = set()
+    counts = set()
     for job in jobs:
         with kept_error(job):
             schema.validate(job.config)
-            begun.add(devices_of(job.workdir) if adapt_devices else None)
-    begun = min(begun - {None}, default=None)
+            counts.add(devices_of(job.workdir) if adapt_devices else None)
+    begun = min(counts - {None}, default=None)
     with console.pause("starting the devices"):
         devices = Devices()
     adapt_devices = adapt_devices and devices.describe()["platform"] == "cpu"
