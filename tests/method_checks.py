@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 from jax import lax
 
@@ -15,6 +16,7 @@ from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.optimizers import StepSchedule, sgd
 from cskd_jax.training.state import init_network, init_state
+from tests.tiers import chosen
 from tests.whole_step import make_whole_step
 
 NUM_CLASSES, NUM_EXAMPLES, BATCH = 5, 24, 8
@@ -115,17 +117,19 @@ def assert_finite(tree):
         assert np.isfinite(leaf).all(), (jax.tree_util.keystr(path), leaf)
 
 
-def assert_same_on_any_number_of_devices(method, variables, inputs, least=1e-300):
-    """Values, gradients and memory of 1, 2, 4 and 8 devices are those of the global batch; copies are equal.
+any_number_of_devices = pytest.mark.parametrize("devices", chosen([8, 1, 2, 4], 1))
+
+
+def assert_same_on_devices(method, variables, inputs, devices, least=1e-300):
+    """Values, gradients and memory of several devices are those of the global batch; copies are equal.
 
     Gradients that are zero but for rounding need another `least`, see `assert_close`.
     """
     value, gradients, memory = evaluate(method, variables, inputs)
-    for num_devices in (1, 2, 4, 8):
-        actual = evaluate(method, variables, inputs, num_devices)
-        assert_close(actual[:2], (value, gradients), least=least)
-        jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[0], x.shape)), actual[2])
-        assert_close(jax.tree.map(lambda x: x[0], actual[2]), memory)
+    actual = evaluate(method, variables, inputs, devices)
+    assert_close(actual[:2], (value, gradients), least=least)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[0], x.shape)), actual[2])
+    assert_close(jax.tree.map(lambda x: x[0], actual[2]), memory)
 
 
 class SmallNetwork(nn.Module):

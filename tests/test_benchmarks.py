@@ -220,6 +220,7 @@ def test_methods_in_both():
     np.testing.assert_allclose(value, losses.dkd_loss(*logits, labels)[0], rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_pairs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pairs, "set_up_jax", lambda: None)

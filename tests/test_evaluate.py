@@ -29,6 +29,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input(case, done, digits_dir, tmp_path, capsys):
     arguments, words = BAD_INPUT[case]

@@ -162,6 +162,7 @@ def test_run_with_a_teacher_of_another_normalization(done, digits_dir, tmp_path)
     assert kinds[1] is RenormalizedNetwork
 
 
+@pytest.mark.slow
 def test_another_normalization_is_another_teacher(done):
     """A run does not go on with the same weights imported with another mean."""
     saved, config = load_variables(str(done / "teacher")), load_recipe("digits:kd", [])
@@ -175,6 +176,7 @@ def test_another_normalization_is_another_teacher(done):
     assert identity(mean=[0.5], std=[0.25]) == f"{saved.digest} with mean [0.5], std [0.25]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "message"),
     [

@@ -15,6 +15,7 @@ import pytest
 from cskd_jax.training.checkpoint import load_variables
 from tests import drift
 from tests.conftest import ROOT
+from tests.tiers import chosen
 
 SETTINGS = [
     "dataset.train_examples=80",
@@ -46,7 +47,7 @@ def arguments_of(method, workdir, digits_dir, more=()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", chosen([*METHODS], 1))
 def test_an_old_run_goes_on(name, start, digits_dir, tmp_path):
     workdir = unpack(name, tmp_path)
     before = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -144,7 +144,8 @@ def test_full_disk(start, small_run, done, tmp_path):
     assert_same_run(tmp_path, done)
 
 
-@pytest.mark.parametrize("method", chosen(["crd", "kdgan"], 1))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["crd", "kdgan"])
 def test_memories_and_further_networks_resume(start, small_run, done, tmp_path, method):
     """Parameters, memories and optimizer of methods with a state of their own, by the digests saved with them."""
     arguments = [f"{small_run[0]}:{method}", *small_run[1:], f"--config.teacher.checkpoint={done}/teacher"]

@@ -15,6 +15,7 @@ from cskd_jax.training.callbacks import Progress, Start
 from cskd_jax.training.metrics import SINGLE_LABEL
 from cskd_jax.training.trainer import fit_together
 from tests.conftest import ROOT, Stop
+from tests.tiers import chosen
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(28, 4, 4, 1)).astype(np.float32)
@@ -68,7 +69,7 @@ def assert_same(actual, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "settings"),
-    [(["ce", "kd", "sp"], {}), (["kd", "sp"], {"devices": 2}), (["kd", "cc"], {"accumulation_steps": 2})],
+    chosen([(["ce", "kd", "sp"], {}), (["kd", "sp"], {"devices": 2}), (["kd", "cc"], {"accumulation_steps": 2})], 1),
     ids=["one device", "two devices", "micro-batches"],
 )
 def test_company_changes_no_bit(names, settings):

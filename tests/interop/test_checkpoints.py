@@ -93,6 +93,7 @@ def teacher_file(done, tmp_path_factory):
 FLAGS = ["--model=resnet8", "--width=0.25", "--num_classes=10", "--channels=1", "--verify=digits"]
 
 
+@pytest.mark.slow
 def test_verified_accuracy_is_that_of_the_run(teacher_file, done, digits_dir, tmp_path, capsys):
     flags = [*FLAGS, "--mean=0.3055", "--std=0.3766", f"--data_dir={digits_dir}", f"--out={tmp_path / 'out'}"]
     assert main(["import_torch", str(teacher_file), *flags]) == 0

@@ -41,6 +41,7 @@ def returned(done, tmp_path_factory):
     return out / "in"
 
 
+@pytest.mark.slow
 def test_description(exported):
     description = json.loads((exported / "network.json").read_text())
     assert (description["name"], description["width"], description["step"]) == ("resnet8", 0.25, 9)
@@ -51,6 +52,7 @@ def test_description(exported):
     assert int(weights["layer3.0.bn2.num_batches_tracked"]) == 9
 
 
+@pytest.mark.slow
 def test_function_runs_with_jax_alone(exported, done, tmp_path):
     variables, *_ = load_variables(str(done / "student"))
     module = create_model("resnet8", num_classes=10, width=0.25)
@@ -73,6 +75,7 @@ print("equal")
     assert done.stdout == "equal\n", done.stderr
 
 
+@pytest.mark.slow
 def test_out_and_in_is_the_identity(returned, done):
     assert_same_variables(load_variables(str(returned))[0], load_variables(str(done / "teacher"))[0])
 
@@ -89,6 +92,7 @@ def test_imported_teacher_is_taken(returned, digits_dir):
         check_fits(path, saved, fewer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -19,6 +19,7 @@ from cskd_jax.losses import (
     inter_category_structure,
     intra_category_structure,
 )
+from tests.tiers import chosen
 
 # name -> the arguments that choose it; "no_logits" is what is left of `reference` without its logit terms.
 SETTINGS = {
@@ -708,14 +709,15 @@ def test_the_sharded_batch_exercises_the_filter(classes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_devices", chosen([8, 1, 2, 4], 1))
 @pytest.mark.parametrize("case", INVARIANCE_CASES, ids="-".join)
 def test_mean_over_devices_is_the_global_loss(case, num_devices):
     terms, expected = over_devices(num_devices)[0][case], over_devices(None)[0][case]
     assert_terms_close(terms, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", chosen([8, 1, 2, 4], 1))
 @pytest.mark.parametrize("case", INVARIANCE_CASES, ids="-".join)
 def test_mean_gradient_over_devices_is_the_global_gradient(case, num_devices):
     gradients, expected = over_devices(num_devices)[1][case], over_devices(None)[1][case]

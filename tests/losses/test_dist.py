@@ -9,9 +9,10 @@ import pytest
 
 from cskd_jax.losses import LOSSES, dist_loss
 from tests.method_checks import (
+    any_number_of_devices,
     assert_close,
     assert_finite,
-    assert_same_on_any_number_of_devices,
+    assert_same_on_devices,
     create,
     evaluate,
     finite_differences,
@@ -74,10 +75,11 @@ def test_equal_logits_give_zero():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_any_number_of_devices():
+@any_number_of_devices
+def test_any_number_of_devices(devices):
     inputs = make_inputs()
     method, variables = create(LOSSES["dist"], inputs)
-    assert_same_on_any_number_of_devices(method, variables, inputs)
+    assert_same_on_devices(method, variables, inputs, devices)
 
 
 def test_method_reads_the_logits():

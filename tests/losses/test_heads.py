@@ -13,8 +13,9 @@ from cskd_jax.training.objective import Objective
 from tests import method_checks
 from tests.method_checks import (
     NUM_CLASSES,
+    any_number_of_devices,
     assert_finite,
-    assert_same_on_any_number_of_devices,
+    assert_same_on_devices,
     create,
     make_output,
 )
@@ -76,11 +77,12 @@ class WithLayers:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("x64")
-def test_devices_share_one_global_batch(name):
+@any_number_of_devices
+def test_devices_share_one_global_batch(name, devices):
     inputs = make_inputs()
     method, variables = create(method_class(name), inputs, **settings_of(name))
     batch, layers = batch_of(inputs)
-    assert_same_on_any_number_of_devices(WithLayers(method, layers), variables, batch)
+    assert_same_on_devices(WithLayers(method, layers), variables, batch, devices)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,9 +10,10 @@ from cskd_jax.losses.kdgan import reverse_gradient, sample_category
 from tests.method_checks import (
     BATCH,
     NUM_CLASSES,
+    any_number_of_devices,
     assert_close,
     assert_finite,
-    assert_same_on_any_number_of_devices,
+    assert_same_on_devices,
     create,
     evaluate,
     finite_differences,
@@ -194,10 +195,11 @@ def test_the_teacher_starts_as_the_given_network():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_any_number_of_devices():
+@any_number_of_devices
+def test_any_number_of_devices(devices):
     inputs = make_inputs()
     method, variables = create(LOSSES["kdgan"], inputs, hidden_size=6)
-    assert_same_on_any_number_of_devices(method, variables, inputs)
+    assert_same_on_devices(method, variables, inputs, devices)
 
 
 @pytest.mark.slow

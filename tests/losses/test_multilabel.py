@@ -14,7 +14,7 @@ from cskd_jax.losses import (
     category_structure_loss,
     multilabel_category_structure_loss,
 )
-from tests.method_checks import assert_same_on_any_number_of_devices, create, finite_differences, make_inputs
+from tests.method_checks import any_number_of_devices, assert_same_on_devices, create, finite_differences, make_inputs
 
 VARIANTS = ("paper", "reference")
 BATCH, CATEGORIES = 7, 5
@@ -312,10 +312,11 @@ def multilabel_inputs() -> LossInputs:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.usefixtures("x64")
-def test_any_number_of_devices(variant):
+@any_number_of_devices
+def test_any_number_of_devices(variant, devices):
     inputs = multilabel_inputs()
     method, variables = create(MultilabelCategoryStructure, inputs, variant=variant)
-    assert_same_on_any_number_of_devices(method, variables, inputs)
+    assert_same_on_devices(method, variables, inputs, devices)
 
 
 @pytest.mark.usefixtures("x64")

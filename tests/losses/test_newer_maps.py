@@ -33,9 +33,10 @@ from tests.conftest import Stop
 from tests.method_checks import (
     BATCH,
     NUM_CLASSES,
+    any_number_of_devices,
     assert_close,
     assert_finite,
-    assert_same_on_any_number_of_devices,
+    assert_same_on_devices,
     create,
     evaluate,
     make_output,
@@ -88,20 +89,22 @@ class DenseDIST(Method):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("x64")
-def test_newer_any_number_of_devices(case):
+@any_number_of_devices
+def test_newer_any_number_of_devices(case, devices):
     inputs = make_inputs(dtype=np.float64)
     method, variables = created(case, inputs)
     # Biases in front of a normalization have gradients of rounding.
-    assert_same_on_any_number_of_devices(method, variables, inputs, least=1e-3)
+    assert_same_on_devices(method, variables, inputs, devices, least=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_newer_dense_dist_on_any_number_of_devices():
+@any_number_of_devices
+def test_newer_dense_dist_on_any_number_of_devices(devices):
     inputs = make_inputs(dtype=np.float64)
     teacher = inputs.teacher._replace(features=(inputs.teacher.features[-1][..., :4],))
     inputs = inputs._replace(teacher=teacher)
-    assert_same_on_any_number_of_devices(DenseDIST(num_classes=NUM_CLASSES), {"params": {}}, inputs)
+    assert_same_on_devices(DenseDIST(num_classes=NUM_CLASSES), {"params": {}}, inputs, devices)
 
 
 # Degenerate inputs and mixed precision.

@@ -188,6 +188,7 @@ READS = {
 WITHOUT_GRADIENT = re.compile(r"\['(regressor|connector\d)'\]\['bias'\]|\['translator'\]\['bias\d'\]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_method_moves_what_it_reads_and_all_that_it_trains(name):
     _, (params, student, _) = typical()[name]

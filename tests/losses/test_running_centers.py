@@ -8,9 +8,10 @@ import pytest
 from cskd_jax.losses import LOSSES, RunningCenters, category_structure_loss, running_category_structure_loss
 from tests.method_checks import (
     NUM_CLASSES,
+    any_number_of_devices,
     assert_close,
     assert_finite,
-    assert_same_on_any_number_of_devices,
+    assert_same_on_devices,
     create,
     evaluate,
     make_inputs,
@@ -124,14 +125,15 @@ def test_a_category_seen_rarely_is_not_drawn_to_zero():
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", ["paper", "reference"])
-def test_any_number_of_devices(variant):
+@any_number_of_devices
+def test_any_number_of_devices(variant, devices):
     inputs = make_inputs()
     settings = SETTINGS | ({"variant": "paper", "filter_misclassified": None} if variant == "paper" else {})
     method, variables = create(LOSSES["category_structure"], inputs, **settings)
     centers = {
         name: np.random.default_rng(3).uniform(0.1, 1, x.shape) for name, x in variables["memory"]["centers"].items()
     }
-    assert_same_on_any_number_of_devices(method, variables | {"memory": {"centers": centers}}, inputs)
+    assert_same_on_devices(method, variables | {"memory": {"centers": centers}}, inputs, devices)
 
 
 @pytest.mark.slow
