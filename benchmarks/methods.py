@@ -5,7 +5,7 @@ memory that the compiled programs take. The step has the teacher's pass, augment
 recipe; methods that train in phases are measured in their first.
 
   --pair     default: resnet32x4/resnet8x4
-  --methods  default: all that learn from single labels
+  --methods  default: all that learn from single labels and take any student
   --batch    images in a step; default: 64
   --rounds   steps of each; default: 5
   --json     file for the figures
@@ -27,7 +27,7 @@ from benchmarks.accelerator import Pair, Students
 from benchmarks.category_structure import describe_environment
 from benchmarks.measuring import Part, interleaved, median_ratio, render
 from cskd_jax.commands.command_line import set_up_jax
-from cskd_jax.configs.methods import METHODS
+from cskd_jax.configs.methods import METHODS, TOKEN_METHODS
 from cskd_jax.distributed.devices import Devices
 
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measures the methods, prints and saves the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="resnet32x4/resnet8x4")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(sorted({*METHODS} - {*TOKEN_METHODS})))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, default=32)

@@ -64,6 +64,7 @@ def table(warmup_epochs):
         "crd": with_cross_entropy("crd", 0.8),
         "dkd": with_cross_entropy("dkd", 1.0, **warmup),
         "reviewkd": with_cross_entropy("reviewkd", 1.0, **warmup),
+        "deit": {"cross_entropy": {"weight": 0.5, "first_head": True}, "deit": {"weight": 0.5}},
         "dist": with_cross_entropy("dist", 2.0),
         "nkd": with_cross_entropy("nkd", 1.0),
         "ttm": with_cross_entropy("ttm", 45.0),
@@ -71,6 +72,13 @@ def table(warmup_epochs):
         "rld": with_cross_entropy("rld", 1.0, **warmup),
         "mlkd": {"cross_entropy": {"weight": 0.1, "all_views": True}, "mlkd": {"weight": 0.9}},
         "ctkd": {"cross_entropy": {"weight": 0.1}, "ctkd": {"weight": 0.9}},
+        # Standardized logits, with the weight 9 and the temperature 2 that their authors advise (Sun et al. 2024).
+        "ctkd_ls": {"cross_entropy": {"weight": 0.1}, "ctkd": {"weight": 9.0, "standardize": True}},
+        "dkd_ls": with_cross_entropy("dkd", 9.0, standardize=True, temperature=2.0, **warmup),
+        "mlkd_ls": {
+            "cross_entropy": {"weight": 0.1, "all_views": True},
+            "mlkd": {"weight": 9.0, "standardize": True, "temperature": 2.0},
+        },
         "luminet": {"cross_entropy": {"weight": 2.0}, "luminet": {"weight": 1.0, **warmup}},
         "abkd": with_cross_entropy("abkd", 32.0, alpha=0.8, beta=0.3),
         "wkd_l": with_cross_entropy("wkd_l", 30.0) | {"weighted_target": {"weight": 1.0}},
@@ -102,6 +110,8 @@ def multilabel_table():
 
 METHODS, MULTILABEL_METHODS = tuple(table(1)), tuple(multilabel_table())
 
+# Methods for students that are Vision Transformers with a distillation token.
+TOKEN_METHODS = ("deit",)
 # Losses that supervise by the labels: they stand once in a combination, with weight 1.
 SUPERVISION = ("cross_entropy", "binary_cross_entropy")
 # Methods with a first phase for themselves, and its learning rate in the reference code of Tian et al. 2020; None is

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cskd_jax.configs.methods import METHODS, MULTILABEL_METHODS
+from cskd_jax.configs.methods import METHODS, MULTILABEL_METHODS, TOKEN_METHODS
 from cskd_jax.configs.networks import network
 from cskd_jax.data import DATASETS, ImageDataset, Split
 from cskd_jax.distributed.devices import Devices
@@ -16,7 +16,8 @@ from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.report import published
 from cskd_jax.runs import keys, schema
-from cskd_jax.runs.build import describe_network, make_network, make_trainer, make_training
+from cskd_jax.runs.build import describe_network, make_network, make_trainer
+from cskd_jax.runs.optimization import make_training
 from cskd_jax.training.objective import Objective, needs_teacher
 from cskd_jax.training.state import init_network
 from cskd_jax.training.trainer import Teacher
@@ -91,7 +92,10 @@ def trace_one_step(recipe, config, folder):
     + [("tiny_imagenet_standard", f"resnet18/{student}/kd") for student in ("mobilenet_v2", "shufflenet_v2")],
 )
 def test_one_step_of_every_method_traces(recipe, method, tmp_path):
-    trace_one_step(recipe, get_config(recipe, method), tmp_path)
+    config = get_config(recipe, method)
+    if method in TOKEN_METHODS:
+        config.student.update(name="deit_tiny", patch_size=4, depth=1, distillation_token=True)
+    trace_one_step(recipe, config, tmp_path)
 
 
 def published_cells():
@@ -228,6 +232,7 @@ def test_methods_document_lists_every_word_with_its_weight():
     names = {"ce": "cross_entropy"} | dict.fromkeys(("cskd", "cskd_paper", "intra", "inter"), "category_structure")
     names |= {"bce": "binary_cross_entropy", "bkd": "binary_kd"}
     names |= dict.fromkeys(("mlcskd", "mlcskd_reference"), "multilabel_category_structure")
+    names |= {word: word.removesuffix("_ls") for word in ("ctkd_ls", "dkd_ls", "mlkd_ls")}
     weights = {word: get_config(recipe_of(word), word).losses[names.get(word, word)].weight for word in EVERY_METHOD}
     assert {row[0].strip("`"): float(row[2]) for row in rows} == weights
 

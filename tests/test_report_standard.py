@@ -4,10 +4,14 @@ import json
 
 import pytest
 
+from cskd_jax.configs.methods import METHODS
 from cskd_jax.report import deviations, published, standard
 from cskd_jax.report.__main__ import main
 from cskd_jax.report.runs import compare, find_runs
 from tests.report_runs import write_run
+
+# Columns of the published table without a method here.
+NOT_HERE = {"CE (NORM reproduction)", "DistPro", "NORM", "NORM+KD", "NORM+CRD"}
 
 
 def write_cell(folder, pair, scores, **overrides):
@@ -105,6 +109,15 @@ def test_every_value_has_a_source_and_an_epoch_if_that_is_known():
     assert all(value.source for _, value in values)
 
 
-@pytest.mark.parametrize(("method", "column"), [("kd", "KD"), ("lskd", "KD+LS"), ("cskd", None)])
+@pytest.mark.parametrize(
+    ("method", "column"),
+    [("kd", "KD"), ("lskd", "KD+LS"), ("dkd_ls", "DKD+LS"), ("crd+wttm", "WTTM+CRD"), ("cskd", None)],
+)
 def test_columns_of_methods(method, column):
     assert published.standard_column(method) == column
+
+
+def test_every_column_is_that_of_a_method():
+    known = published.read_packaged("published_cifar100_standard.json")["methods"]
+    assert {*published.standard_columns()} - {*known.values()} == NOT_HERE
+    assert {part for word in known for part in word.split("+")} - {"teacher"} <= {*METHODS}

@@ -10,7 +10,7 @@ from cskd_jax.losses._logits import standardize_logits
 from cskd_jax.losses.abkd import ABKD, abkd_loss, abkd_tokens_loss
 from cskd_jax.losses.activation_boundary import ActivationBoundary, activation_boundary_loss
 from cskd_jax.losses.attention import AttentionTransfer, attention_map, attention_transfer_loss
-from cskd_jax.losses.base import Head, LossInputs, Method, Norm, View
+from cskd_jax.losses.base import Head, LossInputs, Method, Mixed, Norm, View
 from cskd_jax.losses.binary import BinaryCrossEntropy, BinaryKD, binary_cross_entropy_loss, binary_kd_loss
 from cskd_jax.losses.category import (
     CategoryIndex,
@@ -27,6 +27,7 @@ from cskd_jax.losses.cckd import CorrelationCongruence, correlation_congruence_l
 from cskd_jax.losses.correlation import CorrelationDelta, correlation_delta_loss
 from cskd_jax.losses.crd import CRD, ContrastMemory, contrastive_loss
 from cskd_jax.losses.ctkd import CTKD, curriculum_factor, curriculum_temperature
+from cskd_jax.losses.deit import DistillationToken, hard_distillation_loss
 from cskd_jax.losses.dist import DIST, dense_dist_loss, dist_loss
 from cskd_jax.losses.dkd import DKD, dkd_loss
 from cskd_jax.losses.factor import FactorTransfer, factor_transfer_loss
@@ -73,6 +74,7 @@ __all__ = [
     "Head",
     "LossInputs",
     "Method",
+    "Mixed",
     "Norm",
     "RunningCenters",
     "View",
@@ -104,6 +106,7 @@ __all__ = [
     "fsp_matrix",
     "gather_batch",
     "half_cosine",
+    "hard_distillation_loss",
     "hierarchical_context_loss",
     "hint_loss",
     "inter_category_structure",
@@ -162,6 +165,7 @@ LOSSES: dict[str, type[Method]] = {
     "crd": CRD,
     "cross_entropy": CrossEntropy,
     "ctkd": CTKD,
+    "deit": DistillationToken,
     "dist": DIST,
     "irg": IRG,
     "itrd": ITRD,

@@ -25,6 +25,11 @@ class NetworkOutput(Protocol):
         ...
 
     @property
+    def head_logits(self) -> tuple[jax.Array, ...]:
+        """Returns the logits of each head, of which `logits` are the mean; empty for a network of one head."""
+        ...
+
+    @property
     def features(self) -> tuple[jax.Array, ...]:
         """Returns the maps after each stage."""
         ...
@@ -115,6 +120,18 @@ class View(NamedTuple):
     teacher: NetworkOutput | Any
 
 
+class Mixed(NamedTuple):
+    """How the images of a batch were mixed with others.
+
+    Attributes:
+      labels: Labels of the other images, int32 [B].
+      share: Share that each image has of itself, float32 [B]; the rest is of the other image.
+    """
+
+    labels: jax.Array
+    share: jax.Array
+
+
 class LossInputs(NamedTuple):
     """A batch as the methods see it.
 
@@ -130,6 +147,8 @@ class LossInputs(NamedTuple):
         branch, if it is a residual one) make its preactivations; None likewise.
       epoch: The epoch, an int32 scalar that counts from 0 as the weights of losses do; set by the objective.
       views: Further augmented versions of the same images, as many as the loss of the run that needs most asks for.
+      mixed: How the images were mixed with each other; None if they were not. `labels` are then those of the images
+        before.
     """
 
     student: NetworkOutput
@@ -142,6 +161,7 @@ class LossInputs(NamedTuple):
     teacher_norms: tuple[Norm, ...] | Any = None
     epoch: jax.Array | Any = None  # Any stands for None, which no method meets.
     views: tuple[View, ...] = ()
+    mixed: Mixed | None = None
 
 
 class Method(nn.Module):
@@ -165,6 +185,7 @@ class Method(nn.Module):
       needs_teacher: Whether the method reads `inputs.teacher`.
       multilabel: Kind of labels that the method reads: True for [B, C], False for [B], None if it reads no labels and
         so takes both.
+      mixes: Whether the method follows `inputs.mixed`, where it reads labels.
       baseline: Whether a student that distills by this loss alone, beside losses of the labels, is one that other
         methods are compared with.
       parts: Parts of the loss whose contributions are studied apart: {name: the setting with its weight}.
@@ -181,6 +202,7 @@ class Method(nn.Module):
     batch_size: int = 0
     needs_teacher: ClassVar[bool] = True
     multilabel: ClassVar[bool | None] = None
+    mixes: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, str]] = {}
     predicts: ClassVar[bool] = False

@@ -8,27 +8,53 @@ from jax import lax
 
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_temperature
 from cskd_jax.losses._logits import read_logits
-from cskd_jax.losses.base import LossInputs, Method, Positive
+from cskd_jax.losses.base import Fraction, LossInputs, Method, Positive
 
 
-def cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy_loss(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    other_labels: jax.Array | None = None,
+    share: jax.Array | None = None,
+) -> jax.Array:
     """Computes the cross-entropy of softmax(logits) with integer labels.
+
+    With label smoothing e, the target is 1 - e at the label plus e / C at every class (Szegedy et al. 2016).
 
     Args:
       logits: Logits, float [B, C].
       labels: Labels, int [B], in [0, C).
+      label_smoothing: Share e of the uniform distribution in the target, in [0, 1).
+      other_labels: Labels of the images that those of the batch are mixed with, int [B]; None if they are not mixed.
+      share: Share of `labels` in the target, float [B], in [0, 1]; the rest is of `other_labels`, which need it.
 
     Returns:
       A scalar of at least float32: the mean over the batch.
 
     Raises:
       TypeError: If the logits are not floating point, or the labels not integers.
-      ValueError: If shapes do not fit.
+      ValueError: If shapes do not fit, or the label smoothing is out of range.
     """
     check_float("logits", logits, ndim=2)
     check_labels(labels, logits.shape[0])
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     log_probabilities = jax.nn.log_softmax(at_least_float32(logits))
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
+
+    def of(labels):
+        return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)
+
+    if other_labels is None or share is None:
+        value = jnp.mean(of(labels))
+    else:
+        check_labels(other_labels, logits.shape[0])
+        share = share.astype(log_probabilities.dtype)[:, None]
+        value = jnp.mean(share * of(labels) + (1 - share) * of(other_labels))
+    if not label_smoothing:
+        return value
+    return (1 - label_smoothing) * value - label_smoothing * jnp.mean(log_probabilities)
 
 
 def kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float | jax.Array = 4.0) -> jax.Array:
@@ -80,17 +106,28 @@ class CrossEntropy(Method):
     Attributes:
       all_views: Whether the further views of the images, which some methods ask for, are supervised too: their
         cross-entropies are then added.
+      first_head: Whether only the first of several heads is supervised, that of the class token, instead of the mean of
+        all of them.
+      label_smoothing: Share of the uniform distribution in the target, in [0, 1).
     """
 
     all_views: bool = False
+    first_head: bool = False
+    label_smoothing: Fraction = 0.0
     needs_teacher: ClassVar[bool] = False
     multilabel: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
-        value = cross_entropy_loss(inputs.student.logits, inputs.labels)
+        value = self._of(inputs.student, inputs)
         for view in inputs.views if self.all_views else ():
-            value += cross_entropy_loss(view.student.logits, inputs.labels)
+            value += self._of(view.student, inputs)
         return value, {}
+
+    def _of(self, student, inputs):
+        logits = student.head_logits[0] if self.first_head and student.head_logits else student.logits
+        target = {} if inputs.mixed is None else {"other_labels": inputs.mixed.labels, "share": inputs.mixed.share}
+        return cross_entropy_loss(logits, inputs.labels, label_smoothing=self.label_smoothing, **target)
 
 
 class KD(Method):

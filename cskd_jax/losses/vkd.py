@@ -54,8 +54,8 @@ class VkD(Method):
     """Applies `vkd_loss` to the features of both networks, and `kd_loss` to their logits.
 
     The student's features go through a trained orthogonal matrix, `_connectors.Orthogonal`, whose parameters do not
-    decay. The authors' student is a Vision Transformer, whose tokens are averaged, and whose distillation token gives
-    the logits that learn the teacher's.
+    decay. Of a student with a distillation token, such as that of the authors, the head of that token learns the
+    teacher's logits; of any other, the classifier does.
 
     Attributes:
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
@@ -80,6 +80,7 @@ class VkD(Method):
             student = mean_over_positions(at_least_float32(inputs.student.stages[-1]))
         projected = Orthogonal(teacher.shape[-1], name="projector")(student)
         representation = vkd_loss(projected, teacher)
-        kd = kd_loss(inputs.student.logits, inputs.teacher.logits, temperature=self.temperature)
+        heads = inputs.student.head_logits
+        kd = kd_loss(heads[1] if heads else inputs.student.logits, inputs.teacher.logits, temperature=self.temperature)
         value = self.representation_weight * representation + self.kd_weight * kd
         return value, {"representation": representation, "kd": kd}

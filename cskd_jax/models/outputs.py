@@ -40,6 +40,7 @@ class ModelOutput(NamedTuple):
         dtype. They differ from `features` where a part between the stages belongs to neither of them, such as the
         normalization after a stage of a wide ResNet, or the head of MobileNet. Empty for networks that do not tell.
       grid: Where the patches are among the tokens; None for a network of maps.
+      head_logits: Logits of each head, of which `logits` are the mean; empty for a network of one head.
     """
 
     logits: jax.Array
@@ -48,6 +49,7 @@ class ModelOutput(NamedTuple):
     preactivations: tuple[jax.Array, ...] = ()
     maps: tuple[jax.Array, ...] = ()
     grid: TokenGrid | None = None
+    head_logits: tuple[jax.Array, ...] = ()
 
     @property
     def stages(self) -> tuple[jax.Array, ...]:

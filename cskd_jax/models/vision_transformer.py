@@ -53,7 +53,7 @@ class VisionTransformer(nn.Module):
       pool: Whether the head gets the class token or the average of the patches.
       class_token: Whether there is a class token.
       distillation_token: Whether there is a distillation token, with a head of its own. The logits are the mean of both
-        heads.
+        heads, and `head_logits` those of the class token and of the distillation token.
       register_tokens: Number of register tokens.
       position_tokens: Tokens besides the patches that have a position embedding: all, all but the registers ("class"),
         or none.
@@ -146,10 +146,11 @@ class VisionTransformer(nn.Module):
         embedding = x[:, 0] if self.pool == "token" else jnp.mean(x[:, grid.first :], axis=1)
         if last_norm == "pooled":
             embedding = norm(name="fc_norm")(embedding)
-        logits = self._classify("classifier", embedding, param_dtype)
+        logits, heads = self._classify("classifier", embedding, param_dtype), ()
         if self.distillation_token:
-            logits = (logits + self._classify("distillation_classifier", x[:, 1], param_dtype)) / 2
-        return ModelOutput(logits, (*stages[:-1], x), embedding, maps=(stem, *stages), grid=grid)
+            heads = logits, self._classify("distillation_classifier", x[:, 1], param_dtype)
+            logits = (heads[0] + heads[1]) / 2
+        return ModelOutput(logits, (*stages[:-1], x), embedding, maps=(stem, *stages), grid=grid, head_logits=heads)
 
     def _embed(self, images, dtype):
         """Returns (tokens [B, T, D] with position embedding, TokenGrid)."""

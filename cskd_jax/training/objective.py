@@ -278,6 +278,7 @@ class FunctionLoss(Method):
             views=jax.tree.map(gather, inputs.views),
             labels=gather(inputs.labels),
             indices=None if inputs.indices is None else gather(inputs.indices),
+            mixed=jax.tree.map(gather, inputs.mixed),
         )
         assert self.function is not None
         value = self.function(inputs)
@@ -372,7 +373,8 @@ class _Outputs:
                 "a loss reads the maps before the last ReLU of each stage, and no ReLU follows the tokens that the "
                 f"{self._role} gives: this loss needs networks of maps"
             )
-        if value is None or (isinstance(value, tuple) and not value):
+        # A network of one head has no `head_logits`, and a loss may ask whether there are.
+        if value is None or (isinstance(value, tuple) and not value and name != "head_logits"):
             raise ValueError(
                 f"a loss reads the {name} of the {self._role}, which that network does not return; "
                 f"name the path of a submodule, or return a ModelOutput with {name}"

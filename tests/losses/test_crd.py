@@ -10,14 +10,16 @@ import pytest
 
 from cskd_jax.losses import LOSSES, ContrastMemory, contrastive_loss
 from cskd_jax.losses.crd import draw_negatives, new_contrast_memory, remember
-from cskd_jax.training.checkpoint import Checkpoints, Record
+from cskd_jax.training.checkpoint import Checkpoints
+from cskd_jax.training.saved import Record
 from tests.method_checks import (
     BATCH,
     NUM_CLASSES,
     NUM_EXAMPLES,
+    any_number_of_devices,
     assert_close,
     assert_finite,
-    assert_same_on_any_number_of_devices,
+    assert_same_on_devices,
     create,
     evaluate,
     finite_differences,
@@ -221,10 +223,11 @@ def test_method():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_any_number_of_devices():
+@any_number_of_devices
+def test_any_number_of_devices(devices):
     inputs = make_inputs()
     method, variables = create(LOSSES["crd"], inputs, embedding_size=SIZE)
-    assert_same_on_any_number_of_devices(method, variables, inputs)
+    assert_same_on_devices(method, variables, inputs, devices)
 
 
 @pytest.mark.slow
