@@ -10,9 +10,9 @@ import numpy as np
 
 from benchmarks.loss_part import COMPILED, EAGER
 from benchmarks.measuring import MISSING_TORCH, Part, milliseconds
-from cskd_jax.data.augment import augment
 from cskd_jax.distributed.devices import AXIS, Devices
-from cskd_jax.runs.build import describe_network, make_network, make_normalize, make_optimizer
+from cskd_jax.runs.build import describe_network, make_augment, make_network, make_normalize
+from cskd_jax.runs.optimization import make_optimizer
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.state import init_network, init_state
@@ -40,10 +40,10 @@ def jax_call(batch: dict[str, np.ndarray]) -> tuple[Callable[[], Any], float]:
     )
     objective = Objective.create(config.losses.to_dict(), **settings)
     _, optimizer = make_optimizer(config.optimizer, config.epochs, _STEPS_PER_EPOCH)
-    normalize, devices = make_normalize(config), Devices()
+    augment, normalize, devices = make_augment(config), make_normalize(config), Devices()
 
     def preprocess(images, key, positions):
-        return normalize(augment(images, key, positions, **config.augment))
+        return normalize(augment(images, key, positions))
 
     prepare = devices.map_teacher_pass(make_teacher_pass(teacher, preprocess=preprocess, axis_name=AXIS))
     step = devices.map_train_step(make_train_step(student, objective, optimizer, axis_name=AXIS))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cskd_jax.runs.api import LoadedRun, get_config, load_run, run
     from cskd_jax.training.adapters import FunctionNetwork, LinenNetwork
     from cskd_jax.training.callbacks import Callback, Console
+    from cskd_jax.training.mixing import Mix
     from cskd_jax.training.networks import Network
     from cskd_jax.training.nnx_adapter import NnxNetwork
     from cskd_jax.training.phases import Phase
@@ -31,6 +32,7 @@ _PUBLIC = {
     "cskd_jax.runs.api": ("LoadedRun", "get_config", "load_run", "run"),
     "cskd_jax.training.callbacks": ("Callback", "Console"),
     "cskd_jax.training.adapters": ("FunctionNetwork", "LinenNetwork"),
+    "cskd_jax.training.mixing": ("Mix",),
     "cskd_jax.training.networks": ("Network",),
     "cskd_jax.training.nnx_adapter": ("NnxNetwork",),
     "cskd_jax.training.phases": ("Phase",),
@@ -50,6 +52,7 @@ __all__ = [
     "LoadedRun",
     "LossInputs",
     "Method",
+    "Mix",
     "ModelOutput",
     "Network",
     "NnxNetwork",

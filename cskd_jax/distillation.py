@@ -29,6 +29,7 @@ from cskd_jax.training.adapters import as_network
 from cskd_jax.training.arrays import digest_of
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
+from cskd_jax.training.mixing import Mix
 from cskd_jax.training.normalization import renormalize
 from cskd_jax.training.objective import as_settings
 from cskd_jax.training.phases import Phase
@@ -63,6 +64,7 @@ def distill(
     teacher_mean: Sequence[float] | None = None,
     teacher_std: Sequence[float] | None = None,
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    mix: Mix | None = None,
     categories: Sequence[str] | None = None,
     student_features: Sequence[str] = (),
     teacher_features: Sequence[str] = (),
@@ -114,6 +116,7 @@ def distill(
         uint8 images.
       teacher_std: Standard deviation, likewise.
       augment: Function of images as they are in `train`, a key and the positions of the images in the global batch.
+      mix: What mixes the images of a batch with each other, such as `cskd_jax.Mix(mixup=0.2)`; None leaves them alone.
       categories: Names of the classes by label; "0", "1", ... by default.
       student_features: Paths of submodules of the student whose outputs are its features, first stage first, for
         losses that read features, such as ("Conv_1", "Block_3/Conv_0").
@@ -138,28 +141,25 @@ def distill(
         `results` of the error has theirs.
     """
     several = students is not None
-    single = {"student": student, "losses": losses, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    single |= {"student_variables": student_variables}
-    single |= {"student_features": student_features, "student_embedding": student_embedding}
-    single |= {"student_head": student_head}
-    students = {_STUDENT: _make_student(**single)} if students is None else _checked_students(students, single)
-    sampler = _make_batches(train, steps_per_epoch)
-    arrays: Any = train if sampler is None else sampler.first
+    paths = student_features, student_embedding, student_head
+    students = _as_students(students, student, student_variables, paths, losses, optimizer, schedule, ema)
+    given = _make_batches(train, steps_per_epoch)
+    arrays: Any = train if given is None else given.first
     data = make_data(arrays, test, categories, validation)
-    if sampler is not None:
-        sampler.num_classes = data.num_classes
+    if given is not None:
+        given.num_classes = data.num_classes
+    sampler = given or UniformSampler(len(data.train.labels), batch_size, seed, drop_last)
     normalize, own = _make_normalizations(data, mean, std, teacher_mean, teacher_std)
-    teachers = _make_teachers(teacher, teacher_variables, teacher_features, teacher_embedding, teacher_head)
-    teachers = [Teacher(renormalize(entry.network, normalize, own), entry.variables) for entry in teachers]
+    teacher_paths = teacher_features, teacher_embedding, teacher_head
     workdir = None if workdir is None else local_folder(workdir)
     with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY, folders=("tensorboard", *students)):
         trainer = Trainer(
             students,
-            teachers,
+            _make_teachers(teacher, teacher_variables, teacher_paths, normalize, own),
             data=data,
             phases=[Phase(epochs)],
             seed=seed,
-            sampler=sampler or UniformSampler(len(data.train.labels), batch_size, seed, drop_last),
+            sampler=sampler,
             normalize=normalize if data.image_dtype == np.uint8 else None,
             augment=augment,
             callbacks=callbacks,
@@ -167,20 +167,16 @@ def distill(
             devices=devices,
             log_every=log_every,
             accumulation_steps=accumulation_steps,
+            mix=mix,
         )
         if workdir is not None:
-            size = batch_size if sampler is None else sampler.batch_size
-            settings = {"epochs": int(epochs), "batch_size": int(size), "drop_last": drop_last, "seed": int(seed)}
+            settings = {"epochs": int(epochs), "batch_size": int(sampler.batch_size), "drop_last": drop_last}
             # A setting that is off is not written: an earlier version knew none.
-            settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
-            paths = [student_features, teacher_features, student_embedding, teacher_embedding]
-            heads = [student_head, teacher_head]
-            settings |= {} if heads == [None, None] else {"heads": heads}
-            settings |= {} if own.is_same(normalize) else {"teacher_mean": own.mean, "teacher_std": own.std}
-            settings |= {"mean": normalize.mean, "std": normalize.std, "paths": paths, "data": fingerprint(data)}
-            settings["teacher_variables"] = None if teacher_variables is None else digest_of(teacher_variables)
-            described = {name: _describe_student(one) for name, one in students.items()}
-            settings |= {"students": described} if several else described[_STUDENT]
+            settings |= {"seed": int(seed)} | (
+                {"accumulation_steps": accumulation_steps} if accumulation_steps > 1 else {}
+            )
+            settings |= _describe_inputs(data, normalize, own, paths, teacher_paths, teacher_variables)
+            settings |= _describe_students(students, several) | ({"mix": dataclasses.asdict(mix)} if mix else {})
             trainer.say(_claim(workdir, settings, students))
         results = trainer.fit()
         if workdir is not None:
@@ -189,19 +185,20 @@ def distill(
     return results if several else results[_STUDENT]
 
 
-def _make_student(
-    student, losses, optimizer, schedule, ema, student_variables, student_features, student_embedding, student_head
-) -> Student:
-    """Returns the student of a call with one; raises UserError without losses and an optimizer."""
-    network = as_network(student, student_features, student_embedding, student_head)
-    if losses is None or optimizer is None:
-        raise UserError("a student needs losses and an optimizer, such as losses={'kd': 0.9}, optimizer=optax.sgd(0.1)")
-    return Student(network, losses, optimizer, schedule, ema, student_variables)
-
-
-def _checked_students(students, single):
-    """Returns the students; raises UserError if they are none, or for settings that belong to one of them."""
-    given = [name for name, value in single.items() if value is not None and value != ()]
+def _as_students(students, student, variables, paths, losses, optimizer, schedule, ema) -> Mapping[str, Student]:
+    """Returns the students of a call; raises UserError for settings that are missing, or that belong to one of them."""
+    if students is None:
+        network = as_network(student, *paths)
+        if losses is None or optimizer is None:
+            raise UserError(
+                "a student needs losses and an optimizer, such as losses={'kd': 0.9}, optimizer=optax.sgd(0.1)"
+            )
+        return {_STUDENT: Student(network, losses, optimizer, schedule, ema, variables)}
+    features, embedding, head = paths
+    single = {"student": student, "losses": losses, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    single |= {"student_variables": variables, "student_features": features or None}
+    single |= {"student_embedding": embedding, "student_head": head}
+    given = [name for name, value in single.items() if value is not None]
     if given:
         raise UserError(f"{given[0]} belongs to one student: with students={{...}}, it is part of each `Student`")
     if not students or not all(isinstance(student, Student) for student in students.values()):
@@ -214,6 +211,22 @@ def _checked_students(students, single):
             "allowed, but not tensorboard"
         )
     return students
+
+
+def _describe_inputs(data, normalize, own, paths, teacher_paths, teacher_variables):
+    """Returns what can be compared of the data, the teacher, and how they are read, as JSON."""
+    features, embedding, head = zip(paths, teacher_paths, strict=True)
+    described = {"mean": normalize.mean, "std": normalize.std, "data": fingerprint(data)}
+    described["paths"] = [*features, *embedding]
+    described["teacher_variables"] = None if teacher_variables is None else digest_of(teacher_variables)
+    if not own.is_same(normalize):
+        described |= {"teacher_mean": own.mean, "teacher_std": own.std}
+    return described | ({} if head == (None, None) else {"heads": head})
+
+
+def _describe_students(students, several):
+    described = {name: _describe_student(student) for name, student in students.items()}
+    return {"students": described} if several else described[_STUDENT]
 
 
 def _describe_student(student):
@@ -239,15 +252,15 @@ def _make_normalize(data: ImageDataset, mean: Sequence[float], std: Sequence[flo
     return Normalize(tuple(map(float, mean)), tuple(map(float, std))).checked(data.image_shape[-1], name)
 
 
-def _make_teachers(teacher, variables, features, embedding, head):
+def _make_teachers(teacher, variables, paths, normalize, own):
     """Returns the teachers, at most one; raises UserError for one without variables."""
     if teacher is None:
         return []
-    network = as_network(teacher, features, embedding, head)
+    network = as_network(teacher, *paths)
     variables = network.variables if variables is None else variables
     if variables is None:
         raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")
-    return [Teacher(network, variables)]
+    return [Teacher(renormalize(network, normalize, own), variables)]
 
 
 def _make_batches(train: Any, steps_per_epoch: int | None) -> EpochBatches | None:

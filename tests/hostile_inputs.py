@@ -379,7 +379,7 @@ def _report(path, _):
 
 def _record(values, _):
     from cskd_jax.errors import UserError
-    from cskd_jax.training.checkpoint import Record
+    from cskd_jax.training.saved import Record
 
     try:
         Record.from_json(values)

@@ -23,8 +23,8 @@ from cskd_jax.inputs import parse_json
 from cskd_jax.interop import unpickle
 from cskd_jax.interop.torch_file import read_state_dict
 from cskd_jax.runs import results, schema
-from cskd_jax.training.checkpoint import Record
 from cskd_jax.training.records import read_rows
+from cskd_jax.training.saved import Record
 from tests import torch_files
 from tests.hostile_inputs import pickles
 from tests.report_runs import write_run

@@ -244,3 +244,81 @@ def test_rotation_leaves_the_other_draws_alone():
     plain = augment(image, key, jnp.arange(2), crop_padding=0, flip=True)
     with_rotation = augment(image, key, jnp.arange(2), rotation=1, crop_padding=0, flip=True)
     np.testing.assert_array_equal(plain, with_rotation)  # One degree moves none of so few pixels.
+
+
+# Photographs.
+
+
+def photographs(count=32, size=(12, 16)):
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(0, 256, (count, 3, 4, 3))
+    return np.clip(np.kron(smooth, np.ones((1, size[0] // 3, size[1] // 4, 1))), 0, 255).astype(np.uint8)
+
+
+def pixels_of_box(image, box):
+    """The rectangle that Pillow cuts out and enlarges bilinearly."""
+    return np.asarray(Image.fromarray(image).crop(box).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+
+
+def test_resized_crop_is_a_rectangle_enlarged():
+    """Every result is what Pillow makes of one of all rectangles, up to rounding."""
+    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+    settings = {"crop_area": 0.3, "crop_padding": 0, "flip": False}
+    found = augment(np.repeat(image[None], 24, axis=0), jax.random.key(0), jnp.arange(24), **settings)
+    boxes = [
+        (left, top, left + width, top + height)
+        for height in range(1, 7)
+        for width in range(1, 9)
+        for top in range(7 - height)
+        for left in range(9 - width)
+    ]
+    candidates = np.stack([pixels_of_box(image, box) for box in boxes]).astype(int)
+    seen = set()
+    for result in np.asarray(found).astype(int):
+        errors = np.abs(candidates - result).max(axis=(1, 2, 3))
+        left, top, right, bottom = boxes[int(errors.argmin())]
+        assert errors.min() <= 1
+        area = (right - left) * (bottom - top) / 48
+        assert area >= 0.3 - 0.15  # Sides are rounded to whole pixels.
+        seen.add((left, top, right, bottom))
+    assert len(seen) > 12
+
+
+def test_color_jitter_changes_brightness_contrast_and_saturation():
+    images = photographs()
+    key, positions = jax.random.key(0), jnp.arange(len(images))
+    settings = {"crop_padding": 0, "flip": False}
+    changed = np.asarray(augment(images, key, positions, color_jitter=0.4, **settings)).astype(float)
+    ratios = changed.mean(axis=(1, 2, 3)) / images.mean(axis=(1, 2, 3))
+    assert 0.55 < ratios.min() < 0.8
+    assert 1.1 < ratios.max() < 1.45
+    np.testing.assert_array_equal(augment(images, key, positions, color_jitter=0.0, **settings), images)
+    # Gray images stay gray, however saturation changes.
+    gray_images = np.repeat(images[..., :1], 3, axis=3)
+    result = np.asarray(augment(gray_images, key, positions, color_jitter=1.0, **settings)).astype(int)
+    assert np.abs(result - result[..., :1]).max() <= 1
+
+
+def test_erasing_makes_a_rectangle_gray():
+    images = np.zeros((200, 12, 16, 3), np.uint8)
+    settings = {"crop_padding": 0, "flip": False, "erasing": 0.5}
+    result = np.asarray(augment(images, jax.random.key(0), jnp.arange(200), **settings))
+    erased = (result == 124).all(axis=3)
+    assert not result[~erased].any()
+    shares = erased.mean(axis=(1, 2))
+    assert 0.35 < np.mean(shares > 0) < 0.65
+    assert shares.max() < 0.45
+    for mask in erased[shares > 0]:
+        rows, columns = np.nonzero(mask)
+        assert mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+
+
+@pytest.mark.parametrize("settings", [{"crop_area": 0.08}, {"color_jitter": 0.4}, {"erasing": 1.0}])
+def test_photographs_are_augmented_by_position(settings):
+    """However the batch is split, and in the same way beside other augmentation."""
+    images, key = photographs(8), jax.random.key(5)
+    settings = settings | {"crop_padding": 0, "flip": True}
+    whole = augment(images, key, jnp.arange(8), **settings)
+    parts = [augment(images[i : i + 2], key, jnp.arange(i, i + 2), **settings) for i in range(0, 8, 2)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert len(np.unique(np.asarray(whole), axis=0)) == 8

@@ -11,7 +11,8 @@ from cskd_jax.errors import UserError
 from cskd_jax.models import create_model
 from cskd_jax.training import checkpoint
 from cskd_jax.training.adapters import LinenNetwork
-from cskd_jax.training.checkpoint import Checkpoints, Record, load_variables
+from cskd_jax.training.checkpoint import Checkpoints, load_variables
+from cskd_jax.training.saved import Record
 from cskd_jax.training.state import check_variables
 from tests.torch_files import random_variables
 

@@ -16,8 +16,9 @@ from cskd_jax.models import create_model
 from cskd_jax.runs.build import describe_network, make_evaluation, make_network
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.trained import check_fits
-from cskd_jax.training.checkpoint import Record, Saved, load_variables
+from cskd_jax.training.checkpoint import load_variables
 from cskd_jax.training.phases import Phase
+from cskd_jax.training.saved import Record, Saved
 from cskd_jax.training.trainer import Student, Teacher, Trainer
 from tests.conftest import ROOT
 

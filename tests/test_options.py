@@ -16,7 +16,7 @@ from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.data.types import hold_out
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import make_optimizer
+from cskd_jax.runs.optimization import make_optimizer
 from cskd_jax.training.checkpoint import load_variables
 from cskd_jax.training.optimizers import ConstantSchedule, CosineSchedule, StepSchedule
 from tests.conftest import Stop

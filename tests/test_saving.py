@@ -11,7 +11,8 @@ import pytest
 import cskd_jax
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.errors import InterruptedRun, UserError
-from cskd_jax.training.checkpoint import Checkpoints, Record, load_variables
+from cskd_jax.training.checkpoint import Checkpoints, load_variables
+from cskd_jax.training.saved import Record
 from tests.conftest import Stop
 
 RNG = np.random.default_rng(0)

@@ -23,7 +23,7 @@ from cskd_jax.models.shufflenet import ShuffleNet
 from cskd_jax.models.vgg import VGG
 from cskd_jax.models.wide_resnet import WideResNet
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import make_training
+from cskd_jax.runs.optimization import make_training
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.phases import make_parts

@@ -22,7 +22,8 @@ from cskd_jax.runs.workdir import (
     names_same_data,
     run_config,
 )
-from cskd_jax.training.checkpoint import Checkpoints, Record, load_variables
+from cskd_jax.training.checkpoint import Checkpoints, load_variables
+from cskd_jax.training.saved import Record
 
 EPOCHS = 30
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cskd_jax.data import photographs
 from cskd_jax.data.warp import WHOLE, make_rotation
 from cskd_jax.errors import UserError
 
@@ -62,8 +63,9 @@ class Normalize:
         return images.astype(jnp.float32) * scale + shift
 
 
-# What is folded into the key of an image for its rotation, and the number of angles from which that is drawn.
-_ROTATION, _ANGLES = 1, WHOLE + 1
+# What is folded into the key of an image for further draws, and the number of angles from which a rotation is drawn.
+_ROTATION, _AREA, _COLOR, _ERASING = 1, 2, 3, 4
+_ANGLES = WHOLE + 1
 
 
 def augment(
@@ -73,10 +75,13 @@ def augment(
     *,
     resize: int = 0,
     rotation: int = 0,
+    crop_area: float = 1.0,
     crop_padding: int,
     flip: bool,
+    color_jitter: float = 0.0,
+    erasing: float = 0.0,
 ) -> jax.Array:
-    """Enlarges, rotates, pads with zeros (black), crops at random back to the size, and mirrors half of the images.
+    """Enlarges, rotates, crops at random back to the size, mirrors, changes colors, and erases, in this order.
 
     The draw for an image depends on `key` and its position in the global batch alone, not on how the batch is split.
 
@@ -87,8 +92,11 @@ def augment(
       resize: Pixels of the shorter side after enlarging; 0 leaves the images as they are.
       rotation: Degrees up to which an image is rotated around its middle, to either side; corners from outside are
         black.
+      crop_area: Smallest share of the area in `photographs.resized_crop`; 1 leaves it out.
       crop_padding: Pixels of zeros on each side, added after enlarging; 0 adds none.
       flip: Whether to mirror horizontally with probability 1/2.
+      color_jitter: Strength of `photographs.color_jitter`.
+      erasing: Probability of `photographs.erase`.
 
     Returns:
       Images, uint8 [B, H, W, C].
@@ -109,11 +117,17 @@ def augment(
         if rotation:
             magnitude = jax.random.randint(jax.random.fold_in(own_key, _ROTATION), (), 0, WHOLE + 1)
             image = rotate(image, magnitude)
+        if crop_area < 1:
+            image = photographs.resized_crop(image, jax.random.fold_in(own_key, _AREA), crop_area)
         if margin.any():
             offset = jax.random.randint(crop_key, (2,), 0, margin + 1)
             image = lax.dynamic_slice(jnp.pad(image, (pad, pad, (0, 0))), (*offset, 0), shape)
         if flip:
             image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+        if color_jitter:
+            image = photographs.color_jitter(image, jax.random.fold_in(own_key, _COLOR), color_jitter)
+        if erasing:
+            image = photographs.erase(image, jax.random.fold_in(own_key, _ERASING), erasing)
         return image
 
     return jax.vmap(one)(images, positions)

@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from cskd_jax.data.photographs import GRAY, blend, gray, mean_gray
 from cskd_jax.data.warp import PIXEL, WHOLE, make_rotation, make_warp
 
 _DEGREES, _SHEAR, _SHIFT = 30, 0.3, 0.3
-_GRAY = 124
 
 
 def strong_augment(images: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
@@ -61,14 +60,7 @@ def _cut_out(image, key):
         return (at >= start) & (at < start + side)
 
     inside = is_inside(row_key, height)[:, None] & is_inside(column_key, width)
-    return jnp.where(inside[:, :, None], _GRAY, image)
-
-
-def _gray(image):
-    """Returns the brightness of the pixels, [H, W, 1]."""
-    if image.shape[-1] != 3:
-        return jnp.sum(image, axis=-1, keepdims=True) // image.shape[-1]
-    return jnp.sum(image * np.array([77, 150, 29], np.int32), axis=-1, keepdims=True) // WHOLE
+    return jnp.where(inside[:, :, None], GRAY, image)
 
 
 def _smooth(image):
@@ -82,15 +74,10 @@ def _smooth(image):
 def _toward(other):
     """Returns the operation that keeps between 5% and 95% of an image, the rest of which is `other(image)`."""
 
-    def blend(image, magnitude):
-        kept = 13 + magnitude * 230 // WHOLE
-        return (image * kept + other(image) * (WHOLE - kept) + WHOLE // 2) // WHOLE
+    def toward(image, magnitude):
+        return blend(image, other(image), 13 + magnitude * 230 // WHOLE)
 
-    return blend
-
-
-def _mean_gray(image):
-    return jnp.sum(_gray(image)) // (image.shape[0] * image.shape[1])
+    return toward
 
 
 def _stretch(image, magnitude):
@@ -120,8 +107,8 @@ _OPERATIONS = (
     lambda image, magnitude: image,
     _stretch,
     _toward(jnp.zeros_like),
-    _toward(_gray),
-    _toward(_mean_gray),
+    _toward(gray),
+    _toward(mean_gray),
     _toward(_smooth),
     _posterize,
     _solarize,

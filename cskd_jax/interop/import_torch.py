@@ -108,7 +108,7 @@ def _run(argv):
     from cskd_jax.interop.renames import read_rules
     from cskd_jax.interop.torch_file import read_state_dict
     from cskd_jax.models import create_model
-    from cskd_jax.training.checkpoint import Record, Saved
+    from cskd_jax.training.saved import Record, Saved
 
     given = {} if arguments.num_heads is None else {"num_heads": arguments.num_heads}
     module = create_model(arguments.model, num_classes=arguments.num_classes, width=arguments.width, settings=given)

@@ -221,7 +221,23 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "Pixels of black around an image before it is cropped at random; 0 adds none, and then crops nothing "
             "unless augment.resize has enlarged the image.",
         ),
+        "augment.crop_area": Key(
+            1.0,
+            rules.AREA,
+            "Smallest share of the area of an image that a random resized crop keeps, such as 0.08; 1 leaves it out.",
+        ),
         "augment.flip": Key(False, rules.BOOL, "Whether half of the images are mirrored."),
+        "augment.color_jitter": Key(
+            0.0, rules.SHARE, "Largest change of brightness, contrast and saturation, as a share; 0 leaves them."
+        ),
+        "augment.erasing": Key(0.0, rules.SHARE, "Probability that a random rectangle of an image becomes gray."),
+        "augment.mixup": Key(
+            0.0,
+            rules.UP_TO_100,
+            "Parameter of the beta distribution by which mixup mixes an image with another of the batch; 0 leaves it "
+            "out.",
+        ),
+        "augment.cutmix": Key(0.0, rules.UP_TO_100, "Likewise for CutMix. With both, each batch draws one of them."),
         "teacher.name": Key(None, _TEACHER, "Network of the teacher; needed only by losses that read a teacher."),
         "teacher.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the teacher."),
         "teacher.checkpoint": Key(

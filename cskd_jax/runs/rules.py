@@ -49,10 +49,12 @@ def optional(rule: Rule) -> Rule:
 BOOL = Rule((bool,), lambda _: True, "true or false")
 TEXT = Rule((str,), bool, "a text")
 POSITIVE = Rule((float, int), lambda value: 0 < value < math.inf, "a number greater than 0")
+UP_TO_100 = Rule((float, int), lambda value: 0 <= value <= 100, "a number from 0 to 100")
 NOT_NEGATIVE = Rule((float, int), lambda value: 0 <= value < math.inf, "a number of at least 0")
 WIDTH = Rule((float, int), lambda value: 0 < value <= 64, "a number above 0, up to 64")
 FRACTION = Rule((float, int), lambda value: 0 <= value < 1, "a number in [0, 1)")
 SHARE = Rule((float, int), lambda value: 0 <= value <= 1, "a number in [0, 1]")
+AREA = Rule((float, int), lambda value: 0 < value <= 1, "a number above 0, up to 1")
 COUNT = Rule((int,), lambda value: value >= 1, "an integer of at least 1")
 CHANNELS = Rule(
     (tuple,),

@@ -12,7 +12,8 @@ from cskd_jax.files import full_path
 from cskd_jax.models import create_model
 from cskd_jax.runs import schema
 from cskd_jax.runs.keys import network_settings
-from cskd_jax.training.checkpoint import FOLDER, Record, Saved, load_variables
+from cskd_jax.training.checkpoint import FOLDER, load_variables
+from cskd_jax.training.saved import Record, Saved
 
 
 def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:

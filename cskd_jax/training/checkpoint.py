@@ -18,7 +18,6 @@ import shutil
 import stat
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +29,10 @@ from orbax.checkpoint import checkpoint_managers
 from cskd_jax.distributed import processes
 from cskd_jax.errors import InterruptedRun, UserError, one_line
 from cskd_jax.files import write_json
-from cskd_jax.inputs import MAX_JSON, is_count, is_list, is_map, is_number, is_optional, is_text, read_json, unsound
+from cskd_jax.inputs import MAX_JSON, read_json
 from cskd_jax.training.arrays import digest_array, digest_json, flatten, unflatten, upgrade
-from cskd_jax.training.prediction import is_prediction, prediction_of
+from cskd_jax.training.prediction import prediction_of
+from cskd_jax.training.saved import Record, Saved
 
 _logger = logging.getLogger(__name__)
 
@@ -45,117 +45,6 @@ _VERSION = 2
 # Limits on the files of a checkpoint, and on what its compressed arrays may take in memory for each byte of the files.
 # Weights hardly compress; what compresses well, such as a momentum of zeros, has at most a few times their size.
 _MAX_FILES, _MAX_EXPANSION = 100_000, 100
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """The JSON record that is saved with the arrays of a network.
-
-    Attributes:
-      network: {"name", "width"} of a network of `MODELS`, and its "settings" if it has any; {"name"} of any other.
-      channels: Number of channels of the images.
-      categories: Names of the classes by label; None if unknown.
-      multilabel: Whether an image has any number of classes.
-      images: {"size": (H, W), "mean", "std"} of the training images, as far as they are known.
-      method: Name of the method that trained it.
-      prediction: {"loss", "settings"} of the loss by which it predicts; empty where its own logits are the prediction.
-      finished: Whether it was trained to the end.
-      progress: Fields of `callbacks.Progress`.
-    """
-
-    network: dict[str, Any]
-    channels: int
-    categories: list[str] | None = None
-    multilabel: bool = False
-    images: dict[str, Any] = dataclasses.field(default_factory=dict)
-    method: str = ""
-    prediction: dict[str, Any] = dataclasses.field(default_factory=dict)
-    finished: bool = False
-    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Record":
-        """Returns the record that was saved as `values`; keys of later versions are ignored.
-
-        Raises:
-          ValueError: A value is missing or has another type.
-        """
-        wrong = unsound(values, {"network": _is_network, "channels": partial(is_count, low=1)}, _RECORD_TESTS)
-        if wrong:
-            raise ValueError(f"its record has no sound {', '.join(wrong)}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-    def packaged_network(self) -> dict[str, Any]:
-        """Returns arguments of `create_model`; raises UserError if the network is not part of this package."""
-        if "width" not in self.network:
-            raise UserError(f"the checkpoint holds a {self.network['name']}, which is not a network of this package")
-        found = {"settings": {}, **self.network}
-        settings = {key: tuple(x) if isinstance(x, list) else x for key, x in found["settings"].items()}
-        return {"name": found["name"], "width": found["width"], "settings": settings}
-
-    def describe_network(self) -> str:
-        """Returns a readable description of the network, such as "resnet18, width 0.25"."""
-        return self.network["name"] + (f", width {self.network['width']:g}" if "width" in self.network else "")
-
-
-def _is_network(value):
-    # `models.check_settings` knows which setting takes which of these.
-    settings = is_map(lambda x: type(x) is bool or is_text(x) or is_number(x) or is_list(is_number)(x))
-    tests = {"width": lambda width: is_number(width) and 0 < width <= 64, "settings": settings}
-    return not unsound(value, {"name": is_text}, tests)
-
-
-def _is_images(value):
-    """Returns whether a value describes images: their size, and perhaps mean and deviation by channel."""
-    size, numbers = is_list(partial(is_count, low=1)), is_list(is_number)
-    tests = {"size": lambda sides: size(sides) and len(sides) == 2 and max(sides) <= 10**5}
-    tests |= {"mean": lambda means: numbers(means) and means, "std": lambda stds: numbers(stds) and min(stds) > 0}
-    return not unsound(value, {}, tests) and value.keys() <= tests.keys() and ("mean" in value) == ("std" in value)
-
-
-def _is_progress(value):
-    metrics = is_map(is_number)
-    tests = {"evaluations": is_map(metrics), "test": is_map(metrics), "sums": metrics}
-    tests |= {"count": is_count, "seconds": is_number, "images": is_count}
-    return not unsound(value, {}, tests) and value.keys() <= tests.keys()
-
-
-_RECORD_TESTS = {
-    "categories": is_optional(is_list(is_text)),
-    "multilabel": lambda value: type(value) is bool,
-    "images": _is_images,
-    "method": is_text,
-    "prediction": is_prediction,
-    "finished": lambda value: type(value) is bool,
-    "progress": _is_progress,
-    "version": is_count,
-}
-
-
-class Saved(NamedTuple):
-    """The network of a checkpoint.
-
-    Attributes:
-      variables: {"params": ..., and its other collections}, numpy arrays; their moving average if one was kept.
-      record: Record saved with them.
-      step: Number of steps after which the checkpoint was saved.
-      digest: Digest of all arrays of the checkpoint.
-    """
-
-    variables: dict[str, Any]
-    record: Record
-    step: int
-    digest: str
-
-    @property
-    def num_classes(self) -> int:
-        """Returns the number of classes of a network of this package; raises UserError if there is no classifier."""
-        try:
-            (classes,) = np.shape(self.variables["params"]["classifier"]["bias"])
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise UserError(f"the checkpoint of a {self.record.describe_network()} holds no classifier") from None
-        return classes
 
 
 class _Snapshot(NamedTuple):

@@ -10,8 +10,14 @@ from cskd_jax.training.objective import Objective
 from cskd_jax.training.setup import Setup
 
 
-def check_losses(objective: Objective, data: ImageDataset) -> None:
-    """Raises UserError for a loss that needs another kind of labels or of images than the data set has."""
+def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) -> None:
+    """Raises UserError for a loss that needs another kind of labels or of images than there are.
+
+    Args:
+      objective: Losses.
+      data: Data set.
+      mixes: Whether images are mixed with each other.
+    """
     if not objective.losses:
         raise UserError("losses must name at least one loss")
     predicting = [name for name, (_, loss) in objective.losses.items() if loss.predicts]
@@ -30,6 +36,22 @@ def check_losses(objective: Objective, data: ImageDataset) -> None:
             f"losses.{wrong[0]} does not fit data set '{data.name}', whose images have {kind} each: of the methods "
             f"that read labels, those for it are {', '.join(sorted(fitting))}"
         )
+    if mixes:
+        _check_mixed(objective)
+
+
+def _check_mixed(objective):
+    """Raises UserError for a loss that makes no sense of mixed images."""
+    for name, (_, loss) in objective.losses.items():
+        if loss.multilabel is not None and not loss.mixes:
+            raise UserError(
+                f"mixup and cutmix give an image two labels, and losses.{name} reads one: leave it out, or set both to "
+                "0; losses that read no labels and cross_entropy go with them"
+            )
+        if loss.views:
+            raise UserError(
+                f"losses.{name} sees further views of the images, which are not mixed: set mixup and cutmix to 0"
+            )
 
 
 def check_batches(setup: Setup) -> None:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from cskd_jax.errors import UserError
 from cskd_jax.models import count_parameters
 from cskd_jax.training.callbacks import Meter, Progress, Row, Start
-from cskd_jax.training.checkpoint import FOLDER, Checkpoints, Record
+from cskd_jax.training.checkpoint import FOLDER, Checkpoints
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.networks import Variables, draws_random_numbers
 from cskd_jax.training.optimizers import learning_rate_of_step
 from cskd_jax.training.programs import Programs
+from cskd_jax.training.saved import Record
 from cskd_jax.training.setup import Setup
 
 

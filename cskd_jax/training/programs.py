@@ -115,7 +115,8 @@ class TeacherPass:
         """Returns zeros in the place of what the pass returns for that many rows to a student."""
         image, outputs = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), (self._image, self.outputs))
         one = {"image": image, "teacher": outputs}
-        return reads.select({**one, "views": (one,) * reads.views})
+        share = {} if self._setup.mix is None else {"share": np.zeros(rows, np.float32)}
+        return reads.select({**one, "views": (one,) * reads.views, **share})
 
     def compile(self, size: int, reads: Reads, pool: Executor) -> None:
         """Traces the pass for a global batch of `size` and compiles it in the background, unless that was asked before.
@@ -135,6 +136,7 @@ class TeacherPass:
             reads=reads.teacher,
             views=reads.views,
             preprocess_view=self._setup.preprocess_view,
+            mix=self._setup.mix,
         )
         rows = len(range(size)[devices.local_rows(size)])
         images = devices.shard({"image": np.zeros((rows, *data.image_shape), data.image_dtype)})["image"]

@@ -12,6 +12,7 @@ from cskd_jax.data.batches import Sampler
 from cskd_jax.data.strong import strong_augment
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.training.callbacks import Callback
+from cskd_jax.training.mixing import Mix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Setup:
       save_every_minutes: Least time between two checkpoints, which are saved at the end of an epoch.
       evaluate_every_epochs: Number of epochs from one evaluation to the next.
       accumulation_steps: Number of micro-batches that a batch is divided into.
+      mix: What mixes the inputs of the networks with each other; None leaves them alone.
     """
 
     data: ImageDataset
@@ -48,6 +50,7 @@ class Setup:
     save_every_minutes: float = 0.5
     evaluate_every_epochs: int = 1
     accumulation_steps: int = 1
+    mix: Mix | None = None
 
     @property
     def micro_batch_size(self) -> int | None:

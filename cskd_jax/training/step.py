@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cskd_jax.losses import LossInputs, View, batch_positions
+from cskd_jax.losses import LossInputs, Mixed, View, batch_positions
 from cskd_jax.training.layers import NO_LAYERS, layers_of
 from cskd_jax.training.metrics import SINGLE_LABEL, Task
+from cskd_jax.training.mixing import Mix, partners
 from cskd_jax.training.networks import Network
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.optimizers import SeparateGradients, SeparateOptimizer
@@ -22,7 +23,7 @@ Preprocess = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 # Folded into the key of a step for the draws of the losses and of the student. What is folded in for the images are
 # their positions, which are smaller. A micro-batch has a key of its own for both, and so have further views.
-_LOSSES, _STUDENT, _MICRO_BATCH, _VIEWS = 2**31 - 1, 2**31 - 2, 2**31 - 3, 2**31 - 4
+_LOSSES, _STUDENT, _MICRO_BATCH, _VIEWS, _MIX = 2**31 - 1, 2**31 - 2, 2**31 - 3, 2**31 - 4, 2**31 - 5
 
 
 def make_teacher_pass(
@@ -34,6 +35,7 @@ def make_teacher_pass(
     reads: Any = None,
     views: int = 0,
     preprocess_view: Preprocess | None = None,
+    mix: Mix | None = None,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], dict[str, Any]]:
     """Returns `teacher_pass(teacher_variables, images, key, step) -> {"image", "teacher"}`, what every student reads.
 
@@ -46,15 +48,21 @@ def make_teacher_pass(
       reads: Outputs of the teacher that a student reads, a `ModelOutput` of booleans; None for all of them.
       views: Number of further views of the images that a student reads.
       preprocess_view: As `preprocess`, for these views; needed if there are any.
+      mix: Function that mixes inputs of the networks with each other, within a micro-batch; None leaves them alone.
 
     Returns:
       A pure function. `key` is the key of the run and `step` an int32 scalar, the number of steps done. "image" are
       inputs of the networks [B, H, W, C], "teacher" the outputs of the teacher with None in the place of those that are
-      not read; None without a teacher. If there are further views, "views" is a tuple of the same for each of them.
+      not read; None without a teacher. If there are further views, "views" is a tuple of the same for each of them. If
+      images are mixed, "share" is the share that each has of itself, [B].
     """
 
-    def prepare(teacher_variables, images, positions, step_key):
-        prepared = prepare_one(teacher_variables, preprocess(images, step_key, positions))
+    def prepare(teacher_variables, images, positions, step_key, number=0):
+        inputs, share = preprocess(images, step_key, positions), {}
+        if mix is not None:
+            mix_key = jax.random.fold_in(jax.random.fold_in(step_key, _MIX), number)
+            inputs, share["share"] = mix(inputs, mix_key, axis_name)
+        prepared = prepare_one(teacher_variables, inputs) | share
         if views:
             assert preprocess_view is not None
             # Behind the barrier, the images of the main view are computed as they are without any other.
@@ -79,9 +87,8 @@ def make_teacher_pass(
             return prepare(teacher_variables, images, batch_positions(len(images), axis_name), step_key)
 
         def prepare_part(_, part, start, number):
-            del number
             positions = batch_positions(len(part), axis_name) + start
-            return None, prepare(teacher_variables, part, positions, step_key)
+            return None, prepare(teacher_variables, part, positions, step_key, number)
 
         _, parts = _over_micro_batches(prepare_part, None, images, micro_batch_size, axis_name)
         return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
@@ -126,53 +133,14 @@ def make_train_step(
     Returns:
       A pure function. `batch` is what the teacher pass returns, {"image", "teacher"}, with "label", int32 [B] or
       float32 [B, K], and, for the losses that keep a memory of the samples, "index": int32 [B], their positions in the
-      training split. `key` is the key of the run (the step is folded in here). `teacher_layers` are the `Layers` of the
-      teacher that losses read, which are no part of the batch; None by default. metrics are scalars: `loss`, the terms
-      of the objective, `task.score` of the student on the batch, `gradient_norm`. The network sees the further views of
-      the pass one after the other in training mode, so that its collections move with each.
+      training split. "share" says that images were mixed, see `mixing.partners`. `key` is the key of the run (the step
+      is folded in here). `teacher_layers` are the `Layers` of the teacher that losses read, which are no part of the
+      batch; None by default. metrics are scalars: `loss`, the terms of the objective, `task.score` of the student on
+      the batch, `gradient_norm`. The network sees the further views of the pass one after the other in training mode,
+      so that its collections move with each.
     """
     separate = isinstance(optimizer, SeparateOptimizer)
-
-    def differentiate(state, batch, draw_key, teacher_layers):
-        """Returns (gradients, collections, memory, metrics)."""
-        labels = batch["label"]
-        student_key = _student_key(student, draw_key, axis_name)
-
-        def loss(params):
-            variables = {"params": params["network"], **state.collections}
-            output, collections = student.apply(variables, batch["image"], train=True, key=student_key)
-            loss_key = jax.random.fold_in(draw_key, _LOSSES)
-            inputs = LossInputs(
-                output,
-                batch.get("teacher"),
-                labels,
-                batch.get("index"),
-                loss_key,
-                # From the parameters that are differentiated, so that gradients flow into it.
-                student_head=layers_of(student, variables).head,
-                teacher_head=teacher_layers.head,
-                teacher_norms=teacher_layers.norms,
-            )
-            for number, view in enumerate(batch.get("views", ())):
-                view_key = jax.random.fold_in(jax.random.fold_in(draw_key, _VIEWS), number)
-                key = _student_key(student, view_key, axis_name)
-                seen, moved = student.apply({**variables, **collections}, view["image"], train=True, key=key)
-                collections = {**collections, **moved}
-                inputs = inputs._replace(views=(*inputs.views, View(seen, view["teacher"])))
-            total, terms, memory = objective(params["losses"], state.memory, inputs, state.step)
-            predicted = objective.predict(params["losses"], memory, output)
-            measured = task.measure_step(predicted, labels, axis_name)
-            kept = collections, memory, {"loss": total, **terms, **measured}
-            return (SeparateGradients(*objective.split(terms, state.step)) if separate else total), kept
-
-        gradient = _separate_gradients(loss) if separate else jax.grad(loss, has_aux=True)
-        gradients, (collections, memory, metrics) = gradient(state.params)
-        if axis_name is not None:
-            gradients, metrics = lax.pmean((gradients, metrics), axis_name)
-            if not student.synchronized:
-                collections = _average(collections, axis_name)
-        # A later phase may use parameters that this one does not.
-        return gradients, {**state.collections, **collections}, {**state.memory, **memory}, metrics
+    differentiate = _make_differentiate(student, objective, separate, axis_name, task)
 
     def train_step(state, batch, key, teacher_layers=None):
         teacher_layers = NO_LAYERS if teacher_layers is None else teacher_layers
@@ -199,6 +167,61 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _make_differentiate(student, objective, separate, axis_name, task):
+    """Returns `(state, batch, key, teacher_layers) -> (gradients, collections, memory, metrics)` of a (micro-)batch.
+
+    Args:
+      student: As of `make_train_step`, like the following.
+      objective: Weighted losses.
+      separate: Whether the gradients are `SeparateGradients`.
+      axis_name: Mapped axis over which the batch is split.
+      task: Task that defines the metric of the batch.
+    """
+
+    def differentiate(state, batch, draw_key, teacher_layers):
+        labels = batch["label"]
+        student_key = _student_key(student, draw_key, axis_name)
+
+        def loss(params):
+            variables = {"params": params["network"], **state.collections}
+            output, collections = student.apply(variables, batch["image"], train=True, key=student_key)
+            loss_key = jax.random.fold_in(draw_key, _LOSSES)
+            inputs = LossInputs(
+                output,
+                batch.get("teacher"),
+                labels,
+                batch.get("index"),
+                loss_key,
+                # From the parameters that are differentiated, so that gradients flow into it.
+                student_head=layers_of(student, variables).head,
+                teacher_head=teacher_layers.head,
+                teacher_norms=teacher_layers.norms,
+                mixed=Mixed(partners(labels, axis_name), batch["share"]) if "share" in batch else None,
+            )
+            for number, view in enumerate(batch.get("views", ())):
+                view_key = jax.random.fold_in(jax.random.fold_in(draw_key, _VIEWS), number)
+                key = _student_key(student, view_key, axis_name)
+                seen, moved = student.apply({**variables, **collections}, view["image"], train=True, key=key)
+                collections = {**collections, **moved}
+                inputs = inputs._replace(views=(*inputs.views, View(seen, view["teacher"])))
+            total, terms, memory = objective(params["losses"], state.memory, inputs, state.step)
+            predicted = objective.predict(params["losses"], memory, output)
+            measured = task.measure_step(predicted, labels, axis_name)
+            kept = collections, memory, {"loss": total, **terms, **measured}
+            return (SeparateGradients(*objective.split(terms, state.step)) if separate else total), kept
+
+        gradient = _separate_gradients(loss) if separate else jax.grad(loss, has_aux=True)
+        gradients, (collections, memory, metrics) = gradient(state.params)
+        if axis_name is not None:
+            gradients, metrics = lax.pmean((gradients, metrics), axis_name)
+            if not student.synchronized:
+                collections = _average(collections, axis_name)
+        # A later phase may use parameters that this one does not.
+        return gradients, {**state.collections, **collections}, {**state.memory, **memory}, metrics
+
+    return differentiate
 
 
 def _separate_gradients(loss):

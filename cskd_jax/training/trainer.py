@@ -20,10 +20,10 @@ from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import DivergedError, UserError
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Console, Progress
-from cskd_jax.training.checkpoint import Record
 from cskd_jax.training.checks import check_batches, check_losses
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.loop import Loop
+from cskd_jax.training.mixing import Mix
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.participant import Participant
@@ -31,6 +31,7 @@ from cskd_jax.training.phases import Phase, make_parts
 from cskd_jax.training.prediction import describe_prediction
 from cskd_jax.training.programs import Programs, TeacherPass
 from cskd_jax.training.records import MetricsFiles, read_rows
+from cskd_jax.training.saved import Record
 from cskd_jax.training.setup import Setup
 from cskd_jax.training.state import TrainState
 
@@ -131,6 +132,8 @@ class Trainer:
       evaluate_every_epochs: Number of epochs from one evaluation to the next; the last epoch is always evaluated.
       accumulation_steps: Number of micro-batches that a batch is divided into, to save memory: `batch_size` is what an
         update sees; batch normalization, memories, and losses that relate images to each other see micro-batches.
+      mix: What mixes the images of a batch with each other, teacher and student alike; None leaves them alone. Losses
+        that read the label of an image, other than cross-entropy, are then refused.
       stream: Number folded into the seed for weights and augmentation; trainers with different ones draw differently.
       beside: Trainer with the same teacher, data, and all else that decides the batches, with which this one is to be
         trained by `fit_together`; None for a trainer that comes first or alone.
@@ -163,6 +166,7 @@ class Trainer:
         save_every_minutes: float = 0.5,
         evaluate_every_epochs: int = 1,
         accumulation_steps: int = 1,
+        mix: Mix | None = None,
         stream: int = 1,
         beside: "Trainer | None" = None,
     ):
@@ -191,6 +195,7 @@ class Trainer:
             save_every_minutes=save_every_minutes,
             evaluate_every_epochs=evaluate_every_epochs,
             accumulation_steps=accumulation_steps,
+            mix=mix or None,
         )
         check_batches(shared)
         self._setup = shared
@@ -217,7 +222,7 @@ class Trainer:
                 batch_size=self._setup.micro_batch_size or sampler.batch_size,
                 steps_per_epoch=sampler.steps_per_epoch,
             )
-            check_losses(objective, data)
+            check_losses(objective, data, mixes=self._setup.mix is not None)
             if objective.needs_teacher and self._teacher is None:
                 names = [loss for loss, (_, module) in objective.losses.items() if module.needs_teacher]
                 raise UserError(f"{name}: losses.{names[0]} needs a teacher")

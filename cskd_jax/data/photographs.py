@@ -1,0 +1,121 @@
+"""Augmentation of photographs on the device: random resized crop, color jitter, random erasing.
+
+All computation on pixels is in integers and therefore the same on every device and however the batch is split.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cskd_jax.data.warp import WHOLE
+
+# As in torchvision: ratios of width to height of a crop, and shares of the area and ratios of what is erased.
+_CROP_RATIOS, _ERASED_AREAS, _ERASED_RATIOS = (3 / 4, 4 / 3), (0.02, 1 / 3), (0.3, 3.3)
+# Erased pixels are gray, about the mean of photographs.
+GRAY = 124
+
+
+def resized_crop(image: jax.Array, key: jax.Array, smallest_area: float) -> jax.Array:
+    """Cuts a random rectangle out of an image and enlarges it bilinearly to the size of the image.
+
+    Args:
+      image: Image, uint8 [H, W, C].
+      key: Key of the draws.
+      smallest_area: Smallest share of the area of the image that the rectangle has; the largest is 1. Its ratio of
+        width to height is between 3/4 and 4/3 of that of the image, or what the borders allow.
+
+    Returns:
+      An image, uint8 [H, W, C].
+
+    References:
+      Szegedy et al. 2015, https://arxiv.org/abs/1409.4842; torchvision's RandomResizedCrop.
+    """
+    (top, rows), (left, columns) = _draw_box(key, image.shape[:2], (smallest_area, 1.0), _CROP_RATIOS)
+    height, width = image.shape[:2]
+    values = _enlarge(image.astype(jnp.int32), 0, top, rows)
+    total = 4 * height * width  # The sum of the weights.
+    return ((_enlarge(values, 1, left, columns) + total // 2) // total).astype(jnp.uint8)
+
+
+def color_jitter(image: jax.Array, key: jax.Array, strength: float) -> jax.Array:
+    """Changes brightness, contrast and saturation of an image, each by a factor from 1 - strength to 1 + strength.
+
+    Args:
+      image: Image, uint8 [H, W, C].
+      key: Key of the draws.
+      strength: Largest change, in [0, 1].
+
+    Returns:
+      An image, uint8 [H, W, C].
+    """
+    image, change = image.astype(jnp.int32), round(WHOLE * strength)
+    factors = jax.random.randint(key, (3,), WHOLE - change, WHOLE + change + 1)
+    others = (jnp.zeros_like, mean_gray, gray)
+    for factor, other in zip(factors, others, strict=True):
+        image = blend(image, other(image), factor)
+    return image.astype(jnp.uint8)
+
+
+def erase(image: jax.Array, key: jax.Array, probability: float) -> jax.Array:
+    """Makes a random rectangle of an image gray, of 2% to 33% of its area.
+
+    Args:
+      image: Image, uint8 [H, W, C].
+      key: Key of the draws.
+      probability: Probability that anything is erased.
+
+    Returns:
+      An image, uint8 [H, W, C].
+
+    References:
+      Zhong, Zheng, Kang, Li, Yang, "Random Erasing Data Augmentation", 2020, https://arxiv.org/abs/1708.04896.
+    """
+    happens_key, box_key = jax.random.split(key)
+    (top, rows), (left, columns) = _draw_box(box_key, image.shape[:2], _ERASED_AREAS, _ERASED_RATIOS)
+    row, column = (jnp.arange(side, dtype=jnp.int32) for side in image.shape[:2])
+    in_rows, in_columns = (row >= top) & (row < top + rows), (column >= left) & (column < left + columns)
+    erased = in_rows[:, None] & in_columns & jax.random.bernoulli(happens_key, probability)
+    return jnp.where(erased[:, :, None], jnp.uint8(GRAY), image)
+
+
+def gray(image: jax.Array) -> jax.Array:
+    """Returns the brightness of the pixels [H, W, 1] of an image, int32 [H, W, C]."""
+    if image.shape[-1] != 3:
+        return jnp.sum(image, axis=-1, keepdims=True) // image.shape[-1]
+    return jnp.sum(image * np.array([77, 150, 29], np.int32), axis=-1, keepdims=True) // WHOLE
+
+
+def mean_gray(image: jax.Array) -> jax.Array:
+    """Returns the mean brightness of an image, int32 [H, W, C], a scalar."""
+    return jnp.sum(gray(image)) // (image.shape[0] * image.shape[1])
+
+
+def blend(image: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns factor / WHOLE of an image, int32 [H, W, C], and the rest of another, which may be less than nothing."""
+    return jnp.clip((image * factor + other * (WHOLE - factor) + WHOLE // 2) // WHOLE, 0, 255)
+
+
+def _draw_box(key, size, areas, ratios):
+    """Returns (first row, number of rows), (first column, number of columns) of a random rectangle in an image."""
+    area_key, ratio_key, row_key, column_key = jax.random.split(key, 4)
+    area = jax.random.uniform(area_key, (), jnp.float32, *areas)
+    root = jnp.exp(jax.random.uniform(ratio_key, (), jnp.float32, *(np.log(ratios) / 2)))
+
+    def place(key, length, share):
+        count = jnp.clip(jnp.round(length * share).astype(jnp.int32), 1, length)
+        return jax.random.randint(key, (), 0, length - count + 1), count
+
+    return place(row_key, size[0], jnp.sqrt(area) / root), place(column_key, size[1], jnp.sqrt(area) * root)
+
+
+def _enlarge(values, axis, start, size):
+    """Interpolates `size` int32 values from `start` along an axis to as many as it has; returns them times 2 * that."""
+    length = values.shape[axis]
+    scale = 2 * length
+    # Pixel i of the result has its middle at (i + 1/2) * size / length - 1/2 in the old pixels, here times `scale`.
+    middle = jnp.clip((2 * jnp.arange(length, dtype=jnp.int32) + 1) * size - length, 0, (size - 1) * scale)
+    low, weight = middle // scale, middle % scale
+    weight = weight.reshape([-1 if other == axis else 1 for other in range(values.ndim)])
+    below = jnp.take(values, start + low, axis)
+    above = jnp.take(values, start + jnp.minimum(low + 1, size - 1), axis)
+    return below * (scale - weight) + above * weight
