@@ -234,6 +234,7 @@ def test_pairs(monkeypatch, tmp_path, capsys):
     assert all(row["JAX/2 ms"] > 0 for row in rows)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_methods(monkeypatch, tmp_path):
     monkeypatch.setattr(methods, "set_up_jax", lambda: None)

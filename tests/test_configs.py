@@ -37,7 +37,7 @@ RECIPES = {
 MULTILABEL = {"digit_pairs"}
 # Methods that need something else of the training step than the others do.
 TRACED = (
-    "cskd", "crd", "kdgan", "ft", "ab", "fsp", "mlkd", "ctkd", "simkd", "srrl", "ofd", "ofa", "semckd", "wkd_l", "srd",
+    "cskd", "crd", "kdgan", "ft", "ab", "fsp", "mlkd", "ctkd", "simkd", "srrl", "ofd", "ofa", "wkd_l", "srd", "deit",
 )  # fmt: skip
 EVERY_METHOD = METHODS + MULTILABEL_METHODS
 

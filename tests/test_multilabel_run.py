@@ -116,6 +116,7 @@ def test_evaluation_on_eight_devices_is_that_of_scikit_learn(done):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_teacher_checkpoint_and_a_run_without_a_teacher(done, start, tmp_path):
     for word, teacher in (("bkd", [f"--config.teacher.checkpoint={done}/teacher"]), ("bce", [])):

@@ -185,6 +185,7 @@ def test_layers_stay_whole_in_micro_batches_and_on_two_devices():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, two)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_commands_predict_by_the_loss(small_run, tmp_path):
     workdir, exported = tmp_path / "run", tmp_path / "exported"

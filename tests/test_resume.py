@@ -171,6 +171,7 @@ def test_memories_and_further_networks_resume(start, small_run, done, tmp_path, 
     assert digests["killed"] == digests["undisturbed"]
 
 
+@pytest.mark.exhaustive
 def test_two_devices_end_where_one_does(start, small_run, done, tmp_path):
     """Through the whole loop; rounding differs, and a few steps of training enlarge it."""
     _, error = (process := start([*small_run, f"--workdir={tmp_path}"], devices=2)).communicate()

@@ -18,7 +18,7 @@ from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.losses import LossInputs, View
 from cskd_jax.models import create_model
-from cskd_jax.runs import build, schema
+from cskd_jax.runs import build, optimization, schema
 from cskd_jax.runs.build import describe_network, make_network, make_trainer
 from cskd_jax.runs.recipes import load_recipe, load_sources
 from cskd_jax.training.layers import layers_of
@@ -301,13 +301,14 @@ def test_a_teacher_keeps_its_learning_rate(monkeypatch):
     rates, images = [], np.zeros((64, 32, 32, 3), np.uint8)
     split = Split(images, np.arange(64, dtype=np.int32) % 4)
     dataset = ImageDataset("cifar100", split, split, tuple("abcd"))
-    whole = build.make_optimizer
+    whole = optimization.make_optimizer
 
     def record(settings, *arguments, **others):
         rates.append(settings.learning_rate)
         return whole(settings, *arguments, **others)
 
-    monkeypatch.setattr(build, "make_optimizer", record)
+    for module in (build, optimization):
+        monkeypatch.setattr(module, "make_optimizer", record)
     config = cell("vgg8/shufflenet_v1", "ce")
     for role in ("teacher", "student"):
         make_trainer(role, config, dataset, None, Devices(1))

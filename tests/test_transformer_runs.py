@@ -114,6 +114,7 @@ def test_run_on_the_command_line(start, small_run, done, tmp_path, capsys):
     assert again.record.network == saved.record.network
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_random_draws_of_runs(tmp_path):
     """Four devices are one, and a run that goes on is one that was never interrupted."""

@@ -1,9 +1,10 @@
 """Measures trained networks: scores on the test split, also for each class, parameters, operations, latency.
 
-cskd-jax evaluate DIR [--config=RECIPE] [--config.KEY=VALUE ...]
+cskd-jax evaluate DIR [--embedding] [--config=RECIPE] [--config.KEY=VALUE ...]
 
   DIR            folder of a run: its student, and its teacher if it has trained one; or folder of one network, such as
                  WORKDIR/student. --workdir=DIR and --checkpoint=DIR name the one or the other.
+  --embedding    also says how well nearest neighbors and a linear probe tell the classes apart in the embedding
   --config       recipe; needed only for a network that lies in no workdir
   --config.KEY   overrides a key of the run's configuration, such as --config.dataset.data_dir=DIR
 
@@ -27,6 +28,7 @@ def _run(argv):
     parser = command_line.Parser(takes_config=True)
     parser.add_argument("--workdir")
     parser.add_argument("--checkpoint")
+    parser.add_argument("--embedding", action="store_true")
     values = parser.parse(argv)
     folder = one_folder(values, "workdir", "checkpoint", example="cskd-jax evaluate runs/digits/kd-seed0")
     if not folder.is_dir():
@@ -52,7 +54,7 @@ def _run(argv):
     dataset = load_data(config)
     networks = {path.resolve().name: load_trained(path, config, dataset) for path in folders}
     with precision(config):
-        evaluation = evaluate_all(networks, config, dataset, devices)
+        evaluation = evaluate_all(networks, config, dataset, devices, values.embedding)
     say(tables(evaluation, task_of(dataset.multilabel).names))
     write_json(folder / "evaluation.json", evaluation)
     say(f"written: {folder / 'evaluation.json'}")

@@ -31,7 +31,11 @@ _REPETITIONS, _SECONDS = 100, 5.0  # of a measurement of time, at most
 
 
 def evaluate_all(
-    networks: Mapping[str, TrainedNetwork], config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
+    networks: Mapping[str, TrainedNetwork],
+    config: ml_collections.ConfigDict,
+    dataset: ImageDataset,
+    devices: Devices,
+    with_embedding: bool = False,
 ) -> dict[str, Any]:
     """Returns the content of evaluation.json.
 
@@ -40,13 +44,21 @@ def evaluate_all(
       config: Configuration, which says how the images are normalized, and the batch size.
       dataset: Data set, whose test split is used.
       devices: Devices to compute on.
+      with_embedding: Whether the embeddings are measured too, see `embedding.measure`.
     """
+    entries = {name: evaluate(network, config, dataset, devices) for name, network in networks.items()}
+    meanings = {"flops_per_image": FLOPS_MEANING, "latency_ms": LATENCY_MEANING}
+    if with_embedding:
+        from cskd_jax.evaluate import embedding  # It takes a second to import what this needs.
+
+        meanings["embedding"] = embedding.MEANING
+        for name, network in networks.items():
+            entries[name]["embedding"] = embedding.measure(network, dataset, make_normalize(config))
     return {
-        "networks": {name: evaluate(network, config, dataset, devices) for name, network in networks.items()},
+        "networks": entries,
         "dataset": describe_dataset(dataset),
         "batch_size": config.batch_size,
-        "flops_per_image": FLOPS_MEANING,
-        "latency_ms": LATENCY_MEANING,
+        **meanings,
         "devices": devices.describe(),
         "versions": read_versions(),
     }
@@ -122,6 +134,9 @@ def tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
     for metric, name in names.items():
         if all(metric in n for n in networks.values()):
             rows[name] = [f"{n[metric]:.4f}" for n in networks.values()]
+    if all("embedding" in n for n in networks.values()):
+        rows["nearest neighbors"] = [f"{n['embedding']['knn']:.4f}" for n in networks.values()]
+        rows["linear probe"] = [f"{n['embedding']['probe']:.4f}" for n in networks.values()]
     rows["loss"] = [f"{n['loss']:.4f}" for n in networks.values()]
     rows["parameters"] = [f"{n['parameters']:,}" for n in networks.values()]
     rows["million FLOPs per image"] = [f"{n['flops_per_image'] / 1e6:,.2f}" for n in networks.values()]

@@ -1,29 +1,25 @@
 """Embeddings of the same test images by each network: how tight the categories are, and 2-D pictures of them."""
 
-import functools
 import itertools
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import ml_collections
 import numpy as np
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from cskd_jax.data import ImageDataset
-from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError, printable
 from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
 from cskd_jax.runs.build import load_data, load_trained, make_normalize
 from cskd_jax.training.checkpoint import FOLDER
-from cskd_jax.training.networks import Network
+from cskd_jax.training.embedding import embed
 
 _MEASURED = 2000  # test images whose embeddings are measured
 _SHOWN, _SHOWN_CATEGORIES = 400, 10  # of those, test images in a picture and the number of their categories
-_BATCH = 100
 
 
 class Tightness(NamedTuple):
@@ -140,20 +136,8 @@ def embed_images(
     Returns:
       float64 [N, D].
     """
-    trained = load_trained(folder, config, dataset)
-    variables, normalize = jax.device_put(trained.saved.variables), make_normalize(config)
-    embedded = []
-    for start in range(0, len(images), _BATCH):
-        batch = images[start : start + _BATCH]
-        padded = np.pad(batch, [(0, _BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
-        output = _embed(trained.network, normalize, variables, padded)
-        embedded.append(np.asarray(output, np.float64)[: len(batch)])
-    return np.concatenate(embedded)
-
-
-@functools.partial(jax.jit, static_argnames=("network", "normalize"))
-def _embed(network: Network, normalize: Normalize, variables: Any, images: jax.Array) -> Any:
-    return network.apply(variables, normalize(images), train=False)[0].embedding
+    network, saved = load_trained(folder, config, dataset)
+    return embed(network, saved.variables, make_normalize(config), images)
 
 
 def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from cskd_jax.console import pause
+from cskd_jax.console import pause, say
 from cskd_jax.data import ImageDataset, load_dataset
 from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.data.samplers import BalancedSampler, UniformSampler
@@ -19,7 +19,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.models import create_model, settings_of
 from cskd_jax.runs import keys
 from cskd_jax.runs.optimization import Training, make_optimizer, make_training
-from cskd_jax.runs.trained import check_fits
+from cskd_jax.runs.trained import check_fits, starting_variables
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import load_variables
@@ -68,6 +68,7 @@ def build(
     given: tuple[str, Saved] | None = None,
     callbacks: Sequence[Callback] = (),
     beside: Run | None = None,
+    start: tuple[str, Saved] | None = None,
 ) -> Run:
     """Returns the objects of a run, with both trainers made at once so that mistakes show before training.
 
@@ -79,17 +80,18 @@ def build(
       given: Folder and checkpoint of a teacher that is not to be trained.
       callbacks: Callbacks of the training.
       beside: Run with the same given teacher, to be trained together with this one.
+      start: Folder and checkpoint of the weights that the student starts from; None for random ones.
 
     Raises:
       UserError: Networks, losses, data and the given teacher do not fit together; nothing has been compiled by then.
     """
+    make_student = functools.partial(make_trainer, "student", config, dataset, workdir, devices, start=start)
     if not needs_teacher(config.losses):
-        return Run(dataset, make_trainer("student", config, dataset, workdir, devices, callbacks=callbacks))
+        return Run(dataset, make_student(callbacks=callbacks))
     if beside is not None:
         if given is not None:
             check_fits(f"teacher.checkpoint {given[0]}", given[1], dataset)
-        trainer = make_trainer("student", config, dataset, workdir, devices, beside.teacher, callbacks, beside.trainer)
-        return beside._replace(trainer=trainer)
+        return beside._replace(trainer=make_student(beside.teacher, callbacks, beside.trainer))
     if given is None:
         description = describe_network(config.teacher, dataset.image_shape)
         teacher = Teacher(make_network(description, dataset.num_classes, config.dtype))
@@ -100,7 +102,7 @@ def build(
         teacher, teacher_trainer = Teacher(network, saved.variables), None
     return Run(
         dataset,
-        make_trainer("student", config, dataset, workdir, devices, teacher, callbacks),
+        make_student(teacher, callbacks),
         teacher,
         teacher_trainer,
         make_evaluation(teacher.network, config, dataset, devices),
@@ -240,6 +242,7 @@ def make_trainer(
     teacher: Teacher | None = None,
     callbacks: Sequence[Callback] = (),
     beside: Trainer | None = None,
+    start: tuple[str, Saved] | None = None,
 ) -> Trainer:
     """Returns the trainer of one network of a run.
 
@@ -252,6 +255,7 @@ def make_trainer(
       teacher: Teacher of the student; None if its losses need none.
       callbacks: Callbacks of the training.
       beside: Trainer whose teacher pass is shared.
+      start: Folder and checkpoint of the weights that the network starts from; None for random ones.
 
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
@@ -266,12 +270,17 @@ def make_trainer(
         training = Training(losses, *made, [Phase(config.teacher.epochs)])
     else:
         training = make_training(config, sampler.steps_per_epoch)
+    network, variables = make_network(description, dataset.num_classes, config.dtype), None
+    if start is not None:
+        variables, is_new = starting_variables(start, network, dataset, config.seed)
+        say(f"{role}: starts from {start[0]}{', with a new classifier' if is_new else ''}")
     student = Student(
-        make_network(description, dataset.num_classes, config.dtype),
+        network,
         training.losses,
         training.optimizer,
         training.schedule,
         config.optimizer.ema_decay,
+        variables,
         description=description,
         method=config.method,
     )

@@ -15,7 +15,7 @@ from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
 from cskd_jax.runs.keys import network_settings
-from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir, identify, is_done, kept_values
+from cskd_jax.runs.workdir import check_workdir, digests_in, identify, is_done, kept_values
 from cskd_jax.training.objective import needs_teacher
 
 # Keys and sections that concern the training of one student.
@@ -196,7 +196,7 @@ def check(runs: Sequence[Run]) -> None:
         path = run.workdir / "config.json"
         if path.exists():
             config = schema.with_values(config, kept_values(run.workdir, config))
-            check_workdir(run.workdir, identify(config, schema.read_flat(path).get(TEACHER_DIGEST)))
+            check_workdir(run.workdir, identify(config, digests_in(schema.read_flat(path))))
         if not run.done:
             data[str(config.dataset)] = config
     # This also prepares the data: two runs that start together would get into each other's way.

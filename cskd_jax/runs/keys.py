@@ -253,6 +253,12 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         ),
         "student.name": Key(REQUIRED, _MODEL, "Network of the student."),
         "student.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the student."),
+        "student.checkpoint": Key(
+            None,
+            rules.optional(rules.TEXT),
+            "Folder of a trained network, such as WORKDIR/student, from whose weights the student starts; its "
+            "classifier starts anew where the classes are others. None starts from random weights.",
+        ),
         **_network_keys("teacher"),
         **_network_keys("student"),
         "optimizer.name": Key(

@@ -26,9 +26,11 @@ from cskd_jax.runs.results import (
     say_results,
     write_results,
 )
-from cskd_jax.runs.trained import identity_of_teacher, load_given_teacher
+from cskd_jax.runs.trained import identity_of_teacher, load_given_teacher, load_start
 from cskd_jax.runs.workdir import (
     DEVICES,
+    STUDENT_DIGEST,
+    TEACHER_DIGEST,
     check_data,
     check_workdir,
     claim,
@@ -143,12 +145,15 @@ class _Started:
         config = job.config = schema.with_values(job.config, kept)
         if not self._adapt_devices:
             self.devices.check_batch_size("batch_size", config.batch_size)
-        given = digest = None
+        given = start = digest = None
         if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
             self.given = given = self.given or processes.on_first(load_given_teacher, config)
             digest = identity_of_teacher(given[0], given[1], config)
+        if config.student.checkpoint is not None:
+            start = processes.on_first(load_start, config)
         # A resumed run must not go on with another teacher.
-        identity = identify(config, digest)
+        digests = {TEACHER_DIGEST: digest, STUDENT_DIGEST: None if start is None else start[1].digest}
+        identity = identify(config, digests)
 
         def done_or_locked():
             check_workdir(workdir, identity)
@@ -170,7 +175,7 @@ class _Started:
         if self._adapt_devices and devices_of(workdir) not in (None, self._begun):
             raise UserError(f"{workdir} computes on another number of devices: train it alone, with --together=1")
         beside = next((run for run in self.runs.values() if run.teacher is not None), None)
-        run = build(config, workdir, self.devices, self._dataset, given, job.callbacks, beside)
+        run = build(config, workdir, self.devices, self._dataset, given, job.callbacks, beside, start)
         processes.on_first(claim, workdir, identity | {DEVICES: self.devices.count}, self._dataset)
         used, data = self.devices.describe(), self._dataset
         job.say(

@@ -1,8 +1,10 @@
 """Checkpoints of trained networks: loading a given teacher, and checking that a network fits a data set."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
 
 from cskd_jax.data import ImageDataset
@@ -13,7 +15,13 @@ from cskd_jax.models import create_model
 from cskd_jax.runs import schema
 from cskd_jax.runs.keys import network_settings
 from cskd_jax.training.checkpoint import FOLDER, load_variables
+from cskd_jax.training.networks import Network, Variables
+from cskd_jax.training.prediction import without_prediction
 from cskd_jax.training.saved import Record, Saved
+from cskd_jax.training.state import check_variables, init_network
+
+# The linear layers of a network of `MODELS` that tell classes apart.
+_CLASSIFIERS = ("classifier", "distillation_classifier")
 
 
 def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
@@ -35,6 +43,49 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
     if not saved.record.finished:
         raise UserError(f"teacher.checkpoint {path} is not trained to its end: run its own command again first")
     return path, saved
+
+
+def load_start(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
+    """Returns the folder and the checkpoint that `student.checkpoint` names.
+
+    Raises:
+      UserError: The checkpoint is not that of the configured network.
+    """
+    path = full_path(config.student.checkpoint)
+    # The workdir of a run is taken to mean its student.
+    path = str(path / "student" if (path / "student" / FOLDER).is_dir() else path)
+    saved = load_variables(path)
+    wanted = {"name": config.student.name, "width": float(config.student.width)}
+    held = {key: saved.record.network.get(key) for key in wanted}
+    if held != wanted:
+        raise UserError(f"student.checkpoint {path} holds {held}, the configuration asks for {wanted}")
+    return path, saved
+
+
+def starting_variables(
+    start: tuple[str, Saved], network: Network, dataset: ImageDataset, seed: int
+) -> tuple[Variables, bool]:
+    """Returns the variables that a student starts from, and whether its classifier is a new one.
+
+    Args:
+      start: Result of `load_start`.
+      network: Network of the student.
+      dataset: Data set that it is trained on.
+      seed: Seed of a new classifier, which there is unless the classes are those of the checkpoint.
+
+    Raises:
+      UserError: The checkpoint does not fit the network, such as one for another size of images.
+    """
+    path, saved = start
+    variables, shape = dict(without_prediction(saved.variables)), dataset.image_shape
+    is_new = saved.record.categories != list(dataset.categories)
+    if is_new:
+        fresh = jax.jit(functools.partial(init_network, network, image_shape=shape))(jax.random.PRNGKey(seed))[0]
+        heads = {name: fresh["params"][name] for name in _CLASSIFIERS if name in fresh["params"]}
+        others = {name: values for name, values in variables["params"].items() if name not in _CLASSIFIERS}
+        variables["params"] = {**others, **jax.device_get(heads)}
+    check_variables(network, variables, shape, f"student.checkpoint {path}")
+    return variables, is_new
 
 
 def _check_settings(path: str, record: Record, asked: Mapping[str, Any]) -> None:

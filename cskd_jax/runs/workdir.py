@@ -23,10 +23,10 @@ from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
 from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.optimizers import DOT_VERSION
 
-# What config.json holds besides the configuration has a space in its name: the digest of a given teacher, the
+# What config.json holds besides the configuration has a space in its name: the digests of given checkpoints, the
 # fingerprint of the data, "losses.NAME version" of a loss whose formula is not its first, that of the optimizer, and
 # the number of devices, which changes results by rounding.
-TEACHER_DIGEST = "teacher.checkpoint digest"
+TEACHER_DIGEST, STUDENT_DIGEST = "teacher.checkpoint digest", "student.checkpoint digest"
 DATA_FINGERPRINT = "dataset fingerprint"
 DEVICES = "number of devices"
 _VERSION = " version"
@@ -38,18 +38,23 @@ _NAME_LENGTH = 100
 _EPOCHS = {"teacher": "teacher.epochs", "student": "epochs"}
 
 
-def identify(config: ml_collections.ConfigDict, teacher_digest: str | None = None) -> dict[str, Any]:
+def identify(config: ml_collections.ConfigDict, digests: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the identity of a run as in config.json, without the fingerprint of the data.
 
     Args:
       config: Configuration of the run.
-      teacher_digest: Digest of the given teacher, if there is one.
+      digests: Digests of the given checkpoints by `TEACHER_DIGEST` and `STUDENT_DIGEST`; None where one is not given.
     """
     identity = schema.plain(config)
     identity |= {f"losses.{name}{_VERSION}": LOSSES[name].version for name in config.losses if LOSSES[name].version > 1}
     if config.optimizer.name == "dot":
         identity[f"optimizer.dot{_VERSION}"] = DOT_VERSION
-    return identity if teacher_digest is None else identity | {TEACHER_DIGEST: teacher_digest}
+    return identity | {name: digest for name, digest in (digests or {}).items() if digest is not None}
+
+
+def digests_in(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the digests of the given checkpoints that an identity has recorded."""
+    return {name: found.get(name) for name in (TEACHER_DIGEST, STUDENT_DIGEST)}
 
 
 def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.Path:
@@ -99,7 +104,7 @@ def _holds(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
     except (OSError, UserError):
         return False
     config = schema.with_values(config, kept_values(workdir, config))
-    return not _differences(found, identify(config, found.get(TEACHER_DIGEST)))
+    return not _differences(found, identify(config, digests_in(found)))
 
 
 def kept_values(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -243,8 +248,8 @@ def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, A
 def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns {key: (recorded value, requested value)} of all differences that change results."""
     passed, both = {DEVICES, *keys.indifferent()}, found.keys() & identity.keys()
-    if TEACHER_DIGEST in both:
-        passed.add("teacher.checkpoint")  # Its digest says which teacher it is: its folder may have moved.
+    # The digest says which network it is: its folder may have moved.
+    passed |= {name.removesuffix(" digest") for name in (TEACHER_DIGEST, STUDENT_DIGEST) if name in both}
     if DATA_FINGERPRINT not in both:
         passed.add(DATA_FINGERPRINT)  # Older runs have none, and it is not known before the data are loaded.
     old, new = schema.complete(found), schema.complete(identity)

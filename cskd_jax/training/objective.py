@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cskd_jax.errors import UserError
-from cskd_jax.losses import LOSSES, LossInputs, Method, View, gather_batch, half_cosine
+from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch, half_cosine
 from cskd_jax.models import ModelOutput
-from cskd_jax.training.layers import Layers, guard_layers
+from cskd_jax.training.layers import Layers
+from cskd_jax.training.outputs import Outputs, guard
 
 # The metrics and the columns of the history that are not losses; "accuracy" is what earlier versions called "top1".
 _RESERVED = frozenset(
@@ -150,7 +151,7 @@ class Objective:
 
     def init(self, key: jax.Array, inputs: LossInputs) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns (parameters, memory), each by name of the losses that have any; reads only shapes of `inputs`."""
-        inputs, params, memory = _guard(inputs), {}, {}
+        inputs, params, memory = guard(inputs), {}, {}
         for position, (name, (_, loss)) in enumerate(self.losses.items()):
             # The parameters do not depend on how the batch is split, and no axis is mapped here.
             variables = loss.clone(axis_name=None).lazy_init(jax.random.fold_in(key, position), inputs)
@@ -209,7 +210,7 @@ class Objective:
           The weighted total; {NAME: unweighted value, NAME/TERM: value of a term} for every loss; the new memory.
         """
         total: Any = 0.0
-        inputs, terms, new_memory = _guard(inputs._replace(epoch=step // self.steps_per_epoch)), {}, {}
+        inputs, terms, new_memory = guard(inputs._replace(epoch=step // self.steps_per_epoch)), {}, {}
         for name, (weight, loss) in self.losses.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             (value, parts), updated = loss.apply(variables, inputs, mutable=["memory"])
@@ -273,8 +274,8 @@ class FunctionLoss(Method):
         student: Any = inputs.student
         teacher: Any = inputs.teacher
         inputs = inputs._replace(
-            student=_Outputs(student.output, "student", gather),
-            teacher=None if teacher is None else _Outputs(teacher.output, "teacher", gather),
+            student=Outputs(student.output, "student", gather),
+            teacher=None if teacher is None else Outputs(teacher.output, "teacher", gather),
             views=jax.tree.map(gather, inputs.views),
             labels=gather(inputs.labels),
             indices=None if inputs.indices is None else gather(inputs.indices),
@@ -336,67 +337,3 @@ def _create_loss(name, loss, hyper, common):
     if callable(loss):
         return FunctionLoss(**common, function=loss)
     raise UserError(f"losses.{name} must be a number, a dictionary, a function or a Method; got {loss!r}")
-
-
-@jax.tree_util.register_pytree_node_class
-class _Outputs:
-    """The outputs of a network for losses; reading an output that the network lacks raises a clear error.
-
-    Losses read maps. Of a network of tokens, they get the tokens of the patches as the map that they form, without
-    class, distillation and register tokens. As of any maps, the larger of a pair is then pooled to the smaller.
-
-    Args:
-      output: Outputs of the network.
-      role: "student" or "teacher".
-      prepare: Function that is applied to every array that is read.
-    """
-
-    def __init__(self, output: ModelOutput, role: str, prepare: Callable[[jax.Array], jax.Array] = lambda x: x):
-        self.output, self._role, self._prepare = output, role, prepare
-
-    @property
-    def stages(self):
-        """Returns the map that each stage hands on, or the features where a network does not tell."""
-        return self.maps[1:] if self.output.maps else self.features
-
-    @property
-    def stem(self):
-        """Returns the map of the stem, or None if the network does not tell."""
-        return self.maps[0] if self.output.maps else None
-
-    def __getattr__(self, name):
-        if name.startswith("_") or name not in ModelOutput._fields:
-            raise AttributeError(name)
-        value, grid = getattr(self.output, name), self.output.grid
-        if name == "preactivations" and grid is not None:
-            raise ValueError(
-                "a loss reads the maps before the last ReLU of each stage, and no ReLU follows the tokens that the "
-                f"{self._role} gives: this loss needs networks of maps"
-            )
-        # A network of one head has no `head_logits`, and a loss may ask whether there are.
-        if value is None or (isinstance(value, tuple) and not value and name != "head_logits"):
-            raise ValueError(
-                f"a loss reads the {name} of the {self._role}, which that network does not return; "
-                f"name the path of a submodule, or return a ModelOutput with {name}"
-            )
-        if grid is not None and name in ("features", "maps"):
-            value = tuple(grid.to_map(tokens) for tokens in value)
-        return jax.tree.map(self._prepare, value)
-
-    def tree_flatten(self):
-        return (self.output,), (self._role, self._prepare)
-
-    @classmethod
-    def tree_unflatten(cls, extra, children):
-        return cls(*children, *extra)
-
-
-def _guard(inputs):
-    """Returns the inputs with a clear error in the place of everything that a network does not give."""
-
-    def guard(student, teacher) -> tuple[Any, Any]:
-        return _Outputs(student, "student"), None if teacher is None else _Outputs(teacher, "teacher")
-
-    student, teacher = guard(inputs.student, inputs.teacher)
-    views = tuple(View(*guard(*view)) for view in inputs.views)
-    return guard_layers(inputs)._replace(student=student, teacher=teacher, views=views)

@@ -112,5 +112,18 @@ def test_methods():
 def test_what_labels_methods_are_for():
     kinds = {kind: {name for name, method in LOSSES.items() if method.multilabel is kind} for kind in (True, False)}
     assert kinds[True] == {"binary_cross_entropy", "binary_kd", "multilabel_category_structure"}
-    logits = {"ctkd", "dkd", "mlkd", "nkd", "ofa", "rld", "sdd_dkd", "sdd_kd", "sdd_nkd", "weighted_target", "wkd_l"}
+    logits = {
+        "ctkd",
+        "deit",
+        "dkd",
+        "mlkd",
+        "nkd",
+        "ofa",
+        "rld",
+        "sdd_dkd",
+        "sdd_kd",
+        "sdd_nkd",
+        "weighted_target",
+        "wkd_l",
+    }
     assert kinds[False] == {"category_structure", "cross_entropy", "crd", "kdgan"} | logits

@@ -1,0 +1,44 @@
+"""Embeddings of images by a trained network."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from cskd_jax.data.augment import Normalize
+from cskd_jax.errors import UserError
+from cskd_jax.training.networks import Network, Variables
+
+_BATCH = 100
+
+
+def embed(network: Network, variables: Variables, normalize: Normalize, images: Any) -> np.ndarray:
+    """Returns the embeddings of images in evaluation mode.
+
+    Args:
+      network: Network that gives an embedding.
+      variables: Its variables.
+      normalize: Function from images to inputs of the network.
+      images: Images, uint8 [N, H, W, C], or anything that gives such for a slice.
+
+    Returns:
+      An array, float64 [N, D].
+
+    Raises:
+      UserError: The network gives no embedding.
+    """
+    variables, embedded = jax.device_put(variables), []
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+        padded = np.pad(batch, [(0, _BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
+        output = _apply(network, normalize, variables, padded)
+        if output is None:
+            raise UserError("the network gives no embedding")
+        embedded.append(np.asarray(output, np.float64)[: len(batch)])
+    return np.concatenate(embedded)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "normalize"))
+def _apply(network: Network, normalize: Normalize, variables: Any, images: jax.Array) -> Any:
+    return network.apply(variables, normalize(images), train=False)[0].embedding

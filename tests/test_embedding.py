@@ -1,0 +1,67 @@
+"""How well classes can be told apart in the embedding of a network."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cskd_jax.errors import UserError
+from cskd_jax.evaluate.__main__ import main
+from cskd_jax.evaluate.embedding import score
+from cskd_jax.training.embedding import embed
+
+
+def make_classes(count, spread):
+    """Embeddings of three classes around three directions of lengths that do not matter, and their labels."""
+    rng = np.random.default_rng(count)
+    labels = rng.integers(0, 3, count)
+    points = np.eye(3, 5)[labels] + spread * rng.normal(size=(count, 5))
+    return points * rng.uniform(1, 3, (count, 1)), labels
+
+
+def test_nearest_neighbors_vote_by_their_cosine():
+    train, test = make_classes(90, 0.5), make_classes(60, 0.5)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train[0], test[0])]
+    cosines = unit[1] @ unit[0].T
+    nearest = np.argsort(-cosines, axis=1)[:, :20]
+    votes = np.zeros((60, 3))
+    for row, indices in enumerate(nearest):
+        np.add.at(votes[row], train[1][indices], np.exp(cosines[row, indices] / 0.07))
+    assert score(*train, *test)["knn"] == np.mean(votes.argmax(axis=1) == test[1])
+
+
+def test_classes_apart_and_classes_mixed():
+    apart = score(*make_classes(90, 0.05), *make_classes(60, 0.05))
+    assert min(apart.values()) == 1
+    points, labels = make_classes(90, 0.05)
+    mixed = score(points, np.random.default_rng(0).permutation(labels), *make_classes(60, 0.05))
+    assert max(mixed.values()) < 0.8
+
+
+def test_few_images_are_all_neighbors():
+    assert score(*make_classes(9, 0.01), *make_classes(30, 0.01)).keys() == {"knn", "probe"}
+
+
+def test_a_network_without_an_embedding():
+    class Network:
+        def apply(self, variables, images, *, train):
+            del variables, images, train
+            return type("Output", (), {"embedding": None}), {}
+
+    with pytest.raises(UserError, match="the network gives no embedding"):
+        embed(Network(), {}, lambda x: x, np.zeros((3, 4, 4, 1), np.uint8))
+
+
+@pytest.mark.slow
+def test_command(done, digits_dir, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    for name in ("student", "config.json"):
+        (tmp_path / "run" / name).symlink_to(done / name)
+    arguments = [str(tmp_path / "run"), "--embedding", f"--config.dataset.data_dir={digits_dir}"]
+    assert main(["evaluate", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("nearest neighbors") for line in lines)
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    measured = evaluation["networks"]["student"]["embedding"]
+    assert all(0.1 < measured[name] <= 1 for name in ("knn", "probe"))
+    assert "20 training images" in evaluation["embedding"]
