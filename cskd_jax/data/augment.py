@@ -154,18 +154,6 @@ def enlarge(images: jax.Array, shorter_side: int) -> jax.Array:
     new_height, new_width = (round(side * shorter_side / min(height, width)) for side in (height, width))
     if new_height * new_width > 2**21:
         raise ValueError(f"resize is {shorter_side}: {new_width}x{new_height} pixels are too many for 32-bit integers")
-    rows = _interpolate(images.astype(jnp.int32), 1, new_height)
+    rows = photographs.interpolate(images.astype(jnp.int32), 1, new_height)
     total = 4 * new_height * new_width  # The sum of the weights.
-    return ((_interpolate(rows, 2, new_width) + total // 2) // total).astype(jnp.uint8)
-
-
-def _interpolate(values: jax.Array, axis: int, new_size: int) -> jax.Array:
-    """Interpolates int32 values linearly along an axis; returns them times 2 * new_size."""
-    size, scale = values.shape[axis], 2 * new_size
-    # Pixel i of the result has its middle at (i + 1/2) * size / new_size - 1/2 in the old pixels, here times `scale`.
-    middle = np.clip((2 * np.arange(new_size) + 1) * size - new_size, 0, (size - 1) * scale)
-    low, weight = np.divmod(middle, scale)
-    weight = np.expand_dims(weight, [other for other in range(values.ndim) if other != axis]).astype(np.int32)
-    below = jnp.take(values, low, axis)
-    above = jnp.take(values, np.minimum(low + 1, size - 1), axis)
-    return below * (scale - weight) + above * weight
+    return ((photographs.interpolate(rows, 2, new_width) + total // 2) // total).astype(jnp.uint8)

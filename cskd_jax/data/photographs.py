@@ -32,9 +32,9 @@ def resized_crop(image: jax.Array, key: jax.Array, smallest_area: float) -> jax.
     """
     (top, rows), (left, columns) = _draw_box(key, image.shape[:2], (smallest_area, 1.0), _CROP_RATIOS)
     height, width = image.shape[:2]
-    values = _enlarge(image.astype(jnp.int32), 0, top, rows)
+    values = interpolate(image.astype(jnp.int32), 0, height, top, rows)
     total = 4 * height * width  # The sum of the weights.
-    return ((_enlarge(values, 1, left, columns) + total // 2) // total).astype(jnp.uint8)
+    return ((interpolate(values, 1, width, left, columns) + total // 2) // total).astype(jnp.uint8)
 
 
 def color_jitter(image: jax.Array, key: jax.Array, strength: float) -> jax.Array:
@@ -108,12 +108,24 @@ def _draw_box(key, size, areas, ratios):
     return place(row_key, size[0], jnp.sqrt(area) / root), place(column_key, size[1], jnp.sqrt(area) * root)
 
 
-def _enlarge(values, axis, start, size):
-    """Interpolates `size` int32 values from `start` along an axis to as many as it has; returns them times 2 * that."""
-    length = values.shape[axis]
-    scale = 2 * length
-    # Pixel i of the result has its middle at (i + 1/2) * size / length - 1/2 in the old pixels, here times `scale`.
-    middle = jnp.clip((2 * jnp.arange(length, dtype=jnp.int32) + 1) * size - length, 0, (size - 1) * scale)
+def interpolate(
+    values: jax.Array, axis: int, new_size: int, start: int | jax.Array = 0, size: int | jax.Array | None = None
+) -> jax.Array:
+    """Interpolates a part of int32 values linearly along an axis.
+
+    Args:
+      values: Values, int32.
+      axis: The axis.
+      new_size: Number of values of the result along the axis, at least that of the part.
+      start: Position of the first value of the part.
+      size: Number of values of the part; None takes all.
+
+    Returns:
+      The interpolated values times 2 * new_size, int32.
+    """
+    size, scale = values.shape[axis] if size is None else size, 2 * new_size
+    # Pixel i of the result has its middle at (i + 1/2) * size / new_size - 1/2 in the old pixels, here times `scale`.
+    middle = jnp.clip((2 * jnp.arange(new_size, dtype=jnp.int32) + 1) * size - new_size, 0, (size - 1) * scale)
     low, weight = middle // scale, middle % scale
     weight = weight.reshape([-1 if other == axis else 1 for other in range(values.ndim)])
     below = jnp.take(values, start + low, axis)

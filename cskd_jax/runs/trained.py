@@ -31,14 +31,7 @@ def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
       UserError: The checkpoint is not that of the configured network, trained to the end.
     """
     schema.check_teacher_exists(config)
-    path = full_path(config.teacher.checkpoint)
-    # The workdir of a run is taken to mean its teacher.
-    path = str(path / "teacher" if (path / "teacher" / FOLDER).is_dir() else path)
-    saved = load_variables(path)
-    wanted = {"name": config.teacher.name, "width": float(config.teacher.width)}
-    held = {key: saved.record.network.get(key) for key in wanted}
-    if held != wanted:
-        raise UserError(f"teacher.checkpoint {path} holds {held}, the configuration asks for {wanted}")
+    path, saved = _load(config, "teacher")
     _check_settings(path, saved.record, network_settings(config.teacher))
     if not saved.record.finished:
         raise UserError(f"teacher.checkpoint {path} is not trained to its end: run its own command again first")
@@ -51,14 +44,20 @@ def load_start(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
     Raises:
       UserError: The checkpoint is not that of the configured network.
     """
-    path = full_path(config.student.checkpoint)
-    # The workdir of a run is taken to mean its student.
-    path = str(path / "student" if (path / "student" / FOLDER).is_dir() else path)
+    return _load(config, "student")
+
+
+def _load(config, role):
+    """Returns folder and checkpoint of the network of a role; raises UserError if that is another than configured."""
+    settings = config[role]
+    path = full_path(settings.checkpoint)
+    # The workdir of a run is taken to mean its network of that role.
+    path = str(path / role if (path / role / FOLDER).is_dir() else path)
     saved = load_variables(path)
-    wanted = {"name": config.student.name, "width": float(config.student.width)}
+    wanted = {"name": settings.name, "width": float(settings.width)}
     held = {key: saved.record.network.get(key) for key in wanted}
     if held != wanted:
-        raise UserError(f"student.checkpoint {path} holds {held}, the configuration asks for {wanted}")
+        raise UserError(f"{role}.checkpoint {path} holds {held}, the configuration asks for {wanted}")
     return path, saved
 
 
