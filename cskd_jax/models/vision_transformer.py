@@ -52,8 +52,8 @@ class VisionTransformer(nn.Module):
         None takes images of one size only, that of the first.
       pool: Whether the head gets the class token or the average of the patches.
       class_token: Whether there is a class token.
-      distillation_token: Whether there is a distillation token, with a head of its own. The logits are the mean of both
-        heads, and `head_logits` those of the class token and of the distillation token.
+      distillation_token: Whether there is a distillation token, with a head of its own; the logits are then the mean of
+        both heads, and `head_logits` those of the class token and of the distillation token.
       register_tokens: Number of register tokens.
       position_tokens: Tokens besides the patches that have a position embedding: all, all but the registers ("class"),
         or none.

@@ -59,6 +59,7 @@ _NETWORK_SETTINGS = (
     "depth",
     "num_heads",
     "pool",
+    "distillation_token",
     "register_tokens",
     "layer_scale",
     "dropout",
