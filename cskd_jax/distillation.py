@@ -172,9 +172,8 @@ def distill(
         if workdir is not None:
             settings = {"epochs": int(epochs), "batch_size": int(sampler.batch_size), "drop_last": drop_last}
             # A setting that is off is not written: an earlier version knew none.
-            settings |= {"seed": int(seed)} | (
-                {"accumulation_steps": accumulation_steps} if accumulation_steps > 1 else {}
-            )
+            settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
+            settings["seed"] = int(seed)
             settings |= _describe_inputs(data, normalize, own, paths, teacher_paths, teacher_variables)
             settings |= _describe_students(students, several) | ({"mix": dataclasses.asdict(mix)} if mix else {})
             trainer.say(_claim(workdir, settings, students))

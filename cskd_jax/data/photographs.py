@@ -71,11 +71,28 @@ def erase(image: jax.Array, key: jax.Array, probability: float) -> jax.Array:
       Zhong, Zheng, Kang, Li, Yang, "Random Erasing Data Augmentation", 2020, https://arxiv.org/abs/1708.04896.
     """
     happens_key, box_key = jax.random.split(key)
-    (top, rows), (left, columns) = _draw_box(box_key, image.shape[:2], _ERASED_AREAS, _ERASED_RATIOS)
-    row, column = (jnp.arange(side, dtype=jnp.int32) for side in image.shape[:2])
-    in_rows, in_columns = (row >= top) & (row < top + rows), (column >= left) & (column < left + columns)
-    erased = in_rows[:, None] & in_columns & jax.random.bernoulli(happens_key, probability)
+    size = image.shape[:2]
+    inside = in_rectangle(size, *_draw_box(box_key, size, _ERASED_AREAS, _ERASED_RATIOS))
+    erased = inside & jax.random.bernoulli(happens_key, probability)
     return jnp.where(erased[:, :, None], jnp.uint8(GRAY), image)
+
+
+def in_rectangle(
+    size: tuple[int, ...], rows: tuple[jax.Array, jax.Array], columns: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """Returns which pixels of an image lie in a rectangle, bool [H, W].
+
+    Args:
+      size: Height and width of the image.
+      rows: The first row of the rectangle, which may lie outside of the image, and the number of its rows.
+      columns: The first column and the number of columns, likewise.
+    """
+
+    def is_inside(length, first, count):
+        at = jnp.arange(length, dtype=jnp.int32)
+        return (at >= first) & (at < first + count)
+
+    return is_inside(size[0], *rows)[:, None] & is_inside(size[1], *columns)
 
 
 def gray(image: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cskd_jax.data.photographs import GRAY, blend, gray, mean_gray
+from cskd_jax.data.photographs import GRAY, blend, gray, in_rectangle, mean_gray
 from cskd_jax.data.warp import PIXEL, WHOLE, make_rotation, make_warp
 
 _DEGREES, _SHEAR, _SHIFT = 30, 0.3, 0.3
@@ -54,12 +54,10 @@ def _cut_out(image, key):
     size_key, row_key, column_key = jax.random.split(key, 3)
     side = jax.random.randint(size_key, (), 0, width // 2 + 1)
 
-    def is_inside(key, length):
-        start = jax.random.randint(key, (), 0, length) - side // 2
-        at = jnp.arange(length, dtype=jnp.int32)
-        return (at >= start) & (at < start + side)
+    def place(key, length):
+        return jax.random.randint(key, (), 0, length) - side // 2, side
 
-    inside = is_inside(row_key, height)[:, None] & is_inside(column_key, width)
+    inside = in_rectangle((height, width), place(row_key, height), place(column_key, width))
     return jnp.where(inside[:, :, None], GRAY, image)
 
 

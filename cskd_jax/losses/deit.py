@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cskd_jax.losses._checks import at_least_float32, check_logits
+from cskd_jax.losses._checks import check_logits
 from cskd_jax.losses.base import LossInputs, Method, Positive
-from cskd_jax.losses.logits import kd_loss
+from cskd_jax.losses.logits import cross_entropy_loss, kd_loss
 
 
 def hard_distillation_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
@@ -31,8 +31,7 @@ def hard_distillation_loss(student_logits: jax.Array, teacher_logits: jax.Array)
     """
     check_logits(student_logits, teacher_logits)
     predicted = jnp.argmax(lax.stop_gradient(teacher_logits), axis=1)
-    log_probabilities = jax.nn.log_softmax(at_least_float32(student_logits))
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, predicted[:, None], axis=1))
+    return cross_entropy_loss(student_logits, predicted)
 
 
 class DistillationToken(Method):

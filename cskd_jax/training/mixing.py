@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cskd_jax.data.photographs import in_rectangle
 from cskd_jax.errors import UserError
 from cskd_jax.losses import gather_batch
 
@@ -59,9 +60,9 @@ class Mix:
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"mixup and cutmix mix inputs of networks that are floats; got {images.dtype}")
         others = partners(images, axis_name)
-        uses_mixup = jax.random.bernoulli(jax.random.fold_in(key, _PROBABILITY))
-        if not (self.mixup and self.cutmix):
-            uses_mixup = jnp.bool_(self.mixup > 0)
+        uses_mixup = jnp.bool_(self.mixup > 0)
+        if self.mixup and self.cutmix:
+            uses_mixup = jax.random.bernoulli(jax.random.fold_in(key, _PROBABILITY))
         parameter = jnp.where(uses_mixup, jnp.float32(self.mixup), jnp.float32(self.cutmix))
         share = jax.random.beta(jax.random.fold_in(key, _SHARE), parameter, parameter, dtype=jnp.float32)
         in_box = _draw_box(jax.random.fold_in(key, _BOX), share, images.shape[1:3])
@@ -81,11 +82,10 @@ def partners(x: jax.Array, axis_name: str | None) -> jax.Array:
 def _draw_box(key, share, size):
     """Returns which pixels [H, W] lie in a random rectangle of 1 - share of the area, cut off at the borders."""
 
-    def is_inside(key, length):
+    def place(key, length):
         middle = jax.random.randint(key, (), 0, length)
         half = (length * jnp.sqrt(1 - share)).astype(jnp.int32) // 2
-        at = jnp.arange(length, dtype=jnp.int32)
-        return (at >= middle - half) & (at < middle + half)
+        return middle - half, 2 * half
 
     row_key, column_key = jax.random.split(key)
-    return is_inside(row_key, size[0])[:, None] & is_inside(column_key, size[1])
+    return in_rectangle(size, place(row_key, size[0]), place(column_key, size[1]))

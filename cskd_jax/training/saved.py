@@ -1,4 +1,4 @@
-"""What a checkpoint of a network holds: its variables, and a JSON record that says what they are."""
+"""The content of a checkpoint of a network: its variables, and a JSON record that says what they are."""
 
 import dataclasses
 from functools import partial
