@@ -41,7 +41,7 @@ from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.arrays import digest_of
 from cskd_jax.training.programs import Reads
 from cskd_jax.training.state import init_network
-from cskd_jax.training.trainer import Teacher
+from cskd_jax.training.teachers import Teacher
 
 TOGETHER = ("ce", "kd", "at", "cskd")
 NUM_CLASSES = 100
@@ -92,7 +92,7 @@ class Students:
             teacher, trainers = Teacher(network, jax.device_get(variables)), []
             for config in configs:
                 beside = trainers[0] if trainers else None
-                trainers.append(make_trainer("student", config, dataset, None, self._devices, teacher, (), beside))
+                trainers.append(make_trainer("student", config, dataset, None, self._devices, [teacher], (), beside))
             self._programs = [trainer.programs("student") for trainer in trainers]
             self._pass = trainers[0].teacher_pass
             self._compile()
@@ -227,7 +227,7 @@ def measure_checks(pair: Pair) -> Part:
         dataset = make_dataset(pair.batch_size * max(3, -(-NUM_CLASSES // pair.batch_size)), pair.side)
         network = make_network(describe_network(config.teacher, dataset.image_shape), NUM_CLASSES, config.dtype)
         variables = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
-        trainer = make_trainer("student", config, dataset, folder, Devices(), Teacher(network, variables))
+        trainer = make_trainer("student", config, dataset, folder, Devices(), [Teacher(network, variables)])
         return digest_of(trainer.fit(stop)["student"].variables)
 
     with tempfile.TemporaryDirectory() as name:

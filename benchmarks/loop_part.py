@@ -17,7 +17,7 @@ from cskd_jax.distributed.devices import Devices
 from cskd_jax.runs.build import describe_network, make_network, make_trainer
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.state import init_network
-from cskd_jax.training.trainer import Teacher
+from cskd_jax.training.teachers import Teacher
 
 NUM_CLASSES = 100
 # {name: (network of teacher and student, its width, side of the images, steps in an epoch)}
@@ -61,7 +61,7 @@ class Runner:
         )
         variables = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
         self._teacher, self._devices = Teacher(network, variables), devices
-        self._make = lambda folder: make_trainer("student", config, dataset, folder, devices, self._teacher)
+        self._make = lambda folder: make_trainer("student", config, dataset, folder, devices, [self._teacher])
         self._batch_size = config.batch_size
         self.loop(), self.bare()
 

@@ -33,7 +33,7 @@ from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.models.layers import normalize_by_batch
 from cskd_jax.runs.build import describe_network, make_network, make_trainer
 from cskd_jax.runs.recipes import load_recipe
-from cskd_jax.training.trainer import Teacher
+from cskd_jax.training.teachers import Teacher
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s64": 8, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
@@ -83,7 +83,7 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
     teacher = Teacher(
         make_network(describe_network(config.teacher, dataset.image_shape), arguments.categories, config.dtype)
     )
-    trainer = make_trainer("student", config, dataset, None, Devices(), teacher)
+    trainer = make_trainer("student", config, dataset, None, Devices(), [teacher])
     programs = trainer.programs("student")
     # The optimizations of LLVM change neither.
     compiled = programs.lowered[0].compile(compiler_options={"xla_backend_optimization_level": 0})

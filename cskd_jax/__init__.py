@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from cskd_jax.errors import DivergedError, InterruptedRun, UserError
     from cskd_jax.losses import LOSSES, LossInputs, Method
     from cskd_jax.models import MODELS, ModelOutput, create_model
-    from cskd_jax.runs.api import LoadedRun, get_config, load_run, run
+    from cskd_jax.runs.api import LoadedRun, get_config, load_run, load_teacher, run
     from cskd_jax.training.adapters import FunctionNetwork, LinenNetwork
     from cskd_jax.training.callbacks import Callback, Console
     from cskd_jax.training.mixing import Mix
     from cskd_jax.training.networks import Network
     from cskd_jax.training.nnx_adapter import NnxNetwork
     from cskd_jax.training.phases import Phase
-    from cskd_jax.training.trainer import Result, Student, Teacher, Trainer
+    from cskd_jax.training.teachers import Teacher
+    from cskd_jax.training.trainer import Result, Student, Trainer
 
 # Loaded when they are used: the commands, and the processes that decode images, need not import all of them.
 _PUBLIC = {
@@ -29,14 +30,15 @@ _PUBLIC = {
     "cskd_jax.errors": ("DivergedError", "InterruptedRun", "UserError"),
     "cskd_jax.losses": ("LOSSES", "LossInputs", "Method"),
     "cskd_jax.models": ("MODELS", "ModelOutput", "create_model"),
-    "cskd_jax.runs.api": ("LoadedRun", "get_config", "load_run", "run"),
+    "cskd_jax.runs.api": ("LoadedRun", "get_config", "load_run", "load_teacher", "run"),
     "cskd_jax.training.callbacks": ("Callback", "Console"),
     "cskd_jax.training.adapters": ("FunctionNetwork", "LinenNetwork"),
     "cskd_jax.training.mixing": ("Mix",),
     "cskd_jax.training.networks": ("Network",),
     "cskd_jax.training.nnx_adapter": ("NnxNetwork",),
     "cskd_jax.training.phases": ("Phase",),
-    "cskd_jax.training.trainer": ("Result", "Student", "Teacher", "Trainer"),
+    "cskd_jax.training.teachers": ("Teacher",),
+    "cskd_jax.training.trainer": ("Result", "Student", "Trainer"),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -66,6 +68,7 @@ __all__ = [
     "distill",
     "get_config",
     "load_run",
+    "load_teacher",
     "run",
 ]
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cskd_jax.data import ImageDataset, Split
+from cskd_jax.data import ImageDataset
+from cskd_jax.data.arrays import from_arrays, make_split
 from cskd_jax.data.augment import Normalize
 from cskd_jax.data.batches import EpochBatches
 from cskd_jax.data.fingerprint import fingerprint
@@ -30,10 +30,10 @@ from cskd_jax.training.arrays import digest_of
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
 from cskd_jax.training.mixing import Mix
-from cskd_jax.training.normalization import renormalize
 from cskd_jax.training.objective import as_settings
 from cskd_jax.training.phases import Phase
-from cskd_jax.training.trainer import Student, Teacher, Trainer
+from cskd_jax.training.teachers import Combine, Teacher, variables_of
+from cskd_jax.training.trainer import Student, Trainer
 
 _IDENTITY = "distillation.json"
 _STUDENT = "student"
@@ -51,6 +51,7 @@ def distill(
     steps_per_epoch: int | None = None,
     teacher: Any = None,
     teacher_variables: Mapping[str, Any] | None = None,
+    combine_teachers: Combine = "logits",
     student_variables: Mapping[str, Any] | None = None,
     epochs: int = 10,
     batch_size: int = 128,
@@ -89,16 +90,19 @@ def distill(
         see the same batches, which pass through the teacher once for all; each becomes what it would become alone.
       losses: {name: weight, or settings with a "weight", or a loss of one's own}; see `training.objective.Objective`.
       optimizer: Optimizer, such as `optax.adamw(1e-3)`.
-      train: Images [N, H, W, C] and labels, int [N], or 0 and 1 [N, K] where an image has any number of classes.
-        uint8 images are divided by 255 and normalized by `mean` and `std`; floats are taken as they are. Or a function
-        from the number of an epoch, from 0, to an iterable of batches of them, such as a data loader: see
-        `data.batches.EpochBatches`.
+      train: Images [N, H, W, C] and labels, int [N], or 0 and 1 [N, K] where an image has any number of classes; None
+        for losses that read none. uint8 images are divided by 255 and normalized by `mean` and `std`; floats are taken
+        as they are. Or a function from the number of an epoch, from 0, to an iterable of batches of them, such as a
+        data loader: see `data.batches.EpochBatches`.
       test: Likewise; the whole of it is evaluated after every epoch, or at the end where there is a `validation`.
       validation: Likewise; it then chooses the best epoch, and the test split is measured for the last and that epoch.
       steps_per_epoch: Number of batches of an epoch, where `train` is a function; None counts those of epoch 0.
-      teacher: Network likewise; None where no loss reads a teacher.
+      teacher: Network likewise; None where no loss reads a teacher. Or a `Teacher`, with variables, a normalization and
+        a size of images, or a list of them with a weight each; a loss then reads their combination, or the one that its
+        setting "teacher" names.
       teacher_variables: Variables of the teacher, such as {"params": ..., "batch_stats": ...}; None for those of an nnx
         module.
+      combine_teachers: What is averaged over several teachers, "logits" or "probabilities"; see `teachers.Ensemble`.
       student_variables: Variables that the student starts from (fine-tuning); None for fresh ones, or for those of an
         nnx module.
       epochs: Number of epochs.
@@ -145,17 +149,18 @@ def distill(
     students = _as_students(students, student, student_variables, paths, losses, optimizer, schedule, ema)
     given = _make_batches(train, steps_per_epoch)
     arrays: Any = train if given is None else given.first
-    data = make_data(arrays, test, categories, validation)
+    data = from_arrays(arrays, test, categories, validation)
     if given is not None:
         given.num_classes = data.num_classes
     sampler = given or UniformSampler(len(data.train.labels), batch_size, seed, drop_last)
     normalize, own = _make_normalizations(data, mean, std, teacher_mean, teacher_std)
     teacher_paths = teacher_features, teacher_embedding, teacher_head
+    teachers = _as_teachers(teacher, teacher_variables, teacher_paths, None if own.is_same(normalize) else own)
     workdir = None if workdir is None else local_folder(workdir)
     with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY, folders=("tensorboard", *students)):
         trainer = Trainer(
             students,
-            _make_teachers(teacher, teacher_variables, teacher_paths, normalize, own),
+            teachers,
             data=data,
             phases=[Phase(epochs)],
             seed=seed,
@@ -167,6 +172,7 @@ def distill(
             devices=devices,
             log_every=log_every,
             accumulation_steps=accumulation_steps,
+            combine_teachers=combine_teachers,
             mix=mix,
         )
         if workdir is not None:
@@ -175,6 +181,8 @@ def distill(
             settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
             settings["seed"] = int(seed)
             settings |= _describe_inputs(data, normalize, own, paths, teacher_paths, teacher_variables)
+            described = isinstance(teacher, list | tuple | Teacher)
+            settings |= _describe_teachers(teachers, combine_teachers) if described else {}
             settings |= _describe_students(students, several) | ({"mix": dataclasses.asdict(mix)} if mix else {})
             trainer.say(_claim(workdir, settings, students))
         results = trainer.fit()
@@ -251,72 +259,56 @@ def _make_normalize(data: ImageDataset, mean: Sequence[float], std: Sequence[flo
     return Normalize(tuple(map(float, mean)), tuple(map(float, std))).checked(data.image_shape[-1], name)
 
 
-def _make_teachers(teacher, variables, paths, normalize, own):
-    """Returns the teachers, at most one; raises UserError for one without variables."""
+def _as_teachers(teacher, variables, paths, own) -> Sequence[Teacher]:
+    """Returns the teachers of a call; raises UserError for one without variables, or settings that belong to one.
+
+    Args:
+      teacher: Network of the only teacher, a list of teachers, or None.
+      variables: Variables of the only teacher.
+      paths: Paths within the only teacher of its features, embedding and classifier.
+      own: Normalization of the only teacher; None if it is that of the students.
+    """
     if teacher is None:
         return []
+    if isinstance(teacher, list | tuple | Teacher):
+        teacher = [teacher] if isinstance(teacher, Teacher) else teacher
+        if not teacher or not all(isinstance(one, Teacher) for one in teacher):
+            raise UserError("several teachers must be a list of Teacher(network, variables), with at least one")
+        features, embedding, head = paths
+        single = {"teacher_variables": variables, "teacher_mean or teacher_std": own}
+        single |= {"teacher_features": features or None, "teacher_embedding": embedding, "teacher_head": head}
+        given = [name for name, value in single.items() if value is not None]
+        if given:
+            raise UserError(f"{given[0]} belongs to a network that is given alone: here it is part of each `Teacher`")
+        return teacher
     network = as_network(teacher, *paths)
     variables = network.variables if variables is None else variables
     if variables is None:
         raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")
-    return [Teacher(renormalize(network, normalize, own), variables)]
+    return [Teacher(network, variables, normalization=own)]
+
+
+def _describe_teachers(teachers, combine):
+    """Returns what can be compared of several teachers, as JSON."""
+    described = []
+    for teacher in teachers:
+        own, variables = teacher.normalization, variables_of([teacher])
+        entry = {"variables": None if variables is None else digest_of(variables), "weight": float(teacher.weight)}
+        entry["normalization"] = None if own is None else {"mean": own.mean, "std": own.std}
+        described.append(entry | {"image_size": teacher.image_size})
+    return {"teachers": described, "combine_teachers": combine}
 
 
 def _make_batches(train: Any, steps_per_epoch: int | None) -> EpochBatches | None:
     """Returns the batches that a function makes; None if `train` holds arrays."""
     if callable(train):
-        return EpochBatches(train, functools.partial(_make_split, "train"), steps_per_epoch)
+        return EpochBatches(train, functools.partial(make_split, "train"), steps_per_epoch)
     if not isinstance(train, tuple | list):
         raise UserError(
             f"train is a {type(train).__name__}, which may be spent after one epoch: give arrays, or a function from "
             "the number of an epoch to an iterable of (images, labels), such as train=lambda epoch: loader"
         )
     return None
-
-
-def make_data(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
-    categories: Sequence[str] | None = None,
-    validation: tuple[np.ndarray, np.ndarray] | None = None,
-) -> ImageDataset:
-    """Returns the data set of arrays, as `distill` takes them.
-
-    Raises:
-      UserError: They are no images and labels, or those of the two splits do not fit together.
-    """
-    given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
-    splits: list[Any] = [_make_split(name, *arrays) for name, arrays in given.items()]
-    kinds = [
-        f"images {split.images.shape[1:]} {split.images.dtype} with labels {['N', *split.labels.shape[1:]]}"
-        for split in splits
-    ]
-    for name, kind in zip(given, kinds, strict=True):
-        if kind != kinds[0]:
-            raise UserError(f"train and {name} differ: {kinds[0]} and {kind}")
-    multilabel = splits[0].labels.ndim == 2
-    count = splits[0].labels.shape[1] if multilabel else 1 + max(int(split.labels.max()) for split in splits)
-    names = tuple(map(str, range(count))) if categories is None else tuple(categories)
-    if len(names) < count or any(split.labels.min() < 0 for split in splits):
-        raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of classes less 1")
-    return ImageDataset("arrays", splits[0], splits[1], names, splits[2] if validation is not None else None)
-
-
-def _make_split(name, images, labels):
-    images, labels = np.asarray(images), np.asarray(labels)
-    if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not len(images):
-        raise UserError(
-            f"{name} must be images [N, H, W, C] and labels [N] or [N, K]; got shapes {images.shape} and {labels.shape}"
-        )
-    if images.dtype != np.uint8:
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(f"{name} images are {images.dtype}; they must be uint8 or floats")
-        images = images.astype(np.float32)
-    if labels.ndim == 2 and labels.shape[1] < 2:
-        raise UserError(f"{name} labels have shape {labels.shape}; labels of one class each must have shape [N]")
-    if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{name} labels are {labels.dtype}; they must be integers, the numbers of the classes")
-    return Split(images, labels.astype(np.int32 if labels.ndim == 1 else np.float32))
 
 
 def _describe_loss(entry):

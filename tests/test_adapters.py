@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import cskd_jax
+from cskd_jax.data.arrays import from_arrays
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.networks import draws_random_numbers
@@ -118,7 +119,7 @@ def test_resumes_bit_for_bit(kind, tmp_path):
     start = network.variables if settings["student_variables"] is None else VARIABLES
     trainer = cskd_jax.Trainer(
         {"student": cskd_jax.Student(student, {"cross_entropy": 1.0}, optax.adamw(1e-2), variables=start)},
-        data=cskd_jax.distillation.make_data(settings["train"], settings["test"]),
+        data=from_arrays(settings["train"], settings["test"]),
         phases=[cskd_jax.Phase(2)], batch_size=8, callbacks=(), devices=1, log_every=1, workdir=tmp_path,
     )  # fmt: skip
     with pytest.raises(InterruptedRun):

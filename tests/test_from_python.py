@@ -19,6 +19,10 @@ assert loaded.metrics["test"]["top1"] > 0.2, loaded.metrics
 assert trained(images[:5].astype(np.float32)).shape == (5, 10)
 assert {"at", "rkd/angle"} <= at.history[0].keys(), at.history[0]
 assert best.top1 > 0.1
+assert "mse_logits" in several.history[0], several.history[0]
+assert {"kd", "dml/mutual"} <= peers.history[0].keys(), peers.history[0]
+assert "top1" not in free.history[0], free.history[0]
+assert tuned.metrics["test"]["top1"] > 0.2, tuned.metrics
 assert [row["epoch"] for row in result.history if row["split"] == "test"] == [1, 2, 3]
 assert logits.shape == (5, 10)
 assert again.results["student"]["last"] == run.results["student"]["last"]

@@ -14,6 +14,7 @@ from cskd_jax.models import create_model
 from cskd_jax.runs import schema
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.mixing import partners
+from tests.tiers import chosen
 from tests.torch_files import assert_same_variables
 
 RNG = np.random.default_rng(0)
@@ -54,7 +55,7 @@ def test_draws():
     assert whole[2] == 1
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("devices", chosen([8, 1, 2], 1))
 def test_devices_mix_the_global_batch(devices):
     def split(x):
         return x.reshape(devices, -1, *x.shape[1:])

@@ -19,7 +19,8 @@ from cskd_jax.runs.trained import check_fits
 from cskd_jax.training.checkpoint import load_variables
 from cskd_jax.training.phases import Phase
 from cskd_jax.training.saved import Record, Saved
-from cskd_jax.training.trainer import Student, Teacher, Trainer
+from cskd_jax.training.teachers import Teacher
+from cskd_jax.training.trainer import Student, Trainer
 from tests.conftest import ROOT
 
 SMALL = [

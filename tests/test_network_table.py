@@ -5,6 +5,7 @@ import pytest
 from cskd_jax.models import MODELS, Stage
 from cskd_jax.runs.network_table import HEADER, row
 from tests.conftest import ROOT
+from tests.tiers import chosen
 
 LINES = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8").splitlines(keepends=True)
 
@@ -15,15 +16,7 @@ def test_every_network_has_a_line():
     assert names == list(MODELS)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in ("resnet8", "deit_tiny") else pytest.mark.slow)
-        for name in MODELS
-        # These are deeper forms of networks that are looked at.
-        if not name.startswith(("resnet101", "resnet152", "resnet110", "resnet44", "resnet56", "wrn_40"))
-    ],
-)
+@pytest.mark.parametrize("name", chosen([*MODELS], ("resnet8", "vgg8", "wrn_16_1", "shufflenet_v1", "deit_tiny")))
 def test_line_is_up_to_date(name):
     message = "docs/networks.md is out of date; python -m cskd_jax.runs.network_table prints its table"
     assert row(name) in LINES, message

@@ -18,7 +18,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.models import create_model
 from cskd_jax.runs.build import build, load_trained, make_evaluation
 from cskd_jax.runs.recipes import load_recipe
-from cskd_jax.runs.trained import check_fits, identity_of_teacher
+from cskd_jax.runs.trained import Given, check_fits, identity_of_teachers
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.checkpoint import load_variables
 from cskd_jax.training.normalization import RenormalizedNetwork, renormalize
@@ -153,9 +153,8 @@ def test_run_with_a_teacher_of_another_normalization(done, digits_dir, tmp_path)
         trained = load_trained(path, config, dataset)
         evaluation = make_evaluation(trained.network, config, dataset, devices)
         scores.append(evaluation(devices.replicate(trained.saved.variables)))
-        kinds.append(
-            type(build(config, tmp_path, devices, dataset, (str(path), load_variables(str(path)))).teacher.network)
-        )
+        given = [Given("teacher.checkpoint", str(path), load_variables(str(path)))]
+        kinds.append(type(build(config, tmp_path, devices, dataset, given).teachers[0].network))
     assert scores[0]["top1"] == scores[1]["top1"]
     np.testing.assert_allclose(scores[0]["loss"], scores[1]["loss"], rtol=1e-4)
     assert kinds[0] is not RenormalizedNetwork
@@ -169,7 +168,9 @@ def test_another_normalization_is_another_teacher(done):
 
     def identity(**images):
         record = dataclasses.replace(saved.record, images=images)
-        return identity_of_teacher("runs/teacher", saved._replace(record=record), config)
+        return identity_of_teachers(
+            [Given("teacher.checkpoint", "runs/teacher", saved._replace(record=record))], config
+        )
 
     # Earlier versions could only use a teacher with the normalization of the run, or an unknown one.
     assert identity() == identity(mean=[0.3055], std=[0.3766]) == saved.digest

@@ -20,6 +20,7 @@ from cskd_jax.runs.optimization import make_optimizer
 from cskd_jax.training.checkpoint import load_variables
 from cskd_jax.training.optimizers import ConstantSchedule, CosineSchedule, StepSchedule
 from tests.conftest import Stop
+from tests.tiers import chosen
 
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.normal(size=(30, 4, 4, 1)).astype(np.float32), (np.arange(30) % 3).astype(np.int32)
@@ -160,7 +161,9 @@ def test_two_devices(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", chosen([*OPTIONS], ("adamw, warm-up and cosine", "warm-up and steps", "accumulation and moving average"))
+)
 def test_resumes_bit_for_bit(name, tmp_path):
     settings, _ = OPTIONS[name]
     data = hold_out(DATA, 6, seed=0)

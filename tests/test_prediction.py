@@ -12,8 +12,8 @@ import pytest
 import cskd_jax
 from cskd_jax.commands import train
 from cskd_jax.data import load_dataset
+from cskd_jax.data.arrays import from_arrays
 from cskd_jax.data.augment import Normalize
-from cskd_jax.distillation import make_data
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.evaluate import __main__ as evaluate
 from cskd_jax.interop import export
@@ -131,7 +131,7 @@ def test_a_student_that_predicts_by_a_loss_resumes_bit_for_bit(tmp_path):
     module, variables = teacher()
     made = {
         "teachers": [cskd_jax.Teacher(module, variables)],
-        "data": make_data(QUIET["train"], QUIET["test"]),
+        "data": from_arrays(QUIET["train"], QUIET["test"]),
         "phases": [Phase(3)], "batch_size": 8, "callbacks": (), "devices": 1,
     }  # fmt: skip
 

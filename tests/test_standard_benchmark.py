@@ -24,7 +24,7 @@ from cskd_jax.runs.recipes import load_recipe, load_sources
 from cskd_jax.training.layers import layers_of
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.state import init_network
-from cskd_jax.training.trainer import Teacher
+from cskd_jax.training.teachers import Teacher
 from tests.conftest import ROOT
 from tests.tiers import chosen
 
@@ -285,7 +285,7 @@ def test_two_steps(pair, method):
     teacher = Teacher(make_network(describe_network(config.teacher, dataset.image_shape), 4, "float32"))
     init = jax.jit(lambda key: init_network(teacher.network, key, dataset.image_shape)[0])
     teacher.variables = init(jax.random.PRNGKey(1))
-    trainer = make_trainer("student", config, dataset, None, Devices(1), teacher)
+    trainer = make_trainer("student", config, dataset, None, Devices(1), [teacher])
     (result,) = trainer.fit().values()
     state = trainer.state["student"]
     assert state.step == 2 * (1 + config.first_phase.epochs)

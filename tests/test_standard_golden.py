@@ -346,7 +346,7 @@ def compile_step(case, part, teacher):
         LinenNetwork(case.student, trainable=part.evaluated),
         part.objective,
         part.optimizer,
-        teacher=teacher if part.objective.needs_teacher else None,
+        teacher=teacher if part.objective.teacher_reader else None,
     )
     return jax.jit(step)
 

@@ -32,7 +32,7 @@ def test_same_classes(begun, done):
     _, dataset, network, start = begun
     variables, is_new = starting_variables(start, network, dataset, seed=0)
     assert not is_new
-    assert start[0] == str(done / "student")
+    assert start.path == str(done / "student")
     assert_same_variables(variables, load_variables(str(done / "student")).variables)
 
 
@@ -44,7 +44,9 @@ def test_other_classes(begun):
     variables, is_new = starting_variables(start, network, dataset, seed=0)
     assert is_new
     assert variables["params"]["classifier"]["bias"].shape == (2,)
-    kept, saved = ({k: v for k, v in x["params"].items() if k != "classifier"} for x in (variables, start[1].variables))
+    kept, saved = (
+        {k: v for k, v in x["params"].items() if k != "classifier"} for x in (variables, start.saved.variables)
+    )
     assert_same_variables({"params": kept}, {"params": saved})
     again, other = (starting_variables(start, network, dataset, seed)[0] for seed in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, variables, again)

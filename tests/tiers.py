@@ -4,13 +4,14 @@ import pytest
 
 
 def chosen(cases, kept):
-    """Cases of `parametrize`, tuples for several names, of which those that are not in `kept` are exhaustive.
+    """Cases of `parametrize`, tuples for several names, of which those that are not in `kept` are exhaustive, and slow.
 
     What is kept is as many of the first cases, or a collection of cases.
     """
     kept = cases[:kept] if isinstance(kept, int) else kept
 
     def exhaustive(case):
-        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.exhaustive)
+        marks = [pytest.mark.slow, pytest.mark.exhaustive]
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
 
     return [case if case in kept else exhaustive(case) for case in cases]

@@ -110,7 +110,7 @@ def explain(pattern: str) -> str:
     from cskd_jax.runs import keys, schema
     from cskd_jax.runs.keys import REQUIRED
 
-    common = keys.weight_keys()
+    common = keys.common_keys()
     found = dict(keys.KEYS)
     # The settings that every loss has are shown once, unless the pattern is about one loss.
     found |= {f"losses.NAME.{setting}": key for setting, key in common.items()}

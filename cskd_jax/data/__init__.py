@@ -68,7 +68,7 @@ def load_dataset(
 
     Returns:
       The data set. Its images are uint8 [N, H, W, C], an array or an `ImageStream`; its labels are int32 [N], or
-      float32 [N, K] of multi-label data.
+      float32 [N, K] of multi-label data. Training images of an image_folder may have no labels.
 
     Raises:
       UserError: If the data cannot be obtained, is damaged or does not fit; the message names what is wrong and what is
@@ -106,7 +106,8 @@ def _decode(dataset: ImageDataset, streaming: bool | None, workers: int) -> Imag
 def _check_categories(dataset: ImageDataset) -> None:
     if dataset.num_classes < 2:
         raise UserError(f"data set '{dataset.name}' has {dataset.num_classes} class: classification needs two")
-    for split_name, split in (("train", dataset.train), ("test", dataset.test)):
+    splits = {"test": dataset.test} if dataset.unlabeled else {"train": dataset.train, "test": dataset.test}
+    for split_name, split in splits.items():
         found = np.flatnonzero(split.labels.any(axis=0)) if dataset.multilabel else split.labels
         missing = np.setdiff1d(np.arange(dataset.num_classes), found)
         if len(missing):

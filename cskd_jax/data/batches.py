@@ -8,7 +8,7 @@ import numpy as np
 
 from cskd_jax.data.samplers import BalancedSampler, UniformSampler
 from cskd_jax.data.streaming import read_batches
-from cskd_jax.data.types import Split
+from cskd_jax.data.types import NO_LABEL, Split
 from cskd_jax.errors import UserError
 
 
@@ -85,7 +85,12 @@ class EpochBatches:
         return itertools.starmap(self._convert, self._function(epoch))
 
     def _check(self, batch, step):
-        if self.num_classes is not None and not 0 <= batch.labels.min() <= batch.labels.max() < self.num_classes:
+        has_labels = self.first.labels.max() != NO_LABEL
+        if (
+            has_labels
+            and self.num_classes is not None
+            and not 0 <= batch.labels.min() <= batch.labels.max() < self.num_classes
+        ):
             raise UserError(f"train gives a label at step {step + 1} that is not from 0 to {self.num_classes - 1}")
         is_last = (step + 1) % self.steps_per_epoch == 0
         size = self.last_batch_size if is_last else self.batch_size

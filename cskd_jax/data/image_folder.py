@@ -1,4 +1,4 @@
-"""A folder of image files: PATH/train/CLASS/* and PATH/test/CLASS/* (or PATH/val/CLASS/*)."""
+"""A folder of image files: PATH/train/CLASS/* or PATH/train/*, and PATH/test/CLASS/* (or PATH/val/CLASS/*)."""
 
 import itertools
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cskd_jax.data.images import read_image
-from cskd_jax.data.types import ImageDataset, Split, balanced_indices
+from cskd_jax.data.types import NO_LABEL, ImageDataset, Split, balanced_indices
 from cskd_jax.errors import UserError, printable
 from cskd_jax.files import full_path
 
@@ -33,9 +33,10 @@ def load(
     """Finds the images of a folder.
 
     The classes are the sorted names of the folders in train. The images of a class are its files in the order of their
-    names. Files of other extensions, hidden ones, broken links, and files in deeper folders or outside of a class
-    folder are left out, of which a warning tells. Images are always converted to three channels, RGB: gray is repeated,
-    transparency is dropped. Of an animation, the first image is read.
+    names. If train holds images and no folders, its images have no labels, and the classes are those of test. Files of
+    other extensions, hidden ones, broken links, and files in deeper folders or outside of a class folder are left out,
+    of which a warning tells. Images are always converted to three channels, RGB: gray is repeated, transparency is
+    dropped. Of an animation, the first image is read.
 
     Args:
       data_dir: Not used.
@@ -58,20 +59,24 @@ def load(
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: path of image_folder is one that holds train and test (or val)")
     if not (root / "train").is_dir():
-        raise UserError(f"{root} has no folder train: image_folder reads train/CLASS/*")
+        raise UserError(
+            f"{root} has no folder train: image_folder reads train/CLASS/*, or train/* of images without labels"
+        )
     test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if test_folder is None:
         raise UserError(f"{root} has neither a folder test nor val: image_folder reads one of them")
 
     left_out = LeftOut()
-    train_files = _list_split(root / "train", left_out)
-    categories = tuple(train_files)
+    unlabeled = _list_unlabeled(root / "train", left_out)
+    train_files = {} if unlabeled else _list_split(root / "train", left_out)
     test_files = _list_split(test_folder, left_out)
-    _check_categories(categories, test_files, test_folder)
+    categories = tuple(train_files or test_files)
+    if train_files:
+        _check_categories(categories, test_files, test_folder)
     if left_out:
         _logger.warning("%s: left out %s", printable(str(root)), left_out)
 
-    files, labels = _flatten(train_files, categories)
+    files, labels = _flatten(train_files, categories) if train_files else _without_labels(unlabeled)
     chosen = balanced_indices(labels, categories, train_examples)
     files = files[chosen]
     image_shape = read_image(files[0], files[0], _CHANNELS, image_size, upright=exif_orientation).shape
@@ -108,6 +113,23 @@ class LeftOut:
             f"{count:,} {reason} (such as {printable(self._examples[reason])})"
             for reason, count in self._counts.items()
         )
+
+
+def _list_unlabeled(folder: Path, left_out: LeftOut) -> list[str]:
+    """Returns the image files of a folder that holds no folders; none if it holds any."""
+    with os.scandir(folder) as entries:
+        if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
+            return []
+    own = LeftOut()
+    found = sorted(_images(folder, own))
+    if found:
+        left_out.add_all(own)
+    return found
+
+
+def _without_labels(files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns files as str objects [N], and a label for each that says that it has none."""
+    return np.array(files, object), np.full(len(files), NO_LABEL, np.int32)
 
 
 def _list_split(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:

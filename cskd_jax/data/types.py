@@ -9,6 +9,9 @@ import numpy as np
 from cskd_jax.data.streaming import ImageStream
 from cskd_jax.errors import UserError
 
+# The label of every image of a training split that has no labels.
+NO_LABEL = -1
+
 
 class Split(NamedTuple):
     """Images and their labels.
@@ -16,8 +19,8 @@ class Split(NamedTuple):
     Attributes:
       images: Images, uint8 [N, H, W, C]: an array, a reader that decodes them when they are requested
         (`images.Reader`), or, once the data set is loaded, a stream of them (`streaming.ImageStream`).
-      labels: Labels, int32 [N], indices into the classes of the data set; or, where an image has any number of classes
-        (multi-label), float32 [N, K], 1 for each class of an image and 0 for the others.
+      labels: Labels, int32 [N], indices into the classes of the data set, or all `NO_LABEL`; or, where an image has any
+        number of classes (multi-label), float32 [N, K], 1 for each class of an image and 0 for the others.
     """
 
     images: np.ndarray | ImageStream | Any  # Any stands for a Reader, which only the loaders meet.
@@ -54,6 +57,12 @@ class ImageDataset:
         return self.train.labels.ndim == 2
 
     @property
+    def unlabeled(self) -> bool:
+        """Returns whether the training images have no labels, so that only the outputs of a teacher teach."""
+        labels = self.train.labels
+        return labels.ndim == 1 and bool(np.all(labels == NO_LABEL))
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Returns the shape of one image, (H, W, C)."""
         return self.train.images.shape[1:]
@@ -75,6 +84,11 @@ def hold_out(dataset: ImageDataset, examples: int, seed: int) -> ImageDataset:
     Raises:
       UserError: There are not so many examples of a class.
     """
+    if dataset.unlabeled:
+        raise UserError(
+            f"data set '{dataset.name}' has training images without labels, of which none can be held out for "
+            "validation: leave out validation_examples"
+        )
     split = dataset.train
     order = np.random.default_rng(seed).permutation(len(split.labels))
     chosen = balanced_indices(split.labels[order], dataset.categories, examples, "validation_examples")
@@ -94,7 +108,7 @@ def balanced_indices(
 
     With K classes, each one gives its first `train_examples // K` examples, and the first `train_examples % K` classes
     give one more. There is no randomness: the same data and number always give the same subset. Examples of several
-    classes cannot be balanced like that: of multi-label data the first `train_examples` are taken.
+    classes, or of none, cannot be balanced like that: of such data the first `train_examples` are taken.
 
     Args:
       labels: Labels of the whole training split in source order, int [N] or float [N, K].
@@ -110,7 +124,7 @@ def balanced_indices(
     """
     if train_examples is None:
         return np.arange(len(labels))
-    if labels.ndim == 2:
+    if labels.ndim == 2 or np.all(labels == NO_LABEL):
         if not 1 <= train_examples <= len(labels):
             raise UserError(f"{name}={train_examples} is out of range: allowed are 1 to {len(labels)}")
         return np.arange(train_examples)

@@ -36,6 +36,11 @@ def measure(trained: TrainedNetwork, dataset: ImageDataset, normalize: Normalize
     """
     if dataset.multilabel:
         raise UserError("--embedding needs images of one class each")
+    if dataset.unlabeled:
+        raise UserError(
+            "--embedding needs training images with labels: name a recipe with such by --config, or a folder of "
+            "classes by --config.dataset.path"
+        )
     network, saved = trained
     splits = (dataset.train, dataset.test)
     train, test = (embed(network, saved.variables, normalize, split.images) for split in splits)

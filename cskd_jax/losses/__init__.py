@@ -30,6 +30,8 @@ from cskd_jax.losses.ctkd import CTKD, curriculum_factor, curriculum_temperature
 from cskd_jax.losses.deit import DistillationToken, hard_distillation_loss
 from cskd_jax.losses.dist import DIST, dense_dist_loss, dist_loss
 from cskd_jax.losses.dkd import DKD, dkd_loss
+from cskd_jax.losses.dml import MutualLearning, dml_loss
+from cskd_jax.losses.embedding import CosineEmbedding, SmoothL1Embedding, cosine_embedding_loss, smooth_l1_loss
 from cskd_jax.losses.factor import FactorTransfer, factor_transfer_loss
 from cskd_jax.losses.fitnet import FitNet, hint_loss
 from cskd_jax.losses.fsp import FSP, fsp_loss, fsp_matrix
@@ -95,12 +97,14 @@ __all__ = [
     "contrastive_loss",
     "correlation_congruence_loss",
     "correlation_delta_loss",
+    "cosine_embedding_loss",
     "cross_entropy_loss",
     "curriculum_factor",
     "curriculum_temperature",
     "dense_dist_loss",
     "dist_loss",
     "dkd_loss",
+    "dml_loss",
     "factor_transfer_loss",
     "fsp_loss",
     "fsp_matrix",
@@ -138,6 +142,7 @@ __all__ = [
     "semckd_loss",
     "similarity_preserving_loss",
     "sinkhorn_distance",
+    "smooth_l1_loss",
     "srd_correlation_loss",
     "srd_difference_loss",
     "srrl_loss",
@@ -162,6 +167,7 @@ LOSSES: dict[str, type[Method]] = {
     "binary_kd": BinaryKD,
     "category_structure": CategoryStructure,
     "cckd": CorrelationCongruence,
+    "cosine": CosineEmbedding,
     "crd": CRD,
     "cross_entropy": CrossEntropy,
     "ctkd": CTKD,
@@ -171,6 +177,7 @@ LOSSES: dict[str, type[Method]] = {
     "itrd": ITRD,
     "cc": CorrelationDelta,
     "dkd": DKD,
+    "dml": MutualLearning,
     "fitnet": FitNet,
     "fsp": FSP,
     "ft": FactorTransfer,
@@ -194,6 +201,7 @@ LOSSES: dict[str, type[Method]] = {
     "sdd_nkd": SDDNKD,
     "semckd": SemCKD,
     "simkd": SimKD,
+    "smooth_l1": SmoothL1Embedding,
     "sp": SimilarityPreserving,
     "srd": SRD,
     "srrl": SRRL,

@@ -1,7 +1,7 @@
 """The interface of a distillation method: a linen module from the outputs of student and teacher to a loss."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 from flax import linen as nn
@@ -14,6 +14,8 @@ Fraction = Annotated[float, "in [0, 1)"]
 Share = Annotated[float, "in [0, 1]"]
 Count = Annotated[int, "at least 1"]
 Signed = Annotated[float, "any finite number"]
+# The features of a student that a loss of embeddings reads: those of its classifier, or the mean of the last stage.
+EmbeddingSource = Literal["embedding", "tokens"]
 
 
 class NetworkOutput(Protocol):
@@ -27,6 +29,11 @@ class NetworkOutput(Protocol):
     @property
     def head_logits(self) -> tuple[jax.Array, ...]:
         """Returns the logits of each head, of which `logits` are the mean; empty for a network of one head."""
+        ...
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """Returns the outputs of each of several networks, of which `logits` are the combination; empty for one."""
         ...
 
     @property
@@ -114,10 +121,12 @@ class View(NamedTuple):
     Attributes:
       student: Outputs of the student, which are differentiated.
       teacher: Outputs of the teacher, which are not differentiated; None where no loss reads a teacher.
+      average: Outputs of the moving average of the student likewise; None where no loss reads it.
     """
 
     student: NetworkOutput
     teacher: NetworkOutput | Any
+    average: NetworkOutput | Any = None
 
 
 class Mixed(NamedTuple):
@@ -149,6 +158,8 @@ class LossInputs(NamedTuple):
       views: Further augmented versions of the same images, as many as the loss of the run that needs most asks for.
       mixed: How the images were mixed with each other; None if they were not. `labels` are then those of the images
         before.
+      average: Outputs of the moving average of the student, before the step and in evaluation mode, which are not
+        differentiated; None unless a loss of the run has teacher="average".
     """
 
     student: NetworkOutput
@@ -162,6 +173,7 @@ class LossInputs(NamedTuple):
     epoch: jax.Array | Any = None  # Any stands for None, which no method meets.
     views: tuple[View, ...] = ()
     mixed: Mixed | None = None
+    average: NetworkOutput | Any = None
 
 
 class Method(nn.Module):
@@ -182,6 +194,8 @@ class Method(nn.Module):
       num_examples: Size of the training split, 0 if unknown; set by the objective, not by configurations.
       batch_size: Number of images that the losses see at once, over all devices, 0 if unknown; the last batch of an
         epoch may have fewer. Set by the objective, not by configurations.
+      teacher: Teacher that `inputs.teacher` is: the number of one of several, from 0; "average" for the moving average
+        of the student; None for all teachers as one.
       needs_teacher: Whether the method reads `inputs.teacher`.
       multilabel: Kind of labels that the method reads: True for [B, C], False for [B], None if it reads no labels and
         so takes both.
@@ -200,6 +214,7 @@ class Method(nn.Module):
     axis_name: str | None = None
     num_examples: int = 0
     batch_size: int = 0
+    teacher: int | str | None = None
     needs_teacher: ClassVar[bool] = True
     multilabel: ClassVar[bool | None] = None
     mixes: ClassVar[bool] = False
@@ -219,6 +234,11 @@ class Method(nn.Module):
     def undecayed(self) -> tuple[str, ...]:
         """Returns the names of its parameters that train, but never decay."""
         return ()
+
+    @property
+    def num_peers(self) -> int:
+        """Returns the number of networks like the student that must learn with it."""
+        return 0
 
     def predict(self, student: NetworkOutput) -> jax.Array:
         """Returns the logits [B, C] by which a student of this method predicts, if `predicts` is set.

@@ -100,6 +100,12 @@ def mse_logits_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax
     return jnp.mean(jnp.square(at_least_float32(student_logits) - lax.stop_gradient(at_least_float32(teacher_logits))))
 
 
+def supervise(logits: jax.Array, inputs: LossInputs, *, label_smoothing: float = 0.0) -> jax.Array:
+    """Returns `cross_entropy_loss` of logits with the labels of a batch, both of them where images are mixed."""
+    target = {} if inputs.mixed is None else {"other_labels": inputs.mixed.labels, "share": inputs.mixed.share}
+    return cross_entropy_loss(logits, inputs.labels, label_smoothing=label_smoothing, **target)
+
+
 class CrossEntropy(Method):
     """Applies `cross_entropy_loss` to the student's logits and the labels.
 
@@ -126,8 +132,7 @@ class CrossEntropy(Method):
 
     def _of(self, student, inputs):
         logits = student.head_logits[0] if self.first_head and student.head_logits else student.logits
-        target = {} if inputs.mixed is None else {"other_labels": inputs.mixed.labels, "share": inputs.mixed.share}
-        return cross_entropy_loss(logits, inputs.labels, label_smoothing=self.label_smoothing, **target)
+        return supervise(logits, inputs, label_smoothing=self.label_smoothing)
 
 
 class KD(Method):

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._arrays import mean_over_positions
 from cskd_jax.losses._batch import mean_batch, standardize_batch, sum_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape
 from cskd_jax.losses._connectors import Orthogonal, Pointwise
-from cskd_jax.losses.base import LossInputs, Method, Positive
+from cskd_jax.losses.base import EmbeddingSource, LossInputs, Method, Positive
+from cskd_jax.losses.embedding import read_student
 from cskd_jax.losses.logits import kd_loss
 
 # This number is added to the sum of the correlation loss, and this to the variances of the other, as in the authors'
@@ -107,13 +107,13 @@ class SRD(Method):
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
       power: Exponent of the loss of the features, greater than 1.
       representation_weight: Weight of the features.
-      kd_weight: Weight of the logits.
+      kd_weight: Weight of the logits; with 0, no logits are read.
       temperature: Temperature of the logits, greater than 0.
     """
 
     variant: Literal["difference", "correlation"] = "difference"
     projector: Literal["linear", "orthogonal"] = "linear"
-    student: Literal["embedding", "tokens"] = "embedding"
+    student: EmbeddingSource = "embedding"
     power: Positive = 4.0
     representation_weight: float = 2.0
     kd_weight: float = 1.0
@@ -125,15 +125,15 @@ class SRD(Method):
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
-        student, teacher = inputs.student.embedding, inputs.teacher.embedding
-        if self.student == "tokens":
-            student = mean_over_positions(at_least_float32(inputs.student.stages[-1]))
+        student, teacher = read_student(inputs, self.student), inputs.teacher.embedding
         if self.projector == "orthogonal":
             mapped = Orthogonal(teacher.shape[-1], name="projector")(student)
         else:
             mapped = Pointwise(teacher.shape[-1], use_bias=True, name="projector")(student)
         loss = srd_difference_loss if self.variant == "difference" else srd_correlation_loss
         representation = loss(mapped, teacher, power=self.power, axis_name=self.axis_name)
+        if not self.kd_weight:
+            return self.representation_weight * representation, {"representation": representation}
         kd = kd_loss(inputs.student.logits, inputs.teacher.logits, temperature=self.temperature)
         value = self.representation_weight * representation + self.kd_weight * kd
         return value, {"representation": representation, "kd": kd}

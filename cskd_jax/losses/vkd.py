@@ -1,16 +1,14 @@
 """VkD: the student's features, turned by an orthogonal matrix, learn the teacher's normalized features."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._arrays import mean_over_positions
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape
 from cskd_jax.losses._connectors import Orthogonal
-from cskd_jax.losses.base import LossInputs, Method, Positive
+from cskd_jax.losses.base import EmbeddingSource, LossInputs, Method, Positive
+from cskd_jax.losses.embedding import read_student, smooth_l1_loss
 from cskd_jax.losses.logits import kd_loss
 
 # The number that layer normalization adds to the variance.
@@ -20,8 +18,7 @@ _EPSILON = 1e-5
 def vkd_loss(student_embedding: jax.Array, teacher_embedding: jax.Array) -> jax.Array:
     """Computes the mean smooth L1 distance of projected features to the teacher's layer-normalized ones.
 
-    The distance of a and b is (a - b)^2 / 2 where |a - b| < 1, and |a - b| - 1/2 elsewhere. Time and memory are
-    O(B D).
+    The distance is `smooth_l1_loss`. Time and memory are O(B D).
 
     Args:
       student_embedding: Features of the student, projected to the teacher's size by an orthogonal matrix, float
@@ -46,8 +43,7 @@ def vkd_loss(student_embedding: jax.Array, teacher_embedding: jax.Array) -> jax.
     teacher = lax.stop_gradient(at_least_float32(teacher_embedding))
     teacher -= jnp.mean(teacher, axis=1, keepdims=True)
     teacher *= lax.rsqrt(jnp.mean(jnp.square(teacher), axis=1, keepdims=True) + _EPSILON)
-    distance = jnp.abs(at_least_float32(student_embedding) - teacher)
-    return jnp.mean(jnp.where(distance < 1, jnp.square(distance) / 2, distance - 0.5))
+    return smooth_l1_loss(student_embedding, teacher)
 
 
 class VkD(Method):
@@ -60,11 +56,11 @@ class VkD(Method):
     Attributes:
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
       representation_weight: Weight of the features.
-      kd_weight: Weight of the logits.
+      kd_weight: Weight of the logits; with 0, no logits are read.
       temperature: Temperature of the logits, greater than 0.
     """
 
-    student: Literal["embedding", "tokens"] = "embedding"
+    student: EmbeddingSource = "embedding"
     representation_weight: float = 1.0
     kd_weight: float = 1.0
     temperature: Positive = 1.0
@@ -75,11 +71,11 @@ class VkD(Method):
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
-        student, teacher = inputs.student.embedding, inputs.teacher.embedding
-        if self.student == "tokens":
-            student = mean_over_positions(at_least_float32(inputs.student.stages[-1]))
-        projected = Orthogonal(teacher.shape[-1], name="projector")(student)
+        teacher = inputs.teacher.embedding
+        projected = Orthogonal(teacher.shape[-1], name="projector")(read_student(inputs, self.student))
         representation = vkd_loss(projected, teacher)
+        if not self.kd_weight:
+            return self.representation_weight * representation, {"representation": representation}
         heads = inputs.student.head_logits
         kd = kd_loss(heads[1] if heads else inputs.student.logits, inputs.teacher.logits, temperature=self.temperature)
         value = self.representation_weight * representation + self.kd_weight * kd

@@ -1,7 +1,7 @@
 """The outputs that every network returns."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -41,6 +41,8 @@ class ModelOutput(NamedTuple):
         normalization after a stage of a wide ResNet, or the head of MobileNet. Empty for networks that do not tell.
       grid: Where the patches are among the tokens; None for a network of maps.
       head_logits: Logits of each head, of which `logits` are the mean; empty for a network of one head.
+      members: Outputs of each of several networks, `ModelOutput`s, of which `logits` are the combination; empty for a
+        single network.
     """
 
     logits: jax.Array
@@ -50,6 +52,7 @@ class ModelOutput(NamedTuple):
     maps: tuple[jax.Array, ...] = ()
     grid: TokenGrid | None = None
     head_logits: tuple[jax.Array, ...] = ()
+    members: tuple[Any, ...] = ()
 
     @property
     def stages(self) -> tuple[jax.Array, ...]:

@@ -87,6 +87,11 @@ class Run:
         return None if entry is None else entry.get("digest", "")
 
     @property
+    def has_several_teachers(self) -> bool:
+        """Returns whether several teachers taught the student together."""
+        return bool(self.results["teacher"] and self.results["teacher"].get("members"))
+
+    @property
     def teacher_folders(self) -> list[pathlib.Path]:
         """Returns the folders that may hold the teacher's checkpoints, likeliest first; empty without one."""
         if self.results["teacher"] is None:
@@ -271,6 +276,8 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
     rows.sort(key=lambda row: (row.has_teacher, -row.summary("last").mean, row.label))
     config = runs[0].config
     teacher, student = (network_label(config[f"{n}.name"], config[f"{n}.width"]) for n in ("teacher", "student"))
+    members = next((run.results["teacher"]["members"] for run in runs if run.has_several_teachers), ())
+    teacher = " + ".join(network_label(member["model"], member["width"]) for member in members) or teacher
     return Comparison(config["dataset.name"], teacher, student, tuple(rows), given_teacher)
 
 

@@ -1,4 +1,4 @@
-"""Recipes from Python: read a recipe, run it, and load its results."""
+"""Recipes from Python: read a recipe, run it, and load its results, or a trained network as a teacher."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -13,10 +13,12 @@ from cskd_jax.models import create_model
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.results import RESULTS
 from cskd_jax.runs.run import train
+from cskd_jax.runs.trained import normalization_of
 from cskd_jax.runs.workdir import default_workdir
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.checkpoint import load_variables
 from cskd_jax.training.prediction import PredictingModule, PredictingNetwork, restore_prediction
+from cskd_jax.training.teachers import Teacher
 
 
 class LoadedRun(NamedTuple):
@@ -90,3 +92,24 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
         student = PredictingModule(predicting)
     results = workdir / RESULTS
     return LoadedRun(student, saved.variables, read_json(results) if results.exists() else {})
+
+
+def load_teacher(path: str | pathlib.Path) -> Teacher:
+    """Returns a trained network of this package as a teacher, for `distill` or `Trainer`.
+
+    Images reach it as it was trained: in its own normalization and, if it is a Vision Transformer, in its own size.
+
+    Args:
+      path: Folder of one network: what `cskd-jax import-torch` has written, WORKDIR/teacher or WORKDIR/student.
+
+    Raises:
+      UserError: There is no such checkpoint, or its network is not one of this package.
+    """
+    source = f"checkpoint {path}"
+    saved = load_variables(str(local_folder(path)))
+    description = saved.record.packaged_network()
+    network = as_network(create_model(**description, num_classes=saved.num_classes))
+    network = restore_prediction(network, saved.variables, saved.record, source)
+    # Other networks take images of any size.
+    side = description["settings"].get("image_size", (None,))[0]
+    return Teacher(network, saved.variables, normalization=normalization_of(source, saved.record), image_size=side)

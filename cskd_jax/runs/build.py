@@ -19,7 +19,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.models import create_model, settings_of
 from cskd_jax.runs import keys
 from cskd_jax.runs.optimization import Training, make_optimizer, make_training
-from cskd_jax.runs.trained import check_fits, starting_variables
+from cskd_jax.runs.trained import Given, check_fits, starting_variables
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import load_variables
@@ -33,7 +33,8 @@ from cskd_jax.training.phases import Phase
 from cskd_jax.training.prediction import restore_prediction, without_prediction
 from cskd_jax.training.saved import Saved
 from cskd_jax.training.state import check_variables
-from cskd_jax.training.trainer import Student, Teacher, Trainer
+from cskd_jax.training.teachers import Teacher, network_of
+from cskd_jax.training.trainer import Student, Trainer
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 # The settings of augmentation that mix images with each other.
@@ -48,14 +49,14 @@ class Run(NamedTuple):
     Attributes:
       dataset: Data set.
       trainer: Trainer of the student.
-      teacher: Teacher of the student; None where no loss needs one.
+      teachers: Teachers of the student; none where no loss needs one.
       teacher_trainer: Trainer of the teacher; None where there is none to train.
       teacher_evaluation: Evaluation of the teacher; None where there is no teacher.
     """
 
     dataset: ImageDataset
     trainer: Trainer
-    teacher: Teacher | None = None
+    teachers: Sequence[Teacher] = ()
     teacher_trainer: Trainer | None = None
     teacher_evaluation: Evaluation | None = None
 
@@ -65,10 +66,10 @@ def build(
     workdir: pathlib.Path,
     devices: Devices,
     dataset: ImageDataset,
-    given: tuple[str, Saved] | None = None,
+    given: Sequence[Given] = (),
     callbacks: Sequence[Callback] = (),
     beside: Run | None = None,
-    start: tuple[str, Saved] | None = None,
+    start: Given | None = None,
 ) -> Run:
     """Returns the objects of a run, with both trainers made at once so that mistakes show before training.
 
@@ -77,10 +78,10 @@ def build(
       workdir: Folder of the run.
       devices: Devices to compute on.
       dataset: Data set.
-      given: Folder and checkpoint of a teacher that is not to be trained.
+      given: Checkpoints of the teachers; none if one is to be trained.
       callbacks: Callbacks of the training.
-      beside: Run with the same given teacher, to be trained together with this one.
-      start: Folder and checkpoint of the weights that the student starts from; None for random ones.
+      beside: Run with the same given teachers, to be trained together with this one.
+      start: Checkpoint of the weights that the student starts from; None for random ones.
 
     Raises:
       UserError: Networks, losses, data and the given teacher do not fit together; nothing has been compiled by then.
@@ -89,24 +90,38 @@ def build(
     if not needs_teacher(config.losses):
         return Run(dataset, make_student(callbacks=callbacks))
     if beside is not None:
-        if given is not None:
-            check_fits(f"teacher.checkpoint {given[0]}", given[1], dataset)
-        return beside._replace(trainer=make_student(beside.teacher, callbacks, beside.trainer))
-    if given is None:
-        description = describe_network(config.teacher, dataset.image_shape)
-        teacher = Teacher(make_network(description, dataset.num_classes, config.dtype))
-        teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices, callbacks=callbacks)
+        for teacher in given:
+            check_fits(teacher.source, teacher.saved, dataset)
+        return beside._replace(trainer=make_student(beside.teachers, callbacks, beside.trainer))
+    if given:
+        teachers, teacher_trainer = _as_teachers(given, config, dataset), None
     else:
-        path, saved = given
-        network = _fitting_network(f"teacher.checkpoint {path}", saved, config, dataset)
-        teacher, teacher_trainer = Teacher(network, saved.variables), None
+        description = describe_network(config.teacher, dataset.image_shape)
+        teachers = (Teacher(make_network(description, dataset.num_classes, config.dtype)),)
+        teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices, callbacks=callbacks)
+    network: Any = network_of(teachers, make_normalize(config), config.teacher.combine, dataset.multilabel)
     return Run(
         dataset,
-        make_student(teacher, callbacks),
-        teacher,
+        make_student(teachers, callbacks),
+        teachers,
         teacher_trainer,
-        make_evaluation(teacher.network, config, dataset, devices),
+        make_evaluation(network, config, dataset, devices),
     )
+
+
+def _as_teachers(given: Sequence[Given], config: ml_collections.ConfigDict, dataset: ImageDataset) -> list[Teacher]:
+    """Returns the teachers that checkpoints hold, with their weights and sizes of images."""
+    weights = config.teacher.weights or (1.0,) * len(given)
+    sizes = config.teacher.image_sizes or (0,) * len(given)
+    return [
+        Teacher(
+            _fitting_network(one.source, one.saved, config, dataset, size or None),
+            one.saved.variables,
+            weight,
+            image_size=size or None,
+        )
+        for one, weight, size in zip(given, weights, sizes, strict=True)
+    ]
 
 
 def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
@@ -182,11 +197,20 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
     return TrainedNetwork(_fitting_network(f"checkpoint {path}", saved, config, dataset), saved)
 
 
-def _fitting_network(source, saved, config, dataset):
-    """Returns the network of a checkpoint, which takes images as the configuration normalizes them."""
-    own = check_fits(source, saved, dataset)
+def _fitting_network(source, saved, config, dataset, image_size=None):
+    """Returns the network of a checkpoint, which takes images as the configuration normalizes them.
+
+    Args:
+      source: Name of the checkpoint, for errors.
+      saved: Content of the checkpoint.
+      config: Configuration of the run.
+      dataset: Data set that the network is used on.
+      image_size: Side of the squares that it is given; None if it gets the images of the data set as they are.
+    """
+    own, shape = check_fits(source, saved, dataset), dataset.image_shape
     network = make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
-    check_variables(network, without_prediction(saved.variables), dataset.image_shape, source)
+    shape = shape if image_size is None else (image_size, image_size, shape[-1])
+    check_variables(network, without_prediction(saved.variables), shape, source)
     network = restore_prediction(network, saved.variables, saved.record, source)
     return renormalize(network, make_normalize(config), own)
 
@@ -196,6 +220,8 @@ def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> Un
     labels = dataset.train.labels
     if config.sampler.name == "uniform":
         return UniformSampler(len(labels), config.batch_size, config.seed, config.drop_last)
+    if dataset.unlabeled:
+        raise UserError("sampler.name is balanced, and the training images have no labels: it must be uniform")
     if dataset.multilabel:
         raise UserError(f"sampler.name is balanced, which does not fit the multi-label data set '{dataset.name}'")
     return BalancedSampler(labels, config.batch_size, config.sampler.samples_per_category, config.seed)
@@ -239,10 +265,10 @@ def make_trainer(
     dataset: ImageDataset,
     workdir: pathlib.Path | None,
     devices: Devices,
-    teacher: Teacher | None = None,
+    teachers: Sequence[Teacher] = (),
     callbacks: Sequence[Callback] = (),
     beside: Trainer | None = None,
-    start: tuple[str, Saved] | None = None,
+    start: Given | None = None,
 ) -> Trainer:
     """Returns the trainer of one network of a run.
 
@@ -252,10 +278,10 @@ def make_trainer(
       dataset: Data set.
       workdir: Folder of the run; None writes nothing.
       devices: Devices to compute on.
-      teacher: Teacher of the student; None if its losses need none.
+      teachers: Teachers of the student; none if its losses need none.
       callbacks: Callbacks of the training.
       beside: Trainer whose teacher pass is shared.
-      start: Folder and checkpoint of the weights that the network starts from; None for random ones.
+      start: Checkpoint of the weights that the network starts from; None for random ones.
 
     Raises:
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
@@ -273,7 +299,7 @@ def make_trainer(
     network, variables = make_network(description, dataset.num_classes, config.dtype), None
     if start is not None:
         variables, is_new = starting_variables(start, network, dataset, config.seed)
-        say(f"{role}: starts from {start[0]}{', with a new classifier' if is_new else ''}")
+        say(f"{role}: starts from {start.path}{', with a new classifier' if is_new else ''}")
     student = Student(
         network,
         training.losses,
@@ -286,7 +312,7 @@ def make_trainer(
     )
     return Trainer(
         {role: student},
-        [] if teacher is None else [teacher],
+        teachers,
         data=dataset,
         phases=training.phases,
         seed=config.seed,
@@ -301,6 +327,7 @@ def make_trainer(
         save_every_minutes=config.save_every_minutes,
         evaluate_every_epochs=config.evaluate_every_epochs,
         accumulation_steps=config.optimizer.accumulation_steps,
+        combine_teachers=config.teacher.combine,
         mix=Mix(config.augment.mixup, config.augment.cutmix),
         stream=_STREAMS[role],
         beside=beside,

@@ -58,9 +58,9 @@ def document() -> str:
     for section in names:
         found = {path: key for path, key in keys.KEYS.items() if path.rpartition(".")[0] == section}
         parts.append(f"## {_SECTIONS.get(section, section.capitalize())}\n\n{_table(found)}")
-    parts.append(_LOSSES.format(common=_table(keys.weight_keys())))
+    parts.append(_LOSSES.format(common=_table(keys.common_keys())))
     for name in sorted(LOSSES):
-        own = {key: value for key, value in keys.loss_keys(name).items() if key not in keys.weight_keys()}
+        own = {key: value for key, value in keys.loss_keys(name).items() if key not in keys.common_keys()}
         parts.append(f"### {name}\n\n{_summary(LOSSES[name])}\n" + (f"\n{_table(own)}" if own else ""))
     indifferent = ", ".join(f"`{path}`" for path in keys.KEYS if path in keys.indifferent())
     parts.append(_RESUMING.format(indifferent=indifferent))

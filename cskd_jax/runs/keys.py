@@ -147,7 +147,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "dataset.path": Key(
             None,
             rules.optional(rules.TEXT),
-            "Folder with `train/CLASS/*` and `test/CLASS/*`; for image_folder only.",
+            "Folder with `train/CLASS/*` (or `train/*`, images without labels) and `test/CLASS/*`; for image_folder "
+            "only.",
             changes_results=False,
         ),
         "dataset.train_examples": Key(
@@ -246,6 +247,27 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             rules.optional(rules.TEXT),
             "Folder of a trained teacher, such as WORKDIR/teacher; None trains one first, on the labels alone.",
         ),
+        "teacher.others": Key(
+            (),
+            rules.TEXTS,
+            "Folders of further trained teachers, which may be any networks of this package. All teachers are then "
+            "combined, except for a loss that names one of them: 0 is that of teacher.checkpoint, 1 the first of "
+            "these.",
+        ),
+        "teacher.weights": Key(
+            (), rules.SHARES, "Weights of several teachers in their combination; they are equal by default."
+        ),
+        "teacher.combine": Key(
+            "logits",
+            rules.one_of("logits", "probabilities"),
+            "What is averaged over several teachers: their logits, or their probabilities at temperature 1.",
+        ),
+        "teacher.image_sizes": Key(
+            (),
+            rules.SIDES,
+            "Sides of the squares to which each teacher's images are resized, 0 for images as they are; by default, "
+            "none are.",
+        ),
         "teacher.epochs": Key(200, rules.integer(1), "Epochs that the teacher trains for, if it is trained here."),
         "teacher.learning_rate": Key(
             None,
@@ -337,6 +359,13 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
     }
 )
 
+# The key of a loss that reads a teacher.
+_LOSS_TEACHER = Key(
+    None,
+    rules.optional(rules.LOSS_TEACHER),
+    "Teacher of a loss that reads one: the number of one of several; average for the moving average of the student "
+    "itself, which needs optimizer.ema_decay; None for all teachers as one.",
+)
 # The rules of the keys that every loss has: the fields of `Weight`.
 _WEIGHT_RULES = {
     "weight": rules.NOT_NEGATIVE,
@@ -352,10 +381,15 @@ def weight_keys() -> dict[str, Key]:
     return {field.name: _key(field, _WEIGHT_RULES[field.name], Weight) for field in dataclasses.fields(Weight)}
 
 
+def common_keys() -> dict[str, Key]:
+    """Returns the settings that losses share by name: those of the weight, and the teacher."""
+    return weight_keys() | {"teacher": _LOSS_TEACHER}
+
+
 def loss_keys(name: str) -> dict[str, Key]:
     """Returns all settings of a loss of `LOSSES` by name; their defaults are those of its class."""
     own = {field.name: _key(field, rules.of_field(field), LOSSES[name]) for field in hyperparameters(name).values()}
-    return weight_keys() | own
+    return {**weight_keys(), **({"teacher": _LOSS_TEACHER} if LOSSES[name].needs_teacher else {}), **own}
 
 
 def _key(field, rule, owner):

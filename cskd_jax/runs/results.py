@@ -14,9 +14,10 @@ from cskd_jax.console import duration
 from cskd_jax.data import ImageDataset
 from cskd_jax.errors import UserError
 from cskd_jax.files import csv_text, write_json, write_text
-from cskd_jax.inputs import is_count, is_map, is_number, is_optional, is_text, read_json, unsound
+from cskd_jax.inputs import is_count, is_list, is_map, is_number, is_optional, is_text, read_json, unsound
 from cskd_jax.models import count_parameters
 from cskd_jax.runs import schema
+from cskd_jax.runs.trained import Given
 from cskd_jax.training.metrics import Task, task_that_measured
 from cskd_jax.training.prediction import parameters_of
 from cskd_jax.training.trainer import Result
@@ -48,6 +49,7 @@ _ENTRY = {
     "digest": is_text,
     "checkpoint": is_text,
     "best": _is_evaluation,
+    "members": is_list(lambda value: not unsound(value, {"model": is_text, "width": is_optional(is_number)})),
 }
 _PARAMETERS = functools.partial(is_count, low=1)
 
@@ -120,6 +122,29 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
     }
 
 
+def describe_teachers(
+    teachers: Sequence[Given], weights: Sequence[float], evaluation: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns the entry of given teachers in results.json; of several, as one with an entry for each of its "members".
+
+    Args:
+      teachers: The teachers.
+      weights: Weight of each in the combination.
+      evaluation: Metrics of the teacher, or of the combination, on the test split.
+    """
+    entries = []
+    for teacher in teachers:
+        saved, source = teacher.saved, {"checkpoint": teacher.path, "step": teacher.saved.step}
+        entries.append(describe(saved.record.network, saved.variables, source | {"digest": saved.digest}))
+    if len(entries) == 1:
+        return entries[0] | {"last": dict(evaluation)}
+    members = [entry | {"weight": float(weight)} for entry, weight in zip(entries, weights, strict=True)]
+    texts = {key: " + ".join(entry[key] for entry in entries) for key in ("model", "checkpoint", "digest")}
+    parameters = sum(entry["parameters"] for entry in entries)
+    one = {"width": None, "parameters": parameters, "images_per_second": None, "last": dict(evaluation)}
+    return {**texts, **one, "members": members}
+
+
 def describe_result(network: Mapping[str, Any], result: Result) -> dict[str, Any]:
     """Returns the entry of a network that was trained here in results.json."""
     evaluations = {"last": result.last, "best": result.best, "images_per_second": result.images_per_second}
@@ -170,6 +195,7 @@ def say_results(
             best = entry.get("best")
             chosen_on = f"chosen on the {entry.get('chosen_on', 'test')} split"
             best = f" (best {best[score]:.4f}, epoch {best['epoch']}, {chosen_on})" if best else ""
-            size = f"{entry['model']}, width {entry['width']:g}, {entry['parameters']:,} parameters"
+            width = "" if entry["width"] is None else f", width {entry['width']:g}"
+            size = f"{entry['model']}{width}, {entry['parameters']:,} parameters"
             say(f"{name}: {size}, last {score_name} {entry['last'][score]:.4f}{best}")
     say(f"done in {duration(seconds)}: {path}")

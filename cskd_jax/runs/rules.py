@@ -66,6 +66,24 @@ DEVIATIONS = Rule(
     lambda value: CHANNELS.test(value) and min(value) > 0,
     "numbers above 0 in parentheses, such as (0.5,) or (0.2,0.2,0.2)",
 )
+TEXTS = Rule(
+    (tuple,),
+    lambda value: all(isinstance(v, str) and v for v in value),
+    "texts in parentheses, such as ('a',) or ('a','b')",
+)
+SHARES = Rule(
+    (tuple,),
+    lambda value: not value or (all(type(v) in (int, float) and 0 <= v < math.inf for v in value) and sum(value) > 0),
+    "numbers of at least 0 in parentheses, such as (1,1) or (0.3,0.7), and not all of them 0",
+)
+SIDES = Rule(
+    (tuple,),
+    lambda value: all(type(v) is int and 0 <= v <= 4096 for v in value),
+    "integers from 0 to 4096 in parentheses, such as (0,224)",
+)
+LOSS_TEACHER = Rule(
+    (str,), lambda value: value == "average" or value.isdecimal(), "average, or the number of a teacher, from 0"
+)
 EPOCHS = Rule(
     (tuple,),
     lambda value: all(type(v) is int and 0 < v <= 10**6 for v in value) and list(value) == sorted(set(value)),

@@ -19,14 +19,14 @@ from cskd_jax.runs import schema
 from cskd_jax.runs.build import Run, batch_sizes, build, load_data, precision
 from cskd_jax.runs.results import (
     RESULTS,
-    describe,
     describe_dataset,
     describe_result,
+    describe_teachers,
     read_versions,
     say_results,
     write_results,
 )
-from cskd_jax.runs.trained import identity_of_teacher, load_given_teacher, load_start
+from cskd_jax.runs.trained import Given, identity_of_teachers, load_given_teachers, load_start
 from cskd_jax.runs.workdir import (
     DEVICES,
     STUDENT_DIGEST,
@@ -44,6 +44,7 @@ from cskd_jax.runs.workdir import (
 from cskd_jax.training.callbacks import Callback, Console
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.objective import needs_teacher
+from cskd_jax.training.teachers import variables_of
 from cskd_jax.training.trainer import Result, fit_together
 
 
@@ -128,7 +129,7 @@ class _Started:
     def __init__(self, devices: Devices, adapt_devices: bool, begun: int | None, stack: contextlib.ExitStack):
         self.devices, self._adapt_devices, self._begun, self._stack = devices, adapt_devices, begun, stack
         self.runs: dict[Job, Run] = {}
-        self.given: Any = None
+        self.given: Any = ()
         self._dataset: ImageDataset | None = None
         self._kept: dict[str, Any] = {}
 
@@ -145,14 +146,14 @@ class _Started:
         config = job.config = schema.with_values(job.config, kept)
         if not self._adapt_devices:
             self.devices.check_batch_size("batch_size", config.batch_size)
-        given = start = digest = None
+        given, start, digest = (), None, None
         if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
-            self.given = given = self.given or processes.on_first(load_given_teacher, config)
-            digest = identity_of_teacher(given[0], given[1], config)
+            self.given = given = self.given or processes.on_first(load_given_teachers, config)
+            digest = identity_of_teachers(given, config)
         if config.student.checkpoint is not None:
             start = processes.on_first(load_start, config)
         # A resumed run must not go on with another teacher.
-        digests = {TEACHER_DIGEST: digest, STUDENT_DIGEST: None if start is None else start[1].digest}
+        digests = {TEACHER_DIGEST: digest, STUDENT_DIGEST: None if start is None else start.saved.digest}
         identity = identify(config, digests)
 
         def done_or_locked():
@@ -174,7 +175,7 @@ class _Started:
                 self.devices = self._choose_devices(config, self._dataset)
         if self._adapt_devices and devices_of(workdir) not in (None, self._begun):
             raise UserError(f"{workdir} computes on another number of devices: train it alone, with --together=1")
-        beside = next((run for run in self.runs.values() if run.teacher is not None), None)
+        beside = next((run for run in self.runs.values() if run.teachers), None)
         run = build(config, workdir, self.devices, self._dataset, given, job.callbacks, beside, start)
         processes.on_first(claim, workdir, identity | {DEVICES: self.devices.count}, self._dataset)
         used, data = self.devices.describe(), self._dataset
@@ -200,10 +201,10 @@ def _train(started, stop, start):
         if run.teacher_trainer is not None:
             with kept_error(job):
                 result = run.teacher_trainer.fit(stop)["teacher"]
-                run.teacher.variables = result.variables
+                run.teachers[0].variables = result.variables
                 teacher_entry = describe_result(run.teacher_trainer.describe("teacher"), result)
-        elif run.teacher is not None and teacher_entry is None:
-            teacher_entry = _evaluate_given(started.given, run.teacher_evaluation, job.say)
+        elif run.teachers and teacher_entry is None:
+            teacher_entry = _evaluate_given(started.given, run, job.say)
     jobs = {run.trainer: job for job, run in started.runs.items() if job.error is None}
 
     def on_done(trainer, _, outcome):
@@ -213,7 +214,7 @@ def _train(started, stop, start):
         else:
             run = started.runs[job]
             with kept_error(job):
-                _finish(job, run, outcome, None if run.teacher is None else teacher_entry, started.devices, start)
+                _finish(job, run, outcome, teacher_entry if run.teachers else None, started.devices, start)
 
     if jobs:
         fit_together(list(jobs), stop, on_done)
@@ -240,11 +241,15 @@ def _finish(job: Job, run: Run, result: Result, teacher: Any, devices: Devices, 
     say_results(results, task, job.workdir / RESULTS, seconds, job.say)
 
 
-def _evaluate_given(given, evaluation, say):
-    """Evaluates a given teacher and returns its entry in results.json."""
-    path, saved = given
+def _evaluate_given(given: Sequence[Given], run: Run, say: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluates given teachers, several of them as one, and returns their entry in results.json."""
+    evaluation: Any = run.teacher_evaluation
     with console.pause("teacher: compiling and running the evaluation"):
-        values = evaluation(evaluation.devices.replicate(saved.variables))
-    say(f"teacher: {saved.record.describe_network()}, from {path}, {evaluation.task.describe(values)}")
-    source = {"checkpoint": path, "step": saved.step, "digest": saved.digest}
-    return describe(saved.record.network, saved.variables, {"last": values}) | source
+        values = evaluation(evaluation.devices.replicate(variables_of(run.teachers)))
+    for number, (path, saved) in enumerate((one.path, one.saved) for one in given):
+        name = "teacher" if len(given) == 1 else f"teacher {number}"
+        measured = f", {evaluation.task.describe(values)}" if len(given) == 1 else ""
+        say(f"{name}: {saved.record.describe_network()}, from {path}{measured}")
+    if len(given) > 1:
+        say(f"all {len(given)} teachers as one: {evaluation.task.describe(values)}")
+    return describe_teachers(given, [teacher.weight for teacher in run.teachers], values)

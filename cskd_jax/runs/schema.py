@@ -13,12 +13,12 @@ from ml_collections import config_dict
 from cskd_jax.configs import networks
 from cskd_jax.errors import UserError, close_to
 from cskd_jax.files import full_path
-from cskd_jax.inputs import is_number, read_json
+from cskd_jax.inputs import is_number, is_text, read_json
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS, check_settings
 from cskd_jax.runs import keys, rules
 from cskd_jax.runs.keys import REQUIRED, Key
-from cskd_jax.training.objective import Weight, needs_teacher
+from cskd_jax.training.objective import AVERAGE, Weight, needs_teacher
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -116,7 +116,7 @@ def wrong_types(flat: Mapping[str, Any]) -> list[str]:
 def _has_type(value, key):
     allowed = {list if kind is tuple else kind for kind in key.rule.types}
     if isinstance(value, list):
-        return list in allowed and all(map(is_number, value))
+        return list in allowed and all(map(is_text if key.rule is rules.TEXTS else is_number, value))
     return type(value) in allowed and (type(value) not in (int, float) or is_number(value))
 
 
@@ -233,10 +233,29 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"method {config.method} needs a teacher: set teacher.name to one of {', '.join(sorted(MODELS))}"
         )
+    _validate_teachers(config)
     _validate_optimizer(config)
     _validate_first_phase(config)
     if len(config.dataset.mean) != len(config.dataset.std):
         raise UserError(f"dataset.mean {config.dataset.mean} and dataset.std {config.dataset.std} differ in length")
+
+
+def _validate_teachers(config: ml_collections.ConfigDict) -> None:
+    settings, count = config.teacher, 1 + len(config.teacher.others)
+    if settings.others and settings.checkpoint is None:
+        raise UserError("teacher.others adds to teacher.checkpoint, which is None: name the first teacher there")
+    for key in ("weights", "image_sizes"):
+        if settings[key] and len(settings[key]) != count:
+            raise UserError(f"teacher.{key} is {settings[key]}; the number of teachers is {count}")
+    for name, loss in config.losses.items():
+        teacher = loss.get("teacher")
+        if teacher == AVERAGE and config.optimizer.ema_decay is None:
+            raise UserError(
+                f"losses.{name}.teacher is average, and no moving average is kept: set optimizer.ema_decay, such as "
+                "0.99"
+            )
+        if teacher not in (None, AVERAGE) and int(teacher) >= count:
+            raise UserError(f"losses.{name}.teacher is {teacher}; the teachers are numbered from 0 to {count - 1}")
 
 
 def _validate_optimizer(config: ml_collections.ConfigDict) -> None:
@@ -304,10 +323,11 @@ def _validate_loss(name: str, settings: Any) -> None:
 
 
 def check_teacher_exists(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if the checkpoint of a given teacher does not exist."""
-    path = config.teacher.checkpoint
-    if needs_teacher(config.losses) and path is not None and not full_path(path).exists():
-        raise UserError(f"teacher.checkpoint {path} does not exist")
+    """Raises UserError if the checkpoint of any given teacher does not exist."""
+    given = {config.teacher.checkpoint: "checkpoint"} | dict.fromkeys(config.teacher.others, "others")
+    for path, key in given.items() if needs_teacher(config.losses) else ():
+        if path is not None and not full_path(path).exists():
+            raise UserError(f"teacher.{key} {path} does not exist")
 
 
 def why_not_extend(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

@@ -1,8 +1,8 @@
 """Checkpoints of trained networks: loading a given teacher, and checking that a network fits a data set."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -24,22 +24,44 @@ from cskd_jax.training.state import check_variables, init_network
 _CLASSIFIERS = ("classifier", "distillation_classifier")
 
 
-def load_given_teacher(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
-    """Returns the folder and the checkpoint that `teacher.checkpoint` names.
+class Given(NamedTuple):
+    """A network that a configuration names by its checkpoint.
+
+    Attributes:
+      key: Key of the configuration.
+      path: Folder of the checkpoint.
+      saved: Content of the checkpoint.
+    """
+
+    key: str
+    path: str
+    saved: Saved
+
+    @property
+    def source(self) -> str:
+        """Returns what errors call the checkpoint."""
+        return f"{self.key} {self.path}"
+
+
+def load_given_teachers(config: ml_collections.ConfigDict) -> tuple[Given, ...]:
+    """Returns the checkpoints that `teacher.checkpoint` and `teacher.others` name.
 
     Raises:
-      UserError: The checkpoint is not that of the configured network, trained to the end.
+      UserError: A checkpoint is not trained to the end, or the first is not that of the configured network.
     """
     schema.check_teacher_exists(config)
-    path, saved = _load(config, "teacher")
-    _check_settings(path, saved.record, network_settings(config.teacher))
-    if not saved.record.finished:
-        raise UserError(f"teacher.checkpoint {path} is not trained to its end: run its own command again first")
-    return path, saved
+    first = _load(config, "teacher")
+    _check_settings(first.path, first.saved.record, network_settings(config.teacher))
+    others = (_load_at("teacher.others", path, "teacher") for path in config.teacher.others)
+    teachers = (first, *others)
+    for teacher in teachers:
+        if not teacher.saved.record.finished:
+            raise UserError(f"{teacher.source} is not trained to its end: run its own command again first")
+    return teachers
 
 
-def load_start(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
-    """Returns the folder and the checkpoint that `student.checkpoint` names.
+def load_start(config: ml_collections.ConfigDict) -> Given:
+    """Returns the checkpoint that `student.checkpoint` names.
 
     Raises:
       UserError: The checkpoint is not that of the configured network.
@@ -48,22 +70,24 @@ def load_start(config: ml_collections.ConfigDict) -> tuple[str, Saved]:
 
 
 def _load(config, role):
-    """Returns folder and checkpoint of the network of a role; raises UserError if that is another than configured."""
+    """Returns the checkpoint of the network of a role; raises UserError if that is another than configured."""
     settings = config[role]
-    path = full_path(settings.checkpoint)
-    # The workdir of a run is taken to mean its network of that role.
-    path = str(path / role if (path / role / FOLDER).is_dir() else path)
-    saved = load_variables(path)
+    given = _load_at(f"{role}.checkpoint", settings.checkpoint, role)
     wanted = {"name": settings.name, "width": float(settings.width)}
-    held = {key: saved.record.network.get(key) for key in wanted}
+    held = {key: given.saved.record.network.get(key) for key in wanted}
     if held != wanted:
-        raise UserError(f"{role}.checkpoint {path} holds {held}, the configuration asks for {wanted}")
-    return path, saved
+        raise UserError(f"{given.source} holds {held}, the configuration asks for {wanted}")
+    return given
 
 
-def starting_variables(
-    start: tuple[str, Saved], network: Network, dataset: ImageDataset, seed: int
-) -> tuple[Variables, bool]:
+def _load_at(key, folder, role):
+    """Returns the checkpoint in a folder; the workdir of a run is taken to mean its network of a role."""
+    path = full_path(folder)
+    path = str(path / role if (path / role / FOLDER).is_dir() else path)
+    return Given(key, path, load_variables(path))
+
+
+def starting_variables(start: Given, network: Network, dataset: ImageDataset, seed: int) -> tuple[Variables, bool]:
     """Returns the variables that a student starts from, and whether its classifier is a new one.
 
     Args:
@@ -75,15 +99,14 @@ def starting_variables(
     Raises:
       UserError: The checkpoint does not fit the network, such as one for another size of images.
     """
-    path, saved = start
-    variables, shape = dict(without_prediction(saved.variables)), dataset.image_shape
-    is_new = saved.record.categories != list(dataset.categories)
+    variables, shape = dict(without_prediction(start.saved.variables)), dataset.image_shape
+    is_new = start.saved.record.categories != list(dataset.categories)
     if is_new:
         fresh = jax.jit(functools.partial(init_network, network, image_shape=shape))(jax.random.PRNGKey(seed))[0]
         heads = {name: fresh["params"][name] for name in _CLASSIFIERS if name in fresh["params"]}
         others = {name: values for name, values in variables["params"].items() if name not in _CLASSIFIERS}
         variables["params"] = {**others, **jax.device_get(heads)}
-    check_variables(network, variables, shape, f"student.checkpoint {path}")
+    check_variables(network, variables, shape, start.source)
     return variables, is_new
 
 
@@ -125,24 +148,21 @@ def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | 
             f"{dataset.name} has {several if dataset.multilabel else one}"
         )
     _check_classes(source, saved, dataset)
-    return _own_normalization(source, record)
+    return normalization_of(source, record)
 
 
-def identity_of_teacher(source: str, saved: Saved, config: ml_collections.ConfigDict) -> str:
-    """Returns the digest of a teacher and, where it is not that of the run, the normalization of its images.
-
-    Args:
-      source: Name of the checkpoint, for errors.
-      saved: The checkpoint.
-      config: Configuration of the run.
-    """
-    own, given = _own_normalization(source, saved.record), Normalize(config.dataset.mean, config.dataset.std)
-    if own is None or own.is_same(given):
-        return saved.digest
-    return f"{saved.digest} with mean {list(own.mean)}, std {list(own.std)}"
+def identity_of_teachers(teachers: Sequence[Given], config: ml_collections.ConfigDict) -> str:
+    """Returns the digests of teachers and, where it is not that of the run, the normalization of their images."""
+    given, found = Normalize(config.dataset.mean, config.dataset.std), []
+    for teacher in teachers:
+        own, digest = normalization_of(teacher.source, teacher.saved.record), teacher.saved.digest
+        if own is not None and not own.is_same(given):
+            digest = f"{digest} with mean {list(own.mean)}, std {list(own.std)}"
+        found.append(digest)
+    return " + ".join(found)
 
 
-def _own_normalization(source: str, record: Record) -> Normalize | None:
+def normalization_of(source: str, record: Record) -> Normalize | None:
     """Returns the normalization that a network was trained with; None where an imported one does not know it."""
     mean, std = (record.images.get(name) for name in ("mean", "std"))
     if mean is None or std is None:

@@ -284,5 +284,6 @@ def _reason(workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity:
     return None if why is None else f": {why}"
 
 
-def _losses(flat: Mapping[str, Any]) -> set[str]:
-    return {key.split(".")[1] for key in flat if key.startswith("losses.")} & LOSSES.keys()
+def _losses(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    names = {key.split(".")[1] for key in flat if key.startswith("losses.")} & LOSSES.keys()
+    return {name: {"teacher": flat.get(f"losses.{name}.teacher")} for name in names}

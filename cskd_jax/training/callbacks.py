@@ -174,7 +174,7 @@ class Console(Callback):
         learning_rate = self._start.learning_rate(step)
         if learning_rate is not None:
             parts.append(f"learning rate {learning_rate:.4g}")
-        return ", ".join([*parts, *self._describe_speed(step)])
+        return ", ".join(part for part in [*parts, *self._describe_speed(step)] if part)
 
     def _describe_speed(self, step):
         images, seconds = self._start.progress.images - self._before[0], self._start.progress.seconds - self._before[1]

@@ -31,6 +31,7 @@ from cskd_jax.errors import InterruptedRun, UserError, one_line
 from cskd_jax.files import write_json
 from cskd_jax.inputs import MAX_JSON, read_json
 from cskd_jax.training.arrays import digest_array, digest_json, flatten, unflatten, upgrade
+from cskd_jax.training.peers import without_peers
 from cskd_jax.training.prediction import prediction_of
 from cskd_jax.training.saved import Record, Saved
 
@@ -261,6 +262,7 @@ def _load(path):
     try:
         tree = traverse_util.unflatten_dict(arrays, sep="/")
         variables = tree.get("ema", {"params": tree["params"].get("network", {}), **tree.get("collections", {})})
+        variables = without_peers(variables)
         variables |= prediction_of(tree["params"], tree.get("memory", {}), record.prediction.get("loss"))
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):  # Names that are no paths of a network.
         raise UserError(f"checkpoint {path} is damaged (its arrays are those of no network)") from None

@@ -36,8 +36,21 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
             f"losses.{wrong[0]} does not fit data set '{data.name}', whose images have {kind} each: of the methods "
             f"that read labels, those for it are {', '.join(sorted(fitting))}"
         )
+    if data.unlabeled:
+        _check_unlabeled(objective)
     if mixes:
         _check_mixed(objective)
+
+
+def _check_unlabeled(objective):
+    """Raises UserError for a loss that reads labels."""
+    reading = [name for name, (_, loss) in objective.losses.items() if loss.multilabel is not None]
+    if reading:
+        fitting = [name for name, loss in LOSSES.items() if loss.multilabel is None]
+        raise UserError(
+            f"losses.{reading[0]} reads labels, and the training images have none: losses that read none are "
+            f"{', '.join(sorted(fitting))}"
+        )
 
 
 def _check_mixed(objective):

@@ -83,6 +83,11 @@ def _no_head(role):
     )
 
 
+_NOT_OF_SEVERAL = _Missing(
+    "a loss reads the classifier or a normalization of the teacher, which it gets of a single teacher only: leave its "
+    "setting teacher at None, with one teacher"
+)
+
 _NO_NORMS = _Missing(
     "a loss reads the batch normalizations before the last ReLU of each stage of the teacher, which that network does "
     "not tell: ResNets, wide ResNets, VGGs and MobileNets of this package do, and any linen module with an attribute "
@@ -92,12 +97,19 @@ _NO_NORMS = _Missing(
 
 def guard_layers(inputs: LossInputs) -> LossInputs:
     """Returns inputs of losses in which reading a layer that is missing raises a clear error."""
+    if inputs.teacher is not None and inputs.teacher.members:
+        inputs = without_teacher_layers(inputs)
     heads = {f"{role}_head": getattr(inputs, f"{role}_head") for role in ("student", "teacher")}
     heads = {name: _no_head(name.partition("_")[0]) if head is None else head for name, head in heads.items()}
     return inputs._replace(
         teacher_norms=_NO_NORMS if inputs.teacher_norms is None else inputs.teacher_norms,
         **heads,
     )
+
+
+def without_teacher_layers(inputs: LossInputs) -> LossInputs:
+    """Returns inputs of losses in which reading a layer of the teacher raises a clear error."""
+    return inputs._replace(teacher_head=_NOT_OF_SEVERAL, teacher_norms=_NOT_OF_SEVERAL)
 
 
 def _at(params, path):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from cskd_jax.data import ImageDataset
 from cskd_jax.losses import gather_batch, sum_batch
 
 # With no more classes than this, top-5 accuracy says nothing: half of the classes or more are among the top five.
@@ -109,9 +110,20 @@ def task_of(multilabel: bool) -> Task:
     return MULTI_LABEL if multilabel else SINGLE_LABEL
 
 
+def training_task_of(data: ImageDataset) -> Task:
+    """Returns the task of the training split of a data set; without labels, its steps measure nothing."""
+    task = task_of(data.multilabel)
+    return task._replace(measure_step=_nothing) if data.unlabeled else task
+
+
 def task_that_measured(values: dict[str, float]) -> Task:
     """Returns the task that produced these metrics of a split."""
     return task_of(MULTI_LABEL.score in values)
+
+
+def _nothing(logits, labels, axis_name):
+    del logits, labels, axis_name
+    return {}
 
 
 def _batch_top1(logits, labels, axis_name):

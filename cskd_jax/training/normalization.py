@@ -1,8 +1,9 @@
-"""Networks that were trained on images of another normalization."""
+"""Networks that were trained on images of another normalization or size."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cskd_jax.data.augment import Normalize
@@ -12,18 +13,14 @@ from cskd_jax.training.networks import Network, Variables
 
 
 @dataclasses.dataclass(frozen=True)
-class RenormalizedNetwork:
-    """A `Network` that takes images in one normalization and gives them to a network in another.
+class _Adapted:
+    """A `Network` that changes images before it gives them to another.
 
     Attributes:
-      network: Network.
-      given: Normalization of the images that this network takes.
-      own: Normalization of the images that `network` was trained on.
+      network: Network that gets the changed images.
     """
 
     network: Network
-    given: Normalize
-    own: Normalize
 
     @property
     def synchronized(self) -> bool:
@@ -45,23 +42,62 @@ class RenormalizedNetwork:
         """Returns the paths of the batch normalizations before the last ReLU of each stage; empty if not known."""
         return getattr(self.network, "norms", ())
 
-    def on_axis(self, axis_name: str | None) -> "RenormalizedNetwork":
+    def on_axis(self, axis_name: str | None) -> "_Adapted":
         """Returns the network for a batch that is split over a mapped axis; None for a whole batch."""
         return dataclasses.replace(self, network=self.network.on_axis(axis_name))
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
         """Returns fresh variables, and the outputs for two black images of shape [H, W, C]."""
-        return self.network.init(key, image_shape)
+        changed = jax.eval_shape(self._change, jax.ShapeDtypeStruct((2, *image_shape), jnp.float32))
+        return self.network.init(key, changed.shape[1:])
 
     def apply(
         self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> tuple[ModelOutput, Variables]:
-        """Returns the outputs for images [B, H, W, C] in the normalization `given`, and the updated collections."""
+        """Returns the outputs for images [B, H, W, C] before the change, and the updated collections."""
+        return self.network.apply(variables, self._change(images), train=train, key=key)
+
+    def _change(self, images: jax.Array) -> jax.Array:
+        """Returns the images as the other network gets them."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class RenormalizedNetwork(_Adapted):
+    """A `Network` that takes images in one normalization and gives them to a network in another.
+
+    Attributes:
+      network: Network.
+      given: Normalization of the images that this network takes.
+      own: Normalization of the images that `network` was trained on.
+    """
+
+    given: Normalize
+    own: Normalize
+
+    def _change(self, images: jax.Array) -> jax.Array:
         given_mean, given_std, mean, std = (
             np.asarray(values, np.float64) for values in (self.given.mean, self.given.std, self.own.mean, self.own.std)
         )
         scale, shift = ((given_std / std).astype(images.dtype), ((given_mean - mean) / std).astype(images.dtype))
-        return self.network.apply(variables, images * scale + shift, train=train, key=key)
+        return images * scale + shift
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizedNetwork(_Adapted):
+    """A `Network` that takes images of any size and gives them to a network as squares of one size.
+
+    Images are resized by linear interpolation, with an antialiasing filter where they become smaller.
+
+    Attributes:
+      network: Network.
+      size: Side of the squares, in pixels.
+    """
+
+    size: int
+
+    def _change(self, images: jax.Array) -> jax.Array:
+        return jax.image.resize(images, (len(images), self.size, self.size, images.shape[-1]), "linear")
 
 
 def renormalize(network: Network, given: Normalize, own: Normalize | None) -> Network:

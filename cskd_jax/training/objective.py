@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,14 +14,16 @@ from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch, half_cosine
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import Layers
-from cskd_jax.training.outputs import Outputs, guard
+from cskd_jax.training.outputs import Outputs, guard, with_teacher
 
 # The metrics and the columns of the history that are not losses; "accuracy" is what earlier versions called "top1".
 _RESERVED = frozenset(
     {"accuracy", "epoch", "gradient_norm", "learning_rate", "loss", "mean_average_precision", "phase", "split", "step"}
     | {"top1"}
 )
-_SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "batch_size", "parent", "name"}
+_SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "batch_size", "teacher", "parent", "name"}
+# The teacher of a loss that learns from the moving average of the student.
+AVERAGE = "average"
 
 
 def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
@@ -29,9 +31,9 @@ def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(LOSSES[name]) if f.name not in _SET_BY_OBJECTIVE}
 
 
-def needs_teacher(losses: Iterable[str]) -> bool:
-    """Returns whether any of these losses of `LOSSES` reads the outputs of a teacher."""
-    return any(LOSSES[name].needs_teacher for name in losses)
+def needs_teacher(losses: Any) -> bool:
+    """Returns whether any of these losses of `LOSSES`, {name: settings}, reads a teacher but the student's average."""
+    return any(LOSSES[name].needs_teacher and settings.get("teacher") != AVERAGE for name, settings in losses.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +109,9 @@ class Objective:
 
         Args:
           losses: {name: entry}. The entry of a loss of `LOSSES` is its weight, or a dictionary with "weight" (1 if left
-            out), the other fields of `Weight` and hyperparameters of the loss. A loss of one's own stands in the
-            dictionary as "loss", or is the entry itself: a function of `LossInputs` that returns a scalar, or a scalar
-            and {term: scalar}; or a `Method`, class or instance.
+            out), the other fields of `Weight`, "teacher" (see `Method`) and hyperparameters of the loss. A loss of
+            one's own stands in the dictionary as "loss", or is the entry itself: a function of `LossInputs` that
+            returns a scalar, or a scalar and {term: scalar}; or a `Method`, class or instance.
           num_classes: Number of classes.
           axis_name: Mapped axis over which the batch is split; None on one device.
           num_examples: Size of the training split, for losses that keep a memory of its samples.
@@ -128,16 +130,23 @@ class Objective:
             if name in _RESERVED or "/" in name:
                 raise UserError(f"a loss cannot be called {name}: metrics and rows of the history are called so")
             settings = as_settings(entry)
-            loss = settings.pop("loss", None)
+            loss, teacher = settings.pop("loss", None), settings.pop("teacher", None)
             weight = _create_weight(name, {key: value for key, value in settings.items() if key in fields})
             hyper = {key: value for key, value in settings.items() if key not in fields}
-            created[name] = (weight, _create_loss(name, loss, hyper, common))
+            own = common | {"teacher": _number_of_teacher(name, teacher)}
+            created[name] = (weight, _create_loss(name, loss, hyper, own))
         return cls(created, steps_per_epoch)
 
     @property
-    def needs_teacher(self) -> bool:
-        """Returns whether any of the losses requires a teacher."""
-        return any(loss.needs_teacher for _, loss in self.losses.values())
+    def teacher_reader(self) -> str | None:
+        """Returns the name of a loss that requires a teacher; None if none does."""
+        needed = (name for name, (_, loss) in self.losses.items() if loss.needs_teacher and loss.teacher != AVERAGE)
+        return next(needed, None)
+
+    @property
+    def average_reader(self) -> str | None:
+        """Returns the name of a loss that learns from the moving average of the student; None if none does."""
+        return next((name for name, (_, loss) in self.losses.items() if loss.teacher == AVERAGE), None)
 
     @property
     def views(self) -> int:
@@ -145,16 +154,23 @@ class Objective:
         return max((loss.views for _, loss in self.losses.values()), default=0)
 
     @property
+    def peers(self) -> int:
+        """Returns how many networks like the student learn with it."""
+        return max((loss.num_peers for _, loss in self.losses.values()), default=0)
+
+    @property
     def may_read_teacher(self) -> bool:
         """Returns whether any of the losses reads the outputs of a teacher if there is one."""
-        return self.needs_teacher or any(isinstance(loss, FunctionLoss) for _, loss in self.losses.values())
+        own = any(isinstance(loss, FunctionLoss) for _, loss in self.losses.values())
+        return own or self.teacher_reader is not None
 
     def init(self, key: jax.Array, inputs: LossInputs) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns (parameters, memory), each by name of the losses that have any; reads only shapes of `inputs`."""
         inputs, params, memory = guard(inputs), {}, {}
         for position, (name, (_, loss)) in enumerate(self.losses.items()):
             # The parameters do not depend on how the batch is split, and no axis is mapped here.
-            variables = loss.clone(axis_name=None).lazy_init(jax.random.fold_in(key, position), inputs)
+            alone, seen = loss.clone(axis_name=None), with_teacher(inputs, loss.teacher)
+            variables = alone.lazy_init(jax.random.fold_in(key, position), seen)
             if "params" in variables:
                 params[name] = variables["params"]
             if "memory" in variables:
@@ -213,7 +229,8 @@ class Objective:
         inputs, terms, new_memory = guard(inputs._replace(epoch=step // self.steps_per_epoch)), {}, {}
         for name, (weight, loss) in self.losses.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
-            (value, parts), updated = loss.apply(variables, inputs, mutable=["memory"])
+            seen = with_teacher(inputs, loss.teacher)
+            (value, parts), updated = loss.apply(variables, seen, mutable=["memory"])
             _check_scalars(name, value, parts)
             total += self._weigh(weight, value, step)
             terms[name] = value
@@ -273,9 +290,11 @@ class FunctionLoss(Method):
 
         student: Any = inputs.student
         teacher: Any = inputs.teacher
+        average: Any = inputs.average
         inputs = inputs._replace(
             student=Outputs(student.output, "student", gather),
             teacher=None if teacher is None else Outputs(teacher.output, "teacher", gather),
+            average=None if average is None else Outputs(average.output, "moving average", gather),
             views=jax.tree.map(gather, inputs.views),
             labels=gather(inputs.labels),
             indices=None if inputs.indices is None else gather(inputs.indices),
@@ -303,6 +322,16 @@ def _create_weight(name, settings):
     if weight.wrong:
         raise UserError(f"losses.{name}.{weight.wrong}")
     return weight
+
+
+def _number_of_teacher(name, teacher):
+    """Returns the teacher of a loss, whose number may be a text; raises UserError if it is none."""
+    number = int(teacher) if isinstance(teacher, str) and teacher.isdecimal() else teacher
+    if number in (None, AVERAGE) or (type(number) is int and number >= 0):
+        return number
+    raise UserError(
+        f"losses.{name}.teacher is {teacher!r}; it must be the number of a teacher, from 0, or {AVERAGE!r}, or None"
+    )
 
 
 def _check_scalars(name, value, parts):

@@ -7,7 +7,7 @@ import jax
 
 from cskd_jax.losses import LossInputs, View
 from cskd_jax.models import ModelOutput
-from cskd_jax.training.layers import guard_layers
+from cskd_jax.training.layers import guard_layers, without_teacher_layers
 
 
 @jax.tree_util.register_pytree_node_class
@@ -45,15 +45,26 @@ class Outputs:
                 "a loss reads the maps before the last ReLU of each stage, and no ReLU follows the tokens that the "
                 f"{self._role} gives: this loss needs networks of maps"
             )
+        if name == "members":
+            return tuple(Outputs(member, self._role, self._prepare) for member in value)
         # A network of one head has no `head_logits`, and a loss may ask whether there are.
         if value is None or (isinstance(value, tuple) and not value and name != "head_logits"):
-            raise ValueError(
-                f"a loss reads the {name} of the {self._role}, which that network does not return; "
-                f"name the path of a submodule, or return a ModelOutput with {name}"
-            )
+            raise ValueError(self._missing(name))
         if grid is not None and name in ("features", "maps"):
             value = tuple(grid.to_map(tokens) for tokens in value)
         return jax.tree.map(self._prepare, value)
+
+    def _missing(self, name):
+        if self.output.members:
+            last = len(self.output.members) - 1
+            return (
+                f"a loss reads the {name} of the teacher, and there are several: name one by the setting teacher of "
+                f"the loss, a number from 0 to {last}"
+            )
+        return (
+            f"a loss reads the {name} of the {self._role}, which that network does not return; "
+            f"name the path of a submodule, or return a ModelOutput with {name}"
+        )
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """Returns the outputs of the network, and the rest, which is static."""
@@ -68,9 +79,39 @@ class Outputs:
 def guard(inputs: LossInputs) -> LossInputs:
     """Returns the inputs with a clear error in the place of everything that a network does not give."""
 
-    def both(student, teacher) -> tuple[Any, Any]:
-        return Outputs(student, "student"), None if teacher is None else Outputs(teacher, "teacher")
+    def as_outputs(student, teacher, average) -> tuple[Any, ...]:
+        roles = {"student": student, "teacher": teacher, "moving average": average}
+        return tuple(None if output is None else Outputs(output, role) for role, output in roles.items())
 
-    student, teacher = both(inputs.student, inputs.teacher)
-    views = tuple(View(*both(*view)) for view in inputs.views)
-    return guard_layers(inputs)._replace(student=student, teacher=teacher, views=views)
+    student, teacher, average = as_outputs(inputs.student, inputs.teacher, inputs.average)
+    views = tuple(View(*as_outputs(*view)) for view in inputs.views)
+    return guard_layers(inputs)._replace(student=student, teacher=teacher, average=average, views=views)
+
+
+def with_teacher(inputs: LossInputs, teacher: int | str | None) -> LossInputs:
+    """Returns the inputs of a loss that names its teacher.
+
+    Args:
+      inputs: Inputs from `guard`.
+      teacher: Number of one of several teachers, from 0; "average" for the moving average of the student; None for all
+        teachers as one.
+
+    Raises:
+      ValueError: There is no such teacher.
+    """
+    if teacher is None:
+        return inputs
+
+    def choose(view):
+        if isinstance(teacher, str):
+            return view.average
+        if view.teacher is None:
+            raise ValueError(f"a loss has teacher={teacher}, and there is no teacher")
+        members = view.teacher.members or (view.teacher,)
+        if teacher >= len(members):
+            raise ValueError(f"a loss has teacher={teacher}; the teachers are numbered from 0 to {len(members) - 1}")
+        return members[teacher]
+
+    views = tuple(view._replace(teacher=choose(view)) for view in inputs.views)
+    chosen = inputs._replace(teacher=choose(inputs), views=views)
+    return chosen if chosen.teacher is inputs.teacher else without_teacher_layers(chosen)

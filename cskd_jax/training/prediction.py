@@ -14,6 +14,7 @@ from cskd_jax.losses import LOSSES, Method
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective, hyperparameters
+from cskd_jax.training.peers import without_peers
 from cskd_jax.training.state import TrainState, output_of
 
 # The collection of a network's variables that holds those of the loss by which it predicts.
@@ -96,7 +97,7 @@ def predicting(network: Network, objective: Objective) -> Network:
 
 def variables_of(state: TrainState, objective: Objective) -> dict[str, Any]:
     """Returns the variables of a student for use, with those of the loss by which it predicts if there is one."""
-    return {**state.averaged, **prediction_of(state.params, state.memory, objective.predictor)}
+    return {**without_peers(state.averaged), **prediction_of(state.params, state.memory, objective.predictor)}
 
 
 def prediction_of(params: Mapping[str, Any], memory: Mapping[str, Any], name: str | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.layers import NO_LAYERS, Layers, layers_of
-from cskd_jax.training.metrics import task_of
+from cskd_jax.training.metrics import training_task_of
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.phases import Part
 from cskd_jax.training.prediction import predicting, variables_of
@@ -298,7 +298,7 @@ class Programs:
             part.objective,
             part.optimizer,
             axis_name=AXIS,
-            task=task_of(self._setup.data.multilabel),
+            task=training_task_of(self._setup.data),
             micro_batch_size=self._setup.micro_batch_size,
             ema=ema,
         )

@@ -158,7 +158,8 @@ def example_inputs(
         teacher_head=layers.head,
         teacher_norms=layers.norms,
         epoch=shape((), jnp.int32),
-        views=(View(student, teacher),) * views,
+        views=(View(student, teacher, student),) * views,
+        average=student,
     )
 
 

@@ -184,6 +184,9 @@ def _make_differentiate(student, objective, separate, axis_name, task):
         labels = batch["label"]
         student_key = _student_key(student, draw_key, axis_name)
 
+        def average_of(images):
+            return None if objective.average_reader is None else student.apply(state.ema, images, train=False)[0]
+
         def loss(params):
             variables = {"params": params["network"], **state.collections}
             output, collections = student.apply(variables, batch["image"], train=True, key=student_key)
@@ -199,13 +202,15 @@ def _make_differentiate(student, objective, separate, axis_name, task):
                 teacher_head=teacher_layers.head,
                 teacher_norms=teacher_layers.norms,
                 mixed=Mixed(partners(labels, axis_name), batch["share"]) if "share" in batch else None,
+                average=average_of(batch["image"]),
             )
             for number, view in enumerate(batch.get("views", ())):
                 view_key = jax.random.fold_in(jax.random.fold_in(draw_key, _VIEWS), number)
                 key = _student_key(student, view_key, axis_name)
                 seen, moved = student.apply({**variables, **collections}, view["image"], train=True, key=key)
                 collections = {**collections, **moved}
-                inputs = inputs._replace(views=(*inputs.views, View(seen, view["teacher"])))
+                seen_view = View(seen, view["teacher"], average_of(view["image"]))
+                inputs = inputs._replace(views=(*inputs.views, seen_view))
             total, terms, memory = objective(params["losses"], state.memory, inputs, state.step)
             predicted = objective.predict(params["losses"], memory, output)
             measured = task.measure_step(predicted, labels, axis_name)

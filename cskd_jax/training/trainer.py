@@ -27,6 +27,7 @@ from cskd_jax.training.mixing import Mix
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.participant import Participant
+from cskd_jax.training.peers import with_peers
 from cskd_jax.training.phases import Phase, make_parts
 from cskd_jax.training.prediction import describe_prediction
 from cskd_jax.training.programs import Programs, TeacherPass
@@ -34,6 +35,7 @@ from cskd_jax.training.records import MetricsFiles, read_rows
 from cskd_jax.training.saved import Record
 from cskd_jax.training.setup import Setup
 from cskd_jax.training.state import TrainState
+from cskd_jax.training.teachers import Combine, Teacher, network_of, variables_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,20 +63,6 @@ class Student:
     variables: Variables | None = None
     description: Mapping[str, Any] | None = None
     method: str = ""
-
-
-@dataclasses.dataclass
-class Teacher:
-    """A network that is not trained, in evaluation mode.
-
-    Attributes:
-      network: A linen module, an nnx module, a function or a `Network`; see `training.adapters`.
-      variables: Variables of the network; None for an nnx module, which has its own. A trainer may be made before they
-        exist; they must be set before `fit`.
-    """
-
-    network: Any
-    variables: Variables | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +100,8 @@ class Trainer:
 
     Args:
       students: {name: student}.
-      teachers: At most one teacher for now; losses that read one need it.
+      teachers: Teachers, for losses that read one; several are one `teachers.Ensemble`, unless a loss names one of them
+        by its setting `teacher`.
       data: Training and test split, and possibly a validation split, which then chooses the best epoch.
       phases: Phases, in their order.
       batch_size: Number of images in a batch, over all devices.
@@ -132,6 +121,7 @@ class Trainer:
       evaluate_every_epochs: Number of epochs from one evaluation to the next; the last epoch is always evaluated.
       accumulation_steps: Number of micro-batches that a batch is divided into, to save memory: `batch_size` is what an
         update sees; batch normalization, memories, and losses that relate images to each other see micro-batches.
+      combine_teachers: What is averaged over several teachers, "logits" or "probabilities".
       mix: What mixes the images of a batch with each other, teacher and student alike; None leaves them alone. Losses
         that read the label of an image, other than cross-entropy, are then refused.
       stream: Number folded into the seed for weights and augmentation; trainers with different ones draw differently.
@@ -166,6 +156,7 @@ class Trainer:
         save_every_minutes: float = 0.5,
         evaluate_every_epochs: int = 1,
         accumulation_steps: int = 1,
+        combine_teachers: Combine = "logits",
         mix: Mix | None = None,
         stream: int = 1,
         beside: "Trainer | None" = None,
@@ -175,11 +166,8 @@ class Trainer:
         for argument, value, low in integers:
             if not isinstance(value, int | np.integer) or value < low:
                 raise UserError(f"{argument} is {value!r}; it must be an integer of at least {low}")
-        if len(teachers) > 1:
-            raise UserError(f"a trainer takes one teacher; got {len(teachers)}")
         self._workdir = None if workdir is None else pathlib.Path(workdir)
-        self._teacher = next(iter(teachers), None)
-        self._teacher_network = None if self._teacher is None else as_network(self._teacher.network)
+        self._teachers = tuple(teachers)
         self.state: dict[str, TrainState] = {}
         shared = Setup(
             data=data,
@@ -200,7 +188,9 @@ class Trainer:
         check_batches(shared)
         self._setup = shared
         if beside is None:
-            self.teacher_pass = TeacherPass(shared, self._teacher_network, self._teacher_variables())
+            given = normalize if isinstance(normalize, Normalize) else None
+            network = network_of(self._teachers, given, combine_teachers, data.multilabel)
+            self.teacher_pass = TeacherPass(shared, network, variables_of(self._teachers))
         else:
             self.teacher_pass = beside.teacher_pass
         self._participants = {
@@ -223,9 +213,13 @@ class Trainer:
                 steps_per_epoch=sampler.steps_per_epoch,
             )
             check_losses(objective, data, mixes=self._setup.mix is not None)
-            if objective.needs_teacher and self._teacher is None:
-                names = [loss for loss, (_, module) in objective.losses.items() if module.needs_teacher]
-                raise UserError(f"{name}: losses.{names[0]} needs a teacher")
+            if objective.teacher_reader is not None and not self._teachers:
+                raise UserError(f"{name}: losses.{objective.teacher_reader} needs a teacher")
+            if objective.average_reader is not None and student.ema is None:
+                raise UserError(
+                    f"{name}: losses.{objective.average_reader} learns from the moving average of the student, and "
+                    "none is kept: give the student an ema, such as 0.99"
+                )
             return objective
 
         parts = make_parts(
@@ -245,6 +239,10 @@ class Trainer:
             method=student.method,
             prediction=describe_prediction(parts[-1].objective),
         )
+        variables = network.variables if student.variables is None else student.variables
+        peers = parts[0].all_losses.peers
+        if peers and variables is not None:
+            raise UserError(f"{name}: a student with peers starts from fresh weights, and has variables to start from")
         # Callbacks keep what belongs to one student, so each of several has copies.
         callbacks = map(copy.copy, self._setup.callbacks) if several else self._setup.callbacks
         files = () if self._workdir is None else (MetricsFiles(self._workdir),)
@@ -252,19 +250,14 @@ class Trainer:
         with setup.pause(f"{name}: tracing the training step"):
             programs = Programs(
                 name,
-                network,
+                with_peers(network, peers),
                 parts,
                 setup,
-                variables=network.variables if student.variables is None else student.variables,
+                variables=variables,
                 teacher_pass=self.teacher_pass,
                 ema=student.ema,
             )
         return Participant(name, programs, record, setup)
-
-    def _teacher_variables(self):
-        if self._teacher is None or self._teacher_network is None:
-            return None
-        return self._teacher_network.variables if self._teacher.variables is None else self._teacher.variables
 
     def fit(self, stop: StopRequest | None = None) -> dict[str, Result]:
         """Trains every student to the end, all at once: each batch passes through the teacher once.
@@ -356,9 +349,9 @@ def fit_together(
     Raises:
       InterruptedRun: `stop` was requested; the states of trainers with a workdir are saved.
     """
-    with_teacher = next((trainer for trainer in trainers if trainer._teacher is not None), trainers[0])
-    teacher_variables = with_teacher._teacher_variables()
-    if with_teacher._teacher is not None:
+    with_teacher = next((trainer for trainer in trainers if trainer._teachers), trainers[0])
+    teacher_variables = variables_of(with_teacher._teachers)
+    if with_teacher._teachers:
         if teacher_variables is None:
             raise UserError("the teacher has no variables: set them before fit")
         teacher_variables = with_teacher._setup.devices.replicate(teacher_variables)

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 import cskd_jax
+from cskd_jax.data.arrays import from_arrays
 from cskd_jax.data.batches import EpochBatches, read_steps
 from cskd_jax.data.samplers import UniformSampler
 from cskd_jax.data.types import Split
@@ -105,7 +106,7 @@ def test_resumes_bit_for_bit(tmp_path):
 
     def trainer():
         batches = EpochBatches(batches_of, Split)
-        data = cskd_jax.distillation.make_data(batches.first, SETTINGS["test"])
+        data = from_arrays(batches.first, SETTINGS["test"])
         student = cskd_jax.Student(Net(), SETTINGS["losses"], SETTINGS["optimizer"])
         return cskd_jax.Trainer(
             {"student": student}, data=data, sampler=batches, phases=[cskd_jax.Phase(2)], callbacks=(), devices=1,

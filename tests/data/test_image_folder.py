@@ -183,3 +183,36 @@ def test_mixed_sizes_become_squares(root):
     assert dataset.image_shape == (7, 7, 3)
     with Image.open(root / "train" / "dog" / "1.png") as image:
         np.testing.assert_array_equal(dataset.train.images[4], middle_square(image, 7))
+
+
+def without_labels(root):
+    """The same training images in one folder."""
+    for file in sorted(root.glob("train/*/*")):
+        file.rename(root / "train" / f"{file.parent.name}{file.name}")
+    for folder in root.glob("train/*/"):
+        folder.rmdir()
+    return root
+
+
+def test_images_without_labels(root, caplog):
+    save(root / "train" / "dog" / "3.png", seed=50)
+    (root / "train" / "dog" / "notes.txt").write_text("no image")
+    dataset = load(without_labels(root))
+    assert (dataset.unlabeled, dataset.categories) == (True, ("cat", "dog"))
+    np.testing.assert_array_equal(dataset.train.labels, [-1] * 7)
+    np.testing.assert_array_equal(dataset.test.labels, [0, 1])
+    np.testing.assert_array_equal(dataset.train.images[0], np.asarray(Image.open(root / "train" / "cat0.png")))
+    assert "left out 1 of other formats" in caplog.text
+    assert len(load(root, train_examples=3).train.labels) == 3
+
+
+def test_images_without_labels_are_not_held_out_or_counted_by_class(root):
+    without_labels(root)
+    with pytest.raises(UserError, match="of which none can be held out for validation"):
+        load(root, validation_examples=2)
+    with pytest.raises(UserError, match="train_examples=9 is out of range: allowed are 1 to 6"):
+        load(root, train_examples=9)
+    (root / "train").rename(root / "other")
+    (root / "train").mkdir()
+    with pytest.raises(UserError, match="has no class folders"):
+        load(root)

@@ -16,7 +16,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.interop import export, import_torch
 from cskd_jax.models import create_model
 from cskd_jax.runs.recipes import load_recipe
-from cskd_jax.runs.trained import check_fits, load_given_teacher
+from cskd_jax.runs.trained import check_fits, load_given_teachers
 from cskd_jax.training.checkpoint import load_variables
 from tests.torch_files import assert_same_variables
 
@@ -83,7 +83,7 @@ def test_out_and_in_is_the_identity(returned, done):
 def test_imported_teacher_is_taken(returned, digits_dir):
     config = load_recipe("digits:kd", [])
     config.teacher.update(checkpoint=str(returned), name="resnet8", width=0.25)
-    path, saved = load_given_teacher(config)
+    ((_, path, saved),) = load_given_teachers(config)
     dataset = load_dataset("digits", data_dir=str(digits_dir))
     # Ten categories, whatever their names, of images that it does not know.
     assert check_fits(path, saved, dataset) is None

@@ -116,6 +116,7 @@ def test_what_labels_methods_are_for():
         "ctkd",
         "deit",
         "dkd",
+        "dml",
         "mlkd",
         "nkd",
         "ofa",

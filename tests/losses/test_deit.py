@@ -50,6 +50,7 @@ def test_without_the_token():
         value_of("deit", make_inputs(heads=0)[0])
 
 
+@pytest.mark.slow
 def test_networks_of_one_head():
     """Losses that prefer one of several heads take a network of one head; deit says what it needs."""
     inputs = make_inputs(heads=0)[0]

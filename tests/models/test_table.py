@@ -12,6 +12,7 @@ import pytest
 from cskd_jax.models import MODELS, count_parameters, create_model
 from cskd_jax.models.shufflenet import shuffle_channels
 from cskd_jax.models.vision_transformer import VISION_TRANSFORMERS
+from tests.tiers import chosen
 
 
 class Row(NamedTuple):
@@ -217,7 +218,7 @@ def compile_fast(function, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", chosen(DEEP, DEEP[::6]))
 def test_gradient_of_a_deep_network_traces(name):
     model = create_model(name, num_classes=3, width=TABLE[name].step_width)
     images = jnp.zeros((4, 8, 8, 3))

@@ -1,0 +1,64 @@
+"""Data sets of arrays that a caller gives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from cskd_jax.data.types import NO_LABEL, ImageDataset, Split
+from cskd_jax.errors import UserError
+
+
+def from_arrays(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    categories: Sequence[str] | None = None,
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
+) -> ImageDataset:
+    """Returns the data set of arrays, images and labels.
+
+    Raises:
+      UserError: They are no images and labels, or those of the two splits do not fit together.
+    """
+    given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
+    splits: list[Any] = [make_split(name, *arrays) for name, arrays in given.items()]
+    kinds = [
+        f"images {split.images.shape[1:]} {split.images.dtype} with labels {['N', *split.labels.shape[1:]]}"
+        for split in splits
+    ]
+    for name, kind in zip(given, kinds, strict=True):
+        if kind != kinds[0]:
+            raise UserError(f"train and {name} differ: {kinds[0]} and {kind}")
+    multilabel = splits[0].labels.ndim == 2
+    count = splits[0].labels.shape[1] if multilabel else 1 + max(int(split.labels.max()) for split in splits)
+    names = tuple(map(str, range(count))) if categories is None else tuple(categories)
+    labeled = splits[1:] if np.all(splits[0].labels == NO_LABEL) else splits
+    if len(names) < count or any(split.labels.min() < 0 for split in labeled):
+        raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of classes less 1")
+    return ImageDataset("arrays", splits[0], splits[1], names, splits[2] if validation is not None else None)
+
+
+def make_split(name: str, images: Any, labels: Any) -> Split:
+    """Returns a split of arrays; raises UserError if they are no images and labels.
+
+    Args:
+      name: Name of the split, for errors.
+      images: Images [N, H, W, C], uint8 or floats, which become float32.
+      labels: Labels, integers [N] or numbers [N, K]; None for a training split without labels.
+    """
+    images = np.asarray(images)
+    labels = np.full(len(images), NO_LABEL) if labels is None and name == "train" else np.asarray(labels)
+    if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not len(images):
+        raise UserError(
+            f"{name} must be images [N, H, W, C] and labels [N] or [N, K]; got shapes {images.shape} and {labels.shape}"
+        )
+    if images.dtype != np.uint8:
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(f"{name} images are {images.dtype}; they must be uint8 or floats")
+        images = images.astype(np.float32)
+    if labels.ndim == 2 and labels.shape[1] < 2:
+        raise UserError(f"{name} labels have shape {labels.shape}; labels of one class each must have shape [N]")
+    if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{name} labels are {labels.dtype}; they must be integers, the numbers of the classes")
+    return Split(images, labels.astype(np.int32 if labels.ndim == 1 else np.float32))

@@ -1,0 +1,105 @@
+"""Networks that learn together: a student, and peers like it that learn from it as it does from them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from cskd_jax.models import ModelOutput
+from cskd_jax.training.layers import CLASSIFIER
+from cskd_jax.training.networks import Network, Variables
+
+# The entry of every collection that holds the variables of the peers.
+_PEERS = "peers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """A student and its peers as one `Network` in training; outside of training, the student alone.
+
+    Every collection of its variables is that of the student, with an entry "peers", {"1": that of the first peer, ...}.
+    The outputs in training are those of the student, with the outputs of all, the student first, as `members`.
+
+    Attributes:
+      network: Network of the student and of each peer.
+      peers: Number of peers.
+    """
+
+    network: Network
+    peers: int
+
+    @property
+    def synchronized(self) -> bool:
+        """Returns whether the network computes batch statistics from the global batch."""
+        return self.network.synchronized
+
+    @property
+    def variables(self) -> None:
+        """Returns None: `init` makes fresh variables."""
+        return None
+
+    @property
+    def draws_by_position(self) -> bool:
+        """Returns whether the network draws random numbers by the positions of samples in the global batch."""
+        return getattr(self.network, "draws_by_position", False)
+
+    @property
+    def has_training_mode(self) -> bool:
+        """Returns whether the network has a training mode."""
+        return getattr(self.network, "has_training_mode", True)
+
+    @property
+    def head(self) -> str | None:
+        """Returns the path of the classifier of the student; None if it has none."""
+        return getattr(self.network, "head", CLASSIFIER)
+
+    def on_axis(self, axis_name: str | None) -> "Cohort":
+        """Returns the networks for a batch that is split over a mapped axis; None means a whole batch."""
+        return dataclasses.replace(self, network=self.network.on_axis(axis_name))
+
+    def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
+        """Returns fresh variables, those of the student as without peers, and its outputs for two black images."""
+        variables, output = self.network.init(key, image_shape)
+        others = {str(n): self.network.init(jax.random.fold_in(key, n), image_shape)[0] for n in self._numbers}
+        return _join(variables, others), output._replace(members=(output,) * (1 + self.peers))
+
+    def apply(
+        self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[ModelOutput, Variables]:
+        """Returns the outputs for images [B, H, W, C], and the updated collections (empty outside of training)."""
+        output, updated = self.network.apply(without_peers(variables), images, train=train, key=key)
+        if not train:
+            return output, updated
+        members, others = [output], {}
+        for number in self._numbers:
+            own = {name: collection[_PEERS][str(number)] for name, collection in variables.items()}
+            own_key = None if key is None else jax.random.fold_in(key, number)
+            member, others[str(number)] = self.network.apply(own, images, train=True, key=own_key)
+            members.append(member)
+        return output._replace(members=tuple(members)), _join(updated, others)
+
+    @property
+    def _numbers(self) -> range:
+        return range(1, 1 + self.peers)
+
+
+def with_peers(network: Network, peers: int) -> Network:
+    """Returns a network that learns with a number of peers; the same network if that is 0."""
+    return Cohort(network, peers) if peers else network
+
+
+def without_peers(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the variables of a student alone, without those of its peers if it has any."""
+    return {
+        name: {part: x for part, x in collection.items() if part != _PEERS} if _PEERS in collection else collection
+        for name, collection in variables.items()
+    }
+
+
+def _join(variables, others):
+    """Returns the variables of a student with those of its peers, {number: variables}."""
+    return {
+        name: {**collection, _PEERS: {number: other[name] for number, other in others.items()}}
+        for name, collection in variables.items()
+    }

@@ -1,0 +1,166 @@
+"""Teachers: networks that are not trained, and several of them as one."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cskd_jax.data.augment import Normalize
+from cskd_jax.errors import UserError
+from cskd_jax.models import ModelOutput
+from cskd_jax.training.adapters import as_network
+from cskd_jax.training.networks import Network, Variables
+from cskd_jax.training.normalization import ResizedNetwork, renormalize
+
+Combine = Literal["logits", "probabilities"]
+
+
+@dataclasses.dataclass
+class Teacher:
+    """A network that is not trained, in evaluation mode.
+
+    Attributes:
+      network: A linen module, an nnx module, a function or a `Network`; see `training.adapters`.
+      variables: Variables of the network; None for an nnx module, which has its own. A trainer of one teacher may be
+        made before they exist; they must be set before `fit`.
+      weight: Share of the teacher in the combination of several, relative to those of the others.
+      normalization: Normalization of the images that it was trained on; None for that of the students.
+      image_size: Side of the squares to which its images are resized; None leaves them as they are.
+    """
+
+    network: Any
+    variables: Variables | None = None
+    weight: float = 1.0
+    normalization: Normalize | None = None
+    image_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Several trained networks as one `Network`, whose variables are {"0": variables of the first, "1": ...}.
+
+    Its only outputs are `logits`, the combination of theirs, and `members`, the outputs of each. With "logits", they
+    are the weighted mean of the logits, whose softmax at any temperature is a geometric mean of the members'. With
+    "probabilities", they are the logarithms of the weighted mean of the probabilities at temperature 1, or, with
+    several classes for an image, the log-odds of it.
+
+    Attributes:
+      networks: The networks.
+      weights: Their weights, which add up to 1.
+      combine: What is averaged.
+      multilabel: Whether an image has any number of classes, so that probabilities are sigmoids.
+    """
+
+    networks: tuple[Network, ...]
+    weights: tuple[float, ...]
+    combine: Combine = "logits"
+    multilabel: bool = False
+
+    # A loss that reads a classifier needs one teacher.
+    head = None
+
+    @property
+    def synchronized(self) -> bool:
+        """Returns True: networks in evaluation mode treat each image by itself."""
+        return True
+
+    @property
+    def variables(self) -> None:
+        """Returns None: the variables are given beside the network."""
+        return None
+
+    def on_axis(self, axis_name: str | None) -> "Ensemble":
+        """Returns the networks for a batch that is split over a mapped axis; None means a whole batch."""
+        return dataclasses.replace(self, networks=tuple(network.on_axis(axis_name) for network in self.networks))
+
+    def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
+        """Raises ValueError, because an ensemble is made of trained networks."""
+        raise ValueError("an ensemble is made of trained networks, and makes no variables of its own")
+
+    def apply(
+        self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[ModelOutput, Variables]:
+        """Returns the outputs for images [B, H, W, C] in evaluation mode, and no updated collections.
+
+        Raises:
+          ValueError: Training mode is asked for.
+        """
+        del key
+        if train:
+            raise ValueError("an ensemble is not trained")
+        members = tuple(
+            network.apply(variables[str(number)], images, train=False)[0]
+            for number, network in enumerate(self.networks)
+        )
+        dtype = jnp.result_type(*(member.logits for member in members))
+        logits = jnp.stack([member.logits.astype(dtype) for member in members])
+        weights = np.asarray(self.weights, dtype)[:, None, None]
+        if self.combine == "logits":
+            combined = jnp.sum(weights * logits, axis=0)
+        elif self.multilabel:
+            yes, no = (_log_mean(jax.nn.log_sigmoid(x), weights) for x in (logits, -logits))
+            combined = yes - no
+        else:
+            combined = _log_mean(jax.nn.log_softmax(logits), weights)
+        return ModelOutput(combined, members=members), {}
+
+
+def _log_mean(log_probabilities, weights):
+    return jax.nn.logsumexp(log_probabilities, axis=0, b=weights)
+
+
+def network_of(
+    teachers: Sequence[Teacher], given: Normalize | None, combine: Combine = "logits", multilabel: bool = False
+) -> Network | None:
+    """Returns the network of any number of teachers, which takes the images of the students; None without a teacher.
+
+    Args:
+      teachers: The teachers.
+      given: Normalization of the images of the students; None where they are not normalized by one.
+      combine: What of several teachers is averaged, see `Ensemble`.
+      multilabel: Whether an image has any number of classes.
+
+    Raises:
+      UserError: A setting of a teacher is wrong.
+    """
+    if combine not in ("logits", "probabilities"):
+        raise UserError(f"combine_teachers is {combine!r}; it must be logits or probabilities")
+    networks = [_adapt(teacher, given) for teacher in teachers]
+    if len(networks) < 2:
+        return networks[0] if networks else None
+    weights = [teacher.weight for teacher in teachers]
+    if any(not isinstance(weight, int | float) or not 0 <= weight < np.inf for weight in weights) or not sum(weights):
+        raise UserError(f"the weights of the teachers are {weights}; they must be at least 0, and one greater than 0")
+    shares = tuple(float(weight) / float(sum(weights)) for weight in weights)
+    return Ensemble(tuple(networks), shares, combine, multilabel)
+
+
+def variables_of(teachers: Sequence[Teacher]) -> Variables | None:
+    """Returns the variables of the network of teachers; None while they do not exist, or without a teacher.
+
+    Raises:
+      UserError: One of several teachers has none.
+    """
+    found = [as_network(one.network).variables if one.variables is None else one.variables for one in teachers]
+    if len(found) < 2:
+        return found[0] if found else None
+    if any(variables is None for variables in found):
+        raise UserError("one of several teachers has no variables: each must be trained already")
+    return {str(number): variables for number, variables in enumerate(found)}
+
+
+def _adapt(teacher: Teacher, given: Normalize | None) -> Network:
+    """Returns the network of a teacher for the images of the students."""
+    network, size = as_network(teacher.network), teacher.image_size
+    if size is not None:
+        if type(size) is not int or size < 1:
+            raise UserError(f"the image_size of a teacher is {size!r}; it must be an integer of at least 1, or None")
+        network = ResizedNetwork(network, size)
+    if teacher.normalization is None:
+        return network
+    if given is None:
+        raise UserError("a teacher with a normalization of its own needs images of uint8, which are normalized here")
+    return renormalize(network, given, teacher.normalization)

@@ -1,0 +1,319 @@
+"""Several teachers as one, losses that name their teacher, and the moving average of the student as its teacher."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import cskd_jax
+from cskd_jax import Teacher
+from cskd_jax.data.augment import Normalize
+from cskd_jax.errors import UserError
+from cskd_jax.losses import cross_entropy_loss, kd_loss
+from cskd_jax.models import create_model
+from cskd_jax.runs import schema
+from cskd_jax.runs.recipes import load_recipe
+from cskd_jax.training.adapters import as_network
+from cskd_jax.training.normalization import ResizedNetwork
+from cskd_jax.training.teachers import network_of, variables_of
+
+RNG = np.random.default_rng(0)
+LABELS = RNG.integers(0, 3, 24).astype(np.int32)
+PIXELS = RNG.integers(0, 256, (24, 8, 8, 1), np.uint8)
+INPUTS = (RNG.normal(size=(5, 8, 8, 1))).astype(np.float32)
+
+
+class Net(nn.Module):
+    """A network that gives a map."""
+
+    width: int = 4
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(self.width, (3, 3), strides=2)(x))
+        return {"logits": nn.Dense(3)(x.mean(axis=(1, 2))), "features": (x,), "embedding": x.mean(axis=(1, 2))}
+
+
+def teacher(seed, width=4, **settings):
+    network = Net(width)
+    return Teacher(network, network.init(jax.random.key(seed), INPUTS), **settings)
+
+
+def logits_of(one, images=INPUTS):
+    return np.asarray(one.network.apply(one.variables, images)["logits"], np.float64)
+
+
+def outputs(teachers, images=INPUTS, given=None, **settings):
+    network = network_of(teachers, given, **settings)
+    return network.apply(variables_of(teachers), images, train=False)[0]
+
+
+def assert_close(found, expected):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
+
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+
+def test_mean_of_logits():
+    teachers = [teacher(0), teacher(1, width=6, weight=3)]
+    found = outputs(teachers)
+    expected = [logits_of(one) for one in teachers]
+    np.testing.assert_allclose(found.logits, 0.25 * expected[0] + 0.75 * expected[1], rtol=1e-5, atol=1e-6)
+    for member, logits in zip(found.members, expected, strict=True):
+        np.testing.assert_allclose(member.logits, logits, rtol=1e-5, atol=1e-6)
+    assert [member.features[0].shape[-1] for member in found.members] == [4, 6]
+
+
+def test_mean_of_probabilities():
+    teachers = [teacher(0), teacher(1), teacher(2, weight=0.0)]
+    found = outputs(teachers, combine="probabilities").logits
+    expected = (softmax(logits_of(teachers[0])) + softmax(logits_of(teachers[1]))) / 2
+    np.testing.assert_allclose(np.exp(found), expected, rtol=1e-5)
+
+
+def test_mean_of_probabilities_of_several_classes():
+    teachers = [teacher(0), teacher(1, weight=2.0)]
+    found = outputs(teachers, combine="probabilities", multilabel=True).logits
+    first, second = (1 / (1 + np.exp(-logits_of(one))) for one in teachers)
+    np.testing.assert_allclose(1 / (1 + np.exp(-np.asarray(found))), (first + 2 * second) / 3, rtol=1e-5)
+
+
+def test_probabilities_of_sure_teachers_are_finite():
+    sure = jax.tree.map(lambda x: 1e4 * x, teacher(0).variables)
+    for multilabel in (False, True):
+        found = outputs([Teacher(Net(), sure), teacher(1)], combine="probabilities", multilabel=multilabel)
+        assert np.isfinite(found.logits).all()
+
+
+def test_each_has_its_normalization_and_size():
+    own = Normalize((0.2,), (0.5,))
+    teachers = [teacher(0, normalization=own), teacher(1, image_size=4)]
+    found = outputs(teachers, given=Normalize((0.5,), (0.25,))).members
+    images = ((INPUTS * 0.25 + 0.5) - 0.2) / 0.5
+    np.testing.assert_allclose(found[0].logits, logits_of(teachers[0], images), rtol=1e-5, atol=1e-5)
+    smaller = jax.image.resize(INPUTS, (5, 4, 4, 1), "linear")
+    np.testing.assert_allclose(found[1].logits, logits_of(teachers[1], smaller), rtol=1e-5, atol=1e-5)
+    assert found[1].features[0].shape[1:3] == (2, 2)
+
+
+def test_a_resized_network_is_made_for_its_size():
+    settings = {"image_size": (16, 16), "patch_size": 8, "depth": 1}
+    vit = as_network(create_model("deit_tiny", num_classes=3, width=1 / 16, settings=settings))
+    resized = ResizedNetwork(vit, 16)
+    variables, _ = resized.init(jax.random.key(0), (8, 8, 3))
+    assert resized.apply(variables, jnp.zeros((2, 8, 8, 3)), train=False)[0].logits.shape == (2, 3)
+
+
+def train(losses, teachers=None, epochs=2, **settings):
+    defaults = {"optimizer": optax.sgd(0.1), "mean": (0.5,), "std": (0.25,), "batch_size": 8, "devices": 1}
+    data = {"train": (PIXELS, LABELS), "test": (PIXELS, LABELS)}
+    settings = defaults | data | {"callbacks": ()} | settings
+    return cskd_jax.distill(Net(4), losses={"cross_entropy": 1.0} | losses, teacher=teachers, epochs=epochs, **settings)
+
+
+def test_a_loss_reads_the_teacher_that_it_names():
+    """The other teachers then change nothing."""
+    teachers = [teacher(0), teacher(1, width=6)]
+    for number, one in enumerate(teachers):
+        alone = train({"kd": 1.0}, one.network, teacher_variables=one.variables)
+        for name in (number, str(number)):
+            named = train({"kd": {"weight": 1.0, "teacher": name}}, teachers)
+            assert_close(named.variables, alone.variables)
+
+
+def test_all_teachers_teach_as_one():
+    teachers = [teacher(0), teacher(1, weight=3.0)]
+
+    def mean(variables, images, train, rngs):
+        del train, rngs
+        first, second = (Net().apply(variables[name], images)["logits"] for name in ("first", "second"))
+        return 0.25 * first + 0.75 * second, {}
+
+    variables = {"first": teachers[0].variables, "second": teachers[1].variables}
+    expected = train({"kd": 1.0}, mean, teacher_variables=variables)
+    assert_close(train({"kd": 1.0}, teachers).variables, expected.variables)
+
+
+def test_features_of_the_named_teacher():
+    train({"fitnet": {"weight": 1.0, "teacher": 1, "stage": 1}, "kd": 1.0}, [teacher(0), teacher(1, width=6)], epochs=1)
+
+
+def test_a_single_teacher_with_its_settings():
+    one = teacher(0, normalization=Normalize((0.2,), (0.5,)))
+    network, variables = one.network, one.variables
+    expected = train({"kd": 1.0}, network, teacher_variables=variables, teacher_mean=(0.2,), teacher_std=(0.5,))
+    assert_close(train({"kd": 1.0}, one).variables, expected.variables)
+
+
+@pytest.mark.slow
+def test_load_teacher(done):
+    """A checkpoint as a teacher knows its normalization."""
+    loaded = cskd_jax.load_teacher(done / "teacher")
+    assert loaded.normalization == Normalize((0.3055,), (0.3766,))
+    assert loaded.image_size is None
+    assert loaded.network.apply(loaded.variables, INPUTS, train=False)[0].logits.shape == (5, 10)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        cskd_jax.load_teacher(done)
+
+
+def test_on_two_devices():
+    teachers = [teacher(0), teacher(1, width=6, image_size=12)]
+    losses = {"kd": 1.0, "rkd": {"weight": 1.0, "teacher": 1}}
+    one, two = (train(losses, teachers, devices=devices).variables for devices in (1, 2))
+    assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    ("losses", "teachers", "settings", "message"),
+    [
+        (
+            {"fitnet": 1.0},
+            2,
+            {},
+            "there are several: name one by the setting teacher of the loss, a number from 0 to 1",
+        ),
+        ({"simkd": {"weight": 1.0, "teacher": 0}}, 2, {}, "which it gets of a single teacher only"),
+        ({"kd": {"teacher": 2}}, 2, {}, "a loss has teacher=2; the teachers are numbered from 0 to 1"),
+        ({"kd": {"teacher": 1}}, 1, {}, "a loss has teacher=1; the teachers are numbered from 0 to 0"),
+        ({"kd": {"teacher": -1}}, 2, {}, "losses.kd.teacher is -1; it must be the number of a teacher, from 0"),
+        ({"kd": {"teacher": "mean"}}, 2, {}, "losses.kd.teacher is 'mean'; it must be the number of a teacher"),
+        ({"kd": {"teacher": 0}}, 0, {}, "losses.kd needs a teacher"),
+        ({"kd": {"teacher": "average"}}, 0, {}, "learns from the moving average of the student, and none is kept"),
+        (
+            {"kd": 1.0},
+            2,
+            {"combine_teachers": "votes"},
+            "combine_teachers is 'votes'; it must be logits or probabilities",
+        ),
+        (
+            {"kd": 1.0},
+            2,
+            {"teacher_mean": (0.1,)},
+            "teacher_mean or teacher_std belongs to a network that is given alone",
+        ),
+        ({"kd": 1.0}, 2, {"teacher_head": "Dense_0"}, "teacher_head belongs to a network that is given alone"),
+    ],
+)
+def test_wrong_teachers(losses, teachers, settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        train(losses, [teacher(seed) for seed in range(teachers)] or None, **settings)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "message"),
+    [
+        ([], "several teachers must be a list of Teacher(network, variables), with at least one"),
+        ([Net(), Net()], "several teachers must be a list of Teacher(network, variables)"),
+        ([teacher(0), Teacher(Net())], "one of several teachers has no variables"),
+        ([teacher(0, weight=-1), teacher(1)], "the weights of the teachers are [-1, 1.0]; they must be at least 0"),
+        ([teacher(0, weight=0), teacher(1, weight=0)], "and one greater than 0"),
+        ([teacher(0, image_size=0)], "the image_size of a teacher is 0; it must be an integer of at least 1"),
+    ],
+)
+def test_teachers_that_are_none(teachers, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        train({"kd": 1.0}, teachers)
+
+
+def test_a_normalization_of_floats():
+    floats = (INPUTS, LABELS[:5])
+    with pytest.raises(UserError, match="a teacher with a normalization of its own needs images of uint8"):
+        train(
+            {"kd": 1.0}, [teacher(0, normalization=Normalize((0.2,), (0.5,)))], train=floats, test=floats, batch_size=5
+        )
+
+
+def test_the_moving_average_teaches():
+    """Three steps of a student that its average teaches, by hand."""
+    decay, images = 0.5, jnp.asarray((PIXELS / 255 - 0.5) / 0.25, jnp.float32)
+    start = moved = average = Net().init(jax.random.key(5), images)
+    losses = {"kd": {"weight": 2.0, "teacher": "average", "temperature": 2.0}}
+    found = train(losses, epochs=3, ema=decay, student_variables=start, batch_size=24)
+    for _ in range(3):
+        target = Net().apply(average, images)["logits"]
+
+        def loss(variables, target=target):
+            logits = Net().apply(variables, images)["logits"]
+            return cross_entropy_loss(logits, LABELS) + 2 * kd_loss(logits, target, temperature=2.0)
+
+        moved = jax.tree.map(lambda x, gradient: x - 0.1 * gradient, moved, jax.grad(loss)(moved))
+        average = jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, moved)
+    assert_close(found.variables, average)
+    without = train({}, epochs=3, ema=decay, student_variables=start, batch_size=24)
+    kernels = [run.variables["params"]["Dense_0"]["kernel"] for run in (found, without)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+
+
+def test_the_moving_average_of_the_global_batch_and_of_a_resumed_run(tmp_path):
+    losses = {"rkd": {"weight": 1.0, "teacher": "average"}}
+    one, two = (train(losses, ema=0.9, devices=devices).variables for devices in (1, 2))
+    assert_close(one, two)
+    train(losses, ema=0.9, epochs=1, workdir=tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "distillation.json").read_text())
+    assert settings["losses"]["rkd"]["teacher"] == "average"
+
+
+def test_micro_batches_and_views():
+    losses = {"mlkd": {"weight": 1.0, "teacher": "average"}}
+    train(
+        losses,
+        ema=0.9,
+        accumulation_steps=2,
+        epochs=1,
+        train=(PIXELS.repeat(3, -1), LABELS),
+        test=(PIXELS.repeat(3, -1), LABELS),
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.others=('a',)"], "teacher.others adds to teacher.checkpoint, which is None"),
+        (["teacher.checkpoint=a", "teacher.others=b"], "teacher.others is 'b'; it must be texts in parentheses"),
+        (["teacher.checkpoint=a", "teacher.others=(1,)"], "teacher.others is (1,); it must be texts in parentheses"),
+        (["teacher.weights=(1,2)"], "teacher.weights is (1, 2); the number of teachers is 1"),
+        (["teacher.weights=(0,)"], "teacher.weights is (0,); it must be numbers of at least 0"),
+        (["teacher.image_sizes=(8,8)"], "teacher.image_sizes is (8, 8); the number of teachers is 1"),
+        (["teacher.combine=vote"], "teacher.combine is 'vote'; it must be one of logits, probabilities"),
+        (["losses.kd.teacher=1"], "losses.kd.teacher is 1; the teachers are numbered from 0 to 0"),
+        (["losses.kd.teacher=mine"], "losses.kd.teacher is 'mine'; it must be average, or the number of a teacher"),
+        (["losses.kd.teacher=average"], "set optimizer.ema_decay, such as 0.99"),
+        (["losses.cross_entropy.teacher=0"], "unknown configuration key losses.cross_entropy.teacher"),
+    ],
+)
+def test_wrong_configurations(overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        schema.validate(load_recipe("digits:kd", [f"--config.{override}" for override in overrides]))
+
+
+def test_a_student_of_its_average_needs_no_teacher():
+    overrides = ["losses.kd.teacher=average", "optimizer.ema_decay=0.99", "teacher.name="]
+    schema.validate(load_recipe("digits:kd", [f"--config.{override}" for override in overrides]))
+
+
+@pytest.mark.slow
+def test_a_run_with_two_teachers(start, small_run, done, tmp_path):
+    """Both teachers of a run on the command line, combined for one loss and named by another, and what it writes."""
+    others = [f"--config.teacher.checkpoint={done}", f"--config.teacher.others=('{done / 'student'}',)"]
+    named = ["--config.teacher.weights=(1,3)", "--config.losses.at.teacher=1", "--config.teacher.image_sizes=(0,16)"]
+    recipe = [word.replace("digits.py", "digits.py:kd+at") for word in small_run]
+    process = start([*recipe, *others, *named, "--config.epochs=1", f"--workdir={tmp_path / 'run'}"])
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    entry = json.loads((tmp_path / "run" / "results.json").read_text())["teacher"]
+    assert [member["weight"] for member in entry["members"]] == [1.0, 3.0]
+    assert [member["checkpoint"] for member in entry["members"]] == [str(done / "teacher"), str(done / "student")]
+    assert entry["parameters"] == sum(member["parameters"] for member in entry["members"])
+    assert f"teacher 1: resnet8, width 0.25, from {done / 'student'}" in output
+    assert "all 2 teachers as one: top-1" in output
+    process = start([str(tmp_path)], program="cskd_jax.report")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert "resnet8_0.25 + resnet8_0.25" in (tmp_path / "report" / "report.md").read_text()
