@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 import cskd_jax
 from cskd_jax import Teacher
@@ -21,22 +20,12 @@ from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.normalization import ResizedNetwork
 from cskd_jax.training.teachers import network_of, variables_of
+from tests.tiny import Net
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, 24).astype(np.int32)
 PIXELS = RNG.integers(0, 256, (24, 8, 8, 1), np.uint8)
 INPUTS = (RNG.normal(size=(5, 8, 8, 1))).astype(np.float32)
-
-
-class Net(nn.Module):
-    """A network that gives a map."""
-
-    width: int = 4
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(self.width, (3, 3), strides=2)(x))
-        return {"logits": nn.Dense(3)(x.mean(axis=(1, 2))), "features": (x,), "embedding": x.mean(axis=(1, 2))}
 
 
 def teacher(seed, width=4, **settings):
@@ -163,6 +152,7 @@ def test_load_teacher(done):
         cskd_jax.load_teacher(done)
 
 
+@pytest.mark.slow
 def test_on_two_devices():
     teachers = [teacher(0), teacher(1, width=6, image_size=12)]
     losses = {"kd": 1.0, "rkd": {"weight": 1.0, "teacher": 1}}
@@ -260,6 +250,7 @@ def test_the_moving_average_of_the_global_batch_and_of_a_resumed_run(tmp_path):
     assert settings["losses"]["rkd"]["teacher"] == "average"
 
 
+@pytest.mark.slow
 def test_micro_batches_and_views():
     losses = {"mlkd": {"weight": 1.0, "teacher": "average"}}
     train(

@@ -11,21 +11,18 @@ from PIL import Image
 
 import cskd_jax
 from cskd_jax.errors import UserError
-from cskd_jax.models import create_model
+from tests.tiny import Net
 
 RNG = np.random.default_rng(0)
 PIXELS, LABELS = RNG.integers(0, 256, (24, 8, 8, 3), np.uint8), (np.arange(24) % 3).astype(np.int32)
-TEACHER = create_model("resnet8", num_classes=5, width=0.25)
+TEACHER = Net(width=6, classes=5)
 
 
 def train(losses, images=(PIXELS, None), **settings):
-    variables = TEACHER.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32), train=False)
+    variables = TEACHER.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
     settings = {"epochs": 1, "batch_size": 8, "callbacks": (), "devices": 1, "test": (PIXELS, LABELS)} | settings
-    settings |= {"mean": (0.5,), "std": (0.25,), "optimizer": optax.sgd(0.05)}
-    student = create_model("resnet8", num_classes=3, width=0.125)
-    return cskd_jax.distill(
-        student, teacher=TEACHER, teacher_variables=variables, losses=losses, train=images, **settings
-    )
+    settings |= {"mean": (0.5,), "std": (0.25,), "optimizer": optax.sgd(0.05), "losses": losses, "train": images}
+    return cskd_jax.distill(Net(), teacher=TEACHER, teacher_variables=variables, **settings)
 
 
 def test_a_teacher_of_other_classes_teaches_without_labels():
@@ -49,6 +46,7 @@ def test_batches_of_a_function():
     train({"cosine": 1.0}, batches)
 
 
+@pytest.mark.slow
 def test_label_free_on_two_devices():
     one, two = (train({"srd": {"weight": 1.0, "kd_weight": 0.0}}, devices=devices).variables for devices in (1, 2))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, two)
@@ -67,6 +65,7 @@ def test_other_splits_need_labels(name):
         train({"cosine": 1.0}, **{name: (PIXELS, None)})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_folder_then_neighbors_then_fine_tuning(start, tmp_path):
     """On the command line: a teacher, a student without labels, its embedding, and a student that starts from it."""

@@ -109,8 +109,9 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
 def _networks(comparison: Comparison) -> dict[str, list[tuple[str, pathlib.Path]]]:
     """Returns {row label or "teacher": [(title, folder of its checkpoints)]}."""
     networks = {}
-    if comparison.distilled:
-        networks["teacher"] = [(f"teacher {comparison.teacher}", _teacher_folder(run)) for run in comparison.distilled]
+    taught = [run for run in comparison.distilled if run.teacher_folders]
+    if taught:
+        networks["teacher"] = [(f"teacher {comparison.teacher}", _teacher_folder(run)) for run in taught]
     for row in comparison.rows:
         networks[row.label] = [(f"{row.label}, seed {r.results['seed']}", r.folder / "student") for r in row.runs]
     return networks

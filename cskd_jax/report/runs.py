@@ -93,8 +93,8 @@ class Run:
 
     @property
     def teacher_folders(self) -> list[pathlib.Path]:
-        """Returns the folders that may hold the teacher's checkpoints, likeliest first; empty without one."""
-        if self.results["teacher"] is None:
+        """Returns the folders that may hold the teacher's checkpoints, likeliest first; empty unless there is one."""
+        if self.results["teacher"] is None or self.has_several_teachers:
             return []
         if self.given_teacher == "":
             return [self.folder / "teacher"]

@@ -81,6 +81,7 @@ def test_label_smoothing():
         cross_entropy_loss(logits, LABELS, label_smoothing=1.0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_runs(tmp_path):
     """Both heads learn; four devices are one, and a run that goes on is one that was never interrupted."""

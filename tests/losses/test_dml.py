@@ -124,6 +124,7 @@ def test_mixed_images():
     train(mix=cskd_jax.Mix(mixup=0.5), epochs=1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_recipe(start, small_run, tmp_path):
     """The word on the command line: no teacher, peers in training alone, a student that others can use."""
