@@ -295,6 +295,8 @@ def _describe_teachers(teachers, combine):
         own, variables = teacher.normalization, variables_of([teacher])
         entry = {"variables": None if variables is None else digest_of(variables), "weight": float(teacher.weight)}
         entry["normalization"] = None if own is None else {"mean": own.mean, "std": own.std}
+        network = as_network(teacher.network)
+        entry["paths"] = [getattr(network, name, None) for name in ("features", "embedding", "head")]
         described.append(entry | {"image_size": teacher.image_size})
     return {"teachers": described, "combine_teachers": combine}
 
@@ -317,7 +319,9 @@ def _describe_loss(entry):
         return {key: _describe_loss(value) for key, value in entry.items()}
     if isinstance(entry, Method):
         fields = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
-        return {"class": type(entry).__qualname__} | {k: v for k, v in fields.items() if k not in ("parent", "name")}
+        # A setting that is off is not written: an earlier version knew none.
+        left_out = {"parent", "name"} | ({"teacher"} if entry.teacher is None else set())
+        return {"class": type(entry).__qualname__} | {k: v for k, v in fields.items() if k not in left_out}
     if isinstance(entry, tuple | list):
         return [_describe_loss(value) for value in entry]
     if entry is None or isinstance(entry, bool | int | float | str):

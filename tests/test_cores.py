@@ -41,6 +41,7 @@ def test_a_workdir_knows_its_number(tmp_path):
             devices_of(tmp_path)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_commands_use_all_cores_and_keep_what_a_run_began_with(start, small_run, done, tmp_path):
     cores = len(os.sched_getaffinity(0))

@@ -136,6 +136,7 @@ def test_results_that_are_a_link(workdir, outside, digits_dir, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"already done: {workdir / 'results.json'}"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_workdir_may_be_a_link(workdir, tmp_path, start, small_run):
     (tmp_path / "link").symlink_to(workdir)

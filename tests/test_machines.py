@@ -124,6 +124,7 @@ def test_wrong_clocks(year, monkeypatch, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_without_streams_in_1970(start, small_run, done, tmp_path):
     """Standard input, output and error are closed, and the clock stands where it does without a battery."""

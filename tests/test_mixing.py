@@ -137,6 +137,7 @@ def compare(actual, expected):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4), actual, expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_runs(tmp_path):
     """Four devices are one, and a run goes on as if it had not stopped."""

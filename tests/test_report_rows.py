@@ -12,12 +12,13 @@ from cskd_jax.report.runs import compare, find_runs
 from tests.report_runs import write_run
 
 
-def change(folder, method=None, config=None):
+def change(folder, method=None, config=None, **others):
     """Changes what a run says of itself."""
     path = folder / "results.json"
     results = json.loads(path.read_text())
     results["method"] = method or results["method"]
     results["config"] |= {"method": results["method"], **(config or {})}
+    results |= others
     path.write_text(json.dumps(results))
 
 
@@ -32,6 +33,15 @@ def test_rows_are_in_the_order_of_their_scores(tmp_path):
     comparison = comparison_of(tmp_path)
     assert [row.label for row in comparison.rows] == ["ce", "at", "sp", "kd"]
     assert [row.label for row in comparison.references] == ["ce", "kd"]
+
+
+def test_the_reference_without_a_teacher_learns_from_labels_alone(tmp_path):
+    """Neither peers, nor the student's own average, make a reference of a row."""
+    for method, score in {"kd": 0.60, "dml": 0.70, "ce": 0.50}.items():
+        write_run(tmp_path / method, "cifar100", method, 0, score)
+    write_run(tmp_path / "self", "cifar100", "kd", 0, 0.65)
+    change(tmp_path / "self", "self", teacher=None, config={"losses.kd.teacher": "average"})
+    assert [row.label for row in comparison_of(tmp_path).references] == ["ce", "kd"]
 
 
 def test_roles_are_those_of_the_losses_and_not_of_names(tmp_path):

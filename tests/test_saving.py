@@ -14,6 +14,7 @@ from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.training.checkpoint import Checkpoints, load_variables
 from cskd_jax.training.saved import Record
 from tests.conftest import Stop
+from tests.tiers import chosen
 
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.normal(size=(24, 2, 2, 1)).astype(np.float32), (np.arange(24) % 3).astype(np.int32)
@@ -72,7 +73,7 @@ def test_best_and_last_are_saved_in_any_case(tmp_path, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 3, 4, 5, 9])
+@pytest.mark.parametrize("step", chosen([4, 2, 3, 5, 9], 1))
 def test_stop_saves_what_is_not_saved(tmp_path, whole, step):
     with pytest.raises(InterruptedRun):
         fit(tmp_path, Stop(step), save_every_minutes=60)

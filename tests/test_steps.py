@@ -85,6 +85,7 @@ def test_same_run_on_any_number_of_devices(name, numbers):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), actual, expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_devices_hold_equal_replicas():

@@ -1,24 +1,29 @@
 """Several teachers as one, losses that name their teacher, and the moving average of the student as its teacher."""
 
+import collections
 import json
 import re
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
 
 import cskd_jax
 from cskd_jax import Teacher
+from cskd_jax.data.arrays import from_arrays
 from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
-from cskd_jax.losses import cross_entropy_loss, kd_loss
+from cskd_jax.losses import LOSSES, cross_entropy_loss, kd_loss
 from cskd_jax.models import create_model
 from cskd_jax.runs import schema
+from cskd_jax.runs.optimization import make_training
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.normalization import ResizedNetwork
+from cskd_jax.training.optimizers import SeparateOptimizer
 from cskd_jax.training.teachers import network_of, variables_of
 from tests.tiny import Net
 
@@ -130,6 +135,17 @@ def test_all_teachers_teach_as_one():
     assert_close(train({"kd": 1.0}, teachers).variables, expected.variables)
 
 
+def test_a_loss_of_ones_own_reads_the_teacher_that_it_names():
+    teachers = [teacher(0), teacher(1, width=6)]
+    expected = train({"kd": {"weight": 1.0, "teacher": 1}}, teachers).variables
+    assert_close(train({"kd": LOSSES["kd"](num_classes=0, teacher=1)}, teachers).variables, expected)
+
+    def loss(inputs):
+        return kd_loss(inputs.student.logits, inputs.teacher.members[1].logits)
+
+    assert_close(train({"mine": loss}, teachers).variables, expected)
+
+
 def test_features_of_the_named_teacher():
     train({"fitnet": {"weight": 1.0, "teacher": 1, "stage": 1}, "kd": 1.0}, [teacher(0), teacher(1, width=6)], epochs=1)
 
@@ -153,6 +169,67 @@ def test_load_teacher(done):
 
 
 @pytest.mark.slow
+def test_teachers_of_different_classes_are_not_combined():
+    teachers = [teacher(0), Teacher(Net(classes=5), Net(classes=5).init(jax.random.key(1), INPUTS))]
+    losses = {"kd": {"weight": 1.0, "teacher": 0}, "cosine": {"weight": 1.0, "teacher": 1}}
+    train(losses, teachers, epochs=1)
+    with pytest.raises(UserError, match="a loss reads the logits of the teacher, and there are several: name one"):
+        train({"kd": 1.0}, teachers)
+
+
+def test_a_teacher_in_one_phase_and_the_average_in_another():
+    one, average = teacher(0), {"kd": {"weight": 1.0, "teacher": "average"}}
+    trainer = cskd_jax.Trainer(
+        {"net": cskd_jax.Student(Net(), {"kd": 1.0}, optax.sgd(0.1), ema=0.9)},
+        [one],
+        data=from_arrays((INPUTS, LABELS[:5]), (INPUTS, LABELS[:5])),
+        phases=[cskd_jax.Phase(1, losses=average), cskd_jax.Phase(1)],
+        batch_size=5,
+        devices=1,
+        callbacks=(),
+    )
+    rows = [row for row in trainer.fit()["net"].history if row["split"] == "train"]
+    assert all(row["kd"] > 0 for row in rows[1:])
+
+
+def test_dot_parts_the_gradient_of_the_average():
+    overrides = ["losses.kd.teacher=average", "optimizer.ema_decay=0.99", "optimizer.name=dot"]
+    config = load_recipe("digits:kd", [f"--config.{override}" for override in overrides])
+    assert isinstance(make_training(config, 3).optimizer, SeparateOptimizer)
+
+
+def test_parameters_that_are_no_dictionary():
+    """A function may keep its parameters as it likes."""
+    Parameters = collections.namedtuple("Parameters", ["kernel", "bias"])
+
+    def apply(variables, images, train, rngs):
+        del train, rngs
+        return images.reshape(len(images), -1) @ variables["params"].kernel + variables["params"].bias, {}
+
+    start = {"params": Parameters(jnp.zeros((64, 3)), jnp.zeros(3))}
+    settings = {"train": (INPUTS, LABELS[:5]), "test": (INPUTS, LABELS[:5]), "batch_size": 5, "devices": 1}
+    result = cskd_jax.distill(
+        apply,
+        student_variables=start,
+        losses={"cross_entropy": 1.0},
+        optimizer=optax.sgd(0.1),
+        callbacks=(),
+        epochs=1,
+        **settings,
+    )
+    assert np.any(result.variables["params"].kernel)
+
+
+@pytest.mark.parametrize("value", [1, "1"])
+def test_a_number_in_a_recipe_file(value):
+    config = load_recipe("digits:kd", ["--config.teacher.checkpoint=a", "--config.teacher.others=('b',)"])
+    losses = config.losses.to_dict()
+    losses["kd"]["teacher"] = value
+    config.losses = ml_collections.ConfigDict(losses)
+    schema.validate(schema.fill(config))
+    assert config.losses.kd.teacher == "1"
+
+
 def test_on_two_devices():
     teachers = [teacher(0), teacher(1, width=6, image_size=12)]
     losses = {"kd": 1.0, "rkd": {"weight": 1.0, "teacher": 1}}
@@ -250,6 +327,7 @@ def test_the_moving_average_of_the_global_batch_and_of_a_resumed_run(tmp_path):
     assert settings["losses"]["rkd"]["teacher"] == "average"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_micro_batches_and_views():
     losses = {"mlkd": {"weight": 1.0, "teacher": "average"}}
@@ -272,6 +350,7 @@ def test_micro_batches_and_views():
         (["teacher.weights=(1,2)"], "teacher.weights is (1, 2); the number of teachers is 1"),
         (["teacher.weights=(0,)"], "teacher.weights is (0,); it must be numbers of at least 0"),
         (["teacher.image_sizes=(8,8)"], "teacher.image_sizes is (8, 8); the number of teachers is 1"),
+        (["teacher.image_sizes=(8,)"], "teacher.image_sizes resizes the images of given teachers"),
         (["teacher.combine=vote"], "teacher.combine is 'vote'; it must be one of logits, probabilities"),
         (["losses.kd.teacher=1"], "losses.kd.teacher is 1; the teachers are numbered from 0 to 0"),
         (["losses.kd.teacher=mine"], "losses.kd.teacher is 'mine'; it must be average, or the number of a teacher"),

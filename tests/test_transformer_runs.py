@@ -90,6 +90,7 @@ def test_bad_flags(flags, message, tensors, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_run_on_the_command_line(start, small_run, done, tmp_path, capsys):
     """A run with a teacher of maps and a student of tokens, its export, and the import of that."""

@@ -129,6 +129,7 @@ def test_company_changes_no_bit():
         assert_same(result, trained_alone(name))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_temperature_and_views(tmp_path):
     losses = {"both": STUDENTS["both"]}

@@ -23,6 +23,8 @@ def from_arrays(
     """
     given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
     splits: list[Any] = [make_split(name, *arrays) for name, arrays in given.items()]
+    if train[1] is None and any(split.labels.ndim == 2 for split in splits):
+        raise UserError("train has no labels, which images of several classes each need")
     kinds = [
         f"images {split.images.shape[1:]} {split.images.dtype} with labels {['N', *split.labels.shape[1:]]}"
         for split in splits

@@ -52,6 +52,11 @@ class NetworkOutput(Protocol):
         ...
 
     @property
+    def tokens(self) -> tuple[tuple[jax.Array, ...], Any]:
+        """Returns the tokens [B, T, D] of each stage and their `TokenGrid`; nothing and None of a network of maps."""
+        ...
+
+    @property
     def stages(self) -> tuple[jax.Array, ...]:
         """Returns the map that each stage hands on to the next part of the network."""
         ...
@@ -200,6 +205,8 @@ class Method(nn.Module):
       multilabel: Kind of labels that the method reads: True for [B, C], False for [B], None if it reads no labels and
         so takes both.
       mixes: Whether the method follows `inputs.mixed`, where it reads labels.
+      supervises: Whether the loss is of the labels alone, so that a student of such losses only is one that learns
+        without distillation.
       baseline: Whether a student that distills by this loss alone, beside losses of the labels, is one that other
         methods are compared with.
       parts: Parts of the loss whose contributions are studied apart: {name: the setting with its weight}.
@@ -218,6 +225,7 @@ class Method(nn.Module):
     needs_teacher: ClassVar[bool] = True
     multilabel: ClassVar[bool | None] = None
     mixes: ClassVar[bool] = False
+    supervises: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, str]] = {}
     predicts: ClassVar[bool] = False

@@ -68,6 +68,7 @@ class BinaryCrossEntropy(Method):
     """Applies `binary_cross_entropy_loss` to the student's logits and the labels."""
 
     needs_teacher: ClassVar[bool] = False
+    supervises: ClassVar[bool] = True
     multilabel: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):

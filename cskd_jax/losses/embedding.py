@@ -83,7 +83,7 @@ class CosineEmbedding(_Embeddings):
     """Applies `cosine_embedding_loss` to the embeddings of both networks.
 
     A trained linear layer with bias maps the student's embedding to the teacher's size. Neither labels nor logits are
-    read, so the training images need no labels, and the classes of the teacher may be others.
+    read, so the training images need no labels; in Python, the classes of the teacher may be others.
 
     Attributes:
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
@@ -98,7 +98,7 @@ class SmoothL1Embedding(_Embeddings):
     """Applies `smooth_l1_loss` to the embeddings of both networks.
 
     A trained linear layer with bias maps the student's embedding to the teacher's size. Neither labels nor logits are
-    read, so the training images need no labels, and the classes of the teacher may be others.
+    read, so the training images need no labels; in Python, the classes of the teacher may be others.
 
     Attributes:
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.

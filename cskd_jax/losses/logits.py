@@ -121,6 +121,7 @@ class CrossEntropy(Method):
     first_head: bool = False
     label_smoothing: Fraction = 0.0
     needs_teacher: ClassVar[bool] = False
+    supervises: ClassVar[bool] = True
     multilabel: ClassVar[bool] = False
     mixes: ClassVar[bool] = True
 

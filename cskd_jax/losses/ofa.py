@@ -10,6 +10,7 @@ from jax import lax
 
 from cskd_jax.losses._checks import at_least_float32, check_labels, check_logits, check_temperature
 from cskd_jax.losses._connectors import Normalization, Pointwise
+from cskd_jax.losses._token_exits import TokenExit
 from cskd_jax.losses.base import LossInputs, Method, Positive
 
 # The initializers of the source.
@@ -129,7 +130,8 @@ class OFA(Method):
 
     The value is kd_weight ofa(z) + exit_weight sum over stages of ofa(z_l). An exit halves the map by separable
     convolutions once for every stage that follows, averages it over the positions, and classifies as many features as
-    the wider of the embeddings of both networks has. It is for stages that are maps. No map of the teacher is read.
+    the wider of the embeddings of both networks has. Of a student of tokens it is a `TokenExit`, with as many blocks as
+    stages follow, but at least one. No map of the teacher is read.
 
     Attributes:
       epsilon: Exponent that strengthens the target, greater than 0; the authors use 1.5 for ImageNet.
@@ -150,14 +152,24 @@ class OFA(Method):
             settings = {"epsilon": self.epsilon, "temperature": self.temperature}
             return ofa_loss(logits, inputs.teacher.logits, inputs.labels, **settings)
 
-        stages, width = inputs.student.stages, self._width(inputs)
         exits = jnp.zeros((), at_least_float32(inputs.student.logits).dtype)
-        for stage, features in enumerate(stages, start=1):
-            blocks = len(stages) - stage
-            leave = Exit(self.num_classes, width, blocks, self.axis_name, name=f"exit{stage}")
-            exits += loss(leave(features))
+        for leave in self._exits(inputs):
+            exits += loss(leave)
         logits = loss(inputs.student.logits)
         return self.kd_weight * logits + self.exit_weight * exits, {"logits": logits, "exits": exits}
+
+    def _exits(self, inputs):
+        """Yields the logits of the exit of every stage."""
+        tokens, grid = inputs.student.tokens
+        if grid is not None:
+            for stage, of_stage in enumerate(tokens, start=1):
+                blocks = max(len(tokens) - stage, 1)
+                yield TokenExit(self.num_classes, blocks, name=f"exit{stage}")(of_stage, grid)
+            return
+        stages, width = inputs.student.stages, self._width(inputs)
+        for stage, features in enumerate(stages, start=1):
+            blocks = len(stages) - stage
+            yield Exit(self.num_classes, width, blocks, self.axis_name, name=f"exit{stage}")(features)
 
     def _width(self, inputs):
         """Returns the number of features of the exits, which their parameters tell once they exist."""

@@ -60,6 +60,11 @@ class ModelOutput(NamedTuple):
         return self.maps[1:] or self.features
 
     @property
+    def tokens(self) -> tuple[tuple[jax.Array, ...], TokenGrid | None]:
+        """Returns the tokens of each stage and their grid; nothing and None of a network of maps."""
+        return ((), None) if self.grid is None else (self.features, self.grid)
+
+    @property
     def stem(self) -> jax.Array | None:
         """Returns the map of the stem, or None if the network does not tell."""
         return self.maps[0] if self.maps else None

@@ -23,7 +23,7 @@ def find_ablations(comparison: Comparison) -> Iterator[list[tuple[str, Row]]]:
         counts = {len(parts) for parts, _ in found}
         if len(loss.parts) in counts and len(counts) > 1:
             found.sort(key=lambda entry: (len(entry[0]), [list(loss.parts).index(part) for part in entry[0]]))
-            references = [("none" if row.has_teacher else "labels alone", row) for row in comparison.references]
+            references = [("labels alone" if row.learns_from_labels else "none", row) for row in comparison.references]
             yield references + [(" + ".join(parts) or "none", row) for parts, row in found]
 
 

@@ -11,8 +11,8 @@ from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.keys import indifferent
 
 # Keys that change no results, and keys whose values the title, the rows and the number of seeds already show.
-_STATED = {"method", "seed", "dataset.name", "teacher.name", "teacher.width", "teacher.checkpoint", "student.name",
-           "student.width", *indifferent()}  # fmt: skip
+_STATED = {"method", "seed", "dataset.name", "teacher.name", "teacher.width", "teacher.checkpoint", "teacher.others",
+           "student.name", "student.width", *indifferent()}  # fmt: skip
 _UNKNOWN_TEACHER = "how it was trained is not known: its run is not among these"
 _NO_RECIPE = "no packaged recipe of this data set has this method"
 MEANING = (

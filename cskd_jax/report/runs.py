@@ -19,7 +19,7 @@ from cskd_jax.training.metrics import Task, task_that_measured
 from cskd_jax.training.records import read_rows
 
 # Settings that do not change what is compared; the seed is what is averaged over.
-_BOOKKEEPING = {"seed", "teacher.checkpoint", *indifferent()}
+_BOOKKEEPING = {"seed", "teacher.checkpoint", "teacher.others", *indifferent()}
 # Settings that the runs of one table share. The others may vary with the method, such as those of its losses.
 _COMMON = (
     "dataset.name", "dataset.train_examples", "dataset.validation_examples", "dataset.image_size", "epochs",
@@ -98,7 +98,18 @@ class Run:
             return []
         if self.given_teacher == "":
             return [self.folder / "teacher"]
-        given = pathlib.Path(self.results["teacher"]["checkpoint"])
+        return self._near(self.results["teacher"]["checkpoint"])
+
+    @property
+    def folders_of_teachers(self) -> list[list[pathlib.Path]]:
+        """Returns the folders that may hold the checkpoints of each of the teachers, likeliest first."""
+        if self.has_several_teachers:
+            return [self._near(member["checkpoint"]) for member in self.results["teacher"]["members"]]
+        return [self.teacher_folders]
+
+    def _near(self, checkpoint):
+        """Returns the folders in which a checkpoint may lie, likeliest first."""
+        given = pathlib.Path(checkpoint)
         # Near the run first: its sweep may have moved, and another sweep may have taken its place.
         near = [parent.joinpath(*given.parts[-2:]) for parent in self.folder.resolve().parents]
         return [*near, given]
@@ -136,9 +147,14 @@ class Row:
 
     @property
     def is_baseline(self) -> bool:
-        """Returns whether the only distillation loss of the runs declares itself a baseline."""
+        """Returns whether a teacher taught by a loss alone that declares itself a baseline."""
         distilling = [loss for loss in self.losses.values() if loss.needs_teacher]
-        return len(distilling) == 1 and distilling[0].baseline
+        return self.has_teacher and len(distilling) == 1 and distilling[0].baseline
+
+    @property
+    def learns_from_labels(self) -> bool:
+        """Returns whether the runs learn from the labels alone."""
+        return all(loss.supervises for loss in self.losses.values())
 
     def scores(self, epoch: str) -> dict[int, float]:
         """Returns {seed: `Run.score`}."""
@@ -180,10 +196,10 @@ class Comparison:
 
     @property
     def references(self) -> list[Row]:
-        """Returns the rows that others are compared with: the best one without a teacher and the best baseline."""
-        without_teacher = [row for row in self.rows if not row.has_teacher]
+        """Returns the rows that others are compared with: the best of labels alone, and the best baseline."""
+        labels_alone = [row for row in self.rows if row.learns_from_labels]
         baselines = [row for row in self.rows if row.is_baseline]
-        return [*without_teacher[:1], *baselines[:1]]
+        return [*labels_alone[:1], *baselines[:1]]
 
     @property
     def distilled(self) -> list[Run]:
@@ -213,12 +229,19 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
             raise UserError(f"{folder} holds no finished run: there is no {RESULTS} in it or below")
         runs |= {path.resolve(): Run(path.parent, _printable(read_results(path))) for path in paths}
     trained = {run.folder.resolve() / "student": run for run in runs.values()}
-    teachers = {
-        run: next((trained[path] for f in run.teacher_folders if (path := f.resolve()) in trained), None)
+
+    def that_trained(folders, student):
+        # A teacher elsewhere may have a folder of the same name as its student.
+        found = (trained.get(folder.resolve()) for folder in folders)
+        return next((run for run in found if run is not None and run is not student), None)
+
+    teachers = {run: [that_trained(folders, run) for folders in run.folders_of_teachers] for run in runs.values()}
+    taught = {teacher for found in teachers.values() for teacher in found}
+    return [
+        dataclasses.replace(run, teacher_run=None if run.has_several_teachers else teachers[run][0])
         for run in runs.values()
-    }
-    others = [run for run in runs.values() if run not in teachers.values()]
-    return [dataclasses.replace(run, teacher_run=teachers.get(run)) for run in others]
+        if run not in taught
+    ]
 
 
 def _printable(content: Any) -> Any:
@@ -247,8 +270,13 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
         teachers: list[Any] = sorted(given) or [None]
         for teacher in teachers:
             runs = [run for run in groups[key] if run.given_teacher in (None, teacher)]
-            comparisons.append(_comparison(runs, (teacher[:8] or "of each run") if len(teachers) > 1 else ""))
+            comparisons.append(_comparison(runs, (_short(teacher) or "of each run") if len(teachers) > 1 else ""))
     return sorted(comparisons, key=_position)
+
+
+def _short(digest: str) -> str:
+    """Returns the starts of the digests of one teacher or of several."""
+    return " + ".join(part[:8] for part in digest.split(" + "))
 
 
 def _position(comparison: Comparison) -> int:

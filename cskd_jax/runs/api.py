@@ -97,7 +97,8 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
 def load_teacher(path: str | pathlib.Path) -> Teacher:
     """Returns a trained network of this package as a teacher, for `distill` or `Trainer`.
 
-    Images reach it as it was trained: in its own normalization and, if it is a Vision Transformer, in its own size.
+    Images reach it as it was trained: in its own normalization and, if it is a Vision Transformer of square images, in
+    its own size.
 
     Args:
       path: Folder of one network: what `cskd-jax import-torch` has written, WORKDIR/teacher or WORKDIR/student.
@@ -111,5 +112,6 @@ def load_teacher(path: str | pathlib.Path) -> Teacher:
     network = as_network(create_model(**description, num_classes=saved.num_classes))
     network = restore_prediction(network, saved.variables, saved.record, source)
     # Other networks take images of any size.
-    side = description["settings"].get("image_size", (None,))[0]
+    sides = set(description["settings"].get("image_size", ()))
+    side = int(sides.pop()) if len(sides) == 1 else None
     return Teacher(network, saved.variables, normalization=normalization_of(source, saved.record), image_size=side)

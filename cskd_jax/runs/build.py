@@ -93,6 +93,8 @@ def build(
         for teacher in given:
             check_fits(teacher.source, teacher.saved, dataset)
         return beside._replace(trainer=make_student(beside.teachers, callbacks, beside.trainer))
+    if dataset.unlabeled and not given:
+        raise UserError("the training images have no labels to train a teacher on: name one by teacher.checkpoint")
     if given:
         teachers, teacher_trainer = _as_teachers(given, config, dataset), None
     else:

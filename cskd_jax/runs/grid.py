@@ -188,8 +188,7 @@ def check(runs: Sequence[Run]) -> None:
     for run in runs:
         config = run.config
         schema.validate(config)
-        if run.teacher is None:
-            schema.check_teacher_exists(config)
+        schema.check_teacher_exists(config, trained_before=run.teacher is not None)
         name = pathlib.PurePath(run.name)
         for folder in (name, *name.parents[:-1]):
             refuse_link(run.sweep / folder)

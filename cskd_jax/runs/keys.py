@@ -360,7 +360,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
 )
 
 # The key of a loss that reads a teacher.
-_LOSS_TEACHER = Key(
+LOSS_TEACHER = Key(
     None,
     rules.optional(rules.LOSS_TEACHER),
     "Teacher of a loss that reads one: the number of one of several; average for the moving average of the student "
@@ -383,13 +383,13 @@ def weight_keys() -> dict[str, Key]:
 
 def common_keys() -> dict[str, Key]:
     """Returns the settings that losses share by name: those of the weight, and the teacher."""
-    return weight_keys() | {"teacher": _LOSS_TEACHER}
+    return weight_keys() | {"teacher": LOSS_TEACHER}
 
 
 def loss_keys(name: str) -> dict[str, Key]:
     """Returns all settings of a loss of `LOSSES` by name; their defaults are those of its class."""
     own = {field.name: _key(field, rules.of_field(field), LOSSES[name]) for field in hyperparameters(name).values()}
-    return {**weight_keys(), **({"teacher": _LOSS_TEACHER} if LOSSES[name].needs_teacher else {}), **own}
+    return {**weight_keys(), **({"teacher": LOSS_TEACHER} if LOSSES[name].needs_teacher else {}), **own}
 
 
 def _key(field, rule, owner):

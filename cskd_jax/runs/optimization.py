@@ -8,7 +8,6 @@ import optax
 
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import keys
-from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.optimizers import (
     ConstantSchedule,
     CosineSchedule,
@@ -44,7 +43,8 @@ def make_training(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Tr
     if config.first_phase.epochs:
         phases.insert(0, make_first_phase(config, steps_per_epoch))
         losses = _after_first_phase(losses, config.first_phase.epochs)
-    made = make_optimizer(config.optimizer, config.epochs, steps_per_epoch, distills=needs_teacher(losses))
+    distills = any(LOSSES[name].needs_teacher for name in losses)
+    made = make_optimizer(config.optimizer, config.epochs, steps_per_epoch, distills)
     return Training(losses, *made, phases)
 
 

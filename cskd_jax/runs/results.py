@@ -123,13 +123,14 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
 
 
 def describe_teachers(
-    teachers: Sequence[Given], weights: Sequence[float], evaluation: Mapping[str, float]
+    teachers: Sequence[Given], weights: Sequence[float], combine: str, evaluation: Mapping[str, float]
 ) -> dict[str, Any]:
     """Returns the entry of given teachers in results.json; of several, as one with an entry for each of its "members".
 
     Args:
       teachers: The teachers.
       weights: Weight of each in the combination.
+      combine: What the combination averages.
       evaluation: Metrics of the teacher, or of the combination, on the test split.
     """
     entries = []
@@ -140,6 +141,7 @@ def describe_teachers(
         return entries[0] | {"last": dict(evaluation)}
     members = [entry | {"weight": float(weight)} for entry, weight in zip(entries, weights, strict=True)]
     texts = {key: " + ".join(entry[key] for entry in entries) for key in ("model", "checkpoint", "digest")}
+    texts["digest"] += f" ({combine} by {', '.join(f'{weight:g}' for weight in weights)})"
     parameters = sum(entry["parameters"] for entry in entries)
     one = {"width": None, "parameters": parameters, "images_per_second": None, "last": dict(evaluation)}
     return {**texts, **one, "members": members}

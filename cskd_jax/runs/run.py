@@ -148,7 +148,7 @@ class _Started:
             self.devices.check_batch_size("batch_size", config.batch_size)
         given, start, digest = (), None, None
         if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
-            self.given = given = self.given or processes.on_first(load_given_teachers, config)
+            self.given = given = self.given or load_given_teachers(config)
             digest = identity_of_teachers(given, config)
         if config.student.checkpoint is not None:
             start = processes.on_first(load_start, config)
@@ -204,7 +204,7 @@ def _train(started, stop, start):
                 run.teachers[0].variables = result.variables
                 teacher_entry = describe_result(run.teacher_trainer.describe("teacher"), result)
         elif run.teachers and teacher_entry is None:
-            teacher_entry = _evaluate_given(started.given, run, job.say)
+            teacher_entry = _evaluate_given(started.given, run, job.config.teacher.combine, job.say)
     jobs = {run.trainer: job for job, run in started.runs.items() if job.error is None}
 
     def on_done(trainer, _, outcome):
@@ -241,7 +241,7 @@ def _finish(job: Job, run: Run, result: Result, teacher: Any, devices: Devices, 
     say_results(results, task, job.workdir / RESULTS, seconds, job.say)
 
 
-def _evaluate_given(given: Sequence[Given], run: Run, say: Callable[[str], None]) -> dict[str, Any]:
+def _evaluate_given(given: Sequence[Given], run: Run, combine: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Evaluates given teachers, several of them as one, and returns their entry in results.json."""
     evaluation: Any = run.teacher_evaluation
     with console.pause("teacher: compiling and running the evaluation"):
@@ -252,4 +252,5 @@ def _evaluate_given(given: Sequence[Given], run: Run, say: Callable[[str], None]
         say(f"{name}: {saved.record.describe_network()}, from {path}{measured}")
     if len(given) > 1:
         say(f"all {len(given)} teachers as one: {evaluation.task.describe(values)}")
-    return describe_teachers(given, [teacher.weight for teacher in run.teachers], values)
+    weights = [teacher.weight for teacher in run.teachers]
+    return describe_teachers(given, weights, combine, values)

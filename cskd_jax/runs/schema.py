@@ -69,6 +69,8 @@ def _typed(value, key):
     kind = key.rule.types[0]
     if value is None:
         return config_dict.placeholder(kind)
+    if key is keys.LOSS_TEACHER and type(value) is int:
+        return str(value)
     return float(value) if kind is float and type(value) is int else value
 
 
@@ -242,11 +244,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def _validate_teachers(config: ml_collections.ConfigDict) -> None:
     settings, count = config.teacher, 1 + len(config.teacher.others)
-    if settings.others and settings.checkpoint is None:
+    if settings.others and settings.checkpoint is None and needs_teacher(config.losses):
         raise UserError("teacher.others adds to teacher.checkpoint, which is None: name the first teacher there")
     for key in ("weights", "image_sizes"):
         if settings[key] and len(settings[key]) != count:
             raise UserError(f"teacher.{key} is {settings[key]}; the number of teachers is {count}")
+    if settings.image_sizes and settings.checkpoint is None and needs_teacher(config.losses):
+        raise UserError("teacher.image_sizes resizes the images of given teachers: name them by teacher.checkpoint")
     for name, loss in config.losses.items():
         teacher = loss.get("teacher")
         if teacher == AVERAGE and config.optimizer.ema_decay is None:
@@ -322,9 +326,15 @@ def _validate_loss(name: str, settings: Any) -> None:
         raise UserError(f"losses.{name}.{weight.wrong}")
 
 
-def check_teacher_exists(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if the checkpoint of any given teacher does not exist."""
-    given = {config.teacher.checkpoint: "checkpoint"} | dict.fromkeys(config.teacher.others, "others")
+def check_teacher_exists(config: ml_collections.ConfigDict, trained_before: bool = False) -> None:
+    """Raises UserError if the checkpoint of any given teacher does not exist.
+
+    Args:
+      config: Configuration.
+      trained_before: Whether the teacher of `teacher.checkpoint` is trained before the run, so that it need not exist.
+    """
+    given = {} if trained_before else {config.teacher.checkpoint: "checkpoint"}
+    given |= dict.fromkeys(config.teacher.others, "others")
     for path, key in given.items() if needs_teacher(config.losses) else ():
         if path is not None and not full_path(path).exists():
             raise UserError(f"teacher.{key} {path} does not exist")

@@ -9,6 +9,7 @@ import ml_collections
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import Normalize
+from cskd_jax.distributed import processes
 from cskd_jax.errors import UserError
 from cskd_jax.files import full_path
 from cskd_jax.models import create_model
@@ -44,20 +45,26 @@ class Given(NamedTuple):
 
 
 def load_given_teachers(config: ml_collections.ConfigDict) -> tuple[Given, ...]:
-    """Returns the checkpoints that `teacher.checkpoint` and `teacher.others` name.
+    """Returns the checkpoints that `teacher.checkpoint` and `teacher.others` name, which the first process reads.
 
     Raises:
       UserError: A checkpoint is not trained to the end, or the first is not that of the configured network.
     """
-    schema.check_teacher_exists(config)
-    first = _load(config, "teacher")
-    _check_settings(first.path, first.saved.record, network_settings(config.teacher))
-    others = (_load_at("teacher.others", path, "teacher") for path in config.teacher.others)
-    teachers = (first, *others)
-    for teacher in teachers:
-        if not teacher.saved.record.finished:
-            raise UserError(f"{teacher.source} is not trained to its end: run its own command again first")
-    return teachers
+    processes.on_first(schema.check_teacher_exists, config)
+    # One after the other, since a message between processes has a largest size.
+    return tuple(processes.on_first(_load_teacher, config, number) for number in range(1 + len(config.teacher.others)))
+
+
+def _load_teacher(config, number):
+    """Returns the checkpoint of a teacher by its number; raises UserError likewise."""
+    if number:
+        teacher = _load_at("teacher.others", config.teacher.others[number - 1], "teacher")
+    else:
+        teacher = _load(config, "teacher")
+        _check_settings(teacher.path, teacher.saved.record, network_settings(config.teacher))
+    if not teacher.saved.record.finished:
+        raise UserError(f"{teacher.source} is not trained to its end: run its own command again first")
+    return teacher
 
 
 def load_start(config: ml_collections.ConfigDict) -> Given:

@@ -250,6 +250,7 @@ def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[
     passed, both = {DEVICES, *keys.indifferent()}, found.keys() & identity.keys()
     # The digest says which network it is: its folder may have moved.
     passed |= {name.removesuffix(" digest") for name in (TEACHER_DIGEST, STUDENT_DIGEST) if name in both}
+    passed |= {"teacher.others"} if TEACHER_DIGEST in both else set()
     if DATA_FINGERPRINT not in both:
         passed.add(DATA_FINGERPRINT)  # Older runs have none, and it is not known before the data are loaded.
     old, new = schema.complete(found), schema.complete(identity)

@@ -105,7 +105,8 @@ class Callback:
         Args:
           step: Number of the step, from 1.
           images: Number of images that it trained on.
-          metrics: "loss", every term of the loss by its name, "gradient_norm" and a metric of the student.
+          metrics: "loss", every term of the loss by its name, "gradient_norm" and, with labels, a metric
+            of the student.
         """
 
     def on_row(self, row: Mapping[str, Any]) -> None:

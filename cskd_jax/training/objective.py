@@ -33,7 +33,9 @@ def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
 
 def needs_teacher(losses: Any) -> bool:
     """Returns whether any of these losses of `LOSSES`, {name: settings}, reads a teacher but the student's average."""
-    return any(LOSSES[name].needs_teacher and settings.get("teacher") != AVERAGE for name, settings in losses.items())
+    # What is no section of settings is refused where configurations are validated.
+    teachers = {name: getattr(settings, "get", {}.get)("teacher") for name, settings in losses.items()}
+    return any(LOSSES[name].needs_teacher and teacher != AVERAGE for name, teacher in teachers.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,12 +359,14 @@ def _create_loss(name, loss, hyper, common):
         unknown = sorted(hyper.keys() - allowed)
         if unknown:
             allowed |= {field.name for field in dataclasses.fields(Weight)}
+            allowed |= {"teacher"} if loss.needs_teacher else set()
             raise UserError(f"losses.{name} has no setting {unknown[0]}, only {', '.join(sorted(allowed))}")
         return loss(**common, **hyper)
     if hyper:
         raise UserError(f"losses.{name} takes no settings but those of its weight; got {', '.join(sorted(hyper))}")
     if isinstance(loss, Method):
-        return loss.clone(**common)
+        own = {} if common["teacher"] is not None else {"teacher": _number_of_teacher(name, loss.teacher)}
+        return loss.clone(**common | own)
     if callable(loss):
         return FunctionLoss(**common, function=loss)
     raise UserError(f"losses.{name} must be a number, a dictionary, a function or a Method; got {loss!r}")

@@ -32,6 +32,12 @@ class Outputs:
         return self.maps[1:] if self.output.maps else self.features
 
     @property
+    def tokens(self):
+        """Returns the tokens of each stage and their grid; nothing and None of a network of maps."""
+        grid = self.output.grid
+        return ((), None) if grid is None else (jax.tree.map(self._prepare, self.output.features), grid)
+
+    @property
     def stem(self):
         """Returns the map of the stem, or None if the network does not tell."""
         return self.maps[0] if self.output.maps else None
@@ -55,7 +61,7 @@ class Outputs:
         return jax.tree.map(self._prepare, value)
 
     def _missing(self, name):
-        if self.output.members:
+        if self.output.members and self._role == "teacher":
             last = len(self.output.members) - 1
             return (
                 f"a loss reads the {name} of the teacher, and there are several: name one by the setting teacher of "

@@ -18,6 +18,7 @@ from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.metrics import task_of
 from cskd_jax.training.networks import Variables, draws_random_numbers
 from cskd_jax.training.optimizers import learning_rate_of_step
+from cskd_jax.training.peers import without_peers
 from cskd_jax.training.programs import Programs
 from cskd_jax.training.saved import Record
 from cskd_jax.training.setup import Setup
@@ -128,7 +129,7 @@ class Participant:
 
     def _announce(self):
         """Says what is about to be trained."""
-        size = count_parameters(self.programs.states[0].params["network"])
+        size = count_parameters(without_peers(self.programs.states[0].variables)["params"])
         verb = "training" if self.step == 0 else f"resuming at step {self.step} of {self.steps}:"
         epochs = self.steps // self._steps_per_epoch
         self.say(

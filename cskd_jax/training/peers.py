@@ -10,15 +10,16 @@ from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import CLASSIFIER
 from cskd_jax.training.networks import Network, Variables
 
-# The entry of every collection that holds the variables of the peers.
-_PEERS = "peers"
+# The entry of every collection that holds the variables of the peers, which is the name of no module.
+_PEERS = "+peers"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
     """A student and its peers as one `Network` in training; outside of training, the student alone.
 
-    Every collection of its variables is that of the student, with an entry "peers", {"1": that of the first peer, ...}.
+    Every collection of its variables is that of the student, with an entry "+peers", {"1": that of the first
+    peer, ...}.
     The outputs in training are those of the student, with the outputs of all, the student first, as `members`.
 
     Attributes:
@@ -92,9 +93,18 @@ def with_peers(network: Network, peers: int) -> Network:
 def without_peers(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the variables of a student alone, without those of its peers if it has any."""
     return {
-        name: {part: x for part, x in collection.items() if part != _PEERS} if _PEERS in collection else collection
+        name: {part: x for part, x in collection.items() if part != _PEERS} if _has_peers(collection) else collection
         for name, collection in variables.items()
     }
+
+
+def own_path(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the path of a parameter within its network, that of a peer without what leads to the peer."""
+    return path[2:] if path[:1] == (_PEERS,) else path
+
+
+def _has_peers(collection):
+    return isinstance(collection, Mapping) and _PEERS in collection
 
 
 def _join(variables, others):

@@ -11,6 +11,7 @@ import optax
 from cskd_jax.errors import UserError
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.optimizers import SeparateOptimizer, without_decay
+from cskd_jax.training.peers import own_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Phase:
       optimizer: Optimizer.
       schedule: Learning rate of that optimizer by the number of its updates, for the log; read only beside `optimizer`.
       trainable: Function from the path of a parameter of the network, such as ("classifier", "kernel"), to whether it
-        trains; None trains all. What the losses of the phase train always trains.
+        trains, in the student and in its peers alike; None trains all. What the losses of the phase train always
+        trains.
       evaluate_frozen: Whether the modules of the network none of whose parameters train are in evaluation mode, so that
         their running statistics stay as they are. It needs a network that is a flax.linen module whose submodules get
         their training flag by keyword.
@@ -152,7 +154,7 @@ def _only(optimizer, trainable, kept):
         part, *names = (entry.key for entry in path)
         if part == "losses":
             return "keep" if kept & {tuple(names[:1]), tuple(names[:2])} else "train"
-        return "train" if trainable is None or trainable(tuple(names)) else "keep"
+        return "train" if trainable is None or trainable(own_path(tuple(names))) else "keep"
 
     return optax.multi_transform(
         {"train": optimizer, "keep": optax.set_to_zero()}, lambda params: jax.tree.map_with_path(label, params)

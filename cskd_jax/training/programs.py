@@ -20,6 +20,7 @@ from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.layers import NO_LAYERS, Layers, layers_of
 from cskd_jax.training.metrics import training_task_of
 from cskd_jax.training.networks import Network, Variables
+from cskd_jax.training.peers import Cohort
 from cskd_jax.training.phases import Part
 from cskd_jax.training.prediction import predicting, variables_of
 from cskd_jax.training.setup import Setup
@@ -213,7 +214,8 @@ class Programs:
         self._compiled: dict[tuple[int, int], Future] = {}
         self._init: Future | None = None
         # A teacher that no loss reads would cost a forward pass for nothing.
-        teacher_output = teacher_pass.outputs if parts[0].all_losses.may_read_teacher else None
+        reads_teacher = any(part.objective.may_read_teacher for part in parts)
+        teacher_output = teacher_pass.outputs if reads_teacher else None
         with _one_line(name):
             student_output = self._trace_student()
             self._lower_state(teacher_output, ema is not None)
@@ -290,9 +292,7 @@ class Programs:
     def _make_step(self, part, ema):
         network = self.network
         if part.evaluated is not None:
-            if not isinstance(network, LinenNetwork):
-                raise ValueError("evaluate_frozen of a phase needs a network that is a flax.linen module")
-            network = dataclasses.replace(network, trainable=part.evaluated)
+            network = _evaluate_frozen(network, part.evaluated)
         step = make_train_step(
             network,
             part.objective,
@@ -370,6 +370,15 @@ class Programs:
         init = jax.jit(functools.partial(init_optimizer, self.parts[number].optimizer))
         opt_state = processes.on_first(lambda: jax.device_get(init(params)))
         return dataclasses.replace(state, opt_state=self._setup.devices.replicate(opt_state))
+
+
+def _evaluate_frozen(network, trainable):
+    """Returns a network whose modules are in evaluation mode where none of their parameters train."""
+    if isinstance(network, Cohort):
+        return dataclasses.replace(network, network=_evaluate_frozen(network.network, trainable))
+    if not isinstance(network, LinenNetwork):
+        raise ValueError("evaluate_frozen of a phase needs a network that is a flax.linen module")
+    return dataclasses.replace(network, trainable=trainable)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import NO_LAYERS, Layers, layers_of
 from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective
+from cskd_jax.training.peers import without_peers
 
 _ONE_CLASS = jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -30,8 +31,8 @@ class TrainState:
       collections: {name: the network's variables of this collection}, such as "batch_stats"; all but the parameters.
       opt_state: State of the optimizer over all of `params`.
       memory: {name: state of the loss that is kept from step to step but not trained}; empty for most losses.
-      ema: Exponential moving average of the network's variables, {"params": ..., and its other collections}; empty
-        if none is kept.
+      ema: Exponential moving average of the network's variables, {"params": ..., and its other collections}, without
+        those of peers; empty if none is kept.
     """
 
     step: jax.Array
@@ -123,7 +124,7 @@ def init_state(
     params = {"network": start.get("params", {}), "losses": losses}
     opt_state = init_optimizer(optimizer, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, collections_of(start), opt_state, memory)
-    return dataclasses.replace(state, ema=state.variables) if ema else state
+    return dataclasses.replace(state, ema=without_peers(state.variables)) if ema else state
 
 
 def example_inputs(

@@ -16,6 +16,7 @@ from cskd_jax.training.mixing import Mix, partners
 from cskd_jax.training.networks import Network
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.optimizers import SeparateGradients, SeparateOptimizer
+from cskd_jax.training.peers import without_peers
 from cskd_jax.training.state import TrainState
 
 Batch = dict[str, Any]
@@ -124,7 +125,7 @@ def make_train_step(
       optimizer: Optimizer of the parameters of the student and of the losses. A `SeparateOptimizer` gets the gradients
         of supervision and of distillation apart.
       axis_name: Mapped axis over which the batch is split; the step then equals that of the global batch.
-      task: Task that defines the metric of the batch.
+      task: Task that defines the metric of the batch, if it has labels.
       micro_batch_size: Number of images, over all devices, of the micro-batches that the batch is divided into. The
         network and the losses see one after the other, and the mean of their gradients over all images makes the
         update. The last one is smaller where the number does not divide. None: the batch stays whole.
@@ -163,7 +164,7 @@ def make_train_step(
             params: Any = optax.apply_updates(state.params, updates)
         new = TrainState(state.step + 1, params, collections, opt_state, memory, state.ema)
         if ema is not None:
-            new = dataclasses.replace(new, ema=_move(state.ema, new.variables, ema))
+            new = dataclasses.replace(new, ema=_move(state.ema, without_peers(new.variables), ema))
         return new, metrics
 
     return train_step

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import jax
@@ -45,7 +46,7 @@ class Ensemble:
     Its only outputs are `logits`, the combination of theirs, and `members`, the outputs of each. With "logits", they
     are the weighted mean of the logits, whose softmax at any temperature is a geometric mean of the members'. With
     "probabilities", they are the logarithms of the weighted mean of the probabilities at temperature 1, or, with
-    several classes for an image, the log-odds of it.
+    several classes for an image, the log-odds of it. Networks of different classes have no combination.
 
     Attributes:
       networks: The networks.
@@ -95,6 +96,9 @@ class Ensemble:
             network.apply(variables[str(number)], images, train=False)[0]
             for number, network in enumerate(self.networks)
         )
+        if len({member.logits.shape for member in members}) > 1:  # Of different classes; a loss may name one of them.
+            none: Any = None
+            return ModelOutput(none, members=members), {}
         dtype = jnp.result_type(*(member.logits for member in members))
         logits = jnp.stack([member.logits.astype(dtype) for member in members])
         weights = np.asarray(self.weights, dtype)[:, None, None]
@@ -132,7 +136,7 @@ def network_of(
     if len(networks) < 2:
         return networks[0] if networks else None
     weights = [teacher.weight for teacher in teachers]
-    if any(not isinstance(weight, int | float) or not 0 <= weight < np.inf for weight in weights) or not sum(weights):
+    if any(not isinstance(weight, Real) or not 0 <= weight < np.inf for weight in weights) or not sum(weights):
         raise UserError(f"the weights of the teachers are {weights}; they must be at least 0, and one greater than 0")
     shares = tuple(float(weight) / float(sum(weights)) for weight in weights)
     return Ensemble(tuple(networks), shares, combine, multilabel)

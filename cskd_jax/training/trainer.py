@@ -123,7 +123,7 @@ class Trainer:
         update sees; batch normalization, memories, and losses that relate images to each other see micro-batches.
       combine_teachers: What is averaged over several teachers, "logits" or "probabilities".
       mix: What mixes the images of a batch with each other, teacher and student alike; None leaves them alone. Losses
-        that read the label of an image, other than cross-entropy, are then refused.
+        that read one label of an image are then refused; cross-entropy and mutual learning read both.
       stream: Number folded into the seed for weights and augmentation; trainers with different ones draw differently.
       beside: Trainer with the same teacher, data, and all else that decides the batches, with which this one is to be
         trained by `fit_together`; None for a trainer that comes first or alone.
@@ -240,7 +240,7 @@ class Trainer:
             prediction=describe_prediction(parts[-1].objective),
         )
         variables = network.variables if student.variables is None else student.variables
-        peers = parts[0].all_losses.peers
+        peers = max(part.objective.peers for part in parts)
         if peers and variables is not None:
             raise UserError(f"{name}: a student with peers starts from fresh weights, and has variables to start from")
         # Callbacks keep what belongs to one student, so each of several has copies.
@@ -327,6 +327,8 @@ class Trainer:
 
     def evaluation(self, name: str, split: str = "test") -> Evaluation:
         """Returns the evaluation of a student on a split; raises UserError if the split can only be read once."""
+        if split == "train" and self._setup.data.unlabeled:
+            raise UserError("the training images have no labels to evaluate by")
         if split == "train" and isinstance(self._setup.sampler, EpochBatches):
             raise UserError("the batches that a function makes are not evaluated; give arrays to evaluate on them")
         return self._participants[name].evaluation_on(split)

@@ -72,6 +72,7 @@ def test_gray_becomes_rgb(prepared):
     assert not (dataset.train.images[5][..., :1] == dataset.train.images[5]).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_same_when_prepared_twice(tmp_path, prepared, no_network):
     """Whatever the order, the place and the compression of the archive."""

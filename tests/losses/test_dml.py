@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 import cskd_jax
+from cskd_jax.data.arrays import from_arrays
 from cskd_jax.errors import UserError
 from cskd_jax.losses import dml_loss
 from cskd_jax.training.adapters import LinenNetwork
@@ -59,7 +60,7 @@ def test_two_networks_by_hand():
     found = train({"cross_entropy": 1.0, "dml": 1.0}, epochs=1, batch_size=24)
     key = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(0), 1))[0]
     start, _ = Cohort(LinenNetwork(Net()), 1).init(jax.random.split(key)[0], (4, 4, 1))
-    own, peer = without_peers(start), {name: x["peers"]["1"] for name, x in start.items()}
+    own, peer = without_peers(start), {name: x["+peers"]["1"] for name, x in start.items()}
 
     def loss(params, variables, target):
         logits, _ = Net().apply({**variables, "params": params}, INPUTS, True, mutable=["batch_stats"])
@@ -82,7 +83,7 @@ def test_the_student_starts_as_without_peers():
 def test_peers_differ():
     variables, output = Cohort(LinenNetwork(Net()), 2).init(jax.random.key(0), (4, 4, 1))
     kernels = [variables["params"]["Dense_0"]["kernel"]]
-    kernels += [variables["params"]["peers"][number]["Dense_0"]["kernel"] for number in ("1", "2")]
+    kernels += [variables["params"]["+peers"][number]["Dense_0"]["kernel"] for number in ("1", "2")]
     assert all(np.abs(kernels[i] - kernels[j]).max() > 0.1 for i, j in ((0, 1), (0, 2), (1, 2)))
     assert len(output.members) == 3
 
@@ -120,6 +121,41 @@ def test_wrong_settings(settings, message):
         train(**settings)
 
 
+def test_phases_name_parameters_of_the_student_and_of_its_peers_alike():
+    """What does not train stays as it is in all networks."""
+    phase = cskd_jax.Phase(1, trainable=lambda path: path[0] == "Dense_1", evaluate_frozen=True)
+    trainer = cskd_jax.Trainer(
+        {"net": cskd_jax.Student(Net(), {"cross_entropy": 1.0, "dml": 1.0}, optax.sgd(0.1))},
+        data=from_arrays((INPUTS, LABELS), (INPUTS, LABELS)),
+        phases=[phase],
+        batch_size=8,
+        devices=1,
+        callbacks=(),
+    )
+    trainer.fit()
+    state = trainer.state["net"]
+    key = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(0), 1))[0]
+    fresh = Cohort(LinenNetwork(Net()), 1).init(jax.random.split(key)[0], (4, 4, 1))
+    for part in (lambda tree: tree, lambda tree: tree["+peers"]["1"]):
+        moved, first = part(state.params["network"]), part(fresh[0]["params"])
+        np.testing.assert_array_equal(moved["Dense_0"]["kernel"], first["Dense_0"]["kernel"])
+        assert np.any(moved["Dense_1"]["kernel"] != first["Dense_1"]["kernel"])
+
+
+def test_a_number_of_peers_for_each_phase():
+    few, many = ({"cross_entropy": 1.0, "dml": {"weight": 1.0, "peers": number}} for number in (1, 2))
+    student = cskd_jax.Student(Net(), many, optax.sgd(0.1))
+    trainer = cskd_jax.Trainer(
+        {"net": student},
+        data=from_arrays((INPUTS, LABELS), (INPUTS, LABELS)),
+        phases=[cskd_jax.Phase(1, losses=few), cskd_jax.Phase(1)],
+        batch_size=8,
+        devices=1,
+        callbacks=(),
+    )
+    assert len(trainer.programs("net").states[0].params["network"]["+peers"]) == 2
+
+
 def test_mixed_images():
     train(mix=cskd_jax.Mix(mixup=0.5), epochs=1)
 
@@ -134,5 +170,5 @@ def test_recipe(start, small_run, tmp_path):
     assert process.returncode == 0, error
     assert "teacher" not in output
     run = cskd_jax.load_run(tmp_path / "run")
-    assert "peers" not in run.variables["params"]
+    assert "+peers" not in run.variables["params"]
     assert run.results["student"]["parameters"] == sum(x.size for x in jax.tree.leaves(run.variables["params"]))

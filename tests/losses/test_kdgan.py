@@ -202,6 +202,7 @@ def test_any_number_of_devices(devices):
     assert_same_on_devices(method, variables, inputs, devices)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_training():

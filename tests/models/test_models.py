@@ -12,6 +12,7 @@ from jax import lax
 from cskd_jax.errors import UserError
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet, count_parameters, create_model
 from cskd_jax.models.layers import BatchNorm, Classifier, ConvBatchNorm, average_pool, convolve, max_pool, scale_width
+from tests.tiers import chosen
 
 # name -> width -> trainable parameters with 10, 100, 200 categories
 PARAMETER_COUNTS = {
@@ -63,12 +64,11 @@ def dtypes(tree):
 
 
 # Every width and number of categories.
+WIDTHS = [(name, width) for name, widths in PARAMETER_COUNTS.items() for width in widths]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "width"), [(name, width) for name, widths in PARAMETER_COUNTS.items() for width in widths]
-)
+@pytest.mark.parametrize(("name", "width"), chosen(WIDTHS, WIDTHS[::3]))
 def test_parameter_counts(name, width):
     counts = tuple(
         count_parameters(variable_shapes(create_model(name, num_classes=number, width=width))["params"])

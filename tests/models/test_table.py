@@ -121,7 +121,7 @@ TABLE = {
 }
 # Their gradient step compiles in seconds.
 FAST = ("resnet8", "wrn_16_1", "vgg8")
-KINDS = ("mobilenet_v2_crd", "shufflenet_v1", "resnet18_224")
+KINDS = ("shufflenet_v1",)
 # More of the same blocks as a network that takes its gradient step: theirs is traced, not compiled.
 DEEP = tuple(
     name
@@ -184,7 +184,7 @@ def test_numbers_that_follow_from_others():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", chosen([*TABLE], [*TABLE][::3]))
 def test_parameters_and_shapes(name):
     row = TABLE[name]
     model = create_model(name, num_classes=row.num_classes, width=row.width)
@@ -233,7 +233,7 @@ def test_gradient_of_a_deep_network_traces(name):
 
 
 def marks_of(name):
-    """FAST networks are quick; one more of each kind takes its step in CI."""
+    """FAST networks are quick; one more takes its step in CI."""
     if name in FAST:
         return []
     return [pytest.mark.slow] if name in KINDS else [pytest.mark.slow, pytest.mark.exhaustive]
