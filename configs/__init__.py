@@ -1,1 +1,1 @@
-"""Recipes, one in each file, and what they share: `methods` and `networks`, the words that may follow their names."""
+"""Recipes, one per file, and what they share: `methods` and `networks`, the words that may follow their names."""

@@ -1,9 +1,9 @@
-"""Recipes from tables of published settings, which are data with a source for every value.
+"""Recipes from tables of published settings, stored as data with a source for every value.
 
-A table is a JSON file beside its recipe: `protocol`, which holds for every cell; `pairs`, those that were published, of
-which the first is meant by a method alone; `networks`, the names that may form a pair; and `methods`, with values for
-single pairs where those were published. Settings are keys of docs/configuration.md. A method that a table does not have
-keeps its weights of configs/methods.py.
+A table is a JSON file next to its recipe. It contains `protocol`, which applies to every cell; `pairs`, the published
+pairs, the first of which is used when only a method is given; `networks`, the names that may form a pair; and
+`methods`, with values for single pairs where those were published. Settings are keys of docs/configuration.md. A method
+that is not in a table keeps its weights from configs/methods.py.
 """
 
 from ml_collections import ConfigDict
@@ -22,13 +22,13 @@ def config_of(table, word):
 
 
 def sources_of(table, word):
-    """Returns {key: where its value was published} of a cell; the arguments are those of `config_of`."""
+    """Returns {key: where its value was published} for a cell; the arguments are the same as for `config_of`."""
     config, settings = _cell(table, word)
     return {key: source for key, (value, source) in settings.items() if _value(config, key) == value}
 
 
 def _cell(table, word):
-    """Returns the configuration of a cell, and the settings of the table that lead to it: {key: (value, source)}."""
+    """Returns the configuration of a cell, and the settings in the table that lead to it: {key: (value, source)}."""
     first_teacher, first_student = (networks.network(name) for name in table["pairs"][0].split("/"))
     *pair, method = networks.split_word(word, first_teacher, first_student)
     pair = [_name_in_table(table, network) for network in pair]
@@ -37,7 +37,7 @@ def _cell(table, word):
     config.losses = methods.losses(method, changes=_changes(table, pair, method))
     config.first_phase = methods.first_phase(method, table["protocol"]["first_phase_epochs"])
     if not pair[1].startswith(tuple(table["protocol"]["first_phase_with_own_rate"])):
-        config.first_phase.learning_rate = None  # That of the optimizer.
+        config.first_phase.learning_rate = None  # The optimizer's learning rate.
     for role, name in zip(("teacher", "student"), pair, strict=True):
         config[role].name, config[role].width = _network(table, name)
     for key, (value, _) in settings.items():
@@ -47,7 +47,7 @@ def _cell(table, word):
 
 
 def _settings(table, pair, method):
-    """Returns {key: (value, source)} of the protocol, of the student, and of the methods of a sum."""
+    """Returns {key: (value, source)} for the protocol, the student, and the methods of a sum."""
     protocol, rate = table["protocol"], table["networks"][pair[1]].get("learning_rate")
     found = {key: (value, protocol["source"]) for key, value in protocol["settings"].items()}
     if rate is not None:
@@ -58,7 +58,7 @@ def _settings(table, pair, method):
 
 
 def _settings_of_method(table, pair, method):
-    """Returns {key: (value, source)} of the losses of a method for a pair; empty if the table does not have it."""
+    """Returns {key: (value, source)} for the losses of a method for a pair; empty if the method is not in the table."""
     entry = table["methods"].get(method, {"settings": {}, "source": ""})
     found = {key: (value, entry["source"]) for key, value in entry["settings"].items()}
     of_pairs = entry.get("pairs", {})
@@ -69,7 +69,7 @@ def _settings_of_method(table, pair, method):
 
 
 def _changes(table, pair, method):
-    """Returns the settings of each method of a sum as `methods.losses` takes them."""
+    """Returns the settings of each method of a sum in the form that `methods.losses` expects."""
     changes = {}
     for part in method.split("+"):
         for key, (value, _) in _settings_of_method(table, pair, part).items():
@@ -79,7 +79,7 @@ def _changes(table, pair, method):
 
 
 def _name_in_table(table, network):
-    """Returns the name that the table has for a network, (name, width)."""
+    """Returns the name of a network (name, width) in the table."""
     name, width = network
     if width == 1 and name in table["networks"]:
         return name

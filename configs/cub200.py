@@ -1,8 +1,8 @@
 """CUB-200-2011, teacher ResNet50, student ResNet18 (width 0.5): the supplement of Chen et al. 2020.
 
-`--config=cub200` is category-structure distillation in the variant of the code released with the paper
-(https://github.com/xeanzheng/CSKD), `:cskd_paper` in that of the paper; `:METHOD` picks another method
-(configs/methods.py). Settings for this data set are not published: those of the optimizer are the paper's for Tiny
+`--config=cub200` is category-structure distillation as in the code released with the paper
+(https://github.com/xeanzheng/CSKD), and `:cskd_paper` is the variant in the paper; `:METHOD` picks another method
+(configs/methods.py). No settings for this data set have been published: the optimizer settings are the paper's for Tiny
 ImageNet, which has as many classes.
 """
 

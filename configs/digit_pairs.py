@@ -1,8 +1,8 @@
-"""Two handwritten digits in each image of 16x16 pixels: the smallest multi-label recipe, without a download.
+"""Two handwritten digits in each image of 16x16 pixels: the smallest multi-label recipe, with no download needed.
 
-An image has the classes of its digits; networks are judged by their mean average precision. `--config=digit_pairs` is
-the paper's category structure for several classes per image together with the distillation of logits. `:bkd` leaves
-category structure out, and `:bce` the teacher too (configs/methods.py).
+An image has the classes of its digits; networks are scored by mean average precision. `--config=digit_pairs` is the
+paper's category structure for several classes per image, combined with logit distillation. `:bkd` leaves out category
+structure, and `:bce` also leaves out the teacher (configs/methods.py).
 """
 
 from ml_collections import ConfigDict

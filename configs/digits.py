@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of scikit-learn, 8x8 pixels: a whole run in two minutes, without a download.
+"""The 1,797 handwritten digits of scikit-learn, 8x8 pixels: a complete run in two minutes, with no download needed.
 
 `--config=digits` is category-structure distillation as in the code released with the paper
 (https://github.com/xeanzheng/CSKD); `:METHOD` picks another method (configs/methods.py).

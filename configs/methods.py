@@ -1,8 +1,8 @@
 """The methods that may follow the name of a recipe, as losses with the weights of the published recipes.
 
-An entry of `losses` names its weight and what differs from the defaults of its loss. docs/methods.md explains the
-methods, docs/configuration.md the settings of every loss. "The released code" is that of Chen et al. 2020,
-https://github.com/xeanzheng/CSKD.
+An entry of `losses` gives its weight and the settings that differ from the defaults of its loss. docs/methods.md
+explains the methods, and docs/configuration.md the settings of every loss. "The released code" is the code of Chen et
+al. 2020, https://github.com/xeanzheng/CSKD.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from cskd_jax.configs import networks
 
 
 def category_structure(variant, *, intra=True, inter=True):
-    """Returns the losses of Chen et al. 2020, or of one of their two parts only (table 4 of the paper)."""
+    """Returns the losses of Chen et al. 2020, or of only one of its two parts (table 4 of the paper)."""
     structure = {"weight": 1.0}
     if variant == "paper":
         cross_entropy, mse = 0.1, 0.9  # alpha and 1 - alpha, Eq. 10
@@ -33,7 +33,7 @@ def with_cross_entropy(name, weight, **settings):
 
 
 def table(warmup_epochs):
-    """Returns {method: its losses} for data whose images have one class each."""
+    """Returns {method: its losses} for data with exactly one class per image."""
     warmup = {"warmup_epochs": warmup_epochs}
     return {
         "cskd": category_structure("reference"),
@@ -75,7 +75,7 @@ def table(warmup_epochs):
         "rld": with_cross_entropy("rld", 1.0, **warmup),
         "mlkd": {"cross_entropy": {"weight": 0.1, "all_views": True}, "mlkd": {"weight": 0.9}},
         "ctkd": {"cross_entropy": {"weight": 0.1}, "ctkd": {"weight": 0.9}},
-        # Standardized logits, with the weight 9 and the temperature 2 that their authors advise (Sun et al. 2024).
+        # Standardized logits, with the weight 9 and the temperature 2 that the authors recommend (Sun et al. 2024).
         "ctkd_ls": {"cross_entropy": {"weight": 0.1}, "ctkd": {"weight": 9.0, "standardize": True}},
         "dkd_ls": with_cross_entropy("dkd", 9.0, standardize=True, temperature=2.0, **warmup),
         "mlkd_ls": {
@@ -97,9 +97,9 @@ def table(warmup_epochs):
 
 
 def multilabel_table():
-    """Returns {method: its losses} for data whose images have any number of classes."""
+    """Returns {method: its losses} for data with any number of classes per image."""
     supervised = {"binary_cross_entropy": {"weight": 1.0}}
-    # Binary cross-entropy is a mean over ten classes, not their sum: 0.1 brings the other losses to its scale.
+    # Binary cross-entropy is a mean over ten classes, not a sum: 0.1 brings the other losses to its scale.
     distilled = supervised | {"binary_kd": {"weight": 0.1}}
     paper = {"weight": 0.1, "intra_weight": 0.01, "inter_weight": 0.2}
     reference = {"weight": 0.1, "variant": "reference", "intra_weight": 0.002, "inter_weight": 0.04}
@@ -115,19 +115,19 @@ METHODS, MULTILABEL_METHODS = tuple(table(1)), tuple(multilabel_table())
 
 # Methods for students that are Vision Transformers with a distillation token.
 TOKEN_METHODS = ("deit",)
-# Losses that supervise by the labels: they stand once in a combination, with weight 1.
+# Losses that supervise with the labels: they occur only once in a combination, with weight 1.
 SUPERVISION = ("cross_entropy", "binary_cross_entropy")
-# Methods with a first phase for themselves, and its learning rate in the reference code of Tian et al. 2020; None is
-# that of the optimizer. The first two are off after it.
+# Methods with a first phase of their own, and its learning rate in the reference code of Tian et al. 2020; None means
+# the optimizer's learning rate. The first two methods are off after that phase.
 FIRST_PHASES = {"ab": None, "fsp": None, "ft": 0.01}
-# Weights of combinations that were published with others than those of their methods: {methods: {loss: weight}}.
+# Weights of combinations published with weights different from their methods': {methods: {loss: weight}}.
 COMBINATIONS = {
     frozenset({"crd", "kd"}): {"cross_entropy": 1.0, "kd": 1.0, "crd": 0.8},  # Tian et al. 2020, reference code
 }
 
 
 def first_phase(method, epochs=30):
-    """Returns the first phase of a method, for `config.first_phase`: one of no epochs for most methods.
+    """Returns the first phase of a method, for `config.first_phase`; it has no epochs for most methods.
 
     Args:
       method: Name of the method, as in `losses`.
@@ -141,17 +141,17 @@ def losses(method, *, warmup_epochs=20, multilabel=False, changes=None):
     """Returns the losses of a method, for `config.losses`.
 
     Args:
-      method: One of METHODS, or of MULTILABEL_METHODS, or several with + between them, such as "at+kd".
-      warmup_epochs: Epochs over which the weights of dkd, luminet, reviewkd, rld, sdd_dkd and sdd_nkd grow.
-      multilabel: Whether the images of the recipe have any number of classes instead of one.
-      changes: {method: {loss: {setting: value}}}, what a recipe sets otherwise than the table of methods.
+      method: One of METHODS or MULTILABEL_METHODS, or several joined by +, such as "at+kd".
+      warmup_epochs: Epochs over which the weights of dkd, luminet, reviewkd, rld, sdd_dkd and sdd_nkd are ramped up.
+      multilabel: Whether the images of the recipe may have any number of classes instead of exactly one.
+      changes: {method: {loss: {setting: value}}}, the settings in which a recipe differs from the table of methods.
 
     Returns:
       A ConfigDict with the settings of each loss.
 
     Raises:
       UnknownWordError: If there is no such method.
-      ValueError: If the methods of a sum do not go together.
+      ValueError: If the methods of a sum cannot be combined.
     """
     known = multilabel_table() if multilabel else table(warmup_epochs)
     parts = method.split("+")
@@ -169,11 +169,11 @@ def losses(method, *, warmup_epochs=20, multilabel=False, changes=None):
 
 
 def combine(parts, count):
-    """Returns the losses of several methods together: each at its own weight, and supervision once with weight 1.
+    """Returns the combined losses of several methods: each with its own weight, and supervision once with weight 1.
 
     Args:
       parts: {method: its losses}.
-      count: Number of methods that were named; more than there are in `parts` if one was named twice.
+      count: Number of methods that were named; greater than the size of `parts` if one was named twice.
     """
     if len(parts) < count:
         raise ValueError("a method is named twice")

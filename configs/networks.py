@@ -2,7 +2,7 @@
 
 
 class UnknownWordError(ValueError):
-    """An error for a word that is not one of those known, from which the command suggests the nearest.
+    """An error for an unknown word, from which the command suggests the nearest known word.
 
     Args:
       kind: What the word should name, such as "method".
@@ -16,21 +16,21 @@ class UnknownWordError(ValueError):
 
 
 def split_word(word, teacher, student, small_images=True):
-    """Returns (teacher, student, method) of METHOD or TEACHER/STUDENT/METHOD, each network as (name, width).
+    """Returns (teacher, student, method) for METHOD or TEACHER/STUDENT/METHOD, each network as (name, width).
 
     Args:
-      word: Text after the colon; its case does not matter, nor does the order of methods with + between them. A
-        network is a name of MODELS, possibly with hyphens for underscores, or R18 to R152 for the ResNets, followed by
-        `_WIDTH` unless that is 1.
-      teacher: Teacher of the recipe, for a METHOD alone.
-      student: Student of the recipe, for a METHOD alone.
+      word: Text after the colon; case does not matter, nor does the order of methods joined by +. A network is a name
+        in MODELS, possibly with hyphens for underscores, or R18 to R152 for the ResNets, followed by `_WIDTH` unless
+        the width is 1.
+      teacher: Teacher of the recipe, used for a METHOD alone.
+      student: Student of the recipe, used for a METHOD alone.
       small_images: Whether R18 means resnet18 rather than resnet18_224.
 
     Returns:
       A tuple of (name, width) of the teacher, (name, width) of the student, and the name of the method.
 
     Raises:
-      ValueError: If the word has another number of parts.
+      ValueError: If the word has a different number of parts.
     """
     parts = word.split("/")
     method = in_order(parts[-1].lower())
@@ -42,13 +42,13 @@ def split_word(word, teacher, student, small_images=True):
 
 
 def in_order(word):
-    """Returns a word with the methods of a sum in alphabetical order, such as at+kd for kd+at: they are one run."""
+    """Returns a word with the methods of a sum in alphabetical order, such as at+kd for kd+at: both are one run."""
     before, slash, method = word.rpartition("/")
     return before + slash + "+".join(sorted(method.split("+")))
 
 
 def network(word, small_images=True):
-    """Returns (name, width) of the word for a network, such as ("resnet34", 0.25) of R34_0.25."""
+    """Returns (name, width) from the word for a network, such as ("resnet34", 0.25) for R34_0.25."""
     name, width = word.lower().replace("-", "_"), 1.0
     before, _, last = name.rpartition("_")
     if "." in last:

@@ -1,8 +1,9 @@
 """Tiny ImageNet, teacher ResNet152, student ResNet18 (width 0.25): Chen et al. 2020, tables 3 and 4.
 
-`--config=tiny_imagenet` is category-structure distillation in the variant of the code released with the paper
-(https://github.com/xeanzheng/CSKD), `:cskd_paper` in that of the paper; `:METHOD` picks another method
-(configs/methods.py). The released code has no settings for this data set: those of the paper hold for all methods.
+`--config=tiny_imagenet` is category-structure distillation as in the code released with the paper
+(https://github.com/xeanzheng/CSKD), and `:cskd_paper` is the variant in the paper; `:METHOD` picks another method
+(configs/methods.py). The released code has no settings for this data set: the paper's settings are used for all
+methods.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
 """Tiny ImageNet with the pairs and the protocol of mdistiller (Zhao et al. 2022 and 2023).
 
 `--config=tiny_imagenet_standard:resnet18/shufflenet_v2/kd` is one cell: 200 epochs, batches of 256, images rotated by
-up to 20 degrees and mirrored. With `--config.optimizer.name=dot` it is the cell of DOT. Every number stands in
+up to 20 degrees and mirrored. With `--config.optimizer.name=dot` it is the cell of DOT. Every number is in
 tiny_imagenet_standard.json with its source, and `cskd-jax config show` prints both. Only kd, alone and with DOT, was
-published; other methods keep their weights of configs/methods.py. The `mobilenet_v2` of mdistiller differs from the
+published; other methods keep their weights from configs/methods.py. The `mobilenet_v2` of mdistiller differs from the
 one here in its first convolution, which is 1x1 with a padding of 1.
 """
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cskd_jax.training.teachers import Teacher
     from cskd_jax.training.trainer import Result, Student, Trainer
 
-# Loaded when they are used: the commands, and the processes that decode images, need not import all of them.
+# Loaded on first use, because the commands and the processes that decode images need not import all of them.
 _PUBLIC = {
     "cskd_jax.distillation": ("distill",),
     "cskd_jax.errors": ("DivergedError", "InterruptedRun", "UserError"),

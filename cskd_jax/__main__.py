@@ -1,4 +1,4 @@
-"""The command `cskd-jax`, which `python -m cskd_jax` is too."""
+"""The command `cskd-jax`, also available as `python -m cskd_jax`."""
 
 from cskd_jax.commands import command_line, table
 

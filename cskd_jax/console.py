@@ -12,11 +12,11 @@ import tqdm
 
 from cskd_jax.errors import printable
 
-# What takes less is not worth a line when it comes again.
+# A pause that takes less is not worth a line when it occurs again.
 _LONG_SECONDS = 3
 
 _muted = False
-# How long each pause has lasted when it came last.
+# How long each pause lasted the last time.
 _seconds: dict[str, float] = {}
 
 
@@ -35,14 +35,14 @@ class _Handler(logging.Handler):
 
 
 def start(*, speaks: bool = True) -> None:
-    """Prepares the console of a command; to be called before JAX is imported.
+    """Prepares the console of a command; must be called before JAX is imported.
 
-    What this package and JAX log is shown in one style, and of other libraries only errors. XLA's errors come as
-    exceptions too: what its C++ code writes besides, such as a request to report a slow compilation, helps nobody here;
-    only what it writes before it ends the process is shown.
+    Log messages of this package and of JAX are shown in one style; of other libraries, only errors are shown. XLA's
+    errors are also raised as exceptions, and what its C++ code writes in addition, such as a request to report a slow
+    compilation, helps nobody here; only what it writes before it ends the process is shown.
 
     Args:
-      speaks: Whether this process speaks to people; of several, only the first one does.
+      speaks: Whether this process speaks to people; of several processes, only the first one does.
     """
     global _muted
     _muted = not speaks
@@ -51,22 +51,22 @@ def start(*, speaks: bool = True) -> None:
     if not any(isinstance(handler, _Handler) for handler in root.handlers):
         root.addHandler(_Handler())
     logging.getLogger("cskd_jax").setLevel(logging.INFO)
-    # Orbax and tensorflow-datasets; what fails there is raised too.
+    # For Orbax and tensorflow-datasets, whose failures are also raised as exceptions.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
 
 
 def _show_unraisable(unraisable):
-    """Shows an error in a place from which none can be raised, but for those of a checkpoint that cannot be written.
+    """Shows an error from a place that cannot raise any, except for those of a checkpoint that cannot be written.
 
-    Then each of TensorStore's many parts fails once more in a thread of its own, because nobody waits for it anymore.
+    In that case, each of TensorStore's many parts fails again in its own thread, because nobody waits for it anymore.
     """
     if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def mute() -> None:
-    """Shows nothing from here on: of several processes, the first one alone speaks to people."""
+    """Shows nothing from here on: of several processes, only the first one speaks to people."""
     global _muted
     _muted = True
 
@@ -79,18 +79,18 @@ def say(message: str) -> None:
 
 
 def is_live() -> bool:
-    """Returns whether all is shown on a terminal, where a line can change; otherwise lines are all that is left."""
+    """Returns whether all output goes to a terminal, where a line can change; otherwise lines are all there is."""
     return sys.stdout.isatty() and sys.stderr.isatty() and not _is_dumb()
 
 
 def _is_dumb() -> bool:
-    """Returns whether the terminal can only add to its text, such as the one that Emacs is for a program."""
+    """Returns whether the terminal can only append text, like the one that Emacs provides for a program."""
     return os.environ.get("TERM") == "dumb"
 
 
 def progress_bar(total: int, initial: int, *, shown: bool = True) -> tqdm.tqdm:
-    """Returns a bar on standard error, shown only on a terminal; its description stands before it."""
-    # None: not shown where there is no terminal.
+    """Returns a bar on standard error, shown only on a terminal, with its description in front of it."""
+    # None hides the bar if there is no terminal.
     disable = None if shown and not _muted and not _is_dumb() else True
     return tqdm.tqdm(
         total=total,
@@ -104,10 +104,10 @@ def progress_bar(total: int, initial: int, *, shown: bool = True) -> tqdm.tqdm:
 
 @contextlib.contextmanager
 def pause(what: str) -> Iterator[None]:
-    """A context in which something happens that may take a while.
+    """Returns a context for something that may take a while.
 
-    It is announced before it begins. On a terminal the seconds are counted until it is over; elsewhere it is a line.
-    When it comes again, and was short, nothing is shown.
+    It is announced before it begins. On a terminal, the seconds are counted until it is over; elsewhere, a line is
+    printed. When it occurs again, and was short, nothing is shown.
 
     Args:
       what: What happens, such as "student: compiling the training step".
@@ -145,7 +145,7 @@ def _counted_seconds(what: str) -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration for people, such as "5 s", "12 min", "3 h 20 min", "2 d 4 h"."""
+    """Returns a human-readable duration, such as "5 s", "12 min", "3 h 20 min", "2 d 4 h"."""
     seconds = round(seconds)
     minutes = round(seconds / 60)
     hours = minutes // 60

@@ -1,4 +1,4 @@
-"""Distillation of objects: `distill` trains any network, on arrays, with the losses of this package or one's own."""
+"""Distillation of objects: `distill` trains any network on arrays, with the losses of this package or custom ones."""
 
 import contextlib
 import dataclasses
@@ -81,25 +81,27 @@ def distill(
     """Trains a student, with the help of a teacher if its losses read one; or several students at once.
 
     Args:
-      student: Linen module, with any collections of variables and any random streams; or an nnx module, whose weights
-        are what training starts from; or a function `(variables, images, train, rngs) -> (outputs, updates)` (see
+      student: Linen module, with any variable collections and any random streams; or an nnx module, from whose weights
+        training starts; or a function `(variables, images, train, rngs) -> (outputs, updates)` (see
         `training.adapters`). It is called with images [B, H, W, C], and returns logits [B, K], a dictionary with
-        "logits" and other fields of `ModelOutput`, or a `ModelOutput`. A linen module is asked for training mode by its
-        argument `train`, `training`, `is_training` or `deterministic`, if it has one of them.
-      students: In the place of one student: {name: `Student`}, each with its own network, losses and optimizer. They
-        see the same batches, which pass through the teacher once for all; each becomes what it would become alone.
-      losses: {name: weight, or settings with a "weight", or a loss of one's own}; see `training.objective.Objective`.
+        "logits" and other fields of `ModelOutput`, or a `ModelOutput`. Training mode of a linen module is selected by
+        its argument `train`, `training`, `is_training` or `deterministic`, if it has one of them.
+      students: In place of one student: {name: `Student`}, each with its own network, losses and optimizer. They see
+        the same batches, which pass through the teacher once for all; each becomes what it would become alone.
+      losses: {name: weight, or settings with a "weight", or a custom loss}; see `training.objective.Objective`.
       optimizer: Optimizer, such as `optax.adamw(1e-3)`.
-      train: Images [N, H, W, C] and labels, int [N], or 0 and 1 [N, K] where an image has any number of classes; None
-        for losses that read none. uint8 images are divided by 255 and normalized by `mean` and `std`; floats are taken
-        as they are. Or a function from the number of an epoch, from 0, to an iterable of batches of them, such as a
-        data loader: see `data.batches.EpochBatches`.
-      test: Likewise; the whole of it is evaluated after every epoch, or at the end where there is a `validation`.
-      validation: Likewise; it then chooses the best epoch, and the test split is measured for the last and that epoch.
-      steps_per_epoch: Number of batches of an epoch, where `train` is a function; None counts those of epoch 0.
-      teacher: Network likewise; None where no loss reads a teacher. Or a `Teacher`, with variables, a normalization and
-        a size of images, or a list of them with a weight each; a loss then reads their combination, or the one that its
-        setting "teacher" names.
+      train: Images [N, H, W, C] and labels: int [N]; 0 and 1 [N, K] if an image has any number of classes; or None for
+        losses that read none. uint8 images are divided by 255 and normalized by `mean` and `std`; floats are used
+        unchanged. Or a function from an epoch number, counted from 0, to an iterable of such batches, such as a data
+        loader; see `data.batches.EpochBatches`.
+      test: Images and labels of the test split, all of which are evaluated after every epoch, or at the end if there is
+        a `validation`.
+      validation: Images and labels of the validation split, which then chooses the best epoch; the test split is
+        measured for that and the last epoch.
+      steps_per_epoch: Number of batches in an epoch, if `train` is a function; None counts the batches of epoch 0.
+      teacher: Network of any kind that `student` allows; None if no loss reads a teacher. Or a `Teacher`, with
+        variables, a normalization and an image size, or a list of them, each with a weight; a loss then reads their
+        combination, or the one that its setting "teacher" names.
       teacher_variables: Variables of the teacher, such as {"params": ..., "batch_stats": ...}; None for those of an nnx
         module.
       combine_teachers: What is averaged over several teachers, "logits" or "probabilities"; see `teachers.Ensemble`.
@@ -109,40 +111,41 @@ def distill(
       batch_size: Number of images in a batch, over all devices.
       drop_last: Whether the last, smaller batch of an epoch is left out.
       seed: Seed of the weights, the order of the images, the augmentation and dropout.
-      schedule: Learning rate by the number of updates, for the log; it is part of the optimizer already.
-      ema: Decay of an exponential moving average of the variables of the student, which then is what is evaluated and
-        returned; None keeps none.
+      schedule: Learning rate as a function of the number of updates, for the log; it is already part of the optimizer.
+      ema: Decay of an exponential moving average of the variables of the student, which is then evaluated and returned;
+        None keeps none.
       accumulation_steps: Number of micro-batches that a batch is divided into, to save memory. An update sees all
         `batch_size` images; batch normalization, and losses that relate images to each other, see micro-batches.
-      mean: Mean of pixels in [0, 1], per channel or one for all.
-      std: Standard deviation, likewise.
+      mean: Mean of the pixels in [0, 1], per channel or one for all.
+      std: Standard deviation of the pixels in [0, 1], per channel or one for all.
       teacher_mean: Mean of the normalization that the teacher was trained with; None for that of the student. It needs
         uint8 images.
-      teacher_std: Standard deviation, likewise.
+      teacher_std: Standard deviation of that normalization; None for that of the student. It needs uint8 images.
       augment: Function of images as they are in `train`, a key and the positions of the images in the global batch.
-      mix: What mixes the images of a batch with each other, such as `cskd_jax.Mix(mixup=0.2)`; None leaves them alone.
+      mix: Function that mixes the images of a batch with each other, such as `cskd_jax.Mix(mixup=0.2)`; None leaves
+        them unchanged.
       categories: Names of the classes by label; "0", "1", ... by default.
       student_features: Paths of submodules of the student whose outputs are its features, first stage first, for
         losses that read features, such as ("Conv_1", "Block_3/Conv_0").
-      teacher_features: Likewise, of the teacher.
+      teacher_features: Paths of submodules of the teacher, as in `student_features`.
       student_embedding: Path of the submodule of the student whose output is its embedding.
-      teacher_embedding: Likewise, of the teacher.
-      student_head: Path among the parameters of the student of its classifier, a linear layer on the pooled last map,
-        for losses that read it; None for "classifier".
-      teacher_head: Likewise, of the teacher.
+      teacher_embedding: Path of the submodule of the teacher whose output is its embedding.
+      student_head: Path, within the parameters of the student, of its classifier, a linear layer on the pooled last
+        map, for losses that read it; None for "classifier".
+      teacher_head: Path, within the parameters of the teacher, of its classifier, as in `student_head`.
       callbacks: Callbacks; by default `Console`: a progress bar on a terminal, a line for every epoch. () is quiet.
-      workdir: Folder of checkpoints and logs, in which the same call resumes; None: nothing is written.
-      devices: Devices to compute on, or how many of all; None for all.
+      workdir: Folder of checkpoints and logs, in which the same call resumes; None writes nothing.
+      devices: Devices to compute on, or how many of them; None for all.
       log_every: Number of steps between two rows of the history.
 
     Returns:
-      A `Result`: the variables of the student, its metrics such as `metrics["test"]["top1"]`, and the history. Of
+      A `Result`: the variables of the student, its metrics such as `metrics["test"]["top1"]`, and the history. For
       several students, {name: `Result`}.
 
     Raises:
       UserError: Something does not fit together; the message says what.
-      DivergedError: A loss or gradient is not finite. Of several students, the others are trained to the end first, and
-        `results` of the error has theirs.
+      DivergedError: A loss or gradient is not finite. With several students, the others are trained to the end first,
+        and `results` of the error holds their results.
     """
     several = students is not None
     paths = student_features, student_embedding, student_head
@@ -177,7 +180,7 @@ def distill(
         )
         if workdir is not None:
             settings = {"epochs": int(epochs), "batch_size": int(sampler.batch_size), "drop_last": drop_last}
-            # A setting that is off is not written: an earlier version knew none.
+            # A setting that is off is not written, because earlier versions did not have it.
             settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
             settings["seed"] = int(seed)
             settings |= _describe_inputs(data, normalize, own, paths, teacher_paths, teacher_variables)
@@ -221,7 +224,7 @@ def _as_students(students, student, variables, paths, losses, optimizer, schedul
 
 
 def _describe_inputs(data, normalize, own, paths, teacher_paths, teacher_variables):
-    """Returns what can be compared of the data, the teacher, and how they are read, as JSON."""
+    """Returns a comparable description of the data, the teacher, and how they are read, as JSON."""
     features, embedding, head = zip(paths, teacher_paths, strict=True)
     described = {"mean": normalize.mean, "std": normalize.std, "data": fingerprint(data)}
     described["paths"] = [*features, *embedding]
@@ -237,7 +240,7 @@ def _describe_students(students, several):
 
 
 def _describe_student(student):
-    """Returns what can be compared of a student, as JSON."""
+    """Returns a comparable description of a student, as JSON."""
     losses = {name: _describe_loss(as_settings(entry)) for name, entry in student.losses.items()}
     variables = None if student.variables is None else digest_of(student.variables)
     ema = {} if student.ema is None else {"ema": float(student.ema)}
@@ -289,7 +292,7 @@ def _as_teachers(teacher, variables, paths, own) -> Sequence[Teacher]:
 
 
 def _describe_teachers(teachers, combine):
-    """Returns what can be compared of several teachers, as JSON."""
+    """Returns a comparable description of several teachers, as JSON."""
     described = []
     for teacher in teachers:
         own, variables = teacher.normalization, variables_of([teacher])
@@ -314,12 +317,12 @@ def _make_batches(train: Any, steps_per_epoch: int | None) -> EpochBatches | Non
 
 
 def _describe_loss(entry):
-    """Returns what can be compared of the entry of a loss, as JSON: of a function its name, of a module its fields."""
+    """Returns a comparable description of a loss entry, as JSON: the name of a function, or the fields of a module."""
     if isinstance(entry, Mapping):
         return {key: _describe_loss(value) for key, value in entry.items()}
     if isinstance(entry, Method):
         fields = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
-        # A setting that is off is not written: an earlier version knew none.
+        # A setting that is off is not written, because earlier versions did not have it.
         left_out = {"parent", "name"} | ({"teacher"} if entry.teacher is None else set())
         return {"class": type(entry).__qualname__} | {k: v for k, v in fields.items() if k not in left_out}
     if isinstance(entry, tuple | list):
@@ -330,10 +333,10 @@ def _describe_loss(entry):
 
 
 def _claim(workdir, identity, students):
-    """Makes the workdir that of these settings and students; returns what is to be known about it.
+    """Claims the workdir for these settings and students; returns a message about it.
 
     Raises:
-      UserError: It holds checkpoints of other settings, or of something else.
+      UserError: The workdir holds checkpoints of other settings, or of something else.
     """
     path = workdir / _IDENTITY
     identity = json.loads(json.dumps(identity))

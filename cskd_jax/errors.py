@@ -5,15 +5,15 @@ import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# Share of common letters from which two names count as alike; below it, momentum would be suggested for adamw.
+# Smallest share of common letters at which two names count as alike; below it, momentum would be suggested for adamw.
 _ALIKE = 0.75
 
 
 class UserError(Exception):
     """An error that the user can fix: a bad configuration, bad data, or an unsuitable path.
 
-    The message is one line that names what is wrong and what is allowed. It may quote texts from outside, so its text
-    is always `printable`.
+    The message is one line that names what is wrong and what is allowed. It may quote untrusted text, so it is always
+    `printable`.
     """
 
     exit_code = 2
@@ -26,7 +26,7 @@ class DivergedError(UserError):
     """An error for a loss or gradient that is not finite.
 
     Attributes:
-      results: {name: result} of the students that were trained beside the one that failed.
+      results: {name: result} of the students that were trained alongside the one that failed.
     """
 
     exit_code = 3
@@ -69,7 +69,7 @@ def describe_os_error(error: OSError) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Returns an untrusted text as one line that is safe to show on a console.
+    r"""Returns untrusted text as one line that is safe to show on a console.
 
     Line ends, terminal escapes, marks that change the direction of text, and all other unprintable characters become
     visible as Python escapes, such as \x1b.

@@ -1,4 +1,4 @@
-"""Writing of files into folders from untrusted sources, without following symbolic links out of them."""
+"""Writes files into folders from untrusted sources, without following symbolic links out of them."""
 
 import csv
 import errno
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from cskd_jax.errors import UserError, printable
 
-# A spreadsheet takes a text for a formula if it begins with one of these or its full-width form.
+# A spreadsheet takes text for a formula if it begins with one of these or its full-width form.
 _FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
@@ -33,7 +33,7 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)  # Of an error in writing, Python names no file.
+        error.filename = str(path)  # Python names no file for an error in writing.
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -52,7 +52,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 def csv_text(rows: Iterable[Sequence[Any]], line_end: str = "\n") -> str:
     """Returns rows as CSV that no spreadsheet executes.
 
-    Texts become `printable`, and an apostrophe precedes a text that looks like a formula.
+    Text becomes `printable`, and text that looks like a formula is preceded by an apostrophe.
 
     Args:
       rows: Cells of each row.
@@ -124,7 +124,7 @@ def local_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def full_path(path: str | pathlib.Path) -> pathlib.Path:
-    """Returns a path with ~ expanded; raises UserError where there is no home folder, as in many containers."""
+    """Returns a path with ~ expanded; raises UserError if there is no home folder, as in many containers."""
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError:

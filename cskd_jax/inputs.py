@@ -1,4 +1,4 @@
-"""Reading of files that anyone may have made: regular files of a bounded size, JSON and its types, and zip archives."""
+"""Reads files that anyone may have made: regular files of a bounded size, JSON and its types, and zip archives."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from cskd_jax.errors import UserError
 MAX_JSON = 8 << 20
 # Digits of a number in JSON: those of the largest 64-bit integers, and those of a float with its exponent.
 _MAX_DIGITS = 40
-# Lists and objects within each other; the files of this package have at most five.
+# Nesting depth of lists and objects; the files of this package have at most five levels.
 _MAX_DEPTH = 50
 # The list of the members of an archive takes about a hundred bytes for each; an archive of ImageNet's size has 16 MB.
 _MAX_DIRECTORY = 32 << 20
@@ -24,14 +24,14 @@ _CHUNK = 1 << 20
 
 
 def open_regular(path: str | pathlib.Path, limit: int) -> io.BufferedReader:
-    """Opens a file for reading, which does not wait as opening a pipe or a device may.
+    """Opens a file for reading without ever waiting, even if it is a pipe or a device.
 
     Args:
       path: Path of the file; a symbolic link is followed.
       limit: Largest size in bytes.
 
     Raises:
-      UserError: It is no regular file, or larger than the limit.
+      UserError: It is not a regular file, or it is larger than the limit.
       OSError: It cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -51,7 +51,7 @@ def read_bytes(path: str | pathlib.Path, limit: int) -> bytes:
     """Returns the content of a file; the arguments and errors are those of `open_regular`."""
     with open_regular(path, limit) as file:
         data = file.read(limit + 1)
-    if len(data) > limit:  # It grows, or its system does not tell its size.
+    if len(data) > limit:  # It is growing, or its file system does not report its size.
         raise UserError(f"{path} has more than {limit:,} bytes, which are not read")
     return data
 
@@ -60,7 +60,7 @@ def parse_json(data: bytes | str) -> Any:
     """Returns a JSON value whose numbers are finite and whose nesting is bounded.
 
     Raises:
-      ValueError: It is damaged, nested too deeply, or holds NaN, an infinity, or a number of too many digits.
+      ValueError: It is damaged, nested too deeply, or holds NaN, an infinity, or a number with too many digits.
     """
     try:
         value = json.loads(data, parse_int=_integer, parse_float=_float, parse_constant=_float)
@@ -106,7 +106,7 @@ Test = Callable[[Any], bool]
 
 
 def is_text(value: Any) -> bool:
-    """Returns whether a JSON value is a text of a length that names and paths have."""
+    """Returns whether a JSON value is a string of a length that names and paths have."""
     return type(value) is str and len(value) <= 10_000 and "\0" not in value
 
 
@@ -116,32 +116,32 @@ def is_count(value: Any, low: int = 0) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a JSON value is a number with which one can calculate."""
+    """Returns whether a JSON value is a number that can be used in calculations."""
     return type(value) in (int, float) and abs(value) < 1e30
 
 
 def is_map(test: Test) -> Test:
-    """Returns the test whether a JSON value is an object whose values all pass a test."""
+    """Returns a test of whether a JSON value is an object whose values all pass a test."""
     return lambda value: isinstance(value, dict) and all(map(test, value.values()))
 
 
 def is_list(test: Test) -> Test:
-    """Returns the test whether a JSON value is a list whose elements all pass a test."""
+    """Returns a test of whether a JSON value is a list whose elements all pass a test."""
     return lambda value: isinstance(value, list) and all(map(test, value))
 
 
 def is_optional(test: Test) -> Test:
-    """Returns the test whether a JSON value is null or passes a test."""
+    """Returns a test of whether a JSON value is null or passes a test."""
     return lambda value: value is None or test(value)
 
 
 def unsound(values: Any, needed: Mapping[str, Test], optional: Mapping[str, Test] | None = None) -> list[str]:
-    """Returns the keys of a JSON object that are missing or do not pass their test; all if it is no object.
+    """Returns the keys of a JSON object that are missing or do not pass their test; all if it is not an object.
 
     Args:
       values: JSON value.
       needed: Test of each key that the object must have.
-      optional: Test of each key that it may have; other keys are not looked at.
+      optional: Test of each key that it may have; other keys are ignored.
     """
     if not isinstance(values, dict):
         return [*needed, *(optional or {})]
@@ -182,8 +182,8 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -
       limit: Largest size of the member in bytes.
 
     Raises:
-      BadZipFile: The member is larger, or compressed by something else than zip's own method. The other methods can
-        make gigabytes of a few bytes before a size is checked.
+      BadZipFile: The member is larger, or compressed by a method other than zip's own. The other methods can turn a few
+        bytes into gigabytes before a size is checked.
     """
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise zipfile.BadZipFile(f"compression method {member.compress_type}; 0 and 8 are read")

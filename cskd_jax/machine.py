@@ -7,16 +7,16 @@ import resource
 
 
 def total_memory() -> int:
-    """Returns the bytes of memory that the machine has, or those of them that a container may use."""
+    """Returns the bytes of memory that the machine has, or as many of them as a container may use."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # It is "max" where there is no limit.
+        with contextlib.suppress(OSError, ValueError):  # It is "max" if there is no limit.
             sizes.append(int(pathlib.Path(path).read_text(encoding="ascii")))
     return min(sizes)
 
 
 def memory_left() -> int:
-    """Returns the bytes of memory that this process does not take; others may hold some of them."""
+    """Returns the bytes of memory that this process does not use; other processes may use some of them."""
     try:
         taken = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf(
             "SC_PAGE_SIZE"

@@ -38,7 +38,7 @@ def run_program(program: Program, documentation: str | None, argv: list[str]) ->
 
     Args:
       program: Function that takes `argv`.
-      documentation: Text that --help shows instead.
+      documentation: Text that --help shows instead of running the program.
       argv: Command line, with the name of the program first.
     """
     # Everything after -- is another command with its own --help.
@@ -55,7 +55,7 @@ def exit_code(program: Program, argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:  # A training that has begun saves first; everything else has nothing to save.
+    except KeyboardInterrupt:  # Training that has begun saves first; everything else has nothing to save.
         print("stopped by Ctrl-C", file=sys.stderr)
         return InterruptedRun.exit_code
     except OSError as error:
@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
             if len(recipes) > 1:
                 raise UserError(f"--config is given twice: {' and '.join(recipes)}")
             given.config = recipes[0] if recipes else None
-        end = own.index("--") if "--" in own else len(own)  # arguments for this command
+        end = own.index("--") if "--" in own else len(own)  # End of this command's own arguments.
         own[:end] = map(self._with_two_dashes, own[:end])
         values, words = self.parse_known_args(own, given)
         for position, word in enumerate(words):
@@ -128,7 +128,7 @@ class Parser(argparse.ArgumentParser):
         return f"-{argument}" if name.startswith("--") and name in self._option_string_actions else argument
 
     def _explain(self, argument: str, following: Sequence[str]) -> str:
-        """Returns a message with what to write instead of an unknown flag or a word without its dashes."""
+        """Returns a message that says what to write instead of an unknown flag or a word without its dashes."""
         name, equals, value = argument.lstrip("-").partition("=")
         known = [option for action in self._actions for option in action.option_strings]
         known += ["--config"] if self._takes_config else []
@@ -190,7 +190,7 @@ def _keys_like(name: str) -> list[str]:
 def _cache_folder() -> str | None:
     """Returns the folder of compiled programs; None, with a warning, if nothing can be written there.
 
-    JAX would warn of every program that it cannot write.
+    JAX would warn about every program that it cannot write.
     """
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cskd_jax"
     try:
@@ -215,5 +215,6 @@ def set_up_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", _cache_folder())
     # Compiling many small programs adds up, so all of them are kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # Tracing makes millions of long-lived objects; searching them for cycles by default took a quarter of its time.
+    # Tracing makes millions of long-lived objects; with the default threshold, searching them for cycles took a quarter
+    # of its time.
     gc.set_threshold(100_000)

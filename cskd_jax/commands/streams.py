@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import Any, TextIO
 
-# Errors of writing to a closed pipe and to a terminal that is gone.
+# Errors raised when writing to a closed pipe and to a terminal that is gone.
 _GONE = (errno.EPIPE, errno.EIO)
 
 

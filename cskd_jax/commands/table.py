@@ -30,11 +30,11 @@ COMMANDS = {
     "config": Command("cskd_jax.commands.config", "Shows the configuration of a recipe, and what every key means."),
 }
 
-# Modules that `python -m` may start; those of the second line are not meant for users.
+# Modules that `python -m` may start; those on the second line are not meant for users.
 _STARTED = ("main", "sweep", "report", "evaluate", "supervise", "interop.export", "interop.import_torch")
 _INTERNAL = ("runs.document", "runs.network_table", "commands.together")
 _MODULES = {"cskd_jax", *(f"cskd_jax.{name}" for name in (*_STARTED, *_INTERNAL))}
-# Names that users may try for a command; none of them exists.
+# Names that users may try as commands; none of them exists.
 _MEANT = {"main": "train", "distill": "train", "distillation": "train", "run": "train", "import_torch": "import-torch"}
 
 

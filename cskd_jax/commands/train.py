@@ -74,7 +74,7 @@ def _run(argv):
 
 
 def _is_first(process: int | None) -> bool:
-    """Returns whether this is the first or only process, which alone prints, from its first line on."""
+    """Returns whether this is the first or only process, the only one that prints, from its first line on."""
     if process is not None:
         return process == 0
     # Processes are numbered as SLURM and TPU pods number them.

@@ -21,7 +21,7 @@ from cskd_jax.machine import total_memory
 
 __all__ = ["DATASETS", "ImageDataset", "Split", "load_dataset", "read_batches"]
 
-# A loader takes data_dir, path, train_examples and image_size by keyword. Any other name is one of tensorflow-datasets.
+# A loader takes data_dir, path, train_examples and image_size by keyword. Any other name refers to tensorflow-datasets.
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": functools.partial(tfds_source.load_own, digits.SOURCE),
     "digit_pairs": digit_pairs.load,
@@ -51,31 +51,31 @@ def load_dataset(
     Args:
       name: Name of the data set, a key of `DATASETS` or any name that tensorflow-datasets knows. Its features must then
         include `image` and `label`, and its splits train and test (or validation).
-      data_dir: Folder of prepared data sets and downloads; None is the folder that the environment variable
-        TFDS_DATA_DIR names, or else ~/tensorflow_datasets. It is not used by image_folder.
+      data_dir: Folder of prepared data sets and downloads; None means the folder in the environment variable
+        TFDS_DATA_DIR, or else ~/tensorflow_datasets. It is not used by image_folder.
       path: Folder of image_folder; not allowed for any other data set.
       train_examples: Size of a class-balanced subset of the training split, as `balanced_indices` chooses it, the same
         for every seed. None keeps all examples.
-      validation_examples: Size of the validation split, drawn at random but class by class out of these examples, which
-        are then not trained on. None makes no validation split.
+      validation_examples: Size of the validation split, drawn at random, class by class, from these examples, which are
+        then not used for training. None makes no validation split.
       validation_seed: Seed of that draw.
-      image_size: Side of the squares that images of any size become (`images.middle_square`). None leaves them as they
-        are, and then all must have one size.
-      exif_orientation: Whether the images of image_folder are turned as their EXIF data say.
-      streaming: Whether the images are decoded batch by batch instead of once into memory, to the same bytes. None
+      image_size: Side of the squares to which images of any size are converted (`images.middle_square`). None leaves
+        them unchanged, and then all must have the same size.
+      exif_orientation: Whether the images of image_folder are rotated according to their EXIF data.
+      streaming: Whether the images are decoded batch by batch instead of once into memory; the bytes are the same. None
         streams images that would take more than an eighth of the memory, because other processes may hold them too.
       workers: Number of processes that decode streamed images; None starts one for each processor.
 
     Returns:
       The data set. Its images are uint8 [N, H, W, C], an array or an `ImageStream`; its labels are int32 [N], or
-      float32 [N, K] of multi-label data. Training images of an image_folder may have no labels.
+      float32 [N, K] for multi-label data. Training images of an image_folder may have no labels.
 
     Raises:
       UserError: If the data cannot be obtained, is damaged or does not fit; the message names what is wrong and what is
         allowed.
     """
     data_dir = None if data_dir is None else str(full_path(data_dir))
-    # Images of other data sets are read as their papers and other programs read them.
+    # Images of other data sets are read in the same way as in their papers and in other programs.
     options: dict[str, Any] = {"exif_orientation": exif_orientation} if name == "image_folder" else {}
     load: Any = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))
     dataset = load(data_dir=data_dir, path=path, train_examples=train_examples, image_size=image_size, **options)
@@ -86,7 +86,7 @@ def load_dataset(
 
 
 def _decode(dataset: ImageDataset, streaming: bool | None, workers: int) -> ImageDataset:
-    """Returns the data set with arrays or streams in the place of readers."""
+    """Returns the data set with arrays or streams in place of readers."""
     splits = {name: split for name in ("train", "test", "validation") if (split := getattr(dataset, name)) is not None}
     readers: list[Any] = [split.images for split in splits.values()]
     if any(isinstance(reader, np.ndarray) for reader in readers):

@@ -37,12 +37,12 @@ _logger = logging.getLogger(__name__)
 TAR_SUFFIXES = (".tar.gz", ".tar", ".tar.xz")
 _TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 20
-# Limits on what unpacking may take. The archives hold nothing but compressed images, or records that compress little.
+# Limits on what unpacking may take. The archives hold only compressed images, or records that hardly compress.
 _MAX_MEMBERS = 30_000
 _MAX_ENDS = 100
 _MAX_TEXT = 16 << 20
 _MAX_HEADER = 1 << 20
-# Members of a tar archive that hold the name or the attributes of the next one, which tarfile reads at once.
+# Members of a tar archive that hold the name or the attributes of the next member, and that tarfile reads whole.
 _HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -72,7 +72,7 @@ class Archive:
 
     @property
     def limit(self) -> int:
-        """Returns how many bytes such an archive may have, and may unpack to."""
+        """Returns how many bytes such an archive may have, and how many it may unpack to."""
         return self.size * 3 // 2 + (64 << 20)
 
 
@@ -101,7 +101,7 @@ def locate(archive: Archive, data_root: Path) -> Path:
 
 
 def find_archive(archive: Archive, data_root: Path) -> Path | None:
-    """Returns the archive that lies in the data folder or in its subfolder downloads; None if there is none."""
+    """Returns the archive in the data folder or its subfolder downloads; None if there is none."""
     for folder in (data_root, data_root / "downloads"):
         for suffix in archive.suffixes:
             path = folder / (archive.stem + suffix)
@@ -115,7 +115,7 @@ def download(archive: Archive, folder: Path) -> Path:
 
     Args:
       archive: Archive to download.
-      folder: Folder of the downloaded file; it is created.
+      folder: Folder for the downloaded file; it is created.
 
     Returns:
       The path of the complete, verified file.
@@ -125,8 +125,8 @@ def download(archive: Archive, folder: Path) -> Path:
     """
     target = folder / (archive.stem + archive.suffixes[0])
     by_hand = f"download it by other means and put it at {target}"
-    # Each process has a file of its own: several may download at once, and the last rename wins with the same bytes.
-    # Nobody can have put a link at its name.
+    # Each process has its own file: several may download at once, and the last rename wins with the same bytes. Nobody
+    # can have planted a link under its name.
     part = folder / f"{target.name}.{secrets.token_hex(8)}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,19 +172,19 @@ def sha256(path: Path) -> str:
 def read_tar(
     archive: Archive, path: Path, wanted: Callable[[str], bool], largest: int
 ) -> Iterator[tuple[str, bytes | bytearray]]:
-    """Yields the normalized name and the bytes of every wanted file of a tar archive, in its order.
+    """Yields the normalized name and the bytes of every wanted file of a tar archive, in archive order.
 
     Args:
-      archive: Archive that the file should be, for messages, and for its limit.
-      path: Path of a tar archive, compressed by gzip or xz or not at all.
-      wanted: Function that tells whether the member of a name is wanted.
-      largest: Number of bytes that a wanted member may have.
+      archive: Archive that the file should be, for messages and for its size limit.
+      path: Path of a tar archive, compressed with gzip or xz, or uncompressed.
+      wanted: Function that tells whether the member with a given name is wanted.
+      largest: Largest number of bytes that a wanted member may have.
 
     Yields:
       Pairs (name, bytes).
 
     Raises:
-      UserError: If the file is damaged, not a tar archive, or unpacks to more than the archive does.
+      UserError: If the file is damaged, is not a tar archive, or unpacks to more than the archive may.
     """
     try:
         with open_regular(path, archive.limit) as file, _unpacked(file) as unpacked:
@@ -205,13 +205,13 @@ def read_tar(
                         yield name, data
     except UserError:
         raise
-    except Exception as error:  # A damaged archive makes tarfile and the decompressors raise errors of many types.
+    except Exception as error:  # A damaged archive makes tarfile and the decompressors raise many types of errors.
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged or no tar archive ({reason}): replace it by {archive.url}") from error
 
 
 def _unpacked(file: io.BufferedReader) -> contextlib.AbstractContextManager[Any]:
-    """Returns the content of a file that gzip or xz may have compressed."""
+    """Returns the content of a file that may be compressed with gzip or xz."""
     start = file.peek(6)[:6]
     if start.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=file)
@@ -219,7 +219,7 @@ def _unpacked(file: io.BufferedReader) -> contextlib.AbstractContextManager[Any]
 
 
 class _Bounded:
-    """A stream that ends with an error where it has given more than `limit` bytes, or is read on behind its end."""
+    """A stream that raises an error if it has returned more than `limit` bytes, or is read repeatedly past its end."""
 
     def __init__(self, stream: Any, limit: int):
         self._stream, self._left, self._ends = stream, limit, 0
@@ -228,7 +228,7 @@ class _Bounded:
         data = self._stream.read(size)
         self._left -= len(data)
         self._ends += not data
-        if self._ends > _MAX_ENDS:  # tarfile passes over terabytes that a member claims, one block after the other.
+        if self._ends > _MAX_ENDS:  # tarfile skips the terabytes that a member claims block by block.
             raise EOFError("it ends too early")
         if self._left < 0:
             raise tarfile.ReadError("it unpacks to more than the official archive")
@@ -236,7 +236,7 @@ class _Bounded:
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header does not take the memory that it claims to need."""
+    """A member whose header does not use the memory that it claims to need."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: Any, errors: str) -> "_Member":
@@ -254,7 +254,7 @@ def open_zip(archive: Archive, path: Path) -> Iterator[zipfile.ZipFile]:
             file = stack.enter_context(zip_of(stack.enter_context(open_regular(path, archive.limit))))
         except UserError:
             raise
-        except Exception as error:  # A damaged archive makes zipfile raise errors of many types.
+        except Exception as error:  # A damaged archive makes zipfile raise many types of errors.
             raise UserError(f"{path} is damaged or no zip archive ({error}): replace it by {archive.url}") from error
         unpacked = sum(member.file_size for member in file.infolist())
         if unpacked > archive.limit:
@@ -267,21 +267,21 @@ def open_zip(archive: Archive, path: Path) -> Iterator[zipfile.ZipFile]:
 def read_zipped(
     archive: Archive, path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo, largest: int = _MAX_TEXT
 ) -> bytes:
-    """Returns the bytes of a member of a zip archive, whose checksum zipfile compares.
+    """Returns the bytes of a member of a zip archive; zipfile verifies its checksum.
 
     Args:
       archive: Archive that the file should be, for messages.
       path: Path of the file.
       file: The opened file.
       member: Member to read.
-      largest: Number of bytes that the member may have.
+      largest: Largest number of bytes that the member may have.
 
     Raises:
       UserError: If the member is damaged or too large.
     """
     try:
         return read_member(file, member, largest)
-    except Exception as error:  # zipfile and the decompressors raise errors of many types.
+    except Exception as error:  # zipfile and the decompressors raise many types of errors.
         raise UserError(
             f"{path}: member {member.filename} is damaged ({error}): replace the archive by {archive.url}"
         ) from error
@@ -296,12 +296,12 @@ def require_members(archive: Archive, path: Path, wanted: Iterable[str], present
 
 
 def text_lines(data: bytes | bytearray) -> list[str]:
-    """Returns the lines of a member that are not empty, without the white space around them."""
+    """Returns the non-empty lines of a member, with surrounding whitespace stripped."""
     return [line.strip() for line in data.decode("utf-8", errors="replace").splitlines() if line.strip()]
 
 
 def check_names(path: Path, member: str, names: list[str], expected: int) -> None:
-    """Raises UserError unless there are `expected` different names."""
+    """Raises UserError unless there are `expected` distinct names."""
     if len(names) != expected or len(set(names)) != expected:
         raise UserError(
             f"{path}: member {member} should hold {expected} different label names, one a line: "
@@ -317,25 +317,25 @@ def check_categories(path: Path, split: str, names: Sequence[str], labels: np.nd
 
 
 def decode(path: Path, member: str, data: bytes | bytearray, size: tuple[int, int] | None = None) -> Image.Image:
-    """Decodes an image file completely and keeps its mode.
+    """Decodes an image file completely, keeping its mode.
 
     Args:
       path: Path of the archive, for messages.
       member: Name of the member, for messages.
       data: Content of the image file.
-      size: Width and height that the image must have, which are checked before it is decoded; None for any.
+      size: Width and height that the image must have, checked before it is decoded; None for any.
 
     Raises:
-      UserError: If it is not a sound image; the message names the archive and the member.
+      UserError: If it is not a valid image; the message names the archive and the member.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, about what it can do without.
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns about things it can do without.
             image = open_image(io.BytesIO(data))
             size = image.size if size is None else size
             if image.size == size:
                 image.load()
                 return image
-    # Pillow's decoders raise exceptions of many types.
+    # Pillow's decoders raise many types of exceptions.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: member {member} is not a sound image ({reason})") from error

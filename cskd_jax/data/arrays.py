@@ -1,4 +1,4 @@
-"""Data sets of arrays that a caller gives."""
+"""Data sets made of arrays that the caller provides."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +16,10 @@ def from_arrays(
     categories: Sequence[str] | None = None,
     validation: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> ImageDataset:
-    """Returns the data set of arrays, images and labels.
+    """Returns a data set made of arrays of images and labels.
 
     Raises:
-      UserError: They are no images and labels, or those of the two splits do not fit together.
+      UserError: The arrays are not images and labels, or those of the two splits do not fit together.
     """
     given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
     splits: list[Any] = [make_split(name, *arrays) for name, arrays in given.items()]
@@ -42,7 +42,7 @@ def from_arrays(
 
 
 def make_split(name: str, images: Any, labels: Any) -> Split:
-    """Returns a split of arrays; raises UserError if they are no images and labels.
+    """Returns a split made of arrays; raises UserError if they are not images and labels.
 
     Args:
       name: Name of the split, for errors.

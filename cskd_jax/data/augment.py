@@ -18,22 +18,23 @@ class Normalize:
     """A function from uint8 [B, H, W, C] to (x / 255 - mean) / std, float32.
 
     Attributes:
-      mean: Mean of pixels in [0, 1], one number for each channel or one for all.
-      std: Standard deviation of pixels in [0, 1], one number for each channel or one for all.
+      mean: Mean of the pixels in [0, 1], one number per channel or one for all.
+      std: Standard deviation of the pixels in [0, 1], one number per channel or one for all.
     """
 
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
     def checked(self, channels: int, name: str = "") -> "Normalize":
-        """Returns this normalization.
+        """Returns this normalization after checking it.
 
         Args:
           channels: Number of channels of the images.
-          name: Text before `mean` and `std` in the message, such as "dataset.".
+          name: Prefix of `mean` and `std` in the message, such as "dataset.".
 
         Raises:
-          UserError: If mean and deviation are neither one number nor one for each channel, or cannot be divided by.
+          UserError: If mean or deviation is neither one number nor one per channel, or if the deviation cannot be
+            divided by.
         """
         for kind, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
@@ -47,7 +48,7 @@ class Normalize:
         return self
 
     def is_same(self, other: "Normalize") -> bool:
-        """Returns whether another normalization gives the same values."""
+        """Returns whether another normalization gives the same results."""
         channels = max(map(len, (self.mean, self.std, other.mean, other.std)))
 
         def per_channel(values):
@@ -63,7 +64,7 @@ class Normalize:
         return images.astype(jnp.float32) * scale + shift
 
 
-# What is folded into the key of an image for further draws, and the number of angles from which a rotation is drawn.
+# Numbers folded into an image's key for further draws, and the number of angles from which a rotation is drawn.
 _ROTATION, _AREA, _COLOR, _ERASING = 1, 2, 3, 4
 _ANGLES = WHOLE + 1
 
@@ -81,18 +82,18 @@ def augment(
     color_jitter: float = 0.0,
     erasing: float = 0.0,
 ) -> jax.Array:
-    """Enlarges, rotates, crops at random back to the size, mirrors, changes colors, and erases, in this order.
+    """Enlarges, rotates, crops randomly back to the original size, mirrors, changes colors, and erases, in this order.
 
-    The draw for an image depends on `key` and its position in the global batch alone, not on how the batch is split.
+    The draw for an image depends only on `key` and its position in the global batch, not on how the batch is split.
 
     Args:
       images: Images, uint8 [B, H, W, C].
       key: Key of the step.
       positions: Positions of the images in the global batch, int32 [B].
-      resize: Pixels of the shorter side after enlarging; 0 leaves the images as they are.
-      rotation: Degrees up to which an image is rotated around its middle, to either side; corners from outside are
-        black.
-      crop_area: Smallest share of the area in `photographs.resized_crop`; 1 leaves it out.
+      resize: Pixels of the shorter side after enlarging; 0 leaves the images unchanged.
+      rotation: Largest rotation of an image around its center, in degrees, in either direction; corners from outside
+        the image are black.
+      crop_area: Smallest share of the area in `photographs.resized_crop`; 1 disables it.
       crop_padding: Pixels of zeros on each side, added after enlarging; 0 adds none.
       flip: Whether to mirror horizontally with probability 1/2.
       color_jitter: Strength of `photographs.color_jitter`.
@@ -136,11 +137,12 @@ def augment(
 def enlarge(images: jax.Array, shorter_side: int) -> jax.Array:
     """Enlarges images bilinearly, rounding to the nearest value.
 
-    The computation is in integers and therefore exact: it is the same on every device and however the batch is split.
+    The computation is in integers and therefore exact: it is the same on every device, no matter how the batch is
+    split.
 
     Args:
       images: Images, uint8 [B, H, W, C].
-      shorter_side: Pixels of the shorter side of the result, at least those of the images.
+      shorter_side: Pixels of the shorter side of the result, at least as many as in the images.
 
     Returns:
       Images uint8 [B, H', W', C] with the same proportions.

@@ -1,4 +1,4 @@
-"""The batches of a training: taken from a split by a sampler, or made by a function of the epoch."""
+"""The batches of a training run: taken from a split by a sampler, or made by a function of the epoch."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -13,16 +13,16 @@ from cskd_jax.errors import UserError
 
 
 class EpochBatches:
-    """Batches that a function of the epoch makes, in the place of a split and a sampler.
+    """Batches made by a function of the epoch, in place of a split and a sampler.
 
-    The function is called anew for every epoch. A resumed training calls it for the epoch that was cut off and passes
-    over the batches that were trained on: it resumes exactly if the same epoch always gives the same batches.
+    The function is called anew for every epoch. A resumed run calls it for the interrupted epoch and skips the batches
+    that were already trained on: it resumes exactly if the same epoch always gives the same batches.
 
     Args:
       function: Function from the number of an epoch, from 0, to an iterable of (images, labels).
-      convert: Function from images and labels to what is trained on; raises UserError for what is none.
-      steps_per_epoch: Number of batches of an epoch, all of one size. None counts those of epoch 0, of which the last
-        may be smaller; this reads them all once more.
+      convert: Function that converts images and labels for training; raises UserError if they are invalid.
+      steps_per_epoch: Number of batches of an epoch, all of one size. None counts the batches of epoch 0, the last of
+        which may be smaller; this reads them all one extra time.
 
     Attributes:
       first: First batch of epoch 0.
@@ -30,7 +30,7 @@ class EpochBatches:
       last_batch_size: Number of images in the last batch of an epoch.
       steps_per_epoch: Number of batches of an epoch.
       num_examples: Number of images in an epoch.
-      num_classes: Number of classes that labels are checked against, to be set before `read`; None does not check.
+      num_classes: Number of classes that labels are checked against, to be set before `read`; None disables the check.
 
     Raises:
       UserError: The function gives no batches, or batches that differ in anything but the size of the last one.
@@ -65,7 +65,7 @@ class EpochBatches:
         """Yields the batches of consecutive steps.
 
         Raises:
-          UserError: An epoch has fewer batches than epoch 0, or batches of other shapes.
+          UserError: An epoch has fewer batches than epoch 0, or batches of different shapes.
         """
         position = steps.start
         while position < steps.stop:
@@ -111,16 +111,16 @@ Sampler = UniformSampler | BalancedSampler | EpochBatches
 def read_steps(
     split: Split, sampler: Sampler, steps: range, rows: Callable[[int], np.ndarray]
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields (size of the global batch, this process's part of it) of consecutive steps.
+    """Yields (size of the global batch, this process's part of it) for consecutive steps.
 
     Args:
-      split: Training split; not read where the sampler makes the batches itself.
-      sampler: Which images make up a batch.
+      split: Training split; not read if the sampler makes the batches itself.
+      sampler: Sampler that decides which images make up a batch.
       steps: Steps.
-      rows: Function from the size of a global batch to the rows of it that make up the part, in their order.
+      rows: Function from the size of a global batch to the rows that make up this process's part, in order.
 
     Yields:
-      The part is {"image", "label", "index": int32, positions in the training split}; zeros where these are not known.
+      The part is {"image", "label", "index": int32, positions in the training split}; zeros where these are unknown.
     """
     if isinstance(sampler, EpochBatches):
         for batch in sampler.read(steps):

@@ -18,7 +18,7 @@ _MAX_MEMBER = 50_000 * (2 + _IMAGE_BYTES)
 
 @dataclasses.dataclass(frozen=True)
 class CifarArchive(Archive):
-    """An archive of CIFAR, whose records are a byte for each label and the red, green and blue plane of the image.
+    """An archive of CIFAR, whose records are one byte per label and the red, green and blue planes of the image.
 
     Attributes:
       splits: Binary members of each split.
@@ -61,7 +61,7 @@ ARCHIVE_100 = CifarArchive(
 
 
 def read(archive: CifarArchive, data_root: Path) -> Content:
-    """Finds or downloads the archive, and reads it.
+    """Finds or downloads the archive and reads it.
 
     Args:
       archive: Archive to read.
@@ -71,13 +71,13 @@ def read(archive: CifarArchive, data_root: Path) -> Content:
       The content in the order of the archive, with images uint8 [N, 32, 32, 3].
 
     Raises:
-      UserError: If the archive is unsound, or if there is none and the download failed.
+      UserError: If the archive is invalid, or if there is none and the download failed.
     """
     return read_archive(archive, locate(archive, data_root))
 
 
 def read_archive(archive: CifarArchive, path: Path) -> Content:
-    """Reads an archive and checks all of it: members, whole records, labels, label names, no empty split.
+    """Reads an archive and checks all of it: members, complete records, labels, label names, no empty split.
 
     Args:
       archive: Archive that the file should be.
@@ -125,7 +125,7 @@ def _records(archive: CifarArchive, path: Path, member: str, data: bytes | bytea
 def _source(name: str, archive: CifarArchive, description: str) -> ArraySource:
     return ArraySource(
         name=name,
-        version="3.0.2",  # The version of the stock builder, which has the same features and folder.
+        version="3.0.2",  # The version of the stock builder, which uses the same features and folder.
         description=description,
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         image_shape=_IMAGE_SHAPE,

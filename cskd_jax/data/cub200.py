@@ -1,7 +1,7 @@
 """CUB-200-2011, photographs of birds, from its original archive, without TensorFlow.
 
-The photographs have many sizes. They are stored as squares of 224 pixels: the shorter side is resized to 256 pixels,
-and the middle is cut out, which is the usual evaluation on such photographs.
+The photographs have various sizes. They are stored as squares of 224 pixels: the shorter side is resized to 256 pixels,
+and the middle is cut out, which is the usual preprocessing for evaluation on such photographs.
 """
 
 import functools
@@ -50,20 +50,20 @@ def read(archive: Archive, data_root: Path) -> Content:
     """Finds or downloads the archive, and reads it.
 
     Args:
-      archive: Archive to read, `ARCHIVE` or one with another address and checksum.
+      archive: Archive to read: `ARCHIVE`, or one with a different address and checksum.
       data_root: Data folder.
 
     Returns:
       The content in the order of images.txt, with images uint8 [224, 224, 3].
 
     Raises:
-      UserError: If the archive is unsound, or if there is none and the download failed.
+      UserError: If the archive is invalid, or if there is none and the download failed.
     """
     return read_archive(archive, locate(archive, data_root))
 
 
 def read_archive(archive: Archive, path: Path) -> Content:
-    """Reads an archive and checks all of it: the tables, and that every image is there and sound.
+    """Reads an archive and checks all of it: the tables, and that every image is present and valid.
 
     Args:
       archive: Archive that the file should be, for messages.
@@ -76,12 +76,13 @@ def read_archive(archive: Archive, path: Path) -> Content:
       UserError: If something is missing or damaged; the message names the archive and the member.
     """
     texts, pixels = {}, {}
-    # One pass, because the archive cannot be read from the middle; images are resized at once to take less memory.
+    # One pass, because the archive cannot be read from the middle; images are resized right away to save memory.
     for member, data in read_tar(archive, path, _is_wanted, _MAX_MEMBER):
         if member in _TABLES:
             texts[member] = text_lines(data)
         elif member.endswith(".jpg") and not posixpath.basename(member).startswith("."):
-            # Some are gray. They are converted first, because Pillow does not resize images of all modes bilinearly.
+            # Some are grayscale. They are converted first, because Pillow does not resize images of all modes
+            # bilinearly.
             pixels[member] = np.asarray(middle_square(decode(path, member, data).convert("RGB"), _SIDE))
     require_members(archive, path, _TABLES, texts)
     classes, files, class_of, is_training = (_table(path, member, texts[member]) for member in _TABLES)
@@ -105,7 +106,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def _table(path: Path, member: str, lines: Sequence[str]) -> dict[str, str]:
-    """Returns {identifier: value} of lines "IDENTIFIER VALUE"."""
+    """Returns {identifier: value} from lines "IDENTIFIER VALUE"."""
     table = {}
     for number, line in enumerate(lines, 1):
         identifier, _, value = line.partition(" ")

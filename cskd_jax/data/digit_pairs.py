@@ -16,16 +16,16 @@ ROUNDS = {"train": 1, "test": 4}
 def load(*, data_dir: str | None, path: str | None, train_examples: int | None, image_size: int | None) -> ImageDataset:
     """Makes the images: two digits side by side, each at a random height.
 
-    An image of the classes a and b is labeled 1 at a and at b and 0 elsewhere; an image that shows a digit twice is
-    labeled 1 only there. In each round of a split every digit of that split of `digits` stands once at the left and
-    once at the right: 1440 training images from its 1440 training digits and, in four rounds, 1428 test images from its
-    357 test digits. Pairs and heights are drawn with fixed seeds, so the images are always the same.
+    An image of the classes a and b is labeled 1 at a and b and 0 elsewhere; an image that shows a digit twice has a
+    single 1. In each round over a split, every digit of that split of `digits` appears once on the left and once on the
+    right: 1440 training images from its 1440 training digits and, in four rounds, 1428 test images from its 357 test
+    digits. Pairs and heights are drawn with fixed seeds, so the images are always the same.
 
     Args:
       data_dir: Not used: the digits are part of scikit-learn, and making the images takes less time than reading them.
-      path: None, because it is an argument of image_folder.
+      path: Must be None, because it is an argument of image_folder.
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
-      image_size: None, because the images have a fixed size.
+      image_size: Must be None, because the images have a fixed size.
 
     Returns:
       The data set, with images uint8 [N, 16, 16, 1] and labels float32 [N, 10].
@@ -47,7 +47,7 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None, 
 
 
 def _pair(images: np.ndarray, categories: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Returns N images of two digits from N digits, and their labels."""
+    """Returns N images of two digits each, made from N digits, and their labels."""
     count, height, width, channels = images.shape
     pairs = np.zeros((count, SIZE, SIZE, channels), np.uint8)
     labels = np.zeros((count, len(CATEGORIES)), np.float32)

@@ -13,9 +13,9 @@ TEST_EXAMPLES = 357
 def read(data_root: Path) -> Content:
     """Returns the digits, split into 1440 training and 357 test examples.
 
-    The examples are sorted by class (and by source order within a class), and 357 of them at equal distances in that
-    order are for testing. Each class thus gives its share, to within one example. Both splits keep the source order.
-    The values 0..16 are scaled to 0..255 and rounded.
+    The examples are sorted by class (and by source order within a class), and 357 of them, evenly spaced in that order,
+    are used for testing. Each class thus contributes its share, to within one example. Both splits keep the source
+    order. The values 0..16 are scaled to 0..255 and rounded.
 
     Args:
       data_root: Not used: the examples are part of scikit-learn.
@@ -24,7 +24,7 @@ def read(data_root: Path) -> Content:
       The content, with images uint8 [N, 8, 8, 1].
     """
     del data_root
-    from sklearn.datasets import load_digits  # This takes a second to import.
+    from sklearn.datasets import load_digits  # This import takes a second.
 
     digits: Any = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]

@@ -1,4 +1,4 @@
-"""Fingerprints, by which data sets are recognized wherever they lie."""
+"""Fingerprints by which data sets are recognized wherever they are stored."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ _IMAGES = 16
 
 
 def fingerprint(dataset: ImageDataset) -> str:
-    """Returns a short digest of a data set, the same whether its images are in memory or streamed.
+    """Returns a short digest of a data set, which is the same whether its images are in memory or streamed.
 
     It covers the shape of the images, the names of the classes, the number of examples, all labels, and the pixels of a
     few images spread evenly over each split.

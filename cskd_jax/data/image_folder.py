@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp", ".gif", ".jfif", ".tif", ".tiff")
 _CHANNELS = 3
-# Counting what lies in deeper folders ends here: the whole disk may be below a link.
+# Counting files in deeper folders stops at this number: the whole disk may be below a link.
 _MAX_COUNTED = 100_000
 
 
@@ -32,11 +32,11 @@ def load(
 ) -> ImageDataset:
     """Finds the images of a folder.
 
-    The classes are the sorted names of the folders in train. The images of a class are its files in the order of their
-    names. If train holds images and no folders, its images have no labels, and the classes are those of test. Files of
-    other extensions, hidden ones, broken links, and files in deeper folders or outside of a class folder are left out,
-    of which a warning tells. Images are always converted to three channels, RGB: gray is repeated, transparency is
-    dropped. Of an animation, the first image is read.
+    The classes are the sorted names of the folders in train. The images of a class are its files, ordered by name. If
+    train holds images and no folders, its images have no labels, and the classes are those of test. Files with other
+    extensions, hidden files, broken links, and files in deeper folders or outside of a class folder are left out with a
+    warning. Images are always converted to three channels, RGB: grayscale is repeated, and transparency is dropped.
+    Only the first image of an animation is read.
 
     Args:
       data_dir: Not used.
@@ -44,13 +44,14 @@ def load(
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images; with None, all images must have the
         size of the first.
-      exif_orientation: Whether images are turned as their EXIF data say, as photographs of telephones need it.
+      exif_orientation: Whether images are rotated according to their EXIF data, as photographs taken with phones
+        require.
 
     Returns:
       The data set, with readers of images uint8 [N, H, W, 3].
 
     Raises:
-      UserError: If something is missing, damaged or does not fit; the message names the folder or the file.
+      UserError: If something is missing, is damaged or does not fit; the message names the folder or the file.
     """
     del data_dir
     if path is None:
@@ -87,20 +88,20 @@ def load(
 
 
 class LeftOut:
-    """The files that are not read, counted by the reason, with an example of each."""
+    """The files that are not read, counted by reason, with an example of each."""
 
     def __init__(self):
         self._counts: dict[str, int] = {}
         self._examples: dict[str, str] = {}
 
     def add(self, reason: str, paths: Iterable[str]) -> None:
-        """Counts files that are left out for a reason."""
+        """Counts files that are left out for the given reason."""
         for path in paths:
             self._counts[reason] = self._counts.get(reason, 0) + 1
             self._examples.setdefault(reason, path)
 
     def add_all(self, other: "LeftOut") -> None:
-        """Adds what another object has counted."""
+        """Adds the counts of another object."""
         for reason, count in other._counts.items():
             self._counts[reason] = self._counts.get(reason, 0) + count
             self._examples.setdefault(reason, other._examples[reason])
@@ -116,7 +117,7 @@ class LeftOut:
 
 
 def _list_unlabeled(folder: Path, left_out: LeftOut) -> list[str]:
-    """Returns the image files of a folder that holds no folders; none if it holds any."""
+    """Returns the image files of a folder that holds no folders; an empty result if it holds any."""
     with os.scandir(folder) as entries:
         if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
             return []
@@ -128,7 +129,7 @@ def _list_unlabeled(folder: Path, left_out: LeftOut) -> list[str]:
 
 
 def _without_labels(files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns files as str objects [N], and a label for each that says that it has none."""
+    """Returns files as str objects [N], and for each the label that stands for "no label"."""
     return np.array(files, object), np.full(len(files), NO_LABEL, np.int32)
 
 
@@ -154,7 +155,7 @@ def _list_split(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
 
 
 def _images(folder: Path, left_out: LeftOut) -> list[str]:
-    """Returns the image files of a folder, and counts what else is there."""
+    """Returns the image files of a folder, and counts everything else in it."""
     found = []
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
@@ -178,7 +179,7 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def _check_names(folder: Path, names: Sequence[str]) -> None:
-    """Raises UserError for a name that no file of results can hold; warns of names that look the same."""
+    """Raises UserError for a name that the results files cannot hold; warns about names that look the same."""
     by_look: dict[str, str] = {}
     for name in names:
         try:
@@ -210,7 +211,7 @@ def _check_categories(categories: Sequence[str], test_files: Mapping[str, list[s
 
 
 def _like(name: str, others: Iterable[str]) -> str:
-    """Returns an addition to a message where another name looks the same as `name`."""
+    """Returns an addition to a message if another name looks the same as `name`."""
     same = next((other for other in others if _look(other) == _look(name)), None)
     if same is None:
         return ""
@@ -225,13 +226,13 @@ def _flatten(files: Mapping[str, list[str]], categories: Sequence[str]) -> tuple
 
 
 class FileImages:
-    """A `Reader` of image files.
+    """A `Reader` for image files.
 
     Args:
       files: Paths of the files, str objects [N].
       image_shape: (H, W, C) that every image must have.
       image_size: Side of the squares that `read_image` makes of the images, or None.
-      upright: Whether images are turned as their EXIF data say.
+      upright: Whether images are rotated according to their EXIF data.
     """
 
     def __init__(self, files: np.ndarray, image_shape: tuple[int, ...], image_size: int | None, upright: bool = False):
@@ -243,7 +244,7 @@ class FileImages:
         return FileImages(self._files[index], self.shape[1:], self._image_size, self._upright)
 
     def read(self) -> np.ndarray:
-        """Returns all images, uint8 [N, H, W, C]; raises UserError if one is damaged or has another size."""
+        """Returns all images, uint8 [N, H, W, C]; raises UserError if one is damaged or has a different size."""
         images, expected = np.empty(self.shape, np.uint8), self.shape[1:]
         for row, file in enumerate(self._files):
             images[row] = read_image(file, file, _CHANNELS, self._image_size, expected=expected, upright=self._upright)

@@ -1,4 +1,4 @@
-"""Image files and the arrays of one size into which they are decoded."""
+"""Image files and the equally sized arrays into which they are decoded."""
 
 import contextlib
 import warnings
@@ -11,14 +11,14 @@ from PIL import Image, UnidentifiedImageError
 from cskd_jax.errors import UserError
 from cskd_jax.inputs import open_regular
 
-# Pillow's names of the formats that image files may have, whatever their suffix. Some of the many others that Pillow
-# knows start programs: EPS is drawn by Ghostscript.
+# Pillow's names of the formats that image files may have, regardless of their suffix. Some of the many other formats
+# that Pillow knows start programs: EPS is rendered by Ghostscript.
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP", "GIF", "TIFF")
-# The largest cameras of telephones make images of 50 million pixels, which take 200 MB while they are converted.
+# The largest phone cameras make images of 50 million pixels, which take 200 MB while they are converted.
 MAX_PIXELS = 52_000_000
 _MAX_FILE = 256 << 20  # bytes
 _ORIENTATION = 0x0112  # in EXIF
-# How an image is turned upright, by its orientation.
+# How an image is rotated upright, by orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,7 +29,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = {turn for orientation, turn in _TURNS.items() if orientation >= 5}
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of the mode by number of channels.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of the mode for each number of channels.
 
 
 class Reader(Protocol):
@@ -44,7 +44,7 @@ class Reader(Protocol):
     def select(self, index: np.ndarray) -> "Reader":
         """Returns a reader of the images at positions `index`, int [n], which can be sent to another process.
 
-        Sending it is quick where n is small.
+        Sending it is fast if n is small.
         """
         ...
 
@@ -52,19 +52,19 @@ class Reader(Protocol):
         """Returns all images, uint8 [N, H, W, C].
 
         Raises:
-          UserError: If an image is damaged or has another size; the message names it.
+          UserError: If an image is damaged or has a different size; the message names it.
         """
         ...
 
 
 def open_image(file: IO[bytes]) -> Image.Image:
-    """Opens an image file of one of `FORMATS`; Pillow raises errors of many types here and when it decodes.
+    """Opens an image file of one of `FORMATS`; Pillow raises many types of errors here and when decoding.
 
-    Of a file with several images, such as an animation, the first one is decoded. Pillow warns of much that does no
-    harm, so callers ignore its warnings.
+    For a file with several images, such as an animation, the first one is decoded. Pillow warns about many harmless
+    things, so callers ignore its warnings.
 
     Raises:
-      UserError: If the file has none of these formats, or more than `MAX_PIXELS`, of which its header tells.
+      UserError: If the file has none of these formats, or more than `MAX_PIXELS` according to its header.
     """
     try:
         image = Image.open(file, formats=FORMATS)
@@ -92,18 +92,18 @@ def read_image(
       name: Name of the image, for messages.
       channels: Number of channels to which the image is converted: 1, 3 or 4.
       image_size: Side of the square that `middle_square` makes of the image, or None.
-      expected: Shape (H, W, C) that the image must have, which is checked before it is decoded; None for any.
-      upright: Whether the image is turned as its EXIF data say.
+      expected: Shape (H, W, C) that the image must have, checked before it is decoded; None for any.
+      upright: Whether the image is rotated according to its EXIF data.
 
     Returns:
       An array uint8 [H, W, channels].
 
     Raises:
-      UserError: If it is not a sound image of 8 bits per channel, or does not have the expected shape.
+      UserError: If it is not a valid image with 8 bits per channel, or does not have the expected shape.
     """
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as stack:
-            # Pillow warns of what it can do without.
+            # Pillow warns about things it can do without.
             if isinstance(file, str | Path):
                 file = stack.enter_context(open_regular(file, _MAX_FILE))
             image = stack.enter_context(open_image(file))
@@ -113,7 +113,7 @@ def read_image(
             if fits and not image.mode.startswith(("I", "F")):
                 return _pixels(image if turn is None else image.transpose(turn), channels, image_size)
             mode = image.mode
-    # Pillow's decoders raise exceptions of many types.
+    # Pillow's decoders raise many types of exceptions.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name} is not a sound image ({reason}): replace or remove it") from error
@@ -126,7 +126,7 @@ def read_image(
 
 
 def _pixels(image, channels, image_size):
-    if image.mode in ("P", "PA"):  # A palette may hold transparency, and Pillow warns unless it is kept at first.
+    if image.mode in ("P", "PA"):  # A palette may hold transparency, and Pillow warns unless that is kept at first.
         image = image.convert("RGBA")
     if image.mode != MODES[channels]:
         image = image.convert(MODES[channels])
@@ -136,20 +136,20 @@ def _pixels(image, channels, image_size):
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Returns what turns an image upright; None if it is upright, or if its EXIF data are damaged."""
-    if image.format == "TIFF":  # Pillow turns it when it decodes.
+    """Returns the operation that rotates an image upright; None if it is upright, or if its EXIF data are damaged."""
+    if image.format == "TIFF":  # Pillow rotates it when decoding.
         return None
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow raises errors of many types. Photographs with damaged data are shown as they are.
+    except Exception:  # Pillow raises many types of errors. Photographs with damaged data are left unchanged.
         return None
 
 
 def middle_square(image: Image.Image, side: int) -> Image.Image:
     """Resizes the shorter side to 8/7 of `side`, bilinearly, and cuts out the middle.
 
-    For `side` 224, this is the usual evaluation of networks for ImageNet: 224 pixels out of 256. The mode must be one
-    that Pillow resizes bilinearly, such as L, RGB and RGBA.
+    For `side` 224, this is the usual preprocessing for evaluation on ImageNet: 224 pixels out of 256. The mode must be
+    one that Pillow can resize bilinearly, such as L, RGB or RGBA.
 
     Raises:
       UserError: The resized image would have more than `MAX_PIXELS`.

@@ -1,6 +1,7 @@
 """Augmentation of photographs on the device: random resized crop, color jitter, random erasing.
 
-All computation on pixels is in integers and therefore the same on every device and however the batch is split.
+All pixel computations use integers and therefore give the same result on every device, no matter how the batch is
+split.
 """
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 
 from cskd_jax.data.warp import WHOLE
 
-# As in torchvision: ratios of width to height of a crop, and shares of the area and ratios of what is erased.
+# As in torchvision: aspect ratios (width to height) of a crop, and area shares and aspect ratios of the erased
+# rectangle.
 _CROP_RATIOS, _ERASED_AREAS, _ERASED_RATIOS = (3 / 4, 4 / 3), (0.02, 1 / 3), (0.3, 3.3)
-# Erased pixels are gray, about the mean of photographs.
+# Erased pixels are gray, which is about the mean of photographs.
 GRAY = 124
 
 
@@ -21,8 +23,8 @@ def resized_crop(image: jax.Array, key: jax.Array, smallest_area: float) -> jax.
     Args:
       image: Image, uint8 [H, W, C].
       key: Key of the draws.
-      smallest_area: Smallest share of the area of the image that the rectangle has; the largest is 1. Its ratio of
-        width to height is between 3/4 and 4/3 of that of the image, or what the borders allow.
+      smallest_area: Smallest share of the image area that the rectangle covers; the largest is 1. Its ratio of width to
+        height is between 3/4 and 4/3 of the image's, as far as the borders allow.
 
     Returns:
       An image, uint8 [H, W, C].
@@ -57,7 +59,7 @@ def color_jitter(image: jax.Array, key: jax.Array, strength: float) -> jax.Array
 
 
 def erase(image: jax.Array, key: jax.Array, probability: float) -> jax.Array:
-    """Makes a random rectangle of an image gray, of 2% to 33% of its area.
+    """Fills a random rectangle that covers 2% to 33% of the area of an image with gray.
 
     Args:
       image: Image, uint8 [H, W, C].
@@ -85,7 +87,7 @@ def in_rectangle(
     Args:
       size: Height and width of the image.
       rows: The first row of the rectangle, which may lie outside of the image, and the number of its rows.
-      columns: The first column and the number of columns, likewise.
+      columns: The first column and the number of columns, in the same way.
     """
 
     def is_inside(length, first, count):
@@ -108,12 +110,12 @@ def mean_gray(image: jax.Array) -> jax.Array:
 
 
 def blend(image: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
-    """Returns factor / WHOLE of an image, int32 [H, W, C], and the rest of another, which may be less than nothing."""
+    """Returns factor / WHOLE of an image, int32 [H, W, C], plus the rest, which may be negative, of another."""
     return jnp.clip((image * factor + other * (WHOLE - factor) + WHOLE // 2) // WHOLE, 0, 255)
 
 
 def _draw_box(key, size, areas, ratios):
-    """Returns (first row, number of rows), (first column, number of columns) of a random rectangle in an image."""
+    """Returns ((first row, number of rows), (first column, number of columns)) of a random rectangle in an image."""
     area_key, ratio_key, row_key, column_key = jax.random.split(key, 4)
     area = jax.random.uniform(area_key, (), jnp.float32, *areas)
     root = jnp.exp(jax.random.uniform(ratio_key, (), jnp.float32, *(np.log(ratios) / 2)))
@@ -133,7 +135,7 @@ def interpolate(
     Args:
       values: Values, int32.
       axis: The axis.
-      new_size: Number of values of the result along the axis, at least that of the part.
+      new_size: Number of values of the result along the axis, at least as many as in the part.
       start: Position of the first value of the part.
       size: Number of values of the part; None takes all.
 
@@ -141,7 +143,7 @@ def interpolate(
       The interpolated values times 2 * new_size, int32.
     """
     size, scale = values.shape[axis] if size is None else size, 2 * new_size
-    # Pixel i of the result has its middle at (i + 1/2) * size / new_size - 1/2 in the old pixels, here times `scale`.
+    # Pixel i of the result has its center at (i + 1/2) * size / new_size - 1/2 in the old pixels, here times `scale`.
     middle = jnp.clip((2 * jnp.arange(new_size, dtype=jnp.int32) + 1) * size - new_size, 0, (size - 1) * scale)
     low, weight = middle // scale, middle % scale
     weight = weight.reshape([-1 if other == axis else 1 for other in range(values.ndim)])

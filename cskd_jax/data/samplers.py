@@ -17,7 +17,7 @@ def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class UniformSampler:
-    """A sampler that shows every example once in each epoch, in an order drawn anew for each epoch.
+    """A sampler that yields every example once per epoch, in a new random order for each epoch.
 
     Attributes:
       num_examples: Size of the training split.
@@ -60,13 +60,13 @@ class UniformSampler:
 class BalancedSampler:
     """A sampler of batches of P classes with K examples of each, where P times K is the batch size.
 
-    A uniform batch of 128 over 100 classes leaves some 36 examples alone in their class, where they say nothing about
-    the structure within it. Here every example has K - 1 others of its class beside it.
+    A uniform batch of 128 over 100 classes leaves about 36 examples alone in their class, where they say nothing about
+    the structure within it. Here every example is accompanied by K - 1 others of its class.
 
     In each epoch the examples of every class are shuffled and dealt into groups of K, and each batch takes the groups
-    of P different classes: those with the most groups left, drawn at random among equals. An epoch ends when no such
-    batch is left. The examples left over then (fewer than K examples of a class, or groups of too few classes) differ
-    from epoch to epoch, so that all examples are used in the long run.
+    of P different classes: those with the most groups left, with ties broken at random. An epoch ends when no such
+    batch is left. The examples that are left over (fewer than K examples of a class, or groups of too few classes)
+    differ from epoch to epoch, so that all examples are used in the long run.
 
     Args:
       labels: Labels of the training split, int [N].
@@ -77,7 +77,7 @@ class BalancedSampler:
     Attributes:
       num_examples: Size N of the training split.
       batch_size: Size of the global batch, P times K.
-      steps_per_epoch: Number of batches in an epoch, the most that are possible.
+      steps_per_epoch: Number of batches in an epoch, as many as possible.
       last_batch_size: Size of the last batch of an epoch, equal to batch_size.
 
     Raises:
@@ -97,7 +97,7 @@ class BalancedSampler:
                 f"a batch of {batch_size} with {self._size} examples for each class needs {self._categories_per_batch} "
                 f"classes of so many examples, the training split has {np.count_nonzero(groups)}"
             )
-        # S batches can be filled if and only if there are at least S times P groups, of which a class counts at most S,
+        # S batches can be filled if and only if there are at least S times P groups, where each class counts at most S,
         # one for each batch.
         steps = np.arange(1, groups.sum() // self._categories_per_batch + 1)
         filled = [np.minimum(groups, step).sum() >= step * self._categories_per_batch for step in steps]
@@ -122,10 +122,10 @@ class BalancedSampler:
         left = np.array([len(group) for group in groups])
         batches = np.empty((self.steps_per_epoch, self.batch_size), np.int64)
         for batch in batches:
-            # The classes are sorted by the groups left, most first, and in random order among equals.
+            # The classes are sorted by the number of groups left, most first, with ties in random order.
             chosen = np.lexsort((generator.random(len(left)), -left))[: self._categories_per_batch]
             left[chosen] -= 1
-            # Shuffled, so that the devices that share the batch get samples of all its classes.
+            # Shuffled so that the devices that share the batch get samples of all its classes.
             batch[:] = generator.permutation(np.concatenate([groups[c][left[c]] for c in chosen]))
         batches.setflags(write=False)
         return batches

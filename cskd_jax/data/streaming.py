@@ -29,12 +29,12 @@ class Workers:
         """Starts `reader.read()` in one of the processes."""
         if self._pool is not None:
             return self._pool.submit(reader.read)
-        # A fork would copy the locks that JAX's threads hold but not the threads, so that nobody would release them.
+        # A fork would copy the locks that JAX's threads hold, but not the threads, so nobody would release the locks.
         self._pool = concurrent.futures.ProcessPoolExecutor(
             self.count, multiprocessing.get_context("spawn"), initializer=_end_with_parent
         )
-        # Only the run handles signals that stop it, because it may still need batches; the processes start with these
-        # signals blocked. The resource tracker unblocks them when it starts, so it starts first.
+        # Only the run itself handles signals that stop it, because it may still need batches; the worker processes
+        # start with these signals blocked. The resource tracker unblocks them when it starts, so it starts first.
         resource_tracker.ensure_running()
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
@@ -70,7 +70,7 @@ class ImageStream:
         try:
             for index in indices:
                 ahead.append(self._workers.submit(self._reader.select(index)))
-                # One batch for each worker, and one that is done when the loop comes for it.
+                # One batch for each worker, and one that is ready when the loop asks for it.
                 if len(ahead) > self._workers.count + 1:
                     yield ahead.popleft().result()
             while ahead:
@@ -88,12 +88,12 @@ class ImageStream:
 def read_batches(images: np.ndarray | ImageStream, indices: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Iterates over the batches images[index], uint8 [n, H, W, C], for each index, int [n], of `indices`.
 
-    The batches come in the order of `indices`. Those of a stream are decoded ahead of time, as many as there are
+    The batches come in the order of `indices`. The batches of a stream are decoded ahead of time, as many as there are
     workers.
 
     Raises:
       UserError: If an image of a stream cannot be read.
-      LostWorkerError: If a process that decodes was killed.
+      LostWorkerError: If a decoding process was killed.
     """
     if isinstance(images, ImageStream):
         return images.batches(indices)
@@ -101,7 +101,7 @@ def read_batches(images: np.ndarray | ImageStream, indices: Iterable[np.ndarray]
 
 
 def _end_with_parent():
-    """Makes a worker end when the run ends, however that is."""
+    """Makes a worker exit when the run ends, however it ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "only a worker has a parent"
 

@@ -11,21 +11,20 @@ _DEGREES, _SHEAR, _SHIFT = 30, 0.3, 0.3
 
 
 def strong_augment(images: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
-    """Distorts colors and geometry of the images, and cuts a square out of each.
+    """Distorts the colors and the geometry of the images, and cuts a square out of each.
 
-    An image goes through two operations, each drawn from: none; contrast stretched to the full range; brightness,
+    Two operations are applied to each image, each drawn from: none; contrast stretched to the full range; brightness,
     color, contrast, or sharpness lowered to between 5% and 95%; colors rounded to 4 to 7 bits; colors above a threshold
     inverted; a rotation by up to 30 degrees; a shear by up to 0.3, or a shift by up to 0.3 of the side, along either
-    axis, which leave black behind. Then a square of up to half of the width becomes gray. These are the operations and
-    ranges of FixMatch's RandAugment, which multi-level logit distillation takes, but for its equalization of
-    histograms.
+    axis, which leaves black behind. Then a square of up to half of the width becomes gray. These are the operations and
+    ranges of FixMatch's RandAugment, which multi-level logit distillation uses, except for histogram equalization.
 
-    The draw for an image depends on `key` and its position in the global batch alone. The computation is in integers
-    and therefore the same on every device and however the batch is split.
+    The draw for an image depends only on `key` and its position in the global batch. The computation uses integers and
+    therefore gives the same result on every device, no matter how the batch is split.
 
     Args:
       images: Images, uint8 [B, H, W, C].
-      key: Key of the draws, another than that of other draws for the same positions.
+      key: Key of the draws, different from the keys of other draws for the same positions.
       positions: Positions of the images in the global batch, int32 [B].
 
     Returns:

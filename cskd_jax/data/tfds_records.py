@@ -1,4 +1,4 @@
-"""Records of data sets that tensorflow-datasets has prepared: array_record, or tfrecord by way of TensorFlow."""
+"""Records of data sets that tensorflow-datasets has prepared: array_record, or tfrecord through TensorFlow."""
 
 import contextlib
 import functools
@@ -14,12 +14,12 @@ import numpy as np
 from cskd_jax.data.images import read_image
 from cskd_jax.errors import UserError, one_line
 
-_RECORDS_AT_ONCE = 4096  # Quicker than reading one by one, and does not hold all of them encoded.
+_RECORDS_AT_ONCE = 4096  # Faster than reading one by one, without holding all of them encoded in memory.
 INSTALL = "pip install 'cskd_jax[tf]'"
 
 
 class ArrayRecords:
-    """The records of a split that is prepared as array_record, read at random and without TensorFlow.
+    """The records of a split that is prepared as array_record, read with random access and without TensorFlow.
 
     Args:
       directory: Folder of the prepared data set.
@@ -32,10 +32,10 @@ class ArrayRecords:
     def labels(self) -> np.ndarray:
         """Returns the labels, int32 [N].
 
-        They are kept in a file beside the records, because reading through all of the records may take long.
+        They are cached in a file next to the records, because reading through all of the records may take a long time.
         """
         path, count = Path(self.directory) / f"labels-{self.split}.npy", self._count()
-        # A map takes no memory for what the file only claims to hold.
+        # A memory map takes no memory for data that the file only claims to hold.
         with contextlib.suppress(OSError, ValueError, EOFError):
             labels = np.load(path, mmap_mode="r") if path.is_file() else np.empty(0)
             if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer):
@@ -44,7 +44,7 @@ class ArrayRecords:
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as file:
             np.save(file, labels)
             file.flush()
-            os.link(file.name, path)  # Atomic. An older file that does not fit stays, and is not used.
+            os.link(file.name, path)  # Atomic. An older file that does not fit is kept but not used.
         return labels
 
     def examples(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
@@ -70,7 +70,7 @@ class ArrayRecords:
 def _open(directory: str, split: str) -> tuple[Any, Any]:
     """Returns the tfds.data_source of a split, and the features that are used.
 
-    Both are cached, because a process reads from them often.
+    Both are cached, because a process often reads from them.
     """
     import tensorflow_datasets as tfds
 
@@ -78,7 +78,7 @@ def _open(directory: str, split: str) -> tuple[Any, Any]:
     source = builder.as_data_source(
         split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
-    # Parsing only the two features that are used, and decoding the images here, is twice as fast as the default.
+    # Parsing only the two features that are used and decoding the images here is twice as fast as the default.
     return source, tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("image", "label")})
 
 
@@ -93,7 +93,7 @@ class TfRecords:
             decoders=tfds.decode.PartialDecoding(
                 {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
             ),
-            read_config=tfds.ReadConfig(interleave_cycle_length=1),  # One file after the other keeps their order.
+            read_config=tfds.ReadConfig(interleave_cycle_length=1),  # Reading one file after another keeps their order.
         )
         self.directory, self.split = builder.data_dir, split
         with unreadable(self.directory, split):
@@ -109,7 +109,7 @@ class TfRecords:
 
 
 class RecordImages:
-    """A `Reader` of the images of records.
+    """A `Reader` for the images of records.
 
     Args:
       records: Records of a split.
@@ -117,7 +117,7 @@ class RecordImages:
       where: Name of the split, for messages.
       channels: Number of channels to which images are converted: 1, 3 or 4.
       image_size: Side of the squares that `images.read_image` makes of the images, or None.
-      image_shape: (H, W, C) that every image must have; None takes that of the first one.
+      image_shape: (H, W, C) that every image must have; None takes the shape of the first one.
     """
 
     def __init__(
@@ -141,9 +141,9 @@ class RecordImages:
         return RecordImages(self._records, self._chosen[index], *settings)
 
     def read(self) -> np.ndarray:
-        """Returns all images, uint8 [N, H, W, C]; raises UserError if one is damaged or has another size.
+        """Returns all images, uint8 [N, H, W, C]; raises UserError if one is damaged or has a different size.
 
-        This is a plain loop, because small images are decoded so quickly (10,000 a second) that threads would only wait
+        This is a plain loop, because small images are decoded so fast (10,000 per second) that threads would only wait
         for each other.
         """
         images = np.empty(self.shape, np.uint8)
@@ -165,7 +165,7 @@ def unreadable(directory: str, split: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    # The readers are C++ libraries that raise RuntimeError, ValueError, IndexError or TensorFlow's own errors.
+    # The readers are C++ libraries, which raise RuntimeError, ValueError, IndexError or TensorFlow's own errors.
     except Exception as error:
         raise UserError(
             f"cannot read split {split} in {directory}: {one_line(error)}; remove the folder to prepare it again"
@@ -178,5 +178,5 @@ def require_tensorflow(what: str) -> None:
         import tensorflow as tf
     except ImportError as error:
         raise UserError(f"{what} needs TensorFlow, which is not installed: {INSTALL}") from error
-    # TensorFlow would reserve the memory of every accelerator that it sees, and JAX needs it.
+    # TensorFlow would reserve the memory of every accelerator that it sees, which JAX needs.
     tf.config.set_visible_devices([], "GPU")

@@ -1,8 +1,7 @@
-"""Data sets on disk in the layout of tensorflow-datasets: those of this package are prepared here, any can be read.
+"""Data sets on disk in the layout of tensorflow-datasets: this package's own are prepared here; any can be read.
 
 The data sets of this package are written as array_record, which needs no TensorFlow to write or to read. TensorFlow is
-required only where tensorflow-datasets cannot do without it: for tfrecord files, and for the preparation of its stock
-data sets.
+required only where tensorflow-datasets cannot do without it: for tfrecord files, and to prepare its stock data sets.
 
 tensorflow-datasets is imported inside the functions, so that importing `cskd_jax.data` stays cheap.
 """
@@ -28,11 +27,11 @@ _logger = logging.getLogger(__name__)
 
 
 class SourceSplit(NamedTuple):
-    """One split of a data set of this package, as its source holds it.
+    """One split of a data set of this package, as its source provides it.
 
     Attributes:
       images: N images, each uint8 [H, W, C] or the bytes of an image file that decodes to that. A source whose images
-        would not fit in memory gives an iterable that decodes them one by one, and raises UserError where one is
+        would not fit in memory provides an iterable that decodes them one by one and raises UserError if one is
         damaged.
       labels: Labels of each label feature, uint8 or int [N].
     """
@@ -59,7 +58,7 @@ class ArraySource:
 
     Attributes:
       name: Name in tensorflow-datasets, and of the folder.
-      version: Version, to be raised when the same source gives other examples.
+      version: Version, to be increased when the same source gives different examples.
       description: One or two sentences for dataset_info.json.
       homepage: Address of the origin of the data.
       image_shape: Shape (H, W, C) of an image, with C one of 1, 3 and 4.
@@ -84,12 +83,12 @@ def load_own(
     train_examples: int | None,
     image_size: int | None,
 ) -> ImageDataset:
-    """Opens a data set of this package, preparing it first where that has not been done.
+    """Opens a data set of this package, preparing it first if necessary.
 
     Args:
       source: Data set to open.
       data_dir: Root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
-      path: None, because it is an argument of image_folder.
+      path: Must be None, because it is an argument of image_folder.
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images, or None.
 
@@ -105,9 +104,9 @@ def load_own(
     if not _is_prepared(builder):
         builder.content = source.read(Path(builder.data_dir_root))
         _prepare(builder)
-        # The builder is part of a cycle of references, which would keep gigabytes until the garbage collector runs.
+        # The builder is part of a reference cycle, which would keep gigabytes alive until the garbage collector runs.
         del builder.content
-        # The builder is made anew, because the files may be those of another process that was faster.
+        # The builder is created anew, because the files may have been written by another process that was faster.
         builder = builder_class(data_dir=data_dir)
     return load_prepared(builder, source.name, train_examples, image_size)
 
@@ -124,10 +123,10 @@ def load_named(
     """Opens any data set that tensorflow-datasets knows or finds prepared under `data_dir`.
 
     Args:
-      name: Name in tensorflow-datasets, with its configuration and version if need be ("name/config:1.0.0").
+      name: Name in tensorflow-datasets, with its configuration and version if needed ("name/config:1.0.0").
       table: Names of the data sets of this package, for the message about unknown ones.
       data_dir: Root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
-      path: None, because it is an argument of image_folder.
+      path: Must be None, because it is an argument of image_folder.
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images, or None.
 
@@ -135,8 +134,8 @@ def load_named(
       The data set as `load_prepared` returns it.
 
     Raises:
-      UserError: If the name is unknown, if TensorFlow is needed and not installed, if the preparation failed, or if the
-        data set is not one of labeled images with the splits train and test (or validation).
+      UserError: If the name is unknown, if TensorFlow is needed but not installed, if the preparation failed, or if the
+        data set does not consist of labeled images with the splits train and test (or validation).
     """
     import tensorflow_datasets as tfds
 
@@ -148,7 +147,7 @@ def load_named(
             f"unknown data set '{name}': allowed are {', '.join(table)} and any tensorflow-datasets name"
         ) from error
     if not _is_prepared(builder):
-        _check_features(builder, name)  # This comes before a download that may take hours.
+        _check_features(builder, name)  # This precedes a download that may take hours.
         require_tensorflow(f"data set '{name}' is not prepared in {builder.data_dir}, and preparing it")
         _prepare(builder)
         builder = tfds.builder(name, data_dir=data_dir)
@@ -166,15 +165,15 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
         size of the first.
 
     Returns:
-      The data set, in the order of its files. Its images are readers; those prepared as tfrecord, which can only be
-      read from front to back, are arrays.
+      The data set, in the order of its files. Its images are readers, except that images prepared as tfrecord, which
+      can only be read from front to back, are arrays.
 
     Raises:
-      UserError: If TensorFlow is needed and not installed, or if the data set is not one of labeled images with the
-        splits train and test (or validation).
+      UserError: If TensorFlow is needed but not installed, or if the data set does not consist of labeled images with
+        the splits train and test (or validation).
     """
     _check_features(builder, name)
-    _open.cache_clear()  # The same folder may have been prepared anew.
+    _open.cache_clear()  # The same folder may have been prepared again.
     splits = builder.info.splits
     test_name = "test" if "test" in splits else "validation"
     if "train" not in splits or test_name not in splits:
@@ -205,7 +204,7 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
 
 
 def refuse_path(name: str, path: str | None) -> None:
-    """Raises UserError if a path is given for a data set that has none."""
+    """Raises UserError if a path is given for a data set that does not take one."""
     if path is not None:
         raise UserError(f"path='{path}' is only for image_folder: leave it out for data set '{name}' and set data_dir")
 
@@ -250,17 +249,17 @@ def _builder_class(source: ArraySource) -> type:
 
 
 def _encode(image: np.ndarray) -> bytes:
-    """Returns a PNG file; tensorflow-datasets would use TensorFlow, and a compression that takes four times as long."""
+    """Returns a PNG file; tensorflow-datasets would use TensorFlow, and compression that takes four times as long."""
     file = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
-    """Calls `make`, which constructs a builder, and turns all errors but that of an unknown name into UserError."""
+    """Calls `make`, which constructs a builder, and turns all errors except an unknown name into UserError."""
     import tensorflow_datasets as tfds
 
-    # tensorflow-datasets would make a folder that is called ~ in the working folder.
+    # tensorflow-datasets would create a folder named ~ in the working directory.
     if data_dir is None and "TFDS_DATA_DIR" not in os.environ and os.path.expanduser("~") == "~":
         raise UserError(
             f"data set '{name}' needs a folder, and there is no home folder (HOME is not set): set data_dir"
@@ -269,7 +268,7 @@ def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
         return make()
     except tfds.core.DatasetNotFoundError:
         raise
-    # Builders run code of their own, which may raise anything; a damaged dataset_info.json raises protobuf's errors.
+    # Builders run their own code, which may raise anything; a damaged dataset_info.json raises protobuf errors.
     except Exception as error:
         if isinstance(error, ImportError) and "'tensorflow'" in str(error):
             require_tensorflow(f"opening data set '{name}'")
@@ -279,8 +278,8 @@ def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
 def _is_prepared(builder: Any) -> bool:
     """Returns whether the builder's folder holds a finished preparation.
 
-    tensorflow-datasets writes into a folder of another name and renames it at the end, so a preparation that was killed
-    leaves nothing here.
+    tensorflow-datasets writes into a folder with a different name and renames it at the end, so a preparation that was
+    killed leaves nothing here.
     """
     try:
         if (builder.data_path / "dataset_info.json").exists():
@@ -289,24 +288,24 @@ def _is_prepared(builder: Any) -> bool:
     except OSError as error:
         raise UserError(f"cannot look into {builder.data_dir}: {one_line(error)}") from error
     if exists:
-        # tensorflow-datasets would take the folder for a prepared one.
+        # tensorflow-datasets would mistake the folder for a prepared one.
         raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it again")
     return False
 
 
 def _prepare(builder: Any) -> None:
-    """Writes the builder's array_record files, or accepts those that another process has written in the meantime."""
+    """Writes the builder's array_record files, or accepts those that another process wrote in the meantime."""
     import tensorflow_datasets as tfds
 
     _logger.info("preparing the data set %s in %s", builder.name, builder.data_dir)
     tfds.disable_progress_bar()
     try:
-        # tensorflow-datasets prints its own words to the standard output; what goes wrong it raises.
+        # tensorflow-datasets prints its own messages to standard output; it raises errors when something goes wrong.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format="array_record")
     except UserError:
-        raise  # An image is damaged, which the message names.
-    # A stock builder runs code of its own, which may raise anything.
+        raise  # An image is damaged; the message names it.
+    # A stock builder runs its own code, which may raise anything.
     except Exception as error:
         # If several processes prepare the same folder, all but the first fail when they rename theirs.
         if not _is_prepared(builder):
@@ -329,7 +328,7 @@ def _check_features(builder: Any, name: str) -> None:
 
 
 def _check_image(image: Any, name: str) -> None:
-    """Raises UserError unless the feature `image` is of 8 bits, with 1, 3 or 4 channels."""
+    """Raises UserError unless the feature `image` has 8 bits and 1, 3 or 4 channels."""
     if image.np_dtype != np.uint8 or len(image.shape) != 3 or image.shape[-1] not in MODES:
         raise UserError(
             f"data set '{name}' needs uint8 images with 1, 3 or 4 channels: "

@@ -1,8 +1,8 @@
 """Tiny ImageNet from its original archive, without TensorFlow.
 
 The classes are the WordNet ids of wnids.txt, in its order. Their English names in words.txt are not used, because
-several of them are long lists of synonyms. The images of val, whose labels are known, are for evaluation; those of
-test, whose labels are not, are left out.
+several of them are long lists of synonyms. The images of val, whose labels are known, are used for evaluation; those of
+test, whose labels are unknown, are left out.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _ROOT = "tiny-imagenet-200/"
 _NAMES = _ROOT + "wnids.txt"
 _ANNOTATIONS = _ROOT + "val/val_annotations.txt"
 _EXTENSION = ".JPEG"
-_MAX_IMAGE = 1 << 20  # bytes of an image file, the largest of which has 9,000
+_MAX_IMAGE = 1 << 20  # bytes of an image file; the largest has 9,000
 
 ARCHIVE = Archive(
     url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
@@ -47,7 +47,7 @@ ARCHIVE = Archive(
 
 @dataclasses.dataclass(frozen=True)
 class ZippedImages:
-    """Images in a zip archive, decoded one by one, so that they do not take memory all at once.
+    """Images in a zip archive, decoded one by one so that they are not all in memory at once.
 
     Attributes:
       archive: Archive that the file should be, for messages.
@@ -60,16 +60,16 @@ class ZippedImages:
     members: Sequence[zipfile.ZipInfo]
 
     def __iter__(self) -> Iterator[np.ndarray | bytes]:
-        """Yields the file where it is in RGB, and otherwise its pixels converted to RGB, uint8 [64, 64, 3].
+        """Yields the file if it is in RGB, and otherwise its pixels converted to RGB, uint8 [64, 64, 3].
 
         Raises:
-          UserError: If an image is damaged or has another size; the message names the archive and the member.
+          UserError: If an image is damaged or has a different size; the message names the archive and the member.
         """
         with open_zip(self.archive, self.path) as file:
             for member in self.members:
                 data = read_zipped(self.archive, self.path, file, member, _MAX_IMAGE)
                 image = decode(self.path, member.filename, data, (_SIDE, _SIDE))
-                # Some are gray.
+                # Some are grayscale.
                 yield data if image.mode == "RGB" else np.asarray(image.convert("RGB"))
 
 
@@ -77,20 +77,20 @@ def read(archive: Archive, data_root: Path) -> Content:
     """Finds or downloads the archive, and reads it.
 
     Args:
-      archive: Archive to read, `ARCHIVE` or one with another address and checksum.
+      archive: Archive to read: `ARCHIVE`, or one with a different address and checksum.
       data_root: Data folder.
 
     Returns:
       The content: train by class and then by file name, validation in the order of its annotations.
 
     Raises:
-      UserError: If the archive is unsound, or if there is none and the download failed.
+      UserError: If the archive is invalid, or if there is none and the download failed.
     """
     return read_archive(archive, locate(archive, data_root))
 
 
 def read_archive(archive: Archive, path: Path) -> Content:
-    """Reads an archive and checks all of it but the images, which are checked when they are decoded.
+    """Reads an archive and checks all of it except the images, which are checked when they are decoded.
 
     Args:
       archive: Archive that the file should be, for messages.

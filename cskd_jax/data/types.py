@@ -1,4 +1,4 @@
-"""The data set as it is once loaded, and the choice of a smaller training split."""
+"""The loaded data set, and the choice of a smaller training split."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ class Split(NamedTuple):
       images: Images, uint8 [N, H, W, C]: an array, a reader that decodes them when they are requested
         (`images.Reader`), or, once the data set is loaded, a stream of them (`streaming.ImageStream`).
       labels: Labels, int32 [N], indices into the classes of the data set, or all `NO_LABEL`; or, where an image has any
-        number of classes (multi-label), float32 [N, K], 1 for each class of an image and 0 for the others.
+        number of classes (multi-label), float32 [N, K], with 1 for each class of an image and 0 for the others.
     """
 
-    images: np.ndarray | ImageStream | Any  # Any stands for a Reader, which only the loaders meet.
+    images: np.ndarray | ImageStream | Any  # Any stands for a Reader, which only the loaders see.
     labels: np.ndarray
 
 
@@ -32,12 +32,12 @@ class ImageDataset:
     """A classification data set.
 
     Attributes:
-      name: Name that it was loaded by.
+      name: Name by which it was loaded.
       train: Training split, in source order.
       test: Test split, in source order, with images of the same shape.
       categories: Names of the classes, by label.
-      validation: Part of the training split that is not trained on but chooses the best epoch; None where the test
-        split does.
+      validation: Part of the training split that is not trained on but used to choose the best epoch; None if the test
+        split is used for that.
     """
 
     name: str
@@ -53,12 +53,12 @@ class ImageDataset:
 
     @property
     def multilabel(self) -> bool:
-        """Returns whether an image has any number of classes instead of one."""
+        """Returns whether an image may have any number of classes instead of exactly one."""
         return self.train.labels.ndim == 2
 
     @property
     def unlabeled(self) -> bool:
-        """Returns whether the training images have no labels, so that only the outputs of a teacher teach."""
+        """Returns whether the training images have no labels, so students learn only from a teacher's outputs."""
         labels = self.train.labels
         return labels.ndim == 1 and bool(np.all(labels == NO_LABEL))
 
@@ -69,20 +69,20 @@ class ImageDataset:
 
     @property
     def image_dtype(self) -> np.dtype:
-        """Returns the dtype of a pixel: uint8, or that of the arrays of floats that a caller may give."""
+        """Returns the dtype of a pixel: uint8, or the dtype of float arrays that the caller provided."""
         return getattr(self.train.images, "dtype", np.dtype(np.uint8))
 
 
 def hold_out(dataset: ImageDataset, examples: int, seed: int) -> ImageDataset:
-    """Returns the data set with a part of its training split as validation split.
+    """Returns the data set with part of its training split as the validation split.
 
     Args:
       dataset: Data set whose images are arrays or readers.
-      examples: Size of the part: as many examples of each class as `balanced_indices` gives, drawn at random.
+      examples: Size of that part: as many examples of each class as `balanced_indices` would choose, drawn at random.
       seed: Seed of the draw.
 
     Raises:
-      UserError: There are not so many examples of a class.
+      UserError: A class does not have enough examples.
     """
     if dataset.unlabeled:
         raise UserError(
@@ -106,15 +106,15 @@ def balanced_indices(
 ) -> np.ndarray:
     """Chooses the first examples of each class, as evenly as `train_examples` allows.
 
-    With K classes, each one gives its first `train_examples // K` examples, and the first `train_examples % K` classes
-    give one more. There is no randomness: the same data and number always give the same subset. Examples of several
-    classes, or of none, cannot be balanced like that: of such data the first `train_examples` are taken.
+    With K classes, each one contributes its first `train_examples // K` examples, and the first `train_examples % K`
+    classes contribute one more. There is no randomness: the same data and number always give the same subset. Examples
+    of several classes, or of none, cannot be balanced like this: for such data, the first `train_examples` are taken.
 
     Args:
       labels: Labels of the whole training split in source order, int [N] or float [N, K].
       categories: Names of the K classes.
       train_examples: Size of the subset; None keeps everything.
-      name: What errors call this size.
+      name: Name of this size in error messages.
 
     Returns:
       Increasing indices into `labels`, int64 [train_examples].
@@ -151,5 +151,5 @@ def balanced_indices(
 def _largest_subset(available: np.ndarray) -> int:
     """Returns the largest `train_examples` that the counts of the classes allow."""
     smallest = int(available.min())
-    # One more from each of the first classes, up to the first that has no more to give.
+    # One more from each of the first classes, up to the first class that has none left.
     return smallest * len(available) + int(np.argmax(available == smallest))

@@ -1,4 +1,4 @@
-"""Images seen through an affine map, in integers: the same on every device and however the batch is split."""
+"""Images seen through an affine map, in integers: the same on every device, no matter how the batch is split."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Magnitudes go from 0 to this, and positions are counted in this many parts of a pixel.
+# Magnitudes range from 0 to this number, and positions are counted in this many parts of a pixel.
 WHOLE, PIXEL = 256, 2**16
 
 Warp = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def make_warp(coefficients: Callable) -> Warp:
-    """Returns a function that takes the pixel (x, y) from (a x + b y + c, d x + e y + f), or black from outside.
+    """Returns a function that takes the pixel (x, y) from (a x + b y + c, d x + e y + f), or black outside the image.
 
-    The pixel nearest to that place is taken. The function maps an image int [H, W, C] and a magnitude, int32 from 0 to
-    WHOLE, to an image.
+    The pixel nearest to that position is taken. The function maps an image int [H, W, C] and a magnitude, int32 from 0
+    to WHOLE, to an image.
 
     Args:
       coefficients: Function of the height, the width, and the signed magnitude from -WHOLE to WHOLE, that returns the
@@ -37,11 +37,11 @@ def make_warp(coefficients: Callable) -> Warp:
 
 
 def make_rotation(degrees: int, angles: int) -> Warp:
-    """Returns a warp that rotates around the middle of the image.
+    """Returns a warp that rotates around the center of the image.
 
     Args:
-      degrees: Largest angle, to either side.
-      angles: Number of angles between the largest ones, which are included.
+      degrees: Largest angle in degrees, in either direction.
+      angles: Number of angles between the largest ones, inclusive.
     """
     radians = np.deg2rad(np.linspace(-degrees, degrees, angles))
     cosines, sines = (np.rint(PIXEL * function(radians)).astype(np.int32) for function in (np.cos, np.sin))
@@ -49,7 +49,7 @@ def make_rotation(degrees: int, angles: int) -> Warp:
     def coefficients(height, width, magnitude):
         index = (magnitude + WHOLE) * (angles - 1) // (2 * WHOLE)
         cosine, sine = jnp.asarray(cosines)[index], jnp.asarray(sines)[index]
-        # The middle is at (width - 1) / 2 and (height - 1) / 2.
+        # The center is at (width - 1) / 2 and (height - 1) / 2.
         c = ((PIXEL - cosine) * (width - 1) + sine * (height - 1)) // 2
         f = ((PIXEL - cosine) * (height - 1) - sine * (width - 1)) // 2
         return cosine, -sine, c, sine, cosine, f

@@ -16,16 +16,16 @@ from cskd_jax.machine import memory_left
 # Name of the mapped axis over which every global batch is split.
 AXIS = "devices"
 
-# The flag by which XLA is told how many devices a CPU is.
+# The XLA flag that sets the number of devices of a CPU.
 COUNT_FLAG = "--xla_force_host_platform_device_count"
-# Images of a batch that are worth a CPU device of their own.
+# Minimum number of images in a batch for each CPU device.
 _MIN_IMAGES = 8
 
 
 def make_cores_devices() -> bool:
     """Makes every core of the CPU a device, unless the user has set their number; to be called before JAX is used.
 
-    XLA computes much of a training step with one thread for each device: convolutions' gradients, reductions, copies.
+    XLA computes much of a training step with one thread for each device: gradients of convolutions, reductions, copies.
 
     Returns:
       Whether it did so.
@@ -41,15 +41,15 @@ class Devices:
     """The devices over which every batch of a run is split.
 
     Args:
-      devices: Devices, or their number; None takes all. A run of several processes uses all.
+      devices: Devices, or their number; None takes all. A run with several processes uses all.
 
     Raises:
-      UserError: If there are not so many devices.
+      UserError: There are not that many devices.
     """
 
     # jax.Device is assigned where pyright cannot see that it is a class.
     def __init__(self, devices: int | Sequence[jax.Device] | None = None):  # pyright: ignore[reportInvalidTypeForm]
-        # The devices of a process come one after the other.
+        # The devices of a process are consecutive.
         found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         if isinstance(devices, int) and not 1 <= devices <= len(found):
             raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of devices here")
@@ -80,11 +80,11 @@ class Devices:
             raise UserError(f"{name} is {size}, which does not divide by the {self.count} devices")
 
     def first(self, count: int) -> "Devices":
-        """Returns this number of the devices."""
+        """Returns the first `count` devices."""
         return Devices(self._devices[:count])
 
     def how_many_divide(self, *sizes: int) -> int:
-        """Returns the largest number of devices by which all sizes of batches divide, if each has enough images."""
+        """Returns the largest number of devices that divides all batch sizes, if each device gets enough images."""
         most = min(self.count, sizes[0] // _MIN_IMAGES)
         return next(n for n in range(max(1, most), 0, -1) if all(size % n == 0 for size in sizes))
 
@@ -98,12 +98,12 @@ class Devices:
         return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
     def interleave(self, size: int, micro_batch_size: int | None) -> np.ndarray:
-        """Returns the rows of a global batch in an order in which every device finds its part of each micro-batch.
+        """Returns the rows of a global batch, ordered so that every device has its part of each micro-batch.
 
         Args:
           size: Size of the global batch.
-          micro_batch_size: Number of rows of a micro-batch over all devices; the last one may be smaller. None: the
-            order stays as it is.
+          micro_batch_size: Number of rows of a micro-batch over all devices; the last one may be smaller. None keeps
+            the order.
         """
         index = np.arange(size)
         if micro_batch_size is None:
@@ -128,15 +128,15 @@ class Devices:
         return jax.tree.map(place, batch)
 
     def map_teacher_pass(self, teacher_pass: Callable) -> Callable:
-        """Maps `(teacher_variables, images, key, step) -> outputs` over the devices, which each keep their part."""
+        """Maps `(teacher_variables, images, key, step) -> outputs` over the devices, each of which keeps its part."""
         axes = {"in_axes": (None, 0, None, None), "out_axes": 0}
         return jax.pmap(teacher_pass, axis_name=AXIS, devices=self._devices, **axes)
 
     def map_train_step(self, step: Callable) -> Callable:
         """Maps `(state, batch, key, teacher_layers) -> (state, metrics)` over the devices.
 
-        All but the batch is the same on all devices and stays whole arrays; the batch is `shard`ed. The state is
-        donated: its buffers become those of the new state.
+        Everything except the batch is the same on all devices and stays as whole arrays; the batch is `shard`ed. The
+        state is donated: its buffers become those of the new state.
         """
         axes = {"in_axes": (None, 0, None, None), "out_axes": (None, None)}
         return jax.pmap(step, axis_name=AXIS, devices=self._devices, donate_argnums=(0,), **axes)

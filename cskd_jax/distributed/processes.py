@@ -1,8 +1,8 @@
 """The processes of a run.
 
 A run on several machines has one process for each machine (or GPU), which runs the same program on its rows of every
-global batch. The first process alone reads and writes the workdir and prints messages; it tells the others what it
-finds there, its errors included.
+global batch. Only the first process reads and writes the workdir and prints messages; it tells the others what it finds
+there, including errors.
 """
 
 import os
@@ -23,7 +23,7 @@ from cskd_jax.errors import InterruptedRun, UserError
 HEARTBEAT_SECONDS = 20
 # Seconds that a finished process waits for the others to end too.
 SHUTDOWN_SECONDS = 20
-# Bytes of the message that tells the other processes of an error.
+# Size in bytes of the message that tells the other processes about an error.
 _MESSAGE_BYTES = 4096
 
 T = TypeVar("T")
@@ -37,11 +37,11 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         of one process.
       processes: Number of processes.
       process: Number of this process, from 0.
-      cluster: Whether to ask SLURM or the TPU pod instead. They are asked anyway in a step of theirs that seems to have
-        several processes.
+      cluster: Whether to ask SLURM or the TPU pod instead. They are asked anyway within a job step of theirs that seems
+        to have several processes.
 
     Raises:
-      UserError: If some of the three are missing or invalid.
+      UserError: Some of the three are missing or invalid.
     """
     if coordinator is None or processes is None or process is None or cluster:
         if (coordinator, processes, process) != (None, None, None):
@@ -71,9 +71,9 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
 
 
 def _connect():
-    """Connects the processes. Between CPUs Gloo does it, and prints about it to the standard output, which is not its.
+    """Connects the processes. Between CPUs, Gloo does this and prints to standard output, which is not its to use.
 
-    Nothing else connects them later: all that they exchange is between all devices.
+    No other connections are made later, because all exchanges are between all devices.
     """
     if jax.default_backend() != "cpu":
         return
@@ -89,7 +89,7 @@ def _connect():
 
 
 def _in_cluster(environment):
-    # SLURM_NTASKS would be the number of the job, of which an interactive step is one task.
+    # SLURM_NTASKS would be the number for the whole job, in which an interactive step is one task.
     return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
@@ -122,7 +122,7 @@ def first_then_all(function: Callable[[], T]) -> T:
     """Calls the function on the first process and then on all others, which find its files on a shared disk.
 
     Raises:
-      UserError: On all processes, that of the first process that raised one.
+      UserError: On all processes, the error of the first process that raised one.
     """
     if not is_distributed():
         return function()

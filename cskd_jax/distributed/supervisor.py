@@ -24,7 +24,7 @@ class Supervisor:
 
     Args:
       command: Command and its arguments.
-      processes: Number of processes of it to start.
+      processes: Number of processes of the command to start.
       restarts: Number of restarts in a row.
       grace: Seconds from a request to stop to SIGKILL.
     """
@@ -96,7 +96,7 @@ class Supervisor:
         _say(f"the others ended after {time.monotonic() - begin:.1f} s")
 
     def _wait(self, is_over, seconds):
-        """Waits until `is_over()`, until a signal came, or until time is up."""
+        """Waits until `is_over()`, until a signal arrives, or until time is up."""
         begin = time.monotonic()
         while not is_over() and not self._signals and (seconds is None or time.monotonic() - begin < seconds):
             time.sleep(_POLL_SECONDS)
@@ -131,7 +131,7 @@ def _failed(codes):
 
 
 def _signal_groups(workers, which):
-    """Sends a signal to the workers that still run, with all the processes that they have started."""
+    """Sends a signal to the workers that are still running, and to all the processes that they have started."""
     for worker in workers:
         if worker.poll() is None:
             os.killpg(worker.pid, which)

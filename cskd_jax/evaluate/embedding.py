@@ -28,11 +28,11 @@ def measure(trained: TrainedNetwork, dataset: ImageDataset, normalize: Normalize
 
     Args:
       trained: Trained network.
-      dataset: Data set, in whose training split the neighbors are looked for, and on which the probe is trained.
+      dataset: Data set, whose training split supplies the neighbors and trains the probe.
       normalize: Function from images to inputs of the network.
 
     Raises:
-      UserError: The images have several classes each, or the network gives no embedding.
+      UserError: The images have several classes each, or the network does not output an embedding.
     """
     if dataset.multilabel:
         raise UserError("--embedding needs images of one class each")
@@ -57,7 +57,7 @@ def score(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_la
     neighbors = KNeighborsClassifier(min(NEIGHBORS, len(train)), metric="cosine", weights=weights)
     scaler = StandardScaler().fit(train)
     probe = LogisticRegression(max_iter=1000)
-    # Threads wait for each other for long on a busy machine.
+    # On a busy machine, threads wait a long time for each other.
     with threadpool_limits(1):
         neighbors.fit(train, train_labels)
         probe.fit(scaler.transform(train), train_labels)

@@ -27,7 +27,7 @@ LATENCY_MEANING = (
     "median time in ms from pixels on one device to logits, after compilation and a first run, without the transfer of "
     "the images"
 )
-_REPETITIONS, _SECONDS = 100, 5.0  # of a measurement of time, at most
+_REPETITIONS, _SECONDS = 100, 5.0  # Limits for one timing.
 
 
 def evaluate_all(
@@ -41,15 +41,15 @@ def evaluate_all(
 
     Args:
       networks: Networks by name.
-      config: Configuration, which says how the images are normalized, and the batch size.
+      config: Configuration, which gives the normalization of the images and the batch size.
       dataset: Data set, whose test split is used.
       devices: Devices to compute on.
-      with_embedding: Whether the embeddings are measured too, see `embedding.measure`.
+      with_embedding: Whether the embeddings are measured too; see `embedding.measure`.
     """
     entries = {name: evaluate(network, config, dataset, devices) for name, network in networks.items()}
     meanings = {"flops_per_image": FLOPS_MEANING, "latency_ms": LATENCY_MEANING}
     if with_embedding:
-        from cskd_jax.evaluate import embedding  # It takes a second to import what this needs.
+        from cskd_jax.evaluate import embedding  # Its imports take a second.
 
         meanings["embedding"] = embedding.MEANING
         for name, network in networks.items():
@@ -108,7 +108,7 @@ def evaluate(
 def latency(program: Callable[..., jax.Array], *arguments: Any) -> float:
     """Returns the median time of a call in ms.
 
-    It is the median of at most 100 calls in about 5 seconds, after one that does not count.
+    It is the median of at most 100 calls in about 5 seconds, after a first call that does not count.
     """
     program(*arguments).block_until_ready()
     times, end = [], time.perf_counter() + _SECONDS
@@ -120,11 +120,11 @@ def latency(program: Callable[..., jax.Array], *arguments: Any) -> float:
 
 
 def tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
-    """Returns two tables for people: the networks, and their categories.
+    """Returns two human-readable tables: the networks, and their categories.
 
     Args:
       evaluation: Result of `evaluate_all`.
-      names: Names of the metrics for people.
+      names: Human-readable names of the metrics.
     """
     networks = evaluation["networks"]
     rows = {

@@ -1,1 +1,1 @@
-"""PyTorch weights in and out; `import_torch` and `export` are commands."""
+"""Import and export of PyTorch weights; `import_torch` and `export` are commands."""

@@ -1,4 +1,4 @@
-"""The known public checkpoints: what checkpoints.json says about them, found by the SHA-256 of a file."""
+"""The known public checkpoints: their entries in checkpoints.json, found by the SHA-256 of a file."""
 
 import functools
 import importlib.resources
@@ -12,14 +12,14 @@ class Checkpoint(NamedTuple):
     Attributes:
       sha256: SHA-256 of the file, in hexadecimal digits.
       repository: Address of the repository that holds the file.
-      path: Path of the file there.
-      origin: Address of the repository that trained the network, where it is another one.
+      path: Path of the file in that repository.
+      origin: Address of the repository that trained the network, if it is a different one.
       model: Name of the network in `MODELS`.
       dataset: Name of the data set that it was trained on.
       categories: Names of its classes, in the order of the logits.
       images: {"size": (H, W), "mean", "std"} of the images that it was trained on.
-      normalization: Where mean and deviation come from.
-      stated: Top-1 accuracy in percent that its authors state; None if they state none.
+      normalization: Source of the mean and deviation.
+      stated: Top-1 accuracy in percent stated by its authors; None if they state none.
       measured: {name of a test set: top-1 accuracy in percent measured with this package}.
     """
 
@@ -52,7 +52,7 @@ def known_checkpoints() -> dict[str, Checkpoint]:
 
 
 def table() -> list[str]:
-    """Returns the lines of the Markdown table of docs/checkpoints.md."""
+    """Returns the lines of the Markdown table in docs/checkpoints.md."""
     known = known_checkpoints().values()
     sets = list(dict.fromkeys(name for checkpoint in known for name in checkpoint.measured))
     head = ["file", "network", "trained on", "mean", "deviation", "stated", *sets]

@@ -64,7 +64,7 @@ def _parse(argv):
 def _run(argv):
     arguments = _parse(argv)
     check_new(arguments.out)
-    # Imported late: mistakes in the command should not wait for everything.
+    # Imported late, so that mistakes in the command are reported without loading everything.
     import safetensors.numpy
 
     from cskd_jax.interop.names import to_torch
@@ -96,7 +96,7 @@ def _run(argv):
         files[FUNCTION] = export_function(PredictingModule(predicting), variables, record.channels, **images)
     else:
         files[FUNCTION] = export_function(module, variables, record.channels, **images)
-        # Readers of such files for PyTorch look for the entry "format".
+        # PyTorch readers of such files look for the entry "format".
         state_dict = to_torch(module, variables, batches=saved.step)
         files[WEIGHTS] = safetensors.numpy.save(state_dict, metadata={"format": "pt"})
     description = {
@@ -121,7 +121,7 @@ def _run(argv):
 
 
 def _images(arguments, record) -> dict[str, Any]:
-    """Returns {"size", "mean", "std"} of the images, as trained on or as given."""
+    """Returns {"size", "mean", "std"} of the images that the network was trained on, or as given."""
     given = {"size": arguments.size, "mean": arguments.mean, "std": arguments.std}
     wrong = [name for name, value in given.items() if value is not None and name in record.images]
     if wrong:
@@ -136,15 +136,15 @@ def _images(arguments, record) -> dict[str, Any]:
 
 
 def export_function(module: Any, variables: Any, channels: int, *, size: Any, mean: Any, std: Any) -> bytes:
-    """Serializes the `jax.export` of a function from uint8 images [B, H, W, C] to logits [B, K], with B left open.
+    """Serializes the `jax.export` of a function from uint8 images [B, H, W, C] to logits [B, K], for any B.
 
     Args:
-      module: Network, without `axis_name`.
+      module: Network without an `axis_name`.
       variables: Variables {"params", "batch_stats"} of the network, which become constants.
       channels: Number C of channels.
       size: Size (H, W) of the images.
-      mean: Mean of pixels in [0, 1], one number for each channel or one for all.
-      std: Standard deviation of pixels in [0, 1], one number for each channel or one for all.
+      mean: Mean of the pixels in [0, 1], one number per channel or one for all.
+      std: Standard deviation of the pixels in [0, 1], one number per channel or one for all.
 
     Returns:
       The serialized function.

@@ -59,7 +59,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
 from cskd_jax.inputs import open_regular, read_bytes
 
-_MAX_NAMES = 64 << 20  # bytes of the file of the classes, of which there are at most a million
+_MAX_NAMES = 64 << 20  # bytes of the file with the class names, of which there are at most a million
 
 # Images in a batch of the evaluation.
 _BATCH = 256
@@ -103,7 +103,7 @@ def _run(argv):
     check_new(arguments.out)
     digest, known = _identify(arguments)
     categories = _read_categories(arguments) or (None if known is None else known.categories)
-    # Imported late: mistakes in the command should not wait for everything.
+    # Imported late, so that mistakes in the command are reported without loading everything.
     from cskd_jax.interop.matching import match
     from cskd_jax.interop.renames import read_rules
     from cskd_jax.interop.torch_file import read_state_dict
@@ -157,7 +157,7 @@ def _write(arguments, found, record, report):
 
 
 def _identify(arguments):
-    """Returns the SHA-256 of the file and its entry among the known checkpoints, which fills flags that are not given.
+    """Returns the SHA-256 of the file and its known-checkpoint entry, which fills in flags that are not given.
 
     Raises:
       UserError: The network is neither named nor known.
@@ -201,10 +201,10 @@ def _images(arguments, known) -> dict[str, Any]:
 
 
 def _verify(arguments, module, saved) -> dict[str, Any]:
-    """Evaluates the network on the test split of a data set, prints and returns the metrics.
+    """Evaluates the network on the test split of a data set; prints and returns the metrics.
 
     Raises:
-      UserError: The data set cannot be loaded or does not fit, or the normalization of its images is not known.
+      UserError: The data set cannot be loaded or does not fit, or the normalization of its images is unknown.
     """
     from cskd_jax.console import pause
     from cskd_jax.data import load_dataset

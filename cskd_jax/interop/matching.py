@@ -1,4 +1,4 @@
-"""The tensors of a file matched with a network, whose names the file may prefix or spell in another way."""
+"""Matches the tensors of a file with a network whose names the file may prefix or spell differently."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ class Match(NamedTuple):
       used: {name in the file: path in the network} of the tensors that were used.
       unused: Names of the tensors that were not needed.
       prefix: Prefix of the names of the network in the file.
-      settings: Settings of the network that the file tells, which differ from those of the given one.
+      settings: Settings read from the file that differ from those of the given network.
     """
 
     variables: dict[str, Any]
@@ -33,10 +33,10 @@ class Match(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """The tensors with one prefix.
+    """The tensors that share a prefix.
 
-    `sources` are their names in the file by their names without it, after renaming. `module` is the network with the
-    `settings` that they tell, and `shapes` are the shapes that it expects.
+    `sources` maps their names without the prefix, after renaming, to their names in the file. `module` is the network
+    with the `settings` read from them, and `shapes` are the shapes that it expects.
     """
 
     prefix: str
@@ -63,17 +63,17 @@ def match(
     """Finds the variables of a network in a PyTorch state dict.
 
     Args:
-      module: Network; the settings that the file tells take the place of its own.
+      module: Network; settings read from the file replace its own.
       channels: Number of channels of its images.
       state_dict: Floating-point arrays by name, in PyTorch's layout.
-      prefix: Prefix of the names of the network; tensors without it are not used. None tries all prefixes of wrappers
-        that occur, and takes the one with which the network fits.
-      rules: Renaming rules, which are applied to the names without the prefix.
+      prefix: Prefix of the names of the network; tensors without it are not used. None tries all wrapper prefixes that
+        occur, and uses the one with which the network fits.
+      rules: Renaming rules, applied to the names without the prefix.
       image_size: (height, width) of the images that it was trained on, for a position embedding; None if unknown.
 
     Raises:
-      UserError: If the tensors do not fit the network, or those of several prefixes do. The message names the known
-        network that is nearest.
+      UserError: If the tensors do not fit the network, or those with several prefixes do. The message names the nearest
+        known network.
     """
     rules = [*rules, *aliases(module)]
     prefixes = possible_prefixes(state_dict) if prefix is None else [given_prefix(state_dict, prefix)]
@@ -84,7 +84,7 @@ def match(
             f"several networks fit, with the names that begin with {' and '.join(found.prefix for found in fitting)}: "
             f"choose one, such as --prefix={fitting[0].prefix}"
         )
-    # If none fits, the error is about the one that lacks the fewest tensors.
+    # If none fits, the error is about the prefix with the fewest missing tensors.
     best = min(fitting or candidates, key=lambda found: len(found.shapes.keys() - found.tensors.keys()))
     try:
         variables, used, _ = from_torch(best.module, channels, best.tensors)

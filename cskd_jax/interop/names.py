@@ -1,10 +1,11 @@
-"""Names and layouts of PyTorch: one table of rules for both directions.
+"""PyTorch names and layouts: one table of rules for both directions.
 
 A rule turns the path of a module of this package into the names that its layer (convolution or linear) and its
 normalization have in a PyTorch state dict. ResNets are named as in torchvision and in the code of Chen et al. 2020
 (https://github.com/xeanzheng/CSKD), which adds `branch1` to `branch4`; Inception is named as in torchvision; the others
 are named as in the code of Tian et al. 2020 for CIFAR (https://github.com/HobbitLong/RepDistiller), and Vision
-Transformers as in timm. Where a network goes by other names too, a family also says how to turn those into these.
+Transformers as in timm. Where a network is also known by other names, a family specifies how to convert those into
+these.
 """
 
 import re
@@ -37,7 +38,7 @@ class Family(NamedTuple):
 
     Attributes:
       rules: {regular expression of a module's path: function from its groups, numbers as int, to the pair of names}.
-      unused: Regular expression of additional names that a file may hold, for which this package's network has no use.
+      unused: Regular expression of additional names that a file may hold and that this package's network does not use.
       aliases: Pairs (regular expression, replacement) that turn other names of the same network into these.
     """
 
@@ -51,7 +52,7 @@ def _same(name):
 
 
 def _numbered(stage, block, number):
-    """Returns the names of layer `number` of a block in the networks that call stages layers."""
+    """Returns the names of layer `number` of a block in the networks that call their stages layers."""
     return f"layer{stage}.{block - 1}.conv{number}", f"layer{stage}.{block - 1}.bn{number}"
 
 
@@ -67,7 +68,7 @@ def _shuffle_layer(stage, block, layer):
 
 
 def _two_sided_shuffle_layer(stage, layer):
-    """Returns the names in the first block of a stage of version 2; layers of the left branch are counted first."""
+    """Returns the names in the first block of a stage of version 2; the layers of the left branch are counted first."""
     return _numbered(stage, 1, ("left_depthwise", "left_conv", "conv1", "depthwise", "conv2").index(layer) + 1)
 
 
@@ -83,7 +84,8 @@ def _vgg_layer(stage, number):
     return f"block{stage}.{3 * (number - 1)}", f"block{stage}.{3 * (number - 1) + 1}"
 
 
-# {stage: (its first group, a row of the paper's table, number of blocks in that)}; the other blocks are in the next.
+# {stage: (its first group, a row of the paper's table, number of blocks in it)}; the other blocks are in the next
+# group.
 _MOBILE_GROUPS = {1: (0, 1), 2: (2, 3), 3: (3, 4), 4: (5, 3)}
 
 
@@ -159,9 +161,9 @@ def _resnet(shortcut, head, **others):
     return Family({**rules, "": _same("branch4"), "classifier": _same(head)}, **others)
 
 
-# The weights of Chen et al. beside those of the network.
+# The weights of Chen et al. in addition to those of the network.
 _BRANCHES = r"branch\d+\.weight"
-# Only networks without a max-pool, which leaves no trace in a file, are known by both names.
+# Only networks without a max-pool, which leaves no trace in a file, are known by both sets of names.
 _TO_FC = ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc."))
 _FROM_DINOV2 = ((r"^register_tokens$", "reg_token"), (r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."))
 _TO_LINEAR = ((r"\.downsample\.", ".shortcut."), (r"^fc\.", "linear."))
@@ -222,7 +224,7 @@ FAMILIES = {
             "classifier": _same("head"),
             "distillation_classifier": _same("head_dist"),
         },
-        unused="mask_token",  # DINOv2 puts it in the place of hidden patches, in its own training only.
+        unused="mask_token",  # DINOv2 puts it in place of masked patches, only in its own training.
         aliases=_FROM_DINOV2,
     ),
 }
@@ -238,9 +240,9 @@ _ARRAYS = {
     "var": (1, "running_var"),
     "gamma": (0, "gamma"),
 }
-# Arrays of the network itself that have the same names there.
+# Arrays of the network itself that have the same names in PyTorch.
 _SAME_ARRAYS = frozenset({"cls_token", "dist_token", "reg_token", "pos_embed"})
-# PyTorch counts the batches of a normalization; nothing reads the count.
+# PyTorch counts the batches seen by a normalization; nothing reads the count.
 _COUNT = "num_batches_tracked"
 # Number of names of each kind that an error lists.
 _LISTED = 6
@@ -320,7 +322,7 @@ def mismatches(
 
 
 def to_torch(module: nn.Module, variables: Mapping[str, Any], batches: int) -> dict[str, np.ndarray]:
-    """Converts the variables of a network to its PyTorch state dict of contiguous arrays.
+    """Converts the variables of a network to its PyTorch state dict, made of contiguous arrays.
 
     Args:
       module: Network.
@@ -378,7 +380,7 @@ def _transpose(array, kernel_axes):
 
 
 def _from_torch_layout(array, dtype):
-    with np.errstate(over="ignore"):  # Values that become infinite are refused.
+    with np.errstate(over="ignore"):  # Values that overflow to infinity are rejected.
         return np.ascontiguousarray(_transpose(array, (2, 3, 1, 0))).astype(dtype)
 
 

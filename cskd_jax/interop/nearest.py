@@ -1,4 +1,4 @@
-"""The known network that the tensors of a file are nearest to, for the message of an import that fails."""
+"""Finds the known network nearest to the tensors of a file, for the error message of a failed import."""
 
 import collections
 import difflib
@@ -16,18 +16,18 @@ from cskd_jax.interop.settings import read_settings
 from cskd_jax.models import MODELS, Bottleneck, ResNet, create_model
 
 _Shapes = Mapping[str, tuple[int, ...]]
-# Numbers of classes and of channels that no layer has, so that an axis of this size stands for any size.
+# Numbers of classes and channels that no layer has, so that an axis of this size stands for any size.
 _ANY_CLASSES, _ANY_CHANNELS = 9973, 9967
-# Share of the tensors that must fit a network for it to be near.
+# Share of the tensors that must fit a network for it to count as near.
 _NEAR = 0.5
-# Number of names for which a message shows the likely counterpart, and number of names that are compared for it.
+# Number of names for which a message shows the likely counterpart, and number of names that are compared to find it.
 _SHOWN_NAMES, _COMPARED_NAMES = 3, 100
-# Widths that an import takes.
+# Widths that an import accepts.
 _WIDTHS = (1e-3, 64)
 
 
 class _Network(NamedTuple):
-    """A network of the table with a width and the settings that a file tells, and how much of the file is like it."""
+    """A network in the table, with a width and the settings read from a file, and how much of the file matches it."""
 
     name: str
     width: float
@@ -44,11 +44,11 @@ class _Network(NamedTuple):
 
 
 def describe_nearest(tensors: Mapping[str, np.ndarray], width: float = 1.0) -> str:
-    """Returns a phrase that says which known network tensors are nearest to.
+    """Returns a phrase that names the known network nearest to the tensors.
 
     Args:
       tensors: Tensors by name.
-      width: Width that the network was said to have.
+      width: Width that the network is supposed to have.
     """
     floats = {name: array for name, array in tensors.items() if jnp.issubdtype(array.dtype, np.floating)}
     shapes = {name: array.shape for name, array in floats.items()}
@@ -57,7 +57,8 @@ def describe_nearest(tensors: Mapping[str, np.ndarray], width: float = 1.0) -> s
     best = max(network.share for network in rated)
     near = [network for network in rated if network.share == best]
     if exact := [network for network in near if _fits(network, floats)]:
-        # The sizes of Vision Transformers differ in their width alone, beside the heads, which no file tells.
+        # The sizes of Vision Transformers differ only in their width, apart from the heads, which cannot be read from a
+        # file.
         exact = [network for network in exact if network.width == 1] or exact
         return f"the tensors are those of {' or '.join(network.flags for network in exact)}"
     if best >= _NEAR:
@@ -83,13 +84,13 @@ def likely_names(missing: _Shapes, unknown: _Shapes) -> list[str]:
 
 
 def _plausible(shapes: _Shapes) -> list[str]:
-    """Returns the networks that tensors may be near to: all but ResNets of another depth, since tracing takes time."""
+    """Returns the networks that may be near to tensors: all but ResNets of another depth, since tracing takes time."""
     kernels, distances = sum(len(shape) == 4 for shape in shapes.values()), {}
     for name in MODELS:
         module: Any = create_model(name, num_classes=2)
         if isinstance(module, ResNet):
             least = 1 + sum(module.stage_sizes) * (3 if module.block is Bottleneck else 2)
-            most = least + len(module.stage_sizes)  # Every stage may have a kernel in a shortcut.
+            most = least + len(module.stage_sizes)  # Every stage may have a kernel in its shortcut.
             distances[name] = max(0, least - kernels, kernels - most)
     closest = min(distances.values(), default=0)
     return [name for name in MODELS if distances.get(name, closest) == closest]
@@ -97,7 +98,7 @@ def _plausible(shapes: _Shapes) -> list[str]:
 
 @functools.cache
 def _known(name: str, width: float, settings: tuple[tuple[str, Any], ...] = ()) -> _Shapes:
-    """Returns the shapes of a network of the table, whose axes of certain sizes stand for any size."""
+    """Returns the shapes of a network in the table, where axes of certain sizes stand for any size."""
     module = create_model(name, num_classes=_ANY_CLASSES, width=width, settings=dict(settings))
     return expected_shapes(module, _ANY_CHANNELS)
 
@@ -117,7 +118,7 @@ def _rate(name: str, shapes: _Shapes) -> list[_Network]:
     for width in sorted(widths):
         try:
             known = _known(name, width, told)
-        except ValueError:  # A layer would be left without channels.
+        except ValueError:  # A layer would have no channels left.
             continue
         fitting = [tensor for tensor in known if tensor in found and _equal(found[tensor], known[tensor])]
         share = 2 * len(fitting) / (len(known) + len(shapes))
@@ -127,16 +128,16 @@ def _rate(name: str, shapes: _Shapes) -> list[_Network]:
 
 
 def _by_names_of(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values by name with the names that a network of the table is known by."""
+    """Returns values by name, renamed to the names by which a network in the table is known."""
     try:
         sources = rename(values, aliases(create_model(name, num_classes=2)))
-    except UserError:  # A file that holds a tensor under both names is that of another network.
+    except UserError:  # A file that holds a tensor under both names belongs to another network.
         return dict(values)
     return {new: values[source] for new, source in sources.items()}
 
 
 def _equal(shape: tuple[int, ...], known: tuple[int, ...]) -> bool:
-    """Returns whether a shape is a known one."""
+    """Returns whether a shape equals a known one."""
     pairs = zip(shape, known, strict=False)
     return len(shape) == len(known) and all(size == k or k in (_ANY_CLASSES, _ANY_CHANNELS) for size, k in pairs)
 
@@ -151,10 +152,10 @@ def _fits(network: _Network, tensors: Mapping[str, np.ndarray]) -> bool:
 
 
 def _alike(name: str, width: float, count: Mapping[tuple[int, ...], int]) -> bool:
-    """Returns whether as many tensors have each shape as in a network, but for stem and classifier."""
+    """Returns whether each shape occurs as often as in a network, except in the stem and the classifier."""
     try:
         known = _known(name, width)
-    except ValueError:  # A layer would be left without channels.
+    except ValueError:  # A layer would have no channels left.
         return False
     fixed = [shape for shape in known.values() if not {_ANY_CLASSES, _ANY_CHANNELS} & set(shape)]
     wanted = collections.Counter(fixed)

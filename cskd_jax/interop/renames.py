@@ -1,4 +1,4 @@
-"""Names that a file gives to its tensors, turned into those that a network is known by: prefixes and renaming rules."""
+"""Converts the tensor names in a file to the names by which a network is known: prefixes and renaming rules."""
 
 import itertools
 import pathlib
@@ -12,21 +12,21 @@ from cskd_jax.inputs import read_bytes
 Rule = tuple[str, str]
 # The replacement by which a rule leaves a tensor out.
 LEAVE_OUT = "-"
-# The names under which wrappers and training code hold a network.
+# The names under which wrappers and training code store a network.
 _WRAPPERS = ("_orig_mod", "module", "model", "student", "teacher")
 _MAX_WRAPPERS, _MAX_BYTES, _MAX_RULES = 3, 65_536, 1_000
-# A pattern that repeats a group, or repeats many times, may search for longer than anyone waits.
+# A pattern that repeats a group, or repeats many times, may take impractically long to match.
 _MAX_REPETITIONS = 3
 
 
 def read_rules(path: pathlib.Path) -> list[Rule]:
     """Reads a file of renaming rules.
 
-    A line holds a regular expression and its replacement, with white space between the two. Empty lines, and lines that
-    begin with #, are ignored. `rename` applies the rules in their order.
+    Each line holds a regular expression and its replacement, separated by whitespace. Empty lines and lines that begin
+    with # are ignored. `rename` applies the rules in order.
 
     Raises:
-      UserError: If the file is no such text, or a pattern is invalid or could take too long.
+      UserError: If the file is not such a text, or if a pattern is invalid or could take too long.
       OSError: If the file cannot be read.
     """
     lines = read_bytes(path, _MAX_BYTES).decode("utf-8", errors="replace").splitlines()
@@ -48,7 +48,7 @@ def read_rules(path: pathlib.Path) -> list[Rule]:
 
 
 def _check(pattern: str, replacement: str) -> None:
-    """Raises `re.error` or UserError unless a rule is sound and ends soon."""
+    """Raises `re.error` or UserError unless a rule is valid and certain to finish quickly."""
     compiled = re.compile(pattern)
     if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > _MAX_REPETITIONS:
         raise UserError(f"it repeats a group, or has more than {_MAX_REPETITIONS} of * + {{, and may take forever")
@@ -60,12 +60,12 @@ def _check(pattern: str, replacement: str) -> None:
 
 
 def rename(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:
-    """Applies rules to names, each to what the one before has made.
+    """Applies rules to names, each to the result of the previous one.
 
     Args:
       names: Names in a file.
-      rules: Pairs (regular expression, replacement); what the expression finds is replaced, wherever it is in the name.
-        The replacement "-" leaves the tensor out.
+      rules: Pairs (regular expression, replacement); every match of the expression is replaced, wherever it is in the
+        name. The replacement "-" leaves the tensor out.
 
     Returns:
       {new name: name in the file}.
@@ -84,7 +84,7 @@ def rename(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:
 
 
 def _renamed(name: str, rules: Sequence[Rule]) -> str | None:
-    """Returns a name after all rules; None if one leaves it out."""
+    """Returns a name after all rules; None if a rule leaves it out."""
     for pattern, replacement in rules:
         if replacement != LEAVE_OUT:
             name = re.sub(pattern, replacement, name)
@@ -94,12 +94,12 @@ def _renamed(name: str, rules: Sequence[Rule]) -> str | None:
 
 
 def with_prefix(names: Iterable[str], prefix: str) -> dict[str, str]:
-    """Returns {name without the prefix: name} of the names that have it."""
+    """Returns {name without the prefix: name} for the names that have the prefix."""
     return {name.removeprefix(prefix): name for name in names if name.startswith(prefix) and name != prefix}
 
 
 def possible_prefixes(names: Mapping[str, object]) -> list[str]:
-    """Returns the prefixes of wrappers that names have, such as "module." and "module.student.", with "" first."""
+    """Returns the wrapper prefixes that occur in names, such as "module." and "module.student.", with "" first."""
     prefixes = {"": None}
     for name in names:
         words = itertools.takewhile(_WRAPPERS.__contains__, name.split(".")[:_MAX_WRAPPERS])
@@ -108,9 +108,9 @@ def possible_prefixes(names: Mapping[str, object]) -> list[str]:
 
 
 def given_prefix(names: Mapping[str, object], prefix: str) -> str:
-    """Returns a prefix that the user gave, as the names have it.
+    """Returns a prefix given by the user in the form that occurs in the names.
 
-    Reading a file removes the prefixes of wrappers that all names have; a prefix may still begin with them.
+    Reading a file removes the wrapper prefixes that all names share; a given prefix may still begin with them.
 
     Raises:
       UserError: If no name has the prefix.

@@ -1,4 +1,4 @@
-"""The settings of a network that the tensors of a file tell, such as the patch size of a Vision Transformer."""
+"""Reads settings of a network from the tensors of a file, such as the patch size of a Vision Transformer."""
 
 import math
 import re
@@ -10,24 +10,24 @@ from flax import linen as nn
 from cskd_jax.models import VisionTransformer
 from cskd_jax.models.vision_transformer import MAX_DEPTH, VISION_TRANSFORMER_SETTINGS
 
-# What LayerScale starts from in DINOv2. A file does not tell it, and only new weights depend on it.
+# Initial value of LayerScale in DINOv2. It cannot be read from a file, and only new weights depend on it.
 _LAYER_SCALE = 1e-5
 
 
 def read_settings(
     module: nn.Module, shapes: Mapping[str, tuple[int, ...]], image_size: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """Returns the settings of a network, see `models.settings_of`, as the tensors of a file tell them.
+    """Returns the settings of a network (see `models.settings_of`) as read from the tensors of a file.
 
-    A file tells all but the number of heads of a Vision Transformer; name and width are not read.
+    All settings but the number of heads of a Vision Transformer can be read; name and width are not.
 
     Args:
-      module: Network by its name and width.
-      shapes: {name of the tensor as in this package's exports: its shape in PyTorch}.
-      image_size: (height, width) of the images that a position embedding is for. None: they are square.
+      module: Network constructed from its name and width.
+      shapes: {name of the tensor in this package's exports: its shape in PyTorch}.
+      image_size: (height, width) of the images that a position embedding is for; None if they are square.
     """
     patch, positions = shapes.get("patch_embed.proj.weight", ()), shapes.get("pos_embed", ())
-    # What is no such Vision Transformer is left for the comparison with the network to report.
+    # Anything that is not such a Vision Transformer is left for the comparison with the network to report.
     if not isinstance(module, VisionTransformer) or len(patch) != 4 or len(positions) != 3 or not min(patch):
         return {}
     if "dist_token" in shapes and ("cls_token" not in shapes or "fc_norm.weight" in shapes):
@@ -61,7 +61,7 @@ def read_settings(
 
 
 def _read_block(shapes: Mapping[str, tuple[int, ...]], size: int) -> dict[str, Any]:
-    """Returns the settings that the first block tells.
+    """Returns the settings that can be read from the first block.
 
     Args:
       shapes: Shapes by the names within the block.
@@ -91,7 +91,7 @@ def _read_positions(
       count: Number of positions.
       tokens: Number of class and distillation tokens.
       registers: Number of register tokens.
-      grid: Rows and columns of patches that are tried before a square.
+      grid: Rows and columns of patches that are tried before a square grid.
     """
     choices = {"all": tokens + registers, "class": tokens, "none": 0}
     for name, before in choices.items():

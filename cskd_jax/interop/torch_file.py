@@ -1,4 +1,4 @@
-"""Reads the tensors of a file that PyTorch wrote, or of a safetensors file, without PyTorch or trust in the file.
+"""Reads the tensors of a PyTorch or safetensors file, without PyTorch and without trusting the file.
 
 PyTorch's own files hold a state dict, a dictionary that holds one, or a whole network, each as a zip archive
 (`torch.save` since 1.6) or as a sequence of pickles (before). The sizes that a file claims are checked against its
@@ -52,19 +52,19 @@ _SAFETENSORS_DTYPES = {
 # The contents of the first and second pickle of the older format.
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _PLACE = ("dtype", "shape", "data_offsets")
-# Limits on the sizes of a file, of its pickle and of the header of safetensors. VGG19 with Adam's state has 1.7 GB.
+# Limits on the sizes of a file, of its pickle and of the header of safetensors. VGG19 with Adam's state takes 1.7 GB.
 MAX_FILE, _MAX_PICKLE, _MAX_HEADER = 4 << 30, 256 << 20, 8 << 20
 _MAX_DIMENSIONS = 8
-# Limits on the modules, because a network that contains itself would have no end, and on the entries of dictionaries
-# that are looked through and the letters of their names, because many names can mean the same large dictionary.
+# Limits on the modules, because a network that contains itself would never end, and on the dictionary entries that are
+# searched and the letters of their names, because many names can refer to the same large dictionary.
 _MAX_MODULES, _MAX_SEARCH = 20_000, 16_000_000
-_ENTRY = 64  # of the latter, for an entry besides its letters
-# Prefixes of wrappers around the network and around each other: torch.compile, DataParallel, torch.compile.
+_ENTRY = 64  # of the latter, for each entry in addition to its letters
+# Prefixes of wrappers around the network, which may be nested: torch.compile, DataParallel, torch.compile.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 
 
 def read_state_dict(path: pathlib.Path, key: str | None = None) -> dict[str, np.ndarray]:
-    """Returns the tensors of a network by name, read-only and in PyTorch's layout, without prefixes of wrappers.
+    """Returns the tensors of a network by name, read-only and in PyTorch's layout, without wrapper prefixes.
 
     Args:
       path: Path of the file.
@@ -119,7 +119,7 @@ def _read_safetensors(file: io.BufferedReader) -> dict[str, np.ndarray]:
 
 
 def _place(name: str, entry: Any, available: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """Returns type, shape, start and end of a tensor, which the header describes and the file has room for."""
+    """Returns type, shape, start and end of a tensor that the header describes; checks that the file contains it."""
     values: Any = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (values.get(key) for key in _PLACE)
     if not isinstance(kind, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
@@ -143,7 +143,7 @@ def _damaged_archive():
         yield
     except UserError:
         raise
-    except Exception as error:  # A damaged archive makes zipfile raise errors of many kinds.
+    except Exception as error:  # A damaged archive makes zipfile raise many kinds of errors.
         raise UserError(f"is a damaged archive ({shown(str(error))})") from None
 
 
@@ -219,7 +219,7 @@ def _read_pickles(file: io.BufferedReader, key: str | None) -> dict[str, np.ndar
 
 
 def _find_tensors(content: Any, key: str | None) -> dict[str, Tensor]:
-    """Returns the tensors of the one network that a file holds, or of that which `key` names."""
+    """Returns the tensors of the only network in a file, or of the one that `key` names."""
     inner, search = content if isinstance(content, dict) else {}, _Search()
     networks = {name: tensors for name, value in inner.items() if (tensors := search.tensors_of(value))}
     if key is not None:
@@ -242,13 +242,13 @@ def _listed(names: Iterable[str]) -> str:
 
 
 class _Search:
-    """A search for networks, which gives up where it would take too long."""
+    """A search for networks that gives up if it would take too long."""
 
     def __init__(self):
         self._done = 0
 
     def tensors_of(self, content: Any) -> dict[str, Tensor]:
-        """Returns the tensors by name if this is a state dict or a pickled network, and else none."""
+        """Returns the tensors by name if this is a state dict or a pickled network, and otherwise none."""
         return self._of_network(content) if isinstance(content, Placeholder) else self._named(content, Tensor)
 
     def _named(self, content: Any, kind: type, prefix: str = "") -> dict[str, Any]:
@@ -263,7 +263,7 @@ class _Search:
         return found
 
     def _of_network(self, network: Placeholder) -> dict[str, Tensor]:
-        """Returns the state dict of a network: parameters and persistent buffers, its own and those of its parts."""
+        """Returns the state dict of a network: parameters and persistent buffers, its own and its submodules'."""
         tensors, pending, count = {}, [("", network)], 0
         while pending:
             prefix, module = pending.pop()
@@ -282,7 +282,7 @@ class _Search:
 
 
 def _arrays(tensors: dict[str, Tensor], read: Callable[[Storage], bytes]) -> dict[str, np.ndarray]:
-    """Returns views of the bytes that hold the values; raises UserError if a tensor reaches beyond its storage."""
+    """Returns views of the bytes that hold the values; raises UserError if a tensor extends beyond its storage."""
     arrays = {}
     for name, tensor in tensors.items():
         dtype, data = _dtype(tensor.storage), read(tensor.storage)

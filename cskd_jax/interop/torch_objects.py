@@ -1,15 +1,15 @@
-"""The objects that are made of a pickle of PyTorch, and the functions that such a pickle may call."""
+"""The objects that are made from a PyTorch pickle, and the functions that such a pickle may call."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from cskd_jax.errors import UserError, printable
 
-# No name of a tensor, module or class is longer. Longer texts are read, but are no keys.
+# No name of a tensor, module or class is longer. Longer strings are read, but not kept as keys.
 MAX_NAME = 1024
-# The elements and letters that all calls and names of a file may copy.
+# Maximum number of elements and letters that all calls and names of a file together may copy.
 _MAX_COPIED = 300_000
-# Functions that harmless files call, with results that are not read here; a Placeholder takes their place.
+# Functions that harmless files call and whose results are not read here; a Placeholder takes the place of a result.
 _INERT_CALLS = (
     "torch.device",
     "torch.nn.backends.thnn._get_thnn_function_backend",  # in every module before 1.2
@@ -25,9 +25,9 @@ class Storage(NamedTuple):
 
     Attributes:
       key: Key of the storage in the file.
-      kind: PyTorch's name of its type, such as "FloatStorage".
+      kind: PyTorch's name for its type, such as "FloatStorage".
       size: Number of values.
-      start: Start of a view into a storage, in values; its size is still that of the whole storage.
+      start: Start of a view into a storage, in values; `size` is still the size of the whole storage.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Global(NamedTuple):
 
 
 class Placeholder:
-    """An object of a class that the file names, which does nothing.
+    """An inert object of a class that the file names.
 
     Attributes:
       state: Its attributes by name, if they are a dictionary.
@@ -65,7 +65,7 @@ class Placeholder:
 
 
 class Calls:
-    """The functions that a file may call, which count what they copy."""
+    """The functions that a file may call; they count what they copy."""
 
     def __init__(self):
         self._copied = 0
@@ -83,7 +83,7 @@ class Calls:
         }
 
     def call(self, name: str, arguments: Iterable[Any]) -> Any:
-        """Returns what stands in the place of the result of a function; raises UserError if it is not allowed."""
+        """Returns a stand-in for the result of a function; raises UserError if the function is not allowed."""
         if name in self._known:
             return self._known[name](*arguments)
         if name in _INERT_CALLS:
@@ -122,12 +122,12 @@ class Calls:
 
 
 def is_name(value: Any) -> bool:
-    """Returns whether a value may be the name of something: a text that is not too long."""
+    """Returns whether a value may be a name: a string that is not too long."""
     return type(value) is str and len(value) <= MAX_NAME
 
 
 def set_items(target: Any, values: list[Any]) -> None:
-    """Sets keys and values that alternate; only names are kept as keys, since nothing is found by any other."""
+    """Sets alternating keys and values; only names are kept as keys, since nothing is looked up by any other key."""
     if isinstance(target, dict):
         target.update((key, value) for key, value in zip(values[::2], values[1::2], strict=True) if is_name(key))
     elif not isinstance(target, Placeholder):
@@ -140,5 +140,5 @@ def too_much() -> UserError:
 
 
 def shown(text: str) -> str:
-    """Returns a text of a file in the form in which a message may show it: short and printable."""
+    """Returns a string from a file in a form that a message may show: short and printable."""
     return printable(text[:200])

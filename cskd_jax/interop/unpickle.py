@@ -1,11 +1,11 @@
 """Reads pickles as PyTorch writes them, without executing anything that they ask for.
 
-A pickle is a program for a machine with a stack, which names functions and classes and has them called. Python's own
-machine hashes whatever a file says, as often as it says, so the files that keep it busy for years are short. The
-machine here makes only what a state dict or a network is read from: dictionaries of texts, lists, tuples, and
-descriptions of tensors. It hashes nothing but short texts, and counts what it makes. A function that it does not know
-is refused, and an object of any class becomes an inert `Placeholder` that only holds its state. A pickled network thus
-gives its tensors although its code is not available.
+A pickle is a program for a stack machine, which names functions and classes and has them called. Python's own machine
+hashes whatever a file says, as often as it says, so a short file can keep it busy for years. The machine here makes
+only what is needed to read a state dict or a network: dictionaries of strings, lists, tuples, and descriptions of
+tensors. It hashes nothing but short strings, and counts what it makes. A function that it does not know is refused, and
+an object of any class becomes an inert `Placeholder` that only holds its state. The tensors of a pickled network can
+thus be read even though its code is not available.
 """
 
 import pickle
@@ -26,33 +26,33 @@ from cskd_jax.interop.torch_objects import (
     too_much,
 )
 
-# Limits on the operations of a pickle, on the containers and objects that it makes, and on the bytes of its texts.
-# Together with those of `Calls` they bound time and memory, since no operation takes longer than what it reads or
-# copies. ResNet152 with Adam's state has 150,000 operations and 20,000 containers.
+# Limits on the operations of a pickle, on the containers and objects that it makes, and on the bytes of its strings.
+# Together with the limits of `Calls`, they bound time and memory, since the cost of an operation is bounded by what it
+# reads or copies. ResNet152 with Adam's state has 150,000 operations and 20,000 containers.
 _MAX_OPERATIONS = 1_000_000
 _MAX_CONTAINERS = 150_000
 _MAX_TEXT = 16 << 20
-# No function that is known takes as many arguments. They are copied when it is called.
+# No known function takes this many arguments. They are copied when it is called.
 _MAX_ARGUMENTS = 20
 # The longest integer of PyTorch's files, which marks the older format, has 10 bytes.
 _MAX_INTEGER = 128
 
 
 class _Mark:
-    """A mark on the stack, at which the operands of an operation begin."""
+    """A mark on the stack where the operands of an operation begin."""
 
 
 _MARK = _Mark()
 
 
 class TorchUnpickler:
-    """A reader of one pickle from a stream, which is left at the position behind the pickle.
+    """A reader of one pickle from a stream, which is left positioned after the pickle.
 
     Args:
       stream: Stream of bytes.
 
     Attributes:
-      storages: Storages that the pickle named, by key.
+      storages: Storages that the pickle names, by key.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -67,7 +67,7 @@ class TorchUnpickler:
 
         Raises:
           UserError: The pickle asks for a call that is not allowed, or exceeds a limit.
-          Exception: The pickle is damaged; errors are of many types.
+          Exception: The pickle is damaged; many types of errors are possible.
         """
         read, stop = self._stream.read, pickle.STOP
         while (code := read(1)) != stop:
@@ -86,7 +86,7 @@ class TorchUnpickler:
         self._stack.append(value)
 
     def _push_new(self, value):
-        """Puts a new container or object onto the stack."""
+        """Pushes a new container or object onto the stack."""
         self._containers += 1
         if self._containers > _MAX_CONTAINERS:
             raise too_much()
@@ -99,7 +99,7 @@ class TorchUnpickler:
         return value
 
     def _pop_mark(self):
-        """Returns the values above the topmost mark, and removes them and the mark."""
+        """Removes the topmost mark and the values above it, and returns the values."""
         stack, position = self._stack, len(self._stack) - 1
         while position >= 0 and stack[position] is not _MARK:
             position -= 1
@@ -131,7 +131,7 @@ class TorchUnpickler:
         return data.decode("utf-8", errors="replace")
 
     def _skip(self, count):
-        """Reads bytes that nothing here needs, such as those of an array of NumPy, without keeping them."""
+        """Reads bytes that are not needed here, such as those of a NumPy array, without keeping them."""
         while count > 0:
             data = self._stream.read(min(count, _MAX_TEXT))
             if not data:
@@ -148,7 +148,7 @@ class TorchUnpickler:
 
     def _integer_line(self):
         text = self._line()
-        if text in ("00", "01"):  # How the oldest protocol writes False and True.
+        if text in ("00", "01"):  # This is how the oldest protocol writes False and True.
             self._push(text == "01")
         elif len(text) > _MAX_INTEGER:
             raise UserError(f"holds a number of {len(text)} digits; allowed are {_MAX_INTEGER}")
@@ -185,7 +185,7 @@ class TorchUnpickler:
         add(self._top(), values)
 
     def _put(self, index):
-        # A pickle remembers one object after another; a number far beyond them would only take memory.
+        # A pickle numbers the objects that it remembers consecutively; a much larger number would only take memory.
         if index > self._operations:
             raise too_much()
         self._memo.extend([_MARK] * (index + 1 - len(self._memo)))
@@ -253,14 +253,14 @@ class TorchUnpickler:
         state, target = self._pop(), self._top()
         if isinstance(target, Placeholder):
             if isinstance(state, dict):
-                target.state = state  # Not a copy: many objects can have one state.
+                target.state = state  # Not a copy: many objects can share one state.
         elif not isinstance(target, dict):  # The attributes of an OrderedDict, such as versions, are not read.
             inner = state[-1] if isinstance(state, tuple) and state else state
             names = ", ".join(list(inner)[:3]) if isinstance(inner, dict) else type(inner).__name__
             raise ValueError(f"{type(target).__name__} takes no state, such as {names}")
 
     def _persistent(self, pid: Any):
-        """Puts an object outside of the pickle: a storage, or a class whose source code the file holds too."""
+        """Pushes an object stored outside of the pickle: a storage, or a class whose source code is in the file too."""
         if type(pid) is not tuple or len(pid) < 2:
             raise UserError("holds something else than storages outside of its pickle")
         if pid[0] == "module":
@@ -288,7 +288,7 @@ def _add(target, values):
     target.update(filter(is_name, values))
 
 
-# Every operation that is read, and what it does. Those of extensions and of buffers outside of the file are not.
+# Every operation that is read, and what it does. Operations for extensions and for buffers outside of the file are not.
 _OPERATIONS: dict[bytes, Callable[[TorchUnpickler], Any]] = {
     pickle.PROTO: TorchUnpickler._protocol,
     pickle.FRAME: lambda m: m._bytes(8),
@@ -356,10 +356,10 @@ _OPERATIONS: dict[bytes, Callable[[TorchUnpickler], Any]] = {
 
 
 def load(stream: BinaryIO) -> tuple[Any, dict[str, Storage]]:
-    """Reads the pickle at the position of a stream, and leaves the position behind it.
+    """Reads the pickle at the current position of a stream, and leaves the stream positioned after it.
 
     Returns:
-      The content and the storages by key. The content is made of dicts and sets of names, lists, tuples, texts,
+      The content and the storages by key. The content is made of dicts and sets of names, lists, tuples, strings,
       numbers, `Tensor`, `Storage`, `Global` and `Placeholder`.
 
     Raises:
@@ -370,5 +370,5 @@ def load(stream: BinaryIO) -> tuple[Any, dict[str, Storage]]:
         return machine.load(), machine.storages
     except (UserError, OSError):
         raise
-    except Exception as error:  # What a damaged pickle makes of the stack has errors of many types.
+    except Exception as error:  # What a damaged pickle does to the stack raises many types of errors.
         raise UserError(f"holds no sound pickle ({type(error).__name__}: {shown(str(error))})") from None

@@ -1,7 +1,7 @@
 """Distillation losses: pure functions of arrays, and the methods that configurations name.
 
-The functions take arrays and stand alone. `LOSSES` is the table of the methods: linen modules that apply a function to
-the outputs of student and teacher. Their fields are the hyper-parameters that `config.losses.NAME` may set.
+The functions take arrays and can be used on their own. `LOSSES` is the table of the methods: linen modules that apply a
+function to the outputs of student and teacher. Their fields are the hyperparameters that `config.losses.NAME` may set.
 """
 
 from cskd_jax.losses._arrays import half_cosine

@@ -12,9 +12,9 @@ from cskd_jax.losses._arrays import safe_rsqrt
 def gather_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
     """Returns the rows of all devices in the order of the global batch; `x` itself where `axis_name` is None.
 
-    A loss of the gathered rows has the same value on every device. Each device then holds the gradient of the global
-    loss with respect to its own rows times the number of devices, so that the mean over devices of the gradients of
-    shared parameters is the gradient of the global loss.
+    A loss computed from the gathered rows has the same value on every device. Each device then holds the gradient of
+    the global loss with respect to its own rows times the number of devices, so that the mean over devices of the
+    gradients of shared parameters is the gradient of the global loss.
 
     Args:
       x: Rows of this device, [B, ...].
@@ -32,13 +32,13 @@ def sum_batch(x: Any, axis_name: str | None) -> Any:
 
 
 def mean_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Returns the mean [D] over the rows, or positions, of the global batch, of which `x` [B, ..., D] has a part."""
+    """Returns the mean [D] over the rows, or positions, of the global batch; `x` [B, ..., D] is this device's part."""
     mean = jnp.mean(x, axis=tuple(range(x.ndim - 1)))
     return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
 def count_batch(x: jax.Array, axis_name: str | None) -> int:
-    """Returns the number of rows of the global batch, of which `x` has those of this device."""
+    """Returns the number of rows of the global batch; `x` holds the rows of this device."""
     return len(x) * (1 if axis_name is None else lax.axis_size(axis_name))
 
 

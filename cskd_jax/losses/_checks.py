@@ -27,7 +27,7 @@ def check_labels(labels: jax.Array, batch_size: int) -> None:
 
 
 def check_multilabels(labels: jax.Array, batch_size: int, num_classes: int | None = None) -> None:
-    """Raises TypeError unless `labels` are floating point or bool, ValueError unless [batch_size, num_classes]."""
+    """Raises TypeError unless `labels` are float or bool, ValueError unless of shape [batch_size, num_classes]."""
     dtype, shape = jnp.result_type(labels), jnp.shape(labels)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.bool_)):
         raise TypeError(f"multi-label labels must have a floating-point dtype or be bool, got {dtype}")
@@ -37,27 +37,27 @@ def check_multilabels(labels: jax.Array, batch_size: int, num_classes: int | Non
 
 
 def check_same_shape(**arrays: jax.Array) -> None:
-    """Raises ValueError unless all the arrays, given by name, have one shape."""
+    """Raises ValueError unless all the arrays, given by name, have the same shape."""
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
 def check_logits(student_logits: jax.Array, teacher_logits: jax.Array) -> None:
-    """Raises TypeError unless both are floating point, ValueError unless both are [B, C] of one shape."""
+    """Raises TypeError unless both are floating point, ValueError unless both have the same shape [B, C]."""
     check_float("student_logits", student_logits, ndim=2)
     check_float("teacher_logits", teacher_logits, ndim=2)
     check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
 
 
 def check_temperature(temperature: float | jax.Array) -> None:
-    """Raises ValueError unless `temperature` is greater than 0; the value of an array is not known while tracing."""
+    """Raises ValueError unless `temperature` is greater than 0; an array's value is not known while tracing."""
     if not isinstance(temperature, jax.Array) and not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
 
 
 def check_same_batch(**arrays: jax.Array) -> None:
-    """Raises ValueError unless all the arrays, given by name, have one leading dimension."""
+    """Raises ValueError unless all the arrays, given by name, have the same leading dimension."""
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len({shape[0] for shape in shapes.values()}) > 1:
         text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -1,6 +1,6 @@
-"""Layers that methods train beside the student, to bring its maps to the teacher's channels.
+"""Layers that methods train along with the student, to map its features to the teacher's channels.
 
-Most are used in training only: they normalize by the statistics of the batch and keep no running averages.
+Most are used only in training: they normalize by the statistics of the batch and keep no running averages.
 """
 
 from collections.abc import Callable
@@ -80,8 +80,8 @@ class Normalization(nn.Module):
     Attributes:
       axis_name: Name of the mapped axis over which the batch is split, or None.
       epsilon: Number added to the variance.
-      running: Whether the collection "memory" holds running averages of mean and variance, which a call without
-        `train` normalizes by. As in PyTorch, their momentum is 0.1 and the averaged variance is the unbiased one.
+      running: Whether the collection "memory" holds running averages of mean and variance, by which a call without
+        `train` normalizes. As in PyTorch, their momentum is 0.1 and the averaged variance is the unbiased one.
     """
 
     axis_name: str | None = None
@@ -119,7 +119,7 @@ class Connector(nn.Module):
       kernel_size: Side of the square kernel.
       axis_name: Name of the mapped axis over which the batch is split, or None.
       kernel_init: Initializer of the kernel.
-      running: Whether running averages are kept, see `Normalization`.
+      running: Whether running averages are kept (see `Normalization`).
     """
 
     features: int
@@ -136,13 +136,13 @@ class Connector(nn.Module):
 
 
 class Projector(nn.Module):
-    """A `Connector` 1x1 to fewer channels, one of 3x3 and one of 1x1, each followed by a ReLU.
+    """A 1x1 `Connector` to fewer channels, then a 3x3 and a 1x1 `Connector`, each followed by a ReLU.
 
     Attributes:
       hidden: Number of channels between the connectors.
       features: Number of output channels.
       axis_name: Name of the mapped axis over which the batch is split, or None.
-      running: Whether running averages are kept, see `Normalization`.
+      running: Whether running averages are kept (see `Normalization`).
     """
 
     hidden: int
@@ -162,13 +162,14 @@ class Projector(nn.Module):
 class Regressor(nn.Module):
     """A convolution with bias to the size and the channels of another map, followed by a `Normalization`.
 
-    The convolution is that of the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller):
-    3x3 with stride 2 to half the size, transposed 4x4 with stride 2 to twice the size, and otherwise without padding,
-    with the kernel that leaves the size wanted; 1x1 where the sizes are equal.
+    The convolution is the one in the reference code of CRD (Tian et al. 2020,
+    https://github.com/HobbitLong/RepDistiller): 3x3 with stride 2 to halve the size, transposed 4x4 with stride 2 to
+    double it, and otherwise unpadded with the kernel size that gives the desired output size, which is 1x1 where the
+    sizes are equal.
 
     Attributes:
       features: Number of output channels.
-      size: Height and width of the output: half or twice those of the input, or at most those of the input.
+      size: Height and width of the output: half or twice the input's, or at most the input's.
       axis_name: Name of the mapped axis over which the batch is split, or None.
     """
 
@@ -185,7 +186,7 @@ class Regressor(nn.Module):
         if given == _twice(self.size):
             kernel_size, stride, padding = (3, 3), 2, 1
         elif self.size == _twice(given):
-            # A transposed convolution is one of the map with zeros in between.
+            # A transposed convolution is a convolution of the map with zeros in between.
             kernel_size, dilation, padding = (4, 4), 2, 2
         kernel = self.param("kernel", torch_uniform, (*kernel_size, x.shape[-1], self.features), dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
@@ -203,9 +204,9 @@ class Regressor(nn.Module):
 class Orthogonal(nn.Module):
     """A linear map of the last axis by an orthogonal matrix, which keeps lengths and angles, in at least float32.
 
-    The matrix has orthonormal columns, or rows where the output is wider than the input. It is a product of
-    reflections, see `orthogonal_matrix`, and so stays orthogonal whatever an optimizer does to its parameters. It
-    starts uniformly distributed over all such matrices.
+    The matrix has orthonormal columns, or rows where the output is wider than the input. It is a product of reflections
+    (see `orthogonal_matrix`), so it stays orthogonal whatever an optimizer does to its parameters. Its initial value is
+    uniformly distributed over all such matrices.
 
     Attributes:
       features: Number of output channels.
@@ -226,9 +227,9 @@ class Orthogonal(nn.Module):
 def orthogonal_matrix(reflections: jax.Array) -> jax.Array:
     """Returns a matrix with orthonormal columns, minus the first k columns of a product of k Householder reflections.
 
-    Reflection i is I - 2 v v^T / |v|^2, with v zero above position i, 1 at it, and below it column i of the argument,
-    of which nothing else is read. The product is I - V T V^T, where T^-1 is the strictly upper part of V^T V and half
-    its diagonal. Such matrices are orthogonal for all arguments. Time is O(n k^2).
+    Reflection i is I - 2 v v^T / |v|^2, where v is zero above position i, 1 at position i, and equal to column i of the
+    argument below it; nothing else of the argument is read. The product is I - V T V^T, where T^-1 is the strictly
+    upper part of V^T V plus half its diagonal. The result is orthogonal for every argument. Time is O(n k^2).
 
     Args:
       reflections: Real numbers [n, k], with n >= k.
@@ -242,8 +243,8 @@ def orthogonal_matrix(reflections: jax.Array) -> jax.Array:
     inverse = jnp.triu(products, 1) + jnp.diag(jnp.diagonal(products) / 2)
     size = reflections.shape[1]
     matrix = _dot(vectors, solve_triangular(inverse, vectors[:size].T)) - identity
-    # In float32 the columns are then orthonormal to 6e-6; a step of Newton's method leaves 6e-7. The error of Q^T Q
-    # takes the diagonal of Q by itself, so that small numbers are not added to numbers of size 1.
+    # In float32 the columns are then orthonormal to 6e-6; one step of Newton's method reduces that to 6e-7. The error
+    # of Q^T Q treats the diagonal of Q separately, so that small numbers are not added to numbers of size 1.
     diagonal = jnp.diagonal(matrix)
     rest = matrix - identity * diagonal
     mixed = diagonal[:, None] * rest[:size]
@@ -252,7 +253,7 @@ def orthogonal_matrix(reflections: jax.Array) -> jax.Array:
 
 
 def _uniform_reflections(key, shape, dtype):
-    """Draws the reflections that bring random vectors to the axes, whose product is uniformly distributed."""
+    """Draws the reflections that map random vectors to the axes; their product is uniformly distributed."""
     x = jnp.tril(jax.random.normal(key, shape, dtype))
     diagonal, norms = jnp.diagonal(x), jnp.linalg.norm(x, axis=0)
     return jnp.tril(x / (diagonal + jnp.copysign(norms, diagonal)), -1)

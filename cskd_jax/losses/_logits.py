@@ -1,4 +1,4 @@
-"""Functions that losses of logits share: standardized logits, the label against the rest, softmax over some classes."""
+"""Functions that logit losses share: standardized logits, the label against the rest, softmax over some classes."""
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,20 @@ _NEGLIGIBLE = 1e-24
 def standardize_logits(logits: jax.Array) -> jax.Array:
     """Scales the logits of every sample to mean 0 and standard deviation 1 over the classes.
 
-    It is n(z) = (z - mean z) / (std z + 1e-7), where the sum of squares in std is divided by C - 1. A loss of
-    standardized logits asks for the order and the spacing of the teacher's logits, not for their size; any loss of
-    logits can be combined with it.
+    This computes n(z) = (z - mean z) / (std z + 1e-7), where the sum of squares in std is divided by C - 1. A loss on
+    standardized logits transfers the order and the spacing of the teacher's logits, not their scale; any logit loss can
+    be combined with it.
 
     Args:
       logits: Logits, float [B, C], with C >= 2.
 
     Returns:
-      An array [B, C] of at least float32, which is differentiated through mean and deviation. Logits that are all
-      equal become 0, with zero gradient.
+      An array [B, C] of at least float32, differentiated through the mean and the deviation. Logits that are all equal
+      become 0, with zero gradient.
 
     Raises:
       TypeError: If the logits are not floating point.
-      ValueError: If they do not have 2 dimensions, or fewer than 2 classes.
+      ValueError: If they do not have 2 dimensions, or have fewer than 2 classes.
 
     References:
       Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024,
@@ -46,18 +46,18 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
 
 
 def read_logits(inputs: LossInputs, standardize: bool) -> tuple[jax.Array, jax.Array]:
-    """Returns the logits of student and teacher, through `standardize_logits` if that is asked for."""
+    """Returns the logits of student and teacher, standardized by `standardize_logits` if requested."""
     student, teacher = inputs.student.logits, inputs.teacher.logits
     return (standardize_logits(student), standardize_logits(teacher)) if standardize else (student, teacher)
 
 
 def is_class(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Returns which class is that of the label, bool [B, C]."""
+    """Returns a mask of the class of each label, bool [B, C]."""
     return jnp.arange(num_classes, dtype=jnp.int32) == labels.astype(jnp.int32)[:, None]
 
 
 def decouple(logits: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Splits the distribution softmax(logits) into the target against the rest, and the rest among itself.
+    """Splits the distribution softmax(logits) into the target against the rest, and the distribution over the rest.
 
     Args:
       logits: Logits, float [B, C], with C >= 2.
@@ -82,12 +82,12 @@ def binary_divergence(teacher: tuple[jax.Array, jax.Array], student: tuple[jax.A
 def masked_log_softmax(logits: jax.Array, keep: jax.Array) -> jax.Array:
     """Returns the logarithm of the softmax over the classes that `keep` marks, with 0 at all others.
 
-    A row of which nothing is kept is 0, with zero gradient.
+    A row in which nothing is kept is 0, with zero gradient.
 
     Args:
       logits: Logits, float [B, C].
       keep: Mask, bool [B, C].
     """
-    nothing = ~jnp.any(keep, axis=1, keepdims=True)  # Their sum would be 0 and its logarithm infinite.
+    nothing = ~jnp.any(keep, axis=1, keepdims=True)  # The sum would be 0 and its logarithm infinite.
     total = jax.nn.logsumexp(jnp.where(keep | nothing, logits, -jnp.inf), axis=1, keepdims=True)
     return jnp.where(keep, logits - total, 0)

@@ -1,4 +1,4 @@
-"""Exits from the stages of a Vision Transformer: patches merged, a few more blocks, and a classifier."""
+"""Exits from the stages of a Vision Transformer: patch merging, a few more blocks, and a classifier."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from jax import lax
 
 from cskd_jax.losses._connectors import Pointwise
 
-# The constants of the authors of OFA-KD: merging ends before a side has fewer patches than this.
+# The constants of the OFA-KD authors: merging ends before a side has fewer patches than this.
 _LEAST_SIDE = 7
 _HEADS = 4
 _MLP_RATIO = 4
@@ -20,7 +20,7 @@ _initial = nn.initializers.truncated_normal(0.02)
 
 
 class _LayerNorm(nn.Module):
-    """Normalization of the last axis to mean 0 and variance 1, then a trained scale and offset."""
+    """Normalization of the last axis to mean 0 and variance 1, followed by a trained scale and offset."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -32,7 +32,7 @@ class _LayerNorm(nn.Module):
 
 
 class _PatchMerging(nn.Module):
-    """The four patches of every square of 2x2, one after the other, normalized and mapped linearly to the size of one.
+    """Merges every 2x2 square of patches: concatenates, normalizes and linearly maps them to the size of one patch.
 
     Attributes:
       has_activation: Whether a GELU follows.
@@ -51,7 +51,7 @@ class _PatchMerging(nn.Module):
 
 
 class _Block(nn.Module):
-    """Self-attention of four heads and an MLP, each with a normalization before it and a shortcut around it."""
+    """Four-head self-attention and an MLP, each with a normalization before it and a shortcut around it."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,10 +71,11 @@ class _Block(nn.Module):
 
 
 class TokenExit(nn.Module):
-    """A classifier of the tokens of a stage, as OFA-KD has it (Hao et al. 2023).
+    """A classifier of the tokens of a stage, as in OFA-KD (Hao et al. 2023).
 
-    Squares of 2x2 patches are merged into one as long as a side keeps seven patches. All tokens then pass through
-    blocks of a Vision Transformer; the first one, or the mean of all where there are only patches, is classified.
+    Squares of 2x2 patches are merged into one as long as each side keeps at least seven patches. All tokens then pass
+    through blocks of a Vision Transformer; then the first token, or the mean of all where there are only patches, is
+    classified.
 
     Attributes:
       num_classes: Number of classes.
@@ -86,10 +87,10 @@ class TokenExit(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, grid: Any) -> jax.Array:
-        """Maps tokens [B, T, D], whose patches lie as `grid` says, to logits [B, num_classes].
+        """Maps tokens [B, T, D], whose patches are arranged as `grid` says, to logits [B, num_classes].
 
         Raises:
-          ValueError: The size D of a token does not divide by four, or a side that is to be halved is odd.
+          ValueError: The size D of a token is not divisible by four, or a side that is to be halved is odd.
         """
         size = tokens.shape[-1]
         if size % _HEADS:

@@ -1,4 +1,4 @@
-"""Distillation by the alpha-beta divergence, of which several divergences are special cases and limits."""
+"""Distillation by the alpha-beta divergence, which has several divergences as special cases and limits."""
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,19 @@ def abkd_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the alpha-beta divergence between the distributions p of the teacher and q of the student.
 
-    It is -1/(a b) sum over c of p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b), with p and q the softmax of z / T, and
-    its limits where a, b or a + b is 0: it approaches KL(p || q) at a = 1, b = 0, KL(q || p) at a = 0, b = 1, and half
-    the sum of (ln q - ln p)^2 at a = b = 0. There is no factor T^2. Time and memory are O(B C).
+    The divergence is -1/(a b) sum over c of p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b), with p and q the softmax of z
+    / T, and its limits where a, b or a + b is 0: it approaches KL(p || q) at a = 1, b = 0, KL(q || p) at a = 0, b = 1,
+    and half the sum of (ln q - ln p)^2 at a = b = 0. There is no factor T^2. Time and memory are O(B C).
 
     Args:
-      student_logits: Logits of the student, float [B, C]. A class with an infinite logit of either is left out.
+      student_logits: Logits of the student, float [B, C]. A class that has an infinite logit in either network is left
+        out.
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
       alpha: Exponent a.
-      beta: Exponent b. With a negative exponent, tiny probabilities make the value huge, and may make it infinite.
+      beta: Exponent b. With a negative exponent, tiny probabilities make the value huge, possibly infinite.
       temperature: Temperature T, greater than 0.
-      released_limits: Whether the value where b or a + b is 0 is multiplied by a, and where a is 0 by b, as the
-        authors' code does: it jumps there, unless that factor is 1.
+      released_limits: Whether the value where b or a + b is 0 is multiplied by a, and where a is 0 by b, as in the
+        authors' code; the loss is then discontinuous there, unless that factor is 1.
 
     Returns:
       A scalar, the mean over the batch, and the terms `entropy` and `entropy_tempered`, the mean entropies of the
@@ -76,17 +77,17 @@ def abkd_tokens_loss(
       labels: Labels of the tokens, int [B, S].
       alpha: Exponent a.
       beta: Exponent b.
-      padding: Label of the tokens that do not count.
+      padding: Label that marks tokens that do not count.
 
     Returns:
       A scalar of at least float32: the mean over the tokens that count, 0 if there is none.
 
     Raises:
-      TypeError: If the logits are not floating point, or the labels not integers.
+      TypeError: If the logits are not floating point, or the labels are not integers.
       ValueError: If shapes do not fit.
 
     References:
-      Those of `abkd_loss`.
+      See `abkd_loss`.
     """
     check_float("student_logits", student_logits, ndim=3)
     check_float("teacher_logits", teacher_logits, ndim=3)
@@ -105,8 +106,8 @@ def _divergences(student, teacher, alpha, beta):
     """Returns the divergence along the last axis.
 
     With g_k(x, y) = (e^(k y) - e^(k x)) / k, and y - x at k = 0, it is the sum over c of (g_{a+b}(x, y) - e^(a x)
-    g_b(x, y)) / a for x = ln p, y = ln q. That formula holds without division by b or a + b, and the one with the roles
-    of p and q exchanged without division by a. So no limit needs a branch but that of a = b = 0.
+    g_b(x, y)) / a for x = ln p, y = ln q. This formula has no division by b or a + b, and the one with the roles of p
+    and q exchanged has no division by a. So the only limit that needs a branch is a = b = 0.
     """
     finite = jnp.isfinite(student) & jnp.isfinite(teacher)
     p = jnp.where(finite, jax.nn.log_softmax(lax.stop_gradient(teacher)), 0)
@@ -150,9 +151,9 @@ class ABKD(Method):
       beta: Exponent of the student's probabilities, of either sign.
       temperature: Temperature of the softmax, greater than 0.
       standardize: Whether the logits of every sample are first scaled to mean 0 and standard deviation 1; the loss is
-        then also multiplied by the square of the temperature, as in the authors' code.
+        then also multiplied by the squared temperature, as in the authors' code.
       released_limits: Whether the limits at which alpha, beta or their sum is 0 have the factors of the authors' code,
-        with which the loss jumps there.
+        which make the loss discontinuous there.
     """
 
     alpha: Signed = 0.5

@@ -19,23 +19,24 @@ def activation_boundary_loss(
     """Computes the activation boundary loss, with a margin m around the boundaries.
 
     The loss is the sum over stages l = 1..L of 2^(l - L) 3 / (1000 B) sum of relu(s + m)^2 where t <= 0, relu(m - s)^2
-    where t > 0: a neuron that is off in the teacher is pushed below -m, one that is on above m. The inner sum is over
-    all elements of the stage. The constant 3 / 1000 is that of the reference code of CRD (Tian et al. 2020,
+    where t > 0: a neuron that is off in the teacher is pushed below -m, and one that is on is pushed above m. The inner
+    sum is over all elements of the stage. The constant 3 / 1000 is from the reference code of CRD (Tian et al. 2020,
     https://github.com/HobbitLong/RepDistiller). Time and memory are O(B H W D) per stage.
 
     Args:
-      student_stages: Pre-activations of the student, float [B, H_l, W_l, D_l], the first stage first, brought to the
+      student_stages: Pre-activations of the student, float [B, H_l, W_l, D_l], first stage first, mapped to the
         teacher's channels.
       teacher_stages: Pre-activations of the teacher in the same shapes. They are never differentiated; only their signs
         are read.
       margin: Margin m, greater than 0.
 
     Returns:
-      A scalar of at least float32: the mean over the batch (B is that of the arrays) of sums over the elements.
+      A scalar of at least float32: the mean over the batch (B is the batch size of the arrays) of sums over the
+      elements.
 
     Raises:
       TypeError: If a stage is not floating point.
-      ValueError: If numbers of stages or shapes differ, or if the margin is not positive.
+      ValueError: If the numbers of stages or the shapes differ, or if the margin is not positive.
 
     References:
       Heo, Lee, Yun, Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons", AAAI
@@ -59,13 +60,13 @@ def activation_boundary_loss(
 class ActivationBoundary(Method):
     """Applies `activation_boundary_loss` to the pre-activations of all stages.
 
-    Where the shapes differ, a trainable convolution with batch normalization brings the student's pre-activations to
-    the size and the channels of the teacher's, see `_connectors.Regressor`. Where the teacher's map is larger, but not
+    Where the shapes differ, a trainable convolution with batch normalization maps the student's pre-activations to the
+    size and the channels of the teacher's (see `_connectors.Regressor`). Where the teacher's map is larger, but not
     twice as large, both are average-pooled to a common size first. The paper uses the loss alone to initialize the
     student, which is then trained with cross-entropy.
 
     Attributes:
-      margin: Margin around a boundary, by which a neuron is pushed below or above it; greater than 0.
+      margin: Margin by which a neuron is pushed below or above a boundary, greater than 0.
     """
 
     margin: Positive = 1.0

@@ -1,4 +1,4 @@
-"""Attention transfer: the student learns where on a stage's map the activation lies."""
+"""Attention transfer: the student learns where the activation is on the map of each stage."""
 
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ def attention_map(features: jax.Array) -> jax.Array:
 
 
 def attention_transfer_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
-    """Computes attention transfer at one stage: the mean of (Q^s - Q^t)^2, where Q is that of `attention_map`.
+    """Computes attention transfer at one stage: the mean of (Q^s - Q^t)^2, with Q from `attention_map`.
 
     Where the maps differ in size, the larger is first average-pooled to the smaller. Time is O(B H W D), memory O(B H
     W) beyond the features.
@@ -43,7 +43,7 @@ def attention_transfer_loss(student_features: jax.Array, teacher_features: jax.A
 
     References:
       Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, https://arxiv.org/abs/1612.03928, Eq. 2.
-      The squared difference is averaged instead of its norm taken, as in the reference code of CRD (Tian et al. 2020,
+      The squared difference is averaged instead of taking its norm, as in the reference code of CRD (Tian et al. 2020,
       https://github.com/HobbitLong/RepDistiller).
     """
     check_float("student_features", student_features, ndim=4)

@@ -8,13 +8,13 @@ from flax import linen as nn
 
 from cskd_jax.losses._checks import at_least_float32
 
-# Types of the settings of a loss, for which a plain float (at least 0) or int (at least 0) allows too much.
+# Types for the settings of a loss for which a plain float (at least 0) or int (at least 0) allows too much.
 Positive = Annotated[float, "greater than 0"]
 Fraction = Annotated[float, "in [0, 1)"]
 Share = Annotated[float, "in [0, 1]"]
 Count = Annotated[int, "at least 1"]
 Signed = Annotated[float, "any finite number"]
-# The features of a student that a loss of embeddings reads: those of its classifier, or the mean of the last stage.
+# The student features that an embedding loss reads: the classifier's input, or the mean of the last stage.
 EmbeddingSource = Literal["embedding", "tokens"]
 
 
@@ -28,12 +28,12 @@ class NetworkOutput(Protocol):
 
     @property
     def head_logits(self) -> tuple[jax.Array, ...]:
-        """Returns the logits of each head, of which `logits` are the mean; empty for a network of one head."""
+        """Returns the logits of each head, whose mean is `logits`; empty for a network with one head."""
         ...
 
     @property
     def members(self) -> tuple[Any, ...]:
-        """Returns the outputs of each of several networks, of which `logits` are the combination; empty for one."""
+        """Returns the outputs of each of several networks, which `logits` combine; empty for a single network."""
         ...
 
     @property
@@ -43,7 +43,7 @@ class NetworkOutput(Protocol):
 
     @property
     def embedding(self) -> Any:
-        """Returns the pooled last map [B, D]; None where a network does not give it."""
+        """Returns the pooled last map [B, D]; None where a network does not provide it."""
         ...
 
     @property
@@ -53,17 +53,17 @@ class NetworkOutput(Protocol):
 
     @property
     def tokens(self) -> tuple[tuple[jax.Array, ...], Any]:
-        """Returns the tokens [B, T, D] of each stage and their `TokenGrid`; nothing and None of a network of maps."""
+        """Returns the tokens [B, T, D] of each stage and their `TokenGrid`; empty and None for a network of maps."""
         ...
 
     @property
     def stages(self) -> tuple[jax.Array, ...]:
-        """Returns the map that each stage hands on to the next part of the network."""
+        """Returns the map that each stage passes on to the next part of the network."""
         ...
 
     @property
     def stem(self) -> Any:
-        """Returns the map of the stem; None where a network does not give it."""
+        """Returns the map of the stem; None where a network does not provide it."""
         ...
 
 
@@ -85,7 +85,7 @@ class Head(NamedTuple):
         return at_least_float32(features).astype(kernel.dtype) @ kernel + bias
 
     def check(self, channels: int) -> None:
-        """Raises ValueError unless the classifier takes the means of the channels of a map."""
+        """Raises ValueError unless the classifier takes the channel means of a map as input."""
         if channels != self.kernel.shape[0]:
             raise ValueError(
                 f"a loss applies a classifier of {self.kernel.shape[0]} features to a map of {channels} channels; it "
@@ -106,13 +106,13 @@ class Norm(NamedTuple):
 
 
 class FirstPhase(NamedTuple):
-    """How a method trains in a first phase of its own, in which no other loss is on.
+    """How a method trains in a first phase of its own, in which no other loss is active.
 
     Attributes:
-      trains_network: Whether the stages of the network train, all that precedes the head and the classifier; if not,
-        only what the method itself trains.
+      trains_network: Whether the stages of the network train, that is, everything before the head and the classifier;
+        if not, only the method's own parameters train.
       settings: Settings of the method in that phase, which override those of a configuration.
-      later: Its settings after that phase; None if it is then off.
+      later: Settings of the method after that phase; None if it is off from then on.
     """
 
     trains_network: bool
@@ -126,7 +126,7 @@ class View(NamedTuple):
     Attributes:
       student: Outputs of the student, which are differentiated.
       teacher: Outputs of the teacher, which are not differentiated; None where no loss reads a teacher.
-      average: Outputs of the moving average of the student likewise; None where no loss reads it.
+      average: Outputs of the moving average of the student, which are not differentiated; None where no loss reads it.
     """
 
     student: NetworkOutput
@@ -139,7 +139,7 @@ class Mixed(NamedTuple):
 
     Attributes:
       labels: Labels of the other images, int32 [B].
-      share: Share that each image has of itself, float32 [B]; the rest is of the other image.
+      share: Share of each image in its mixture, float32 [B]; the rest comes from the other image.
     """
 
     labels: jax.Array
@@ -152,46 +152,46 @@ class LossInputs(NamedTuple):
     Attributes:
       student: Outputs of the student, which are differentiated.
       teacher: Outputs of the teacher, which are not differentiated; None where no method of the run needs a teacher.
-      labels: Labels, int32 [B], or float32 [B, C] where images have several classes (multi-label).
+      labels: Labels, int32 [B], or float32 [B, C] where an image may have several classes (multi-label).
       indices: Positions of the samples in the training split, int32 [B]; None where the batch does not carry them.
       key: Key of the random draws of this step, the same on all devices; None where nothing is drawn.
-      student_head: Classifier of the student, which is differentiated; None where a network does not give it.
-      teacher_head: Classifier of the teacher, which is not differentiated; None likewise.
-      teacher_norms: Batch normalizations before the last ReLU of each stage of the teacher, whose outputs (on their
-        branch, if it is a residual one) make its preactivations; None likewise.
-      epoch: The epoch, an int32 scalar that counts from 0 as the weights of losses do; set by the objective.
-      views: Further augmented versions of the same images, as many as the loss of the run that needs most asks for.
-      mixed: How the images were mixed with each other; None if they were not. `labels` are then those of the images
-        before.
-      average: Outputs of the moving average of the student, before the step and in evaluation mode, which are not
+      student_head: Classifier of the student, which is differentiated; None where a network does not provide it.
+      teacher_head: Classifier of the teacher, which is not differentiated; None where a network does not provide it.
+      teacher_norms: Batch normalizations before the last ReLU of each stage of the teacher, whose outputs (on the
+        residual branch, if there is one) make its preactivations; None where a network does not provide them.
+      epoch: The epoch, an int32 scalar that counts from 0, as the schedules of loss weights do; set by the objective.
+      views: Further augmented versions of the same images, as many as the most demanding loss of the run needs.
+      mixed: How the images were mixed with each other; None if they were not mixed. `labels` are then the labels of the
+        images before mixing.
+      average: Outputs of the moving average of the student before the step, in evaluation mode, which are not
         differentiated; None unless a loss of the run has teacher="average".
     """
 
     student: NetworkOutput
-    teacher: NetworkOutput | Any  # Any stands for None, which no method that needs a teacher meets.
+    teacher: NetworkOutput | Any  # Any stands for None, which no method that needs a teacher ever sees.
     labels: jax.Array
     indices: jax.Array | None = None
     key: jax.Array | None = None
     student_head: Head | Any = None
     teacher_head: Head | Any = None
     teacher_norms: tuple[Norm, ...] | Any = None
-    epoch: jax.Array | Any = None  # Any stands for None, which no method meets.
+    epoch: jax.Array | Any = None  # Any stands for None, which no method ever sees.
     views: tuple[View, ...] = ()
     mixed: Mixed | None = None
     average: NetworkOutput | Any = None
 
 
 class Method(nn.Module):
-    """A term of the objective: its hyper-parameters are its fields, and whatever it trains are its variables.
+    """A term of the objective: its hyperparameters are its fields, and whatever it trains is in its variables.
 
     Subclasses define `__call__(inputs: LossInputs) -> (scalar, {term: scalar})` and follow the contract of the losses:
     a mean over the batch is taken over the local samples, a relation between samples over the global batch along
     `axis_name`.
 
     The collection "params" holds what a method trains. The collection "memory" holds what it remembers from step to
-    step without training it. A method assigns new values to its memory in every call but that of `init`, and computes
-    them from the global batch, so that they are equal on all devices. A draw from `inputs.key` is folded with the
-    position of the sample in the global batch, so that it does not depend on the number of devices.
+    step without training it. A method assigns new values to its memory in every call except `init`, and computes them
+    from the global batch, so that they are equal on all devices. A draw from `inputs.key` is folded with the position
+    of the sample in the global batch, so that it does not depend on the number of devices.
 
     Attributes:
       num_classes: Number of classes; set by the objective, not by configurations.
@@ -199,20 +199,20 @@ class Method(nn.Module):
       num_examples: Size of the training split, 0 if unknown; set by the objective, not by configurations.
       batch_size: Number of images that the losses see at once, over all devices, 0 if unknown; the last batch of an
         epoch may have fewer. Set by the objective, not by configurations.
-      teacher: Teacher that `inputs.teacher` is: the number of one of several, from 0; "average" for the moving average
+      teacher: Which teacher `inputs.teacher` is: the number of one of several, from 0; "average" for the moving average
         of the student; None for all teachers as one.
       needs_teacher: Whether the method reads `inputs.teacher`.
       multilabel: Kind of labels that the method reads: True for [B, C], False for [B], None if it reads no labels and
-        so takes both.
-      mixes: Whether the method follows `inputs.mixed`, where it reads labels.
-      supervises: Whether the loss is of the labels alone, so that a student of such losses only is one that learns
+        so accepts both.
+      mixes: Whether the method takes `inputs.mixed` into account where it reads labels.
+      supervises: Whether the loss depends on the labels alone, so that a student trained only by such losses learns
         without distillation.
-      baseline: Whether a student that distills by this loss alone, beside losses of the labels, is one that other
-        methods are compared with.
-      parts: Parts of the loss whose contributions are studied apart: {name: the setting with its weight}.
-      predicts: Whether the method replaces the prediction of the student by that of `predict`.
-      version: Version of the formula. It is raised when the same settings lead to other values than before, so that no
-        run that was begun with the old formula is continued with the new one.
+      baseline: Whether a student trained by this loss and otherwise only by losses on the labels is a baseline that
+        other methods are compared with.
+      parts: Parts of the loss whose contributions are studied separately: {name: the setting with its weight}.
+      predicts: Whether the method replaces the prediction of the student with that of `predict`.
+      version: Version of the formula. It is increased when the same settings lead to different values than before, so
+        that no run started with the old formula is continued with the new one.
       views: Number of `inputs.views` that the method needs, each of which is a forward pass of both networks.
       first_phase: How the method trains in a first phase of its own; None if it has none.
     """
@@ -235,23 +235,23 @@ class Method(nn.Module):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Returns the names of its parameters that neither train nor decay under its present settings."""
+        """Returns the names of the parameters that neither train nor decay under the current settings."""
         return ()
 
     @property
     def undecayed(self) -> tuple[str, ...]:
-        """Returns the names of its parameters that train, but never decay."""
+        """Returns the names of the parameters that train but never decay."""
         return ()
 
     @property
     def num_peers(self) -> int:
-        """Returns the number of networks like the student that must learn with it."""
+        """Returns the number of networks like the student that must be trained with it."""
         return 0
 
     def predict(self, student: NetworkOutput) -> jax.Array:
-        """Returns the logits [B, C] by which a student of this method predicts, if `predicts` is set.
+        """Returns the logits [B, C] with which a student of this method predicts, if `predicts` is set.
 
         It reads the outputs of the student in evaluation mode, and the variables of the method, which checkpoints keep
-        beside those of the student; no teacher is needed.
+        along with those of the student; no teacher is needed.
         """
         raise NotImplementedError(f"{type(self).__name__} does not predict")

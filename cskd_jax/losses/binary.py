@@ -1,4 +1,4 @@
-"""Losses on the logits of multi-label networks, in which every class is a yes-or-no question of its own."""
+"""Losses on the logits of multi-label networks, in which every class is a separate yes-or-no question."""
 
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ def binary_cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array
       A scalar of at least float32: the mean over all B C elements.
 
     Raises:
-      TypeError: If the logits are not floating point, or the labels neither floating point nor bool.
+      TypeError: If the logits are not floating point, or the labels are neither floating point nor bool.
       ValueError: If shapes do not fit.
     """
     check_float("logits", logits, ndim=2)
@@ -34,7 +34,7 @@ def binary_cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array
 def binary_kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 4.0) -> jax.Array:
     """Computes distillation of multi-label logits: T^2 sum_c KL(Bernoulli(p^t_c) || Bernoulli(p^s_c)).
 
-    Here p = sigmoid(z / T). The loss is the counterpart of `kd_loss`, and equal to it where `kd_loss` has two classes
+    Here p = sigmoid(z / T). The loss is the counterpart of `kd_loss`, and equals it where `kd_loss` has two classes
     with the logits z and 0.
 
     Args:

@@ -1,8 +1,8 @@
-"""Category structure: how samples lie around the center of their category, and how the centers lie to each other.
+"""Category structure: how samples lie around their category's center, and how the centers relate to each other.
 
 "The paper" below is Chen, Zheng, Shen, Zeng, Zhou, Zhao, "Improving Knowledge Distillation via Category Structure",
 ECCV 2020. "The released code" is the code that its authors released, https://github.com/xeanzheng/CSKD. The two differ;
-both are here, as variants with names of their own.
+both are implemented here, as separately named variants.
 """
 
 from collections.abc import Mapping
@@ -20,20 +20,20 @@ from cskd_jax.losses._batch import gather_batch, sum_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_logits, check_same_shape
 from cskd_jax.losses.base import Fraction, LossInputs, Method
 
-# {variant: default (intra_weight, inter_weight, compactness_weight)}, those of "paper" from its section 4.1.
+# {variant: default (intra_weight, inter_weight, compactness_weight)}; those of "paper" are from its section 4.1.
 VARIANT_WEIGHTS = {"paper": (0.01, 0.2, 0.0), "reference": (0.002, 0.04, 0.1)}
 
 
 class CategoryIndex(NamedTuple):
     """The categories of the global batch, and the samples that belong to each.
 
-    At most K = min(global batch size, num_classes) categories can occur in a batch, so every array with a row per
-    category has K rows ("slots") however many classes there are.
+    At most K = min(global batch size, num_classes) categories can occur in a batch, so every array with one row per
+    category has K rows ("slots"), no matter how many classes there are.
 
     Attributes:
       slots: Slot of each sample of this device, int32 [B], in [0, K).
       counts: Number of samples of the global batch in each slot, float32 [K]; 0 for a slot that no category uses.
-      categories: Category of each slot, int32 [K]; without meaning for a slot that no category uses.
+      categories: Category of each slot, int32 [K]; meaningless for a slot that no category uses.
     """
 
     slots: jax.Array
@@ -78,18 +78,19 @@ def category_centers(
     Args:
       features: Features, float [B, D].
       index: Index of the global batch from `category_index`.
-      mask: Samples that count, bool [B]; the others are left out of their center. None takes all.
+      mask: Samples that count, bool [B]; the others are left out of their center. None means all.
       axis_name: Name of the mapped axis over which the global batch is split, or None on one device.
 
     Returns:
-      The centers [K, D] of the global batch, zero where no sample counts, and the numbers [K] of samples that count.
+      The centers [K, D] of the global batch, zero where no sample counts, and the number [K] of samples that count in
+      each.
     """
     sums, counts = _category_sums(features, index, mask=mask, axis_name=axis_name)
     return _means(sums, counts), counts
 
 
 def _category_sums(features, index, *, mask=None, axis_name=None):
-    """Returns the sums of which `category_centers` are the means, and the numbers of samples."""
+    """Returns the sums from which `category_centers` computes the means, and the numbers of samples."""
     num_slots = index.counts.shape[0]
     slots, counts = index.slots, index.counts
     if mask is not None:
@@ -162,8 +163,8 @@ def category_structure_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the category-structure loss: intra-category plus inter-category structure.
 
-    With deviations Psi (Eq. 7), cosines of centers M (Eq. 8), K categories present in the batch, f features of one
-    sample flattened to D numbers, D' = D, P the center of the sample's category and Z that of its logits z:
+    With deviations Psi (Eq. 7), cosines of centers M (Eq. 8), K categories present in the batch, features f of one
+    sample flattened to D numbers, D' = D, the center P of the sample's category, and the center Z of its logits z:
 
     variant "paper" (Eq. 9; the norms are not squared)
       intra_feature = 1/K sum_i || Psi(F^it) - Psi(F^is) ||_2      inter_feature = || M^t - M^s ||_2
@@ -175,18 +176,18 @@ def category_structure_loss(
     intra = intra_weight (intra_feature + intra_logits) + compactness_weight compactness
     inter = inter_weight (inter_feature + inter_logits),      category = intra + inter, where absent terms count 0.
 
-    Time is O(B D + K^2 D) and memory O(B D + K^2) with K <= min(B, num_classes): the number of classes does not enter
-    beyond the logits themselves. Values and gradients are finite for absent categories, categories with one sample,
-    zero features, and networks that misclassify everything. In variant "paper" a difference counts as rounding, and so
-    as exactly 0, if it is at most 8 eps times the norm of what is subtracted (eps is that of the dtype): a norm that is
-    not squared would have a gradient of full size there.
+    Time is O(B D + K^2 D) and memory O(B D + K^2) with K <= min(B, num_classes): the number of classes matters only for
+    the logits themselves. Values and gradients are finite for absent categories, categories with one sample, zero
+    features, and networks that misclassify everything. In variant "paper" a difference counts as rounding, and so as
+    exactly 0, if it is at most 8 eps times the norm of what is subtracted (eps is the machine epsilon of the dtype): a
+    norm that is not squared would have a full-size gradient there.
 
     Args:
       student_features: Features of the student after sigma (projected to the teacher's channels), float [B, ..., D'].
       teacher_features: Features of the teacher, float, in the shape of student_features, never differentiated.
       labels: Labels, int [B], in [0, num_classes).
       num_classes: Number of classes, static.
-      student_logits: Logits of the student, float [B, C], which the logit terms of "reference" and its filter need;
+      student_logits: Logits of the student, float [B, C], needed for the logit terms of "reference" and for its filter;
         "paper" does not use them.
       teacher_logits: Logits of the teacher, float [B, C], given together with student_logits, never differentiated.
       variant: Variant of the loss, "paper" or "reference", static.
@@ -197,8 +198,8 @@ def category_structure_loss(
         classifies correctly, for "reference" only, static. A category with no such sample has each sample as its own
         center. None is True for "reference". False allows "reference" without logits, whose terms are then left out.
       axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Means over the batch are
-        then of the local samples and relations of the global batch, so that the mean of the loss and of its gradients
-        over devices equals the loss and the gradient of the global batch on one device.
+        then taken over the local samples, and relations over the global batch, so that the mean of the loss and of its
+        gradients over devices equals the loss and the gradient of the global batch on one device.
 
     Returns:
       The scalar category, and a dict of scalars: the unweighted terms above, and `intra`, `inter`, `category`. They are
@@ -207,7 +208,7 @@ def category_structure_loss(
     Raises:
       TypeError: If features or logits are not floating point, or the labels not integers.
       ValueError: If shapes do not fit, if the variant is unknown, if "reference" lacks logits that it needs, or if an
-        argument is given that the variant does not have.
+        argument is given that the variant does not take.
 
     References:
       Chen et al., ECCV 2020, https://doi.org/10.1007/978-3-030-58604-1_13, Eq. 6 to 9.
@@ -229,8 +230,8 @@ def category_structure_loss(
 class RunningCenters(NamedTuple):
     """Exponential moving averages of the centers of all categories; equal on all devices.
 
-    They are corrected for their bias, as are the moments of Adam: a center averages over the batches that had the
-    category, however few these were.
+    They are bias-corrected like the moments of Adam: a center is an average over the batches that contained the
+    category, however few there were.
 
     Attributes:
       student: Centers of the student, float [C, D]; 0 for a category not seen yet.
@@ -244,7 +245,7 @@ class RunningCenters(NamedTuple):
 
     @classmethod
     def zeros(cls, num_classes: int, size: int, dtype=jnp.float32):
-        """Returns the centers before the first batch, of `num_classes` categories and `size` numbers per sample."""
+        """Returns the centers before the first batch, for `num_classes` categories and `size` numbers per sample."""
         return cls(
             jnp.zeros((num_classes, size), dtype), jnp.zeros((num_classes, size), dtype), jnp.zeros(num_classes, dtype)
         )
@@ -269,23 +270,23 @@ def running_category_structure_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array], RunningCenters]:
     """Computes `category_structure_loss` around centers that remember earlier batches.
 
-    In a uniform batch many samples are the only one of their category. Such a sample is its own center and says nothing
-    about the structure within the category. Here the features of a category i of the batch lie around
+    In a uniformly drawn batch, many samples are the only one of their category. Such a sample is its own center and
+    says nothing about the structure within the category. Here the features of a category i of the batch are centered at
       R_i <- (1 - a) R_i + a C_i,   a = (1 - momentum) / w_i,   w_i <- momentum w_i + (1 - momentum),
-    with the center C_i of the batch (Eq. 6) and w zero at first: a category that is seen for the first time has a = 1
-    and the center of the batch. With momentum 0 the loss is that of `category_structure_loss` without the filter. The
-    inter-category part differentiates C_i within R_i. The terms of the logits use the centers of the batch.
+    where C_i is the center in the batch (Eq. 6) and w starts at zero. A category that is seen for the first time has
+    a = 1 and the center of the batch. With momentum 0 the loss equals `category_structure_loss` without the filter. The
+    inter-category part differentiates through C_i within R_i. The logit terms use the centers of the batch.
 
-    Time is that of `category_structure_loss`; memory is O(num_classes D) for `running` on every device.
+    Time is as for `category_structure_loss`; memory is O(num_classes D) for `running` on every device.
 
     Args:
       student_features: Features of the student after sigma (projected to the teacher's channels), float [B, ..., D'].
       teacher_features: Features of the teacher, float, in the shape of student_features, never differentiated.
       labels: Labels, int [B], in [0, num_classes).
-      running: Centers returned for the last batch, or `RunningCenters.zeros`, never differentiated.
+      running: Centers returned for the previous batch, or `RunningCenters.zeros`, never differentiated.
       momentum: Momentum of the centers, in [0, 1), static.
       num_classes: Number of classes, static.
-      student_logits: Logits of the student, float [B, C]; without them the logit terms of "reference" are left out.
+      student_logits: Logits of the student, float [B, C]; without them, the logit terms of "reference" are left out.
       teacher_logits: Logits of the teacher, float [B, C], given together with student_logits, never differentiated.
       variant: Variant of the loss, "paper" or "reference", static.
       intra_weight: Weight of the intra-category terms, with the defaults of `category_structure_loss`.
@@ -375,11 +376,11 @@ def _mix_running(running, momentum, sums, index):
     weights = momentum * running.weights[index.categories] + (1 - momentum)
     share = ((1 - momentum) / weights)[:, None]
     mixed = tuple(
-        # Unlike old + share (new - old), this is the center of the batch to the last digit where the share is 1.
+        # Unlike old + share (new - old), this is exactly the center of the batch where the share is 1.
         jnp.where(present[:, None], (1 - share) * old[index.categories] + share * _means(new, index.counts), 0)
         for old, new in zip(running[:2], sums, strict=True)
     )
-    # Rows past the last category are dropped, which are the slots that no category uses.
+    # Rows past the last category, which are the slots that no category uses, are dropped.
     rows = jnp.where(present, index.categories, len(running.weights))
     kept = (
         old.at[rows].set(lax.stop_gradient(new), mode="drop")
@@ -443,7 +444,7 @@ def _intra_difference(student, teacher, sums, counts, slots):
 
 
 def _inter_difference(sums):
-    """Returns M^t - M^s [K, K]; cosines do not depend on lengths, so the sums serve as well as the centers."""
+    """Returns M^t - M^s [K, K]; cosines do not depend on lengths, so the sums work as well as the centers."""
     sums_s, sums_t = sums
     return inter_category_structure(sums_t) - inter_category_structure(sums_s)
 
@@ -458,7 +459,7 @@ def _inter_mse(sums, present):
 def _is_correct(logits, labels):
     """Returns whether argmax(logits) == labels, bool [B].
 
-    The condition is written in comparisons, which vectorize: no logit is larger than that of the label, and none of an
+    The condition is written as comparisons, which vectorize: no logit is larger than the label's, and no logit of an
     earlier class is equal to it.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
@@ -472,8 +473,8 @@ def _flatten(features):
 
 
 def _segment_sum(values, segments, num_segments, axis_name):
-    """Returns jax.ops.segment_sum over the global batch, of values [B] or [B, D]."""
-    # This is the scatter that XLA makes of segment_sum, but with windows [1, D], which XLA reads in place instead of
+    """Returns jax.ops.segment_sum of values [B] or [B, D] over the global batch."""
+    # This is the scatter to which XLA lowers segment_sum, but with windows [1, D], which XLA reads in place instead of
     # copying all values first.
     windows = values.reshape(len(values), 1, -1)
     dimensions = lax.ScatterDimensionNumbers(
@@ -486,13 +487,13 @@ def _segment_sum(values, segments, num_segments, axis_name):
 
 @jax.custom_jvp
 def _gram(x):
-    """Returns x x^T at full precision (accelerators would otherwise multiply float32 in fewer bits)."""
+    """Returns x x^T at full precision (accelerators would otherwise multiply float32 with fewer bits)."""
     return jnp.dot(x, x.T, precision=lax.Precision.HIGHEST)
 
 
 @_gram.defjvp
 def _gram_jvp(primals, tangents):
-    # By symmetry, the transpose needs one product instead of two.
+    # Thanks to symmetry, the transpose needs one product instead of two.
     (x,), (dx,) = primals, tangents
     half = jnp.dot(dx, x.T, precision=lax.Precision.HIGHEST)
     return _gram(x), half + half.T
@@ -551,9 +552,9 @@ def project_student(method: Method, inputs: LossInputs) -> tuple[jax.Array, jax.
     """Returns the last feature maps of student and teacher, with the student's projected by sigma.
 
     sigma is a parameter of `method`: a 1x1 convolution without bias from the student's channels to the teacher's
-    (paper, section 3.3). Of maps that differ in height or width, which the paper does not have, the larger is
-    average-pooled to the size of the smaller, as in the other methods. This function is to be called from the compact
-    `__call__` of the method.
+    (paper, section 3.3). If the maps differ in height or width, which does not occur in the paper, the larger is
+    average-pooled to the size of the smaller, as in the other methods. Call this function from the compact `__call__`
+    of the method.
     """
     student, teacher = inputs.student.features[-1], inputs.teacher.features[-1]
     if student.shape[1:-1] != teacher.shape[1:-1]:
@@ -572,17 +573,17 @@ def project_student(method: Method, inputs: LossInputs) -> tuple[jax.Array, jax.
 class CategoryStructure(Method):
     """Applies `category_structure_loss` to the last feature maps and the logits, with the trainable projection sigma.
 
-    The projection sigma is that of `project_student`, and so is the pooling of maps that differ in size.
+    `project_student` defines the projection sigma and the pooling of maps that differ in size.
 
     Attributes:
       variant: Variant of the loss: "reference", as in the code released with the paper, or "paper".
       intra_weight: Weight of the structure within classes; None is 0.002 for "reference" and 0.01 for "paper".
       inter_weight: Weight of the structure between classes; None is 0.04 for "reference" and 0.2 for "paper".
       compactness_weight: Weight of compactness, for "reference" only; None is 0.1.
-      filter_misclassified: Whether the centers are those of the samples that a network classifies correctly, for
+      filter_misclassified: Whether the centers use only the samples that a network classifies correctly, for
         "reference" only; None is True.
       center_momentum: Momentum of centers that remember earlier batches, in [0, 1), which needs
-        filter_misclassified=False; None takes the centers of the batch alone.
+        filter_misclassified=False; None uses the centers of the batch alone.
     """
 
     variant: Literal["reference", "paper"] = "reference"

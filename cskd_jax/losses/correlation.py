@@ -1,4 +1,4 @@
-"""Correlation of differences between student and teacher in neighboring samples of the batch."""
+"""Correlation of student-teacher differences between neighboring samples of the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def correlation_delta_loss(
       student_embedding: Mapped embeddings of the student W_s s, float [B, D].
       teacher_embedding: Mapped embeddings of the teacher W_t t, float [B, D]. They are differentiated too, because W_t
         is trained.
-      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Neighbors are those of the
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Neighbors are taken in the
         global batch, so the value is the same on every device.
 
     Returns:

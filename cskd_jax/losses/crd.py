@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: each sample against a memory of all the others."""
+"""Contrastive representation distillation: each sample is contrasted with a memory of all the others."""
 
 import math
 from typing import ClassVar, NamedTuple
@@ -14,16 +14,16 @@ from cskd_jax.losses._checks import check_float, check_labels, check_same_batch,
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import Count, Fraction, LossInputs, Method, Positive
 
-# This number is added to the denominators within the logarithms, as in the reference code.
+# This number is added to the denominators inside the logarithms, as in the reference code.
 _EPSILON = 1e-7
 
 
 class ContrastMemory(NamedTuple):
-    """The embeddings and labels remembered of the N samples of the training split; equal on all devices.
+    """The remembered embeddings and labels of the N samples of the training split; equal on all devices.
 
     Attributes:
-      student: Running embeddings of the student, float [N, D], of norm 1; at first random directions.
-      teacher: Running embeddings of the teacher, float [N, D], of norm 1; at first random directions.
+      student: Running embeddings of the student, float [N, D], of norm 1; initially random directions.
+      teacher: Running embeddings of the teacher, float [N, D], of norm 1; initially random directions.
       labels: Labels, int32 [N]; -1 until a sample has been in a batch.
       log_normalizers: ln(Z / N) for student and teacher, float [2]; -inf until the first batch has set them.
     """
@@ -35,7 +35,7 @@ class ContrastMemory(NamedTuple):
 
 
 def new_contrast_memory(key: jax.Array, num_examples: int, embedding_size: int, dtype=jnp.float32) -> ContrastMemory:
-    """Returns the memory before the first step; raises ValueError if there are not two samples to contrast."""
+    """Returns the memory before the first step; raises ValueError if there are fewer than two samples to contrast."""
     if num_examples < 2:
         raise ValueError(f"crd contrasts the examples of a training split: it needs at least 2, got {num_examples}")
     student, teacher = normalize(jax.random.normal(key, (2, num_examples, embedding_size), dtype))
@@ -79,9 +79,9 @@ def contrastive_loss(
       P(j) = exp(<v, m_j> / T) / Z,      S(j) = P(j) + K / N + 1e-7
       loss = -ln(P(i) / S(i)) - K mean over the allowed negatives j of ln(K / N / S(j))
     with the constant Z = N mean exp(<v, m_j> / T) over the anchors, positives and negatives of the first batch. The
-    value is the sum over the two directions. A negative is allowed unless it is known to be of the sample's own class:
-    the mean times K stands for K draws from the allowed ones, and the negatives count 0 if none is allowed. The small
-    number is that of the reference code. The loss is computed from logarithms and finite for any embeddings.
+    value is the sum over the two directions. A negative is allowed unless it is known to belong to the sample's own
+    class: the mean times K stands for K draws from the allowed ones, and the negatives contribute 0 if none is allowed.
+    The small number is from the reference code. The loss is computed from logarithms and is finite for any embeddings.
 
     Time is O(B N D): one matrix product with each memory, from which the scores of the negatives are picked. Memory is
     therefore O(B N) instead of the O(B K D) that collecting the embeddings of the negatives would take, on each device
@@ -89,8 +89,8 @@ def contrastive_loss(
 
     Args:
       student_embedding: Embeddings of the student, float [B, D], of norm 1. They are differentiated.
-      teacher_embedding: Embeddings of the teacher, float [B, D], of norm 1. They are differentiated, because the
-        teacher's last, linear layer is trained.
+      teacher_embedding: Embeddings of the teacher, float [B, D], of norm 1. They are differentiated, because the linear
+        layer that produces them is trained.
       memory: Memory of the training split, not differentiated. Its labels should already contain those of the global
         batch.
       labels: Labels, int [B].
@@ -98,11 +98,11 @@ def contrastive_loss(
       negatives: Negatives from `draw_negatives`, int [B, K].
       temperature: Temperature T, greater than 0.
       axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Each device contrasts its
-        own samples; only the estimate of Z is of the global batch.
+        own samples; only the estimate of Z uses the global batch.
 
     Returns:
       A scalar of at least float32, the mean over the local batch; the terms `student` and `teacher`, named after their
-      anchor; and the memory's log_normalizers, estimated if they were -inf.
+      anchors; and the memory's log_normalizers, estimated if they were -inf.
 
     Raises:
       TypeError: If the embeddings are not floating point, or the labels not integers.
@@ -135,7 +135,7 @@ def contrastive_loss(
         known = lax.stop_gradient(memory.log_normalizers[i])
         log_normalizer = jnp.where(jnp.isneginf(known), estimate, known)
         shift = log_normalizer + math.log(num_negatives + excess)
-        # The numerator of the negatives does not have the excess.
+        # The numerator of the negatives does not include the excess.
         negative_nce = jax.nn.softplus(negative - shift) + math.log1p(excess / num_negatives)
         nce = jax.nn.softplus(shift - positive[:, 0]) + jnp.sum(weights * negative_nce, axis=1)
         terms[name] = jnp.mean(nce)
@@ -194,17 +194,19 @@ def remember(
 class CRD(Method):
     """Applies `contrastive_loss` to trained linear embeddings of the pooled embeddings of both networks.
 
-    The memory holds `ContrastMemory`: 2 N D + N numbers, 51 MB for the 50,000 images of CIFAR and 1.3 GB for ImageNet.
-    It is stored whole on every device, and with every checkpoint, because any sample may be drawn for any other. The
-    work is split: each device contrasts its own samples, and a step gathers only the global batch to update all copies.
+    The collection "memory" holds a `ContrastMemory`: 2 N D + N numbers, 51 MB for the 50,000 images of CIFAR and 1.3 GB
+    for ImageNet. It is stored whole on every device, and with every checkpoint, because any sample may be drawn for any
+    other. The work is split: each device contrasts its own samples, and a step gathers only the global batch to update
+    all copies.
 
-    Negatives are drawn uniformly, and those known to be of the sample's class are left out, which takes no list of the
-    samples of each class. Labels not seen yet are -1, so that a negative may be of the same class in the first epoch,
-    and only there.
+    Negatives are drawn uniformly, and those known to be of the sample's class are left out, so no list of the samples
+    of each class is needed. Labels not seen yet are -1, so a negative may be of the same class in the first epoch, and
+    only then.
 
     Attributes:
       embedding_size: Size of the linear embeddings.
-      num_negatives: Number of negatives drawn for each sample; at most all others of the training split are drawn.
+      num_negatives: Number of negatives drawn for each sample, capped at the number of other samples in the training
+        split.
       temperature: Temperature of the similarities, greater than 0.
       momentum: Momentum of the remembered embeddings.
     """

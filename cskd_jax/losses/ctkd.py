@@ -1,4 +1,4 @@
-"""Curriculum temperature: a temperature that is trained against the student, more so from epoch to epoch."""
+"""Curriculum temperature: a temperature that is trained against the student, increasingly from epoch to epoch."""
 
 from typing import ClassVar, Literal
 
@@ -22,7 +22,7 @@ def curriculum_temperature(
 
     Args:
       raw: Trained number g, a float scalar.
-      factor: Factor of the gradient of g: a negative one turns the descent into an ascent.
+      factor: Factor of the gradient of g; a negative factor turns descent into ascent.
       start: Lower bound of the temperature, greater than 0.
       span: Difference of the bounds, greater than 0.
 
@@ -61,7 +61,7 @@ def curriculum_factor(
       An array of floats in the shape of `epoch`.
 
     Raises:
-      ValueError: If loops is less than 1, or the schedule is not known.
+      ValueError: If loops is less than 1, or the schedule is unknown.
     """
     if loops < 1:
         raise ValueError(f"loops must be at least 1, got {loops}")
@@ -76,13 +76,13 @@ class CTKD(Method):
     """Applies `kd_loss` or `dkd_loss` at the temperature of `curriculum_temperature`, which is trained against them.
 
     Attributes:
-      variant: Loss at that temperature, kd or dkd.
+      variant: Loss at that temperature, "kd" or "dkd".
       start: Lower bound of the temperature, greater than 0.
       span: Difference of its bounds, greater than 0; training starts at start + 0.73 span.
-      loops: Number of epochs over which the gradient of the temperature is turned around.
+      loops: Number of epochs over which the gradient of the temperature is reversed.
       maximum: Factor of that gradient before the first epoch.
       minimum: Factor of that gradient from epoch `loops` on; negative to make the temperature maximize the loss.
-      schedule: Way from one to the other, cosine or linear.
+      schedule: Transition from `maximum` to `minimum`, "cosine" or "linear".
       alpha: Weight of the target class, for dkd.
       beta: Weight of the other classes, for dkd.
       standardize: Whether the logits of every sample are first scaled to mean 0 and standard deviation 1.

@@ -1,4 +1,4 @@
-"""The distillation token: a Vision Transformer learns the teacher's prediction through a token and head of its own."""
+"""The distillation token: a Vision Transformer learns the teacher's prediction through a separate token and head."""
 
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ def hard_distillation_loss(student_logits: jax.Array, teacher_logits: jax.Array)
 
     Args:
       student_logits: Logits of the student, float [B, C].
-      teacher_logits: Logits of the teacher, float [B, C], never differentiated. Of equal logits the first counts.
+      teacher_logits: Logits of the teacher, float [B, C], never differentiated. Among equal logits, the first counts.
 
     Returns:
       A scalar of at least float32: the mean over the batch.
@@ -37,11 +37,11 @@ def hard_distillation_loss(student_logits: jax.Array, teacher_logits: jax.Array)
 class DistillationToken(Method):
     """Distills into the head of the distillation token, as DeiT does (Touvron et al. 2021).
 
-    The hard form is `hard_distillation_loss`. The soft form is T^2 KL(softmax(z^t / T) || softmax(z^s / T)), of which
-    the authors' code takes the mean over all B C elements: it is `kd_loss` divided by the number of classes.
+    The hard form is `hard_distillation_loss`. The soft form is T^2 KL(softmax(z^t / T) || softmax(z^s / T)), which the
+    authors' code averages over all B C elements: it is `kd_loss` divided by the number of classes.
 
     Attributes:
-      hard: Whether the target is the class that the teacher predicts, and not its distribution.
+      hard: Whether the target is the class that the teacher predicts, rather than its distribution.
       temperature: Temperature of the softmax in the soft form, greater than 0.
     """
 

@@ -37,17 +37,17 @@ def dist_loss(
 
     inter = 1 - mean over the samples i of pearson(Y^s_i:, Y^t_i:), which relates the classes of a sample. intra = 1 -
     mean over the classes c of pearson(Y^s_:c, Y^t_:c), which relates the samples of the global batch. As in the
-    authors' code (https://github.com/hunto/DIST_KD), pearson(a, b) = <a, b> / (|a| |b| + 1e-8) of rows with their means
-    removed.
+    authors' code (https://github.com/hunto/DIST_KD), pearson(a, b) = <a, b> / (|a| |b| + 1e-8) for rows with their
+    means removed.
 
     Time and memory are O(B C), on every device.
 
     Args:
       student_logits: Logits of the student, float [B, C].
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
-      beta: Weight of inter. Like that of gamma, the default is that of the authors' code.
+      beta: Weight of inter. The defaults of beta and gamma are those of the authors' code.
       gamma: Weight of intra.
-      temperature: Temperature T, greater than 0. The default is that of the authors for small images (CIFAR-100); on
+      temperature: Temperature T, greater than 0. The default is the authors' value for small images (CIFAR-100); on
         ImageNet they use 1.
       axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Inter is then the mean over
         the local samples; for intra the predictions of the global batch are gathered, so its value is the same on every
@@ -87,10 +87,10 @@ def dense_dist_loss(
     gamma: float = 1.0,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes `dist_loss` of dense predictions, such as those of segmentation: every position counts as a sample.
+    """Computes `dist_loss` of dense predictions, as in segmentation: every position counts as a sample.
 
-    The temperature is 1, as in the authors' code for segmentation. The remaining arguments, the returned values and the
-    errors are those of `dist_loss`.
+    The temperature is 1, as in the authors' code for segmentation. The remaining arguments, the return values and the
+    errors are as for `dist_loss`.
 
     Args:
       student_logits: Logits of the student, float [B, H, W, C].
@@ -110,7 +110,7 @@ def dense_dist_loss(
 
 
 def _pearson(a, b):
-    """Returns the correlation of each row of `a` with that of `b`: [R, N], [R, N] -> [R]."""
+    """Returns the correlation of each row of `a` with the same row of `b`: [R, N], [R, N] -> [R]."""
     a, b = (x - jnp.mean(x, axis=1, keepdims=True) for x in (a, b))
     norms = [safe_sqrt(jnp.sum(jnp.square(x), axis=1), _NEGLIGIBLE) for x in (a, b)]
     varies = (norms[0] > 0) & (norms[1] > 0)

@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation: the target class and the other classes, each with a weight of its own."""
+"""Decoupled knowledge distillation: the target class and the other classes have separate weights."""
 
 from typing import ClassVar
 
@@ -22,9 +22,9 @@ def dkd_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes decoupled knowledge distillation: T^2 (alpha TCKD + beta NCKD).
 
-    With p = softmax(z / T) and the label y, TCKD = KL(b^t || b^s) of b = (p_y, 1 - p_y), and NCKD = KL(q^t || q^s) of
-    q, the softmax of z / T over the classes other than y. Both are computed from logarithms and finite for any finite
-    logits. Time and memory are O(B C).
+    With p = softmax(z / T) and the label y, TCKD = KL(b^t || b^s) with b = (p_y, 1 - p_y), and NCKD = KL(q^t || q^s)
+    with q the softmax of z / T over the classes other than y. Both are computed from logarithms and are finite for any
+    finite logits. Time and memory are O(B C).
 
     The paper multiplies the loss by min(epoch / 20, 1): that is a schedule of its weight, not part of the loss.
 

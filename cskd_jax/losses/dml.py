@@ -12,7 +12,7 @@ from cskd_jax.losses.logits import kd_loss, supervise
 def dml_loss(logits: tuple[jax.Array, ...], *, temperature: float = 1.0) -> jax.Array:
     """Computes the sum over networks i of the mean over the others j of T^2 KL(softmax(z_j / T) || softmax(z_i / T)).
 
-    The target of each term is not differentiated, so that a network is moved by its own K - 1 terms alone. Time and
+    The target of each term is not differentiated, so each network is trained only by its own K - 1 terms. Time and
     memory are O(K^2 B C).
 
     Args:
@@ -38,11 +38,11 @@ def dml_loss(logits: tuple[jax.Array, ...], *, temperature: float = 1.0) -> jax.
 
 
 class MutualLearning(Method):
-    """Applies `dml_loss` to the student and its peers, which learn from the labels too, by cross-entropy.
+    """Applies `dml_loss` to the student and its peers, which also learn from the labels by cross-entropy.
 
-    Peers are networks like the student that start from other weights; they exist in training only. The value is
-    `dml_loss` plus the sum of the cross-entropies of the peers. That of the student is the loss `cross_entropy`, and
-    has its own weight.
+    Peers are networks like the student that start from different weights; they exist only in training. The value is
+    `dml_loss` plus the sum of the cross-entropies of the peers. The student's own cross-entropy is the loss
+    `cross_entropy`, which has its own weight.
 
     Attributes:
       peers: Number of peers.

@@ -1,4 +1,4 @@
-"""Plain distances of embeddings: the student learns the teacher's features, without labels and without logits."""
+"""Plain distances between embeddings: the student learns the teacher's features, without labels and without logits."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from cskd_jax.losses._checks import at_least_float32, check_float, check_same_sh
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import EmbeddingSource, LossInputs, Method
 
-# Embeddings whose squared length is smaller are divided by the square root of this number.
+# Embeddings whose squared length is below this number are divided by its square root.
 _LEAST_SQUARE = 1e-16
 
 
@@ -22,7 +22,8 @@ def cosine_embedding_loss(student_embedding: jax.Array, teacher_embedding: jax.A
       teacher_embedding: Embeddings of the teacher, float [B, D], never differentiated.
 
     Returns:
-      A scalar of at least float32: the mean over the batch, in [0, 2]. An embedding of length 0 has cosine 0 with any.
+      A scalar of at least float32: the mean over the batch, in [0, 2]. An embedding of length 0 has cosine 0 with any
+      other.
 
     Raises:
       TypeError: If the embeddings are not floating point.
@@ -64,7 +65,7 @@ def _to_unit_length(x):
 
 
 class _Embeddings(Method):
-    """A loss of embeddings, of which the student's is mapped to the teacher's size by a trained linear layer.
+    """A loss between embeddings, with the student's mapped to the teacher's size by a trained linear layer.
 
     Attributes:
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
@@ -83,7 +84,7 @@ class CosineEmbedding(_Embeddings):
     """Applies `cosine_embedding_loss` to the embeddings of both networks.
 
     A trained linear layer with bias maps the student's embedding to the teacher's size. Neither labels nor logits are
-    read, so the training images need no labels; in Python, the classes of the teacher may be others.
+    read, so the training images need no labels; when used from Python, the teacher may have different classes.
 
     Attributes:
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
@@ -98,7 +99,7 @@ class SmoothL1Embedding(_Embeddings):
     """Applies `smooth_l1_loss` to the embeddings of both networks.
 
     A trained linear layer with bias maps the student's embedding to the teacher's size. Neither labels nor logits are
-    read, so the training images need no labels; in Python, the classes of the teacher may be others.
+    read, so the training images need no labels; when used from Python, the teacher may have different classes.
 
     Attributes:
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
@@ -110,7 +111,7 @@ class SmoothL1Embedding(_Embeddings):
 
 
 def read_student(inputs: LossInputs, source: EmbeddingSource) -> jax.Array:
-    """Returns the features of the student that a loss of embeddings compares with the teacher's, [B, D]."""
+    """Returns the features of the student that an embedding loss compares with the teacher's, [B, D]."""
     if source == "tokens":
         return mean_over_positions(at_least_float32(inputs.student.stages[-1]))
     return inputs.student.embedding

@@ -31,7 +31,7 @@ def factor_transfer_loss(
       pool_channels: Whether n averages the squared channels, static.
 
     Returns:
-      A scalar of at least float32: the mean over the elements of n. A zero factor stays zero and has no gradient.
+      A scalar of at least float32: the mean over the elements of n. A zero factor stays zero and has zero gradient.
 
     Raises:
       TypeError: If the factors are not floating point.
@@ -87,22 +87,22 @@ class FactorTransfer(Method):
     """Applies `factor_transfer_loss` to the last stage, with a trainable paraphraser and translator.
 
     The paraphraser is an autoencoder of the teacher's last map: three 3x3 convolutions to rate * channels (the factor)
-    and three back. The translator is three convolutions, each with batch normalization, from the student's last map to
-    as many channels. No gradient of the transfer reaches the paraphraser, and none of its reconstruction reaches the
-    student.
+    and three back. The translator consists of three convolutions, each with batch normalization, from the student's
+    last map to the same number of channels. No gradient of the transfer term reaches the paraphraser, and no gradient
+    of its reconstruction reaches the student.
 
     The paper, and the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller), first train
-    the paraphraser alone and then keep it. Recipes do so, by setting `trains` in each of the two phases.
+    the paraphraser alone and then keep it fixed. The recipes do the same by setting `trains` in each of the two phases.
 
     Attributes:
       rate: Channels of the factor, as a fraction of the teacher's.
       pool_channels: Whether the factor is the mean of the squared channels at each position; None is True unless the
         maps are 1x1, where a single position scaled to norm 1 would always be 1 and transfer nothing.
       trains: What the loss trains: "paraphraser", where its value is the mean squared error of the reconstruction;
-        "student" with the translator, where it is the transfer; or "both" at once, for a training in a single phase,
+        "student" with the translator, where it is the transfer; or "both" at once, for training in a single phase,
         where it is transfer + reconstruction_weight * reconstruction.
       reconstruction_weight: Weight of the reconstruction relative to the transfer where both are trained; the default,
-        1/200, makes it 1 under the usual weight of this loss, 200.
+        1/200, makes it 1 at the usual weight of this loss, 200.
     """
 
     rate: Positive = 0.5
@@ -114,7 +114,7 @@ class FactorTransfer(Method):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Returns the parts that `trains` leaves as they are."""
+        """Returns the parts that `trains` leaves unchanged."""
         return {"both": (), "paraphraser": ("translator",), "student": ("encoder", "decoder")}[self.trains]
 
     @nn.compact

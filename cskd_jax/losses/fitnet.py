@@ -1,4 +1,4 @@
-"""Hints: the student learns the maps of a middle stage themselves."""
+"""Hints: the student learns to reproduce the maps of a middle stage."""
 
 from typing import ClassVar
 
@@ -30,7 +30,7 @@ def hint_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.A
 
     References:
       Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, https://arxiv.org/abs/1412.6550, Eq. 3, with the
-      mean instead of half the squared norm, as in the reference code of CRD (Tian et al. 2020,
+      mean square instead of half the squared norm, as in the reference code of CRD (Tian et al. 2020,
       https://github.com/HobbitLong/RepDistiller).
     """
     check_float("student_features", student_features, min_ndim=2)
@@ -43,7 +43,7 @@ def hint_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.A
 class FitNet(Method):
     """Applies `hint_loss` to one stage through a trainable regressor: convolution, batch normalization, ReLU.
 
-    The convolution brings the student's map to the size of the teacher's, see `_connectors.Regressor`. Where the
+    The convolution maps the student's map to the size of the teacher's (see `_connectors.Regressor`). Where the
     teacher's map is larger, but not twice as large, both are average-pooled to a common size instead.
 
     Attributes:

@@ -35,11 +35,11 @@ def fsp_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
 def fsp_loss(student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.Array]) -> jax.Array:
     """Computes the FSP loss: the sum over consecutive stages l, l + 1 of the mean of (G_l^s - G_l^t)^2.
 
-    G is that of `fsp_matrix`. Time is O(B H W D D') and memory O(B D D') for each pair of stages.
+    G is computed by `fsp_matrix`. Time is O(B H W D D') and memory O(B D D') for each pair of stages.
 
     Args:
-      student_stages: Maps of the student, float [B, H_l, W_l, D_l] for at least two stages, the first stage first.
-      teacher_stages: Maps of the teacher [B, H'_l, W'_l, D_l] for equally many stages, with the same numbers of
+      student_stages: Maps of the student, float [B, H_l, W_l, D_l] for at least two stages, first stage first.
+      teacher_stages: Maps of the teacher, [B, H'_l, W'_l, D_l], for the same number of stages, with the same numbers of
         channels and any size. They are never differentiated.
 
     Returns:
@@ -47,8 +47,8 @@ def fsp_loss(student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.A
 
     Raises:
       TypeError: If a stage is not floating point.
-      ValueError: If stages do not have 4 dimensions, if their batches differ, if their numbers differ or are less than
-        two, or if student and teacher have different numbers of channels in a stage.
+      ValueError: If stages do not have 4 dimensions, if their batches differ, if the numbers of stages differ or are
+        less than two, or if student and teacher have different numbers of channels in a stage.
 
     References:
       Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation", CVPR 2017, https://doi.org/10.1109/CVPR.2017.754, Eq. 1
@@ -71,12 +71,12 @@ def fsp_loss(student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.A
 
 
 class FSP(Method):
-    """Applies `fsp_loss` to all pairs of consecutive stages, of which the first is the stem.
+    """Applies `fsp_loss` to all pairs of consecutive stages, with the stem as the first.
 
-    The stem is left out if one of the two networks does not give its map. The paper uses the loss alone to initialize
-    the student, which is then trained with cross-entropy. A trainable 1x1 convolution without bias first projects a
-    stage of the student whose channels are not as many as the teacher's; the paper and the reference code of CRD (Tian
-    et al. 2020, https://github.com/HobbitLong/RepDistiller) only have networks with equal channels.
+    The stem is left out if either network does not provide its map. The paper uses the loss alone to initialize the
+    student, which is then trained with cross-entropy. A trainable 1x1 convolution without bias first projects any stage
+    of the student whose number of channels differs from the teacher's; the paper and the reference code of CRD (Tian et
+    al. 2020, https://github.com/HobbitLong/RepDistiller) only use networks with equal channels.
     """
 
     version: ClassVar[int] = 2

@@ -27,24 +27,24 @@ def irg_loss(
     """Computes IRG: vertex_weight * vertex + edge_weight * edge + transformation_weight * transformation.
 
     - vertex = MSE(z^s, z^t) of the logits.
-    - edge = mean over lower map, upper map and embedding of MSE(E^s, E^t), with E_ij = d_ij / max(d) and the squared
-      distances d_ij = ||x_i - x_j||^2 between the samples (flattened) of the global batch.
+    - edge = the mean over the lower map, the upper map and the embedding of MSE(E^s, E^t), with E_ij = d_ij / max(d)
+      and the squared distances d_ij = ||x_i - x_j||^2 between the samples (flattened) of the global batch.
     - transformation = MSE(v^s, v^t), with v_i = w_i / max(w) and w_i = ||P(upper_i) - P(lower_i)||^2, the squared
       distance that sample i moves from the lower to the upper map.
 
-    The transformation is the paper's vertex transformation. The paper leaves open how to subtract maps of different
-    shape: P averages the larger height and width, and the larger number of channels, over equal cells (overlapping
-    where sizes do not divide) down to the smaller, so that no parameters are needed and any two networks fit. The
-    paper's edge transformation is left out, as in Knowledge-Distillation-Zoo
-    (https://github.com/AberHu/Knowledge-Distillation-Zoo): it is a difference of edges that are matched already.
+    The transformation is the paper's vertex transformation. The paper does not say how to subtract maps of different
+    shapes: here P averages the larger height and width, and the larger number of channels, over equal cells
+    (overlapping where sizes do not divide) down to the smaller, so that no parameters are needed and any two networks
+    can be combined. The paper's edge transformation is left out, as in Knowledge-Distillation-Zoo
+    (https://github.com/AberHu/Knowledge-Distillation-Zoo): it is a difference of edges that are already matched.
 
-    With maps and embeddings of D numbers for each sample, time is O(B^2 D) and memory O(B^2 + B D), on every device.
+    With maps and embeddings of D numbers per sample, time is O(B^2 D) and memory O(B^2 + B D), on every device.
 
     Args:
       student_logits: Logits of the student, float [B, C].
       teacher_logits: Logits of the teacher, float [B, C]. No output of the teacher is differentiated.
-      student_maps: Lower and upper map of the student, each float [B, H, W, D] with its own H, W and D.
-      teacher_maps: Lower and upper map of the teacher, whose sizes may differ from the student's.
+      student_maps: Lower and upper maps of the student, each float [B, H, W, D] with its own H, W and D.
+      teacher_maps: Lower and upper maps of the teacher, whose sizes may differ from the student's.
       student_embedding: Embeddings of the student, float [B, D].
       teacher_embedding: Embeddings of the teacher, float [B, D'].
       vertex_weight: Weight of vertex. The defaults of the three weights are those of Knowledge-Distillation-Zoo.
@@ -56,8 +56,8 @@ def irg_loss(
 
     Returns:
       A scalar and the unweighted terms `vertex`, `edge` and `transformation`: means over samples and classes, over the
-      B^2 pairs (i = j included) and the three places, and over samples; at least float32. Where all distances of a
-      place are 0, or as small as the rounding of the features, its relations are 0 with zero gradient.
+      B^2 pairs (i = j included) and the three places, and over samples; at least float32. Where all distances at one of
+      these places are 0, or as small as the rounding of the features, its relations are 0 with zero gradient.
 
     Raises:
       TypeError: If an input is not floating point.
@@ -98,7 +98,7 @@ def _edges(x, axis_name):
     x = gather_batch(x.reshape(x.shape[0], -1), axis_name)
     check_several_samples("irg_loss", len(x))
     rounding = jnp.square(jnp.finfo(x.dtype).eps) * jnp.max(jnp.sum(jnp.square(x), axis=1))
-    # Distances do not depend on the origin, but the rounding of their expansion into products does.
+    # Distances do not depend on the origin, but the rounding error of their expansion into products does.
     x = x - jnp.mean(x, axis=0)
     gram = jnp.dot(x, x.T, precision=lax.Precision.HIGHEST)
     norms = jnp.diagonal(gram)
@@ -133,7 +133,7 @@ class IRG(Method):
 
     Attributes:
       lower_stage: Stage of the lower map, counted from 1.
-      upper_stage: Stage of the upper map, greater than that of the lower one.
+      upper_stage: Stage of the upper map, greater than `lower_stage`.
       vertex_weight: Weight of the vertices, the logits.
       edge_weight: Weight of the edges, the distances between samples.
       transformation_weight: Weight of the transformations, the distances between the two maps of a sample.

@@ -23,8 +23,8 @@ def itrd_correlation_loss(
 ) -> jax.Array:
     """Computes the correlation loss: log2 of the sum over features d of |c_d - 1|^(2 alpha).
 
-    c_d = 1/B sum over i of e_id t_id, of features scaled to mean 0 and deviation 1 over the batch. The sum of squares
-    in the deviation is divided by B - 1, so that c_d is (B - 1)/B at most. Time and memory are O(B D).
+    Here c_d = 1/B sum over i of e_id t_id, for features scaled to mean 0 and deviation 1 over the batch. The sum of
+    squares in the deviation is divided by B - 1, so c_d is at most (B - 1)/B. Time and memory are O(B D).
 
     Args:
       student_embedding: Embeddings of the student, mapped to the teacher's size, float [B, D].
@@ -61,9 +61,9 @@ def itrd_mutual_loss(
 ) -> jax.Array:
     """Computes the mutual information loss: sum of G_ij^2 - sum of J_ij^2 over the pairs of samples.
 
-    G are the cosines of the student's embeddings, divided by their trace, and J their products with the cosines of the
-    teacher's, also divided by their trace: quadratic entropies of the student alone, and of both. Time is O(B^2 D),
-    memory O(B D + B^2), on every device.
+    G holds the cosines of the student's embeddings, divided by their trace, and J their elementwise products with the
+    teacher's cosines, also divided by their trace: the sums give the quadratic entropies of the student alone and of
+    both. Time is O(B^2 D), memory O(B D + B^2), on every device.
 
     Args:
       student_embedding: Embeddings of the student, float [B, D].
@@ -79,7 +79,7 @@ def itrd_mutual_loss(
       ValueError: If batches differ.
 
     References:
-      As of `itrd_correlation_loss`.
+      See `itrd_correlation_loss`.
     """
     check_float("student_embedding", student_embedding, ndim=2)
     check_float("teacher_embedding", teacher_embedding, ndim=2)
@@ -95,7 +95,7 @@ def _cosines(embedding, axis_name):
 
 
 def _purity(kernel):
-    """Returns the sum of squares of a kernel divided by its trace; 0 for one of zeros."""
+    """Returns the sum of squares of a kernel divided by its trace; 0 for a kernel of zeros."""
     trace = jnp.trace(kernel)
     return jnp.sum(jnp.square(kernel / jnp.where(trace > 0, trace, 1)))
 
@@ -103,13 +103,13 @@ def _purity(kernel):
 class ITRD(Method):
     """Applies `itrd_correlation_loss` and `itrd_mutual_loss` to the pooled embeddings.
 
-    A trained linear layer maps those of the student to the teacher's size. The mutual information is that of the mapped
-    embeddings where sizes differ, as in the authors' code, and that of the embeddings themselves where they are equal.
+    A trained linear layer maps the student's embeddings to the teacher's size. The mutual information uses the mapped
+    embeddings where the sizes differ, as in the authors' code, and the embeddings themselves where they are equal.
 
     Attributes:
-      alpha: Order of the entropy in the correlation loss; the authors' example has 1.01.
+      alpha: Order of the entropy in the correlation loss; the authors' example uses 1.01.
       correlation_weight: Weight of the correlation loss.
-      mutual_weight: Weight of the mutual information loss; the authors' example has 1.
+      mutual_weight: Weight of the mutual information loss; the authors' example uses 1.
     """
 
     alpha: Positive = 1.5

@@ -16,14 +16,14 @@ from cskd_jax.losses.logits import kd_loss
 
 
 def reverse_gradient(x: jax.Array) -> jax.Array:
-    """Returns `x` with its gradient multiplied by -1, so that the parameters behind it ascend where others descend."""
+    """Returns `x` with its gradient multiplied by -1, so the parameters behind it ascend while the others descend."""
     return 2 * lax.stop_gradient(x) - x
 
 
 def sample_category(key: jax.Array, positions: jax.Array, logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
     """Draws a class from softmax(logits) by the Gumbel-max trick, with a straight-through gradient.
 
-    With independent Gumbel noise G the sample is onehot(argmax(z + G)). Its derivative is taken to be that of the
+    With independent Gumbel noise G, the sample is onehot(argmax(z + G)). Its derivative is taken to be that of the
     relaxed sample softmax((z + G) / temperature), a draw from the concrete distribution.
 
     Args:
@@ -75,8 +75,8 @@ def kdgan_loss(
     L = adversarial + beta T^2 KL(p^t || p^s) + gamma T^2 KL(p^s || p^t)
     with the true class y, a pseudo label y~ drawn from a network's prediction, the probability D(y) =
     sigmoid(discriminate(y)) that a class is the true one of its sample, and p = softmax(z / T). In the first divergence
-    only p^s is differentiated, in the second only p^t. Student and teacher descend L; the discriminator is to ascend
-    it, by `reverse_gradient` of its parameters within `discriminate`.
+    only p^s is differentiated, in the second only p^t. Student and teacher descend L; the discriminator must ascend it,
+    which `discriminate` achieves with `reverse_gradient` of its parameters.
 
     Time and memory are O(B C) beyond `discriminate`, which is called three times.
 
@@ -87,7 +87,7 @@ def kdgan_loss(
       labels: Labels, int [B], in [0, C).
       student_sample: Pseudo labels of the student from `sample_category`, float [B, C].
       teacher_sample: Pseudo labels of the teacher from `sample_category`, float [B, C].
-      discriminate: Function from classes [B, C], one-hot or relaxed, to logits [B] of being the true ones.
+      discriminate: Function from classes [B, C], one-hot or relaxed, to logits [B] that they are the true ones.
       student_share: Share alpha of the student's pseudo labels, in [0, 1].
       student_distillation: Weight beta of what the student learns from the teacher.
       teacher_distillation: Weight gamma of what the teacher learns from the student.
@@ -103,7 +103,7 @@ def kdgan_loss(
 
     References:
       Wang, Zhang, Sun, Qi, "KDGAN: Knowledge Distillation with Generative Adversarial Networks", NeurIPS 2018, section
-      3. The paper searches alpha, beta and gamma for each data set, so the defaults are not from it.
+      3. The paper tunes alpha, beta and gamma for each data set, so the defaults are not from it.
     """
     check_float("student_logits", student_logits, ndim=2)
     check_float("teacher_logits", teacher_logits, ndim=2)
@@ -139,22 +139,23 @@ def _mean_log_sigmoid(x):
 class KDGAN(Method):
     """Applies `kdgan_loss` with its teacher and its discriminator, both trained with the student in one step.
 
-    These parts of the paper are kept: the three players, the value of their game, pseudo labels by the Gumbel-max trick
-    with the gradient of the concrete distribution instead of a score-function estimate, and distillation in both
-    directions.
+    These parts of the paper are kept: the three players, the value function of their game, pseudo labels by the
+    Gumbel-max trick with the gradient of the concrete distribution instead of a score-function estimate, and
+    distillation in both directions.
 
-    These parts are changed, so that there are one objective and one update for each step:
-    - The three take their steps at once instead of in turns; the gradient of the discriminator is reversed. They share
+    These parts are changed, so that there is one objective and one update per step:
+    - The three take their steps at once instead of in turn; the gradient of the discriminator is reversed. They share
       the run's optimizer, its weight decay included.
     - The trained teacher is the given network with a trained linear classifier on its pooled embedding. The classifier
-      is added to the given network's logits and is zero at first: it starts as the trained network, as the paper's
-      players start trained. The layers before stay as they are, and so do the outputs that the other methods see.
-    - The student starts untrained, so give it the labels by a cross-entropy beside this method. The discriminator
-      starts untrained too.
+      is added to the given network's logits and is zero at first: the teacher starts as the trained network, just as
+      the paper's players start trained. The layers before it stay fixed, and so do the outputs that the other methods
+      see.
+    - The student starts untrained, so combine this method with a cross-entropy on the labels. The discriminator starts
+      untrained too.
     - The discriminator is a network with one hidden layer on the teacher's embedding (divided by its norm; the paper
-      calls it the privileged input) and the class. A class enters linearly, so relaxed ones can.
-    - Pseudo labels are one-hot, with the straight-through gradient at a constant temperature; the paper lowers it in
-      the course of training.
+      calls it the privileged input) and the class. The class enters linearly, so relaxed classes can be used, too.
+    - Pseudo labels are one-hot, with the straight-through gradient at a constant temperature; the paper lowers it
+      during training.
     - The divergence is KL with a temperature, one of the two forms that the paper compares.
 
     Attributes:

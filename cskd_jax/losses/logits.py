@@ -27,8 +27,8 @@ def cross_entropy_loss(
       logits: Logits, float [B, C].
       labels: Labels, int [B], in [0, C).
       label_smoothing: Share e of the uniform distribution in the target, in [0, 1).
-      other_labels: Labels of the images that those of the batch are mixed with, int [B]; None if they are not mixed.
-      share: Share of `labels` in the target, float [B], in [0, 1]; the rest is of `other_labels`, which need it.
+      other_labels: Labels of the images that the batch's images are mixed with, int [B]; None if they are not mixed.
+      share: Share of `labels` in the target, float [B], in [0, 1]; the rest goes to `other_labels`, which require it.
 
     Returns:
       A scalar of at least float32: the mean over the batch.
@@ -101,7 +101,7 @@ def mse_logits_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax
 
 
 def supervise(logits: jax.Array, inputs: LossInputs, *, label_smoothing: float = 0.0) -> jax.Array:
-    """Returns `cross_entropy_loss` of logits with the labels of a batch, both of them where images are mixed."""
+    """Returns `cross_entropy_loss` of logits with the labels of a batch, or with both labels where images are mixed."""
     target = {} if inputs.mixed is None else {"other_labels": inputs.mixed.labels, "share": inputs.mixed.share}
     return cross_entropy_loss(logits, inputs.labels, label_smoothing=label_smoothing, **target)
 
@@ -110,10 +110,10 @@ class CrossEntropy(Method):
     """Applies `cross_entropy_loss` to the student's logits and the labels.
 
     Attributes:
-      all_views: Whether the further views of the images, which some methods ask for, are supervised too: their
+      all_views: Whether the further views of the images, which some methods require, are also supervised; their
         cross-entropies are then added.
-      first_head: Whether only the first of several heads is supervised, that of the class token, instead of the mean of
-        all of them.
+      first_head: Whether only the first of several heads, that of the class token, is supervised instead of the mean of
+        all heads.
       label_smoothing: Share of the uniform distribution in the target, in [0, 1).
     """
 

@@ -1,4 +1,4 @@
-"""LumiNet: distillation of logits that are standardized for every class over the batch."""
+"""LumiNet: distillation of logits that are standardized per class over the batch."""
 
 import jax
 
@@ -12,9 +12,10 @@ _EPSILON = 1e-5
 
 
 def perception(logits: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """Scales the logits of every class to mean 0 and variance 1 over the global batch.
+    """Scales the logits of each class to mean 0 and variance 1 over the global batch.
 
-    It is h(z) = (z - mean z) / sqrt(var z + 1e-5), with the sum of squares in var divided by the number of samples.
+    This computes h(z) = (z - mean z) / sqrt(var z + 1e-5), with the sum of squares in var divided by the number of
+    samples.
 
     Args:
       logits: Logits, float [B, C].
@@ -34,16 +35,16 @@ def luminet_loss(
     temperature: float = 4.0,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Computes LumiNet: alpha^2 KL(softmax(h(z^t) / T) || softmax(h(z^s) / T)), with h of `perception`.
+    """Computes LumiNet: alpha^2 KL(softmax(h(z^t) / T) || softmax(h(z^s) / T)), with h from `perception`.
 
-    Where other losses have T^2, the authors' code has alpha^2. Time and memory are O(B C) on every device.
+    Where other losses have a factor T^2, the authors' code has alpha^2. Time and memory are O(B C) on every device.
 
     Args:
       student_logits: Logits of the student, float [B, C].
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
       alpha: Factor alpha.
       temperature: Temperature T, greater than 0.
-      axis_name: Name of the mapped axis over which the batch is split, static. Means and variances are those of the
+      axis_name: Name of the mapped axis over which the batch is split, static. Means and variances are taken over the
         global batch, so the value is the same on every device.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Multi-level logit distillation: single predictions, relations of classes and of samples, on two views of an image."""
+"""Multi-level logit distillation: single predictions, class relations and sample relations, on two views per image."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -13,8 +13,8 @@ from cskd_jax.losses._logits import standardize_logits
 from cskd_jax.losses.base import LossInputs, Method, Positive
 from cskd_jax.losses.logits import kd_loss
 
-# Temperatures beside the one that is a setting. The authors' code takes the logits of the weak view for some of them
-# even where it distills the strong view.
+# Temperatures besides the configurable one. For some of them, the authors' code uses the logits of the weak view even
+# where it distills the strong view.
 _STRONG, _WEAK_IN_STRONG = (3.0, 5.0), (2.0, 6.0)
 
 
@@ -41,7 +41,7 @@ def sample_correlation_loss(
 ) -> jax.Array:
     """Computes sum (P^t P^t' - P^s P^s')^2 / B of the probabilities P [B, C] of the global batch at a temperature.
 
-    The arguments and what is returned are those of `class_correlation_loss`. Time is O(B^2 C).
+    The arguments and the return value are as for `class_correlation_loss`. Time is O(B^2 C).
     """
     return _squared_difference(*_probabilities(student_logits, teacher_logits, temperature, axis_name))
 
@@ -73,7 +73,7 @@ def uncertain(teacher_logits: jax.Array, *, axis_name: str | None = None) -> tup
     """
     probabilities = jax.nn.softmax(at_least_float32(lax.stop_gradient(teacher_logits)))
     probabilities = gather_batch(probabilities, axis_name)
-    # Computed once: the median of numbers that are rounded in another way may be none of these.
+    # Computed once: the median of differently rounded numbers may differ from all of these.
     confidence, share = lax.optimization_barrier((jnp.max(probabilities, axis=1), jnp.sum(probabilities, axis=0)))
     return confidence <= jnp.median(confidence), share <= jnp.median(share)
 
@@ -88,25 +88,25 @@ def mlkd_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes multi-level logit distillation: KD + CC + BC, over the temperatures T of (temperature, 3, 5, 2, 6).
 
-    KD is f_B times the sum of `kd_loss` of the weak view over all T, plus those of the strong view at (temperature, 3,
-    5), plus those of the weak view at (2, 6). CC is f_C times the sum of `class_correlation_loss` of the weak view over
-    all T, and BC is f_B times that of `sample_correlation_loss`. f_B and f_C are the shares of the samples and of the
-    classes that `uncertain` marks, about one half each.
+    KD is f_B times the sum of `kd_loss` of the weak view over all T, plus the `kd_loss` of the strong view at
+    (temperature, 3, 5), plus that of the weak view at (2, 6). CC is f_C times the sum of `class_correlation_loss` of
+    the weak view over all T, and BC is f_B times the same sum of `sample_correlation_loss`. f_B and f_C are the shares
+    of the samples and of the classes that `uncertain` marks, about one half each.
 
-    This is what the authors' code computes. The paper means masks that select samples and classes, but the code reduces
-    the losses to scalars before it applies them, so that they only scale. It takes the weak view for two temperatures
-    of the strong one, and leaves out relations in the strong view.
+    This is what the authors' code computes. The paper intends masks that select samples and classes, but the code
+    reduces the losses to scalars before it applies the masks, so that they only scale. It uses the weak view for two
+    temperatures of the strong one, and leaves out relations in the strong view.
 
     Args:
       student_views: Logits of the student for the weakly and the strongly augmented images, two arrays float [B, C].
-      teacher_views: Logits of the teacher likewise, never differentiated.
-      temperature: The first of the temperatures, greater than 0; equal to another, that one counts twice.
-      standardize: Whether KD, not CC and BC, is computed from `standardize_logits`.
+      teacher_views: Logits of the teacher for the same images, two arrays float [B, C], never differentiated.
+      temperature: The first of the temperatures, greater than 0; if it equals another, that one counts twice.
+      standardize: Whether KD, but not CC and BC, is computed from standardized logits (see `standardize_logits`).
       axis_name: Name of the mapped axis over which the batch is split, static.
 
     Returns:
-      A scalar and its summands `kd`, `classes` (CC) and `samples` (BC), all of at least float32. KD is a mean
-      over the samples of this device; relations and shares are those of the global batch.
+      A scalar and its summands `kd`, `classes` (CC) and `samples` (BC), all of at least float32. KD is a mean over the
+      samples of this device; relations and shares are computed over the global batch.
 
     Raises:
       TypeError: If the logits are not floating point.
@@ -142,7 +142,7 @@ class MLKD(Method):
     Attributes:
       temperature: The first of the temperatures, greater than 0; the others are 2, 3, 5 and 6.
       standardize: Whether the logits of every sample are first scaled to mean 0 and standard deviation 1, for the
-        divergences and not for the relations.
+        divergences but not for the relations.
     """
 
     temperature: Positive = 4.0

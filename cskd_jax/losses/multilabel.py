@@ -1,7 +1,7 @@
 """Category structure for samples that belong to several categories, or to none.
 
-The loss is that of `cskd_jax.losses.category` with a row of weights for each sample in the place of one label. Where
-every row is one-hot, both losses are equal.
+The loss is that of `cskd_jax.losses.category`, with a row of weights for each sample in place of one label. Where every
+row is one-hot, the two losses are equal.
 """
 
 from collections.abc import Mapping
@@ -45,15 +45,15 @@ def multilabel_category_structure_loss(
 
     intra = intra_weight intra_feature,      inter = inter_weight inter_feature,      category = intra + inter.
 
-    A sample of several categories lies in the structure of each. Where every row of the labels is one-hot, the loss
+    A sample of several categories is part of the structure of each. Where every row of the labels is one-hot, the loss
     equals `category_structure_loss` (for "reference", with filter_misclassified=False and without logits). The
     student's center is not differentiated in the intra term; weighted deviations sum to zero, so this changes no
-    gradient. The code that the authors of the paper released is at https://github.com/xeanzheng/CSKD.
+    gradient. The authors' released code is at https://github.com/xeanzheng/CSKD.
 
-    Time is O(B C D + C^2 D). Memory is O(B D + C D + B C + C^2), gradient included: one category after the other is
-    compared with the batch. Values and gradients are finite for categories without samples, samples without categories,
-    and zero features; a category with one sample adds exactly 0 to the intra term, whatever its weight. Differences of
-    rounding size count as 0 in variant "paper", as in `category_structure_loss`.
+    Time is O(B C D + C^2 D). Memory is O(B D + C D + B C + C^2), including the gradient: categories are compared with
+    the batch one after another. Values and gradients are finite for categories without samples, samples without
+    categories, and zero features; a category with one sample adds exactly 0 to the intra term, whatever its weight.
+    Differences of rounding size count as 0 in variant "paper", as in `category_structure_loss`.
 
     Args:
       student_features: Features of the student after sigma (projected to the teacher's channels), float [B, ..., D'].
@@ -63,15 +63,16 @@ def multilabel_category_structure_loss(
       variant: Variant of the loss, "paper" or "reference", static.
       intra_weight: Weight of the intra-category term; None is 0.01 for "paper" (its beta) and 0.002 for "reference".
       inter_weight: Weight of the inter-category term; None is 0.2 for "paper" (its gamma) and 0.04 for "reference".
-      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. All terms are then of the
-        global batch, and the mean over devices of the gradients equals the gradient of the global batch on one device.
+      axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. All terms are then computed
+        over the global batch, and the mean over devices of the gradients equals the gradient of the global batch on one
+        device.
 
     Returns:
       The scalar category, and a dict of scalars: the unweighted terms above, and `intra`, `inter`, `category`. They are
       computed in float32, or in float64 where the inputs are float64.
 
     Raises:
-      TypeError: If the features are not floating point, or the labels neither floating point nor bool.
+      TypeError: If the features are not floating point, or the labels are neither floating point nor bool.
       ValueError: If shapes do not fit, or if the variant is unknown.
 
     References:
@@ -115,7 +116,7 @@ def multilabel_category_structure_loss(
 
 def _centers(features, labels, counts, axis_name):
     """Returns the centers [C, D], zero for categories without samples."""
-    # A weight divided by itself is exactly 1, so the center of a category with one sample is that sample to the bit.
+    # A weight divided by itself is exactly 1, so the center of a category with one sample is exactly that sample.
     shares = labels / _or_one(counts)
     return sum_batch(jnp.dot(shares.T, features, precision=lax.Precision.HIGHEST), axis_name)
 
@@ -123,7 +124,7 @@ def _centers(features, labels, counts, axis_name):
 def _squared_deviations(features, centers, labels):
     """Returns, for each category [C], the sum over this device's samples j of y_ji ||F_j - C_i||^2.
 
-    The differences are squared themselves, so that the cancellation of the expanded square cannot occur.
+    The differences themselves are squared, which avoids the cancellation of the expanded square.
     """
 
     @jax.checkpoint  # Otherwise the deviations from every center would be kept for the gradient.
@@ -141,7 +142,7 @@ def _or_one(counts):
 class MultilabelCategoryStructure(Method):
     """Applies `multilabel_category_structure_loss` to the last feature maps, with the trainable projection sigma.
 
-    The projection sigma is that of `project_student`.
+    `project_student` defines the projection sigma.
 
     Attributes:
       variant: Variant of the loss: "paper", or "reference", as in the code released with the paper.

@@ -1,4 +1,4 @@
-"""Normalized knowledge distillation: the target by the teacher's confidence, the other classes among themselves."""
+"""Normalized knowledge distillation: a confidence-weighted target term and a term for the other classes."""
 
 from typing import ClassVar
 
@@ -14,7 +14,8 @@ from cskd_jax.losses.base import LossInputs, Method, Positive
 def weighted_target_loss(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Computes the cross-entropy with the labels, weighted by the teacher's probability of the label: -p^t_y ln p^s_y.
 
-    It is the first part of `nkd_loss`, and accompanies the Wasserstein distance of WKD. Time and memory are O(B C).
+    This is the first part of `nkd_loss`, and it accompanies the Wasserstein distance of WKD. Time and memory are
+    O(B C).
 
     Args:
       student_logits: Logits of the student, float [B, C].
@@ -29,7 +30,7 @@ def weighted_target_loss(student_logits: jax.Array, teacher_logits: jax.Array, l
       ValueError: If shapes do not fit.
 
     References:
-      Those of `nkd_loss`.
+      See `nkd_loss`.
     """
     check_logits(student_logits, teacher_logits)
     check_labels(labels, student_logits.shape[0])
@@ -50,13 +51,13 @@ def nkd_loss(
     """Computes normalized knowledge distillation: -p^t_y ln p^s_y - gamma T^2 sum over c of q^t_c ln q^s_c.
 
     Here p = softmax(z), without a temperature, y is the label, and q is the softmax of z / T over the classes other
-    than y. The second part is a cross-entropy: unlike a divergence it is not 0 where student and teacher agree. Time
+    than y. The second part is a cross-entropy: unlike a divergence, it is not 0 where student and teacher agree. Time
     and memory are O(B C).
 
     Args:
       student_logits: Logits of the student, float [B, C], with C >= 2.
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
-      labels: Labels, int [B], in [0, C); the authors' code takes the likeliest class of a soft label.
+      labels: Labels, int [B], in [0, C); for a soft label, the authors' code uses the likeliest class.
       gamma: Weight of the other classes.
       temperature: Temperature T, greater than 0.
 

@@ -14,9 +14,9 @@ from cskd_jax.losses.base import LossInputs, Method
 def nst_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
     """Computes neuron selectivity transfer at one stage: the squared maximum mean discrepancy between channels.
 
-    The loss is mean k(t, t) + mean k(s, s) - 2 mean k(s, t), with k(a, b) = <a, b>^2 of the patterns of two channels. A
-    pattern is the channel over all positions of a sample, scaled to Euclidean norm 1 (zero where the channel is zero).
-    The means are over the samples and the pairs of channels.
+    The loss is mean k(t, t) + mean k(s, s) - 2 mean k(s, t), with k(a, b) = <a, b>^2 for the patterns of two channels.
+    A pattern consists of the values of a channel at all positions of a sample, scaled to Euclidean norm 1 (zero where
+    the channel is zero). The means are over the samples and the pairs of channels.
 
     Where the maps differ in size, the larger is first average-pooled to the smaller. With P positions each kernel takes
     time O(B P D D') and memory O(B min(P^2, D D')).
@@ -57,7 +57,8 @@ def _mean_kernel(a, b):
     highest = lax.Precision.HIGHEST
     if positions**2 > pairs:
         return jnp.mean(jnp.square(jnp.einsum("bcp,bdp->bcd", a, b, precision=highest)))
-    # sum over c, d of <a_c, b_d>^2 is the inner product of a^T a and b^T b, which are smaller with many channels.
+    # sum over c, d of <a_c, b_d>^2 is the inner product of a^T a and b^T b, which are smaller when there are many
+    # channels.
     a, b = (jnp.einsum("bcp,bcq->bpq", x, x, precision=highest) for x in (a, b))
     return jnp.sum(jnp.mean(a * b, axis=0)) / pairs
 

@@ -1,4 +1,4 @@
-"""One for all: every stage of the student predicts, and learns the teacher's prediction with a stronger target."""
+"""One for all: every stage of the student predicts, and learns the teacher's prediction with a reinforced target."""
 
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from cskd_jax.losses._connectors import Normalization, Pointwise
 from cskd_jax.losses._token_exits import TokenExit
 from cskd_jax.losses.base import LossInputs, Method, Positive
 
-# The initializers of the source.
+# The initializers of the authors' code.
 _of_convolution = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _of_classifier = nn.initializers.normal(0.02)
 
@@ -28,9 +28,9 @@ def ofa_loss(
 ) -> jax.Array:
     """Computes one-for-all distillation of logits: -sum over c of ((q_c + [c = y])^e - [c = y]) ln p_c.
 
-    q and p are the softmax of the teacher's and the student's logits divided by T, y is the label, e is `epsilon`. With
-    e = 1 this is the cross-entropy of the student with the teacher; a larger e gives more weight to the label, the more
-    the surer of it the teacher is. There is no factor T^2. Time and memory are O(B C).
+    Here q and p are the softmax of the teacher's and the student's logits divided by T, y is the label, and e is
+    `epsilon`. With e = 1 this is the cross-entropy of the student with the teacher; a larger e gives more weight to the
+    label, and the more so the surer the teacher is of it. There is no factor T^2. Time and memory are O(B C).
 
     Args:
       student_logits: Logits of the student, float [B, C].
@@ -44,7 +44,7 @@ def ofa_loss(
 
     Raises:
       TypeError: If the logits are not floating point, or the labels not integers.
-      ValueError: If shapes do not fit, or if exponent or temperature are not positive.
+      ValueError: If shapes do not fit, or if the exponent or the temperature is not positive.
 
     References:
       Hao, Guo, Han, Tang, Hu, Wang, Xu, "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge
@@ -62,12 +62,12 @@ def ofa_loss(
 
 
 class SeparableBlock(nn.Module):
-    """A block that halves a map: twice a 3x3 depthwise and a 1x1 convolution, batch normalization and ReLU.
+    """A block that halves a map: a 3x3 depthwise and a 1x1 convolution, batch normalization and ReLU, twice.
 
     Attributes:
-      features: Number of output channels; the first half of the block keeps the number that it gets.
+      features: Number of output channels; the first half of the block keeps the number of input channels.
       axis_name: Name of the mapped axis over which the batch is split, or None.
-      running: Whether running averages are kept, see `Normalization`.
+      running: Whether running averages are kept (see `Normalization`).
     """
 
     features: int
@@ -100,10 +100,10 @@ class Exit(nn.Module):
     Attributes:
       num_classes: Number of classes.
       features: Number of features that are classified.
-      blocks: Number of `SeparableBlock`s, each with twice the channels of the one before, the last with `features`.
-        With 0 blocks, a 1x1 convolution with bias leads to `features`.
+      blocks: Number of `SeparableBlock`s, each with twice the channels of the previous one, the last with `features`.
+        With 0 blocks, a 1x1 convolution with bias maps to `features`.
       axis_name: Name of the mapped axis over which the batch is split, or None.
-      running: Whether running averages are kept, see `Normalization`.
+      running: Whether running averages are kept (see `Normalization`).
     """
 
     num_classes: int
@@ -130,14 +130,14 @@ class OFA(Method):
 
     The value is kd_weight ofa(z) + exit_weight sum over stages of ofa(z_l). An exit halves the map by separable
     convolutions once for every stage that follows, averages it over the positions, and classifies as many features as
-    the wider of the embeddings of both networks has. Of a student of tokens it is a `TokenExit`, with as many blocks as
-    stages follow, but at least one. No map of the teacher is read.
+    the wider of the two networks' embeddings has. For a student that outputs tokens, the exit is a `TokenExit` with as
+    many blocks as stages follow, but at least one. No map of the teacher is read.
 
     Attributes:
       epsilon: Exponent that strengthens the target, greater than 0; the authors use 1.5 for ImageNet.
       temperature: Temperature of the softmax, greater than 0.
-      kd_weight: Weight of the part on the logits of the student.
-      exit_weight: Weight of the sum over the exits.
+      kd_weight: Weight of the loss on the student's own logits.
+      exit_weight: Weight of the sum of the losses over the exits.
     """
 
     epsilon: Positive = 1.0
@@ -172,8 +172,8 @@ class OFA(Method):
             yield Exit(self.num_classes, width, blocks, self.axis_name, name=f"exit{stage}")(features)
 
     def _width(self, inputs):
-        """Returns the number of features of the exits, which their parameters tell once they exist."""
+        """Returns the number of features of the exits, which is read from their parameters once they exist."""
         if self.is_initializing():
             return max(inputs.student.embedding.shape[-1], inputs.teacher.embedding.shape[-1])
-        # What a loss computes nothing from is not handed to it in training, so the embedding may be missing here.
+        # In training, a loss is not given outputs that it does not compute with, so the embedding may be missing here.
         return self.get_variable("params", "exit1")["classifier"]["kernel"].shape[0]

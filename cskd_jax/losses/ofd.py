@@ -1,4 +1,4 @@
-"""Overhauled feature distillation: pre-activations of the teacher above a margin, which its normalization gives."""
+"""Overhauled feature distillation: pre-activations of the teacher above a margin that its normalization determines."""
 
 from collections.abc import Sequence
 
@@ -13,24 +13,25 @@ from cskd_jax.losses._checks import at_least_float32, check_float, check_same_sh
 from cskd_jax.losses._connectors import Connector
 from cskd_jax.losses.base import Count, LossInputs, Method, Norm
 
-# Where a normalized channel is below zero more rarely than this, its margin is a multiple of its scale.
+# Where a normalized channel is below zero less often than this, its margin is a multiple of its scale.
 _RARE, _MULTIPLE = 0.001, -3
-# The initializer of the source: the deviation is the root of 2 / (kernel_size^2 output channels).
+# The initializer of the authors' code: the deviation is the square root of 2 / (kernel_size^2 output channels).
 _kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def ofd_margin(norm: Norm) -> jax.Array:
     """Computes the margin of each channel after a batch normalization.
 
-    A channel is taken to be normally distributed, with the offset as mean m and the absolute scale as deviation s. The
-    margin is its mean where it is negative, m - s exp(-(m / s)^2 / 2) / (sqrt(2 pi) Phi(-m / s)); but -3 s if the
-    probability of that, Phi(-m / s), is at most 0.001.
+    A channel is assumed to be normally distributed, with the offset as mean m and the absolute scale as deviation s.
+    The margin is the mean of its negative values, m - s exp(-(m / s)^2 / 2) / (sqrt(2 pi) Phi(-m / s)), but -3 s if the
+    probability of a negative value, Phi(-m / s), is at most 0.001.
 
     Args:
       norm: Scale and offset of the normalization, float [D], never differentiated.
 
     Returns:
-      The margins, at most 0, [D], of at least float32. A channel with scale 0 has its negative offset, or 0.
+      The margins, at most 0, [D], of at least float32. For a channel with scale 0, the margin is the offset if it is
+      negative, and otherwise 0.
     """
     mean, deviation = at_least_float32(norm.bias), jnp.abs(at_least_float32(norm.scale))
     moves = deviation > 0
@@ -47,21 +48,22 @@ def ofd_loss(
 ) -> jax.Array:
     """Computes overhauled feature distillation on pre-activations.
 
-    The loss is the sum over stages l = 1..L of 2^(l - L) / B sum of d(x, y), with x of the student and y of the
-    teacher: d is (x - y)^2 where y > 0; where y <= 0, it is (x - max(y, m))^2 if x is above max(y, m), and 0 below.
-    m is the margin of the channel. Time and memory are O(B H W D) per stage.
+    The loss is the sum over stages l = 1..L of 2^(l - L) / B sum of d(x, y), with x from the student and y from the
+    teacher: d is (x - y)^2 where y > 0; where y <= 0, it is (x - max(y, m))^2 if x is above max(y, m), and otherwise 0.
+    Here m is the margin of the channel. Time and memory are O(B H W D) per stage.
 
     Args:
-      student_stages: Pre-activations of the student, float [B, H_l, W_l, D_l], brought to the teacher's channels.
+      student_stages: Pre-activations of the student, float [B, H_l, W_l, D_l], mapped to the teacher's channels.
       teacher_stages: Pre-activations of the teacher in the same shapes, never differentiated.
-      margins: Margin of each channel, float [D_l], see `ofd_margin`.
+      margins: Margin of each channel, float [D_l] (see `ofd_margin`).
 
     Returns:
-      A scalar of at least float32: the mean over the batch (B is that of the arrays) of sums over the elements.
+      A scalar of at least float32: the mean over the batch (B is the batch size of the arrays) of sums over the
+      elements.
 
     Raises:
       TypeError: If a stage is not floating point.
-      ValueError: If numbers of stages or shapes differ.
+      ValueError: If the numbers of stages or the shapes differ.
 
     References:
       Heo, Kim, Yun, Park, Kwak, Choi, "A Comprehensive Overhaul of Feature Distillation", ICCV 2019,

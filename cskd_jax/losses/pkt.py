@@ -1,4 +1,4 @@
-"""Probabilistic knowledge transfer: the student learns, for each sample, which others of the batch resemble it."""
+"""Probabilistic knowledge transfer: the student learns, for each sample, which others in the batch resemble it."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def pkt_loss(
     """Computes probabilistic knowledge transfer: the mean of p^t ln((p^t + e) / (p^s + e)).
 
     p_ij = (cos_ij + 1) / 2 divided by its sum over j, with cos_ij = <x_i, x_j> / ((||x_i|| + e) (||x_j|| + e)). With D
-    and D' numbers for each sample, time is O(B^2 (D + D')) and memory O(B^2 + B (D + D')).
+    and D' numbers per sample, time is O(B^2 (D + D')) and memory O(B^2 + B (D + D')).
 
     Args:
       student_embedding: Embeddings of the student, float [B, D].
@@ -31,7 +31,7 @@ def pkt_loss(
 
     Returns:
       A scalar of at least float32: the mean over the B^2 pairs of the global batch. A zero embedding has cosine 0 with
-      all, and gets no gradient.
+      all others, and zero gradient.
 
     Raises:
       TypeError: If the embeddings are not floating point.

@@ -12,19 +12,20 @@ from cskd_jax.losses._checks import at_least_float32, check_float, check_same_sh
 from cskd_jax.losses._connectors import Connector, Pointwise
 from cskd_jax.losses.base import Count, LossInputs, Method
 
-# Sides of the maps that are compared in addition to the full size, each with half the weight of the one before.
+# Side lengths of the maps that are compared in addition to the full size, each with half the weight of the previous
+# one.
 _POOLED_SIZES = (4, 2, 1)
 
 
 def hierarchical_context_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
     """Computes the hierarchical context loss (HCL) at one stage: mean squared errors at several sizes of the maps.
 
-    The errors are those at full size, with weight 1, and of the maps average-pooled to 4x4, 2x2 and 1x1, as far as
-    these are smaller than the map, with weights 1/2, 1/4 and so on in turn. Their sum is divided by the sum of the
+    The errors are those of the full-size maps, with weight 1, and of the maps average-pooled to each of 4x4, 2x2 and
+    1x1 that is smaller than the map, with weights 1/2, 1/4 and so on in turn. Their sum is divided by the sum of the
     weights. Time and memory are O(B H W D).
 
     Args:
-      student_features: Maps of the student, fused and brought to the teacher's channels, float [B, H, W, D].
+      student_features: Maps of the student, fused and mapped to the teacher's channels, float [B, H, W, D].
       teacher_features: Maps of the teacher, float, in the shape of student_features, never differentiated.
 
     Returns:
@@ -52,11 +53,11 @@ def hierarchical_context_loss(student_features: jax.Array, teacher_features: jax
 
 
 class AttentionFusion(nn.Module):
-    """A layer that fuses a stage with the fused later stages (attention based fusion, ABF).
+    """A layer that fuses a stage with the already fused later stages (attention-based fusion, ABF).
 
-    The stage goes through a 1x1 convolution with batch normalization to `mid_channels`, and to the size of the
-    teacher's map. Two attention maps, from a 1x1 convolution of both inputs and a sigmoid, weigh it and the later
-    stages (enlarged by nearest neighbor). A 3x3 convolution with batch normalization gives the output.
+    The stage is mapped by a 1x1 convolution with batch normalization to `mid_channels`, and resized to the teacher's
+    map. Two attention maps, from a 1x1 convolution of both inputs and a sigmoid, weight it and the later stages
+    (enlarged by nearest neighbor). A 3x3 convolution with batch normalization gives the output.
 
     Attributes:
       mid_channels: Number of channels of the maps that are fused.
@@ -93,16 +94,18 @@ class AttentionFusion(nn.Module):
 
 
 class ReviewKD(Method):
-    """Sums `hierarchical_context_loss` over all stages, each fused with the later ones of the student.
+    """Sums `hierarchical_context_loss` over all stages, each stage of the student fused with its later ones.
 
-    The teacher's stages are its pre-activations. The pooled embedding, a map of size 1x1, is the last stage. The
-    authors let the loss grow over the first 20 epochs; that is a schedule of its weight, not part of the loss.
+    For the teacher, the pre-activations of the stages are used. The pooled embedding, a map of size 1x1, is the last
+    stage. The authors increase the loss over the first 20 epochs; that is a schedule of its weight, not part of the
+    loss.
 
     Attributes:
-      variant: Maps of the student. "cifar100" takes them as each stage hands them on, after its ReLU, as the authors'
+      variant: Maps of the student. "cifar100" takes them as each stage passes them on, after its ReLU, as the authors'
         code (https://github.com/dvlab-research/ReviewKD) and mdistiller (https://github.com/megvii-research/mdistiller)
         do for CIFAR-100; "imagenet" takes the pre-activations, as both do for ImageNet.
-      mid_channels: Channels of the maps that are fused; None takes those of the student's last stage, at most 512.
+      mid_channels: Channels of the maps that are fused; None takes the number of channels of the student's last stage,
+        at most 512.
       with_embedding: Whether the pooled embedding counts as a stage.
     """
 

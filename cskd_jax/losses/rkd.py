@@ -9,9 +9,10 @@ from cskd_jax.losses._batch import gather_batch
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch, check_several_samples
 from cskd_jax.losses.base import LossInputs, Method
 
-# Squared distances are cut off here, so that coinciding samples are 1e-6 apart and have no gradient.
+# Squared distances are clipped from below to this value, so that coinciding samples are 1e-6 apart and have no
+# gradient.
 _SMALLEST_SQUARED_DISTANCE = 1e-12
-# The most numbers in an array that a block of anchors needs: 16 MiB in float32.
+# Largest number of elements in an array that a block of anchors needs: 16 MiB in float32.
 _BLOCK_ELEMENTS = 2**22
 
 
@@ -27,11 +28,11 @@ def rkd_loss(
 
     distance = mean over (i, j) of h(d^s_ij / m^s - d^t_ij / m^t), with d_ij = ||x_i - x_j|| and m its mean over i != j.
     angle = mean over (i, j, k) of h(cos^s_ijk - cos^t_ijk), with cos_ijk the cosine of the angle at x_i between x_j and
-    x_k, 0 where one of them coincides with x_i. h is the smooth L1 function: x^2 / 2 for |x| < 1, else |x| - 1/2.
+    x_k, or 0 where one of them coincides with x_i. h is the smooth L1 function: x^2 / 2 for |x| < 1, else |x| - 1/2.
 
     The angles come from the squared distances by the law of cosines, so that they cost no product of embeddings: time
-    is O(B^2 (D + D') + B^3). Anchors x_i are worked on in blocks, and again in the backward pass: memory is O(B^2 + B
-    (D + D')) and, for a block, 2^22 numbers or those of one anchor.
+    is O(B^2 (D + D') + B^3). Anchors x_i are processed in blocks, and recomputed in the backward pass: memory is O(B^2
+    + B (D + D')) plus, for a block, 2^22 numbers or as many as one anchor needs.
 
     Args:
       student_embedding: Embeddings of the student, float [B, D].
@@ -53,7 +54,7 @@ def rkd_loss(
 
     References:
       Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019, https://arxiv.org/abs/1904.05068, with the
-      weights of their section 4.
+      weights of section 4.
     """
     check_float("student_embedding", student_embedding, ndim=2)
     check_float("teacher_embedding", teacher_embedding, ndim=2)
@@ -68,12 +69,12 @@ def rkd_loss(
 
 
 def _over_anchors(function, anchors, elements):
-    """Maps `function` over anchors in blocks; nothing is kept for the gradient.
+    """Maps `function` over anchors in blocks, keeping nothing for the gradient.
 
     Args:
       function: Function of one anchor.
-      anchors: Arrays whose first axis is that of the anchors.
-      elements: Numbers that the function needs for one anchor, which bound the size of a block.
+      anchors: Arrays whose first axis indexes the anchors.
+      elements: Number of elements that the function needs for one anchor, which bounds the size of a block.
 
     Returns:
       The values of the function, stacked along the first axis.
@@ -85,14 +86,13 @@ def _over_anchors(function, anchors, elements):
 def _squared_distances(x):
     """Returns squared distances [B, B] of x [B, D].
 
-    They come from the differences, so that they are exactly 0 for samples that coincide, which |a|^2 + |b|^2 - 2ab is
-    not.
+    They are computed from the differences, so they are exactly 0 for samples that coincide, unlike |a|^2 + |b|^2 - 2ab.
     """
     return _over_anchors(lambda anchor: jnp.sum(jnp.square(x - anchor), axis=1), x, x.size)
 
 
 def _relative_distances(squared):
-    """Returns the distances divided by the mean of those between two samples."""
+    """Returns the distances divided by the mean of those between two different samples."""
     batch = len(squared)
     distances = jnp.sqrt(jnp.maximum(squared, _SMALLEST_SQUARED_DISTANCE))
     distances = jnp.where(jnp.eye(batch, dtype=bool), 0, distances)

@@ -1,4 +1,4 @@
-"""Refined logit distillation: the teacher's confidence, and its relations between classes that are not misleading."""
+"""Refined logit distillation: the teacher's confidence, and those of its class relations that are not misleading."""
 
 from typing import ClassVar
 
@@ -23,11 +23,11 @@ def rld_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes refined logit distillation: alpha SCD + beta MCD.
 
-    Sample confidence distillation compares how sure both are: SCD = T_a^2 KL((b, 1 - b) || (a, 1 - a)), with the
-    student's probability a of the label and the teacher's b of its own likeliest class, at the temperature T_a. Masked
-    correlation distillation compares the classes to which the teacher gives less than to the label:
-    MCD = T^2 KL(q^t || q^s), with the softmax q of z / T over those classes. So a wrong teacher teaches neither its
-    mistake nor anything about the classes that it prefers to the label. Time and memory are O(B C).
+    Sample confidence distillation compares how sure both networks are: SCD = T_a^2 KL((b, 1 - b) || (a, 1 - a)), with
+    the student's probability a of the label and the teacher's probability b of its own likeliest class, at the
+    temperature T_a. Masked correlation distillation compares the classes to which the teacher gives a lower logit than
+    to the label: MCD = T^2 KL(q^t || q^s), with the softmax q of z / T over those classes. So a wrong teacher teaches
+    neither its mistake nor anything about the classes that it prefers to the label. Time and memory are O(B C).
 
     Args:
       student_logits: Logits of the student, float [B, C], with C >= 2.
@@ -64,7 +64,7 @@ def rld_loss(
     confidence_t = decouple(teacher / alpha_temperature, likeliest)[:2]
     confidence = alpha_temperature**2 * jnp.mean(binary_divergence(confidence_t, confidence_s))
     of_label = jnp.sum(jnp.where(target, teacher, 0), axis=1, keepdims=True)
-    # A compiler may compute the logit of the label twice, with other rounding, and it must not be below itself.
+    # A compiler may compute the label's logit twice, with different rounding, and it must not count as below itself.
     below = (teacher < of_label) & ~target
     log_s, log_t = (masked_log_softmax(x / temperature, below) for x in (student, teacher))
     correlation = temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=1))

@@ -1,4 +1,4 @@
-"""Scale decoupled distillation: logits of the regions of the last map, each compared for itself."""
+"""Scale decoupled distillation: logits of the regions of the last map, each compared separately."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -13,29 +13,29 @@ from cskd_jax.losses.base import Head, LossInputs, Method, Positive
 from cskd_jax.losses.dkd import dkd_loss
 from cskd_jax.losses.logits import kd_loss
 
-# The weight of a region where the teacher is right and wrong in the whole, or the reverse.
+# The weight of a region in which the teacher is right although it is wrong on the whole map, or vice versa.
 _COMPLEMENTARY = 2.0
 # {setting: sides of the grids of regions}
 _SCALES = {"1": (1,), "1,2": (1, 2), "1,2,4": (1, 2, 4)}
-# The grid from whose cells the larger regions are averaged.
+# The grid whose cells are averaged to form the larger regions.
 _FINEST = 4
 
 LogitsLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def region_logits(features: jax.Array, head: Head, scales: tuple[int, ...] = (1, 2, 4)) -> jax.Array:
-    """Computes the logits of the regions of a map, by the classifier of its network.
+    """Computes the logits of the regions of a map with the classifier of its network.
 
-    The map is average-pooled to 4x4 cells, and these to the grid of each scale. Where 4 divides its height and width,
-    the region of scale 1 is the whole map, and its logits are those of the network.
+    The map is average-pooled to 4x4 cells, and these to the grid of each scale. If its height and width are divisible
+    by 4, the region of scale 1 is the whole map, and its logits are those of the network.
 
     Args:
-      features: Map before the pool of the network, float [B, H, W, D].
+      features: Map before the network's pooling, float [B, H, W, D].
       head: Classifier of the network.
       scales: Sides of the grids, at most 4.
 
     Returns:
-      Logits [B, N, C] of at least float32, with the N regions of one grid after the other, each row by row.
+      Logits [B, N, C] of at least float32, with the N regions ordered grid by grid, and row by row within a grid.
     """
     check_float("features", features, ndim=4)
     cells = average_pool(at_least_float32(features), (_FINEST, _FINEST))
@@ -45,7 +45,7 @@ def region_logits(features: jax.Array, head: Head, scales: tuple[int, ...] = (1,
 
 
 def region_weights(teacher_logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Computes the weights of regions: 2 where the teacher's region and whole disagree in being right, otherwise 1.
+    """Computes the weights of regions: 2 where the teacher is right on only one of region and whole map, else 1.
 
     Args:
       teacher_logits: Logits of the regions of the teacher, [B, N, C], the whole map first.
@@ -65,10 +65,10 @@ def sdd_loss(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.A
     memory are O(B N C).
 
     Args:
-      student_logits: Logits of the regions of the student, float [B, N, C], see `region_logits`.
+      student_logits: Logits of the regions of the student, float [B, N, C] (see `region_logits`).
       teacher_logits: Logits of the regions of the teacher, float [B, N, C], never differentiated.
       labels: Labels, int [B], in [0, C).
-      loss: Function l from logits of student and teacher [1, C] and labels [1], a batch of one, to a scalar.
+      loss: Function l from logits of student and teacher [1, C] and labels [1], a batch of size one, to a scalar.
 
     Returns:
       A scalar of at least float32.
@@ -95,7 +95,7 @@ def sdd_loss(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.A
 
 
 class _ScaleDecoupled(Method):
-    """Applies `sdd_loss` to the last maps, with the loss of `_compare`."""
+    """Applies `sdd_loss` to the last maps, with the loss that `_compare` defines."""
 
     multilabel: ClassVar[bool] = False
     scales: Literal["1", "1,2", "1,2,4"] = "1,2,4"
@@ -115,7 +115,7 @@ class SDDKD(_ScaleDecoupled):
     """Applies scale decoupled distillation to the last maps, with the loss of `kd` for each region.
 
     Attributes:
-      scales: Sides of the grids of regions; "1,2,4" has 21 regions, "1,2" has 5, "1" the whole map alone.
+      scales: Sides of the grids of regions; "1,2,4" has 21 regions, "1,2" has 5, and "1" is the whole map alone.
       temperature: Temperature of the softmax, greater than 0.
     """
 
@@ -130,7 +130,7 @@ class SDDDKD(_ScaleDecoupled):
     """Applies scale decoupled distillation to the last maps, with the loss of `dkd` for each region.
 
     Attributes:
-      scales: Sides of the grids of regions; "1,2,4" has 21 regions, "1,2" has 5, "1" the whole map alone.
+      scales: Sides of the grids of regions; "1,2,4" has 21 regions, "1,2" has 5, and "1" is the whole map alone.
       alpha: Weight of the target class against all others.
       beta: Weight of the distribution over the other classes.
       temperature: Temperature of the softmax, greater than 0.
@@ -149,11 +149,11 @@ class SDDNKD(_ScaleDecoupled):
     """Applies scale decoupled distillation to the last maps, with a loss like that of NKD for each region.
 
     The loss is -q_y ln p_y - gamma T^2 sum over c of q'_c ln p'_c, with the softmax p of the student and q of the
-    teacher, and p', q' those with temperature T. The sum is over all classes, as in the authors' code; NKD leaves the
-    label out of it.
+    teacher, and p', q' the same with temperature T. The sum is over all classes, as in the authors' code; NKD leaves
+    the label out of it.
 
     Attributes:
-      scales: Sides of the grids of regions; "1,2,4" has 21 regions, "1,2" has 5, "1" the whole map alone.
+      scales: Sides of the grids of regions; "1,2,4" has 21 regions, "1,2" has 5, and "1" is the whole map alone.
       gamma: Weight of the second part.
       temperature: Temperature of the second part, greater than 0.
     """

@@ -1,4 +1,4 @@
-"""Semantic calibration: every stage of the student learns from all stages of the teacher, weighed by attention."""
+"""Semantic calibration: every stage of the student learns from all stages of the teacher, weighted by attention."""
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,8 @@ def semckd_loss(attention: jax.Array, errors: jax.Array) -> jax.Array:
 
     Args:
       attention: Attention of stage s of the student to stage r of the teacher, float [B, S, R]. It is differentiated.
-      errors: Mean squared errors between stage s of the student, brought to the shape of stage r of the teacher, and
-        that stage, float [B, S, R].
+      errors: Mean squared errors between stage s of the student, mapped to the shape of stage r of the teacher, and
+        stage r, float [B, S, R].
 
     Returns:
       A scalar of at least float32: the mean over the local batch.
@@ -64,12 +64,13 @@ class CrossLayers(nn.Module):
     """Layers that relate all stages of the student to all stages of the teacher.
 
     The query of a stage is made by two linear layers from the products of a sample's map with the maps of all samples
-    of the batch, so their inputs are as many as the batch has samples. Key likewise, from the teacher's maps.
+    of the batch, so they have as many inputs as the batch has samples. Keys are made in the same way from the teacher's
+    maps.
 
     Attributes:
-      width: Number of samples that a query is made from. A smaller batch counts as if the missing samples had products
-        of 0 with the others.
-      factor: Factor by which a query is smaller than `width`.
+      width: Number of samples that a query is made from. A smaller batch is treated as if the missing samples had
+        products of 0 with the others.
+      factor: Factor by which the size of a query is smaller than `width`.
       temperature: Temperature of the attention.
       axis_name: Name of the mapped axis over which the batch is split, or None. The maps of the global batch are
         gathered; each device makes the queries and errors of its own samples.
@@ -114,16 +115,16 @@ class CrossLayers(nn.Module):
 
 
 class SemCKD(Method):
-    """Applies `semckd_loss` to all stages of both networks, which need not be equally many, through `CrossLayers`.
+    """Applies `semckd_loss` to all stages of both networks, whose numbers may differ, through `CrossLayers`.
 
     The authors' networks for queries and keys are as wide as the batch is large, and they leave out the smaller last
-    batch of an epoch. Here a smaller batch is filled up with samples that have nothing in common with the others. With
-    micro-batches, the width is the size of a micro-batch. Another batch size asks for other parameters, so it is
-    another run.
+    batch of an epoch. Here a smaller batch is padded with samples that have nothing in common with the others. With
+    micro-batches, the width is the size of a micro-batch. A different batch size needs different parameters, so it is a
+    different run.
 
     Attributes:
       temperature: Temperature of the attention, greater than 0.
-      factor: Factor by which queries and keys are smaller than the batch.
+      factor: Factor by which the size of queries and keys is smaller than the batch size.
     """
 
     temperature: Positive = 1.0

@@ -17,9 +17,9 @@ def similarity_preserving_loss(
 ) -> jax.Array:
     """Computes the similarity-preserving loss ||G^s - G^t||_F^2 / B^2.
 
-    G has the rows of F F^T, each scaled to Euclidean norm 1; F has the flattened features of a sample in each row, and
-    B is the global batch. With D and D' numbers for each sample, time is O(B^2 (D + D')) and memory O(B^2 + B (D +
-    D')).
+    G is F F^T with each row scaled to Euclidean norm 1, where each row of F holds the flattened features of a sample,
+    and B is the size of the global batch. With D and D' numbers per sample, time is O(B^2 (D + D')) and memory O(B^2 +
+    B (D + D')).
 
     Args:
       student_features: Features of the student, float [B, ...].
@@ -53,7 +53,7 @@ def _similarities(features, axis_name):
 
 
 class SimilarityPreserving(Method):
-    """Applies `similarity_preserving_loss` to the last stage's maps."""
+    """Applies `similarity_preserving_loss` to the maps of the last stage."""
 
     version: ClassVar[int] = 2
 

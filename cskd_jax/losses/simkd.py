@@ -1,4 +1,4 @@
-"""SimKD: the student learns the teacher's last map, and predicts by the teacher's own classifier."""
+"""SimKD: the student learns the teacher's last map, and predicts with the teacher's own classifier."""
 
 from typing import ClassVar
 
@@ -13,15 +13,16 @@ from cskd_jax.losses.fitnet import hint_loss
 
 
 class SimKD(Method):
-    """Applies `hint_loss` to the maps before the pools, and predicts by the classifier of the teacher.
+    """Applies `hint_loss` to the maps before the pooling layers, and predicts with the classifier of the teacher.
 
     The loss is mean (P(F^s) - F^t)^2. The projector P is a 1x1, a 3x3 and a 1x1 convolution to the teacher's channels,
     each followed by batch normalization and a ReLU. The larger map is average-pooled to the size of the smaller. The
     student predicts W mean(P(F^s)) + b, where the mean is over the positions and W, b are the classifier of the
-    teacher, which is not trained; its own classifier takes no part. The projector then normalizes by its running
-    averages. Projector, averages and a copy of W, b are kept with the student, so it needs no teacher to predict.
+    teacher, which is not trained; the student's own classifier is not used. For predictions, the projector normalizes
+    by its running averages. The projector, its averages and a copy of W, b are kept with the student, so it needs no
+    teacher to predict.
 
-    The source trains with this loss alone: no label is read.
+    The authors train with this loss alone: no label is read.
 
     Attributes:
       factor: Number by which the teacher's channels are divided, rounded down, between the projector's convolutions.
@@ -41,7 +42,7 @@ class SimKD(Method):
         return hint_loss(self._project(student, teacher.shape[-1], train=True), teacher), {}
 
     def predict(self, student: NetworkOutput) -> jax.Array:
-        """Returns the logits [B, C] of the teacher's classifier on the projected map."""
+        """Returns the logits [B, C] of the teacher's classifier for the projected map."""
         head = Head(*(self.get_variable("memory", name) for name in Head._fields))
         features, size = student.features[-1], self.get_variable("memory", "size").shape
         projected = self._project(average_pool(features, size), head.kernel.shape[0], train=False)
@@ -58,5 +59,5 @@ class SimKD(Method):
         """Keeps what a prediction needs of the teacher: its classifier, and the size to which maps are pooled."""
         for name, value in head._asdict().items():
             self.put_variable("memory", name, jnp.zeros_like(value) if self.is_initializing() else value)
-        # An array cannot hold a size that shapes are computed with, so its own shape does.
+        # Shapes cannot be computed from an array's values, so its own shape holds the size.
         self.put_variable("memory", "size", jnp.zeros(size))

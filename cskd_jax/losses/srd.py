@@ -1,4 +1,4 @@
-"""A simple recipe: normalized features of the student, linearly mapped, learn those of the teacher by a log-sum."""
+"""A simple recipe: linearly mapped, normalized features of the student learn the teacher's by a log-sum."""
 
 from typing import Literal
 
@@ -14,8 +14,8 @@ from cskd_jax.losses.base import EmbeddingSource, LossInputs, Method, Positive
 from cskd_jax.losses.embedding import read_student
 from cskd_jax.losses.logits import kd_loss
 
-# This number is added to the sum of the correlation loss, and this to the variances of the other, as in the authors'
-# code.
+# The first number is added to the sum in the correlation loss and the second to the variances in the other loss, as in
+# the authors' code.
 _EPSILON, _NORM_EPSILON = 1e-5, 1e-4
 
 
@@ -24,15 +24,15 @@ def srd_correlation_loss(
 ) -> jax.Array:
     """Computes ln(sum over features d of |c_d - 1|^p + 1e-5), with the correlations c_d over the batch.
 
-    c_d = mean over i of e_id t_id, of features scaled to mean 0 and variance 1 over the batch. This is the loss of the
-    authors' program for Vision Transformers (DeiT). Time and memory are O(B D).
+    Here c_d = mean over i of e_id t_id, for features scaled to mean 0 and variance 1 over the batch. This is the loss
+    of the authors' program for Vision Transformers (DeiT). Time and memory are O(B D).
 
     Args:
       student_embedding: Embeddings of the student, mapped to the teacher's size, float [B, D].
       teacher_embedding: Embeddings of the teacher, float [B, D], never differentiated.
       power: Exponent p, greater than 1.
       axis_name: Name of the mapped axis (`jax.pmap`) over which the batch is split, static. Means and correlations are
-        those of the global batch, so the value is the same on every device.
+        taken over the global batch, so the value is the same on every device.
 
     Returns:
       A scalar of at least float32. A feature that does not vary has correlation 0, with zero gradient.
@@ -75,7 +75,7 @@ def srd_difference_loss(
       ValueError: If shapes differ, or if the power is not greater than 1.
 
     References:
-      As of `srd_correlation_loss`.
+      See `srd_correlation_loss`.
     """
     student, teacher = _checked(student_embedding, teacher_embedding, power)
     student, teacher = (standardize_batch(x, axis_name, epsilon=_NORM_EPSILON) for x in (student, teacher))
@@ -97,18 +97,18 @@ class SRD(Method):
     """Applies `srd_difference_loss` or `srd_correlation_loss` to the features of both networks, and `kd_loss`.
 
     A trained layer maps the features of the student to the teacher's size. The defaults are those of the authors'
-    program for ImageNet. Their program for Vision Transformers has the variant "correlation", a representation_weight
+    program for ImageNet. Their program for Vision Transformers uses the variant "correlation", a representation_weight
     of 1, and a kd_weight of 0.
 
     Attributes:
       variant: Loss of the features: "difference" or "correlation".
-      projector: Layer that maps the student's features: "linear", with bias, as the authors' programs have it, or
+      projector: Layer that maps the student's features: "linear", with bias, as in the authors' programs, or
         "orthogonal", the matrix of vkd, whose parameters do not decay.
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
       power: Exponent of the loss of the features, greater than 1.
-      representation_weight: Weight of the features.
-      kd_weight: Weight of the logits; with 0, no logits are read.
-      temperature: Temperature of the logits, greater than 0.
+      representation_weight: Weight of the loss on the features.
+      kd_weight: Weight of `kd_loss` on the logits; with 0, no logits are read.
+      temperature: Temperature of the softmax of the logits, greater than 0.
     """
 
     variant: Literal["difference", "correlation"] = "difference"

@@ -1,4 +1,4 @@
-"""SRRL: the student's features, under the teacher's classifier, give the teacher's logits."""
+"""SRRL: the student's features, passed through the teacher's classifier, give the teacher's logits."""
 
 from typing import Literal
 
@@ -22,8 +22,8 @@ def srrl_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes softmax regression representation learning.
 
-    The loss is mean (x^s - x^t)^2 + regression_weight mean (W x^s + b - z^t)^2, each mean over all elements, with the
-    embeddings x and the teacher's classifier W, b. The logits are compared themselves, without a softmax. Time is
+    The loss is mean (x^s - x^t)^2 + regression_weight mean (W x^s + b - z^t)^2, each mean taken over all elements, with
+    the embeddings x and the teacher's classifier W, b. The logits themselves are compared, without a softmax. Time is
     O(B D C).
 
     Args:
@@ -31,7 +31,7 @@ def srrl_loss(
       teacher_embedding: Embeddings of the teacher, float [B, D], never differentiated.
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
       teacher_head: Classifier of the teacher, with D features and C classes, never differentiated.
-      regression_weight: Weight of the part on logits.
+      regression_weight: Weight of the term on the logits.
 
     Returns:
       A scalar of at least float32, and the unweighted terms `feature` and `regression`.
@@ -67,7 +67,7 @@ class SRRL(Method):
     Attributes:
       variant: What the connector maps: "vectors" for the pooled embedding, as https://github.com/DefangChen/SimKD does
         for CIFAR-100; "maps" for the last map, which is pooled afterwards, as the authors do for ImageNet.
-      regression_weight: Weight of the part on logits.
+      regression_weight: Weight of the term on the logits.
     """
 
     variant: Literal["vectors", "maps"] = "vectors"

@@ -1,4 +1,4 @@
-"""Knowledge distillation of standardized logits: the student learns relations between classes without their size."""
+"""Knowledge distillation of standardized logits: the student learns relations between classes without their scale."""
 
 from typing import ClassVar
 
@@ -13,10 +13,10 @@ from cskd_jax.losses.logits import kd_loss
 def standardized_kd_loss(
     student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 2.0
 ) -> jax.Array:
-    """Computes `kd_loss` of logits through `standardize_logits`.
+    """Computes `kd_loss` of logits standardized by `standardize_logits`.
 
     The loss is T^2 KL(softmax(n(z^t) / T) || softmax(n(z^s) / T)). The student learns the order and the spacing of the
-    teacher's logits, not their size. Time and memory are O(B C).
+    teacher's logits, not their scale. Time and memory are O(B C).
 
     Args:
       student_logits: Logits of the student, float [B, C], with C >= 2.
@@ -41,7 +41,7 @@ def standardized_kd_loss(
 
 
 class StandardizedKD(Method):
-    """Applies `kd_loss` to standardized logits: `KD` with standardize, under the name by which papers know it.
+    """Applies `kd_loss` to standardized logits: `KD` with `standardize`, under its published name.
 
     Attributes:
       temperature: Temperature of the softmax, greater than 0.

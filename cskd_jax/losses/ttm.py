@@ -17,7 +17,7 @@ def ttm_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, exponent: 
     Args:
       student_logits: Logits of the student, float [B, C].
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
-      exponent: Exponent of the teacher's probabilities, greater than 0; 1 leaves them as they are.
+      exponent: Exponent of the teacher's probabilities, greater than 0; 1 leaves them unchanged.
 
     Returns:
       A scalar of at least float32: the mean over the batch of the sum over classes.
@@ -38,7 +38,7 @@ def wttm_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, exponent:
 
     The weight of a sample is U = sum over c of softmax(z^t)_c^exponent, which is large where the teacher is uncertain.
 
-    The arguments, and what is returned and raised, are those of `ttm_loss`.
+    The arguments, the return value and the errors are as for `ttm_loss`.
     """
     divergences, log_sums = _divergences(student_logits, teacher_logits, exponent)
     return jnp.mean(jnp.exp(log_sums) * divergences)

@@ -13,7 +13,7 @@ from cskd_jax.losses._checks import at_least_float32, check_float, check_same_sh
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import LossInputs, Method, Positive
 
-# This number is added to every variance, so that none vanishes.
+# This number is added to every variance, so that none is zero.
 MIN_VARIANCE = 1e-5
 
 
@@ -26,7 +26,7 @@ def vid_loss(mean: jax.Array, teacher_features: jax.Array, log_scale: jax.Array)
     Args:
       mean: Prediction mu(s) of the teacher's map from the student's, float [B, ..., D].
       teacher_features: Maps of the teacher, float, in the shape of mean, never differentiated.
-      log_scale: Trained parameters rho of the variances, float [D].
+      log_scale: Trained parameters rho that determine the variances, float [D].
 
     Returns:
       A scalar of at least float32: the mean over all elements. It can be negative.
@@ -86,7 +86,7 @@ class VID(Method):
     def __call__(self, inputs: LossInputs):
         if not self.initial_variance > MIN_VARIANCE:
             raise ValueError(f"initial_variance must be greater than {MIN_VARIANCE}, got {self.initial_variance}")
-        # This is the inverse of softplus, in a form that does not overflow for large v as log(expm1(v)) does.
+        # This is the inverse of softplus, in a form that does not overflow for large v, unlike log(expm1(v)).
         excess = self.initial_variance - MIN_VARIANCE
         start = nn.initializers.constant(excess + math.log(-math.expm1(-excess)))
         total = 0.0

@@ -1,4 +1,4 @@
-"""VkD: the student's features, turned by an orthogonal matrix, learn the teacher's normalized features."""
+"""VkD: the student's features, projected by an orthogonal matrix, learn the teacher's normalized features."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ _EPSILON = 1e-5
 
 
 def vkd_loss(student_embedding: jax.Array, teacher_embedding: jax.Array) -> jax.Array:
-    """Computes the mean smooth L1 distance of projected features to the teacher's layer-normalized ones.
+    """Computes the mean smooth L1 distance between projected features and the teacher's layer-normalized ones.
 
     The distance is `smooth_l1_loss`. Time and memory are O(B D).
 
@@ -49,15 +49,15 @@ def vkd_loss(student_embedding: jax.Array, teacher_embedding: jax.Array) -> jax.
 class VkD(Method):
     """Applies `vkd_loss` to the features of both networks, and `kd_loss` to their logits.
 
-    The student's features go through a trained orthogonal matrix, `_connectors.Orthogonal`, whose parameters do not
-    decay. Of a student with a distillation token, such as that of the authors, the head of that token learns the
-    teacher's logits; of any other, the classifier does.
+    The student's features are mapped by a trained orthogonal matrix, `_connectors.Orthogonal`, whose parameters do not
+    decay. In a student with a distillation token, such as the authors' student, the head of that token learns the
+    teacher's logits; in any other student, the classifier does.
 
     Attributes:
       student: Features of the student: "embedding", or "tokens", the mean over the positions of the last stage.
-      representation_weight: Weight of the features.
-      kd_weight: Weight of the logits; with 0, no logits are read.
-      temperature: Temperature of the logits, greater than 0.
+      representation_weight: Weight of the loss on the features.
+      kd_weight: Weight of `kd_loss` on the logits; with 0, no logits are read.
+      temperature: Temperature of the softmax of the logits, greater than 0.
     """
 
     student: EmbeddingSource = "embedding"

@@ -1,4 +1,4 @@
-"""WKD-F: the channels of the student's map learn mean and deviation of the teacher's, as Gaussian distributions."""
+"""WKD-F: the channels of the student's map learn the teacher's mean and deviation, as Gaussians."""
 
 from typing import Literal
 
@@ -21,23 +21,23 @@ def wkd_feature_loss(
     mean_cov_ratio: float = 2.0,
     epsilon: float = 1e-5,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the Wasserstein distance of Gaussians over positions, with a diagonal covariance, in windows of maps.
+    """Computes the Wasserstein distance of Gaussians with diagonal covariance over the positions in windows of maps.
 
-    The loss is ratio * mean + std, with mean = 1/g^2 sum over windows and channels of (mu^s - mu^t)^2 and std likewise
-    of the deviations sqrt(v + epsilon), where mu and v are mean and unbiased variance over the positions of a window.
-    Time and memory are O(B H W D).
+    The loss is ratio * mean + std, with mean = 1/g^2 sum over windows and channels of (mu^s - mu^t)^2 and std the same
+    for the deviations sqrt(v + epsilon), where mu and v are the mean and the unbiased variance over the positions of a
+    window. Time and memory are O(B H W D).
 
     Args:
-      student_features: Maps of the student, in the teacher's channels, float [B, H, W, D].
+      student_features: Maps of the student, mapped to the teacher's channels, float [B, H, W, D].
       teacher_features: Maps of the teacher, float, in the shape of student_features, never differentiated.
-      grid: Number g of windows along each axis. They are those of adaptive pooling, which overlap where g does not
-        divide the size.
+      grid: Number g of windows along each axis. They are the windows of adaptive pooling, which overlap where g does
+        not divide the size.
       mean_cov_ratio: Weight of the means.
-      epsilon: Number added to variances, greater than 0.
+      epsilon: Number added to the variances, greater than 0.
 
     Returns:
-      A scalar and the terms `mean` and `std` without weight, of at least float32: means over the local batch. The
-      variance of a window of one position counts as 0, where the authors' code gives NaN.
+      A scalar and the unweighted terms `mean` and `std`, of at least float32: means over the local batch. The variance
+      of a window of one position counts as 0, where the authors' code gives NaN.
 
     Raises:
       TypeError: If the features are not floating point.
@@ -67,7 +67,7 @@ def wkd_feature_loss(
 
 
 def _moments(window, epsilon):
-    """Returns mean and deviation of each channel, [B, H, W, D] -> two of [B, D]."""
+    """Returns the mean and the deviation of each channel: [B, H, W, D] -> two arrays [B, D]."""
     mean = jnp.mean(window, axis=(1, 2), keepdims=True)
     positions = window.shape[1] * window.shape[2]
     variance = jnp.sum(jnp.square(window - mean), axis=(1, 2)) / max(positions - 1, 1)
@@ -75,17 +75,17 @@ def _moments(window, epsilon):
 
 
 class WKDFeature(Method):
-    """Applies `wkd_feature_loss` to the last stages through a trained projector, batch normalization and ReLU.
+    """Applies `wkd_feature_loss` to the last stages, through a trained projector with batch normalization and ReLU.
 
     Where maps differ in size, the larger is average-pooled to the smaller first.
 
     Attributes:
-      projector: Layers of the projector: "bottleneck" is convolutions of 1x1, 3x3 and 1x1, "conv1x1" is one. All have
-        biases.
+      projector: Layers of the projector: "bottleneck" has a 1x1, a 3x3 and a 1x1 convolution, "conv1x1" a single one,
+        all with biases.
       hidden: Number of channels inside the bottleneck.
       grid: Number of windows along each axis.
       mean_cov_ratio: Weight of the means; the authors use 4 for CIFAR-100.
-      epsilon: Number added to variances.
+      epsilon: Number added to the variances.
     """
 
     projector: Literal["bottleneck", "conv1x1"] = "bottleneck"

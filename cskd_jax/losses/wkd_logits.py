@@ -1,4 +1,4 @@
-"""Wasserstein distillation of logits: how far probability has to move, between classes that are similar or not."""
+"""Wasserstein distillation of logits: how far probability has to move between more or less similar classes."""
 
 from typing import ClassVar
 
@@ -16,11 +16,11 @@ _EPSILON = 1e-8
 
 
 def classifier_cost(kernel: jax.Array, *, sharpen: float = 1.0) -> jax.Array:
-    """Computes costs between classes from the weights of a classifier: 1 - cosine of the weights of two classes.
+    """Computes costs between classes from classifier weights: 1 - the cosine between the weights of two classes.
 
     Args:
       kernel: Weights, float [D, C].
-      sharpen: Where it is not 0, a cost d becomes 1 - exp(-sharpen d).
+      sharpen: If not 0, a cost d becomes 1 - exp(-sharpen d).
 
     Returns:
       An array [C, C] of at least float32.
@@ -30,7 +30,7 @@ def classifier_cost(kernel: jax.Array, *, sharpen: float = 1.0) -> jax.Array:
       ValueError: If they do not have 2 dimensions.
 
     References:
-      Those of `wkd_logits_loss`.
+      See `wkd_logits_loss`.
     """
     check_float("kernel", kernel, ndim=2)
     kernel = at_least_float32(kernel)
@@ -39,13 +39,13 @@ def classifier_cost(kernel: jax.Array, *, sharpen: float = 1.0) -> jax.Array:
 
 
 def cka_cost(class_features: jax.Array, *, sharpen: float = 1.0) -> jax.Array:
-    """Computes costs between classes from features of their images: 1 - linear CKA of two classes.
+    """Computes costs between classes from features of their images: 1 - the linear CKA between two classes.
 
     With the features X of a class, centered over its images, CKA = |Y' X|_F^2 / (|X' X|_F |Y' Y|_F).
 
     Args:
       class_features: Features of N images of each class, float [C, N, D]; the n-th images of all classes are compared.
-      sharpen: Where it is not 0, a cost d becomes 1 - exp(-sharpen d).
+      sharpen: If not 0, a cost d becomes 1 - exp(-sharpen d).
 
     Returns:
       An array [C, C] of at least float32.
@@ -55,7 +55,7 @@ def cka_cost(class_features: jax.Array, *, sharpen: float = 1.0) -> jax.Array:
       ValueError: If they do not have 3 dimensions.
 
     References:
-      Those of `wkd_logits_loss`.
+      See `wkd_logits_loss`.
     """
     check_float("class_features", class_features, ndim=3)
     features = at_least_float32(class_features)
@@ -84,11 +84,11 @@ def sinkhorn_distance(
     iterations: int = 10,
     support: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes entropy-regularized transport costs between distributions over classes, by Sinkhorn's iterations.
+    """Computes entropy-regularized transport costs between distributions over classes by Sinkhorn iterations.
 
-    With D = max(cost, 0) + 1e-8 and K = exp(-D / regularization), u begins with 1 over the number of classes, and
-    v = b / (K' u + 1e-8), u = a / (K v + 1e-8) follow in turn; the cost is sum_ij u_i K_ij v_j D_ij. All iterations are
-    differentiated. Time is O(iterations B C^2), memory O(iterations B C + C^2).
+    With D = max(cost, 0) + 1e-8 and K = exp(-D / regularization), u starts at 1 over the number of classes, and the
+    updates v = b / (K' u + 1e-8) and u = a / (K v + 1e-8) alternate; the cost is sum_ij u_i K_ij v_j D_ij. All
+    iterations are differentiated. Time is O(iterations B C^2), memory O(iterations B C + C^2).
 
     Args:
       student: Probabilities a, float [B, C].
@@ -97,7 +97,7 @@ def sinkhorn_distance(
       regularization: Weight of the entropy, greater than 0.
       iterations: Number of iterations, at least 1.
       support: Mask of the classes that take part, bool [B, C], outside of which both probabilities must be 0; None for
-        all. The result is that of the smaller arrays without the others.
+        all. The result is the same as for smaller arrays without the other classes.
 
     Returns:
       An array [B] of at least float32.
@@ -140,7 +140,7 @@ def wkd_logits_loss(
 ) -> jax.Array:
     """Computes the Wasserstein distance of WKD between student and teacher over the classes other than the label.
 
-    It is the `sinkhorn_distance` between the distributions softmax(z / T) over the other classes. The authors add
+    This is the `sinkhorn_distance` between the distributions softmax(z / T) over the other classes. The authors add
     `weighted_target_loss` for the label. There is no factor T^2.
 
     Args:
@@ -151,7 +151,7 @@ def wkd_logits_loss(
         `classifier_cost` and `cka_cost`.
       temperature: Temperature T, greater than 0.
       regularization: Weight of the entropy in the transport, greater than 0.
-      iterations: Number of Sinkhorn's iterations, at least 1.
+      iterations: Number of Sinkhorn iterations, at least 1.
 
     Returns:
       A scalar of at least float32: the mean over the batch.
@@ -177,13 +177,13 @@ def wkd_logits_loss(
 
 
 class WKDLogits(Method):
-    """Applies `wkd_logits_loss` to the logits, with the costs of `classifier_cost` of the teacher.
+    """Applies `wkd_logits_loss` to the logits, with costs from `classifier_cost` of the teacher's classifier.
 
     Attributes:
       temperature: Temperature of the softmax, greater than 0.
       regularization: Weight of the entropy in the transport, greater than 0.
-      iterations: Number of Sinkhorn's iterations.
-      sharpen: How much costs are sharpened; 0 leaves them as they are.
+      iterations: Number of Sinkhorn iterations.
+      sharpen: How much the costs are sharpened; 0 leaves them unchanged.
     """
 
     temperature: Positive = 2.0

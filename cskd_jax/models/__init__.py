@@ -38,7 +38,7 @@ __all__ = [
 
 _SMALL = {**RESNETS, **WIDE_RESNETS, **VGGS, **MOBILENETS, **SHUFFLENETS, **INCEPTIONS}
 
-# {name: constructor that takes num_classes, width, dtype and axis_name, and that describes what the network gives}
+# {name: constructor that takes num_classes, width, dtype and axis_name, and that describes the outputs of the network}
 MODELS = {
     **{name: Model(made, *((224, 1000) if name.endswith("_224") else ())) for name, made in _SMALL.items()},
     **{name: Model(made, 224, 1000) for name, made in VISION_TRANSFORMERS.items()},
@@ -56,7 +56,7 @@ def check_settings(name: str, settings: Mapping[str, Any], source: str) -> None:
     Args:
       name: Name of the network.
       settings: {name: value} of its settings.
-      source: Beginning of the names of the settings in the message, such as "student.".
+      source: Prefix of the names of the settings in the message, such as "student.".
     """
     known = settings_of(name)
     for key, value in settings.items():
@@ -84,7 +84,7 @@ def create_model(
       width: Factor on the number of channels.
       dtype: Dtype of the computation.
       axis_name: Name of the mapped axis over which the batch is split; None on one device.
-      settings: Further settings of the network, see `settings_of`, such as {"patch_size": 4}.
+      settings: Further settings of the network (see `settings_of`), such as {"patch_size": 4}.
 
     Raises:
       UserError: There is no such network, or it has no such setting.

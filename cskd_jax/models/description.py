@@ -1,4 +1,4 @@
-"""Descriptions of the networks of the table: stages, parameters and operations, from the networks themselves."""
+"""Descriptions of the networks of the table: stages, parameters and operations, derived from the networks."""
 
 import dataclasses
 import functools
@@ -15,8 +15,8 @@ class Stage(NamedTuple):
 
     Attributes:
       kind: "map" [B, H, W, D] or "tokens" [B, T, D].
-      channels: Number D of channels.
-      reduction: Side of the image divided by that of the map, or of the grid of the patches.
+      channels: Number of channels D.
+      reduction: Side of the image divided by the side of the map or of the patch grid.
     """
 
     kind: Literal["map", "tokens"]
@@ -28,12 +28,12 @@ class Description(NamedTuple):
     """The size, the operations and the stages of a network.
 
     Attributes:
-      image_size: Side of the images that it is described for.
-      num_classes: Number of classes that it is described for.
+      image_size: Side of the images for which it is described.
+      num_classes: Number of classes for which it is described.
       parameters: Number of its parameters.
       flops: Floating-point operations for one image in evaluation mode, as the compiler counts them; a multiplication
-        and an addition are two.
-      stages: Its features, the first stage first.
+        and an addition count as two.
+      stages: Its features, first stage first.
     """
 
     image_size: int
@@ -45,13 +45,13 @@ class Description(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network of the table.
+    """A network in the table.
 
     Attributes:
       constructor: Constructor of the module, which takes num_classes, width, dtype, axis_name and, if it has any, its
         settings.
-      image_size: Side of the images that the network was made for.
-      num_classes: Number of classes of the data set that it is usually described for.
+      image_size: Side of the images for which the network was designed.
+      num_classes: Number of classes of the data set for which it is usually described.
     """
 
     constructor: Callable[..., nn.Module]
@@ -63,11 +63,11 @@ class Model:
         return self.constructor(**fields)
 
     def describe(self, width: float = 1.0, settings: Mapping[str, Any] | None = None) -> Description:
-        """Returns what the network gives, which is traced, not computed.
+        """Returns a description of the outputs of the network, which are traced, not computed.
 
         Args:
           width: Factor on the number of channels.
-          settings: Further settings, see `models.settings_of`.
+          settings: Further settings (see `models.settings_of`).
         """
         module: Any = self.constructor(num_classes=self.num_classes, width=width, **(settings or {}))
         images = jnp.zeros((1, self.image_size, self.image_size, 3))

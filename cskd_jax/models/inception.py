@@ -10,8 +10,8 @@ from flax import linen as nn
 from cskd_jax.models.layers import Classifier, ConvBatchNorm, average_pool, max_pool, scale_width
 from cskd_jax.models.outputs import ModelOutput
 
-# A block is a tuple of branches, a branch a tuple of layers: channels and kernel (and stride) of a convolution,
-# ("split", channels) of a 1x3 beside a 3x1 convolution, or a pool.
+# A block is a tuple of branches, and a branch is a tuple of layers: (channels, kernel) or (channels, kernel, stride) of
+# a convolution, ("split", channels) of a 1x3 and a 3x1 convolution side by side, or a pool.
 _AVERAGE = ("average",)
 _MAX_HALVE = ("max", 2)
 
@@ -77,7 +77,8 @@ class Mixed(nn.Module):
     def _branch(self, x, number, train):
         for index, (kind, *settings) in enumerate(self.branches[number - 1], start=1):
             name = f"branch{number}_conv{index}"
-            # This is the ReLU between layers; it leaves inputs as they are that come from a ReLU or a pool of one.
+            # This is the ReLU between layers; it does not change inputs that come from a ReLU or from a pool after a
+            # ReLU.
             x = nn.relu(x) if index > 1 else x
             if kind == "average":
                 x = average_pool(x, 1)
@@ -100,7 +101,7 @@ class InceptionV3(nn.Module):
 
     Two of the five halvings of the network for ImageNet are left out (the stride of the first convolution, the second
     max-pool), and every convolution and pool pads, so that the maps of an image of side 32 have sides 32, 16, 8 and 4,
-    as those of ResNet. That changes no parameter. There is no auxiliary classifier and no dropout.
+    as in ResNet. The parameters are unaffected. There is no auxiliary classifier and no dropout.
 
     Attributes:
       num_classes: Number of classes.

@@ -61,8 +61,8 @@ def convolve(
 
 
 def max_pool(x: jax.Array, stride: int) -> jax.Array:
-    """Applies a 3x3 max-pool to [B, H, W, C]; the side becomes ceil(side / stride)."""
-    # flax annotates padding as a string alone, and documents pairs of numbers.
+    """Applies a 3x3 max-pool to [B, H, W, C]; each side becomes ceil(side / stride)."""
+    # flax annotates padding as a string only, but documents pairs of numbers.
     padding: Any = ((1, 1), (1, 1))
     return nn.max_pool(x, (3, 3), strides=(stride, stride), padding=padding)
 
@@ -77,7 +77,7 @@ def average_pool(x: jax.Array, stride: int) -> jax.Array:
 def mean_of_cells(x: jax.Array, cells: int) -> jax.Array:
     """Returns the means of `cells` x `cells` equal parts of maps [B, H, W, C], as [B, C * cells * cells].
 
-    The means of a channel are neighbors, as after torch.nn.AvgPool2d and a flattening of [B, C, H, W].
+    The means of a channel are adjacent, as after torch.nn.AvgPool2d and flattening [B, C, H, W].
 
     Raises:
       ValueError: If a side of the maps is not divisible by `cells`.
@@ -115,9 +115,9 @@ class Convolution(nn.Module):
 class BatchNorm(nn.Module, kw_only=True):
     """Batch normalization that matches torch.nn.BatchNorm2d.
 
-    The statistics are those of the global batch when `axis_name` is given. As in PyTorch, the biased variance
-    normalizes and the unbiased variance enters the running average. Parameters and statistics are float32 (float64 if
-    `dtype` is), and statistics are computed in that precision whatever `dtype` is.
+    The statistics are those of the global batch when `axis_name` is given. As in PyTorch, the biased variance is used
+    to normalize and the unbiased variance to update the running average. Parameters and statistics are float32 (float64
+    if `dtype` is), and statistics are computed in that precision regardless of `dtype`.
 
     Attributes:
       dtype: Dtype of the computation.
@@ -156,7 +156,7 @@ class BatchNorm(nn.Module, kw_only=True):
         return gain, norm.bias - norm.mean.value * gain
 
     def _by_batch(self, x, norm):
-        """Normalizes x by the statistics of the batch, which enter the running averages."""
+        """Normalizes x by the statistics of the batch, and updates the running averages with them."""
         y, mean, unbiased = normalize_by_batch(
             x.astype(norm.scale.dtype), norm.scale, norm.bias, epsilon=self.epsilon, axis_name=self.axis_name
         )
@@ -166,12 +166,12 @@ class BatchNorm(nn.Module, kw_only=True):
         return y.astype(self.dtype)
 
 
-# Jitted so that a network traces and lowers it once for all its layers of a shape, not once for each layer.
+# Jitted so that a network traces and lowers it once for all layers of the same shape, not once for each layer.
 @partial(jax.jit, static_argnames=("epsilon", "axis_name"))
 def normalize_by_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalizes x [B, H, W, C] over the global batch; returns it, its mean [C] and its unbiased variance [C]."""
+    """Normalizes x [B, H, W, C] over the global batch; returns (normalized x, mean [C], unbiased variance [C])."""
     count = x.size // x.shape[-1]
     mean = jnp.mean(x, axis=(0, 1, 2))
     if axis_name is not None:
@@ -193,19 +193,19 @@ class _NormVariables(NamedTuple):
 
 
 class ConvBatchNorm(BatchNorm):
-    """Convolution followed by batch normalization.
+    """A convolution followed by batch normalization.
 
-    Both are one module, so that evaluation mode can fold the normalization into the kernel, which saves a pass over the
+    They form one module so that evaluation mode can fold the normalization into the kernel, which saves a pass over the
     activations.
 
     Attributes:
       features: Number of output channels.
       kernel_size: Side of the square kernel, or its (height, width); odd.
       stride: Stride of the convolution.
-      groups: Number of groups into which the channels are split, each convolved by itself; with as many groups as
-        channels the convolution is depthwise.
-      use_bias: Whether the convolution has a bias of its own, as some networks have it. The mean of the batch takes it
-        out again, so it gets no gradient.
+      groups: Number of groups into which the channels are split, each convolved separately; with as many groups as
+        channels, the convolution is depthwise.
+      use_bias: Whether the convolution has its own bias, as in some networks. Subtracting the batch mean cancels it, so
+        it gets no gradient.
     """
 
     features: int

@@ -26,10 +26,10 @@ _STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, linear 1x1 projection; an identity shortcut where shapes allow it.
+    """1x1 expansion, 3x3 depthwise, linear 1x1 projection, with an identity shortcut where the shapes allow it.
 
-    The expansion is there even where it expands by 1, as in networks for CIFAR such as those of the reference code of
-    CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
+    The expansion convolution is present even where it expands by 1, as in networks for CIFAR such as those in the
+    reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
     """
 
     features: int
@@ -51,14 +51,14 @@ class MobileNetV2(nn.Module):
     """3x3 stem, inverted residuals in four stages with strides 1, 2, 2, 2, and a 1x1 head that ends the last stage.
 
     Blocks end linearly, so `features` and `preactivations` of the first three stages are the same maps, of both signs.
-    The features of the last stage are the head's, so that they are the input of the pool; its preactivations and its
-    map in `maps` are those before the head.
+    The features of the last stage are taken after the head, so that they are the input of the pooling; its
+    preactivations and its map in `maps` are taken before the head.
 
     Attributes:
       num_classes: Number of classes.
-      width: Factor on the widths of stem, stages and, above 1, head.
+      width: Factor on the widths of the stem, the stages and, if above 1, the head.
       stem_stride: Stride of the stem.
-      activation: Activation after every convolution but the linear ones.
+      activation: Activation after every convolution except the linear ones.
       dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
       axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
@@ -95,9 +95,9 @@ class MobileNetV2(nn.Module):
 
 
 MOBILENETS = {
-    # This has ReLU6 as in the paper, and a last map of side 4 for images of side 32, as ResNet, VGG and Inception have.
+    # This has ReLU6 as in the paper, and a last map of side 4 for images of side 32, as in ResNet, VGG and Inception.
     "mobilenet_v2": MobileNetV2,
-    # This has plain ReLU, and a stem that halves the side, as in the reference code of CRD (Tian et al. 2020), which
-    # uses it with width 0.5.
+    # This has plain ReLU, and a stem that halves the side, as in the reference code of CRD (Tian et al. 2020), where it
+    # is used with width 0.5.
     "mobilenet_v2_crd": partial(MobileNetV2, stem_stride=2, activation=nn.relu),
 }

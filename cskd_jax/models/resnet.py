@@ -1,16 +1,16 @@
-"""Residual networks (He et al. 2016) with a width factor, in six forms.
+"""Residual networks (He et al. 2016) with a width factor, in six variants.
 
 - `resnet18` to `resnet152` are for small images: they have a 3x3 stem and four stages.
 - The same names with `_crd` have no max-pool, as in the reference code of CRD (Tian et al. 2020,
   https://github.com/HobbitLong/RepDistiller) and in https://github.com/kuangliu/pytorch-cifar.
-- The same names with `_224` are those of ImageNet: they have a 7x7 stem, and the maps of their four stages have 1/4 to
-  1/32 of the side of the image.
-- `resnet8` to `resnet110`, `resnet8x4` and `resnet32x4` are those for CIFAR of the reference code of CRD: they have
-  three stages, narrow or four times as wide.
-- `resnet20_option_a` to `resnet110_option_a` have the shortcuts without parameters that He et al. use on CIFAR, and
-  name option A: strided subsampling, with zeros for the additional channels.
-- `resnet8_stem64` to `resnet32_stem64` are those of https://github.com/karanchahal/distiller: a stem of 64 channels,
-  a ReLU at the end of a stage only, and the means of the four quarters of the last map as embedding.
+- The same names with `_224` are for ImageNet: they have a 7x7 stem, and the maps of their four stages have 1/4 to 1/32
+  of the side of the image.
+- `resnet8` to `resnet110`, `resnet8x4` and `resnet32x4` are the CIFAR networks of the reference code of CRD: they have
+  three stages, either narrow or four times as wide.
+- `resnet20_option_a` to `resnet110_option_a` have the parameter-free shortcuts that He et al. use on CIFAR and call
+  option A: strided subsampling, with zeros for the additional channels.
+- `resnet8_stem64` to `resnet32_stem64` are those of https://github.com/karanchahal/distiller: they have a stem of 64
+  channels, a ReLU only at the end of a stage, and the means of the four quarters of the last map as the embedding.
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ from cskd_jax.models.outputs import ModelOutput
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around an identity or projection shortcut; the caller applies the last ReLU."""
+    """Two 3x3 convolutions with an identity or projection shortcut; the caller applies the last ReLU."""
 
     width: int
     stride: int
@@ -53,9 +53,9 @@ class BasicBlock(nn.Module):
 
 
 class PaddedBlock(BasicBlock):
-    """Two 3x3 convolutions around a shortcut without parameters; the caller applies the last ReLU.
+    """Two 3x3 convolutions with a parameter-free shortcut; the caller applies the last ReLU.
 
-    The shortcut takes every pixel at the stride, and puts zeros before and after its channels.
+    The shortcut subsamples the pixels with the stride, and pads the channels with zeros before and after.
     """
 
     def _shortcut(self, x, train):
@@ -66,7 +66,7 @@ class PaddedBlock(BasicBlock):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1x1, 3x3 (which carries the stride), 1x1 with four times the channels, around a shortcut.
+    """1x1, 3x3 (with the stride) and 1x1 convolutions, the last with four times the channels, and a shortcut.
 
     The caller applies the last ReLU.
     """
@@ -88,20 +88,20 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network: stem, 3x3 max-pool, stages of which each but the first halves the side of the maps.
+    """Residual network: a stem, a 3x3 max-pool, and stages that, except for the first, halve the side of the maps.
 
     Attributes:
       num_classes: Number of classes.
       stage_sizes: Numbers of blocks of the stages.
       block: Class of the blocks: BasicBlock, PaddedBlock or Bottleneck.
-      width: Factor on the widths of stem and stages.
+      width: Factor on the widths of the stem and the stages.
       stage_widths: Numbers of channels of the stages at width 1, before the block's expansion.
-      stem_width: Number of channels of the stem at width 1; None takes that of the first stage.
+      stem_width: Number of channels of the stem at width 1; None takes the width of the first stage.
       stem_kernel_size: Side of the stem's kernel.
       stem_stride: Stride of the stem.
       pool_stride: Stride of the max-pool; None leaves the max-pool out.
-      relu_between_blocks: Whether a ReLU follows every block, or the last block of a stage only.
-      pool_cells: Number of cells along each side of the last map whose means are the embedding.
+      relu_between_blocks: Whether a ReLU follows every block, or only the last block of each stage.
+      pool_cells: Number of cells along each side of the last map; the means of the cells are the embedding.
       projection_features: Number of channels to which a 1x1 convolution without bias maps the returned features of the
         last stage (`branch4` of the networks of Chen et al. 2020, https://github.com/xeanzheng/CSKD); None leaves it
         out. Logits and preactivations do not depend on it.
@@ -134,7 +134,7 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with a map for each stage."""
         conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
-        # Jitted so that blocks that are alike are traced and lowered once; a ResNet101 has 23 in a row.
+        # Jitted so that identical blocks are traced and lowered once; a ResNet101 has 23 in a row.
         block = nn.jit(self.block, static_argnames=("train",))
         stem_width = scale_width(self.stem_width or self.stage_widths[0], self.width)
         widths = [scale_width(stage_width, self.width) for stage_width in self.stage_widths]
@@ -169,7 +169,7 @@ _SIZES = {
 
 
 def _comparison(depth, stage_widths=(16, 32, 64), stem_width=16, block: Any = BasicBlock, **settings):
-    """Returns a network for CIFAR with three stages of two-layer blocks: 6 n + 2 layers with n blocks in each stage."""
+    """Returns a CIFAR network with three stages of two-layer blocks: 6 n + 2 layers with n blocks in each stage."""
     sizes, settings = ((depth - 2) // 6,) * 3, {"pool_stride": None, **settings}
     return partial(ResNet, stage_sizes=sizes, block=block, stage_widths=stage_widths, stem_width=stem_width, **settings)
 

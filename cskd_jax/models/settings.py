@@ -9,7 +9,7 @@ class Setting(NamedTuple):
 
     Attributes:
       types: Allowed types of the value. The first one is the type of the setting.
-      test: Function that returns whether a value of these types is allowed.
+      test: Function that returns whether a value of one of these types is allowed.
       allowed: The allowed values in words, for error messages.
     """
 
@@ -18,7 +18,7 @@ class Setting(NamedTuple):
     allowed: str
 
     def allows(self, value: Any) -> bool:
-        """Returns whether the setting may have a value."""
+        """Returns whether the setting may have this value."""
         # bool is an int in Python, but never means a number here.
         right_type = isinstance(value, self.types) and (not isinstance(value, bool) or bool in self.types)
         return right_type and self.test(value)

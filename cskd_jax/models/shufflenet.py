@@ -1,6 +1,6 @@
 """ShuffleNet v1 (Zhang et al. 2018) and v2 (Ma et al. 2018) for small images.
 
-They are those of the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
+These are the networks in the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
 """
 
 from functools import partial
@@ -21,9 +21,9 @@ def shuffle_channels(x: jax.Array, groups: int) -> jax.Array:
 
 
 class ShuffleBlockV1(nn.Module):
-    """1x1 in groups, shuffle, 3x3 depthwise, 1x1 in groups; added to the input, or beside its average-pool.
+    """Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1; added to the input, or concatenated with its average-pool.
 
-    The caller applies the last ReLU. Another ReLU follows the depthwise convolution, which the paper does without.
+    The caller applies the last ReLU. There is another ReLU after the depthwise convolution; the paper does not have it.
     """
 
     features: int
@@ -72,8 +72,8 @@ class ShuffleBlockV2(nn.Module):
 class ShuffleNet(nn.Module):
     """1x1 stem, three stages that each begin with stride 2, and in v2 a 1x1 head.
 
-    The features of the last stage are the head's where there is one, so that they are the input of the pool; its
-    preactivations and its map in `maps` are those before the head.
+    The features of the last stage are taken after the head where there is one, so that they are the input of the
+    pooling; its preactivations and its map in `maps` are taken before the head.
 
     Attributes:
       num_classes: Number of classes.
@@ -82,7 +82,7 @@ class ShuffleNet(nn.Module):
       stage_widths: Numbers of channels of the stages at width 1.
       head_width: Number of channels of the head at width 1; None leaves the head out.
       groups: Number of groups of the 1x1 convolutions of version 1.
-      width: Factor on the widths of stem, stages and, above 1, head.
+      width: Factor on the widths of the stem, the stages and, if above 1, the head.
       dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
       axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
@@ -108,7 +108,7 @@ class ShuffleNet(nn.Module):
             for index in range(num_blocks):
                 name, stride = f"stage{stage + 1}_block{index + 1}", 2 if index == 0 else 1
                 if self.version == 1:
-                    # The few channels of the stem are not split.
+                    # The stem has few channels, which are not split.
                     first_groups = 1 if stage == index == 0 else self.groups
                     block = ShuffleBlockV1(width, stride, first_groups, self.groups, conv, name=name)
                 else:

@@ -13,7 +13,7 @@ from cskd_jax.models.layers import torch_uniform
 
 
 def draw_by_position(key: jax.Array, draw: Callable, size: int, axis_name: str | None) -> jax.Array:
-    """Returns a random draw for each image, which does not depend on the number of devices.
+    """Returns a random draw for each image that does not depend on the number of devices.
 
     Args:
       key: Key, the same on all devices.
@@ -27,10 +27,10 @@ def draw_by_position(key: jax.Array, draw: Callable, size: int, axis_name: str |
 
 
 class Dropout(nn.Module):
-    """Dropout whose draws depend on the position of an image in the global batch.
+    """Dropout with draws that depend on the position of an image in the global batch.
 
     Attributes:
-      rate: Probability of a zero; what is left is divided by 1 - rate.
+      rate: Probability of a zero; the remaining values are divided by 1 - rate.
       axis_name: Name of the mapped axis over which the batch is split; None on one device.
     """
 
@@ -53,7 +53,7 @@ class Dropout(nn.Module):
 class StochasticDepth(nn.Module):
     """The draws of stochastic depth (Huang et al. 2016), one for each branch of each block and each image.
 
-    All are drawn at once, because a random draw takes long to compile.
+    All are drawn at once, because each random draw takes long to compile.
 
     Attributes:
       rate: Probability that the branches of the last block are dropped; it grows linearly from 0.
@@ -67,7 +67,7 @@ class StochasticDepth(nn.Module):
 
     @nn.compact
     def __call__(self, size: int, dtype: Any) -> jax.Array:
-        """Returns factors [size, depth, 2] of the branches, which are 0 or keep the mean."""
+        """Returns factors [size, depth, 2] for the branches: 0, or the value that preserves the mean."""
         keep = 1 - self.rate * np.arange(self.depth)[:, None] / max(self.depth - 1, 1)
 
         def draw(key):
@@ -101,10 +101,10 @@ class LayerNorm(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of square patches that do not overlap.
+    """A linear map of non-overlapping square patches.
 
     Attributes:
-      features: Number of numbers of a token.
+      features: Size of a token.
       patch_size: Side of a patch.
       use_bias: Whether a bias is added.
       dtype: Dtype of the computation.
@@ -120,7 +120,7 @@ class PatchEmbedding(nn.Module):
         """Maps images [B, H, W, C] to [B, H / patch_size, W / patch_size, features]."""
         shape = (self.patch_size, self.patch_size, images.shape[-1], self.features)
         dtype = np.promote_types(self.dtype, np.float32)
-        # timm leaves the kernel as torch.nn.Conv2d draws it.
+        # timm keeps the default initialization of torch.nn.Conv2d for the kernel.
         kernel = self.param("kernel", torch_uniform(self.patch_size**2 * shape[2]), shape, dtype)
         batch, height, width, channels = images.shape
         rows, columns = height // self.patch_size, width // self.patch_size
@@ -136,7 +136,7 @@ class LayerScale(nn.Module):
     """A factor for each channel (Touvron et al. 2021b).
 
     Attributes:
-      initial: Value that every factor starts from.
+      initial: Initial value of every factor.
       dtype: Dtype of the computation.
     """
 
@@ -188,14 +188,14 @@ class MLP(nn.Module):
     """Two linear layers with a GELU in between, or a SwiGLU (Shazeer 2020).
 
     Attributes:
-      kind: "gelu"; "swiglu", whose first layer holds gate and value in one matrix, as in DINOv2; or "swiglu_split",
-        which holds them in two.
+      kind: "gelu"; "swiglu", whose first layer holds the gate and the value in one matrix, as in DINOv2; or
+        "swiglu_split", which holds them in two.
       hidden: Number of outputs of the first layer, gate and value together for "swiglu".
       dense: Constructor of linear layers.
       norm: Constructor of layer normalizations.
-      use_norm: Whether what the second layer gets is normalized.
+      use_norm: Whether the input of the second layer is normalized.
       use_bias: Whether the second layer has a bias.
-      dropout: Constructor of dropout after each of the two.
+      dropout: Constructor of dropout after each of the two layers.
     """
 
     kind: str

@@ -1,6 +1,6 @@
 """VGG (Simonyan and Zisserman 2015) with batch normalization for small images.
 
-It is that of the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
+This is the network in the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from cskd_jax.models.outputs import ModelOutput
 
 
 class VGG(nn.Module):
-    """3x3 convolutions: a stem and four stages, of which each but the last begins with a 2x2 max-pool.
+    """3x3 convolutions: a stem and four stages, each of which, except the last, begins with a 2x2 max-pool.
 
     The stem is what other descriptions of VGG call its first block. The maps of an image of side 32 therefore have
     sides 16, 8, 4, 4, and are paired with the four stages of the other networks. A single linear layer classifies.
@@ -24,7 +24,7 @@ class VGG(nn.Module):
       num_classes: Number of classes.
       stem_size: Number of convolutions of the stem.
       stage_sizes: Numbers of convolutions of the stages.
-      width: Factor on the widths of stem and stages.
+      width: Factor on the widths of the stem and the stages.
       stage_widths: Numbers of channels of the stem and of each stage at width 1.
       dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
       axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.

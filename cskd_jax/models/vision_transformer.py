@@ -1,8 +1,8 @@
 """Vision Transformers (Dosovitskiy et al. 2021) in the form of timm and DeiT (Touvron et al. 2021).
 
-They have what the checkpoints of that family have: a class token or an average over the patches, a distillation token,
-register tokens (Darcet et al. 2024), LayerScale, SwiGLU, and images of any size, for which the position embedding is
-interpolated.
+They support what the checkpoints of that family use: a class token or an average over the patches, a distillation
+token, register tokens (Darcet et al. 2024), LayerScale, SwiGLU, and images of any size, for which the position
+embedding is interpolated.
 """
 
 from functools import partial
@@ -27,19 +27,20 @@ from cskd_jax.models.transformer_layers import (
     StochasticDepth,
 )
 
-# timm draws the weights of linear layers and the position embedding so, and the tokens almost as zeros.
+# timm initializes the weights of linear layers and the position embedding like this, and the tokens almost as zeros.
 _linear_init = nn.initializers.truncated_normal(0.02)
 _token_init = nn.initializers.normal(1e-6)
-# Number of blocks that a description of a network may ask for; the deepest that are published have less than 100.
+# Number of blocks that a description of a network may have; the deepest published ones have fewer than 100.
 MAX_DEPTH = 200
 
 
 class VisionTransformer(nn.Module):
-    """Vision Transformer: patches as tokens, blocks of attention and MLP, a linear layer.
+    """Vision Transformer: patches as tokens, blocks of attention and MLP, and a linear classifier.
 
-    `features` are the tokens [B, T, D] after each stage, which are equal parts of the blocks; those of the last stage
-    are normalized, as the pool gets them. `stages` are the same before that normalization, and `stem` is what the first
-    block gets. Class, distillation and register tokens come first, in this order; `grid` says where the patches are.
+    `features` are the tokens [B, T, D] after each stage; the stages are equal parts of the blocks. The features of the
+    last stage are normalized, as they enter the pooling. `stages` are the same before that normalization, and `stem` is
+    the input of the first block. Class, distillation and register tokens come first, in this order; `grid` says where
+    the patches are.
 
     Attributes:
       num_classes: Number of classes; 0 leaves the head out, and then the logits are the embedding.
@@ -48,34 +49,34 @@ class VisionTransformer(nn.Module):
       depth: Number of blocks.
       width: Factor on the size of a token.
       patch_size: Side of a patch.
-      image_size: (height, width) of the images that the position embedding is for, which is interpolated for others;
-        None takes images of one size only, that of the first.
+      image_size: (height, width) of the images that the position embedding is for; it is interpolated for other sizes.
+        None allows only one size, that of the first images.
       pool: Whether the head gets the class token or the average of the patches.
       class_token: Whether there is a class token.
-      distillation_token: Whether there is a distillation token, with a head of its own; the logits are then the mean of
-        both heads, and `head_logits` those of the class token and of the distillation token.
+      distillation_token: Whether there is a distillation token with its own head; the logits are then the mean of both
+        heads, and `head_logits` are the logits of the class token and of the distillation token.
       register_tokens: Number of register tokens.
       position_tokens: Tokens besides the patches that have a position embedding: all, all but the registers ("class"),
         or none.
       layer_scale: Initial factors of LayerScale; None leaves it out.
-      mlp: Kind of the MLP, see `MLP`.
-      mlp_ratio: Number of outputs of the first layer of an MLP for each number of a token.
+      mlp: Kind of the MLP (see `MLP`).
+      mlp_ratio: Number of outputs of the first layer of an MLP, as a multiple of the token size.
       mlp_norm: Whether an MLP has a normalization before its second layer.
       qkv_bias: Whether queries, keys and values have a bias.
       proj_bias: Whether the other linear layers of the blocks have a bias.
       patch_bias: Whether the embedding of the patches has a bias.
       qk_norm: Whether queries and keys are normalized.
       pre_norm: Whether tokens are normalized before the first block.
-      last_norm: Whether the last normalization is that of all tokens, or of the pooled one; None takes the pooled one
-        for pool "average", as timm does.
+      last_norm: Whether the last normalization is applied to all tokens ("tokens") or to the pooled one ("pooled");
+        None applies it to the pooled one for pool "average", as timm does.
       epsilon: Number added to the variances of the normalizations.
       dropout: Rate of dropout after the position embedding, the attention, and each layer of an MLP.
       stochastic_depth: Probability that the branches of the last block are dropped; it grows linearly from 0.
       num_stages: Largest number of stages.
       dtype: Dtype of the computation; parameters and logits are at least float32.
       axis_name: Name of the mapped axis over which the batch is split, for random draws; None on one device.
-      draws_by_position: Whether random draws depend on the positions of images in the global batch, and so not on the
-        number of devices.
+      draws_by_position: Whether random draws depend on the positions of images in the global batch, and therefore not
+        on the number of devices.
     """
 
     num_classes: int
@@ -110,12 +111,12 @@ class VisionTransformer(nn.Module):
 
     @property
     def token_size(self) -> int:
-        """Returns the number of numbers of a token, a multiple of the number of heads."""
+        """Returns the size of a token, a multiple of the number of heads."""
         return scale_width(self.embed_dim, self.width, self.num_heads)
 
     @property
     def grid_size(self) -> tuple[int, int] | None:
-        """Returns the rows and columns of patches that the position embedding is for; None for those of the images."""
+        """Returns the rows and columns of patches that the position embedding is for; None to use the images'."""
         return None if self.image_size is None else self._grid(self.image_size)
 
     @nn.compact
@@ -177,7 +178,7 @@ class VisionTransformer(nn.Module):
             patches.reshape(images.shape[0], count, size),
         ]
         x, missing = jnp.concatenate(tokens, axis=1), sum(token.shape[1] for token in first) - embedded
-        # Registers follow the embedded tokens, which are none where not even the class token is embedded.
+        # Registers follow the embedded tokens; there are none of those if not even the class token is embedded.
         gap = jnp.zeros((1, missing, size), dtype)
         position = jnp.concatenate([position[:, :embedded], gap, position[:, embedded:]], axis=1)
         return x + position.astype(self.dtype), TokenGrid(embedded + missing, rows, columns)
@@ -192,10 +193,10 @@ class VisionTransformer(nn.Module):
         return image_size[0] // self.patch_size, image_size[1] // self.patch_size
 
     def _block(self, norm, dropout, param_dtype):
-        """Returns the constructor of a block from its name."""
+        """Returns a function that constructs a block from its name."""
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=param_dtype, kernel_init=_linear_init)
         hidden = round(self.token_size * self.mlp_ratio)
-        # Jitted so that blocks that are alike are traced and lowered once.
+        # Jitted so that identical blocks are traced and lowered once.
         return partial(
             nn.jit(Block, static_argnames=("train",)),
             partial(Attention, self.num_heads, dense, norm, self.qkv_bias, self.proj_bias, self.qk_norm),
@@ -229,7 +230,7 @@ _IS_SIZE = Setting(
     "(height, width) in pixels",
 )
 
-# The fields of a network of the table that may differ from it; a checkpoint keeps them, and configurations set some.
+# The fields of a network that may differ from those in the table; checkpoints store them, and configurations set some.
 VISION_TRANSFORMER_SETTINGS = {
     "patch_size": _is_count(1, 1024),
     "image_size": _IS_SIZE,

@@ -1,6 +1,6 @@
 """Wide residual networks (Zagoruyko and Komodakis 2016) for small images.
 
-They are those of the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
+These are the networks in the reference code of CRD (Tian et al. 2020, https://github.com/HobbitLong/RepDistiller).
 """
 
 from functools import partial
@@ -17,18 +17,18 @@ from cskd_jax.models.outputs import ModelOutput
 class WideResNet(nn.Module):
     """Residual network with normalization and ReLU before the convolutions, in three stages with strides 1, 2, 2.
 
-    The sum at the end of a stage is normalized by the following part, the next stage or the classifier:
-    `preactivations` are that normalized sum, `features` its positive part, and `maps` the sum itself.
+    The sum at the end of a stage is normalized by the part that follows, which is the next stage or the classifier:
+    `preactivations` hold that normalized sum, `features` its positive part, and `maps` the sum itself.
 
     Attributes:
       num_classes: Number of classes.
       depth: Number of layers, 6 n + 4 with n blocks in each stage.
       widening: Factor k on the stage widths (not on the stem's).
-      width: Factor on the widths of stem and stages.
+      width: Factor on the widths of the stem and the stages.
       stage_widths: Numbers of channels of the stages at widening and width 1; the stem has as many as the first.
-      norm_passes: Number of times that a training step updates the running statistics of the normalizations that make
-        `preactivations`: 1, or 2 as in the reference code where a method reads preactivations, because it then applies
-        them once on the way and once for the method.
+      norm_passes: Number of times that a training step updates the running statistics of the normalizations that
+        produce `preactivations`: 1, or 2 where a method reads preactivations, as in the reference code, which then
+        applies them once in the forward pass and once for the method.
       dtype: Dtype of the computation; parameters, batch statistics and logits are at least float32.
       axis_name: Name of the mapped axis over which the batch is split, for the batch statistics; None on one device.
     """
@@ -52,7 +52,7 @@ class WideResNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with three stage maps."""
         normalize = partial(BatchNorm, dtype=self.dtype, axis_name=self.axis_name)
-        # Several updates by the same statistics are one with a power of the momentum.
+        # Several updates with the same statistics equal one update with a power of the momentum.
         normalize_stage = partial(normalize, momentum=BatchNorm.momentum**self.norm_passes)
         conv = partial(Convolution, dtype=self.dtype)
         conv_normalize = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)

@@ -37,7 +37,7 @@ def _run(argv):
     from cskd_jax import console
 
     console.start()
-    # Imported late, so that mistakes in the command are reported at once.
+    # Imported late, so that mistakes in the command are reported immediately.
     from cskd_jax.report import markdown, published, tables
     from cskd_jax.report.runs import compare, find_runs
     from cskd_jax.report.write import write

@@ -9,7 +9,7 @@ def find_ablations(comparison: Comparison) -> Iterator[list[tuple[str, Row]]]:
     """Yields the rows that use none, some or all parts of a loss, for each loss that has parts.
 
     A loss is left out unless one row has all of its parts and another has only some. The first rows are the references
-    of the comparison, which have none of them.
+    of the comparison, which have none of the parts.
 
     Args:
       comparison: Rows of the report.

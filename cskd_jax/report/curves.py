@@ -1,4 +1,4 @@
-"""Charts of scores by epoch: one of the whole training, and one of its end, where the curves can be told apart."""
+"""Charts of scores by epoch: one of the whole training run, and one of its end, where the curves can be told apart."""
 
 import html
 from collections.abc import Sequence
@@ -9,14 +9,15 @@ import numpy as np
 from cskd_jax.report import labels, svg
 
 _LEFT, _BOTTOM, _TOP, _LEADER = 52, 40, 12, 26
-# Widths of the charts, and the least height of a plot.
+# Widths of the charts, and the minimum height of a plot.
 _WHOLE, _END, _HEIGHT = 440, 640, 300
 _LONGEST = 16
-# Size of a character and distance of lines where the chart is smallest, on a phone.
+# Character size and line spacing where the chart is smallest, on a phone.
 _CHARACTER, _LINE = 10, 20
 # The right chart shows the scores of the last part of the training; a teacher far from them would flatten the curves.
 _LAST_PART, _FURTHEST = 1 / 3, 3.0
-# So would a curve that ends further from the quartiles of the ends than this many times their distance (Tukey's rule).
+# So would a curve whose end is further from the quartiles of all ends than this many times their distance (Tukey's
+# rule).
 _OUTSIDE = 1.5
 
 
@@ -52,7 +53,7 @@ class Frame(NamedTuple):
     height: float
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Returns the position in the plot, measured from its upper left corner."""
+        """Returns the position in the plot, measured from the upper left corner."""
         across = (x - self.x[0]) / max(self.x[1] - self.x[0], 1e-9)
         return across * self.width, (self.y[1] - y) / (self.y[1] - self.y[0]) * self.height
 
@@ -98,7 +99,7 @@ def _chart(width, frame, lines, teacher, score, names):
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(described)}">',
         *_axes(frame, "epoch", score),
-        # A nested picture clips what lies outside of it.
+        # A nested SVG clips everything outside of it.
         f'<svg x="{_LEFT}" y="{_TOP}" width="{frame.width}" height="{frame.height}">',
         *_curves(lines, frame),
     ]
@@ -143,7 +144,7 @@ def _without_outsiders(lines):
 
 
 def _within(text, score, low, high):
-    """Returns a label and its height; a label outside of the picture moves to the edge, with an arrow and its score."""
+    """Returns a label and its height; a label outside of the chart moves to the edge, with an arrow and its score."""
     if low <= score <= high:
         return text, score
     return f"{text} {score:.1f} {'↑' if score > high else '↓'}", min(max(score, low), high)

@@ -10,7 +10,7 @@ from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.keys import indifferent
 
-# Keys that change no results, and keys whose values the title, the rows and the number of seeds already show.
+# Keys that do not change results, and keys whose values the title, the rows and the number of seeds already show.
 _STATED = {"method", "seed", "dataset.name", "teacher.name", "teacher.width", "teacher.checkpoint", "teacher.others",
            "student.name", "student.width", *indifferent()}  # fmt: skip
 _UNKNOWN_TEACHER = "how it was trained is not known: its run is not among these"
@@ -25,8 +25,8 @@ class Marks(NamedTuple):
     """Notes on the rows of a comparison.
 
     Attributes:
-      of_row: {row label or "teacher": its marks, such as "1, 3", or an empty text}.
-      notes: Explanations of the marks, in their order.
+      of_row: {row label or "teacher": its marks, such as "1, 3", or an empty string}.
+      notes: Explanations of the marks, in order.
     """
 
     of_row: dict[str, str]
@@ -81,7 +81,7 @@ def _of_student(run: Run, usual: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_teacher(run: Run) -> Iterator[str]:
-    """Yields the deviations of the teacher of a run, by the names that the keys have in the student's run."""
+    """Yields the deviations of the teacher of a run, using the names that the keys have in the student's run."""
     if run.given_teacher and run.teacher_run is None:
         yield _UNKNOWN_TEACHER
         return
@@ -93,7 +93,7 @@ def _of_teacher(run: Run) -> Iterator[str]:
     settings, expected = ({k: v for k, v in c.items() if k not in _STATED} for c in (trained.config, recipe))
     if run.teacher_run is not None:
         settings["teacher.epochs"] = settings["epochs"]
-    else:  # The losses are those of the student, and the teacher has learned from the labels alone.
+    else:  # The losses are the student's; the teacher learned from the labels alone.
         settings, expected = ({k: v for k, v in c.items() if _loss(k) is None} for c in (settings, expected))
     for key in _differences(settings, expected):
         if key != "epochs":
@@ -111,7 +111,7 @@ def _student_settings(run: Run) -> dict[str, Any]:
 
 
 def _recipe(run: Run) -> Mapping[str, Any] | None:
-    """Returns the configuration of the packaged recipe that a run is nearest to; None if none has its method."""
+    """Returns the configuration of the packaged recipe nearest to a run; None if no recipe has its method."""
     config = run.config
     pair = [(config[f"{role}.name"], config[f"{role}.width"]) for role in ("teacher", "student")]
     found = _packaged(config["dataset.name"], config["method"], *pair)
@@ -130,7 +130,7 @@ def _packaged(
             try:
                 config = schema.complete(schema.plain(recipes.packaged_recipe(name, word)))
             except UserError:
-                continue  # A recipe of other methods or networks.
+                continue  # A recipe for other methods or networks.
             if (config["dataset.name"], config["method"]) == (dataset, method):
                 found.append(config)
     return found
@@ -143,7 +143,7 @@ def _usual(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         for key, value in settings.items():
             if not key.startswith("losses."):
                 values.setdefault(key, []).append(value)
-    # Lists are not hashable, so their texts are counted.
+    # Lists are not hashable, so their string representations are counted.
     return {key: found[_position_of_mode([repr(v) for v in found])] for key, found in values.items()}
 
 
@@ -152,7 +152,7 @@ def _position_of_mode(texts):
 
 
 def _differences(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Returns the keys whose values differ; a loss that only one side has is named by its weight alone."""
+    """Returns the keys whose values differ; a loss that only one side has is represented by its weight alone."""
     alone = _losses(settings) ^ _losses(expected)
     details = {key for key in [*settings, *expected] if _loss(key) in alone and not key.endswith(".weight")}
     missing = object()

@@ -1,4 +1,4 @@
-"""Embeddings of the same test images by each network: how tight the categories are, and 2-D pictures of them."""
+"""Embeddings of the same test images by each network: how tight the categories are, and 2-D plots of them."""
 
 import itertools
 import pathlib
@@ -19,7 +19,7 @@ from cskd_jax.training.checkpoint import FOLDER
 from cskd_jax.training.embedding import embed
 
 _MEASURED = 2000  # test images whose embeddings are measured
-_SHOWN, _SHOWN_CATEGORIES = 400, 10  # of those, test images in a picture and the number of their categories
+_SHOWN, _SHOWN_CATEGORIES = 400, 10  # of those, the number of test images in a plot, and of their categories
 
 
 class Tightness(NamedTuple):
@@ -40,7 +40,7 @@ class Tightness(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """The picture of one network.
+    """The plot of one network.
 
     Attributes:
       title: Method and seed.
@@ -89,7 +89,7 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
     dataset = load_data(config)
     if dataset.multilabel:
         raise UserError("images have several classes each, so that embeddings have no one center to be near to")
-    # The same images for every network, and for every report on this data set.
+    # These are the same images for every network, and for every report on this data set.
     chosen = np.sort(np.random.default_rng(0).permutation(len(dataset.test.labels))[:_MEASURED])
     images, labels = dataset.test.images[chosen], dataset.test.labels[chosen]
     shown = np.flatnonzero(np.isin(labels, np.unique(labels)[:_SHOWN_CATEGORIES]))[:_SHOWN]

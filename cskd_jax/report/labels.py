@@ -7,7 +7,8 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 _DIRECTIONS, _DISTANCES = 16, (0, 14, 22, 30, 40, 52, 66, 82, 100)
-# Costs of a position: covering a point, covering a label, and the distance from what is labeled, in user units.
+# Costs of a position: for covering a point, for covering a label, and for distance from the labeled object, in user
+# units.
 _POINT, _LABEL, _UNIT = 1.0, 1000.0, 0.04
 
 
@@ -20,7 +21,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.n
     """Returns positions on a line that are at least `gap` apart and as near as possible to the wanted ones.
 
     Args:
-      wanted: Positions that the labels would have without each other.
+      wanted: Positions that the labels would have without regard to each other.
       gap: Distance between neighbors.
       low: Lowest position.
       high: Highest position, which is exceeded if the labels do not fit.

@@ -1,4 +1,4 @@
-"""Tables as LaTeX, for a paper."""
+"""Tables in LaTeX, for a paper."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ _WORDS = {
     "method", "network", "parts", "difference", "what it shows", "notes",
     "published as", "ours", "source", "pair", "whose",
 }  # fmt: skip
-# Cells longer than this are broken into lines, one for each of their parts.
+# Cells longer than this are broken into lines, one per part.
 _LONGEST_LINE = 18
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -70,13 +70,13 @@ def _heading(text):
 
 
 def _cell(text, head):
-    """Returns a cell of the column that has this header."""
+    """Returns a cell of the column with the given header."""
     parts = re.split(r"(?<=[,;]) ", text) if len(text) > _LONGEST_LINE else [text]
     return "--" if text == NONE else _lines(parts, "t", head in _WORDS)
 
 
 def _lines(parts, position, words):
-    """Returns texts stacked in lines, with the signs of their numbers typeset as signs."""
+    """Returns texts stacked in lines, with the signs of numbers typeset as math signs."""
     shown = [re.sub(r"(^| )([+-])(?=\d)", r"\1$\2$", escape(part)) for part in parts]
     if len(shown) == 1:
         return shown[0]

@@ -1,4 +1,4 @@
-"""Tables as Markdown."""
+"""Tables in Markdown."""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from cskd_jax.report.tables import Table
 
 
 def render(title: str, text: str, tables: Iterable[Table]) -> str:
-    """Returns a section as Markdown, made of plain text and tables."""
+    """Returns a section, made of plain text and tables, as Markdown."""
     return "\n".join([f"## {_escape(title)}\n", f"{_escape(text)}\n", *map(_table, tables)])
 
 
@@ -22,6 +22,6 @@ def _row(cells):
 
 
 def _escape(text):
-    """Returns Markdown that shows `text` literally, with everything that has a meaning in Markdown escaped."""
-    # An underscore within a word has no meaning, and neither has a single tilde.
+    """Returns Markdown that shows `text` literally, with all special characters escaped."""
+    # An underscore within a word has no special meaning, nor does a single tilde.
     return re.sub(r"([\\|`<\[*&$]|(?<!\w)_|_(?!\w)|(?<=~)~|~(?=~))", r"\\\1", text)

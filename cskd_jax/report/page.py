@@ -53,7 +53,7 @@ def note(text: str) -> str:
 
 
 def table(content: Table) -> str:
-    """Returns a table; on a narrow screen, a table of many columns turns into cards."""
+    """Returns a table; on a narrow screen, a table with many columns turns into cards."""
     classes = ["text" if name in _WORDS else "" for name in content.header]
     header = "".join(_cell("th", name, style) for name, style in zip(content.header, classes, strict=True))
     rows = "".join(

@@ -1,6 +1,6 @@
-"""The published values: of Chen et al. 2020 with the released code and an independent user, and of the standard table.
+"""Published values: Chen et al. 2020 with the released code and an independent user, and the standard table.
 
-The standard table has the pairs of CRD's reference code (Tian et al. 2020) on CIFAR-100, as many papers continue it.
+The standard table has the pairs of CRD's reference code (Tian et al. 2020) on CIFAR-100; many papers extend it.
 """
 
 import functools
@@ -30,7 +30,7 @@ class PublishedValue(NamedTuple):
       top1: Top-1 accuracy in percent.
       top5: Top-5 accuracy in percent, or None where it was not published.
       source: Table or other place of publication.
-      epoch: Epoch of the number, "last" or "best" (chosen on the test split); empty where that is not stated.
+      epoch: Epoch of the value, "last" or "best" (chosen on the test split); empty if not stated.
       deviation: Published standard deviation over runs, or None.
     """
 
@@ -66,12 +66,12 @@ def network_label(name: str | None, width: float) -> str:
 
 
 def lookup(dataset: str, teacher: str, student: str, method: str) -> list[PublishedValue]:
-    """Returns the published values of a method, or of its teacher: those of the paper, then of the standard table.
+    """Returns the published values of a method, or of its teacher: first the paper's, then the standard table's.
 
     Args:
       dataset: Name of the data set.
-      teacher: Teacher as `network_label` names it.
-      student: Student as `network_label` names it.
+      teacher: Name of the teacher, as given by `network_label`.
+      student: Name of the student, as given by `network_label`.
       method: Name of the method, or "teacher".
     """
     found, columns = [], _content()["methods"].get(method, [])
@@ -91,7 +91,7 @@ def lookup(dataset: str, teacher: str, student: str, method: str) -> list[Publis
 
 
 def of_paper(sources: list[str]) -> bool:
-    """Returns whether one of these sources has values of Chen et al. 2020, rather than of the standard table."""
+    """Returns whether any of these sources has values of Chen et al. 2020 rather than of the standard table."""
     return bool({table["source"] for table in tables()} & set(sources))
 
 
@@ -119,8 +119,8 @@ def standard_position(dataset: str, teacher: str, student: str) -> int | None:
 
     Args:
       dataset: Name of the data set.
-      teacher: Teacher as `network_label` names it.
-      student: Student as `network_label` names it.
+      teacher: Name of the teacher, as given by `network_label`.
+      student: Name of the student, as given by `network_label`.
     """
     if dataset != _standard()["dataset"]:
         return None
@@ -129,13 +129,13 @@ def standard_position(dataset: str, teacher: str, student: str) -> int | None:
 
 
 def standard_values(dataset: str, teacher: str, student: str) -> dict[str, PublishedValue]:
-    """Returns the published values of a pair by column, in the order of the table; the arguments are as above."""
+    """Returns the published values of a pair by column, in table order; arguments as for `standard_position`."""
     found = standard_position(dataset, teacher, student)
     return {} if found is None else _standard_values(_standard()["rows"][found])
 
 
 def standard_protocols(shown: list[str]) -> list[str]:
-    """Returns what is known of protocols of their own of some columns, as texts."""
+    """Returns notes on the columns that are known to use a different protocol."""
     return [
         f"{names}: {text}"
         for names, text in _standard()["protocol_deviations"].items()

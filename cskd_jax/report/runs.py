@@ -1,4 +1,4 @@
-"""Finished runs, read from their folders and grouped into those that may be compared."""
+"""Finished runs, read from their folders and grouped into those that can be compared."""
 
 import dataclasses
 import functools
@@ -20,23 +20,23 @@ from cskd_jax.training.records import read_rows
 
 # Settings that do not change what is compared; the seed is what is averaged over.
 _BOOKKEEPING = {"seed", "teacher.checkpoint", "teacher.others", *indifferent()}
-# Settings that the runs of one table share. The others may vary with the method, such as those of its losses.
+# Settings that the runs of one table share. The others, such as those of the losses, may vary with the method.
 _COMMON = (
     "dataset.name", "dataset.train_examples", "dataset.validation_examples", "dataset.image_size", "epochs",
     "teacher.name", "teacher.width", "student.name", "student.width",
 )  # fmt: skip
-# No training has as many epochs, and no chart shows as many points.
+# No training run has this many epochs, and no chart shows this many points.
 _MAX_POINTS = 20_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A run that is finished.
+    """A finished run.
 
     Attributes:
       folder: Workdir of the run.
-      results: Content of results.json, with all texts made `printable`.
-      teacher_run: Run that trained its teacher, if it is among those read.
+      results: Content of results.json, with all strings made `printable`.
+      teacher_run: Run that trained its teacher, if it is among the runs that were read.
     """
 
     folder: pathlib.Path
@@ -45,7 +45,7 @@ class Run:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """Returns {key: value}; keys that are newer than the run have the values that it implied."""
+        """Returns {key: value}; keys newer than the run have the values that it implied."""
         return schema.complete(self.results["config"])
 
     @property
@@ -59,7 +59,7 @@ class Run:
         return self.results["student"].get("chosen_on", "test")
 
     def score(self, epoch: str) -> float:
-        """Returns the score of the student in percent after the "last" or the "best" epoch."""
+        """Returns the score of the student, in percent, after the "last" or the "best" epoch."""
         return 100 * self.results["student"][epoch][self.task.score]
 
     def teacher_score(self, epoch: str) -> float | None:
@@ -110,7 +110,7 @@ class Run:
     def _near(self, checkpoint):
         """Returns the folders in which a checkpoint may lie, likeliest first."""
         given = pathlib.Path(checkpoint)
-        # Near the run first: its sweep may have moved, and another sweep may have taken its place.
+        # Folders near the run come first: its sweep may have been moved, and another sweep may have taken its place.
         near = [parent.joinpath(*given.parts[-2:]) for parent in self.folder.resolve().parents]
         return [*near, given]
 
@@ -147,7 +147,7 @@ class Row:
 
     @property
     def is_baseline(self) -> bool:
-        """Returns whether a teacher taught by a loss alone that declares itself a baseline."""
+        """Returns whether the only loss that uses a teacher declares itself a baseline."""
         distilling = [loss for loss in self.losses.values() if loss.needs_teacher]
         return self.has_teacher and len(distilling) == 1 and distilling[0].baseline
 
@@ -173,8 +173,9 @@ class Comparison:
       dataset: Name of the data set.
       teacher: Name of the teacher as in the published tables; empty if the recipe names none.
       student: Name of the student as in the published tables.
-      rows: Methods without a teacher, then those with one, each by mean score after the last epoch, best first.
-      given_teacher: Start of the digest of the teacher, if there are comparisons for several teachers; else empty.
+      rows: Methods without a teacher, then methods with one, each group sorted by mean score after the last epoch, best
+        first.
+      given_teacher: Prefix of the digest of the teacher if there are comparisons for several teachers; otherwise empty.
     """
 
     dataset: str
@@ -190,13 +191,13 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """Returns the data set and the networks, and the digest of the teacher if that is ambiguous."""
+        """Returns the data set and the networks, and the digest of the teacher if the teacher is ambiguous."""
         which = f", teacher {self.given_teacher}" if self.given_teacher else ""
         return f"{self.dataset}: {f'{self.teacher} → ' if self.teacher else ''}{self.student}{which}"
 
     @property
     def references(self) -> list[Row]:
-        """Returns the rows that others are compared with: the best of labels alone, and the best baseline."""
+        """Returns the rows that others are compared with: the best one from labels alone, and the best baseline."""
         labels_alone = [row for row in self.rows if row.learns_from_labels]
         baselines = [row for row in self.rows if row.is_baseline]
         return [*labels_alone[:1], *baselines[:1]]
@@ -231,7 +232,7 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
     trained = {run.folder.resolve() / "student": run for run in runs.values()}
 
     def that_trained(folders, student):
-        # A teacher elsewhere may have a folder of the same name as its student.
+        # A teacher in a different place may have a folder with the same name as its student's.
         found = (trained.get(folder.resolve()) for folder in folders)
         return next((run for run in found if run is not None and run is not student), None)
 
@@ -245,7 +246,7 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
 
 
 def _printable(content: Any) -> Any:
-    """Returns a JSON value with all texts made printable, since the runs may come from others."""
+    """Returns a JSON value with all strings made printable, since the runs may come from other people."""
     if isinstance(content, dict):
         return {printable(key): _printable(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -259,7 +260,7 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
     Pairs of the standard table come last, in its order.
 
     Raises:
-      UserError: There are two runs of the same configuration and seed with different results.
+      UserError: Two runs with the same configuration and seed have different results.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -275,12 +276,12 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
 
 
 def _short(digest: str) -> str:
-    """Returns the starts of the digests of one teacher or of several."""
+    """Returns the prefixes of the digests of one or several teachers."""
     return " + ".join(part[:8] for part in digest.split(" + "))
 
 
 def _position(comparison: Comparison) -> int:
-    """Returns the place of a pair in the standard table, behind all pairs that are not in it."""
+    """Returns the position of a pair in the standard table, placed after all pairs that are not in it."""
     found = standard_position(comparison.dataset, comparison.teacher, comparison.student)
     return -1 if found is None else found
 
@@ -294,7 +295,7 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
     for key, same in kinds.items():
         by_seed: dict[int, Run] = {}
         for run in sorted(same, key=lambda run: run.results["seed"]):
-            # Two sweeps with the same seeds contain the same runs without a teacher, with the same outcome.
+            # Two sweeps with the same seeds contain the same runs without a teacher, with the same results.
             first = by_seed.setdefault(run.results["seed"], run)
             if first.results["student"]["last"] != run.results["student"]["last"]:
                 raise UserError(f"{first.folder} and {run.folder} are the same run with other scores; name one of them")

@@ -1,4 +1,4 @@
-"""A square scatter chart of points in categories, with the names of the categories."""
+"""A square scatter chart of points by category, with the names of the categories."""
 
 import html
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from cskd_jax.report import labels, svg
 
 _SIDE, _MARGIN = 260, 8
 _LONGEST = 12
-# Size of a bold character on a phone, where the chart is smallest, and the distance from which labels get a line.
+# Size of a bold character on a phone, where the chart is smallest, and the distance beyond which labels get a line.
 _CHARACTER, _HEIGHT, _FAR = 10, 18, 24
 
 
@@ -19,7 +19,7 @@ def draw(points: np.ndarray, categories: np.ndarray, names: Mapping[int, str], t
     Args:
       points: float [N, 2] in the unit square.
       categories: int [N].
-      names: {category: name}; the order decides colors and marks.
+      names: {category: name}; the order determines colors and marks.
       title: Description for readers who cannot see the chart.
     """
     places = _MARGIN + points * (_SIDE - 2 * _MARGIN)
@@ -41,6 +41,6 @@ def draw(points: np.ndarray, categories: np.ndarray, names: Mapping[int, str], t
 
 
 def _middle(points):
-    """Returns the point that is nearest to the others of its category, within its largest cluster."""
+    """Returns the point nearest to the others of its category, within the largest cluster."""
     distances = np.linalg.norm(points[:, None] - points, axis=2)
     return points[np.argmin(np.median(distances, axis=1))]

@@ -72,5 +72,5 @@ def _numbers(values: Summary | None):
 
 
 def _rounded(value):
-    """Returns a number without the digits that are rounding errors."""
+    """Returns a number rounded so that rounding errors do not show."""
     return None if value is None else round(value, 6)

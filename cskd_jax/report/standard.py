@@ -1,4 +1,4 @@
-"""The tables that set runs beside the standard table, CIFAR-100 with the pairs of CRD's reference code."""
+"""The tables that compare runs with the standard table, CIFAR-100 with the pairs of CRD's reference code."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +14,7 @@ _HEADER = (
 
 
 def beside(comparison: Comparison) -> Table | None:
-    """Returns everything published for a pair with ours beside it, in the order of the table; None for other pairs."""
+    """Returns everything published for a pair next to our results, in the order of the table; None for other pairs."""
     values = published.standard_values(comparison.dataset, comparison.teacher, comparison.student)
     if not values:
         return None
@@ -29,7 +29,7 @@ def beside(comparison: Comparison) -> Table | None:
 
 
 def _lines(comparison: Comparison, column: str, value: PublishedValue) -> Iterator[tuple[str, ...]]:
-    """Yields a line for each row of ours that a column holds, or one without ours."""
+    """Yields a line for each of our rows that belongs to a column, or one line without our results."""
     epoch = value.epoch or "last"
     if column == published.standard_column("teacher") and comparison.distilled:
         yield _line(column, value, "teacher", comparison.teacher_summary(epoch))

@@ -1,4 +1,4 @@
-"""Statistics of a few seeds: mean and deviation, and differences of runs that share a seed."""
+"""Statistics over a few seeds: mean and deviation, and differences between runs that share a seed."""
 
 import math
 import statistics
@@ -19,12 +19,12 @@ class Summary(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """Mean difference of runs with the same seed.
+    """Mean difference between runs with the same seed.
 
     Attributes:
       mean: Mean over the seeds that both sides have.
-      margin: Half the width of Student's t interval, corrected for the number of comparisons if `paired_difference` was
-        given one; None where it cannot be estimated: for a single seed, and where the differences are all the same, as
+      margin: Half the width of Student's t interval, corrected for the number of comparisons if one was given to
+        `paired_difference`; None if it cannot be estimated: for a single seed, and if all differences are equal, as
         happens on small test splits.
       count: Number of seeds.
     """
@@ -59,8 +59,8 @@ def paired_difference(
     Args:
       ours: {seed: value}.
       baseline: {seed: value}.
-      comparisons: Number of differences that are read together. Bonferroni's correction widens the interval so that
-        all of them hold together at `CONFIDENCE`.
+      comparisons: Number of differences that are interpreted together. Bonferroni's correction widens the interval so
+        that all of them hold jointly at `CONFIDENCE`.
     """
     differences = [ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys())]
     if not differences:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-COLORS = 8  # classes c0 to c7 of style.css: the palette of Okabe and Ito
+COLORS = 8  # classes c0 to c7 of style.css: the Okabe-Ito palette
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4")
 # Relative to the point, about 6 units wide: circle, square, triangles, diamond, plus, cross, bar.
 _MARKS = (
@@ -23,7 +23,7 @@ def color(number: int) -> str:
 
 
 def dash(number: int) -> str:
-    """Returns the attribute with the dashes of line `number`; the first lines differ in color and have none."""
+    """Returns the attribute for the dashes of line `number`; the first lines differ in color and have no dashes."""
     pattern = _DASHES[number // COLORS % len(_DASHES)]
     return f' stroke-dasharray="{pattern}"' if pattern else ""
 

@@ -9,16 +9,16 @@ from cskd_jax.report.embedding import Embeddings
 from cskd_jax.report.runs import Comparison, Row
 from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference
 
-NONE = "-"  # The text of a cell without a value.
+NONE = "-"  # Text of a cell without a value.
 
 
 class Table(NamedTuple):
-    """A table of texts.
+    """A table of strings.
 
     Attributes:
       title: Title of the table.
-      header: Text for each column; the first column names the row.
-      rows: Rows with a text for each column.
+      header: Text of each column; the first column names the row.
+      rows: Rows with one text per column.
       notes: Sentences below the table.
     """
 
@@ -97,11 +97,11 @@ def _teacher(comparison):
 
 
 def _beside(comparison: Comparison, method: str, last: Summary, best: Summary | None) -> tuple[str, str, str]:
-    """Returns the cells with the published values and the differences to the first of them."""
+    """Returns the cells with the published values and the difference from the first of them."""
     values = published.lookup(comparison.dataset, comparison.teacher, comparison.student, method)
     if not values:
         return NONE, NONE, NONE
-    # A value that is known to be of one epoch is compared with ours of that epoch alone.
+    # A value known to be from a specific epoch is compared only with ours from that epoch.
     of_best, of_last = (
         NONE if ours is None or values[0].epoch not in ("", epoch) else f"{ours.mean - values[0].top1:+.2f}"
         for ours, epoch in ((best, "best"), (last, "last"))
@@ -193,7 +193,7 @@ def sizes(comparison: Comparison) -> Table:
 
 
 def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
-    """Returns the distances within categories divided by those between them."""
+    """Returns the distances within categories divided by the distances between them."""
     header = ("network", "runs", "within / between")
     rows = [(label, str(s.count), summary(s, 3)) for label, s in embeddings.ratios.items()]
     notes = (

@@ -56,7 +56,7 @@ def _made_with(comparisons):
 
 def _comparison(comparison, data_dir):
     """Returns the sections of the page for a comparison, and its tables."""
-    # Imported late, so that mistakes in the command are reported at once.
+    # Imported late, so that mistakes in the command are reported immediately.
     from cskd_jax.report import embedding
 
     shown = [tables.results(comparison), standard.beside(comparison), tables.differences(comparison)]
@@ -81,7 +81,7 @@ def _comparison(comparison, data_dir):
 
 
 def mean_curve(row: Row) -> Curve | None:
-    """Returns mean and deviation over the seeds at the epochs that all runs evaluated; None if there are none."""
+    """Returns the mean and deviation over the seeds at the epochs that all runs evaluated; None if there are none."""
     runs = [dict(run.curve()) for run in row.runs]
     epochs = sorted(set.intersection(*(set(run) for run in runs)))
     if not epochs:

@@ -26,8 +26,8 @@ class LoadedRun(NamedTuple):
 
     Attributes:
       network: The student, a linen module: `network.apply(variables, images, train=False)`, for images that are
-        normalized as those of the run. Of a method that replaces the prediction of the student, such as simkd, it
-        predicts as that method does.
+        normalized like those of the run. If the method replaces the prediction of the student, as simkd does, the
+        module predicts like that method.
       variables: Its variables, numpy arrays.
       results: Content of results.json; empty if the run is not done.
     """
@@ -41,7 +41,8 @@ def get_config(recipe: str) -> ml_collections.ConfigDict:
     """Returns the configuration of a recipe, which may be changed and passed to `run`.
 
     Args:
-      recipe: Name of a packaged recipe or path of a file, with a word behind a colon if it takes one: "cifar100:kd".
+      recipe: Name of a packaged recipe or path of a file, followed by a colon and a word if it takes one:
+        "cifar100:kd".
 
     Raises:
       UserError: There is no such recipe.
@@ -57,7 +58,7 @@ def run(recipe: str | ml_collections.ConfigDict, workdir: str | pathlib.Path | N
       workdir: Folder of the run; by default the one that the command uses, runs/RECIPE/WORD-seedSEED.
 
     Raises:
-      UserError: The user can fix something. InterruptedRun and DivergedError are subclasses.
+      UserError: Something is wrong that the user can fix. InterruptedRun and DivergedError are subclasses.
     """
     config = get_config(recipe) if isinstance(recipe, str) else schema.fill(recipe)
     if workdir is None:
@@ -73,7 +74,7 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
     """Returns the student of a run, from its newest checkpoint, and its results.
 
     Args:
-      workdir: Folder of the run, or of a `distill`.
+      workdir: Folder of the run, or of a `distill` call.
       student: Module that was trained, if it is not part of this package.
 
     Raises:
@@ -97,11 +98,11 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
 def load_teacher(path: str | pathlib.Path) -> Teacher:
     """Returns a trained network of this package as a teacher, for `distill` or `Trainer`.
 
-    Images reach it as it was trained: in its own normalization and, if it is a Vision Transformer of square images, in
-    its own size.
+    Images reach it as in its training: in its own normalization and, if it is a Vision Transformer for square images,
+    in its own size.
 
     Args:
-      path: Folder of one network: what `cskd-jax import-torch` has written, WORKDIR/teacher or WORKDIR/student.
+      path: Folder of one network: the output of `cskd-jax import-torch`, WORKDIR/teacher or WORKDIR/student.
 
     Raises:
       UserError: There is no such checkpoint, or its network is not one of this package.

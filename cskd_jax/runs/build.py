@@ -1,4 +1,4 @@
-"""Building of the objects of a run from a configuration, which nothing below this module knows."""
+"""Builds the objects of a run from a configuration; the modules below this one know nothing about configurations."""
 
 import contextlib
 import functools
@@ -37,7 +37,7 @@ from cskd_jax.training.teachers import Teacher, network_of
 from cskd_jax.training.trainer import Student, Trainer
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
-# The settings of augmentation that mix images with each other.
+# The augmentation settings that mix images with each other.
 _MIXING = ("mixup", "cutmix")
 # Folded into the seed, so that a teacher and its student start from different weights.
 _STREAMS = {"teacher": 0, "student": 1}
@@ -49,9 +49,9 @@ class Run(NamedTuple):
     Attributes:
       dataset: Data set.
       trainer: Trainer of the student.
-      teachers: Teachers of the student; none where no loss needs one.
-      teacher_trainer: Trainer of the teacher; None where there is none to train.
-      teacher_evaluation: Evaluation of the teacher; None where there is no teacher.
+      teachers: Teachers of the student; empty if no loss needs one.
+      teacher_trainer: Trainer of the teacher; None if there is none to train.
+      teacher_evaluation: Evaluation of the teacher; None if there is no teacher.
     """
 
     dataset: ImageDataset
@@ -71,14 +71,14 @@ def build(
     beside: Run | None = None,
     start: Given | None = None,
 ) -> Run:
-    """Returns the objects of a run, with both trainers made at once so that mistakes show before training.
+    """Returns the objects of a run, with both trainers created right away so that mistakes show before training.
 
     Args:
       config: Configuration of the run.
       workdir: Folder of the run.
       devices: Devices to compute on.
       dataset: Data set.
-      given: Checkpoints of the teachers; none if one is to be trained.
+      given: Checkpoints of the teachers; empty if one is to be trained.
       callbacks: Callbacks of the training.
       beside: Run with the same given teachers, to be trained together with this one.
       start: Checkpoint of the weights that the student starts from; None for random ones.
@@ -112,7 +112,7 @@ def build(
 
 
 def _as_teachers(given: Sequence[Given], config: ml_collections.ConfigDict, dataset: ImageDataset) -> list[Teacher]:
-    """Returns the teachers that checkpoints hold, with their weights and sizes of images."""
+    """Returns the teachers from checkpoints, with their weights and image sizes."""
     weights = config.teacher.weights or (1.0,) * len(given)
     sizes = config.teacher.image_sizes or (0,) * len(given)
     return [
@@ -147,14 +147,14 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
 
 
 def precision(config: ml_collections.ConfigDict) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which what is traced has the precision of a configuration."""
+    """Returns a context in which programs are traced with the precision of a configuration."""
     if config.precision == "default":
         return contextlib.nullcontext()
     return jax.default_matmul_precision(config.precision)
 
 
 def describe_network(settings: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns the description of a network in checkpoints, which are arguments of `create_model`.
+    """Returns the description of a network in checkpoints, which consists of arguments of `create_model`.
 
     Args:
       settings: `config.teacher` or `config.student`.
@@ -200,14 +200,14 @@ def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset:
 
 
 def _fitting_network(source, saved, config, dataset, image_size=None):
-    """Returns the network of a checkpoint, which takes images as the configuration normalizes them.
+    """Returns the network of a checkpoint, which takes images normalized as in the configuration.
 
     Args:
       source: Name of the checkpoint, for errors.
       saved: Content of the checkpoint.
       config: Configuration of the run.
       dataset: Data set that the network is used on.
-      image_size: Side of the squares that it is given; None if it gets the images of the data set as they are.
+      image_size: Side of the squares that it gets; None if it gets the images of the data set unchanged.
     """
     own, shape = check_fits(source, saved, dataset), dataset.image_shape
     network = make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
@@ -230,7 +230,7 @@ def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> Un
 
 
 def batch_sizes(config: ml_collections.ConfigDict, dataset: ImageDataset) -> tuple[int, ...]:
-    """Returns the numbers of images that a step sees at once: of a micro-batch, and of the last of an epoch."""
+    """Returns the numbers of images that a step sees at once: in a micro-batch, and in the last one of an epoch."""
     sampler = make_sampler(config, dataset)
     size = max(1, config.batch_size // config.optimizer.accumulation_steps)
     return size, sampler.last_batch_size % size or size
@@ -280,7 +280,7 @@ def make_trainer(
       dataset: Data set.
       workdir: Folder of the run; None writes nothing.
       devices: Devices to compute on.
-      teachers: Teachers of the student; none if its losses need none.
+      teachers: Teachers of the student; empty if its losses need none.
       callbacks: Callbacks of the training.
       beside: Trainer whose teacher pass is shared.
       start: Checkpoint of the weights that the network starts from; None for random ones.

@@ -68,7 +68,7 @@ class Run:
     @property
     def done(self) -> bool:
         """Returns whether the run has results for its number of epochs."""
-        # Asked again and again, of recipes that may not exist.
+        # This is asked again and again, possibly about recipes that do not exist.
         return (self.workdir / "results.json").exists() and is_done(self.workdir, self._epochs)
 
 
@@ -86,14 +86,14 @@ def make_grid(
     """Returns the runs of a sweep, seed by seed, each after the run that trains its teacher.
 
     Args:
-      recipe: Recipe without a word, which is a file or the name of a packaged recipe.
+      recipe: Recipe without a word: a file or the name of a packaged recipe.
       methods: Words that follow the recipe.
       seeds: Seeds of the runs.
       workdir: Folder of the sweep.
       overrides: Arguments --config.KEY=VALUE.
-      teacher_seeds: Seeds of the teachers, of which each trains all students; None is the seed of the recipe.
+      teacher_seeds: Seeds of the teachers, each of which trains all students; None is the seed of the recipe.
       settings: {word: further overrides of its students}, which do not concern the teacher.
-      label: Text in the names of the runs, behind that of the method.
+      label: Text that follows the method in the names of the runs.
 
     Raises:
       UserError: A method or an override is unknown.
@@ -121,11 +121,11 @@ def make_grid(
 
 
 def group(runs: Sequence[Run], limit: int | None = None) -> list[tuple[Run, ...]]:
-    """Returns the runs in groups that can be trained together, as they see the same batches and the same teacher.
+    """Returns the runs in groups that can be trained together, because they see the same batches and the same teacher.
 
     Args:
       runs: Runs of a sweep.
-      limit: Largest number of runs in a group; None for any.
+      limit: Largest number of runs in a group; None for no limit.
     """
     teachers = {run.teacher for run in runs}
     groups: list[list[Run]] = []
@@ -145,7 +145,7 @@ def group(runs: Sequence[Run], limit: int | None = None) -> list[tuple[Run, ...]
 
 
 def _what_decides_batches(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
-    """Returns what decides the batches of a run, and its teacher, or None; both can be compared."""
+    """Returns what determines the batches of a run, and its teacher or None; both can be compared."""
     flat = schema.flatten(config)
     teacher = {key: value for key, value in flat.items() if key.startswith("teacher.")}
     common = {key for key in flat if key.split(".")[0] not in _OF_A_STUDENT} | {"optimizer.accumulation_steps"}
@@ -154,7 +154,7 @@ def _what_decides_batches(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
 
 
 def concerns(override: str, config: ml_collections.ConfigDict) -> bool:
-    """Returns whether a method has the key: overrides of a loss apply to the methods that have the loss."""
+    """Returns whether a method has the key: overrides of a loss only apply to methods that have the loss."""
     key = recipes.override_key(override)
     return not key.startswith("losses.") or key in schema.flatten(config)
 
@@ -198,6 +198,6 @@ def check(runs: Sequence[Run]) -> None:
             check_workdir(run.workdir, identify(config, digests_in(schema.read_flat(path))))
         if not run.done:
             data[str(config.dataset)] = config
-    # This also prepares the data: two runs that start together would get into each other's way.
+    # This also prepares the data: two runs that start together would get in each other's way.
     for config in data.values():
         load_data(config)

@@ -27,9 +27,10 @@ class Key:
       meaning: One sentence for the documentation.
       changes_results: Whether another value may lead to other results. A run may be resumed with another value of a
         key that does not change results.
-      before: Value that the runs of a workdir without the key had. It is needed for a key that makes a choice
-        where earlier versions had another behavior than the new default. A run that began with it goes on with it.
-      data_set: Name of the data set that alone reads the key; None where all do.
+      before: Value that applies to runs whose workdir lacks the key. It is needed for a key that offers a choice where
+        earlier versions behaved differently from the new default. A run that began with that behavior continues with
+        it.
+      data_set: Name of the only data set that reads the key; None if all do.
     """
 
     default: Any
@@ -40,20 +41,20 @@ class Key:
     data_set: str | None = None
 
     def value_in_workdir(self, data_set: str | None) -> Any:
-        """Returns the value that the absence of the key means in a workdir of a run on a data set."""
+        """Returns the value that the absence of the key implies in the workdir of a run on a data set."""
         is_read = self.data_set in (None, data_set)
         return self.before if is_read and self.before is not _AS_DEFAULT else self.default
 
     @property
     def has_changed(self) -> bool:
-        """Returns whether earlier versions did something else than the default."""
+        """Returns whether earlier versions did something other than the default."""
         return self.before is not _AS_DEFAULT
 
 
 _MODEL = rules.one_of(*MODELS, listed_in="a network of [networks.md](networks.md)")
 _TEACHER = rules.optional(_MODEL._replace(test=lambda value: value in MODELS or not value))
 
-# The settings of a network that configurations may set, beside its name and width.
+# The settings of a network that configurations may set, besides its name and width.
 _NETWORK_SETTINGS = (
     "patch_size",
     "depth",
@@ -94,7 +95,7 @@ def _network_keys(role: str) -> dict[str, Key]:
     return found
 
 
-# Every key but those of `losses`, which `loss_keys` derives from the classes of the losses.
+# Every key except those of `losses`, which `loss_keys` derives from the classes of the losses.
 KEYS: Mapping[str, Key] = types.MappingProxyType(
     {
         "method": Key(REQUIRED, rules.TEXT, "Name of the method in results and in the default workdir."),
@@ -382,7 +383,7 @@ def weight_keys() -> dict[str, Key]:
 
 
 def common_keys() -> dict[str, Key]:
-    """Returns the settings that losses share by name: those of the weight, and the teacher."""
+    """Returns the settings that losses share, by name: those of the weight, and the teacher."""
     return weight_keys() | {"teacher": LOSS_TEACHER}
 
 

@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 
 # A file server releases a lock only some time after a machine has died: NFS, by default, after 90 seconds.
 PATIENCE_SECONDS = 120
-# Time for a process of this machine that is about to end.
+# Time to wait for a process on this machine that is about to end.
 LOCAL_PATIENCE_SECONDS = 3
 _POLL_SECONDS = 0.5
 # Errors of file systems that do not support such locks.
@@ -28,9 +28,9 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
     """Holds the lock for this process; the system releases it when the process ends, however it ends.
 
-    If a process of another machine holds it, waits for `PATIENCE_SECONDS`: the server may not know yet that it died.
-    If nothing has come into the folder by the end, such as after a refused run, the lock and the folders that were made
-    for it are removed.
+    If a process on another machine holds it, this function waits for `PATIENCE_SECONDS`, because the server may not
+    know yet that it died. If nothing has been put into the folder by the end, for example after a rejected run, the
+    lock and the folders that were made for it are removed.
 
     Args:
       path: File of the lock; the file and its folder are created if they are missing.
@@ -97,7 +97,7 @@ def _acquire(file, holder):
                 raise UserError(f"{holder}; wait for its end, or use another workdir") from None
             time.sleep(_POLL_SECONDS)
         else:
-            # Not by the buffer of the file, which would try again when the file is closed.
+            # This bypasses the buffer of the file, which would try again when the file is closed.
             os.truncate(file.fileno(), 0)
             os.write(file.fileno(), _machine().encode())
             return

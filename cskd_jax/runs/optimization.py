@@ -49,7 +49,7 @@ def make_training(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Tr
 
 
 def make_first_phase(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Phase:
-    """Returns the first phase that `config.first_phase` describes, of the loss that has one."""
+    """Returns the first phase that `config.first_phase` describes, for the loss that has one."""
     phases = {name: LOSSES[name].first_phase for name in config.losses}
     name, first = next((name, phase) for name, phase in phases.items() if phase is not None)
     settings = config.first_phase
@@ -66,7 +66,7 @@ def make_first_phase(config: ml_collections.ConfigDict, steps_per_epoch: int) ->
 
 
 def _is_in_stage(path: tuple[str, ...]) -> bool:
-    """Returns whether a parameter of a network of `MODELS` precedes the head, the last normalization and classifier."""
+    """Returns whether a parameter of a network of `MODELS` precedes the head, last normalization and classifier."""
     return path[0] not in ("head", "norm", "fc_norm", "classifier", "distillation_classifier")
 
 
@@ -76,7 +76,7 @@ def _is_in_nothing(path: tuple[str, ...]) -> bool:
 
 
 def _after_first_phase(losses: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-    """Returns the losses after a first phase, with epochs that count from its end."""
+    """Returns the losses after a first phase, with epochs that are counted from its end."""
     later = {}
     for name, settings in losses.items():
         first = LOSSES[name].first_phase
@@ -110,7 +110,7 @@ def make_optimizer(
 def optimizer_of(
     settings: Any, schedule: Schedule, steps_per_epoch: int, distills: bool = True
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that `config.optimizer` describes with any schedule; dot is sgd where nothing distills."""
+    """Returns the optimizer that `config.optimizer` describes, with any schedule; dot is sgd if nothing distills."""
     decay, mask = settings.weight_decay, None if settings.decay_all else no_bias_or_norm
     if settings.name == "dot" and distills:
         return dot(schedule, momentum=settings.momentum, delta=settings.delta, weight_decay=decay, mask=mask)

@@ -1,4 +1,4 @@
-"""Recipes: finding, reading, filling with defaults, and applying overrides of the command line."""
+"""Recipes: finding and reading them, filling in defaults, and applying overrides from the command line."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from cskd_jax.configs import methods, networks
 from cskd_jax.errors import UserError, close_to
 
 _PACKAGED = pathlib.Path(cskd_jax.configs.__file__).parent
-# Modules that a recipe may import as `configs`, by the names that they have then.
+# Modules that a recipe may import as `configs`, keyed by the names that they have there.
 _CONFIGS = {"configs": cskd_jax.configs, "configs.methods": methods, "configs.networks": networks}
 
 
@@ -117,7 +117,7 @@ def word_without_teacher(multilabel: bool) -> str:
 
 
 def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_collections.ConfigDict:
-    """Applies --config.KEY=VALUE arguments to a configuration and returns it; the last of a key wins.
+    """Applies --config.KEY=VALUE arguments to a configuration and returns it; the last one for a key wins.
 
     Raises:
       UserError: A key is unknown, or a value is not of its type.

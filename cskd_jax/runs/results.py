@@ -29,12 +29,12 @@ _CONFUSIONS = "confusion_matrix.csv"
 # Files and folders that a run writes into its workdir, besides its lock.
 FILES = (RESULTS, "config.json", "metrics.jsonl", _CONFUSIONS)
 FOLDERS = ("tensorboard", "teacher", "student")
-# Packages whose versions decide the numbers.
+# Packages whose versions affect the numbers.
 _PACKAGES = ("cskd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def _is_evaluation(value, keys=("epoch",)):
-    """Returns whether a value has the metrics of a split, and the score among them is a share."""
+    """Returns whether a value has the metrics of a split, including a score that is a fraction."""
     if not is_map(is_number)(value) or not all(is_count(value.get(key)) for key in keys):
         return False
     score = value.get(task_that_measured(value).score)
@@ -60,7 +60,7 @@ def _is_student(value):
 
 
 def _is_teacher(value):
-    """Returns whether a value describes a teacher, of which, where it was given, no epoch is known."""
+    """Returns whether a value describes a teacher; if the teacher was given, no epoch is known."""
     needed = {"parameters": _PARAMETERS, "last": functools.partial(_is_evaluation, keys=())}
     given = isinstance(value, dict) and "digest" in value
     return not unsound(value, needed | ({"checkpoint": is_text} if given else {}), _ENTRY)
@@ -100,7 +100,7 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide the numbers."""
+    """Returns the versions of Python and of the packages that affect the numbers."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
@@ -110,8 +110,8 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
     Args:
       network: {"name", "width"}, or {"name"} of a network that is not part of this package.
       variables: Variables of the network.
-      evaluations: {"last": {"epoch", metrics}, "best": ..., "images_per_second"}, or a part of it. Where a validation
-        split has chosen the best epoch, {"chosen_on": "validation", "validation": {"last": ..., "best": ...}} besides.
+      evaluations: {"last": {"epoch", metrics}, "best": ..., "images_per_second"}, or a part of it. If a validation
+        split chose the best epoch, also {"chosen_on": "validation", "validation": {"last": ..., "best": ...}}.
     """
     return {
         "model": network["name"],
@@ -125,7 +125,7 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
 def describe_teachers(
     teachers: Sequence[Given], weights: Sequence[float], combine: str, evaluation: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Returns the entry of given teachers in results.json; of several, as one with an entry for each of its "members".
+    """Returns the entry of given teachers in results.json; several form one entry that lists each of its "members".
 
     Args:
       teachers: The teachers.

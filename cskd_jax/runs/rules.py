@@ -32,7 +32,7 @@ def integer(low: int, high: int = 10**6) -> Rule:
 
 
 def one_of(*values: str, listed_in: str = "") -> Rule:
-    """Returns the rule for one of some texts."""
+    """Returns the rule for one of several strings."""
     return Rule((str,), lambda value: value in values, "one of " + ", ".join(sorted(values)), listed_in)
 
 
@@ -106,7 +106,7 @@ _OF_TYPES = {
 def of_field(field: dataclasses.Field) -> Rule:
     """Returns the rule for a hyperparameter of a loss, which follows from the type of its field, `T` or `T | None`.
 
-    No hyperparameter of a loss is an infinite number, and only those that say so may be negative.
+    Hyperparameters of losses are never infinite, and only those that say so may be negative.
 
     Args:
       field: Field whose T is bool, int, float, str, a literal, or a type of `cskd_jax.losses.base`.
@@ -117,7 +117,7 @@ def of_field(field: dataclasses.Field) -> Rule:
 
 
 def parse(key: str, text: str, rule: Rule) -> Any:
-    """Returns the value of a text from the command line for a key, without checking it by the rule.
+    """Parses text from the command line as the value of a key, without checking it against the rule.
 
     Args:
       key: Name of the key, for the message.

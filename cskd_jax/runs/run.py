@@ -53,11 +53,11 @@ class Job:
     """A run that is to be carried out.
 
     Attributes:
-      config: Configuration of the run. It may have more epochs than that of an earlier start.
+      config: Configuration of the run. It may have more epochs than at an earlier start.
       workdir: Folder of the run.
       say: Function that shows a line of text.
       callbacks: Callbacks of the training.
-      error: What ended the run while others went on; None if nothing has.
+      error: Error that ended the run while the others continued; None if there was none.
     """
 
     config: ml_collections.ConfigDict
@@ -71,12 +71,12 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, adapt_device
     """Runs the training to its end, resuming where an earlier start stopped.
 
     Args:
-      config: Configuration of the run. It may have more epochs than that of an earlier start.
+      config: Configuration of the run. It may have more epochs than at an earlier start.
       workdir: Folder of the run.
       adapt_devices: See `train_together`.
 
     Raises:
-      UserError: The user can fix something. InterruptedRun and DivergedError are subclasses.
+      UserError: Something is wrong that the user can fix. InterruptedRun and DivergedError are subclasses.
     """
     job = Job(config, workdir)
     train_together([job], adapt_devices)
@@ -85,14 +85,15 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, adapt_device
 
 
 def train_together(jobs: Sequence[Job], adapt_devices: bool = False) -> None:
-    """Carries out several runs at once, as `train` does each of them, with one pass of their teacher for all.
+    """Carries out several runs at once, each as `train` does, with one pass of their teacher for all.
 
-    An error of one run is kept in its job, and the others go on.
+    An error of one run is kept in its job, and the others continue.
 
     Args:
-      jobs: Runs that agree in all that decides the batches and the teacher; only one alone trains its teacher itself.
-      adapt_devices: Whether to use as many devices of a CPU as at an earlier start, else as many as the batches divide
-        by; otherwise all are used.
+      jobs: Runs that agree in everything that determines the batches and the teacher; only a run on its own trains its
+        teacher itself.
+      adapt_devices: Whether to use as many CPU devices as at an earlier start or, if there was none, as many as the
+        batches are divisible by. If False, all devices are used.
 
     Raises:
       InterruptedRun: A signal arrived; the states are saved.
@@ -117,13 +118,13 @@ def train_together(jobs: Sequence[Job], adapt_devices: bool = False) -> None:
 
 
 class _Started:
-    """Runs whose folders are held and whose objects are made, on the data and with the teacher of the first of them.
+    """Runs whose folders are held and whose objects are made, with the data and the teacher of the first run.
 
     Args:
       devices: Devices of the machine.
       adapt_devices: See `train_together`.
-      begun: On how many devices those of the runs compute that have begun; None if none has.
-      stack: What lets go of the folders.
+      begun: Number of devices on which the runs that have begun compute; None if none has.
+      stack: Exit stack that releases the folders.
     """
 
     def __init__(self, devices: Devices, adapt_devices: bool, begun: int | None, stack: contextlib.ExitStack):
@@ -152,7 +153,7 @@ class _Started:
             digest = identity_of_teachers(given, config)
         if config.student.checkpoint is not None:
             start = processes.on_first(load_start, config)
-        # A resumed run must not go on with another teacher.
+        # A resumed run must not continue with another teacher.
         digests = {TEACHER_DIGEST: digest, STUDENT_DIGEST: None if start is None else start.saved.digest}
         identity = identify(config, digests)
 
@@ -193,7 +194,7 @@ class _Started:
 
 
 def _train(started, stop, start):
-    """Trains what has started, and writes the results of each run when it is done."""
+    """Trains the runs that have started, and writes the results of each run when it is done."""
     teacher_entry = None
     if not started.runs:
         return

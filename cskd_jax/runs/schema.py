@@ -98,7 +98,7 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def read_flat(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the content of a config.json, whose keys have values of their types.
+    """Returns the content of a config.json, in which every key has a value of its type.
 
     Raises:
       UserError: It is damaged, or the value of a key has another type.
@@ -111,7 +111,7 @@ def read_flat(path: pathlib.Path) -> dict[str, Any]:
 
 
 def wrong_types(flat: Mapping[str, Any]) -> list[str]:
-    """Returns the known keys of {"a.b": JSON value} whose values have other types; other keys are not looked at."""
+    """Returns the known keys of {"a.b": JSON value} whose values have the wrong types; other keys are ignored."""
     return [path for path, value in flat.items() if (key := keys.find_key(path)) and not _has_type(value, key)]
 
 
@@ -129,8 +129,8 @@ def complete(flat: Mapping[str, Any]) -> dict[str, Any]:
       flat: {"a.b": JSON value}.
 
     Returns:
-      The same with all keys except missing required ones, with numbers as floats where the key is a float, and with
-      the methods of a sum in the order that recipes give them, which was once that of the command line.
+      The same with all keys except missing required ones, with numbers as floats if the key is a float, and with the
+      methods of a sum in the order that recipes give them, which used to be the order on the command line.
     """
     names = {path.split(".")[1] for path in flat if path.startswith("losses.")}
     settings = {f"losses.{name}.{s}": key for name in names & LOSSES.keys() for s, key in keys.loss_keys(name).items()}
@@ -211,7 +211,7 @@ def close_keys(key: str, known: Iterable[str]) -> list[str]:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first mistake in a configuration that shows without data."""
+    """Raises UserError for the first mistake in a configuration that can be found without data."""
     values = flatten(config)
     losses = config.get("losses")
     if not isinstance(losses, ml_collections.ConfigDict) or not losses:

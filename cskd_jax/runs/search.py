@@ -1,4 +1,4 @@
-"""A search for the settings of the methods of a sweep: its runs, and what is best on the validation split."""
+"""A search for the settings of a sweep's methods: its runs, and the settings that are best on the validation split."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from cskd_jax.training.metrics import task_that_measured
 
 FOLDER, TABLE = "search", "search.csv"
 _VALIDATION = "dataset.validation_examples"
-# Sections and keys whose values are not those of a method: the teacher, the data and the seed are common to all.
+# Sections and keys whose values do not belong to one method: teacher, data and seed are common to all methods.
 _COMMON = ("teacher.", "dataset.", "seed.", "method.")
 
 
@@ -29,7 +29,7 @@ class Trial(NamedTuple):
 
     Attributes:
       word: Word of the method, with its networks if they are named.
-      values: {key: text of its value}.
+      values: {key: its value as a string}.
       run: The run, whose results have the scores of the validation split.
     """
 
@@ -39,10 +39,10 @@ class Trial(NamedTuple):
 
 
 def parse(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Returns {key: texts of its values} of arguments KEY=VALUE,VALUE.
+    """Returns {key: its values as strings} from arguments KEY=VALUE,VALUE.
 
     Raises:
-      UserError: An argument is not of this form, names a key twice, or one that is common to all methods.
+      UserError: An argument is not of this form, names a key twice, or names a key that is common to all methods.
     """
     grid: dict[str, list[str]] = {}
     for argument in arguments:
@@ -68,17 +68,17 @@ def make_trials(
     overrides: Sequence[str],
     grid: Mapping[str, Sequence[str]],
 ) -> list[Trial]:
-    """Returns the runs of a search: each method with every combination of those values of the grid that it has.
+    """Returns the runs of a search: each method with every combination of values for the grid keys that it has.
 
-    A teacher that is trained for the search learns without the validation split, too.
+    A teacher that is trained for the search does not learn from the validation split either.
 
     Args:
       recipe: Recipe without a word.
       words: Words that follow the recipe.
       seed: Seed of all runs.
-      workdir: Folder of the sweep, in which the search has one of its own.
+      workdir: Folder of the sweep, in which the search has its own folder.
       overrides: Arguments --config.KEY=VALUE.
-      grid: {key: texts of its values}.
+      grid: {key: its values as strings}.
 
     Raises:
       UserError: No method has a key of the grid, or there is no validation split.
@@ -121,10 +121,10 @@ def runs_of(trials: Sequence[Trial]) -> list[Run]:
 
 
 def choose(trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Mapping[str, str]]:
-    """Returns {word: its best values} by the validation split after the last epoch, and writes the table of all.
+    """Returns {word: its best values}, judged by the validation split after the last epoch, and writes a table of all.
 
     Args:
-      trials: Runs of the search, all done. Of equal scores, the first wins.
+      trials: Runs of the search, all done. Among equal scores, the first wins.
       workdir: Folder of the sweep, which gets search.csv.
     """
     scores = {trial.run: _score(trial.run) for trial in trials}

@@ -1,4 +1,4 @@
-"""Execution of the runs of a grid, those that share a teacher in one process."""
+"""Executes the runs of a grid; runs that share a teacher are executed in one process."""
 
 import contextlib
 import json
@@ -99,8 +99,8 @@ class _Process:
       variables: Environment variables of the process.
 
     Attributes:
-      start: Time of its start.
-      log: File with what it writes on standard error, the log of its first run.
+      start: Its start time.
+      log: File that receives its standard error, which is the log of its first run.
       left: Runs that are not known to be done.
     """
 
@@ -117,7 +117,7 @@ class _Process:
                 text=True,
                 # Its own process group, so that Ctrl-C reaches it only through the sweep and not twice.
                 process_group=0,
-                # Killed with the sweep, so that it does not go on writing where the next sweep writes.
+                # Killed with the sweep, so that it does not keep writing where the next sweep writes.
                 preexec_fn=die_with_parent,
             )
         assert self._process.stdin is not None
@@ -129,22 +129,22 @@ class _Process:
         return self._process.poll()
 
     def take_done(self) -> list[Run]:
-        """Returns the runs that have become done, which are left no more."""
+        """Removes the runs that have become done from `left` and returns them."""
         done = [run for run in self.left if run.done]
         self.left = [run for run in self.left if run not in done]
         return done
 
     def stop(self) -> None:
-        """Asks it to save and end."""
+        """Asks the process to save and end."""
         self._process.terminate()
 
     def wait(self) -> None:
-        """Waits for its end."""
+        """Waits for the process to end."""
         self._process.wait()
 
 
 def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables of the environment that give the run in `slot` of `jobs` its GPU, or one CPU device."""
+    """Returns the environment variables that give the run in `slot` of `jobs` its GPU, or one CPU device."""
     if jobs == 1:
         return {}
     # Each process would otherwise take three quarters of a GPU's memory when it starts.
@@ -156,7 +156,7 @@ def device_variables(slot: int, jobs: int, environment: Mapping[str, str]) -> di
 
 
 def gpus(devices: pathlib.Path = pathlib.Path("/dev")) -> str:
-    """Returns the numbers of NVIDIA's GPUs that this machine or container has, such as "0,1"; "" without any."""
+    """Returns the numbers of NVIDIA's GPUs that this machine or container has, such as "0,1"; "" if there are none."""
     count = sum(re.fullmatch(r"nvidia[0-9]+", path.name) is not None for path in devices.glob("nvidia*"))
     return ",".join(map(str, range(count)))
 
@@ -175,7 +175,7 @@ def _stop(running, stop):
 
 
 def _failure(run, code, log):
-    """Returns why a run has failed: its own error, or else the end of the process that it ran in."""
+    """Returns why a run has failed: its own error, or else how the process that it ran in ended."""
     for path in (run.workdir / LOG, log):
         lines = _last_part(path).decode("utf-8", errors="replace").strip().splitlines() if path.exists() else []
         if lines and lines[-1].startswith("error: "):
@@ -185,7 +185,7 @@ def _failure(run, code, log):
 
 
 def _last_part(path):
-    """Returns the last bytes of a log, which may be long."""
+    """Returns the last bytes of a log, because the log may be long."""
     with open_regular(path, sys.maxsize) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
         return file.read(_LAST_BYTES)

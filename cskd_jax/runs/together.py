@@ -21,16 +21,16 @@ _LINE_SECONDS = 60.0
 def carry_out(
     runs: Sequence[tuple[str, ml_collections.ConfigDict, pathlib.Path]], adapt_devices: bool = False
 ) -> list[Job]:
-    """Carries out runs that agree in all that decides the batches and the teacher; see `train_together`.
+    """Carries out runs that agree in everything that determines the batches and the teacher; see `train_together`.
 
-    Each run writes what it says to log.txt in its folder. The console shows the progress of all in one line an epoch.
+    Each run writes its messages to log.txt in its folder. The console shows the progress of all in one line per epoch.
 
     Args:
       runs: Name, configuration and folder of each run.
       adapt_devices: See `train_together`.
 
     Returns:
-      The jobs, in the same order; what failed has its `error`.
+      The jobs, in the same order; those that failed have an `error`.
     """
     board = Board(len(runs))
     jobs = []
@@ -53,7 +53,7 @@ def carry_out(
 
 
 def _make_log(path: pathlib.Path) -> Callable[[str], None]:
-    """Returns a function that adds a line to a file, unless the disk is full, which need not end a training."""
+    """Returns a function that appends a line to a file, unless the disk is full, which should not end the training."""
 
     def say(message):
         with contextlib.suppress(OSError), open_append(path) as file:
@@ -94,14 +94,14 @@ class Board:
             self._paused = False
 
     def start(self, name: str, start: Start) -> None:
-        """Notes that a run trains."""
+        """Notes that a run is training."""
         if not self._running and start.together > 1:
             rest = self._count - start.together
             console.say(f"{start.together} runs train together" + (f", {rest} later, as memory allows" if rest else ""))
         self._running[name] = start
 
     def end(self, name: str) -> None:
-        """Notes that a run trains no more."""
+        """Notes that a run is no longer training."""
         self._running.pop(name, None)
 
     def step(self, name: str, step: int) -> None:
@@ -112,7 +112,7 @@ class Board:
             console.say(f"{len(self._running)} runs: {self._where(name, step)}")
 
     def evaluated(self, name: str, step: int, score: str) -> None:
-        """Shows a line when all runs that train have been evaluated."""
+        """Shows a line when all runs that are training have been evaluated."""
         self._scores[name] = score
         if self._running.keys() <= self._scores.keys():
             scores = ", ".join(f"{run} {self._scores[run]}" for run in self._running)

@@ -21,7 +21,7 @@ from cskd_jax.training.prediction import without_prediction
 from cskd_jax.training.saved import Record, Saved
 from cskd_jax.training.state import check_variables, init_network
 
-# The linear layers of a network of `MODELS` that tell classes apart.
+# The linear layers with which a network of `MODELS` tells classes apart.
 _CLASSIFIERS = ("classifier", "distillation_classifier")
 
 
@@ -40,7 +40,7 @@ class Given(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Returns what errors call the checkpoint."""
+        """Returns the name of the checkpoint in error messages."""
         return f"{self.key} {self.path}"
 
 
@@ -51,12 +51,12 @@ def load_given_teachers(config: ml_collections.ConfigDict) -> tuple[Given, ...]:
       UserError: A checkpoint is not trained to the end, or the first is not that of the configured network.
     """
     processes.on_first(schema.check_teacher_exists, config)
-    # One after the other, since a message between processes has a largest size.
+    # One after another, because a message between processes has a maximum size.
     return tuple(processes.on_first(_load_teacher, config, number) for number in range(1 + len(config.teacher.others)))
 
 
 def _load_teacher(config, number):
-    """Returns the checkpoint of a teacher by its number; raises UserError likewise."""
+    """Returns the checkpoint of a teacher by its number; raises UserError like `load_given_teachers`."""
     if number:
         teacher = _load_at("teacher.others", config.teacher.others[number - 1], "teacher")
     else:
@@ -77,7 +77,7 @@ def load_start(config: ml_collections.ConfigDict) -> Given:
 
 
 def _load(config, role):
-    """Returns the checkpoint of the network of a role; raises UserError if that is another than configured."""
+    """Returns the checkpoint of the network of a role; raises UserError if it is not the configured one."""
     settings = config[role]
     given = _load_at(f"{role}.checkpoint", settings.checkpoint, role)
     wanted = {"name": settings.name, "width": float(settings.width)}
@@ -88,7 +88,7 @@ def _load(config, role):
 
 
 def _load_at(key, folder, role):
-    """Returns the checkpoint in a folder; the workdir of a run is taken to mean its network of a role."""
+    """Returns the checkpoint in a folder; the workdir of a run stands for its network in that role."""
     path = full_path(folder)
     path = str(path / role if (path / role / FOLDER).is_dir() else path)
     return Given(key, path, load_variables(path))
@@ -101,10 +101,10 @@ def starting_variables(start: Given, network: Network, dataset: ImageDataset, se
       start: Result of `load_start`.
       network: Network of the student.
       dataset: Data set that it is trained on.
-      seed: Seed of a new classifier, which there is unless the classes are those of the checkpoint.
+      seed: Seed of a new classifier, which is created unless the classes are those of the checkpoint.
 
     Raises:
-      UserError: The checkpoint does not fit the network, such as one for another size of images.
+      UserError: The checkpoint does not fit the network, for example because it is for another image size.
     """
     variables, shape = dict(without_prediction(start.saved.variables)), dataset.image_shape
     is_new = start.saved.record.categories != list(dataset.categories)
@@ -159,7 +159,7 @@ def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | 
 
 
 def identity_of_teachers(teachers: Sequence[Given], config: ml_collections.ConfigDict) -> str:
-    """Returns the digests of teachers and, where it is not that of the run, the normalization of their images."""
+    """Returns the digests of teachers and, if it differs from that of the run, the normalization of their images."""
     given, found = Normalize(config.dataset.mean, config.dataset.std), []
     for teacher in teachers:
         own, digest = normalization_of(teacher.source, teacher.saved.record), teacher.saved.digest
@@ -170,7 +170,7 @@ def identity_of_teachers(teachers: Sequence[Given], config: ml_collections.Confi
 
 
 def normalization_of(source: str, record: Record) -> Normalize | None:
-    """Returns the normalization that a network was trained with; None where an imported one does not know it."""
+    """Returns the normalization that a network was trained with; None if an imported one does not know it."""
     mean, std = (record.images.get(name) for name in ("mean", "std"))
     if mean is None or std is None:
         return None

@@ -1,4 +1,4 @@
-"""The folder of a run: which run it belongs to, whether that is done, and how it is extended."""
+"""The folder of a run: which run it belongs to, whether the run is done, and how it is extended."""
 
 import contextlib
 import hashlib
@@ -23,9 +23,9 @@ from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
 from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.optimizers import DOT_VERSION
 
-# What config.json holds besides the configuration has a space in its name: the digests of given checkpoints, the
-# fingerprint of the data, "losses.NAME version" of a loss whose formula is not its first, that of the optimizer, and
-# the number of devices, which changes results by rounding.
+# Entries of config.json other than the configuration have a space in their names: the digests of given checkpoints, the
+# fingerprint of the data, "losses.NAME version" for a loss whose formula is not its first, the version of the
+# optimizer, and the number of devices, which changes results by rounding.
 TEACHER_DIGEST, STUDENT_DIGEST = "teacher.checkpoint digest", "student.checkpoint digest"
 DATA_FINGERPRINT = "dataset fingerprint"
 DEVICES = "number of devices"
@@ -43,7 +43,7 @@ def identify(config: ml_collections.ConfigDict, digests: Mapping[str, Any] | Non
 
     Args:
       config: Configuration of the run.
-      digests: Digests of the given checkpoints by `TEACHER_DIGEST` and `STUDENT_DIGEST`; None where one is not given.
+      digests: Digests of the given checkpoints by `TEACHER_DIGEST` and `STUDENT_DIGEST`; None if one is not given.
     """
     identity = schema.plain(config)
     identity |= {f"losses.{name}{_VERSION}": LOSSES[name].version for name in config.losses if LOSSES[name].version > 1}
@@ -60,7 +60,7 @@ def digests_in(found: Mapping[str, Any]) -> dict[str, Any]:
 def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.Path:
     """Returns the default folder of a run of a recipe: runs/RECIPE/WORD-seedSEED.
 
-    Changes of the recipe that change results are appended, so that a trial with one epoch does not get in the way of
+    Changes to the recipe that affect results are appended, so that a trial with one epoch does not get in the way of
     the real run. A larger number of epochs is not appended: it extends the run.
 
     Args:
@@ -108,7 +108,7 @@ def _holds(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
 
 
 def kept_values(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns {key: value} of what an earlier version did otherwise than the default, where the run began with it.
+    """Returns {key: value} where an earlier version did something other than the default, if the run began with it.
 
     Args:
       workdir: Folder of the run.
@@ -127,11 +127,11 @@ def kept_values(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dic
 
 
 def devices_of(workdir: pathlib.Path) -> int | None:
-    """Returns on how many devices the run in the workdir computes; None if nothing in it would be continued."""
+    """Returns how many devices the run in the workdir computes on; None if nothing in it would be continued."""
     path = workdir / "config.json"
     if not path.is_file() or not _has_checkpoints(workdir):
         return None
-    count = schema.read_flat(path).get(DEVICES, 1)  # Earlier versions had one, unless it was asked for more.
+    count = schema.read_flat(path).get(DEVICES, 1)  # Earlier versions used one, unless asked for more.
     if not isinstance(count, int) or count < 1:
         raise UserError(f"{path}: {DEVICES} must be an integer of at least 1")
     return count
@@ -167,8 +167,8 @@ def held(workdir: pathlib.Path, *written: str, folders: Sequence[str] = FOLDERS)
     """Holds a workdir for this process.
 
     Args:
-      workdir: Folder of the run. It may be a symbolic link; a link within it is refused, since a folder from
-        elsewhere may contain links to files of the user.
+      workdir: Folder of the run. It may be a symbolic link; a link within it is rejected, since a folder from elsewhere
+        may contain links to files of the user.
       written: Names of files written into it besides `results.FILES`.
       folders: Names of folders into which files are written.
 
@@ -188,18 +188,18 @@ def is_done(workdir: pathlib.Path, epochs: int) -> bool:
     if not (workdir / RESULTS).exists():
         return False
     if not path.exists():
-        return not _has_checkpoints(workdir)  # No recipe has made these checkpoints.
+        return not _has_checkpoints(workdir)  # These checkpoints were not made by a recipe.
     return schema.read_flat(path).get("epochs", epochs) >= epochs
 
 
 def names_same_data(workdir: pathlib.Path, identity: Mapping[str, Any]) -> bool:
-    """Returns whether the run in a workdir has found its data in the folders that are named now."""
+    """Returns whether the run in a workdir found its data in the folders that are named now."""
     found = _recorded(workdir, identity)
     return all(found.get(key) == identity.get(key) for key in ("dataset.path", "dataset.data_dir"))
 
 
 def check_data(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageDataset) -> None:
-    """Raises UserError if the run in a workdir has been made with other data."""
+    """Raises UserError if the run in a workdir was made with other data."""
     check_workdir(workdir, {**identity, DATA_FINGERPRINT: fingerprint(dataset)})
 
 
@@ -248,7 +248,7 @@ def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, A
 def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns {key: (recorded value, requested value)} of all differences that change results."""
     passed, both = {DEVICES, *keys.indifferent()}, found.keys() & identity.keys()
-    # The digest says which network it is: its folder may have moved.
+    # The digest identifies the network, whose folder may have moved.
     passed |= {name.removesuffix(" digest") for name in (TEACHER_DIGEST, STUDENT_DIGEST) if name in both}
     passed |= {"teacher.others"} if TEACHER_DIGEST in both else set()
     if DATA_FINGERPRINT not in both:

@@ -1,1 +1,1 @@
-"""Training made of objects: networks, losses, optimizers, data. Nothing here knows a configuration."""
+"""Training built from objects: networks, losses, optimizers, data. Nothing here knows about configurations."""

@@ -2,19 +2,19 @@
 
 Any module of flax.linen:
 
-- The collections of its variables besides "params", such as "batch_stats", are kept and updated, whatever their names.
-- Its random streams get keys in training mode: those named in `streams`, and any other from that of "params".
+- Its variable collections other than "params", such as "batch_stats", are kept and updated, whatever their names.
+- Its random streams get keys in training mode: those named in `streams` have their own, any other draws from "params".
 - The argument that switches training mode on is found by its name; a module without one is always called the same way.
 - Sown values are not kept from step to step.
 - It returns a `ModelOutput`, a dictionary with the same keys, or logits alone. Feature maps that it does not return are
-  taken from within it by the paths of its submodules.
+  captured from its submodules, which are named by their paths.
 
 A function `(variables, images, train, rngs) -> (outputs, updates)`:
 
 - `variables` is {"params": ..., and other collections}. Training starts from the variables given with the function.
 - `train` is True or False; `rngs` is {"params": key, "dropout": key} in training, otherwise None.
-- `updates` holds the new values of the other collections that it changes, such as {"batch_stats": ...}; it is read in
-  training only.
+- `updates` holds the new values of the other collections that the function changes, such as {"batch_stats": ...}; it is
+  only read in training.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import CLASSIFIER
 from cskd_jax.training.networks import Network, Variables, as_output, make_rngs
 
-# The names of the argument of `__call__` that asks for training mode, and the value that does.
+# Possible names of the `__call__` argument that selects training mode, and the value that turns it on.
 _TRAINING_FLAGS = {
     "train": True,
     "training": True,
@@ -46,17 +46,19 @@ _INTERMEDIATES = "intermediates"
 
 @dataclasses.dataclass(frozen=True)
 class LinenNetwork:
-    """A linen module as a `Network`, which is called directly so that the names of its variables do not change.
+    """A linen module as a `Network`. The module is called directly, so the names of its variables do not change.
 
     Attributes:
       module: The module, called with images [B, H, W, C].
       features: Paths of the submodules whose outputs are the features, first stage first, such as "Conv_1" or
         "encoder/block_3". Empty if the module returns them itself, or if no loss reads them.
       embedding: Path of the submodule whose output is the embedding; None if it is not needed.
-      streams: Names of the random streams that get a key of their own. A module that draws from another with
-        `make_rng` draws from "params" instead; one that asks `has_rng`, or splits a stream, needs its name here.
-      trainable: Function from the path of a parameter to whether it trains. Submodules none of whose parameters train
-        are in evaluation mode if they get their training flag by keyword. None leaves all in training mode.
+      streams: Names of the random streams that get their own key. A module that draws from any other stream with
+        `make_rng` draws from "params" instead; a stream that the module checks with `has_rng`, or splits, must be named
+        here.
+      trainable: Function from the path of a parameter to whether it is trained. Submodules whose parameters are all
+        frozen run in evaluation mode if they get their training flag by keyword. None leaves all submodules in training
+        mode.
       head: Path of the classifier, a linear layer on the pooled last map, for losses that read it.
     """
 
@@ -74,7 +76,7 @@ class LinenNetwork:
 
     @property
     def synchronized(self) -> bool:
-        """Returns whether the module takes the name of the axis over which a batch is split."""
+        """Returns whether the module accepts the name of the axis over which a batch is split."""
         return "axis_name" in _field_names(self.module)
 
     @property
@@ -88,7 +90,7 @@ class LinenNetwork:
         return getattr(self.module, "preactivation_norms", ())
 
     def on_axis(self, axis_name: str | None) -> "LinenNetwork":
-        """Returns the network for a batch that is split over a mapped axis; None for a whole batch."""
+        """Returns the network for a batch that is split over a mapped axis; None means a whole batch."""
         if not self.synchronized:
             return self
         return dataclasses.replace(self, module=self.module.clone(axis_name=axis_name))
@@ -121,8 +123,8 @@ class LinenNetwork:
         if not (mutable or self._paths):
             return as_output(self.module.apply(variables, images, *args, rngs=rngs, **flags)), {}
         if self._paths:
-            # Everything is captured and the paths are selected afterwards, as a filter is not called within a jitted
-            # submodule. What is not selected costs nothing in a compiled program.
+            # Everything is captured and the paths are selected afterwards, because a filter is not called inside a
+            # jitted submodule. Outputs that are not selected cost nothing in a compiled program.
             mutable = [*mutable, _INTERMEDIATES]
             flags |= {"capture_intermediates": True}
         outputs, updated = self.module.apply(variables, images, *args, rngs=rngs, mutable=mutable, **flags)
@@ -139,15 +141,15 @@ class LinenNetwork:
         return any(self._flags(train=True))
 
     def _flags(self, *, train: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments that ask for training mode: positional ones after the images, and keywords."""
+        """Returns the arguments that select training mode: positional ones after the images, and keyword arguments."""
         parameters = list(inspect.signature(type(self.module).__call__).parameters.values())
-        # An attribute of the module that already has a value may not be passed again.
+        # A flag that is already set as an attribute of the module must not be passed again.
         asked = {
             name: value == train
             for name, value in _TRAINING_FLAGS.items()
             if name in [parameter.name for parameter in parameters] and getattr(self.module, name, None) is None
         }
-        # By position where that is allowed: `nn.jit` and `nn.remat` know their static arguments by it.
+        # Pass it by position where possible: `nn.jit` and `nn.remat` identify their static arguments by position.
         by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         if len(parameters) > 2 and parameters[2].name in asked and parameters[2].kind in by_position:
             return (asked.pop(parameters[2].name),), asked
@@ -183,7 +185,7 @@ class FunctionNetwork:
     Attributes:
       function: The function.
       variables: Variables that training starts from; None if they are given separately, as `student_variables`.
-      head: Path among the parameters of the classifier, a linear layer on the pooled last map, for losses that read
+      head: Path, within the parameters, of the classifier, a linear layer on the pooled last map, for losses that read
         it.
     """
 
@@ -194,12 +196,12 @@ class FunctionNetwork:
     synchronized = False
 
     def on_axis(self, axis_name: str | None) -> "FunctionNetwork":
-        """Returns the network itself, which does not know of axes."""
+        """Returns the network itself, which knows nothing about axes."""
         del axis_name
         return self
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
-        """Raises ValueError, because a function makes no variables."""
+        """Raises ValueError, because a function does not create variables."""
         raise ValueError("a function makes no variables of its own: give it student_variables to start from")
 
     def apply(
@@ -233,8 +235,8 @@ def as_network(
       module: A linen module, an nnx module, a function, or a `Network`; see the top of this file.
       features: Paths of the features of a linen module, as in `LinenNetwork`.
       embedding: Path of the embedding of a linen module, as in `LinenNetwork`.
-      head: Path of the classifier among the parameters, for losses that read it; None for "classifier", or for that of
-        a `Network`.
+      head: Path of the classifier within the parameters, for losses that read it; None means "classifier" or, for a
+        `Network`, its own path.
 
     Raises:
       TypeError: The module is none of these, or paths are given for a network that is not a linen module.
@@ -267,7 +269,7 @@ def as_network(
 
 
 def _frozen_modules(params: Any, trainable: Callable[[tuple[str, ...]], bool]) -> set[tuple[str, ...]]:
-    """Returns the paths of the modules that have parameters of which none trains; () is the network itself."""
+    """Returns the paths of the modules that have parameters, none of which is trained; () is the network itself."""
     paths = traverse_util.flatten_dict(dict(params))
     modules, trained = (
         {path[:length] for path in chosen for length in range(len(path))}
@@ -277,7 +279,7 @@ def _frozen_modules(params: Any, trainable: Callable[[tuple[str, ...]], bool]) -
 
 
 def _evaluating(frozen: set[tuple[str, ...]]) -> Callable[..., Any]:
-    """Returns an interceptor of flax.linen that calls the modules at some paths in evaluation mode."""
+    """Returns a flax.linen method interceptor that calls the modules at the given paths in evaluation mode."""
 
     def intercept(call, args, kwargs, context):
         if context.module.path in frozen:
@@ -288,7 +290,7 @@ def _evaluating(frozen: set[tuple[str, ...]]) -> Callable[..., Any]:
 
 
 def _by_path(intermediates: Any) -> dict[str, Any]:
-    """Returns {path: output} of captured intermediates; the last output of a submodule called repeatedly."""
+    """Returns {path: output} for captured intermediates; for a submodule called repeatedly, its last output."""
     flat = traverse_util.flatten_dict(dict(intermediates), sep="/")
     found = {}
     for path, values in flat.items():

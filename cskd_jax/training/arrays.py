@@ -1,4 +1,4 @@
-"""Trees of arrays by the names of their arrays, and digests of them."""
+"""Conversion of trees to and from named arrays, and digests of arrays."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def digest_of(tree: Any) -> str:
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
-    """Returns {path joined by "/": numpy array} of a tree, with the names that Flax gives to its parts."""
+    """Returns {path joined by "/": numpy array} for a tree, with the names that Flax gives to its parts."""
     flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
     return {name: np.asarray(array) for name, array in flat.items()}
 
@@ -48,15 +48,15 @@ def digest_array(array: np.ndarray) -> str:
 
 
 def digest_json(content: Any) -> str:
-    """Returns a digest of what JSON can hold, whatever the order of its keys."""
+    """Returns a digest of JSON-serializable content that does not depend on the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def upgrade(name: str) -> str:
-    """Returns the current name of an array that version 1 of checkpoints called `name`."""
+    """Returns the current name of an array that was called `name` in version 1 checkpoints."""
     if name.startswith("batch_stats/"):
         return f"collections/{name}"
-    # The parameters are below these two in the state of an optimizer, too.
+    # In an optimizer state, too, the parameters are nested under these two names.
     match = re.match(r"((?:params|opt_state)/(?:.*?/)??)(student|methods)(/.*)", name)
     if match is None:
         return name

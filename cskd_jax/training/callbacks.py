@@ -13,22 +13,22 @@ from cskd_jax import console
 from cskd_jax.errors import DivergedError
 from cskd_jax.training.metrics import Task
 
-# Fields of every row of the history besides the metrics.
+# Fields of every history row other than the metrics.
 ROW_KEYS = {"phase", "split", "step", "epoch"}
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass
 class Progress:
-    """The state of a training besides its arrays, which is saved with every checkpoint as JSON.
+    """The training state other than its arrays, which is saved as JSON with every checkpoint.
 
     Attributes:
       evaluations: {"last": ..., "best": ...}, each {"epoch", the metrics of the task, "loss"}, on the split that
-        chooses the best epoch; empty before the first.
+        chooses the best epoch; empty before the first evaluation.
       test: The same on the test split after training, if another split chose the best epoch; otherwise empty.
       sums: Sums of the training metrics since the last row of the history.
       count: Number of steps in `sums`.
-      seconds: Seconds spent in training steps, over all the starts of the run, without compilation.
+      seconds: Seconds spent in training steps, over all starts of the run, excluding compilation.
       images: Number of images trained on in `seconds`.
     """
 
@@ -55,14 +55,14 @@ class Start(NamedTuple):
     Attributes:
       student: Name of the student.
       step: Number of steps already done.
-      steps: Number of steps in all.
+      steps: Total number of steps.
       steps_per_epoch: Number of steps in an epoch.
       images_done: Number of images trained on in the steps already done.
-      images: Number of images trained on in all.
+      images: Total number of images to train on.
       task: Task that defines the metrics of the student.
       progress: Measurements so far, which are kept up to date.
-      learning_rate: Function from the number of a step, from 1, to its learning rate, or to None if it is not known.
-        It may wait for a device, so it should not be called in every step.
+      learning_rate: Function from a step number, counted from 1, to its learning rate, or to None if it is unknown. It
+        may wait for a device, so it should not be called at every step.
       together: Number of students that are trained together.
     """
 
@@ -79,7 +79,7 @@ class Start(NamedTuple):
 
 
 class Callback:
-    """A base class for callbacks, which override the methods that they need; the others do nothing.
+    """A base class for callbacks. Subclasses override the methods that they need; the others do nothing.
 
     All values are Python numbers, so reading them never waits for a device.
     """
@@ -103,10 +103,10 @@ class Callback:
         """Handles a finished step, once its metrics are available.
 
         Args:
-          step: Number of the step, from 1.
+          step: Step number, counted from 1.
           images: Number of images that it trained on.
-          metrics: "loss", every term of the loss by its name, "gradient_norm" and, with labels, a metric
-            of the student.
+          metrics: "loss", every term of the loss by name, "gradient_norm" and, if there are labels, a metric of the
+            student.
         """
 
     def on_row(self, row: Mapping[str, Any]) -> None:
@@ -125,7 +125,8 @@ class Console(Callback):
 
     Args:
       clock: Function that returns the time in seconds.
-      say: Function that shows a line of text. None prints it; with any other, there is no bar, and no pause is shown.
+      say: Function that shows a line of text. None prints it; if a function is given, neither a progress bar nor pauses
+        are shown.
     """
 
     _BAR_SECONDS, _LINE_SECONDS = 0.5, 60.0
@@ -146,7 +147,7 @@ class Console(Callback):
         """Opens the progress bar."""
         self._start, self._images = start, start.images_done
         self._epochs = start.steps // start.steps_per_epoch
-        # The speed of this start only, as an earlier one may have used another device.
+        # Only the speed of this start is shown, because an earlier one may have used another device.
         self._before = start.progress.images, start.progress.seconds
         self._evaluations, self._first_pauses, self._pause_seconds = 0, 0.0, 0.0
         self._train_row: Mapping[str, Any] = {}
@@ -156,7 +157,7 @@ class Console(Callback):
         self._last_shown = -self._BAR_SECONDS
 
     def on_step(self, step: int, images: int, metrics: Mapping[str, float]) -> None:
-        """Shows progress: on a terminal in the bar, elsewhere as a line every minute."""
+        """Shows progress: in the bar on a terminal, as a line every minute elsewhere."""
         now = self._clock()
         self._images += images
         epoch = f"epoch {-(-step // self._start.steps_per_epoch)}/{self._epochs}"
@@ -222,7 +223,7 @@ class Meter:
 
     Attributes:
       progress: Progress from `start`.
-      history: Rows since the start or resume.
+      history: Rows since the start or resumption.
     """
 
     def __init__(
@@ -255,7 +256,7 @@ class Meter:
         """Adds the metrics of a step, waiting for it if it is still running.
 
         Args:
-          step: Number of the step, from 1.
+          step: Step number, counted from 1.
           images: Number of images that it trained on.
           metrics: Scalars on the device.
 
@@ -298,7 +299,7 @@ class Meter:
         """Adds the evaluations on the test split at the end.
 
         Args:
-          entries: {"best": (its step, metrics), "last": likewise}.
+          entries: {"best": (its step, metrics), "last": (its step, metrics)}.
         """
         epochs = {name: step // self._start.steps_per_epoch for name, (step, _) in entries.items()}
         self.progress.test = {name: {"epoch": epochs[name], **values} for name, (_, values) in entries.items()}

@@ -1,7 +1,7 @@
-"""Checkpoints with digests: the only file that imports Orbax.
+"""Checkpoints with digests. This is the only file that imports Orbax.
 
 Orbax does not notice a changed byte inside an array. Every array is therefore saved with its digest, which is checked
-when it is read; a checkpoint that fails is renamed to STEP.damaged and the newest intact one is used.
+when the array is read; a checkpoint that fails the check is renamed to STEP.damaged, and the newest intact one is used.
 
 Only the first process reads and writes checkpoints: the state is the same on all processes, and only the first one
 needs the folder. The others receive what it read, or its error.
@@ -41,15 +41,16 @@ FOLDER = "checkpoints"
 _ARRAYS, _RECORD = "arrays", "record"
 _FIRST_PROCESS = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
-# Version of the names of the arrays and of the record; `arrays.upgrade` reads older ones.
+# Version of the array names and of the record; `arrays.upgrade` converts older names.
 _VERSION = 2
-# Limits on the files of a checkpoint, and on what its compressed arrays may take in memory for each byte of the files.
-# Weights hardly compress; what compresses well, such as a momentum of zeros, has at most a few times their size.
+# Limits on the number of files in a checkpoint, and on the memory that its compressed arrays may take for each byte of
+# these files. Weights hardly compress; arrays that compress well, such as an all-zero momentum, have at most a few
+# times the size of the weights.
 _MAX_FILES, _MAX_EXPANSION = 100_000, 100
 
 
 class _Snapshot(NamedTuple):
-    """The content of a checkpoint to be: the step, arrays by name on the host, the record and the score."""
+    """The content of a checkpoint to be saved: the step, arrays by name on the host, the record and the score."""
 
     step: int
     arrays: dict[str, np.ndarray]
@@ -58,14 +59,14 @@ class _Snapshot(NamedTuple):
 
 
 class Checkpoints:
-    """A context manager for the checkpoints of one network, by step; saving is asynchronous.
+    """A context manager for the checkpoints of one network, identified by step; saving is asynchronous.
 
     All processes must call the same methods in the same order, and get the same values or errors.
 
     Args:
       directory: Folder of the checkpoints, which is created if it is missing.
-      keep: Number of the newest checkpoints to keep, besides the one with the best score.
-      every_minutes: Least time between two checkpoints that `offer` saves.
+      keep: Number of most recent checkpoints to keep, in addition to the one with the best score.
+      every_minutes: Minimum time between two checkpoints that `offer` saves.
       clock: Function that returns the time in seconds.
     """
 
@@ -105,7 +106,7 @@ class Checkpoints:
         """Starts saving and returns once the arrays are on the host.
 
         Args:
-          step: Number of steps done, greater than that of every existing checkpoint.
+          step: Number of steps done, which must be greater than for any existing checkpoint.
           tree: Tree of arrays, equal on all devices.
           record: Record to save with the arrays.
           score: Score of the network; higher is better.
@@ -113,9 +114,9 @@ class Checkpoints:
         processes.on_first(self._save, step, tree, record, score)
 
     def offer(self, step: int, tree: Any, record: Record, score: float, is_best: bool) -> bool:
-        """Saves as `save` does if it is time to, and returns whether it did.
+        """Saves like `save` if it is time to, and returns whether it did.
 
-        What is not saved but the best so far is kept on the host, and saved before the next checkpoint.
+        A state that is the best so far but is not saved is kept on the host, and saved before the next checkpoint.
         """
         return processes.on_first(self._offer, step, tree, record, score, is_best)
 
@@ -135,7 +136,7 @@ class Checkpoints:
         self._saved_at = self._clock()
 
     def _save_best(self):
-        """Saves what was the best since the last checkpoint, if it is still only on the host."""
+        """Saves the best state since the last checkpoint if it is still only on the host."""
         if self._best is not None:
             best, self._best = self._best, None
             self._write(best)
@@ -164,7 +165,7 @@ class Checkpoints:
     def restore(self, template: Callable[[int], Any]) -> tuple[Any, Record] | None:
         """Returns the newest intact checkpoint as (tree of numpy arrays, record); None if there is none.
 
-        Damaged checkpoints that are newer are renamed, with a warning: training writes those steps again.
+        Newer checkpoints that are damaged are renamed, with a warning, because training writes those steps again.
 
         Args:
           template: Function from the step of a checkpoint to a tree with the expected shapes and dtypes.
@@ -178,7 +179,7 @@ class Checkpoints:
         """Returns the network of a checkpoint, ready for use.
 
         Raises:
-          UserError: It is damaged.
+          UserError: The checkpoint is damaged.
         """
         return processes.on_first(self._read_variables, step)
 
@@ -211,7 +212,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, exception_type, *_):
-        # Waits for what is being saved, so that nothing is lost, however the block ends.
+        # Waits for pending saves, so that nothing is lost, however the block ends.
         if exception_type in (None, InterruptedRun):
             processes.on_first(self._close)
         elif processes.is_first():
@@ -229,7 +230,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise errors of many kinds.
-            # TensorStore says this last, after all that it was about to do.
+            # TensorStore puts this last, after everything that it was about to do.
             full = os.strerror(errno.ENOSPC)
             reason = full if full in str(error) else one_line(error)
             raise UserError(
@@ -264,7 +265,7 @@ def _load(path):
         variables = tree.get("ema", {"params": tree["params"].get("network", {}), **tree.get("collections", {})})
         variables = without_peers(variables)
         variables |= prediction_of(tree["params"], tree.get("memory", {}), record.prediction.get("loss"))
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):  # Names that are no paths of a network.
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):  # Names that are not paths in a network.
         raise UserError(f"checkpoint {path} is damaged (its arrays are those of no network)") from None
     return Saved({"params": {}, **variables}, record, int(path.name), digest)
 
@@ -274,7 +275,7 @@ class _Damaged(Exception):
 
 
 def _read(path):
-    """Returns arrays by name, record and digest of a checkpoint; raises _Damaged if it is damaged."""
+    """Returns the arrays by name, the record and the digest of a checkpoint; raises _Damaged if it is damaged."""
     parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
         stored = _check_files(path)
@@ -313,7 +314,7 @@ def _read(path):
 
 
 def _check_files(path):
-    """Returns the bytes of all files of a checkpoint; raises _Damaged for pipes, devices, and too many files."""
+    """Returns the bytes that a checkpoint's files take; raises _Damaged for pipes, devices, and too many files."""
     total = 0
     for count, file in enumerate(path.rglob("*")):
         status = file.lstat()
@@ -326,7 +327,7 @@ def _check_files(path):
 
 
 def _score(metrics: Any) -> Any:
-    # The earliest of equal scores is the best, as in the results.
+    # Among equal scores, the earliest is the best, as in the results.
     return metrics["score"], -metrics["step"]
 
 

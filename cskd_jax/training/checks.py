@@ -11,7 +11,7 @@ from cskd_jax.training.setup import Setup
 
 
 def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) -> None:
-    """Raises UserError for a loss that needs another kind of labels or of images than there are.
+    """Raises UserError for a loss that needs a kind of labels or images that the data do not have.
 
     Args:
       objective: Losses.
@@ -54,7 +54,7 @@ def _check_unlabeled(objective):
 
 
 def _check_mixed(objective):
-    """Raises UserError for a loss that makes no sense of mixed images."""
+    """Raises UserError for a loss that cannot handle mixed images."""
     for name, (_, loss) in objective.losses.items():
         if loss.multilabel is not None and not loss.mixes:
             raise UserError(
@@ -94,7 +94,7 @@ def check_batches(setup: Setup) -> None:
 
 
 def _how_to_avoid(sampler: Sampler, another: str) -> str:
-    """Returns what helps against a last batch that is too small."""
+    """Returns advice on how to avoid a last batch that is too small."""
     if isinstance(sampler, EpochBatches):
         return "let train leave it out, or give it more images"
     return f"set drop_last=True, or {another}"

@@ -17,16 +17,16 @@ def embed(network: Network, variables: Variables, normalize: Normalize, images: 
     """Returns the embeddings of images in evaluation mode.
 
     Args:
-      network: Network that gives an embedding.
+      network: Network that outputs an embedding.
       variables: Its variables.
       normalize: Function from images to inputs of the network.
-      images: Images, uint8 [N, H, W, C], or anything that gives such for a slice.
+      images: Images, uint8 [N, H, W, C], or any object whose slices are such arrays.
 
     Returns:
       An array, float64 [N, D].
 
     Raises:
-      UserError: The network gives no embedding.
+      UserError: The network does not output an embedding.
     """
     variables, embedded = jax.device_put(variables), []
     for start in range(0, len(images), _BATCH):

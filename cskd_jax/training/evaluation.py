@@ -16,7 +16,7 @@ from cskd_jax.training.step import make_eval_step
 
 
 class Evaluation:
-    """Evaluation of a network on a whole split in batches of one size, the last one padded and masked.
+    """Evaluation of a network on a whole split, in batches of one size, with the last one padded and masked.
 
     Args:
       network: Network.
@@ -49,7 +49,7 @@ class Evaluation:
 
         Args:
           variables: Variables of the network, or their shapes.
-          pool: What runs the compiler.
+          pool: Executor that runs the compiler.
         """
         if self._compiled is None:
             self._compiled = pool.submit(lower(self._step, variables, next(self._batches())).compile)
@@ -84,7 +84,7 @@ class Evaluation:
 
     def _batches(self):
         count, size = len(self._split.labels), self._batch_size
-        # A process computes its rows of every batch; those after the last image are padding.
+        # Each process computes its own rows of every batch; rows after the last image are padding.
         local = self.devices.local_rows(size)
         rows = [np.arange(start, start + size)[local] for start in range(0, count, size)]
         indices = [index[index < count] for index in rows]

@@ -10,7 +10,7 @@ import numpy as np
 from cskd_jax.losses import Head, LossInputs, Norm
 from cskd_jax.training.networks import Network, Variables
 
-# Where the networks of this package, and any that name their last layer likewise, have their classifier.
+# Path of the classifier in the networks of this package, and in any other that gives its last layer the same name.
 CLASSIFIER = "classifier"
 
 
@@ -18,8 +18,8 @@ class Layers(NamedTuple):
     """The layers of a network whose variables losses read.
 
     Attributes:
-      head: Classifier; None where the network has none that is known.
-      norms: Batch normalizations before the last ReLU of each stage; None where the network does not tell them.
+      head: Classifier; None if the network has no known classifier.
+      norms: Batch normalizations before the last ReLU of each stage; None if the network does not report them.
     """
 
     head: Any = None
@@ -32,8 +32,8 @@ NO_LAYERS = Layers()
 def layers_of(network: Network, variables: Variables) -> Layers:
     """Returns the layers of a network that losses may read.
 
-    The classifier is the linear layer at the path that the attribute `head` of the network names ("classifier" for a
-    network without that attribute); the normalizations are those at the paths of its attribute `norms`.
+    The classifier is the linear layer at the path in the network's `head` attribute ("classifier" for a network without
+    that attribute); the normalizations are those at the paths in its `norms` attribute.
 
     Args:
       network: Network.
@@ -56,7 +56,7 @@ def layers_of(network: Network, variables: Variables) -> Layers:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Missing:
-    """Stands for layers that a network does not have, or that are not known; reading it raises a clear error.
+    """A placeholder for layers that a network does not have, or that are not known; reading it raises a clear error.
 
     Attributes:
       message: The error.
@@ -96,7 +96,7 @@ _NO_NORMS = _Missing(
 
 
 def guard_layers(inputs: LossInputs) -> LossInputs:
-    """Returns inputs of losses in which reading a layer that is missing raises a clear error."""
+    """Returns loss inputs in which reading a missing layer raises a clear error."""
     if inputs.teacher is not None and inputs.teacher.members:
         inputs = without_teacher_layers(inputs)
     heads = {f"{role}_head": getattr(inputs, f"{role}_head") for role in ("student", "teacher")}
@@ -108,7 +108,7 @@ def guard_layers(inputs: LossInputs) -> LossInputs:
 
 
 def without_teacher_layers(inputs: LossInputs) -> LossInputs:
-    """Returns inputs of losses in which reading a layer of the teacher raises a clear error."""
+    """Returns loss inputs in which reading a layer of the teacher raises a clear error."""
     return inputs._replace(teacher_head=_NOT_OF_SEVERAL, teacher_norms=_NOT_OF_SEVERAL)
 
 
@@ -124,7 +124,7 @@ def _head_at(params, path):
     kernel = layer.get("kernel") if isinstance(layer, Mapping) else None
     if kernel is None or len(kernel.shape) != 2:
         return None
-    # Zeros of numpy are no part of a program that does not read them.
+    # NumPy zeros do not become part of a program that does not read them.
     none: Any = np.zeros(kernel.shape[1], kernel.dtype)
     return Head(kernel, layer.get("bias", none))
 

@@ -14,19 +14,20 @@ from cskd_jax.errors import InterruptedRun, kept_error
 from cskd_jax.training.participant import Participant
 from cskd_jax.training.programs import Reads, TeacherPass
 
-# Share of the free memory that students trained together may take by the account of the compiler.
+# Share of the free memory that students trained together may take, according to the compiler.
 _MEMORY_SHARE = 0.8
 
 
 class Loop:
     """The training of one or several students on the same batches.
 
-    A step of training is one pass of the teacher and then one step of every student. The students that are furthest
-    behind go first: one that was restored at an earlier step than the others catches up, and then all go on together.
-    Company changes no bit of a student, as every student has programs of its own and the pass is the same for all.
+    A training step is one pass of the teacher followed by one step of every student. The students that are furthest
+    behind go first: one that was restored at an earlier step than the others catches up, and then all continue
+    together. Training together does not change a single bit of a student, because every student has its own programs
+    and the pass is the same for all.
 
     Args:
-      participants: The students, whose setups agree in everything that decides the batches.
+      participants: The students, whose setups agree in everything that determines the batches.
       teacher_pass: The programs that prepare the batches.
     """
 
@@ -43,7 +44,7 @@ class Loop:
         teacher_variables: Any = None,
         on_done: Callable[[Participant], None] = lambda participant: None,
     ) -> None:
-        """Trains all to the end from their newest checkpoints; their attributes hold what comes out.
+        """Trains all students to the end from their newest checkpoints; their attributes hold the results.
 
         Args:
           stop: Request to stop, which is checked before every step.
@@ -53,7 +54,7 @@ class Loop:
         Raises:
           InterruptedRun: `stop` was requested; the states are saved.
         """
-        # The compiler is mostly bound to one core.
+        # The compiler mostly runs on one core.
         pool = ThreadPoolExecutor(max_workers=os.cpu_count())
         with contextlib.ExitStack() as stack:
             stack.callback(pool.shutdown, cancel_futures=True)
@@ -75,7 +76,7 @@ class Loop:
                         raise InterruptedRun(_describe_stop(stop, [*active, *waiting]))
 
     def _close_done(self, participants, on_done):
-        """Closes what is done and returns the rest."""
+        """Closes the students that are done and returns the others."""
         for participant in participants:
             if participant.done:
                 participant.close()
@@ -83,7 +84,7 @@ class Loop:
         return [participant for participant in participants if not participant.done]
 
     def _begin(self, participants, pool):
-        """Compiles the first steps of all, and begins with as many students as memory allows, which it returns."""
+        """Compiles the first steps of all students, begins with as many as memory allows, and returns those."""
         size = self._setup.sampler.batch_size
         with _pause(participants, "compiling the training step"):
             self._pass.compile(size, self._reads, pool)
@@ -99,7 +100,7 @@ class Loop:
         return participants
 
     def _fitting(self, participants, size):
-        """Returns the first students, at least one, whose states and largest step fit into the memory together."""
+        """Returns the first students, at least one, whose states and largest step fit into memory together."""
         limit, used, largest = self._setup.devices.free_memory(), self._pass.memory(size), 0
         for number, participant in enumerate(participants):
             kept, temporary = participant.memory(size)
@@ -109,13 +110,13 @@ class Loop:
         return participants
 
     def _compile_ahead(self, participants, pool):
-        """Compiles what the rest of the first epoch needs, while the devices are at work on its first step."""
+        """Compiles what the rest of the first epoch needs, while the devices work on its first step."""
         self._pass.compile(self._setup.sampler.last_batch_size, self._reads, pool)
         for participant in participants:
             participant.compile_ahead(pool)
 
     def _train_part(self, active, stop, teacher_variables, pool):
-        """Trains those that are furthest behind to the end of the epoch, or up to the next student; then they rest.
+        """Trains the students furthest behind to the end of the epoch, or up to the next student; then calls `rest`.
 
         Returns whether a stop was requested.
         """
@@ -131,7 +132,7 @@ class Loop:
             self._compile_late(together, size, pool)
             prepared = self._pass(size, step, teacher_variables, batch.pop("image"))
             if self._setup.devices.steps_in_flight == 1:
-                # Then only one program may run at a time.
+                # In this case, only one program may run at a time.
                 jax.block_until_ready(prepared)
             for participant in together:
                 if participant.error is None:
@@ -146,7 +147,7 @@ class Loop:
         for participant in together:
             with kept_error(participant):
                 participant.drain()
-        # A student that waits for the others may not have saved its last epoch.
+        # A student that is waiting for the others may not have saved its last epoch.
         for participant in active if stopped else together:
             if participant.error is None and (step % steps_per_epoch == 0 or stopped):
                 with kept_error(participant):
@@ -154,7 +155,7 @@ class Loop:
         return stopped
 
     def _batch(self, step, total):
-        """Returns the size of the global batch of a step and this process's rows of it, on the devices."""
+        """Returns the global batch size of a step and this process's rows of the batch, on the devices."""
         if step != self._next_step:
             self._batches = self._read(step, total)
         self._next_step = step + 1
@@ -171,10 +172,10 @@ class Loop:
             yield size, devices.shard(batch)
 
     def _compile_late(self, participants, size, pool):
-        """Compiles what is missing for the next step, or waits for it."""
+        """Compiles whatever the next step still needs, or waits for it."""
         if self._pass.is_compiled(size) and all(participant.is_compiled(size) for participant in participants):
             return
-        # Waiting blocks the host; it should not count as time of the steps in flight, or of the next.
+        # Waiting blocks the host; it should not count toward the time of the steps in flight, or of the next step.
         for participant in participants:
             with kept_error(participant):
                 participant.drain()

@@ -12,12 +12,12 @@ from jax import lax
 from cskd_jax.data import ImageDataset
 from cskd_jax.losses import gather_batch, sum_batch
 
-# With no more classes than this, top-5 accuracy says nothing: half of the classes or more are among the top five.
+# With this many classes or fewer, top-5 accuracy is meaningless: the top five are half of the classes or more.
 _FEW_CATEGORIES = 10
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Returns sums over a batch, from which the accuracies and the mean loss of a split are made.
+    """Returns sums over a batch, from which the accuracies and the mean loss of a split are computed.
 
     Args:
       logits: float [B, C].
@@ -26,7 +26,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
 
     Returns:
       `count`, `top1`, `top5` (int32; a sample counts for top-k if fewer than k categories score higher than its own,
-      equal scores in the order of the categories), and `loss`, the summed cross-entropy.
+      with ties in the order of the categories), and `loss`, the summed cross-entropy.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(logits.shape[1], dtype=labels.dtype) < labels[:, None]
@@ -65,7 +65,7 @@ def average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
     order = jnp.argsort(-scores, axis=0)
     scores = jnp.take_along_axis(scores, order, axis=0)
     positive = jnp.take_along_axis(labels > 0, order, axis=0)
-    # Samples of equal score share a threshold, so the samples up to the last of them count.
+    # Samples with equal scores share a threshold, so all samples up to the last of them count.
     position = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
     is_last = jnp.concatenate([scores[:-1] != scores[1:], jnp.ones_like(positive[:1])])
     last = lax.cummin(jnp.where(is_last, position, len(scores) - 1), axis=0, reverse=True)
@@ -82,14 +82,15 @@ class Task(NamedTuple):
     Attributes:
       supervision: Loss of `LOSSES` that a teacher is trained with.
       score: Metric of a split that decides which epoch is best; greater is better.
-      names: {metric of a split: its name for people}, without the loss; top-5 is measured only of more than ten
+      names: {metric of a split: its human-readable name}, without the loss; top-5 is only measured with more than ten
         categories.
       measure_step: (logits, labels, axis_name) -> {`score`: scalar}; the mean over devices is that of the global batch.
-      measure_batch: (logits, labels, mask, axis_name) -> what `summarize` takes of a batch, equal on all devices.
-      summarize: (what `measure_batch` gave of each batch of a split, in order, on the host; the labels of the split)
-        -> {metric: value}, `loss` among them.
-      by_category: (the same two, C) -> the score of each category, float [C], and the confusion matrix, int [C, C]:
-        images of a category (row) by what they were taken for; None where it has no meaning.
+      measure_batch: (logits, labels, mask, axis_name) -> the input of `summarize` for a batch, equal on all devices.
+      summarize: (the results of `measure_batch` for each batch of a split, in order, on the host; the labels of the
+        split) -> {metric: value}, including `loss`.
+      by_category: (the same two arguments, C) -> the score of each category, float [C], and the confusion matrix, int
+        [C, C], which counts the images by true category (row) and predicted category (column); None where it has no
+        meaning.
     """
 
     supervision: str
@@ -147,7 +148,7 @@ def _divide_sums(batches, labels):
 
 
 def _confusions(batches, labels, num_classes):
-    # Padding lies behind the last image of the split.
+    # Padding comes after the last image of the split.
     predicted = np.concatenate([of_batch for _, of_batch in batches])[: len(labels)]
     matrix = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(matrix, (labels, predicted), 1)
@@ -165,7 +166,7 @@ def _logits(logits, labels, mask, axis_name):
 
 
 def _summarize_logits(batches, labels):
-    # Padding lies behind the last image of the split.
+    # Padding comes after the last image of the split.
     return jax.tree.map(float, _multilabel_metrics(np.concatenate(batches)[: len(labels)], labels))
 
 

@@ -1,4 +1,4 @@
-"""Mixing of the images of a batch in pairs: mixup and CutMix."""
+"""Pairwise mixing of the images of a batch: mixup and CutMix."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from cskd_jax.data.photographs import in_rectangle
 from cskd_jax.errors import UserError
 from cskd_jax.losses import gather_batch
 
-# Folded into the key of the draws of a step, for those of mixing.
+# Folded into the key of a step to get a key for each random draw of mixing.
 _PROBABILITY, _SHARE, _BOX = range(3)
 
 
@@ -18,16 +18,16 @@ _PROBABILITY, _SHARE, _BOX = range(3)
 class Mix:
     """A function that mixes every image of a batch with another: by mixup, by CutMix, or by either of them.
 
-    The first image of the global batch is mixed with the last, the second with the last but one, and so on. One share
-    holds for the whole batch and is drawn from a beta distribution with both parameters equal. mixup adds the images
-    with weights share and 1 - share (Zhang et al. 2018, https://arxiv.org/abs/1710.09412); CutMix puts a rectangle of
-    about 1 - share of the area of the other image into its place (Yun et al. 2019, https://arxiv.org/abs/1905.04899),
-    and the share becomes what is left of the image. With both, each batch draws one of them with equal probability, as
-    in timm. Teacher and student see the mixed images.
+    The first image of the global batch is mixed with the last, the second with the second to last, and so on. A single
+    share is used for the whole batch and is drawn from a beta distribution with both parameters equal. mixup adds the
+    images with weights share and 1 - share (Zhang et al. 2018, https://arxiv.org/abs/1710.09412); CutMix replaces a
+    rectangle with about 1 - share of the area by the same part of the other image (Yun et al. 2019,
+    https://arxiv.org/abs/1905.04899), and the share becomes the fraction of the image that is left. With both, one of
+    them is drawn for each batch with equal probability, as in timm. Teacher and student both see the mixed images.
 
     Attributes:
       mixup: Parameter of the beta distribution for mixup; 0 leaves it out.
-      cutmix: Likewise, for CutMix.
+      cutmix: Parameter of the beta distribution for CutMix; 0 leaves it out.
     """
 
     mixup: float = 0.0
@@ -47,12 +47,12 @@ class Mix:
         """Mixes the images of a batch.
 
         Args:
-          images: Inputs of the networks, float [B, H, W, C], those of this device.
+          images: Inputs of the networks on this device, float [B, H, W, C].
           key: Key of the step, the same on all devices.
           axis_name: Mapped axis over which the batch is split; None on one device.
 
         Returns:
-          The mixed images, and the share that each has of itself, float32 [B].
+          The mixed images, and the share of its original image that each retains, float32 [B].
 
         Raises:
           ValueError: The images are not floating point.
@@ -80,7 +80,7 @@ def partners(x: jax.Array, axis_name: str | None) -> jax.Array:
 
 
 def _draw_box(key, share, size):
-    """Returns which pixels [H, W] lie in a random rectangle of 1 - share of the area, cut off at the borders."""
+    """Returns a mask [H, W] of the pixels in a random rectangle with 1 - share of the area, clipped at the borders."""
 
     def place(key, length):
         middle = jax.random.randint(key, (), 0, length)

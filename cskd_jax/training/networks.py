@@ -1,4 +1,4 @@
-"""The interface between networks and the trainer. `adapters.as_network` makes a `Network` of a module."""
+"""The interface between networks and the trainer. `adapters.as_network` turns a module into a `Network`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -14,13 +14,14 @@ Variables = Mapping[str, Any]
 
 @runtime_checkable
 class Network(Protocol):
-    """The interface that the trainer needs of a network."""
+    """The interface that the trainer requires of a network."""
 
     @property
     def synchronized(self) -> bool:
         """Returns whether the network itself computes batch statistics from the global batch.
 
-        If not, the trainer averages its updated collections over the devices, and results depend on their number.
+        If not, the trainer averages its updated collections over the devices, and results depend on the number of
+        devices.
         """
         ...
 
@@ -48,7 +49,7 @@ def as_output(outputs: Any) -> ModelOutput:
     """Returns the result of a module as a `ModelOutput` whose logits are at least float32.
 
     Args:
-      outputs: A `ModelOutput`, a dictionary with some of its fields, "logits" among them, or logits [B, C].
+      outputs: A `ModelOutput`, a dictionary with some of its fields, including "logits", or logits [B, C].
 
     Raises:
       ValueError: The result is none of these.
@@ -92,7 +93,7 @@ def draws_random_numbers(network: Network, variables: Variables, images: jax.Sha
 
 
 def _depend(program: jax.extend.core.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """Returns which outputs of a traced program depend on those of its inputs that are True."""
+    """Returns which outputs of a traced program depend on the inputs marked True."""
     reached = {x for x, is_reached in zip(program.invars, inputs, strict=True) if is_reached}
 
     def are_reached(values):

@@ -3,7 +3,7 @@
 - Training starts from the weights of the instance, which is not modified; `seed` does not affect them.
 - Training mode is switched by the methods `train` and `eval` of the module.
 - The state of its random number generators is reset at every step from the key of the step, and is not saved.
-- It returns a `ModelOutput`, a dictionary with the same keys, or logits alone; features are not taken by path.
+- It returns a `ModelOutput`, a dictionary with the same keys, or logits alone; features cannot be selected by path.
 """
 
 import jax
@@ -20,13 +20,13 @@ class NnxNetwork:
 
     Args:
       module: Module that is called with images [B, H, W, C] and is not modified.
-      head: Path among the parameters of the classifier, a linear layer on the pooled last map, for losses that read
+      head: Path, within the parameters, of the classifier, a linear layer on the pooled last map, for losses that read
         it.
 
     Attributes:
       module: The module.
       head: Path of the classifier.
-      synchronized: False: statistics of batch normalization are those of a device's part of the batch.
+      synchronized: False, since batch normalization uses the statistics of each device's part of the batch.
       variables: The variables of the instance, {"params": ..., "batch_stats": ..., ...}.
     """
 
@@ -47,7 +47,7 @@ class NnxNetwork:
         self.variables = {"params": {}, **traverse_util.unflatten_dict(flat)}
 
     def on_axis(self, axis_name: str | None) -> "NnxNetwork":
-        """Returns the network itself, which does not know of axes."""
+        """Returns the network itself, which knows nothing about axes."""
         del axis_name
         return self
 
@@ -97,7 +97,7 @@ def _collection(variable: nnx.Variable) -> str | None:
 
 
 def _reseeded(variable: nnx.Variable, key: jax.Array | None) -> jax.Array:
-    """Returns the initial state of a random number generator for a key; without one, that of the instance."""
+    """Returns the initial state of a random number generator for a key; without a key, the state in the instance."""
     value = variable.get_value()
     if key is None:
         return value

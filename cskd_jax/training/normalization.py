@@ -1,4 +1,4 @@
-"""Networks that were trained on images of another normalization or size."""
+"""Networks that were trained on images with another normalization or size."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from cskd_jax.training.networks import Network, Variables
 
 @dataclasses.dataclass(frozen=True)
 class _Adapted:
-    """A `Network` that changes images before it gives them to another.
+    """A `Network` that changes images before passing them to another network.
 
     Attributes:
       network: Network that gets the changed images.
@@ -43,7 +43,7 @@ class _Adapted:
         return getattr(self.network, "norms", ())
 
     def on_axis(self, axis_name: str | None) -> "_Adapted":
-        """Returns the network for a batch that is split over a mapped axis; None for a whole batch."""
+        """Returns the network for a batch that is split over a mapped axis; None means a whole batch."""
         return dataclasses.replace(self, network=self.network.on_axis(axis_name))
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
@@ -58,13 +58,13 @@ class _Adapted:
         return self.network.apply(variables, self._change(images), train=train, key=key)
 
     def _change(self, images: jax.Array) -> jax.Array:
-        """Returns the images as the other network gets them."""
+        """Returns the images in the form that the other network gets."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class RenormalizedNetwork(_Adapted):
-    """A `Network` that takes images in one normalization and gives them to a network in another.
+    """A `Network` that takes images in one normalization and passes them to a network in another.
 
     Attributes:
       network: Network.
@@ -85,9 +85,9 @@ class RenormalizedNetwork(_Adapted):
 
 @dataclasses.dataclass(frozen=True)
 class ResizedNetwork(_Adapted):
-    """A `Network` that takes images of any size and gives them to a network as squares of one size.
+    """A `Network` that takes images of any size and passes them to a network as squares of one size.
 
-    Images are resized by linear interpolation, with an antialiasing filter where they become smaller.
+    Images are resized by linear interpolation, with an antialiasing filter if they become smaller.
 
     Attributes:
       network: Network.
@@ -106,7 +106,7 @@ def renormalize(network: Network, given: Normalize, own: Normalize | None) -> Ne
     Args:
       network: Network.
       given: Normalization of the images that it will get.
-      own: Normalization of the images that it was trained on; None if it is not known, and assumed to be `given`.
+      own: Normalization of the images that it was trained on; None if it is unknown, in which case `given` is assumed.
     """
     if own is None or given.is_same(own):
         return network

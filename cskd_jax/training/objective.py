@@ -27,13 +27,13 @@ AVERAGE = "average"
 
 
 def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
-    """Returns the hyperparameters of loss `name` of `LOSSES`, by name, besides the fields of `Weight`."""
+    """Returns the hyperparameters of loss `name` of `LOSSES` by name, not including the fields of `Weight`."""
     return {f.name: f for f in dataclasses.fields(LOSSES[name]) if f.name not in _SET_BY_OBJECTIVE}
 
 
 def needs_teacher(losses: Any) -> bool:
-    """Returns whether any of these losses of `LOSSES`, {name: settings}, reads a teacher but the student's average."""
-    # What is no section of settings is refused where configurations are validated.
+    """Returns whether any loss in {name in `LOSSES`: settings} reads a teacher other than the student's average."""
+    # An entry that is not a section of settings is rejected when the configuration is validated.
     teachers = {name: getattr(settings, "get", {}.get)("teacher") for name, settings in losses.items()}
     return any(LOSSES[name].needs_teacher and teacher != AVERAGE for name, teacher in teachers.items())
 
@@ -89,7 +89,8 @@ class Objective:
     """total = sum over the losses of weight * loss.
 
     Attributes:
-      losses: {name: (weight, module)}, sorted by name, as the position of a loss decides its initial parameters.
+      losses: {name: (weight, module)}, sorted by name, because the position of a loss determines its initial
+        parameters.
       steps_per_epoch: Number of steps in an epoch, for weights that change.
     """
 
@@ -111,9 +112,9 @@ class Objective:
 
         Args:
           losses: {name: entry}. The entry of a loss of `LOSSES` is its weight, or a dictionary with "weight" (1 if left
-            out), the other fields of `Weight`, "teacher" (see `Method`) and hyperparameters of the loss. A loss of
-            one's own stands in the dictionary as "loss", or is the entry itself: a function of `LossInputs` that
-            returns a scalar, or a scalar and {term: scalar}; or a `Method`, class or instance.
+            out), the other fields of `Weight`, "teacher" (see `Method`) and hyperparameters of the loss. A custom loss
+            is given as "loss" in the dictionary, or as the entry itself: a function of `LossInputs` that returns a
+            scalar, or a scalar and {term: scalar}; or a `Method`, class or instance.
           num_classes: Number of classes.
           axis_name: Mapped axis over which the batch is split; None on one device.
           num_examples: Size of the training split, for losses that keep a memory of its samples.
@@ -157,7 +158,7 @@ class Objective:
 
     @property
     def peers(self) -> int:
-        """Returns how many networks like the student learn with it."""
+        """Returns how many networks like the student learn together with it."""
         return max((loss.num_peers for _, loss in self.losses.values()), default=0)
 
     @property
@@ -167,7 +168,7 @@ class Objective:
         return own or self.teacher_reader is not None
 
     def init(self, key: jax.Array, inputs: LossInputs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns (parameters, memory), each by name of the losses that have any; reads only shapes of `inputs`."""
+        """Returns (parameters, memory), each by loss name for losses that have any; reads only shapes of `inputs`."""
         inputs, params, memory = guard(inputs), {}, {}
         for position, (name, (_, loss)) in enumerate(self.losses.items()):
             # The parameters do not depend on how the batch is split, and no axis is mapped here.
@@ -182,7 +183,7 @@ class Objective:
     def find_reads(self, params: Any, memory: Any, inputs: LossInputs) -> tuple[ModelOutput, Layers]:
         """Returns which outputs and layers of the teacher the losses read, found by tracing; reads only shapes.
 
-        What is read for one view of the images counts as read for all.
+        An output that is read for one view of the images counts as read for all views.
 
         Args:
           params: {name: parameters of the loss}.
@@ -247,7 +248,7 @@ class Objective:
         return next((name for name, (_, loss) in self.losses.items() if loss.predicts), None)
 
     def predict(self, params: Mapping[str, Any], memory: Mapping[str, Any], output: ModelOutput) -> jax.Array:
-        """Returns the logits by which a student with these outputs predicts, under the memory after the batch."""
+        """Returns the logits with which a student with these outputs predicts, given the memory after the batch."""
         name = self.predictor
         if name is None:
             return output.logits
@@ -269,13 +270,13 @@ class Objective:
 
     def _weigh(self, weight, value, step):
         factor = weight.at(step // self.steps_per_epoch)
-        if isinstance(factor, jax.Array):  # That of another type would decide the type of the total.
+        if isinstance(factor, jax.Array):  # A factor of another type would determine the type of the total.
             factor = factor.astype(jnp.result_type(value, float))
         return factor * value
 
 
 class FunctionLoss(Method):
-    """A plain function as a loss, which sees the whole batch even if it is split over devices.
+    """A plain function as a loss, which sees the whole batch even if the batch is split over devices.
 
     Attributes:
       function: The function of `LossInputs`, which returns a scalar, or a scalar and {term: scalar}.
@@ -327,7 +328,7 @@ def _create_weight(name, settings):
 
 
 def _number_of_teacher(name, teacher):
-    """Returns the teacher of a loss, whose number may be a text; raises UserError if it is none."""
+    """Returns the teacher of a loss, whose number may be given as a string; raises UserError if it is invalid."""
     number = int(teacher) if isinstance(teacher, str) and teacher.isdecimal() else teacher
     if number in (None, AVERAGE) or (type(number) is int and number >= 0):
         return number

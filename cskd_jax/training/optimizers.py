@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-# Names of the arrays of a Vision Transformer that do not decay with `no_bias_or_norm`.
+# Names of the Vision Transformer arrays that `no_bias_or_norm` excludes from weight decay.
 _TOKENS = frozenset({"cls_token", "dist_token", "reg_token", "pos_embed"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(abc.ABC):
-    """A learning rate by the number of updates, for both the optimizer and, on the host, the log.
+    """A learning rate as a function of the number of updates, both for the optimizer and, on the host, for the log.
 
     Attributes:
       learning_rate: Learning rate after the warm-up, before anything lowers it.
@@ -29,14 +29,14 @@ class Schedule(abc.ABC):
 
     @abc.abstractmethod
     def after_warmup(self, count: Any, xp: Any) -> Any:
-        """Returns the learning rate after `count` updates without the warm-up, computed by `xp`, jax.numpy or numpy."""
+        """Returns the learning rate after `count` updates without the warm-up, computed by `xp`: jax.numpy or numpy."""
 
     def __call__(self, count: Any) -> Any:
         """Returns the learning rate after `count` updates, as optax schedules do."""
         return self._at(jnp.asarray(count, float), jnp)
 
     def on_host(self, count: int) -> float:
-        """Returns the same computed on the host, where it does not queue behind the steps in flight."""
+        """Returns the same value computed on the host, where it does not queue behind the steps in flight."""
         return float(self._at(float(count), np))
 
     def _at(self, count, xp):
@@ -55,7 +55,7 @@ class ConstantSchedule(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class StepSchedule(Schedule):
-    """A learning rate that falls by a factor at given steps, which count from the start of the warm-up.
+    """A learning rate that falls by a factor at given steps, which are counted from the start of the warm-up.
 
     Attributes:
       boundaries: Increasing numbers of updates after which the learning rate is multiplied by `decay_factor`.
@@ -69,7 +69,7 @@ class StepSchedule(Schedule):
         """Returns `learning_rate`, multiplied by `decay_factor` for every boundary that has passed."""
         if xp is np:
             return self.learning_rate * self.decay_factor ** sum(boundary <= count for boundary in self.boundaries)
-        # Optax multiplies a float by whether the count has passed: under strict promotion it takes a float count alone.
+        # Optax multiplies a float by a comparison with the count: under strict promotion this requires a float count.
         falls = dict.fromkeys(self.boundaries, self.decay_factor)
         return optax.piecewise_constant_schedule(self.learning_rate, falls)(count)
 
@@ -134,16 +134,16 @@ def sgd(
     restart_every_steps: int | None = None,
     mask: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """Returns SGD with momentum that computes the same as torch.optim.SGD.
+    """Returns SGD with momentum that computes the same updates as torch.optim.SGD.
 
     Args:
       schedule: Learning rate.
       momentum: Factor of the buffer: buffer = momentum * buffer + gradient; parameters -= learning rate * buffer.
-      weight_decay: Factor of the parameter that is added to its gradient (L2).
+      weight_decay: Coefficient of L2 weight decay: this factor times the parameter is added to its gradient.
       nesterov: Whether the update is gradient + momentum * buffer instead of the buffer.
       restart_every_steps: Number of steps after which the buffer starts again at zero, as it does at every epoch of the
-        released code; None: it never does.
-      mask: Function from the parameters to which of them decay; None decays all.
+        released code; None never restarts it.
+      mask: Function from the parameters to a mask of those that decay; None decays all.
     """
     trace = optax.trace(momentum, nesterov)
     if restart_every_steps is not None:
@@ -162,7 +162,7 @@ class SeparateOptimizer(optax.GradientTransformation):
     """An optax optimizer whose `update` takes `SeparateGradients` instead of the gradients of their sum."""
 
 
-# Version of what `dot` computes. It is raised when the same settings lead to other values than before.
+# Version of the computation in `dot`. It is increased when the same settings lead to different values than before.
 DOT_VERSION = 2
 
 
@@ -181,18 +181,20 @@ def dot(
 ) -> SeparateOptimizer:
     """Returns the distillation-oriented trainer: SGD with a momentum for each of two losses.
 
-    Every parameter has a buffer for the gradient of supervision, with weight decay, and one for that of distillation:
-    buffer = (momentum - delta) * buffer + gradient and buffer = (momentum + delta) * buffer + gradient; the parameter
-    moves by minus the learning rate times their sum. As in the authors' code, a parameter that one of the two does not
-    reach has the mean of the momenta: what losses train, which supervision does not reach and whose decay begins with
-    the second step, and what the losses that need a teacher do not read, such as a classifier behind matched maps.
+    Every parameter has one buffer for the supervision gradient, with weight decay, and one for the distillation
+    gradient: buffer = (momentum - delta) * buffer + gradient and buffer = (momentum + delta) * buffer + gradient,
+    respectively; the parameter moves by minus the learning rate times their sum. As in the authors' code, a parameter
+    that one of the two gradients does not reach uses the mean of the momenta. This applies to the parameters of losses,
+    which supervision does not reach and whose decay begins with the second step, and to parameters that the losses that
+    need a teacher do not read, such as a classifier behind matched maps.
 
     Args:
       schedule: Learning rate.
       momentum: Mean of the two momenta.
       delta: Half of their difference.
-      weight_decay: Factor of the parameter that is added to its gradient of supervision (L2).
-      mask: Function from the parameters to which of them decay; None decays all.
+      weight_decay: Coefficient of L2 weight decay: this factor times the parameter is added to its supervision
+        gradient.
+      mask: Function from the parameters to a mask of those that decay; None decays all.
 
     References:
       Zhao, Cui, Song, Liang, "DOT: A Distillation-Oriented Trainer", ICCV 2023, https://arxiv.org/abs/2307.08436; code:
@@ -210,7 +212,7 @@ def dot(
         def supervise(path, buffer, decayed, gradient, distillation, distillation_buffer):
             if _is_of_loss(path):
                 return momentum * buffer + jnp.where(state.count > 0, decayed, gradient)
-            # A gradient that has never been anything but zero is one that does not exist.
+            # A gradient that has always been zero is taken to be missing.
             reached = jnp.any(distillation != 0) | jnp.any(distillation_buffer != 0)
             return jnp.where(reached, momentum - delta, momentum).astype(buffer.dtype) * buffer + decayed
 
@@ -234,19 +236,19 @@ def _is_of_loss(path):
 
 
 def clip_first(optimizer: optax.GradientTransformation, norm: float | None) -> optax.GradientTransformation:
-    """Returns the optimizer with gradients first clipped to a global norm; None leaves it as it is."""
+    """Returns the optimizer with gradients first clipped to a global norm; None leaves it unchanged."""
     return optimizer if norm is None else optax.chain(optax.clip_by_global_norm(norm), optimizer)
 
 
 def without_decay(optimizer: Any, undecayed: Set[tuple[str, str]]) -> Any:
-    """Returns the optimizer with no weight decay of some parameters of the losses.
+    """Returns the optimizer without weight decay for some parameters of the losses.
 
-    Optimizers read the values of parameters to make them decay. This one is told that the values of those parameters
-    are zero, so that it does not matter which optimizer it is. Its state and all other updates stay the same.
+    Optimizers read the values of parameters to apply weight decay. Here the optimizer sees zeros as the values of those
+    parameters, so this works with any optimizer. Its state and all other updates stay the same.
 
     Args:
       optimizer: Optimizer over {"network", "losses"}.
-      undecayed: Parameters that do not decay, (name of the loss, name of its parameter).
+      undecayed: Parameters that do not decay, as (name of the loss, name of its parameter).
     """
     if not undecayed:
         return optimizer
@@ -269,7 +271,8 @@ def without_decay(optimizer: Any, undecayed: Set[tuple[str, str]]) -> Any:
 def no_bias_or_norm(params: Any) -> Any:
     """Returns a mask that is False for biases and normalization parameters: arrays of at most one dimension.
 
-    It is False too for the tokens and the position embedding of a Vision Transformer, which timm does not decay either.
+    It is also False for the tokens and the position embedding of a Vision Transformer, which timm does not decay
+    either.
     """
 
     def decays(path, x):

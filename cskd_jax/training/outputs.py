@@ -1,4 +1,4 @@
-"""The outputs of networks as losses see them, with a clear error in the place of what a network does not give."""
+"""The outputs of networks as losses see them, with a clear error for any output that a network does not have."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,8 @@ from cskd_jax.training.layers import guard_layers, without_teacher_layers
 class Outputs:
     """The outputs of a network for losses; reading an output that the network lacks raises a clear error.
 
-    Losses read maps. Of a network of tokens, they get the tokens of the patches as the map that they form, without
-    class, distillation and register tokens. As of any maps, the larger of a pair is then pooled to the smaller.
+    Losses read maps. For a network of tokens, they get the map that the patch tokens form, without class, distillation
+    and register tokens. As with any maps, the larger of a pair is then pooled to the size of the smaller.
 
     Args:
       output: Outputs of the network.
@@ -28,18 +28,18 @@ class Outputs:
 
     @property
     def stages(self):
-        """Returns the map that each stage hands on, or the features where a network does not tell."""
+        """Returns the map that each stage passes on, or the features if the network does not report it."""
         return self.maps[1:] if self.output.maps else self.features
 
     @property
     def tokens(self):
-        """Returns the tokens of each stage and their grid; nothing and None of a network of maps."""
+        """Returns the tokens of each stage and their grid; () and None for a network of maps."""
         grid = self.output.grid
         return ((), None) if grid is None else (jax.tree.map(self._prepare, self.output.features), grid)
 
     @property
     def stem(self):
-        """Returns the map of the stem, or None if the network does not tell."""
+        """Returns the map of the stem, or None if the network does not report it."""
         return self.maps[0] if self.output.maps else None
 
     def __getattr__(self, name):
@@ -53,7 +53,7 @@ class Outputs:
             )
         if name == "members":
             return tuple(Outputs(member, self._role, self._prepare) for member in value)
-        # A network of one head has no `head_logits`, and a loss may ask whether there are.
+        # A network with one head has no `head_logits`, and a loss may check whether there are any.
         if value is None or (isinstance(value, tuple) and not value and name != "head_logits"):
             raise ValueError(self._missing(name))
         if grid is not None and name in ("features", "maps"):
@@ -78,12 +78,12 @@ class Outputs:
 
     @classmethod
     def tree_unflatten(cls, extra: Any, children: Any) -> "Outputs":
-        """Returns these outputs again from what `tree_flatten` has returned."""
+        """Rebuilds the outputs from what `tree_flatten` returned."""
         return cls(*children, *extra)
 
 
 def guard(inputs: LossInputs) -> LossInputs:
-    """Returns the inputs with a clear error in the place of everything that a network does not give."""
+    """Returns the inputs with a clear error in place of every output that a network does not have."""
 
     def as_outputs(student, teacher, average) -> tuple[Any, ...]:
         roles = {"student": student, "teacher": teacher, "moving average": average}
@@ -100,7 +100,7 @@ def with_teacher(inputs: LossInputs, teacher: int | str | None) -> LossInputs:
     Args:
       inputs: Inputs from `guard`.
       teacher: Number of one of several teachers, from 0; "average" for the moving average of the student; None for all
-        teachers as one.
+        teachers combined.
 
     Raises:
       ValueError: There is no such teacher.

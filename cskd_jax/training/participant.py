@@ -36,14 +36,15 @@ class Participant:
     Attributes:
       name: Name of the student.
       programs: Compiled programs of its training.
-      record: Record that the first checkpoint has.
+      record: Record of the first checkpoint.
       setup: Setup of its trainer.
       step: Number of steps done.
-      steps: Number of steps in all.
-      state: The state: numpy arrays after the restoration of a checkpoint, then on the devices; None before that.
+      steps: Total number of steps.
+      state: The training state: numpy arrays after a checkpoint is restored, then arrays on the devices; None before
+        that.
       progress: Progress of the training.
       history: Rows of the history since the start or resumption.
-      error: What ended its training, while others went on; None if nothing has.
+      error: Error that ended its training while the others continued; None if there was none.
     """
 
     def __init__(self, name: str, programs: Programs, record: Record, setup: Setup):
@@ -61,7 +62,8 @@ class Participant:
         self._best_variables: Variables | None = None
         self._checkpoints: Checkpoints | None = None
         self._meter: Meter | None = None
-        # Numbers of steps done at the last call of `rest`, and at the last checkpoint, or at the start.
+        # Numbers of steps done at the last call of `rest` and at the last checkpoint, or at the start if there was
+        # none.
         self._rested = self._saved = 0
         # Score of the state after `_rested` steps.
         self._score = -math.inf
@@ -99,7 +101,7 @@ class Participant:
         self.close()
 
     def close(self) -> None:
-        """Closes checkpoints and logs; may be called again."""
+        """Closes checkpoints and logs; may be called repeatedly."""
         self._stack.close()
 
     def say(self, message: str) -> None:
@@ -128,7 +130,7 @@ class Participant:
             self.say(f"results depend on the number of devices, {count}: {', and '.join(causes)}")
 
     def _announce(self):
-        """Says what is about to be trained."""
+        """Announces what is about to be trained."""
         size = count_parameters(without_peers(self.programs.states[0].variables)["params"])
         verb = "training" if self.step == 0 else f"resuming at step {self.step} of {self.steps}:"
         epochs = self.steps // self._steps_per_epoch
@@ -138,17 +140,17 @@ class Participant:
         )
 
     def compile(self, size: int, pool: Executor) -> None:
-        """Compiles in the background the next step, and what makes a new state if there is none."""
+        """Compiles the next step in the background, and the program that makes a new state if there is none."""
         self.programs.compile(self._part_of(self.step), size, pool)
         if self.state is None:
             self.programs.compile_init(pool)
 
     def memory(self, size: int) -> tuple[int, int]:
-        """Returns the bytes that the student takes on a device, and those that a step takes besides."""
+        """Returns the bytes that the student takes on a device, and the additional bytes that a step takes."""
         return self.programs.memory(self._part_of(self.step), size)
 
     def compile_ahead(self, pool: Executor) -> None:
-        """Compiles in the background what the rest of the epoch, its evaluation and later phases will need."""
+        """Compiles what the rest of the epoch, its evaluation and later phases will need, in the background."""
         number = self._part_of(self.step)
         self.programs.compile(number, self.setup.sampler.last_batch_size, pool)
         self.evaluation_on(self._choice).compile(self.programs.variables_of(self.programs.states[0]), pool)
@@ -164,7 +166,7 @@ class Participant:
         return self.programs.is_compiled(self._part_of(self.step), size)
 
     def begin(self, together: int) -> None:
-        """Puts a new state, or that of a checkpoint, on the devices and begins to measure.
+        """Puts a new state, or the state of a checkpoint, on the devices and starts measuring.
 
         Args:
           together: Number of students that are trained together.
@@ -194,11 +196,11 @@ class Participant:
         return self._meter
 
     def start_clock(self) -> None:
-        """Restarts the clock, so that what came before does not count as training time."""
+        """Restarts the clock, so that earlier work does not count as training time."""
         self._running_meter.start_clock()
 
     def train_step(self, size: int, batch: dict[str, Any]) -> None:
-        """Dispatches the next step on what the teacher pass has returned, with "label" and "index".
+        """Dispatches the next step on the output of the teacher pass, plus "label" and "index".
 
         Raises:
           DivergedError: A metric of this step, or of an earlier one that was in flight, is not finite.
@@ -215,7 +217,7 @@ class Participant:
             self._running_meter.add(*self._pending.popleft())
 
     def drain(self) -> None:
-        """Waits for the steps in flight; raises DivergedError likewise."""
+        """Waits for the steps in flight; raises DivergedError like `train_step`."""
         while self._pending:
             self._running_meter.add(*self._pending.popleft())
 
@@ -223,11 +225,12 @@ class Participant:
         """Evaluates and saves what is due after an epoch.
 
         Args:
-          stopping: Whether the training is about to stop, also within an epoch: then all is saved that is not yet.
+          stopping: Whether training is about to stop, possibly within an epoch; everything that is not yet saved is
+            then saved.
         """
         is_best = False
         if self.step != self._rested:
-            self._rested, self._score = self.step, -math.inf  # What is not evaluated is never the best.
+            self._rested, self._score = self.step, -math.inf  # A step that is not evaluated is never the best.
             epoch, within = divmod(self.step, self._steps_per_epoch)
             if self.done or (within == 0 and epoch % self.setup.evaluate_every_epochs == 0):
                 self._score, is_best = self._evaluate()
@@ -236,7 +239,7 @@ class Participant:
                 self._save(self._checkpoints, is_best, at_once=stopping or self.done)
 
     def _evaluate(self):
-        """Evaluates the epoch on the split that chooses, and returns (score, whether it is the best so far)."""
+        """Evaluates the epoch on the split that chooses the best; returns (score, whether it is the best so far)."""
         meter, variables = self._running_meter, self.programs.variables_of(self.state)
         with self.pause("evaluating"):
             values = self.evaluation_on(self._choice)(variables)
@@ -261,7 +264,7 @@ class Participant:
             checkpoints.wait()
 
     def _measure_test(self, meter):
-        """Evaluates on the test split the best epoch, which the validation split chose, and the last epoch."""
+        """Evaluates both the best epoch, which the validation split chose, and the last epoch on the test split."""
         evaluate, best = self.evaluation_on("test"), meter.progress.evaluations["best"]["epoch"]
         variables = self.programs.variables_of(self.state)
         best_step, last = best * self._steps_per_epoch, (self.steps, evaluate(variables))
@@ -289,11 +292,11 @@ class Participant:
         return self._evaluations[split]
 
     def _part_of(self, step):
-        """Returns the number of the phase of the step that follows `step` steps."""
+        """Returns the number of the phase that contains the step after the first `step` steps."""
         parts = self.programs.parts
         return next((number for number, part in enumerate(parts) if step < part.end), len(parts) - 1)
 
     def _learning_rate(self, step):
-        """Returns the learning rate of a step, by its number from 1."""
+        """Returns the learning rate of a step, whose number is counted from 1."""
         part = self.programs.parts[self._part_of(step - 1)]
         return learning_rate_of_step(part.schedule, step - 1 - part.optimizer_start)

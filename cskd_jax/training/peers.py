@@ -1,4 +1,4 @@
-"""Networks that learn together: a student, and peers like it that learn from it as it does from them."""
+"""Networks that learn together: a student and peers like it, which all learn from each other."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import CLASSIFIER
 from cskd_jax.training.networks import Network, Variables
 
-# The entry of every collection that holds the variables of the peers, which is the name of no module.
+# The entry of every collection that holds the variables of the peers; no module has this name.
 _PEERS = "+peers"
 
 
@@ -18,9 +18,9 @@ _PEERS = "+peers"
 class Cohort:
     """A student and its peers as one `Network` in training; outside of training, the student alone.
 
-    Every collection of its variables is that of the student, with an entry "+peers", {"1": that of the first
-    peer, ...}.
-    The outputs in training are those of the student, with the outputs of all, the student first, as `members`.
+    Every collection of its variables is the collection of the student plus an entry "+peers", {"1": collection of the
+    first peer, ...}. The outputs in training are those of the student, plus the outputs of all networks, the student
+    first, as `members`.
 
     Attributes:
       network: Network of the student and of each peer.
@@ -60,7 +60,7 @@ class Cohort:
         return dataclasses.replace(self, network=self.network.on_axis(axis_name))
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
-        """Returns fresh variables, those of the student as without peers, and its outputs for two black images."""
+        """Returns fresh variables, the student's as without peers, and the student's outputs for two black images."""
         variables, output = self.network.init(key, image_shape)
         others = {str(n): self.network.init(jax.random.fold_in(key, n), image_shape)[0] for n in self._numbers}
         return _join(variables, others), output._replace(members=(output,) * (1 + self.peers))
@@ -86,7 +86,7 @@ class Cohort:
 
 
 def with_peers(network: Network, peers: int) -> Network:
-    """Returns a network that learns with a number of peers; the same network if that is 0."""
+    """Returns a network that learns with a number of peers; the same network if the number is 0."""
     return Cohort(network, peers) if peers else network
 
 
@@ -99,7 +99,7 @@ def without_peers(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_path(path: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the path of a parameter within its network, that of a peer without what leads to the peer."""
+    """Returns the path of a parameter within its own network, without the prefix that leads to a peer."""
     return path[2:] if path[:1] == (_PEERS,) else path
 
 

@@ -1,4 +1,4 @@
-"""The phases of a training: how long each lasts, what it trains, and with which optimizer and losses."""
+"""The phases of training: how long each lasts, what it trains, and with which optimizer and losses."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +16,24 @@ from cskd_jax.training.peers import own_path
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A part of a training. Fields that are None take the value of the student.
+    """A part of the training. Fields that are None take the value of the student.
 
-    A phase that changes the optimizer or the choice of what trains starts with a fresh optimizer, whose schedule counts
-    from there; otherwise the optimizer continues. Until the optimizer changes again, the parameters of losses that are
-    off stay as they are. Epochs in the weights of losses are counted from the start of the first phase.
+    A phase that changes the optimizer or the set of trained parameters starts with a fresh optimizer, whose schedule
+    counts from there; otherwise the optimizer continues. Until the optimizer changes again, the parameters of losses
+    that are off stay as they are. Epochs in the weights of losses are counted from the start of the first phase.
 
     Attributes:
       epochs: Number of epochs.
       losses: Losses, see `Objective.create`.
       optimizer: Optimizer.
-      schedule: Learning rate of that optimizer by the number of its updates, for the log; read only beside `optimizer`.
+      schedule: Learning rate of that optimizer as a function of the number of its updates, for the log; only read if
+        `optimizer` is given.
       trainable: Function from the path of a parameter of the network, such as ("classifier", "kernel"), to whether it
-        trains, in the student and in its peers alike; None trains all. What the losses of the phase train always
-        trains.
-      evaluate_frozen: Whether the modules of the network none of whose parameters train are in evaluation mode, so that
-        their running statistics stay as they are. It needs a network that is a flax.linen module whose submodules get
-        their training flag by keyword.
+        is trained, in the student and in its peers alike; None trains all. The parameters of the losses of the phase
+        are always trained.
+      evaluate_frozen: Whether the modules of the network whose parameters are all frozen run in evaluation mode, so
+        that their running statistics do not change. This requires a flax.linen module whose submodules get their
+        training flag by keyword.
     """
 
     epochs: int
@@ -53,11 +54,11 @@ class Part:
       objective: Losses of the phase.
       all_losses: Losses of all phases, whose parameters exist from the start.
       optimizer: Optimizer over {"network", "losses"}.
-      schedule: Learning rate by the number of updates of the optimizer, or None if it is not known.
+      schedule: Learning rate as a function of the number of updates of the optimizer, or None if it is not known.
       fresh: Whether the phase starts with a fresh optimizer.
       optimizer_start: Number of steps before the optimizer started.
-      evaluated: Function from the path of a parameter of the network to whether it trains, if modules that do not train
-        are in evaluation mode; None if the whole network is in training mode.
+      evaluated: Function from the path of a parameter of the network to whether it is trained, if frozen modules run in
+        evaluation mode; None if the whole network runs in training mode.
     """
 
     start: int
@@ -128,7 +129,7 @@ def make_parts(
 
 
 def _kept(objectives, all_losses):
-    """Returns the paths of the parameters of losses that stay as they are while one optimizer lasts."""
+    """Returns the paths of the parameters of losses that do not change while one optimizer is in use."""
     kept = set()
     for name in all_losses.losses:
         on = [objective.losses[name][1] for objective in objectives if name in objective.losses]
@@ -138,12 +139,12 @@ def _kept(objectives, all_losses):
 
 
 def _only(optimizer, trainable, kept):
-    """Returns the optimizer restricted to the parameters that train; the others do not change or decay.
+    """Returns the optimizer restricted to the parameters that are trained; the others do not change or decay.
 
     Args:
       optimizer: Optimizer of all parameters.
-      trainable: Function from the path of a parameter of the network to whether it trains; None: all train.
-      kept: Paths among the parameters of the losses under which none train.
+      trainable: Function from the path of a parameter of the network to whether it is trained; None trains all.
+      kept: Paths within the parameters of the losses below which none are trained.
     """
     if trainable is None and not kept:
         return optimizer

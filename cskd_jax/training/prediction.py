@@ -1,4 +1,4 @@
-"""Students that predict by a loss: `Method.predict` in the place of the logits of the network."""
+"""Students that predict with a loss: `Method.predict` replaces the logits of the network."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from cskd_jax.training.objective import Objective, hyperparameters
 from cskd_jax.training.peers import without_peers
 from cskd_jax.training.state import TrainState, output_of
 
-# The collection of a network's variables that holds those of the loss by which it predicts.
+# The collection of a network's variables that holds the variables of the loss with which it predicts.
 PREDICTION = "prediction"
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictingNetwork:
-    """A `Network` for evaluation whose logits are those that a loss predicts from its outputs.
+    """A `Network` for evaluation whose logits are predicted by a loss from its outputs.
 
     Attributes:
       network: Network.
@@ -43,7 +43,7 @@ class PredictingNetwork:
 
     @property
     def variables(self) -> None:
-        """Returns None: the variables come from a training."""
+        """Returns None: the variables come from training."""
         return None
 
     def on_axis(self, axis_name: str | None) -> "PredictingNetwork":
@@ -51,7 +51,7 @@ class PredictingNetwork:
         return dataclasses.replace(self, network=self.network.on_axis(axis_name))
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
-        """Raises ValueError, because the loss learns what it predicts by in a training."""
+        """Raises ValueError, because the loss learns during training what it predicts with."""
         raise ValueError("a network that predicts by a loss has variables from a training only")
 
     def apply(
@@ -60,7 +60,7 @@ class PredictingNetwork:
         """Returns the outputs for images [B, H, W, C] in evaluation mode, and no updated collections.
 
         Raises:
-          ValueError: Training mode is asked for.
+          ValueError: Training mode is requested.
         """
         del key
         if train:
@@ -90,30 +90,30 @@ def without_prediction(variables: Variables) -> Variables:
 
 
 def predicting(network: Network, objective: Objective) -> Network:
-    """Returns a network that predicts as a student of an objective does; the same network if no loss changes that."""
+    """Returns a network that predicts like a student of an objective; the same network if no loss changes that."""
     name = objective.predictor
     return network if name is None else PredictingNetwork(network, objective.losses[name][1].clone(axis_name=None))
 
 
 def variables_of(state: TrainState, objective: Objective) -> dict[str, Any]:
-    """Returns the variables of a student for use, with those of the loss by which it predicts if there is one."""
+    """Returns the variables of a student for inference, including those of the loss with which it predicts, if any."""
     return {**without_peers(state.averaged), **prediction_of(state.params, state.memory, objective.predictor)}
 
 
 def prediction_of(params: Mapping[str, Any], memory: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-    """Returns the collection of the loss `name` of a state, by which a student predicts; empty where that is None."""
+    """Returns the collection of loss `name`, with which a student predicts, from its state; empty if `name` is None."""
     if name is None:
         return {}
     return {PREDICTION: {"params": params.get("losses", {}).get(name, {}), "memory": memory.get(name, {})}}
 
 
 def parameters_of(variables: Variables) -> Any:
-    """Returns all that a student has been trained to predict by: its parameters, and those of a loss."""
+    """Returns all trained parameters with which a student predicts: its own, and those of a loss."""
     return variables["params"], variables.get(PREDICTION, {}).get("params", {})
 
 
 def describe_prediction(objective: Objective) -> dict[str, Any]:
-    """Returns {"loss", "settings"} of the loss by which a student predicts, for its record; {} if there is none."""
+    """Returns {"loss", "settings"} of the loss with which a student predicts, for its record; {} if there is none."""
     name = objective.predictor
     if name is None:
         return {}
@@ -133,7 +133,7 @@ def restore_prediction(network: Network, variables: Variables, record: Any, sour
     """Returns the network of a checkpoint that predicts as its record says.
 
     Args:
-      network: Network, whose own variables fit.
+      network: Network, whose own variables are known to fit.
       variables: Variables of the checkpoint.
       record: Record of the checkpoint.
       source: Name of the checkpoint, for errors.

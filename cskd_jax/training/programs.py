@@ -37,10 +37,10 @@ from cskd_jax.training.step import make_teacher_pass, make_train_step, select_ou
 
 
 class Reads(NamedTuple):
-    """The part of what the teacher pass can return that a student reads, or several students together.
+    """The outputs of the teacher pass that one student, or several students together, read.
 
     Attributes:
-      teacher: Outputs of the teacher, a `ModelOutput` of booleans; None where no loss reads any.
+      teacher: Outputs of the teacher, a `ModelOutput` of booleans; None if no loss reads any.
       views: Number of further views of the images.
     """
 
@@ -55,7 +55,7 @@ class Reads(NamedTuple):
         return cls(teacher, max(read.views for read in reads))
 
     def select(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns the batch, as the pass returns it with other entries beside, without what is not read."""
+        """Returns the batch, as returned by the pass plus any other entries, without the outputs that are not read."""
         views = tuple(self._replace(views=0).select(view) for view in batch.get("views", ())[: self.views])
         teacher = None if self.teacher is None else select_outputs(batch["teacher"], self.teacher)
         rest = {name: value for name, value in batch.items() if name != "views"}
@@ -113,16 +113,16 @@ class TeacherPass:
         return NO_LAYERS if self._teacher is None else layers_of(self._teacher, variables)
 
     def example(self, rows: int, reads: Reads) -> dict[str, Any]:
-        """Returns zeros in the place of what the pass returns for that many rows to a student."""
+        """Returns zeros in place of what the pass returns to a student for that many rows."""
         image, outputs = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), (self._image, self.outputs))
         one = {"image": image, "teacher": outputs}
         share = {} if self._setup.mix is None else {"share": np.zeros(rows, np.float32)}
         return reads.select({**one, "views": (one,) * reads.views, **share})
 
     def compile(self, size: int, reads: Reads, pool: Executor) -> None:
-        """Traces the pass for a global batch of `size` and compiles it in the background, unless that was asked before.
+        """Traces the pass for a global batch of `size` and compiles it in the background, unless already requested.
 
-        Tracing stays in the thread of the caller, whose settings of JAX it depends on.
+        Tracing stays in the thread of the caller, because it depends on the JAX settings of that thread.
         """
         if size not in self._compiled:
             self._compiled[size] = pool.submit(self._lower(size, reads).compile)
@@ -174,12 +174,12 @@ class Programs:
       parts: Phases of the training with everything filled in.
       setup: Setup that the students share.
       variables: Variables to start from; None for fresh ones.
-      teacher_pass: What prepares the batches.
+      teacher_pass: Teacher pass, which prepares the batches.
       ema: Decay of the moving average of the variables; None keeps none.
 
     Attributes:
       network: The network for a batch that is split over the devices.
-      predicting: The network as it is evaluated, by the prediction of a loss if one replaces its own.
+      predicting: The network as it is evaluated, with the prediction of a loss if one replaces its own.
       parts: The phases.
       states: Shapes and dtypes of the state in each phase.
       lowered: The traced step of each phase for whole batches.
@@ -320,14 +320,14 @@ class Programs:
         return select_outputs(layers, self.layer_reads) if any(jax.tree.leaves(self.layer_reads)) else None
 
     def compile(self, number: int, size: int, pool: Executor) -> None:
-        """Compiles the step of a phase for a global batch of `size`, likewise."""
+        """Compiles the step of a phase for a global batch of `size` in the background, unless already requested."""
         if (number, size) not in self._compiled:
             whole = size == self._setup.sampler.batch_size
             lowered = self.lowered[number] if whole else self._lower_step(number, size)
             self._compiled[number, size] = pool.submit(lowered.compile)
 
     def compile_init(self, pool: Executor) -> None:
-        """Compiles the program that makes a new state, likewise."""
+        """Compiles the program that makes a new state in the background, unless already requested."""
         if self._init is None:
             self._init = pool.submit(self._lowered_state.compile)
 
@@ -335,11 +335,11 @@ class Programs:
         """Returns a new state, after `compile_init`."""
         assert self._init is not None
         init = self._init.result()
-        # All take the state of one process, as another kind of machine might round differently.
+        # All processes take the state of the first one, because another kind of machine might round differently.
         return processes.on_first(lambda: jax.device_get(init(self._variables)))
 
     def memory(self, number: int, size: int) -> tuple[int, int]:
-        """Returns the bytes on a device of the arguments of a step, and those that it takes besides while it runs."""
+        """Returns the bytes that the arguments of a step take on a device, and the additional bytes it takes to run."""
         found = self.compiled(number, size).memory_analysis()
         return (0, 0) if found is None else (found.argument_size_in_bytes, found.temp_size_in_bytes)
 
@@ -352,16 +352,16 @@ class Programs:
         return self._compiled[number, size].result()
 
     def variables_of(self, state: TrainState) -> dict[str, Any]:
-        """Returns the variables of the student for use, with those of the loss by which it predicts if there is one."""
+        """Returns the student's variables for inference, including those of the loss with which it predicts, if any."""
         return variables_of(state, self.parts[-1].objective)
 
     def take_teacher(self, variables: Variables) -> None:
-        """Keeps those layers of a teacher that a loss reads, for the steps."""
+        """Keeps the layers of a teacher that a loss reads, for use in the steps."""
         layers = self._select_layers(self._teacher_pass.layers_of(variables))
         self._teacher_layers = None if layers is None else self._setup.devices.replicate(layers)
 
     def step(self, number: int, size: int, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Any]:
-        """Runs the compiled step of a phase on what the teacher pass returns, with "label" and "index"."""
+        """Runs the compiled step of a phase on the output of the teacher pass, plus "label" and "index"."""
         return self.compiled(number, size)(state, self.reads.select(batch), self._key, self._teacher_layers)
 
     def with_fresh_optimizer(self, number: int, state: TrainState) -> TrainState:
@@ -373,7 +373,7 @@ class Programs:
 
 
 def _evaluate_frozen(network, trainable):
-    """Returns a network whose modules are in evaluation mode where none of their parameters train."""
+    """Returns a network whose modules run in evaluation mode if their parameters are all frozen."""
     if isinstance(network, Cohort):
         return dataclasses.replace(network, network=_evaluate_frozen(network.network, trainable))
     if not isinstance(network, LinenNetwork):
@@ -383,7 +383,7 @@ def _evaluate_frozen(network, trainable):
 
 @contextlib.contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Returns a context in which what tracing raises becomes a `UserError` of one line."""
+    """Returns a context in which an error raised during tracing becomes a one-line `UserError`."""
     try:
         yield
     except (TypeError, ValueError, ArithmeticError, FlaxError) as error:

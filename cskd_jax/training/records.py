@@ -52,7 +52,7 @@ class MetricsFiles(Callback):
             with open_append(self._path) as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            error.filename = str(self._path)  # Of an error in writing, Python names no file.
+            error.filename = str(self._path)  # Python names no file for an error in writing.
             raise
         if self._shows:
             try:
@@ -82,11 +82,11 @@ class _TensorBoard:
 
     Args:
       folder: Folder of the files, which is created.
-      first_step: First step to be written; TensorBoard hides what an earlier writer wrote of later ones.
+      first_step: First step to be written; TensorBoard hides what an earlier writer wrote for later steps.
     """
 
     def __init__(self, folder: pathlib.Path, first_step: int):
-        # This imports all of PyTorch if it is installed, so it is done while the devices have steps to do.
+        # This imports all of PyTorch if it is installed, so it is done while the devices are busy with steps.
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
 
@@ -98,7 +98,7 @@ class _TensorBoard:
         self._writer.write_event(self._event(step=first_step, session_log=start))
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Writes values by their tags."""
+        """Writes values under their tags."""
         for tag, value in values.items():
             event = self._event(wall_time=time.time(), step=step, summary=self._scalar(tag, value))
             self._writer.write_event(event)
@@ -114,10 +114,10 @@ def read_rows(path: pathlib.Path, *, evaluations: bool = False) -> Iterator[dict
 
     Args:
       path: Path of the file, which may be missing.
-      evaluations: Whether the rows of training steps, most of all, are skipped.
+      evaluations: Whether the rows of training steps, which are most of the rows, are skipped.
 
     Raises:
-      UserError: It is no regular file, or larger than any run makes one.
+      UserError: The file is not a regular file, or is larger than any run makes it.
     """
     try:
         file = open_regular(path, _MAX_FILE)

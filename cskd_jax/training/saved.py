@@ -16,13 +16,14 @@ class Record:
     """The JSON record that is saved with the arrays of a network.
 
     Attributes:
-      network: {"name", "width"} of a network of `MODELS`, and its "settings" if it has any; {"name"} of any other.
+      network: {"name", "width"} of a network of `MODELS`, and its "settings" if it has any; {"name"} of any other
+        network.
       channels: Number of channels of the images.
       categories: Names of the classes by label; None if unknown.
       multilabel: Whether an image has any number of classes.
-      images: {"size": (H, W), "mean", "std"} of the training images, as far as they are known.
+      images: {"size": (H, W), "mean", "std"} of the training images, as far as known.
       method: Name of the method that trained it.
-      prediction: {"loss", "settings"} of the loss by which it predicts; empty where its own logits are the prediction.
+      prediction: {"loss", "settings"} of the loss with which it predicts; empty if its own logits are the prediction.
       finished: Whether it was trained to the end.
       progress: Fields of `callbacks.Progress`.
     """

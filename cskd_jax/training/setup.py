@@ -23,18 +23,18 @@ class Setup:
       data: Training, test and possibly validation split.
       sampler: Sampler that chooses the images of a batch.
       normalize: Function from images of the data to inputs of the networks.
-      augment: Function of images, a key and positions in the global batch, before that; None: the images stay as they
-        are.
-      key: Key of weights and augmentation; the same for all students, so that their runs pair up.
+      augment: Function of images, a key and positions in the global batch, applied before `normalize`; None leaves the
+        images unchanged.
+      key: Key for weights and augmentation; the same for all students, so that their runs can be compared in pairs.
       devices: Devices to compute on.
       callbacks: Callbacks.
       workdir: Folder of the checkpoints and logs; None writes nothing.
       log_every: Number of steps between two rows of the history.
-      keep_checkpoints: Number of newest checkpoints to keep besides the best.
-      save_every_minutes: Least time between two checkpoints, which are saved at the end of an epoch.
+      keep_checkpoints: Number of most recent checkpoints to keep in addition to the best.
+      save_every_minutes: Minimum time between two checkpoints, which are saved at the end of an epoch.
       evaluate_every_epochs: Number of epochs from one evaluation to the next.
       accumulation_steps: Number of micro-batches that a batch is divided into.
-      mix: What mixes the inputs of the networks with each other; None leaves them alone.
+      mix: Function that mixes the inputs of the networks with each other; None leaves them unchanged.
     """
 
     data: ImageDataset
@@ -62,7 +62,7 @@ class Setup:
         return self.normalize(images if self.augment is None else self.augment(images, key, positions))
 
     def preprocess_view(self, images: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns a further view of the images, augmented strongly after another draw of the usual augmentation."""
+        """Returns a further view of the images, strongly augmented after another draw of the usual augmentation."""
         usual_key, strong_key = jax.random.split(key)
         if self.augment is not None:
             images = self.augment(images, usual_key, positions)

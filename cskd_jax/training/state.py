@@ -1,4 +1,4 @@
-"""The state of a training: everything that it changes, in one tree."""
+"""The training state: everything that training changes, in one tree."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _ONE_CLASS = jax.ShapeDtypeStruct((), jnp.int32)
 
 @struct.dataclass
 class TrainState:
-    """State of the training of a student.
+    """The training state of a student.
 
     Attributes:
       step: int32, the number of optimization steps done.
@@ -49,7 +49,7 @@ class TrainState:
 
     @property
     def averaged(self) -> dict[str, Any]:
-        """Returns the variables of the network for use: their moving average if one is kept."""
+        """Returns the variables of the network for inference: their moving average if one is kept."""
         return self.ema or self.variables
 
 
@@ -57,25 +57,25 @@ class TrainState:
 def init_network(network: Network, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
     """Returns `network.init(key, image_shape)`.
 
-    Meant for use within jit or eval_shape, where an output costs nothing if only its shapes are used. It is jitted
-    itself only so that a network is traced once for all callers.
+    This function is meant for use within jit or eval_shape, where an output costs nothing if only its shapes are used.
+    It is itself jitted only so that a network is traced once for all callers.
     """
     return network.init(key, image_shape)
 
 
 def check_variables(network: Network, variables: Variables, image_shape: tuple[int, ...], source: str) -> None:
-    """Raises UserError unless variables from outside have the names and shapes of those of a network.
+    """Raises UserError unless variables from outside have the names and shapes that a network expects.
 
     Args:
       network: Network that is to use them.
       variables: Variables.
       image_shape: Shape of one image, (H, W, C).
-      source: Name of where they come from, for the message.
+      source: Name of their source, for the message.
     """
     key = jax.random.PRNGKey(0)
     try:
         expected = jax.eval_shape(partial(init_network, network, image_shape=image_shape), key)[0]
-    except ValueError as error:  # Such as images that do not divide into the patches of the network.
+    except ValueError as error:  # For example, images that do not divide into the patches of the network.
         raise UserError(f"{source} does not go with images of shape {tuple(image_shape)}: {error}") from None
     trees: list[dict[str, Any]] = [traverse_util.flatten_dict(tree, sep="/") for tree in (variables, expected)]
     shapes = [{name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in trees]
@@ -137,11 +137,11 @@ def example_inputs(
     student_head: Any = None,
     layers: Layers = NO_LAYERS,
 ) -> LossInputs:
-    """Returns what losses see of two images, as shapes.
+    """Returns the inputs of losses for two images, as shapes.
 
     Args:
       student: Outputs of the student, or their shapes.
-      teacher: Likewise, of the teacher; None without one.
+      teacher: Outputs of the teacher, or their shapes; None without one.
       label: Shape and dtype of the label of one image.
       key: A key.
       views: Number of further views of the images.
@@ -181,7 +181,7 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Any:
 
 
 def check_unchanged(before: TrainState, after: TrainState) -> None:
-    """Raises ValueError if a step changes the shapes or dtypes of the state, which are all that is read."""
+    """Raises ValueError if a step changes the shapes or dtypes of the state; nothing else is read."""
     shapes = []
     for state in (before, after):
         leaves = jax.tree_util.tree_leaves_with_path(state)

@@ -22,8 +22,8 @@ from cskd_jax.training.state import TrainState
 Batch = dict[str, Any]
 Preprocess = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-# Folded into the key of a step for the draws of the losses and of the student. What is folded in for the images are
-# their positions, which are smaller. A micro-batch has a key of its own for both, and so have further views.
+# Folded into the key of a step for the random draws of the losses and of the student. For images, their positions are
+# folded in, which are smaller numbers. Each micro-batch has its own key for both, and so do further views.
 _LOSSES, _STUDENT, _MICRO_BATCH, _VIEWS, _MIX = 2**31 - 1, 2**31 - 2, 2**31 - 3, 2**31 - 4, 2**31 - 5
 
 
@@ -38,24 +38,24 @@ def make_teacher_pass(
     preprocess_view: Preprocess | None = None,
     mix: Mix | None = None,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], dict[str, Any]]:
-    """Returns `teacher_pass(teacher_variables, images, key, step) -> {"image", "teacher"}`, what every student reads.
+    """Returns `teacher_pass(teacher_variables, images, key, step) -> {"image", "teacher"}`, which every student reads.
 
     Args:
       teacher: Network in evaluation mode; None if no student reads one.
       preprocess: `(images, key, positions) -> inputs of the networks`; positions are in the global batch.
       axis_name: Mapped axis over which the batch is split.
-      micro_batch_size: As of `make_train_step`. The pass takes the parts of the batch one after the other too, so that
-        it needs no more memory than the steps do.
+      micro_batch_size: As in `make_train_step`. The pass also processes the parts of the batch one after another, so
+        that it needs no more memory than the steps do.
       reads: Outputs of the teacher that a student reads, a `ModelOutput` of booleans; None for all of them.
       views: Number of further views of the images that a student reads.
-      preprocess_view: As `preprocess`, for these views; needed if there are any.
-      mix: Function that mixes inputs of the networks with each other, within a micro-batch; None leaves them alone.
+      preprocess_view: Like `preprocess`, but for these views; needed if there are any.
+      mix: Function that mixes inputs of the networks with each other, within a micro-batch; None leaves them unchanged.
 
     Returns:
-      A pure function. `key` is the key of the run and `step` an int32 scalar, the number of steps done. "image" are
-      inputs of the networks [B, H, W, C], "teacher" the outputs of the teacher with None in the place of those that are
-      not read; None without a teacher. If there are further views, "views" is a tuple of the same for each of them. If
-      images are mixed, "share" is the share that each has of itself, [B].
+      A pure function. `key` is the key of the run and `step` an int32 scalar, the number of steps done. "image" holds
+      the inputs of the networks [B, H, W, C], "teacher" the outputs of the teacher with None in place of those that are
+      not read; None without a teacher. If there are further views, "views" is a tuple with the same entries for each of
+      them. If images are mixed, "share" is the share of its original image that each retains, [B].
     """
 
     def prepare(teacher_variables, images, positions, step_key, number=0):
@@ -66,7 +66,7 @@ def make_teacher_pass(
         prepared = prepare_one(teacher_variables, inputs) | share
         if views:
             assert preprocess_view is not None
-            # Behind the barrier, the images of the main view are computed as they are without any other.
+            # The barrier ensures that the images of the main view are computed just as they are without other views.
             images = lax.optimization_barrier(images)
             keys = (jax.random.fold_in(jax.random.fold_in(step_key, _VIEWS), number) for number in range(views))
             others = (preprocess_view(images, view_key, positions) for view_key in keys)
@@ -76,8 +76,8 @@ def make_teacher_pass(
     def prepare_one(teacher_variables, images):
         if teacher is None:
             return {"image": images, "teacher": None}
-        # The barriers keep the compiler from computing one thing in another way because of what else is returned, so
-        # that a student gets the same bits whoever trains beside it.
+        # The barriers keep the compiler from computing one output differently depending on what else is returned, so
+        # that a student gets the same bits whichever other students train with it.
         images = lax.optimization_barrier(images)
         outputs = lax.optimization_barrier(teacher.apply(teacher_variables, images, train=False)[0])
         return {"image": images, "teacher": outputs if reads is None else select_outputs(outputs, reads)}
@@ -98,11 +98,11 @@ def make_teacher_pass(
 
 
 def select_outputs(outputs: Any, reads: Any) -> Any:
-    """Returns outputs of a network with None in the place of those that are not read.
+    """Returns outputs of a network with None in place of those that are not read.
 
     Args:
       outputs: A `ModelOutput` or `Layers` of arrays, or of anything else; None stays None.
-      reads: The same of booleans.
+      reads: The same structure with booleans.
     """
     return jax.tree.map(lambda read, x: x if read else None, reads, outputs, is_leaf=lambda x: x is None)
 
@@ -123,22 +123,23 @@ def make_train_step(
       student: Network that is trained, in training mode.
       objective: Weighted losses.
       optimizer: Optimizer of the parameters of the student and of the losses. A `SeparateOptimizer` gets the gradients
-        of supervision and of distillation apart.
-      axis_name: Mapped axis over which the batch is split; the step then equals that of the global batch.
+        of supervision and of distillation separately.
+      axis_name: Mapped axis over which the batch is split; the step is then equivalent to a step on the global batch.
       task: Task that defines the metric of the batch, if it has labels.
-      micro_batch_size: Number of images, over all devices, of the micro-batches that the batch is divided into. The
-        network and the losses see one after the other, and the mean of their gradients over all images makes the
-        update. The last one is smaller where the number does not divide. None: the batch stays whole.
+      micro_batch_size: Number of images, over all devices, in each micro-batch that the batch is divided into. The
+        network and the losses see the micro-batches one after another, and the update uses the mean of their gradients
+        over all images. The last micro-batch is smaller if the number does not divide the batch size. None keeps the
+        batch whole.
       ema: Decay of the moving average of the variables of the student; None keeps none.
 
     Returns:
-      A pure function. `batch` is what the teacher pass returns, {"image", "teacher"}, with "label", int32 [B] or
-      float32 [B, K], and, for the losses that keep a memory of the samples, "index": int32 [B], their positions in the
-      training split. "share" says that images were mixed, see `mixing.partners`. `key` is the key of the run (the step
-      is folded in here). `teacher_layers` are the `Layers` of the teacher that losses read, which are no part of the
-      batch; None by default. metrics are scalars: `loss`, the terms of the objective, `task.score` of the student on
-      the batch, `gradient_norm`. The network sees the further views of the pass one after the other in training mode,
-      so that its collections move with each.
+      A pure function. `batch` is what the teacher pass returns, {"image", "teacher"}, plus "label", int32 [B] or
+      float32 [B, K], and, for losses that keep a memory of the samples, "index", int32 [B], their positions in the
+      training split. "share" indicates that images were mixed; see `mixing.partners`. `key` is the key of the run (the
+      step is folded in here). `teacher_layers` are the `Layers` of the teacher that losses read, which are not part of
+      the batch; None by default. `metrics` are scalars: `loss`, the terms of the objective, `task.score` of the student
+      on the batch, `gradient_norm`. The network sees the further views of the pass one after another in training mode,
+      so that each view updates its collections.
     """
     separate = isinstance(optimizer, SeparateOptimizer)
     differentiate = _make_differentiate(student, objective, separate, axis_name, task)
@@ -174,7 +175,7 @@ def _make_differentiate(student, objective, separate, axis_name, task):
     """Returns `(state, batch, key, teacher_layers) -> (gradients, collections, memory, metrics)` of a (micro-)batch.
 
     Args:
-      student: As of `make_train_step`, like the following.
+      student: As in `make_train_step`, like the arguments below.
       objective: Weighted losses.
       separate: Whether the gradients are `SeparateGradients`.
       axis_name: Mapped axis over which the batch is split.
@@ -198,7 +199,7 @@ def _make_differentiate(student, objective, separate, axis_name, task):
                 labels,
                 batch.get("index"),
                 loss_key,
-                # From the parameters that are differentiated, so that gradients flow into it.
+                # Taken from the parameters that are differentiated, so that gradients flow into it.
                 student_head=layers_of(student, variables).head,
                 teacher_head=teacher_layers.head,
                 teacher_norms=teacher_layers.norms,
@@ -270,11 +271,11 @@ def _accumulate(differentiate, state, batch, size, axis_name):
 
 
 def _over_micro_batches(function, carry, batch, size, axis_name):
-    """Applies a function to one micro-batch after the other.
+    """Applies a function to the micro-batches one after another.
 
     Args:
       function: `(carry, part of the batch, number of images before it, its number) -> (carry, result)`.
-      carry: Carry before the first; it may change its structure there.
+      carry: Carry before the first micro-batch, which may change its structure.
       batch: This device's part of the batch: its parts of all micro-batches, one after the other.
       size: Number of images of a micro-batch, over all devices.
       axis_name: Mapped axis over which the batch is split.
@@ -332,7 +333,7 @@ def _student_key(student, step_key, axis_name):
     key = jax.random.fold_in(step_key, _STUDENT)
     if axis_name is None or getattr(student, "draws_by_position", False):
         return key
-    # Such draws have the shape of the device's part of the batch, so every device must draw its own.
+    # These draws have the shape of the device's part of the batch, so every device must draw its own.
     return jax.random.fold_in(key, lax.axis_index(axis_name))
 
 

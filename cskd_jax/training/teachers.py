@@ -1,4 +1,4 @@
-"""Teachers: networks that are not trained, and several of them as one."""
+"""Teachers: networks that are not trained, alone or combined into one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ class Teacher:
 
     Attributes:
       network: A linen module, an nnx module, a function or a `Network`; see `training.adapters`.
-      variables: Variables of the network; None for an nnx module, which has its own. A trainer of one teacher may be
-        made before they exist; they must be set before `fit`.
-      weight: Share of the teacher in the combination of several, relative to those of the others.
-      normalization: Normalization of the images that it was trained on; None for that of the students.
-      image_size: Side of the squares to which its images are resized; None leaves them as they are.
+      variables: Variables of the network; None for an nnx module, which has its own. A trainer with one teacher may be
+        created before they exist; they must be set before `fit`.
+      weight: Weight of the teacher in a combination of several, relative to the weights of the others.
+      normalization: Normalization of the images that it was trained on; None if it is the same as for the students.
+      image_size: Side of the squares to which its images are resized; None leaves them unchanged.
     """
 
     network: Any
@@ -43,10 +43,11 @@ class Teacher:
 class Ensemble:
     """Several trained networks as one `Network`, whose variables are {"0": variables of the first, "1": ...}.
 
-    Its only outputs are `logits`, the combination of theirs, and `members`, the outputs of each. With "logits", they
-    are the weighted mean of the logits, whose softmax at any temperature is a geometric mean of the members'. With
-    "probabilities", they are the logarithms of the weighted mean of the probabilities at temperature 1, or, with
-    several classes for an image, the log-odds of it. Networks of different classes have no combination.
+    Its only outputs are `logits`, the combined logits, and `members`, the outputs of each network. With "logits", the
+    combined logits are the weighted mean of the members' logits, whose softmax at any temperature is a geometric mean
+    of the members' softmaxes. With "probabilities", they are the logarithms of the weighted mean of the probabilities
+    at temperature 1 or, if an image has several classes, the log-odds of that mean. Networks with different classes
+    have no combination.
 
     Attributes:
       networks: The networks.
@@ -70,7 +71,7 @@ class Ensemble:
 
     @property
     def variables(self) -> None:
-        """Returns None: the variables are given beside the network."""
+        """Returns None: the variables are given separately from the network."""
         return None
 
     def on_axis(self, axis_name: str | None) -> "Ensemble":
@@ -87,7 +88,7 @@ class Ensemble:
         """Returns the outputs for images [B, H, W, C] in evaluation mode, and no updated collections.
 
         Raises:
-          ValueError: Training mode is asked for.
+          ValueError: Training mode is requested.
         """
         del key
         if train:
@@ -96,7 +97,7 @@ class Ensemble:
             network.apply(variables[str(number)], images, train=False)[0]
             for number, network in enumerate(self.networks)
         )
-        if len({member.logits.shape for member in members}) > 1:  # Of different classes; a loss may name one of them.
+        if len({member.logits.shape for member in members}) > 1:  # The classes differ; a loss may name one member.
             none: Any = None
             return ModelOutput(none, members=members), {}
         dtype = jnp.result_type(*(member.logits for member in members))
@@ -123,8 +124,8 @@ def network_of(
 
     Args:
       teachers: The teachers.
-      given: Normalization of the images of the students; None where they are not normalized by one.
-      combine: What of several teachers is averaged, see `Ensemble`.
+      given: Normalization of the images of the students; None if no `Normalize` normalizes them.
+      combine: What is averaged over several teachers; see `Ensemble`.
       multilabel: Whether an image has any number of classes.
 
     Raises:
@@ -143,7 +144,7 @@ def network_of(
 
 
 def variables_of(teachers: Sequence[Teacher]) -> Variables | None:
-    """Returns the variables of the network of teachers; None while they do not exist, or without a teacher.
+    """Returns the variables of the teachers' network; None if they do not exist yet, or without a teacher.
 
     Raises:
       UserError: One of several teachers has none.

@@ -47,7 +47,7 @@ class Student:
       losses: Losses, see `Objective.create`.
       optimizer: Optimizer of {"network": parameters of the network, "losses": {name: parameters of the loss}}. Masks
         and labels given to optax as functions see this tree.
-      schedule: Learning rate by the number of updates, for the log; None if it is not known.
+      schedule: Learning rate as a function of the number of updates, for the log; None if it is not known.
       ema: Decay of an exponential moving average of the variables, which is then evaluated and returned; None keeps
         none.
       variables: Variables to start from; None for fresh ones.
@@ -67,12 +67,12 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of the training of a student.
+    """The result of training a student.
 
     Attributes:
       variables: Variables of the network, numpy arrays: {"params": ..., and its other collections}.
-      metrics: {split: {metric: value}} after the last epoch. Of the splits "test" and "validation", accuracies are
-        fractions of the whole split; of "train", the values are means over the last steps.
+      metrics: {split: {metric: value}} after the last epoch. For the splits "test" and "validation", accuracies are
+        fractions of the whole split; for "train", the values are means over the last steps.
       last: {"epoch", metrics} of the last epoch, on the test split.
       best: {"epoch", metrics} of the best epoch, on the test split. The validation split chooses the epoch; without
         one, the test split does, so the figures are optimistic.
@@ -100,33 +100,36 @@ class Trainer:
 
     Args:
       students: {name: student}.
-      teachers: Teachers, for losses that read one; several are one `teachers.Ensemble`, unless a loss names one of them
-        by its setting `teacher`.
+      teachers: Teachers, for losses that read one; several are combined into a `teachers.Ensemble`, unless a loss names
+        one of them in its setting `teacher`.
       data: Training and test split, and possibly a validation split, which then chooses the best epoch.
       phases: Phases, in their order.
       batch_size: Number of images in a batch, over all devices.
       seed: Seed of the weights, the order of the images and the augmentation.
       sampler: Sampler that chooses the images of a batch; by default each image once per epoch in random order. With
-        `EpochBatches`, a function makes the batches, and `data` has their first batch as training split.
-      normalize: Function from images of the data to inputs of the networks; None leaves them as they are.
-      augment: Function of images [B, H, W, C], a key and the positions of the images in the global batch, before
-        `normalize`; None leaves the images as they are.
+        `EpochBatches`, a function makes the batches, and the training split of `data` is their first batch.
+      normalize: Function from images of the data to inputs of the networks; None leaves them unchanged.
+      augment: Function of images [B, H, W, C], a key and the positions of the images in the global batch, applied
+        before `normalize`; None leaves the images unchanged.
       callbacks: Callbacks; by default `Console`, which shows progress. () is quiet.
       workdir: Folder of checkpoints and logs; None writes nothing.
-      devices: Devices to compute on, or how many of all; None for all.
+      devices: Devices to compute on, or how many of them; None for all.
       log_every: Number of steps between two rows of the history.
-      keep_checkpoints: Number of newest checkpoints to keep besides the best.
-      save_every_minutes: Least time between two checkpoints, which are saved at the end of an epoch; the last epoch
+      keep_checkpoints: Number of most recent checkpoints to keep in addition to the best.
+      save_every_minutes: Minimum time between two checkpoints, which are saved at the end of an epoch; the last epoch
         and a stop always save one.
       evaluate_every_epochs: Number of epochs from one evaluation to the next; the last epoch is always evaluated.
-      accumulation_steps: Number of micro-batches that a batch is divided into, to save memory: `batch_size` is what an
-        update sees; batch normalization, memories, and losses that relate images to each other see micro-batches.
+      accumulation_steps: Number of micro-batches that a batch is divided into, to save memory: an update sees all
+        `batch_size` images; batch normalization, memories, and losses that relate images to each other see
+        micro-batches.
       combine_teachers: What is averaged over several teachers, "logits" or "probabilities".
-      mix: What mixes the images of a batch with each other, teacher and student alike; None leaves them alone. Losses
-        that read one label of an image are then refused; cross-entropy and mutual learning read both.
-      stream: Number folded into the seed for weights and augmentation; trainers with different ones draw differently.
-      beside: Trainer with the same teacher, data, and all else that decides the batches, with which this one is to be
-        trained by `fit_together`; None for a trainer that comes first or alone.
+      mix: Function that mixes the images of a batch with each other, for teacher and student alike; None leaves them
+        unchanged. With mixing, losses that read one label per image are rejected; cross-entropy and mutual learning
+        read both labels.
+      stream: Number folded into the seed for weights and augmentation; trainers with different numbers draw
+        differently.
+      beside: Trainer with the same teacher, data, and everything else that determines the batches, together with which
+        this one is to be trained by `fit_together`; None for a trainer that comes first or is alone.
 
     Attributes:
       state: {name: its `TrainState` at the end of `fit`}.
@@ -243,7 +246,7 @@ class Trainer:
         peers = max(part.objective.peers for part in parts)
         if peers and variables is not None:
             raise UserError(f"{name}: a student with peers starts from fresh weights, and has variables to start from")
-        # Callbacks keep what belongs to one student, so each of several has copies.
+        # Callbacks hold the state of one student, so each of several students gets copies.
         callbacks = map(copy.copy, self._setup.callbacks) if several else self._setup.callbacks
         files = () if self._workdir is None else (MetricsFiles(self._workdir),)
         setup = dataclasses.replace(self._setup, callbacks=(*files, *callbacks))
@@ -271,7 +274,7 @@ class Trainer:
         Raises:
           InterruptedRun: `stop` was requested; with a workdir the state is saved.
           DivergedError: A loss or gradient of a student is not finite. The others are trained to the end first, and
-            `results` of the error has theirs.
+            `results` of the error holds their results.
         """
         results: dict[str, Result] = {}
         diverged: list[DivergedError] = []
@@ -339,14 +342,14 @@ def fit_together(
     stop: StopRequest | None = None,
     on_done: Callable[[Trainer, str, Result | UserError], None] = lambda trainer, name, outcome: None,
 ) -> None:
-    """Trains the students of several trainers at once, as `Trainer.fit` does those of one.
+    """Trains the students of several trainers at once, as `Trainer.fit` does for one.
 
     Args:
-      trainers: Trainers with the same data, sampler, augmentation, seed, devices and teacher, which may differ in all
-        else: students, phases, workdirs, callbacks. Some may have no teacher.
+      trainers: Trainers with the same data, sampler, augmentation, seed, devices and teacher, which may differ in
+        everything else: students, phases, workdirs, callbacks. Some may have no teacher.
       stop: Request to stop, which is checked before every step; None never stops early.
       on_done: Function that is called with the trainer, the name and the result of a student once it is done, or with
-        the error that ended its training; the others go on.
+        the error that ended its training; the others continue.
 
     Raises:
       InterruptedRun: `stop` was requested; the states of trainers with a workdir are saved.
