@@ -314,6 +314,7 @@ def test_erasing_makes_a_rectangle_gray():
         assert mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
 
 
+@pytest.mark.slow
 def test_photographs_are_augmented_by_position():
     """However the batch is split."""
     images, key = photographs(8), jax.random.key(5)

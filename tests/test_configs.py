@@ -326,6 +326,7 @@ def test_methods_that_do_not_go_together(recipe, method, message):
         get_config(recipe, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kd+at", "crd+kd", "fitnet+rkd"])
 def test_one_step_of_combined_methods_traces(method, tmp_path):
     trace_one_step("digits", get_config("digits", method), tmp_path)

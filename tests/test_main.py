@@ -13,6 +13,7 @@ from cskd_jax.runs import lock
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_results(done):
     results = json.loads((done / "results.json").read_text())
     assert (results["method"], results["seed"]) == ("cskd", 0)

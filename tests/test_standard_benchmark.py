@@ -73,7 +73,7 @@ def cell(pair, method):
     return load_recipe(f"cifar100_standard:{pair}/{method}", [])
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", chosen(PAIRS, IN_CI))
 def test_protocol_of_every_cell(pair):
     common, student = facts()["common_repdistiller"], pair.partition("/")[2]
     slow = student.startswith(("mobilenet", "shufflenet"))

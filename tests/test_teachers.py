@@ -97,6 +97,7 @@ def test_each_has_its_normalization_and_size():
     assert found[1].features[0].shape[1:3] == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_resized_network_is_made_for_its_size():
     settings = {"image_size": (16, 16), "patch_size": 8, "depth": 1}
     vit = as_network(create_model("deit_tiny", num_classes=3, width=1 / 16, settings=settings))
@@ -112,6 +113,7 @@ def train(losses, teachers=None, epochs=2, **settings):
     return cskd_jax.distill(Net(4), losses={"cross_entropy": 1.0} | losses, teacher=teachers, epochs=epochs, **settings)
 
 
+@pytest.mark.slow
 def test_a_loss_reads_the_teacher_that_it_names():
     """The other teachers then change nothing."""
     teachers = [teacher(0), teacher(1, width=6)]
@@ -122,6 +124,7 @@ def test_a_loss_reads_the_teacher_that_it_names():
             assert_close(named.variables, alone.variables)
 
 
+@pytest.mark.slow
 def test_all_teachers_teach_as_one():
     teachers = [teacher(0), teacher(1, weight=3.0)]
 
@@ -135,6 +138,7 @@ def test_all_teachers_teach_as_one():
     assert_close(train({"kd": 1.0}, teachers).variables, expected.variables)
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_reads_the_teacher_that_it_names():
     teachers = [teacher(0), teacher(1, width=6)]
     expected = train({"kd": {"weight": 1.0, "teacher": 1}}, teachers).variables
@@ -230,6 +234,7 @@ def test_a_number_in_a_recipe_file(value):
     assert config.losses.kd.teacher == "1"
 
 
+@pytest.mark.slow
 def test_on_two_devices():
     teachers = [teacher(0), teacher(1, width=6, image_size=12)]
     losses = {"kd": 1.0, "rkd": {"weight": 1.0, "teacher": 1}}
@@ -318,6 +323,7 @@ def test_the_moving_average_teaches():
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_moving_average_of_the_global_batch_and_of_a_resumed_run(tmp_path):
     losses = {"rkd": {"weight": 1.0, "teacher": "average"}}
     one, two = (train(losses, ema=0.9, devices=devices).variables for devices in (1, 2))

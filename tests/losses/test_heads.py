@@ -148,6 +148,7 @@ def test_values_and_gradients_are_finite_and_reach_the_student(name):
     assert not any(leaf.any() for leaf in jax.tree.leaves(teacher))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [zeros, dead_norms, confident, confident_regions])
 @pytest.mark.parametrize("name", QUICK_OR_SLOW)
 def test_degenerate_inputs(name, change):

@@ -159,6 +159,7 @@ def test_newer_degenerate_inputs_are_finite(case):
             assert_finite(compiled(case)(changed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
 def test_newer_teacher_gets_no_gradient_and_all_else_that_is_read_does(case):
     _, (params, student, teacher) = compiled(case)(make_inputs())
@@ -376,6 +377,7 @@ def test_newer_vkd_resumes_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed.state["net"].params, expected.state["net"].params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulation_steps", "width"), [(1, 8), (2, 4)])
 def test_newer_semckd_is_as_wide_as_a_batch_or_micro_batch(accumulation_steps, width):
     """The smaller last batch of an epoch asks for no other parameters."""

@@ -198,6 +198,7 @@ def test_method_moves_what_it_reads_and_all_that_it_trains(name):
         assert leaf.any() or WITHOUT_GRADIENT.fullmatch(jax.tree_util.keystr(path)), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"cc"}))
 def test_teacher_gets_no_gradient(name):
     _, (_, _, teacher) = typical()[name]
