@@ -43,6 +43,7 @@ def test_cutmix_puts_in_a_rectangle():
     np.testing.assert_allclose(share, is_own.mean(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_draws():
     assert 0.4 < shares_of(Mix(mixup=1.0)).mean() < 0.6
     # A small parameter leaves most images almost as they are, or puts the other in their place.
@@ -55,6 +56,7 @@ def test_draws():
     assert whole[2] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", chosen([8, 1, 2], 1))
 def test_devices_mix_the_global_batch(devices):
     def split(x):

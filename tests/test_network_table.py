@@ -16,6 +16,7 @@ def test_every_network_has_a_line():
     assert names == list(MODELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", chosen([*MODELS], ("resnet8", "vgg8", "wrn_16_1", "shufflenet_v1", "deit_tiny")))
 def test_line_is_up_to_date(name):
     message = "docs/networks.md is out of date; python -m cskd_jax.runs.network_table prints its table"

@@ -201,6 +201,7 @@ def test_cosine_is_that_of_optax():
         np.testing.assert_allclose(ours.on_host(count), theirs(count), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_log_has_the_learning_rate_of_the_update():
     schedule = CosineSchedule(0.02, STEPS, warmup_steps=STEPS_PER_EPOCH)
     result = make_trainer({"name": "adamw", "learning_rate": 0.02, "schedule": "cosine", "warmup_epochs": 1}).fit()

@@ -150,10 +150,12 @@ def test_a_loss_of_ones_own_reads_the_teacher_that_it_names():
     assert_close(train({"mine": loss}, teachers).variables, expected)
 
 
+@pytest.mark.slow
 def test_features_of_the_named_teacher():
     train({"fitnet": {"weight": 1.0, "teacher": 1, "stage": 1}, "kd": 1.0}, [teacher(0), teacher(1, width=6)], epochs=1)
 
 
+@pytest.mark.slow
 def test_a_single_teacher_with_its_settings():
     one = teacher(0, normalization=Normalize((0.2,), (0.5,)))
     network, variables = one.network, one.variables
@@ -302,6 +304,7 @@ def test_a_normalization_of_floats():
         )
 
 
+@pytest.mark.slow
 def test_the_moving_average_teaches():
     """Three steps of a student that its average teaches, by hand."""
     decay, images = 0.5, jnp.asarray((PIXELS / 255 - 0.5) / 0.25, jnp.float32)

@@ -104,6 +104,7 @@ def test_trajectory(train_file):
     assert_close(output.logits, values["student_final_eval_logits"], "final evaluation")
 
 
+@pytest.mark.slow
 def test_evaluation_before_training(train_file):
     case = Case(train_file)
     images = case.values["eval_images"]

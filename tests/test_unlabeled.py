@@ -33,11 +33,13 @@ def test_a_teacher_of_other_classes_teaches_without_labels():
     assert 0 <= result.metrics["test"]["top1"] <= 1
 
 
+@pytest.mark.slow
 def test_labels_change_nothing_for_losses_that_read_none():
     found, expected = (train({"cosine": 1.0}, (PIXELS, labels)).variables for labels in (None, LABELS))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 def test_batches_of_a_function():
     def batches(epoch):
         del epoch

@@ -40,6 +40,7 @@ def batches(dataset, sampler, steps, rows=slice(None)):
     return list(read_batches(dataset.train.images, (sampler.indices(step)[rows] for step in steps)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balanced", [False, True])
 def test_the_same_bytes_over_two_epochs_and_from_the_middle(both, balanced):
     """The whole batches, and the halves of them that two processes read."""

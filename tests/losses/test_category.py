@@ -201,6 +201,7 @@ def test_the_batch_exercises_the_filter():
     assert abs(filtered["intra_feature"] - unfiltered["intra_feature"]) > 0.01 * unfiltered["intra_feature"]
 
 
+@pytest.mark.slow
 def test_values_without_jit():
     batch = make_batch()
     with jax.disable_jit():

@@ -245,6 +245,7 @@ def test_training_on_several_devices():
             np.testing.assert_array_equal(copy, copies[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_training_step_updates_the_memory():
     states, metrics = on_one_device()
@@ -275,6 +276,7 @@ def test_the_memory_is_saved_with_the_state(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
+@pytest.mark.slow
 def test_a_method_without_memory_leaves_none():
     states, _ = train({"cross_entropy": {"weight": 1.0}}, steps=1, dtype=jnp.float32)
     assert [state.memory for state in states] == [{}, {}]

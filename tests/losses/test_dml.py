@@ -55,6 +55,7 @@ def test_values():
         dml_loss((logits[0],))
 
 
+@pytest.mark.slow
 def test_two_networks_by_hand():
     """A step of the student and of its peer is that of two losses, each of which moves its own network."""
     found = train({"cross_entropy": 1.0, "dml": 1.0}, epochs=1, batch_size=24)
@@ -74,6 +75,7 @@ def test_two_networks_by_hand():
     assert jax.tree.structure(found.variables) == jax.tree.structure(own)
 
 
+@pytest.mark.slow
 def test_the_student_starts_as_without_peers():
     with_peers = train(optimizer=optax.sgd(0.0), epochs=1).variables["params"]
     alone = train({"cross_entropy": 1.0}, optimizer=optax.sgd(0.0), epochs=1).variables["params"]
@@ -121,6 +123,7 @@ def test_wrong_settings(settings, message):
         train(**settings)
 
 
+@pytest.mark.slow
 def test_phases_name_parameters_of_the_student_and_of_its_peers_alike():
     """What does not train stays as it is in all networks."""
     phase = cskd_jax.Phase(1, trainable=lambda path: path[0] == "Dense_1", evaluate_frozen=True)

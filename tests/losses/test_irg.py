@@ -91,6 +91,7 @@ def test_sizes_that_do_not_divide():
     assert_close(loss(*arguments)[1], oracle(arguments), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_gradients():
     arguments = make_arguments(batch=3)

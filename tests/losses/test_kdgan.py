@@ -216,6 +216,7 @@ def test_training():
     np.testing.assert_allclose(metrics[0]["kdgan/adversarial"], 2 * np.log(0.5), atol=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 1e4])
 def test_degenerate_inputs_are_finite(scale):
     inputs = make_inputs(dtype=np.float32)

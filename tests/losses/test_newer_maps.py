@@ -247,6 +247,7 @@ def matrix_by_hand(reflections):
     return -product[:, :columns]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", [(4, 4), (7, 3)])
 def test_newer_orthogonal_matrix_is_a_product_of_reflections(shape):

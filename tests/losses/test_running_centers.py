@@ -80,6 +80,7 @@ def test_many_categories_are_like_few():
     assert_close(jax.tree.map(lambda x: x[900 + 7 * np.arange(C)], running), few)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_without_momentum_or_memory_it_is_the_loss_of_the_batch():
     student, teacher, labels = next(batches())
@@ -98,6 +99,7 @@ def test_without_momentum_or_memory_it_is_the_loss_of_the_batch():
         assert_close(jax.value_and_grad(running)(student), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_sample_alone_in_its_category_is_taught():
     student, teacher, _ = next(batches())

@@ -25,6 +25,7 @@ def random_like(params, seed=0):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
 
 
+@pytest.mark.slow
 def test_block_is_that_of_a_vision_transformer(x64):
     tokens = jnp.asarray(RNG.normal(size=(2, 5, 8)))
     params = random_like(_Block().init(jax.random.key(0), tokens)["params"])

@@ -120,8 +120,8 @@ TABLE = {
     "inception_v3": Row(21990468, ((32, 64), (16, 288), (8, 768), (4, 2048))),  # follows
 }
 # Their gradient step compiles in seconds.
-FAST = ("resnet8", "wrn_16_1", "vgg8")
-KINDS = ("shufflenet_v1",)
+FAST = ("resnet8",)
+KINDS = ("wrn_16_1", "vgg8", "shufflenet_v1")
 # More of the same blocks as a network that takes its gradient step: theirs is traced, not compiled.
 DEEP = tuple(
     name
@@ -200,6 +200,7 @@ def test_parameters_and_shapes(name):
     assert {leaf.dtype for leaf in jax.tree.leaves((output, variables))} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrn_16_2", "vgg8", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "inception_v3"])
 def test_narrow_networks_in_bfloat16(name):
     model = create_model(name, num_classes=7, width=0.125, dtype=jnp.bfloat16)
@@ -233,7 +234,7 @@ def test_gradient_of_a_deep_network_traces(name):
 
 
 def marks_of(name):
-    """FAST networks are quick; one more takes its step in CI."""
+    """FAST networks are quick; one more of each kind takes its step in CI."""
     if name in FAST:
         return []
     return [pytest.mark.slow] if name in KINDS else [pytest.mark.slow, pytest.mark.exhaustive]
