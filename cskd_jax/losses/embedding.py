@@ -75,9 +75,8 @@ class _Embeddings(Method):
 
     def _read(self, inputs: LossInputs) -> tuple[jax.Array, jax.Array]:
         teacher = inputs.teacher.embedding
-        return Pointwise(teacher.shape[-1], use_bias=True, name="projector")(
-            read_student(inputs, self.student)
-        ), teacher
+        projector = Pointwise(teacher.shape[-1], use_bias=True, name="projector")
+        return projector(read_student(inputs, self.student)), teacher
 
 
 class CosineEmbedding(_Embeddings):

@@ -242,14 +242,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"dataset.mean {config.dataset.mean} and dataset.std {config.dataset.std} differ in length")
 
 
+def _trains_teacher(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether a run trains its teacher itself."""
+    return needs_teacher(config.losses) and config.teacher.checkpoint is None
+
+
 def _validate_teachers(config: ml_collections.ConfigDict) -> None:
     settings, count = config.teacher, 1 + len(config.teacher.others)
-    if settings.others and settings.checkpoint is None and needs_teacher(config.losses):
+    if settings.others and _trains_teacher(config):
         raise UserError("teacher.others adds to teacher.checkpoint, which is None: name the first teacher there")
     for key in ("weights", "image_sizes"):
         if settings[key] and len(settings[key]) != count:
             raise UserError(f"teacher.{key} is {settings[key]}; the number of teachers is {count}")
-    if settings.image_sizes and settings.checkpoint is None and needs_teacher(config.losses):
+    if settings.image_sizes and _trains_teacher(config):
         raise UserError("teacher.image_sizes resizes the images of given teachers: name them by teacher.checkpoint")
     for name, loss in config.losses.items():
         teacher = loss.get("teacher")
@@ -268,8 +273,7 @@ def _validate_optimizer(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"optimizer.nesterov is True; it is for sgd, optimizer.name is {settings.name}")
     if settings.name == "dot":
         _validate_dot(config)
-    trains_teacher = needs_teacher(config.losses) and config.teacher.checkpoint is None
-    epochs = {"epochs": config.epochs} | ({"teacher.epochs": config.teacher.epochs} if trains_teacher else {})
+    epochs = {"epochs": config.epochs} | ({"teacher.epochs": config.teacher.epochs} if _trains_teacher(config) else {})
     for key, value in epochs.items():
         if 0 < value <= settings.warmup_epochs:
             raise UserError(f"optimizer.warmup_epochs is {settings.warmup_epochs}; it must be less than {key}, {value}")
