@@ -1,6 +1,6 @@
 """Digests of everything that tiny runs have trained: what no change of the code may change by accident.
 
-python -m tests.drift [--check | --record] [CASE ...]
+python -m tests.drift [--record] [CASE ...]
 
 Golden values notice a changed formula. They do not notice a changed key, initial weight, or order of a sum. A digest
 notices all of them, but only on the machine and with the packages that it was recorded with: `fingerprint` says which.

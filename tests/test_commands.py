@@ -21,6 +21,7 @@ from cskd_jax.__main__ import main
 from cskd_jax.commands.table import COMMANDS
 from cskd_jax.files import local_folder
 from cskd_jax.runs import keys, schema
+from cskd_jax.runs.loss_keys import loss_keys
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.workdir import default_workdir, identify
 from tests.conftest import ROOT
@@ -207,7 +208,7 @@ def test_shown_configuration(capsys):
     assert names[: len(keys.KEYS)] == list(keys.KEYS), "in the order of the schema"
     assert set(names) == set(values)
     marked = {line[2:].split()[0] for line in lines if line.startswith("* ")}
-    assert marked == {name for name in names if values[name] != keys.find_key(name).default}
+    assert marked == {name for name in names if values[name] != schema.find_key(name).default}
     # What is shown can be typed.
     typed = [f"--config.{name}={line[2:].split()[1]}" for name, line in zip(names, lines[2:], strict=True)]
     again = load_recipe("digits:kd+at", [argument for argument in typed if "config.method=" not in argument])
@@ -223,7 +224,7 @@ def test_explained_keys(capsys):
     assert "losses.NAME.start_epoch\n    default 0; an integer from 0 to 1000000\n" in everything
     assert main(["cskd-jax", "config", "keys", "losses.kd."]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    assert shown == [f"losses.kd.{setting}" for setting in keys.loss_keys("kd")]
+    assert shown == [f"losses.kd.{setting}" for setting in loss_keys("kd")]
     assert main(["cskd-jax", "config", "keys", "*.width"]) == 0
     assert capsys.readouterr().out.startswith("teacher.width\n    default 1.0; a number above 0, up to 64\n")
 

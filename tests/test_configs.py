@@ -15,8 +15,9 @@ from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.report import published
-from cskd_jax.runs import keys, schema
+from cskd_jax.runs import schema
 from cskd_jax.runs.build import describe_network, make_network, make_trainer
+from cskd_jax.runs.loss_keys import loss_keys
 from cskd_jax.runs.optimization import make_training
 from cskd_jax.training.objective import Objective, needs_teacher
 from cskd_jax.training.state import init_network
@@ -336,7 +337,7 @@ def test_one_step_of_combined_methods_traces(method, tmp_path):
 def test_a_method_names_only_what_differs_from_the_class_of_its_loss(method):
     losses, filled = read_recipe(recipe_of(method), method).losses, get_config(recipe_of(method), method).losses
     for name, settings in losses.items():
-        known = keys.loss_keys(name)
+        known = loss_keys(name)
         assert [key for key, value in settings.items() if value == known[key].default] == []
         assert set(filled[name]) == known.keys()
         for key in known.keys() - set(settings):

@@ -10,6 +10,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.report.runs import Run
 from cskd_jax.runs import document, keys, rules, schema
+from cskd_jax.runs.loss_keys import loss_keys
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.workdir import check_workdir, identify, run_config
 from tests.conftest import ROOT
@@ -26,13 +27,13 @@ def test_document_is_up_to_date():
 
 @pytest.mark.parametrize("name", ["", *LOSSES])
 def test_every_key_is_explained_in_a_sentence(name):
-    for path, key in (keys.loss_keys(name) if name else keys.KEYS).items():
+    for path, key in (loss_keys(name) if name else keys.KEYS).items():
         assert len(key.meaning) > 10, path
         assert key.meaning.endswith("."), path
 
 
 def test_every_default_is_allowed():
-    tables = [keys.KEYS, *(keys.loss_keys(name) for name in LOSSES)]
+    tables = [keys.KEYS, *(loss_keys(name) for name in LOSSES)]
     for path, key in ((path, key) for table in tables for path, key in table.items()):
         if key.default is not keys.REQUIRED:
             rules.check(path, key.default, key.rule)

@@ -181,9 +181,10 @@ def _keys_like(name: str) -> list[str]:
     """Returns the keys of a configuration that a flag may have meant."""
     from cskd_jax.losses import LOSSES
     from cskd_jax.runs import keys, schema
+    from cskd_jax.runs.loss_keys import loss_keys
 
     name = name.replace("-", "_")
-    in_losses = [f"losses.NAME.{name}"] if any(name in keys.loss_keys(loss) for loss in LOSSES) else []
+    in_losses = [f"losses.NAME.{name}"] if any(name in loss_keys(loss) for loss in LOSSES) else []
     return schema.close_keys(name, keys.KEYS) or in_losses
 
 

@@ -56,6 +56,7 @@ def show(recipe: str, overrides: list[str]) -> str:
     """
     from cskd_jax.runs import keys, recipes, schema
     from cskd_jax.runs.keys import REQUIRED
+    from cskd_jax.runs.loss_keys import loss_keys
     from cskd_jax.runs.workdir import default_workdir
 
     config = recipes.load_recipe(recipe, overrides)
@@ -63,7 +64,7 @@ def show(recipe: str, overrides: list[str]) -> str:
     values = schema.flatten(config)
     known = dict(keys.KEYS)
     for name in sorted(config.losses):
-        known |= {f"losses.{name}.{setting}": key for setting, key in keys.loss_keys(name).items()}
+        known |= {f"losses.{name}.{setting}": key for setting, key in loss_keys(name).items()}
     rows = []
     for path in known:
         default = known[path].default
@@ -109,13 +110,14 @@ def explain(pattern: str) -> str:
     from cskd_jax.losses import LOSSES
     from cskd_jax.runs import keys, schema
     from cskd_jax.runs.keys import REQUIRED
+    from cskd_jax.runs.loss_keys import common_keys, loss_keys
 
-    common = keys.common_keys()
+    common = common_keys()
     found = dict(keys.KEYS)
     # The settings that every loss has are shown once, unless the pattern is about one loss.
     found |= {f"losses.NAME.{setting}": key for setting, key in common.items()}
     for name in sorted(LOSSES):
-        found |= {f"losses.{name}.{s}": key for s, key in keys.loss_keys(name).items() if pattern or s not in common}
+        found |= {f"losses.{name}.{s}": key for s, key in loss_keys(name).items() if pattern or s not in common}
     shown = [path for path in found if fnmatch.fnmatchcase(path, pattern if "*" in pattern else f"*{pattern}*")]
     if not shown:
         close = schema.close_keys(pattern, found)

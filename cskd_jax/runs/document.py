@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import keys
 from cskd_jax.runs.keys import REQUIRED, Key
+from cskd_jax.runs.loss_keys import common_keys, loss_keys
 
 _SECTIONS = {
     "": "The run",
@@ -58,9 +59,9 @@ def document() -> str:
     for section in names:
         found = {path: key for path, key in keys.KEYS.items() if path.rpartition(".")[0] == section}
         parts.append(f"## {_SECTIONS.get(section, section.capitalize())}\n\n{_table(found)}")
-    parts.append(_LOSSES.format(common=_table(keys.common_keys())))
+    parts.append(_LOSSES.format(common=_table(common_keys())))
     for name in sorted(LOSSES):
-        own = {key: value for key, value in keys.loss_keys(name).items() if key not in keys.common_keys()}
+        own = {key: value for key, value in loss_keys(name).items() if key not in common_keys()}
         parts.append(f"### {name}\n\n{_summary(LOSSES[name])}\n" + (f"\n{_table(own)}" if own else ""))
     indifferent = ", ".join(f"`{path}`" for path in keys.KEYS if path in keys.indifferent())
     parts.append(_RESUMING.format(indifferent=indifferent))

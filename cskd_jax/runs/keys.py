@@ -6,11 +6,9 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS
 from cskd_jax.models.vision_transformer import VISION_TRANSFORMER_SETTINGS, VisionTransformer
 from cskd_jax.runs import rules
-from cskd_jax.training.objective import Weight, hyperparameters
 
 # The default of a key that every recipe must set.
 REQUIRED = object()
@@ -95,7 +93,7 @@ def _network_keys(role: str) -> dict[str, Key]:
     return found
 
 
-# Every key except those of `losses`, which `loss_keys` derives from the classes of the losses.
+# Every key except those of `losses`, which `runs.loss_keys` derives from the classes of the losses.
 KEYS: Mapping[str, Key] = types.MappingProxyType(
     {
         "method": Key(REQUIRED, rules.TEXT, "Name of the method in results and in the default workdir."),
@@ -360,55 +358,10 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
     }
 )
 
-# The key of a loss that reads a teacher.
-LOSS_TEACHER = Key(
-    None,
-    rules.optional(rules.LOSS_TEACHER),
-    "Teacher of a loss that reads one: the number of one of several; average for the moving average of the student "
-    "itself, which needs optimizer.ema_decay; None for all teachers as one.",
-)
-# The rules of the keys that every loss has: the fields of `Weight`.
-_WEIGHT_RULES = {
-    "weight": rules.NOT_NEGATIVE,
-    "start_epoch": rules.integer(0),
-    "end_epoch": rules.optional(rules.integer(1)),
-    "warmup_epochs": rules.integer(0),
-    "decay_epoch": rules.optional(rules.integer(0)),
-}
-
-
-def weight_keys() -> dict[str, Key]:
-    """Returns the settings of every loss by name: the weight and how it changes over the epochs."""
-    return {field.name: _key(field, _WEIGHT_RULES[field.name], Weight) for field in dataclasses.fields(Weight)}
-
-
-def common_keys() -> dict[str, Key]:
-    """Returns the settings that losses share, by name: those of the weight, and the teacher."""
-    return weight_keys() | {"teacher": LOSS_TEACHER}
-
-
-def loss_keys(name: str) -> dict[str, Key]:
-    """Returns all settings of a loss of `LOSSES` by name; their defaults are those of its class."""
-    own = {field.name: _key(field, rules.of_field(field), LOSSES[name]) for field in hyperparameters(name).values()}
-    return {**weight_keys(), **({"teacher": LOSS_TEACHER} if LOSSES[name].needs_teacher else {}), **own}
-
-
-def _key(field, rule, owner):
-    default = REQUIRED if field.default is dataclasses.MISSING else field.default
-    return Key(default, rule, attributes_of(owner).get(field.name, ""))
-
 
 def network_settings(section: Any) -> dict[str, Any]:
     """Returns {name: value} of the settings of a network that `config.teacher` or `config.student` sets."""
     return {name: section[name] for name in _NETWORK_SETTINGS if section[name] is not None}
-
-
-def find_key(path: str) -> Key | None:
-    """Returns the key "a.b" or "losses.NAME.SETTING" of a configuration; None if there is no such key."""
-    if not path.startswith("losses."):
-        return KEYS.get(path)
-    _, name, setting = [*path.split(".", 2), "", ""][:3]
-    return loss_keys(name).get(setting) if name in LOSSES else None
 
 
 def indifferent() -> frozenset[str]:

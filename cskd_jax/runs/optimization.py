@@ -7,7 +7,7 @@ import ml_collections
 import optax
 
 from cskd_jax.losses import LOSSES
-from cskd_jax.runs import keys
+from cskd_jax.runs.loss_keys import weight_keys
 from cskd_jax.training.optimizers import (
     ConstantSchedule,
     CosineSchedule,
@@ -54,7 +54,7 @@ def make_first_phase(config: ml_collections.ConfigDict, steps_per_epoch: int) ->
     name, first = next((name, phase) for name, phase in phases.items() if phase is not None)
     settings = config.first_phase
     schedule = ConstantSchedule(settings.learning_rate or config.optimizer.learning_rate)
-    own = {key: value for key, value in config.losses[name].to_dict().items() if key not in keys.weight_keys()}
+    own = {key: value for key, value in config.losses[name].to_dict().items() if key not in weight_keys()}
     return Phase(
         settings.epochs,
         losses={name: own | {"weight": 1.0, **first.settings}},

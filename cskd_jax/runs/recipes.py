@@ -122,14 +122,14 @@ def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_coll
     Raises:
       UserError: A key is unknown, or a value is not of its type.
     """
-    from cskd_jax.runs import keys, rules, schema
+    from cskd_jax.runs import rules, schema
 
     known = schema.flatten(config)
     for argument in overrides:
         key = override_key(argument)
         if key == "method":
             raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")
-        found = keys.find_key(key)
+        found = schema.find_key(key)
         if found is None or key not in known:
             raise schema.unknown_key(key, known)
         _, equals, text = argument.partition("=")

@@ -18,7 +18,16 @@ from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS, check_settings
 from cskd_jax.runs import keys, rules
 from cskd_jax.runs.keys import REQUIRED, Key
+from cskd_jax.runs.loss_keys import LOSS_TEACHER, loss_keys, weight_keys
 from cskd_jax.training.objective import AVERAGE, Weight, needs_teacher
+
+
+def find_key(path: str) -> Key | None:
+    """Returns the key "a.b" or "losses.NAME.SETTING" of a configuration; None if there is no such key."""
+    if not path.startswith("losses."):
+        return keys.KEYS.get(path)
+    _, name, setting = [*path.split(".", 2), "", ""][:3]
+    return loss_keys(name).get(setting) if name in LOSSES else None
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -46,7 +55,7 @@ def fill(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             _fill_key(config[section] if section else config, name, key)
         losses = config.get("losses")
         for name in losses if isinstance(losses, ml_collections.ConfigDict) else ():
-            for setting, key in keys.loss_keys(name).items() if name in LOSSES else ():
+            for setting, key in loss_keys(name).items() if name in LOSSES else ():
                 _fill_key(losses[name], setting, key)
     return config
 
@@ -69,7 +78,7 @@ def _typed(value, key):
     kind = key.rule.types[0]
     if value is None:
         return config_dict.placeholder(kind)
-    if key is keys.LOSS_TEACHER and type(value) is int:
+    if key is LOSS_TEACHER and type(value) is int:
         return str(value)
     return float(value) if kind is float and type(value) is int else value
 
@@ -112,7 +121,7 @@ def read_flat(path: pathlib.Path) -> dict[str, Any]:
 
 def wrong_types(flat: Mapping[str, Any]) -> list[str]:
     """Returns the known keys of {"a.b": JSON value} whose values have the wrong types; other keys are ignored."""
-    return [path for path, value in flat.items() if (key := keys.find_key(path)) and not _has_type(value, key)]
+    return [path for path, value in flat.items() if (key := find_key(path)) and not _has_type(value, key)]
 
 
 def _has_type(value, key):
@@ -133,7 +142,7 @@ def complete(flat: Mapping[str, Any]) -> dict[str, Any]:
       methods of a sum in the order that recipes give them, which used to be the order on the command line.
     """
     names = {path.split(".")[1] for path in flat if path.startswith("losses.")}
-    settings = {f"losses.{name}.{s}": key for name in names & LOSSES.keys() for s, key in keys.loss_keys(name).items()}
+    settings = {f"losses.{name}.{s}": key for name in names & LOSSES.keys() for s, key in loss_keys(name).items()}
     full = dict(flat)
     for path, key in {**keys.KEYS, **settings}.items():
         value = flat.get(path, key.value_in_workdir(flat.get("dataset.name")))
@@ -156,14 +165,14 @@ def restore(flat: Mapping[str, Any], source: str) -> ml_collections.ConfigDict:
       UserError: A key is unknown, or a required one is missing.
     """
     for path in flat:
-        if keys.find_key(path) is None:
+        if find_key(path) is None:
             raise UserError(f"{source} holds an unknown configuration key {path}")
     missing = sorted(path for path, key in keys.KEYS.items() if key.default is REQUIRED and path not in flat)
     if missing:
         raise UserError(f"{source} lacks {', '.join(missing)}: another version of cskd_jax wrote it")
     values = {}
     for path, value in complete(flat).items():
-        value = _typed(value, keys.find_key(path))
+        value = _typed(value, find_key(path))
         values[path] = tuple(value) if isinstance(value, list) else value
     return ml_collections.ConfigDict(traverse_util.unflatten_dict(values, sep="."))
 
@@ -319,13 +328,13 @@ def _validate_loss(name: str, settings: Any) -> None:
         raise unknown_key(f"losses.{name}", [f"losses.{known}" for known in LOSSES])
     if not isinstance(settings, ml_collections.ConfigDict) or "weight" not in settings:
         raise UserError(f"losses.{name} must have a weight")
-    allowed: dict[str, Key] = keys.loss_keys(name)
+    allowed: dict[str, Key] = loss_keys(name)
     for setting, value in settings.items():
         path = f"losses.{name}.{setting}"
         if setting not in allowed:
             raise unknown_key(path, [f"losses.{name}.{known}" for known in allowed])
         rules.check(path, value, allowed[setting].rule)
-    weight = Weight(**{key: value for key, value in settings.items() if key in keys.weight_keys()})
+    weight = Weight(**{key: value for key, value in settings.items() if key in weight_keys()})
     if weight.wrong:
         raise UserError(f"losses.{name}.{weight.wrong}")
 

@@ -8,43 +8,12 @@ import numpy as np
 
 from cskd_jax.data.augment import Normalize
 from cskd_jax.models import ModelOutput
-from cskd_jax.training.layers import CLASSIFIER
 from cskd_jax.training.networks import Network, Variables
+from cskd_jax.training.wrapping import WrappingNetwork
 
 
-@dataclasses.dataclass(frozen=True)
-class _Adapted:
-    """A `Network` that changes images before passing them to another network.
-
-    Attributes:
-      network: Network that gets the changed images.
-    """
-
-    network: Network
-
-    @property
-    def synchronized(self) -> bool:
-        """Returns whether the network computes batch statistics from the global batch."""
-        return self.network.synchronized
-
-    @property
-    def variables(self) -> Variables | None:
-        """Returns the variables that come with the network."""
-        return self.network.variables
-
-    @property
-    def head(self) -> str | None:
-        """Returns the path of the classifier of the network; None if it has none."""
-        return getattr(self.network, "head", CLASSIFIER)
-
-    @property
-    def norms(self) -> tuple[str, ...]:
-        """Returns the paths of the batch normalizations before the last ReLU of each stage; empty if not known."""
-        return getattr(self.network, "norms", ())
-
-    def on_axis(self, axis_name: str | None) -> "_Adapted":
-        """Returns the network for a batch that is split over a mapped axis; None means a whole batch."""
-        return dataclasses.replace(self, network=self.network.on_axis(axis_name))
+class _Adapted(WrappingNetwork):
+    """Base of a `Network` that changes images before passing them to another network."""
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
         """Returns fresh variables, and the outputs for two black images of shape [H, W, C]."""

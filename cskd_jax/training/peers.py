@@ -7,15 +7,15 @@ from typing import Any
 import jax
 
 from cskd_jax.models import ModelOutput
-from cskd_jax.training.layers import CLASSIFIER
 from cskd_jax.training.networks import Network, Variables
+from cskd_jax.training.wrapping import WrappingNetwork
 
 # The entry of every collection that holds the variables of the peers; no module has this name.
 _PEERS = "+peers"
 
 
 @dataclasses.dataclass(frozen=True)
-class Cohort:
+class Cohort(WrappingNetwork):
     """A student and its peers as one `Network` in training; outside of training, the student alone.
 
     Every collection of its variables is the collection of the student plus an entry "+peers", {"1": collection of the
@@ -27,37 +27,12 @@ class Cohort:
       peers: Number of peers.
     """
 
-    network: Network
     peers: int
-
-    @property
-    def synchronized(self) -> bool:
-        """Returns whether the network computes batch statistics from the global batch."""
-        return self.network.synchronized
 
     @property
     def variables(self) -> None:
         """Returns None: `init` makes fresh variables."""
         return None
-
-    @property
-    def draws_by_position(self) -> bool:
-        """Returns whether the network draws random numbers by the positions of samples in the global batch."""
-        return getattr(self.network, "draws_by_position", False)
-
-    @property
-    def has_training_mode(self) -> bool:
-        """Returns whether the network has a training mode."""
-        return getattr(self.network, "has_training_mode", True)
-
-    @property
-    def head(self) -> str | None:
-        """Returns the path of the classifier of the student; None if it has none."""
-        return getattr(self.network, "head", CLASSIFIER)
-
-    def on_axis(self, axis_name: str | None) -> "Cohort":
-        """Returns the networks for a batch that is split over a mapped axis; None means a whole batch."""
-        return dataclasses.replace(self, network=self.network.on_axis(axis_name))
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
         """Returns fresh variables, the student's as without peers, and the student's outputs for two black images."""

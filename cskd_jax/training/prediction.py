@@ -16,13 +16,14 @@ from cskd_jax.training.networks import Network, Variables
 from cskd_jax.training.objective import Objective, hyperparameters
 from cskd_jax.training.peers import without_peers
 from cskd_jax.training.state import TrainState, output_of
+from cskd_jax.training.wrapping import WrappingNetwork
 
 # The collection of a network's variables that holds the variables of the loss with which it predicts.
 PREDICTION = "prediction"
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictingNetwork:
+class PredictingNetwork(WrappingNetwork):
     """A `Network` for evaluation whose logits are predicted by a loss from its outputs.
 
     Attributes:
@@ -30,25 +31,17 @@ class PredictingNetwork:
       loss: Loss, whose variables are the collection "prediction" of the variables.
     """
 
-    network: Network
     loss: Method
 
-    # Its own classifier takes no part in its prediction.
-    head = None
-
     @property
-    def synchronized(self) -> bool:
-        """Returns whether the network computes batch statistics from the global batch."""
-        return self.network.synchronized
+    def head(self) -> None:
+        """Returns None: the classifier of the network takes no part in its prediction."""
+        return None
 
     @property
     def variables(self) -> None:
         """Returns None: the variables come from training."""
         return None
-
-    def on_axis(self, axis_name: str | None) -> "PredictingNetwork":
-        """Returns the network for a batch that is split over a mapped axis; None means a whole batch."""
-        return dataclasses.replace(self, network=self.network.on_axis(axis_name))
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
         """Raises ValueError, because the loss learns during training what it predicts with."""
