@@ -179,12 +179,12 @@ def combine(parts, count):
         raise ValueError("a method is named twice")
     phases = [part for part in parts if part in FIRST_PHASES]
     if len(phases) > 1:
-        raise ValueError(f"{' and '.join(phases)} need a first phase of their own")
+        raise ValueError(f"{' and '.join(phases)} each need their own first phase")
     losses = {}
     for part, terms in parts.items():
         for name, settings in terms.items():
             if name in losses and name not in SUPERVISION:
-                raise ValueError(f"the loss {name} is that of {part} and of another method")
+                raise ValueError(f"the loss {name} is used by {part} and by another method")
             losses[name] = {**losses.get(name, {}), **settings} | ({"weight": 1.0} if name in SUPERVISION else {})
     for name, weight in COMBINATIONS.get(frozenset(parts), {}).items():
         losses[name]["weight"] = weight

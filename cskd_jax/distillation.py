@@ -210,15 +210,15 @@ def _as_students(students, student, variables, paths, losses, optimizer, schedul
     single |= {"student_embedding": embedding, "student_head": head}
     given = [name for name, value in single.items() if value is not None]
     if given:
-        raise UserError(f"{given[0]} belongs to one student: with students={{...}}, it is part of each `Student`")
+        raise UserError(f"{given[0]} applies to a single student: with students={{...}}, set it in each `Student`")
     if not students or not all(isinstance(student, Student) for student in students.values()):
-        raise UserError("students must be {name: Student(network, losses, optimizer)}, with at least one")
+        raise UserError("students must be {name: Student(network, losses, optimizer)}, with at least one entry")
     allowed = re.compile(r"(?!tensorboard$)[A-Za-z0-9][A-Za-z0-9._+-]*")
     wrong = [name for name in students if not allowed.fullmatch(name)]
     if wrong:
         raise UserError(
-            f"a student cannot be called {wrong[0]!r}, as a folder is named after it: letters, digits and ._+- are "
-            "allowed, but not tensorboard"
+            f"a student cannot be named {wrong[0]!r}, because its folder has the same name: letters, digits and ._+- "
+            "are allowed, but not tensorboard"
         )
     return students
 
@@ -253,7 +253,7 @@ def _make_normalizations(data, mean, std, teacher_mean, teacher_std):
     own_mean, own_std = mean if teacher_mean is None else teacher_mean, std if teacher_std is None else teacher_std
     own = _make_normalize(data, own_mean, own_std, "teacher_")
     if data.image_dtype != np.uint8 and not own.is_same(normalize):
-        raise UserError("teacher_mean and teacher_std need uint8 images; floats are taken as they are")
+        raise UserError("teacher_mean and teacher_std need uint8 images; float images are used as they are")
     return normalize, own
 
 
@@ -276,18 +276,18 @@ def _as_teachers(teacher, variables, paths, own) -> Sequence[Teacher]:
     if isinstance(teacher, list | tuple | Teacher):
         teacher = [teacher] if isinstance(teacher, Teacher) else teacher
         if not teacher or not all(isinstance(one, Teacher) for one in teacher):
-            raise UserError("several teachers must be a list of Teacher(network, variables), with at least one")
+            raise UserError("several teachers must be a non-empty list of Teacher(network, variables)")
         features, embedding, head = paths
         single = {"teacher_variables": variables, "teacher_mean or teacher_std": own}
         single |= {"teacher_features": features or None, "teacher_embedding": embedding, "teacher_head": head}
         given = [name for name, value in single.items() if value is not None]
         if given:
-            raise UserError(f"{given[0]} belongs to a network that is given alone: here it is part of each `Teacher`")
+            raise UserError(f"{given[0]} applies to a single teacher network: here, set it in each `Teacher`")
         return teacher
     network = as_network(teacher, *paths)
     variables = network.variables if variables is None else variables
     if variables is None:
-        raise UserError("a teacher needs its teacher_variables, such as the variables of an earlier result")
+        raise UserError("a teacher needs teacher_variables, such as the variables of an earlier result")
     return [Teacher(network, variables, normalization=own)]
 
 
@@ -310,8 +310,8 @@ def _make_batches(train: Any, steps_per_epoch: int | None) -> EpochBatches | Non
         return EpochBatches(train, functools.partial(make_split, "train"), steps_per_epoch)
     if not isinstance(train, tuple | list):
         raise UserError(
-            f"train is a {type(train).__name__}, which may be spent after one epoch: give arrays, or a function from "
-            "the number of an epoch to an iterable of (images, labels), such as train=lambda epoch: loader"
+            f"train is a {type(train).__name__}, which may be exhausted after one epoch: give arrays, or a function "
+            "from an epoch number to an iterable of (images, labels), such as train=lambda epoch: loader"
         )
     return None
 
@@ -344,7 +344,7 @@ def _claim(workdir, identity, students):
         write_json(path, identity)
         return f"workdir {workdir}"
     if not path.exists():
-        raise UserError(f"workdir {workdir} holds checkpoints that no distill has made; use another workdir")
+        raise UserError(f"workdir {workdir} holds checkpoints that were not made by distill; use another workdir")
     found = read_json(path)
     different = sorted(key for key in identity.keys() | found.keys() if found.get(key) != identity.get(key))
     if different == ["epochs"] and is_count(found.get("epochs")) and found["epochs"] < identity["epochs"]:
@@ -356,6 +356,6 @@ def _claim(workdir, identity, students):
         raise UserError(f"workdir {workdir} holds another run ({changes}); use another workdir")
     write_json(path, identity)
     return (
-        f"workdir {workdir}: going on; the optimizer, the augmentation, the batches that a function makes after the "
-        "first, and the code of networks and functions cannot be compared with those of the earlier start"
+        f"workdir {workdir}: resuming; the optimizer, the augmentation, the batches that a function makes after the "
+        "first, and the code of networks and functions cannot be compared with those of the earlier run"
     )

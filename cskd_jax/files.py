@@ -87,17 +87,17 @@ def _open_no_link(path, flags):
 def refuse_link(path: pathlib.Path) -> None:
     """Raises UserError if `path` is a symbolic link."""
     if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link, and nothing is written through one: remove it")
+        raise UserError(f"{path} is a symbolic link, and files are never written through links: remove it")
 
 
 def refuse_other_kinds(files: Iterable[pathlib.Path], folders: Iterable[pathlib.Path]) -> None:
     """Raises UserError if something else is where files and folders are to be written, so that it is known in time."""
     for path in files:
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no regular file, and a file is to be written there: remove it")
+            raise UserError(f"{path} is not a regular file, but a file must be written there: remove it")
     for path in folders:
         if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is no folder, and files are to be written into it: remove it")
+            raise UserError(f"{path} is not a folder, but files must be written into it: remove it")
 
 
 def refuse_links(paths: Iterable[pathlib.Path]) -> None:
@@ -117,8 +117,8 @@ def local_folder(path: str | pathlib.Path) -> pathlib.Path:
     address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
     if address:
         raise UserError(
-            f"{path} is an address, not a folder: name a local or a mounted folder, and copy it from or to "
-            f"{address[1]}:// by other means, such as gcloud storage or rclone"
+            f"{path} is a URL, not a folder: name a local or mounted folder, and copy it from or to {address[1]}:// "
+            "with another tool, such as gcloud storage or rclone"
         )
     return full_path(path)
 
@@ -128,4 +128,6 @@ def full_path(path: str | pathlib.Path) -> pathlib.Path:
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError:
-        raise UserError(f"{path}: there is no home folder (HOME is not set); name the folder in full") from None
+        raise UserError(
+            f"{path}: there is no home folder (HOME is not set); give the full path of the folder"
+        ) from None

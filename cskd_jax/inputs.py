@@ -38,9 +38,9 @@ def open_regular(path: str | pathlib.Path, limit: int) -> io.BufferedReader:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is no regular file, but a folder, a pipe, a device or the like")
+            raise UserError(f"{path} is not a regular file but a folder, a pipe, a device or similar")
         if status.st_size > limit:
-            raise UserError(f"{path} has {status.st_size:,} bytes; at most {limit:,} are read")
+            raise UserError(f"{path} has {status.st_size:,} bytes; at most {limit:,} are allowed")
     except BaseException:
         os.close(descriptor)
         raise
@@ -52,7 +52,7 @@ def read_bytes(path: str | pathlib.Path, limit: int) -> bytes:
     with open_regular(path, limit) as file:
         data = file.read(limit + 1)
     if len(data) > limit:  # It is growing, or its file system does not report its size.
-        raise UserError(f"{path} has more than {limit:,} bytes, which are not read")
+        raise UserError(f"{path} has more than {limit:,} bytes, the maximum")
     return data
 
 
@@ -80,14 +80,14 @@ def _parts(value):
 
 def _integer(text):
     if len(text) > _MAX_DIGITS:
-        raise ValueError(f"it holds a number of {len(text)} digits")
+        raise ValueError(f"it holds a number with {len(text)} digits")
     return int(text)
 
 
 def _float(text):
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"it holds {text[:_MAX_DIGITS]}, which is no finite number")
+        raise ValueError(f"it holds {text[:_MAX_DIGITS]}, which is not a finite number")
     return value
 
 
@@ -159,7 +159,7 @@ class _BoundedReads:
     def read(self, size=-1):
         data = self._read(min(size, _MAX_DIRECTORY + 1) if size >= 0 else _MAX_DIRECTORY + 1)
         if len(data) > _MAX_DIRECTORY:
-            raise zipfile.BadZipFile("a part of it is too large")
+            raise zipfile.BadZipFile("part of it is too large")
         return data
 
 
@@ -186,9 +186,9 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -
         bytes into gigabytes before a size is checked.
     """
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise zipfile.BadZipFile(f"compression method {member.compress_type}; 0 and 8 are read")
+        raise zipfile.BadZipFile(f"compression method {member.compress_type}; only 0 and 8 are supported")
     if member.file_size > limit:
-        raise zipfile.BadZipFile(f"it has {member.file_size:,} bytes; at most {limit:,} are read")
+        raise zipfile.BadZipFile(f"it has {member.file_size:,} bytes; at most {limit:,} are allowed")
     parts = []
     with archive.open(member) as file:
         while part := file.read(_CHUNK):

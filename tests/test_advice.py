@@ -27,11 +27,11 @@ ADVICE = [
     ),
     (
         f"{DIGITS} --config.batch_size=16 --config.optimizer.accumulation_steps=16",
-        "micro-batch (batch_size 16 / accumulation_steps 16) is 1, which does not divide",
+        "micro-batch (batch_size 16 / accumulation_steps 16) is 1, which does not split evenly",
         ["optimizer.accumulation_steps=2"],
     ),
     (f"{DIGITS} --config.dataset.path=/x", "leave it out", []),
-    (f"{LAST} --config.dataset.train_examples=5", "allowed are 10 to 1398", ["dataset.train_examples=1398"]),
+    (f"{LAST} --config.dataset.train_examples=5", "it must be from 10 to 1398", ["dataset.train_examples=1398"]),
     (f"{LAST} --config.dataset.train_examples=1400", "at most 1398 are possible", ["dataset.train_examples=1398"]),
     (
         f"{DIGITS} --config.dataset.image_size=12 --config.augment.resize=8",
@@ -39,8 +39,8 @@ ADVICE = [
         ["augment.resize=0", "augment.resize=12"],
     ),
     (f"{DIGITS} --config.optimizer.warmup_epochs=30", "must be less than epochs, 30", ["optimizer.warmup_epochs=29"]),
-    (f"{DIGITS} --config.dataset.mean=(0.1,0.2) --config.dataset.std=(1,1)", "one value for all of them", []),
-    (FOLDER, "dataset.image_size be set", ["dataset.image_size=8"]),
+    (f"{DIGITS} --config.dataset.mean=(0.1,0.2) --config.dataset.std=(1,1)", "one value for all channels", []),
+    (FOLDER, "set dataset.image_size", ["dataset.image_size=8"]),
 ]
 
 
@@ -109,7 +109,7 @@ SETTINGS = [
     ({"train": _arrays(16), "batch_size": 8, "accumulation_steps": 8}, "smaller number", [{"accumulation_steps": 4}]),
     (
         {"train": lambda epoch: [_arrays(8), _arrays(1)]},
-        "one image, .*let train leave it out, or give it more images",
+        "one image, .*have train leave it out, or add images to it",
         [{"train": lambda epoch: [_arrays(8)]}, {"train": lambda epoch: [_arrays(8), _arrays(2)]}],
     ),
     ({"train": iter([])}, "give arrays, or a function from", [{"train": _arrays(16), "batch_size": 8}]),

@@ -51,7 +51,7 @@ def test_a_sound_one(tmp_path):
 def test_what_is_no_file(make, tmp_path):
     make(save(tmp_path))
     assert "is damaged (" in refused(tmp_path)
-    assert "is no regular file)" in refused(tmp_path)
+    assert "is not a regular file)" in refused(tmp_path)
 
 
 def test_too_many_files(tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_record_that_is_too_large(tmp_path):
 def test_arrays_that_unpack_to_far_more_than_their_files(tmp_path):
     """Sixteen megabytes of zeros take some kilobytes in the files."""
     save(tmp_path, kernel=np.zeros((4 << 20,), np.float32))
-    assert "its arrays would take 16,777,216 bytes, its files have " in refused(tmp_path)
+    assert "its arrays would take 16,777,216 bytes, but its files have " in refused(tmp_path)
 
 
 def test_a_record_that_was_changed(tmp_path):
@@ -82,7 +82,7 @@ def test_a_record_that_was_changed(tmp_path):
 
 def test_a_record_that_is_unsound(tmp_path):
     save(tmp_path, dataclasses.replace(RECORD, multilabel="yes"))
-    assert "its record has no sound multilabel" in refused(tmp_path)
+    assert "its record has no valid multilabel" in refused(tmp_path)
 
 
 def test_a_newer_version(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_newer_version(tmp_path, monkeypatch):
 
 def test_arrays_of_no_network(tmp_path):
     save(tmp_path, **{"a": np.ones(1, np.float32), "a/b": np.ones(1, np.float32)})
-    assert "its arrays are those of no network" in refused(tmp_path)
+    assert "its arrays are not those of a network" in refused(tmp_path)
 
 
 def test_no_classifier(tmp_path):
@@ -122,7 +122,7 @@ def test_one_that_is_damaged_is_put_aside(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     with (
         Checkpoints(folder, keep=1) as checkpoints,
-        pytest.raises(UserError, match="no checkpoint in .* is sound; the same command starts anew"),
+        pytest.raises(UserError, match="no checkpoint in .* is intact; the same command starts over"),
     ):
         checkpoints.restore(lambda step: {})
     assert "is damaged" in caplog.text

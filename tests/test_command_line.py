@@ -45,7 +45,7 @@ def test_configuration_that_lacks_keys():
         del flat[key]
     assert schema.flatten(schema.restore(flat, "config.json")) == expected
     del flat["student.name"]
-    with pytest.raises(UserError, match="config.json lacks student.name: another version of cskd_jax wrote it"):
+    with pytest.raises(UserError, match="config.json is missing student.name: another version of cskd_jax wrote it"):
         schema.restore(flat, "config.json")
 
 

@@ -62,7 +62,7 @@ def test_the_installed_command_is_this_one():
     assert (name.strip(), entry.strip()) == ("cskd-jax", "cskd_jax.__main__:start")
     process = python("-c", "from cskd_jax.__main__ import start; start()", "config", "shwo")
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.startswith("error: config takes show or keys first")
+    assert process.stderr.startswith("error: config must be followed by show or keys")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -107,7 +107,7 @@ def test_help_imports_nothing():
 def test_other_modules_are_no_commands(module, hint):
     process = python("-m", module, "--config=digits:kd")
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == f"error: {module} is no command; {hint}\n"
+    assert process.stderr == f"error: {module} is not a command; {hint}\n"
 
 
 TALKING = """
@@ -200,7 +200,7 @@ def test_flags_with_and_without_an_equals_sign(capsys):
 def test_shown_configuration(capsys):
     assert main(["cskd-jax", "config", "show", "digits:kd+at", "--config.losses.kd.temperature=2"]) == 0
     *lines, empty, explanation = capsys.readouterr().out.splitlines()
-    assert (empty, explanation) == ("", "* differs from the default of the key, which stands behind it.")
+    assert (empty, explanation) == ("", "* marks a value that differs from the default of its key, which follows it.")
     assert lines[:2] == ["digits:kd+at, workdir runs/digits/at+kd-seed0-losses.kd.temperature=2", ""]
     config = load_recipe("digits:kd+at", ["--config.losses.kd.temperature=2"])
     values = schema.flatten(config)
@@ -226,7 +226,7 @@ def test_explained_keys(capsys):
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     assert shown == [f"losses.kd.{setting}" for setting in loss_keys("kd")]
     assert main(["cskd-jax", "config", "keys", "*.width"]) == 0
-    assert capsys.readouterr().out.startswith("teacher.width\n    default 1.0; a number above 0, up to 64\n")
+    assert capsys.readouterr().out.startswith("teacher.width\n    default 1.0; a number greater than 0, up to 64\n")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_a_run_that_an_earlier_version_has_left_in_the_plain_folder_is_found(tmp
 @pytest.mark.parametrize("folder", ["gs://bucket/run", pathlib.Path("s3://bucket/run")])
 def test_addresses_are_no_folders_in_python_either(use, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(cskd_jax.UserError, match=f"{folder} is an address, not a folder: name a local or a mounted"):
+    with pytest.raises(cskd_jax.UserError, match=f"{folder} is a URL, not a folder: name a local or mounted"):
         use(folder)
     assert list(tmp_path.iterdir()) == []
 

@@ -289,7 +289,7 @@ def test_other_methods_wait_for_the_first_phase_of_one(method, settings, losses)
 @pytest.mark.parametrize(
     ("word", "changes", "message"),
     [
-        ("kd", {"first_phase.epochs": 3}, "first_phase.epochs is 3; it must be 0 without a loss that has a first"),
+        ("kd", {"first_phase.epochs": 3}, "first_phase.epochs is 3; it must be 0 unless one of the losses has a first"),
         (
             "ab",
             {"optimizer.name": "dot", "optimizer.restart_momentum": False},
@@ -299,7 +299,7 @@ def test_other_methods_wait_for_the_first_phase_of_one(method, settings, losses)
         (
             "cskd_paper",
             {"optimizer.name": "dot", "optimizer.delta": 0.2},
-            "optimizer.delta is 0.2, optimizer.momentum 0.9; their difference must be at least 0, and their sum less",
+            "optimizer.delta is 0.2 and optimizer.momentum is 0.9; delta must be at most momentum, and their sum less",
         ),
     ],
 )
@@ -316,10 +316,10 @@ def test_first_phases_and_optimizers_that_make_no_sense(word, changes, message):
     ("recipe", "method", "message"),
     [
         ("digits", "kd+at+kd", "at+kd+kd: a method is named twice"),
-        ("digits", "cskd+cskd_paper", "the loss mse_logits is that of cskd_paper and of another method"),
-        ("digits", "ab+kd+fsp", "ab and fsp need a first phase of their own"),
+        ("digits", "cskd+cskd_paper", "the loss mse_logits is used by cskd_paper and by another method"),
+        ("digits", "ab+kd+fsp", "ab and fsp each need their own first phase"),
         ("digits", "kd+", "unknown method ''; known: cskd, "),
-        ("digit_pairs", "mlcskd+bkd", "the loss binary_kd is that of mlcskd and of another method"),
+        ("digit_pairs", "mlcskd+bkd", "the loss binary_kd is used by mlcskd and by another method"),
     ],
 )
 def test_methods_that_do_not_go_together(recipe, method, message):

@@ -37,7 +37,7 @@ def test_a_workdir_knows_its_number(tmp_path):
     assert devices_of(tmp_path) == 1
     for value in (0, "2", 1.5, None):
         (tmp_path / "config.json").write_text(json.dumps({DEVICES: value}))
-        with pytest.raises(UserError, match="number of devices must be an integer of at least 1"):
+        with pytest.raises(UserError, match="number of devices must be a positive integer"):
             devices_of(tmp_path)
 
 

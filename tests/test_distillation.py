@@ -119,16 +119,16 @@ def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
     assert _describe_loss(KD(num_classes=3, temperature=1.0)) != _describe_loss(KD(num_classes=3, temperature=9.0))
     assert capsys.readouterr() == ("", "")
     distill(Net(), workdir=tmp_path, callbacks=[cskd_jax.Console()])
-    assert "cannot be compared with those of the earlier start" in capsys.readouterr().out
+    assert "cannot be compared with those of the earlier run" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_workdir_of_something_else_is_left_alone(tmp_path):
     make_trainer(tmp_path / "trainer").fit()
-    with pytest.raises(UserError, match="holds checkpoints that no distill has made"):
+    with pytest.raises(UserError, match="holds checkpoints that were not made by distill"):
         distill(Net(), workdir=tmp_path / "trainer")
     distill(Net(), workdir=tmp_path / "distill")
-    with pytest.raises(UserError, match="holds checkpoints that no recipe has made"):
+    with pytest.raises(UserError, match="holds checkpoints that were not made by a recipe"):
         cskd_jax.run("digits:ce", tmp_path / "distill")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "student").symlink_to(tmp_path / "elsewhere")
@@ -195,41 +195,41 @@ def test_a_network_without_training_mode_is_told_of(capsys):
             return nn.Dense(3)(nn.BatchNorm(use_running_average=True)(x.reshape(len(x), -1)))
 
     distill(NeverTrains(), epochs=1, callbacks=[cskd_jax.Console()], train=TEST)
-    assert "no argument that asks for training mode" in capsys.readouterr().out
+    assert "no argument for training mode" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"student": Grows()}, r"a step turns .*seen.*images.* from float32.2, 3. into float32.8, 3."),
+        ({"student": Grows()}, r"a step changes .*seen.*images.* from float32.2, 3. to float32.8, 3."),
         ({"student": nn.Dense(3)}, r"logits of two images have shape .2, 4, 4, 3.; the data have 3 classes"),
         ({"student": Net(), "categories": ("a", "b", "c", "d")}, "the data have 4 classes"),
-        ({"losses": {"loss": spread}}, "a loss cannot be called loss"),
+        ({"losses": {"loss": spread}}, "a loss cannot be named loss"),
         ({"losses": {"mine": lambda inputs: inputs.student.logits}}, r"losses.mine must be a scalar; got shape .8, 3."),
         ({"losses": {"mine": lambda inputs: None}}, "losses.mine must be a scalar; got NoneType"),
         ({"losses": {"mine": lambda inputs: (0.0, 1.0)}}, "a scalar and a dictionary of scalars"),
         ({"losses": {"cross_entropy": -1.0}}, "losses.cross_entropy.weight is -1.0"),
         ({"losses": {}}, "losses must name at least one loss"),
-        ({"log_every": 0}, "log_every is 0; it must be an integer of at least 1"),
+        ({"log_every": 0}, "log_every is 0; it must be an integer, at least 1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"epochs": 1.0}, "at least one epoch, as an integer"),
-        ({"mean": (0.0, 0.0, 0.0)}, "mean has 3 values, the images have 1 channels"),
+        ({"epochs": 1.0}, "every phase an integer number of epochs, at least 1"),
+        ({"mean": (0.0, 0.0, 0.0)}, "mean has 3 values, but the images have 1 channels"),
         ({"test": (IMAGES, np.eye(3)[LABELS])}, "train and test differ"),
-        ({"train": (IMAGES, LABELS[:, None])}, r"must have shape .N."),
+        ({"train": (IMAGES, LABELS[:, None])}, r"it must be .N."),
         ({"train": (IMAGES, LABELS[:3])}, "train must be images .* got shapes .24, 4, 4, 1. and .3,."),
-        ({"train": (IMAGES, LABELS.astype(float))}, "train labels are float64; they must be integers"),
+        ({"train": (IMAGES, LABELS.astype(float))}, "train labels are float64; they must be integer"),
         ({"train": (IMAGES.astype(int), LABELS)}, "train images are int64; they must be uint8 or floats"),
         ({"test": (IMAGES[:, :2], LABELS)}, "train and test differ"),
         ({"categories": ("a", "b")}, "labels must be from 0 to 1"),
-        ({"losses": {"nothing": 1.0}}, "losses.nothing is not known: give a function"),
+        ({"losses": {"nothing": 1.0}}, "losses.nothing is unknown: give a function"),
         ({"losses": {"kd": {"weight": 1.0, "heat": 4.0}}}, "losses.kd has no setting heat, only .*temperature"),
         ({"losses": {"kd": 1.0}}, "student: losses.kd needs a teacher"),
-        ({"losses": {"kd": 1.0}, "teacher": Net()}, "a teacher needs its teacher_variables"),
-        ({"batch_size": 5, "devices": 2}, "batch_size is 5, which does not divide by the 2 devices"),
+        ({"losses": {"kd": 1.0}, "teacher": Net()}, "a teacher needs teacher_variables"),
+        ({"batch_size": 5, "devices": 2}, "batch_size is 5, which does not split evenly across the 2 devices"),
         ({"devices": 99}, "devices is 99; it must be from 1 to 8"),
         ({"batch_size": 32}, "batch_size is 32; it must not be more than the 16 training examples"),
-        ({"epochs": 0}, "every phase at least one epoch"),
+        ({"epochs": 0}, "every phase an integer number of epochs, at least 1"),
         ({"student_features": ["hiden"]}, "Net has no output at path 'hiden'; the nearest are hidden"),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_network_without_an_embedding():
             del variables, images, train
             return type("Output", (), {"embedding": None}), {}
 
-    with pytest.raises(UserError, match="the network gives no embedding"):
+    with pytest.raises(UserError, match="the network returns no embedding"):
         embed(Network(), {}, lambda x: x, np.zeros((3, 4, 4, 1), np.uint8))
 
 

@@ -12,7 +12,7 @@ CONFIG = f"--config={ROOT}/configs/digits.py"
 BAD_INPUT = {
     "nothing": ([], ["name one folder, such as cskd-jax evaluate runs/digits/kd-seed0; got none"]),
     "both": (["--workdir={done}", "--checkpoint={done}/student"], ["name one folder", "{done} and {done}/student"]),
-    "no folder": (["--workdir={done}/nothing"], ["is no folder"]),
+    "no folder": (["--workdir={done}/nothing"], ["is not a folder"]),
     "no run": (["--workdir={empty}"], ["holds no checkpoints of a teacher or a student"]),
     "no configuration beside it": (["--checkpoint={empty}"], ["holds no config.json", "--config=RECIPE"]),
     "a run for a network": (["--checkpoint={done}/tensorboard"], ["no checkpoint in"]),

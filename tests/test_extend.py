@@ -45,7 +45,7 @@ def test_extended_run_is_the_longer_run(start, small_run, done, tmp_path, capsys
     assert without_speed(results) == without_speed(expected)
     assert "already done" in run(start, arguments)
     assert main(["main", *arguments, "--config.epochs=2"]) == 2
-    assert "epochs 3 != 2: a run can be continued for more epochs, not cut to fewer" in capsys.readouterr().err
+    assert "epochs 3 != 2: a run can be extended to more epochs, but not cut to fewer" in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive
@@ -62,7 +62,7 @@ def test_killed_while_it_trains_longer(start, small_run, done, tmp_path):
         student = [f"--config.teacher.checkpoint={tmp_path}/student", f"--workdir={tmp_path / 'other'}"]
         _, error = (process := start([*small_run, *student])).communicate()
         assert process.returncode == 2
-        assert "is not trained to its end" in error
+        assert "is not fully trained" in error
     run(start, arguments)
     assert_same_run(tmp_path, done)
     assert digests(tmp_path, "student") == digests(done, "student")

@@ -65,7 +65,7 @@ def test_a_pickle_changes_nothing_that_outlives_it():
     methods = {name: method for name, method in vars(unpickle.TorchUnpickler).items() if callable(method)}
     before = {name: dict(vars(method)) for name, method in methods.items()}
     for name in (b"collections\nOrderedDict", b"torch._utils\n_rebuild_tensor_v2", b"torch\nSize"):
-        with pytest.raises(UserError, match="no sound pickle"):
+        with pytest.raises(UserError, match="no valid pickle"):
             unpickle.load(io.BytesIO(b"\x80\x02c" + name + b"\n}U\x01aNsb."))
     assert before == {name: dict(vars(method)) for name, method in methods.items()}
 
@@ -85,10 +85,10 @@ def test_json_keeps_what_python_writes():
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         read_bytes(tmp_path / "pipe", 10)
     (tmp_path / "large").write_bytes(bytes(11))
-    with pytest.raises(UserError, match="has 11 bytes; at most 10 are read"):
+    with pytest.raises(UserError, match="has 11 bytes; at most 10 are allowed"):
         read_bytes(tmp_path / "large", 10)
 
 
@@ -144,21 +144,21 @@ def test_what_is_left_out_is_said(root, caplog):
     (root / "test" / "readme.md").write_text("x", encoding="utf-8")
     load(root)
     (line,) = caplog.messages
-    for text in ("1 in deeper folders", "2.png", "1 of other formats", "notes.txt", "1 broken links", "3.png",
-                 "1 hidden", ".hidden.png", "1 outside of a class folder", "readme.md"):  # fmt: skip
+    for text in ("1 in folders nested too deeply", "2.png", "1 in formats other than", "notes.txt", "1 broken links",
+                 "3.png", "1 hidden", ".hidden.png", "1 outside of a class folder", "readme.md"):  # fmt: skip
         assert text in line
 
 
 def test_a_class_that_loses_everything_is_refused(root):
     (root / "train" / "cat" / "1.png").rename(root / "train" / "cat" / "1.psd")
-    with pytest.raises(UserError, match=r"train/cat has no images: .*; left out are 1 of other formats .*1\.psd"):
+    with pytest.raises(UserError, match=r"train/cat has no images: .*; skipped files: 1 in formats other .*1\.psd"):
         load(root)
 
 
 def test_names_of_classes_that_no_result_can_hold(root):
     for split in ("train", "test"):
         os.rename(root / split / "cat", os.fsencode(root / split) + b"/c\xff")
-    with pytest.raises(UserError, match="the name of the folder is not UTF-8: rename it"):
+    with pytest.raises(UserError, match="the name of the folder is not valid UTF-8: rename it"):
         load(root)
 
 
@@ -166,9 +166,9 @@ def test_names_of_classes_that_look_the_same(root, caplog):
     for split in ("train", "test"):
         (root / split / "dog").rename(root / split / "Cat")
     load(root)
-    assert "'Cat' and 'cat' are two, but their names differ only in case" in caplog.text
+    assert "'Cat' and 'cat' are distinct, but their names differ only in case" in caplog.text
     (root / "test" / "Cat").rename(root / "test" / "CAT")
-    with pytest.raises(UserError, match="lacks the class 'Cat', which train has; it has 'CAT', which differs"):
+    with pytest.raises(UserError, match="is missing the class 'Cat', which train has; it has 'CAT', which differs"):
         load(root)
 
 
@@ -206,4 +206,4 @@ def test_no_side_file_costs_the_results(tmp_path, caplog):
     (tmp_path / "confusion_matrix.csv").mkdir()
     write_results(tmp_path, {"method": "ce"}, ["cat", "dog"], np.eye(2, dtype=int))
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"method": "ce"}
-    assert "confusion_matrix.csv is not written" in caplog.text
+    assert "confusion_matrix.csv was not written" in caplog.text

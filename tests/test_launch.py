@@ -92,7 +92,7 @@ case "$4" in
     for word; do case "$word" in --command=*tpu_worker.sh*) {ssh}; eval "${word#--command=}" ;; esac; done ;;
 esac
 """
-# What ran there must not outlive the VM: the lock waits for its end.
+# What ran there must not outlive the VM: the lock waits for it to finish.
 GONE = (
     "echo PREEMPTED > {folder}/tpu-vm; echo SUSPENDED > {folder}/queued-resources; "
     "flock cskd_jax/state/first/lock rm -rf cskd_jax/state; exit 255"

@@ -19,10 +19,10 @@ def patience(monkeypatch):
 
 def test_refused_in_the_end(tmp_path, patience, capsys):
     patience(0.05)
-    path, refused = tmp_path / "new" / "lock", pytest.raises(UserError, match="another job; wait for its end")
+    path, refused = tmp_path / "new" / "lock", pytest.raises(UserError, match="another job; wait for it to finish")
     with lock.locked(path, ""), refused, lock.locked(path, "another job"):
         pass
-    assert capsys.readouterr().out.splitlines() == ["another job: waiting up to 0.05 s for its end"]
+    assert capsys.readouterr().out.splitlines() == ["another job: waiting up to 0.05 s for it to finish"]
 
 
 def test_another_machine_is_waited_for_longer(tmp_path, patience, monkeypatch, capsys):
@@ -31,7 +31,7 @@ def test_another_machine_is_waited_for_longer(tmp_path, patience, monkeypatch, c
     with lock.locked(tmp_path / "lock", ""):
         (tmp_path / "lock").write_text("another machine")
         with (
-            pytest.raises(UserError, match="another job; wait for its end"),
+            pytest.raises(UserError, match="another job; wait for it to finish"),
             lock.locked(tmp_path / "lock", "another job"),
         ):
             pass
@@ -64,7 +64,7 @@ def test_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
     monkeypatch.setattr(fcntl, "flock", flock)
     with caplog.at_level("WARNING", logger="cskd_jax"), lock.locked(tmp_path / "lock", ""):
         pass
-    assert f"{tmp_path / 'lock'}: this file system has no locks ({os.strerror(number)})" in caplog.text
+    assert f"{tmp_path / 'lock'}: this file system does not support locks ({os.strerror(number)})" in caplog.text
 
 
 def test_a_folder_in_which_nothing_came_is_removed(tmp_path):

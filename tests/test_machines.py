@@ -35,13 +35,12 @@ def test_without_a_home_folder(monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(tmp_path)
     assert command_line._cache_folder() is None
     assert (
-        "compiled programs are not kept in ~/.cache/cskd_jax (there is no home folder); XDG_CACHE_HOME can"
-        in caplog.text
+        "compiled programs are not cached in ~/.cache/cskd_jax (no home folder); set XDG_CACHE_HOME to" in caplog.text
     )
     with pytest.raises(UserError, match="there is no home folder .*: set data_dir"):
         load_dataset("digits")
     for use in (local_folder, lambda path: load_dataset("image_folder", path=path)):
-        with pytest.raises(UserError, match=r"~/runs: there is no home folder \(HOME is not set\); name the folder in"):
+        with pytest.raises(UserError, match=r"~/runs: there is no home folder \(HOME is not set\); give the full path"):
             use("~/runs")
     assert local_folder("runs") == pathlib.Path("runs")
     assert list(tmp_path.iterdir()) == []
@@ -52,7 +51,7 @@ def test_a_home_folder_in_which_nothing_can_be_written(monkeypatch, tmp_path, ca
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert command_line._cache_folder() is None
-    assert f"are not kept in {tmp_path}/file/.cache/cskd_jax (Not a directory); XDG_CACHE_HOME can" in caplog.text
+    assert f"are not cached in {tmp_path}/file/.cache/cskd_jax (Not a directory); set XDG_CACHE_HOME to" in caplog.text
     monkeypatch.setenv("HOME", str(tmp_path))
     assert command_line._cache_folder() == str(tmp_path / ".cache" / "cskd_jax")
 

@@ -166,8 +166,12 @@ BAD_INPUT = {
         None,
     ),
     "unordered milestones": (["--config.optimizer.milestones=(9,3)"], ["milestones", "(9, 3)", "increasing"], None),
-    "unknown flag": (["--epochs=3"], ["there is no flag --epochs; did you mean --config.epochs=3?"], None),
-    "argument without dashes": (["epochs=3"], ["epochs=3 lacks its dashes; did you mean --config.epochs=3?"], None),
+    "unknown flag": (["--epochs=3"], ["unknown flag --epochs; did you mean --config.epochs=3?"], None),
+    "argument without dashes": (
+        ["epochs=3"],
+        ["epochs=3 is missing its dashes; did you mean --config.epochs=3?"],
+        None,
+    ),
     "unknown model": (["--config.student.name=resnet19"], ["student.name is 'resnet19'", "resnet18"], None),
     "unknown data set": (["--config.dataset.name=digitz"], ["digitz", "digits", "image_folder"], None),
     "batch and devices": (["--config.batch_size=60"], ["batch_size is 60", "8 devices"], None),
@@ -257,4 +261,4 @@ def test_two_jobs_in_one_workdir(small_run, tmp_path, capsys, monkeypatch):
     with lock.locked(tmp_path / "lock", ""):
         assert main(["main", *small_run, f"--workdir={tmp_path}"]) == 2
         assert [path.name for path in tmp_path.iterdir()] == ["lock"], "that of the other job"
-    assert f"another job runs in workdir {tmp_path}" in capsys.readouterr().err
+    assert f"another job is running in workdir {tmp_path}" in capsys.readouterr().err

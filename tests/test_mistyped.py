@@ -10,24 +10,24 @@ from cskd_jax.runs import grid, run, schema, sweep
 # What is typed; the message, with ... for what is left out; and, where there is one, what it advises in its place.
 MISTYPED = """
 trian digits:kd
-    there is no command trian; did you mean cskd-jax train?
+    unknown command trian; did you mean cskd-jax train?
     -> train digits:kd
 distill digits:kd
-    there is no command distill; did you mean cskd-jax train?
+    unknown command distill; did you mean cskd-jax train?
     -> train digits:kd
 main --config=digits:kd
-    there is no command main; did you mean cskd-jax train?
+    unknown command main; did you mean cskd-jax train?
     -> train --config=digits:kd
 rport runs
-    there is no command rport; did you mean cskd-jax report?
+    unknown command rport; did you mean cskd-jax report?
 eval runs
-    there is no command eval; did you mean cskd-jax evaluate?
+    unknown command eval; did you mean cskd-jax evaluate?
 import_torch t.pth
-    there is no command import_torch; did you mean cskd-jax import-torch?
+    unknown command import_torch; did you mean cskd-jax import-torch?
 foo
-    there is no command foo; the commands are train, sweep, report, evaluate, export, import-torch, supervise, ...
+    unknown command foo; the commands are train, sweep, report, evaluate, export, import-torch, supervise, ...
 --config=digits:kd
-    name the command first, such as cskd-jax train --config=digits:kd
+    put the command first, such as cskd-jax train --config=digits:kd
     -> train --config=digits:kd
 train
     --config=RECIPE must name a file such as configs/digits.py, or one ..., tiny_imagenet_standard; got none
@@ -48,9 +48,9 @@ train digits:momentum
 train digits:kd+kd
     kd+kd: a method is named twice
 train digits:cskd+intra
-    cskd+intra: the loss mse_logits is that of intra and of another method
+    cskd+intra: the loss mse_logits is used by intra and by another method
 train digits:fsp+ab
-    ab+fsp: ab and fsp need a first phase of their own
+    ab+fsp: ab and fsp each need their own first phase
 train digit_pairs:kd
     unknown method 'kd'; did you mean bkd?
     -> train digit_pairs:bkd
@@ -66,42 +66,42 @@ train cifar100_standard:resnet56/resnet20/crdd
     unknown method 'crdd'; did you mean crd?
     -> train cifar100_standard:resnet56/resnet20/crd
 train digits:kd at
-    there is one recipe, got digits:kd and at; all else is given as --NAME=VALUE, with commas between several values
+    expected one recipe, got digits:kd and at; give everything else as --NAME=VALUE, with commas between values
 train --config digits:kd --config digits:at
     --config is given twice: digits:kd and digits:at
 train --config
     --config needs a value, such as --config=digits:kd
     -> train --config=digits:kd
 train config=digits:kd
-    config=digits:kd lacks its dashes; did you mean --config=digits:kd?
+    config=digits:kd is missing its dashes; did you mean --config=digits:kd?
     -> train --config=digits:kd
 train digits:kd --epochs=1
-    there is no flag --epochs; did you mean --config.epochs=1?
+    unknown flag --epochs; did you mean --config.epochs=1?
     -> train digits:kd --config.epochs=1
 train digits:kd --epochs 1
-    there is no flag --epochs; did you mean --config.epochs=1?
+    unknown flag --epochs; did you mean --config.epochs=1?
     -> train digits:kd --config.epochs=1
 train digits:kd epochs=1
-    epochs=1 lacks its dashes; did you mean --config.epochs=1?
+    epochs=1 is missing its dashes; did you mean --config.epochs=1?
     -> train digits:kd --config.epochs=1
 train digits:kd config.epochs=1
-    config.epochs=1 lacks its dashes; did you mean --config.epochs=1?
+    config.epochs=1 is missing its dashes; did you mean --config.epochs=1?
     -> train digits:kd --config.epochs=1
 train digits:kd --learning-rate=0.2
-    there is no flag --learning-rate; did you mean --config.teacher.learning_rate=0.2 or ...
+    unknown flag --learning-rate; did you mean --config.teacher.learning_rate=0.2 or ...
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --width=0.5
-    there is no flag --width; did you mean --config.teacher.width=0.5 or --config.student.width=0.5?
+    unknown flag --width; did you mean --config.teacher.width=0.5 or --config.student.width=0.5?
     -> train digits:kd --config.student.width=0.5
 train digits:kd --batch-size 32
-    there is no flag --batch-size; did you mean --config.batch_size=32?
+    unknown flag --batch-size; did you mean --config.batch_size=32?
     -> train digits:kd --config.batch_size=32
 train digits:kd --temperature=2
-    there is no flag --temperature; did you mean --config.losses.NAME.temperature=2?
+    unknown flag --temperature; did you mean --config.losses.NAME.temperature=2?
 train digits:kd --workdr=x
-    there is no flag --workdr; did you mean --workdir?
+    unknown flag --workdr; did you mean --workdir?
 train digits:kd --adamw
-    there is no flag --adamw; the flags are --workdir, --coordinator, --processes, --process, --cluster, --config; ...
+    unknown flag --adamw; the flags are --workdir, --coordinator, --processes, --process, --cluster, --config; ...
     -> config keys
 train digits:kd --workdir
     --workdir needs a value; --help shows what is allowed
@@ -111,7 +111,7 @@ train digits:kd --cluster=yes
 train digits:kd --processes=two
     --processes: 'two' is not an integer from 1 to 1000000; --help shows what is allowed
 train digits:kd --workdir=gs://b/run
-    gs://b/run is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by other ...
+    gs://b/run is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
 train digits:kd --config.epoch=1
     unknown configuration key epoch; did you mean epochs?
     -> train digits:kd --config.epochs=1
@@ -119,7 +119,7 @@ train digits:kd --config.learning_rate=0.2
     unknown configuration key learning_rate; did you mean first_phase.learning_rate or optimizer.learning_rate or ...
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --config.kd.temprature=2
-    unknown configuration key kd.temprature; cskd-jax config keys lists all
+    unknown configuration key kd.temprature; cskd-jax config keys lists all keys
     -> config keys
 train digits:kd --config.losses.kd.temprature=2
     unknown configuration key losses.kd.temprature; did you mean losses.kd.temperature?
@@ -129,13 +129,13 @@ train digits:kd --config.optimizer.adamw=1
 train digits:kd --config.optimizer=adamw
     unknown configuration key optimizer; optimizer has ...
 train digits:kd --config.adamw=1
-    unknown configuration key adamw; cskd-jax config keys lists all
+    unknown configuration key adamw; cskd-jax config keys lists all keys
 train digits:kd --config.losses.at.weight=1
     losses.at.weight: this method has no at, only cross_entropy, kd; see configs/methods.py
 train digits:kd --config.losses.kd=2
     unknown configuration key losses.kd; losses.kd has decay_epoch, end_epoch, standardize, ...
 train digits:kd --config.method=at
-    the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method
+    the method is set after the recipe, as in --config=RECIPE:METHOD, not by --config.method
 train digits:kd --config.epochs=many
     epochs is 'many'; it must be an integer from 1 to 1000000
 train digits:kd --config.epochs=1.5
@@ -145,7 +145,7 @@ train digits:kd --config.epochs
 train digits:kd --config.augment.flip=maybe
     augment.flip is 'maybe'; it must be true or false
 train digits:kd --config.student.width=wide
-    student.width is 'wide'; it must be a number above 0, up to 64
+    student.width is 'wide'; it must be a number greater than 0, up to 64
 train digits:kd --config.student.name=
     student.name is ''; it must be one of deit_base, deit_small, deit_tiny, inception_v3, ...
 train digits:kd --config.optimizer.milestones=ten
@@ -158,7 +158,7 @@ train digits:kd --config.losses.kd.temperature=0
 train digits:crd --config.losses.crd.momentum=1
     losses.crd.momentum is 1.0; it must be a number in [0, 1)
 train digits:cckd --config.losses.cckd.order=0
-    losses.cckd.order is 0; it must be an integer of at least 1
+    losses.cckd.order is 0; it must be a positive integer
 train digits:cskd --config.losses.category_structure.variant=papr
     losses.category_structure.variant is 'papr'; it must be one of paper, reference
     -> train digits:cskd_paper --config.losses.category_structure.variant=paper
@@ -166,61 +166,61 @@ sweep digits
     --methods must name at least one method, such as --methods=ce,kd,cskd
     -> sweep digits --methods=ce,kd,cskd
 sweep digits --methods ce kd
-    there is one recipe, got digits and kd; all else is given as --NAME=VALUE, with commas between several values
+    expected one recipe, got digits and kd; give everything else as --NAME=VALUE, with commas between values
 sweep digits:kd --methods=ce
-    --config=digits:kd: the methods of a sweep are given by --methods
+    --config=digits:kd names a method; a sweep takes its methods from --methods
 sweep digits --methods=ce,dk
     unknown method 'dk'; did you mean dkd?
     -> sweep digits --methods=ce,dkd
 sweep digits --methods=kd+at,at+kd
-    --methods names at+kd twice
+    --methods lists at+kd twice
 sweep digits --methods=ce,ce
-    --methods names ce twice
+    --methods lists ce twice
 sweep digits --methods=ce --seeds=0..2
-    --seeds is 0..2; it must be integers from 0 to 4294967295, such as 0,1,2 or 0-2
+    --seeds is 0..2; it must list integers from 0 to 4294967295, such as 0,1,2 or 0-2
     -> sweep digits --methods=ce --seeds=0-2
 sweep digits --methods=ce --seeds=2-0
-    --seeds is 2-0; it must be integers from 0 to 4294967295, such as 0,1,2 or 0-2
+    --seeds is 2-0; it must list integers from 0 to 4294967295, such as 0,1,2 or 0-2
 sweep digits --methods=ce --seeds=0-2,1
-    --seeds names 1 twice
+    --seeds lists 1 twice
 sweep digits --methods=ce --seed=0
-    there is no flag --seed; did you mean --seeds?
+    unknown flag --seed; did you mean --seeds?
 sweep digits --methods=ce --jobs=0
     --jobs: '0' is not an integer from 1 to 1000; --help shows what is allowed
     -> sweep --help
 sweep digits --methods=ce --workdir s3://b/x
-    s3://b/x is an address, not a folder: name a local or a mounted folder, and copy it from or to s3:// by other ...
+    s3://b/x is a URL, not a folder: name a local or mounted folder, and copy it from or to s3:// with ...
 report
     name the folders of the runs, such as runs/sweep/digits
 report nothing
     nothing holds no finished run: there is no results.json in it or below
 report gs://b/runs
-    gs://b/runs is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by ...
+    gs://b/runs is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
 report runs --config=digits
-    there is no flag --config; the flags are --workdir, --out, --data_dir, --published
+    unknown flag --config; the flags are --workdir, --out, --data_dir, --published
 report runs --output=x
-    there is no flag --output; did you mean --out?
+    unknown flag --output; did you mean --out?
 evaluate
     name one folder, such as cskd-jax evaluate runs/digits/kd-seed0; got none
 evaluate a --workdir=b
     name one folder, such as cskd-jax evaluate runs/digits/kd-seed0; got a and b
 evaluate nothing
-    nothing is no folder
+    nothing is not a folder
 evaluate --checkpoint=gs://b/run
-    gs://b/run is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by other ...
+    gs://b/run is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
 evaluate workdir=runs
-    workdir=runs lacks its dashes; did you mean --workdir=runs?
+    workdir=runs is missing its dashes; did you mean --workdir=runs?
 export runs/x
     the following arguments are required: --out; --help shows what is allowed
     -> export --help
 export --out=y
     name one folder, such as cskd-jax export runs/digits/kd-seed0 --out=exported; got none
 export runs/x --out=gs://b/x
-    gs://b/x is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by other ...
+    gs://b/x is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
 export gs://b/x --out=y
-    gs://b/x is an address, not a folder: name a local or a mounted folder, and copy it from or to gs:// by other ...
+    gs://b/x is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
 export runs/x --out=y --config=digits
-    there is no flag --config; the flags are --workdir, --network, --out, --size, --mean, --std
+    unknown flag --config; the flags are --workdir, --network, --out, --size, --mean, --std
 export runs/x --out=y --network=techer
     --network: invalid choice: 'techer' (choose from 'student', 'teacher'); --help shows what is allowed
 import-torch --model=vgg8 --num_classes=10 --out=y
@@ -228,34 +228,34 @@ import-torch --model=vgg8 --num_classes=10 --out=y
 import-torch t.pth --model=vgg8 --num_classes=ten --out=y
     --num_classes: 'ten' is not an integer from 0 to 1000000; --help shows what is allowed
 import-torch t.pth --model=vgg8 --num_classes=10 --out=s3://b
-    s3://b is an address, not a folder: name a local or a mounted folder, and copy it from or to s3:// by other ...
+    s3://b is a URL, not a folder: name a local or mounted folder, and copy it from or to s3:// with ...
 supervise
-    there is no -- COMMAND; --help shows what is allowed
+    -- COMMAND is missing; --help shows what is allowed
     -> supervise --help
 supervise --restart=3 -- true
-    there is no flag --restart; did you mean --restarts?
+    unknown flag --restart; did you mean --restarts?
 supervise -- /no/such/program
     No such file or directory: /no/such/program
 config
-    config takes show or keys first, such as cskd-jax config show digits:kd
+    config must be followed by show or keys, such as cskd-jax config show digits:kd
     -> config show digits:kd
 config digits:kd
-    config takes show or keys first, such as cskd-jax config show digits:kd
+    config must be followed by show or keys, such as cskd-jax config show digits:kd
     -> config show digits:kd
 config shwo digits:kd
-    config takes show or keys first, such as cskd-jax config show digits:kd
+    config must be followed by show or keys, such as cskd-jax config show digits:kd
     -> config show digits:kd
 config show digits:kd --epochs=1
-    there is no flag --epochs; did you mean --config.epochs=1?
+    unknown flag --epochs; did you mean --config.epochs=1?
     -> config show digits:kd --config.epochs=1
 config keys adamw
-    no key fits adamw; all of them begin with ...
+    no key matches adamw; all keys begin with ...
     -> config keys batch_size
 config keys temprature
-    no key fits temprature; did you mean losses.abkd.temperature or losses.binary_kd.temperature or ...
+    no key matches temprature; did you mean losses.abkd.temperature or losses.binary_kd.temperature or ...
     -> config keys losses.crd.temperature
 config keys a b
-    config keys takes one pattern, such as cskd-jax config keys optimizer, and no recipe
+    config keys takes one pattern and no recipe, such as cskd-jax config keys optimizer
     -> config keys optimizer
 """
 

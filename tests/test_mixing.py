@@ -87,7 +87,7 @@ def test_wrong_settings(settings):
 
 
 def test_integers_are_not_mixed():
-    with pytest.raises(ValueError, match="mix inputs of networks that are floats; got uint8"):
+    with pytest.raises(ValueError, match="need floating-point network inputs; got uint8"):
         Mix(1.0)(jnp.zeros((2, 4, 4, 3), jnp.uint8), jax.random.key(0), None)
 
 
@@ -125,13 +125,13 @@ def train(losses, epochs=2, mix=None, **settings):
 @pytest.mark.parametrize(
     ("loss", "text"),
     [
-        ("dkd", "losses.dkd reads one: leave it out"),
-        ("mlkd", "losses.mlkd reads one"),
-        ("category_structure", "reads one"),
+        ("dkd", "losses.dkd reads only one: leave it out"),
+        ("mlkd", "losses.mlkd reads only one"),
+        ("category_structure", "reads only one"),
     ],
 )
 def test_losses_of_one_label_are_refused(loss, text):
-    with pytest.raises(UserError, match=f"mixup and cutmix give an image two labels, and .*{text}"):
+    with pytest.raises(UserError, match=f"mixup and cutmix give an image two labels, but .*{text}"):
         train({loss: 1.0}, mix=Mix(0.2))
 
 

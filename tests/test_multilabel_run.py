@@ -45,7 +45,7 @@ def test_methods_for_other_labels(name):
     network = create_model("resnet8", num_classes=10, width=0.25)
     kind = r"any number of classes \(multi-label\)" if multilabel else "one class"
     supervision = "binary_cross_entropy, binary_kd" if multilabel else "category_structure, crd, cross_entropy"
-    text = f"^losses.{name} does not fit data set 'black', whose images have {kind} each: .* for it are {supervision}"
+    text = f"^losses.{name} does not work with data set 'black', whose images have {kind} each: .* do: {supervision}"
     losses = {"mse_logits": {"weight": 1.0}, name: {"weight": 1.0}}
     with pytest.raises(UserError, match=text):
         Trainer(
@@ -136,4 +136,6 @@ def test_digits_recipe_with_multilabel_data(start, small_run, tmp_path):
     arguments = [*small_run, "--config.dataset.name=digit_pairs", f"--workdir={tmp_path}"]
     _, error = (process := start(arguments)).communicate()
     assert process.returncode == 2
-    assert error.splitlines()[-1].startswith("error: losses.category_structure does not fit data set 'digit_pairs'")
+    assert error.splitlines()[-1].startswith(
+        "error: losses.category_structure does not work with data set 'digit_pairs'"
+    )

@@ -236,17 +236,17 @@ def test_validation_is_the_same_for_every_seed_but_its_own():
     splits = [hold_out(DATA, 6, seed).validation.images for seed in (0, 0, 1)]
     np.testing.assert_array_equal(splits[0], splits[1])
     assert not np.array_equal(splits[0], splits[2])
-    with pytest.raises(UserError, match="validation_examples=2 is fewer than the 3 classes"):
+    with pytest.raises(UserError, match="validation_examples=2 is less than the number of classes, 3"):
         hold_out(DATA, 2, 0)
 
 
 @pytest.mark.parametrize(
     ("settings", "devices", "message"),
     [
-        ({"accumulation_steps": 3}, 1, "batch_size is 8, which does not divide by accumulation_steps, 3"),
-        ({"accumulation_steps": 4}, 4, "a micro-batch .* does not divide by the 4 devices"),
+        ({"accumulation_steps": 3}, 1, "batch_size is 8, which is not divisible by accumulation_steps, 3"),
+        ({"accumulation_steps": 4}, 4, "a micro-batch .* does not split evenly across the 4 devices"),
         ({"accumulation_steps": 8}, 1, "a micro-batch holds one image"),
-        ({"accumulation_steps": 0}, 1, "accumulation_steps is 0; it must be an integer of at least 1"),
+        ({"accumulation_steps": 0}, 1, "accumulation_steps is 0; it must be an integer, at least 1"),
         ({"ema_decay": 1.5}, 1, r"ema is 1.5; it must be a number in \[0, 1\)"),
     ],
 )
@@ -259,9 +259,12 @@ def test_what_cannot_be(settings, devices, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer.name": "adamw", "optimizer.nesterov": True}, "optimizer.nesterov is True; it is for sgd"),
+        (
+            {"optimizer.name": "adamw", "optimizer.nesterov": True},
+            "optimizer.nesterov is True, but it applies only to sgd",
+        ),
         ({"optimizer.warmup_epochs": 5, "epochs": 5}, "optimizer.warmup_epochs is 5; it must be less than epochs, 5"),
-        ({"optimizer.accumulation_steps": 3}, "does not divide by optimizer.accumulation_steps, 3"),
+        ({"optimizer.accumulation_steps": 3}, "is not divisible by optimizer.accumulation_steps, 3"),
         ({"optimizer.clip_norm": 0.0}, "optimizer.clip_norm is 0.0; it must be a number greater than 0, or None"),
     ],
 )

@@ -151,7 +151,7 @@ def test_a_student_that_predicts_by_a_loss_resumes_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("losses", "changes", "text"),
     [
-        ({"simkd": 1.0}, {"ema": 0.9}, "student: losses.simkd predicts by parameters of its own"),
+        ({"simkd": 1.0}, {"ema": 0.9}, "student: losses.simkd predicts with its own parameters"),
         ({"simkd": 1.0, "other": {"loss": LOSSES["simkd"]}}, {}, "losses.other and losses.simkd both replace"),
         ({"srrl": 1.0}, {"teacher_head": "nothing"}, "teacher: there is no linear layer"),
     ],

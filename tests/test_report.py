@@ -237,11 +237,11 @@ def test_bad_runs(grid, capsys):
 
     assert "name the folders" in error()
     assert "holds no finished run" in error(str(grid / "nothing"))
-    assert "there is no flag --config" in error(str(grid), "--config=configs/digits.py")
+    assert "unknown flag --config" in error(str(grid), "--config=configs/digits.py")
     write_run(grid / "again", "cifar100", "kd", 1, 0.6)
     assert "are the same run" in error(str(grid))
     (grid / "again" / "results.json").write_text("{}")
-    assert "lacks config, dataset, devices" in error(str(grid))
+    assert "is missing config, dataset, devices" in error(str(grid))
     (grid / "again" / "results.json").write_text('{"method": ')
     assert "damaged" in error(str(grid))
 

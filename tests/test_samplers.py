@@ -147,10 +147,10 @@ def test_balanced_batches_depend_on_seed_and_step_alone():
 @pytest.mark.parametrize(
     ("batch_size", "size", "text"),
     [
-        (10, 4, "batch_size 10 does not divide by sampler.samples_per_category 4"),
-        (40, 4, "needs 10 classes of so many examples, the training split has 8"),
+        (10, 4, "batch_size 10 is not divisible by sampler.samples_per_category 4"),
+        (40, 4, "needs 10 classes with that many examples, but the training split has 8"),
         (40, 20, None),
-        (60, 20, "needs 3 classes of so many examples, the training split has 2"),
+        (60, 20, "needs 3 classes with that many examples, but the training split has 2"),
     ],
 )
 def test_balanced_errors(batch_size, size, text):

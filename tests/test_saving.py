@@ -93,7 +93,7 @@ def test_evaluation_every_few_epochs(tmp_path, whole):
     jax.tree.map(np.testing.assert_array_equal, result.variables, whole.variables)
     assert [row["epoch"] for row in result.history if row["split"] == "test"] == [4, 6]
     assert result.last == whole.last
-    with pytest.raises(UserError, match="evaluate_every_epochs is 0; it must be an integer of at least 1"):
+    with pytest.raises(UserError, match="evaluate_every_epochs is 0; it must be an integer, at least 1"):
         fit(evaluate_every_epochs=0)
 
 

@@ -69,7 +69,7 @@ def test_defaults_and_what_is_required():
     ("change", "message"),
     [
         (lambda c: c.__delitem__("losses"), "config.losses must name at least one of ab, abkd, at"),
-        (lambda c: c.__delitem__("method"), "configuration key method is missing; it must be a text"),
+        (lambda c: c.__delitem__("method"), "configuration key method is missing; it must be a non-empty string"),
         (
             lambda c: c.student.__delitem__("name"),
             "key student.name is missing; it must be one of .*resnet18",
@@ -158,7 +158,7 @@ def test_a_new_setting_of_a_loss_is_one_field(monkeypatch, tmp_path):
         bias: float | None = None
 
     monkeypatch.setitem(LOSSES, "kd", NewKD)
-    assert "| `bias` | `None` | a number of at least 0, or None | Number added to all logits. |" in document.document()
+    assert "| `bias` | `None` | a non-negative number, or None | Number added to all logits. |" in document.document()
     check_workdir(tmp_path, identify(load_recipe("digits:kd", [])))
     changed = load_recipe("digits:kd", ["--config.losses.kd.bias=2"])
     schema.validate(changed)

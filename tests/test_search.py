@@ -35,8 +35,8 @@ def test_values_of_a_grid():
         (["losses.kd.weight="], "--grid takes KEY=VALUE,VALUE"),
         (["seed=0,1"], "--grid cannot vary seed, which is the same for all runs of a sweep"),
         (["teacher.width=1,2"], "--grid cannot vary teacher.width"),
-        (["epochs=1,2", "epochs=3"], "--grid names epochs twice"),
-        (["epochs=1,1"], "--grid names a value of epochs twice"),
+        (["epochs=1,2", "epochs=3"], "--grid lists epochs twice"),
+        (["epochs=1,1"], "--grid lists a value of epochs twice"),
     ],
 )
 def test_grids_that_are_none(arguments, message):
@@ -100,8 +100,8 @@ def test_the_validation_split_chooses(tmp_path, capsys):
         (["--grid", "losses.kd.weight=0.5,0.9"], "add --config.dataset.validation_examples=N"),
         (["--grid", "losses.kd.wieght=1,2", *VALIDATION], "unknown configuration key losses.kd.wieght; did you mean"),
         (["--grid=losses.kd.weight=a,b", *VALIDATION], "losses.kd.weight is 'a'"),
-        (["--teacher_seeds=x"], "--teacher_seeds is x; it must be integers"),
-        (["--pairs=R18/R18,R18/R18"], "--pairs names R18/R18 twice"),
+        (["--teacher_seeds=x"], "--teacher_seeds is x; it must list integers"),
+        (["--pairs=R18/R18,R18/R18"], "--pairs lists R18/R18 twice"),
         (["--pairs=R18"], "'R18/kd' must be METHOD or TEACHER/STUDENT/METHOD"),
     ],
 )

@@ -60,9 +60,9 @@ def test_other_classes(begun):
     [
         (
             "student.name=resnet14",
-            "holds {'name': 'resnet8', 'width': 0.25}, the configuration asks for {'name': 'resnet14'",
+            "holds {'name': 'resnet8', 'width': 0.25}, but the configuration specifies {'name': 'resnet14'",
         ),
-        ("student.width=0.5", "the configuration asks for {'name': 'resnet8', 'width': 0.5}"),
+        ("student.width=0.5", "the configuration specifies {'name': 'resnet8', 'width': 0.5}"),
         ("student.checkpoint=nothing", "no checkpoint in"),
     ],
 )

@@ -44,7 +44,7 @@ def test_starts_again_until_it_is_done(supervise, tmp_path):
     _, error = process.communicate(timeout=20)
     assert process.returncode == 0, error
     assert "ended by SIGKILL" in error
-    assert "starting again in 2 s (2 of 2)" in error
+    assert "restarting in 2 s (2 of 2)" in error
     assert len((tmp_path / "starts").read_text().split()) == 3
 
 
@@ -71,7 +71,7 @@ def test_gives_up(supervise, tmp_path, ending, code):
     process = supervise(f"echo start >> starts; {ending}", "--restarts=1")
     _, error = process.communicate(timeout=20)
     assert process.returncode == code
-    assert "given up after 1 restarts" in error
+    assert "giving up after 1 restarts" in error
     assert len((tmp_path / "starts").read_text().split()) == 2
 
 

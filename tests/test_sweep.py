@@ -54,10 +54,10 @@ def test_teacher_of_each_network_and_of_several_categories(tmp_path):
 BAD_INPUT = {
     "no recipe": (["--methods=ce"], ["--config=RECIPE must name a file"]),
     "no method": ([f"--config={DIGITS}"], ["--methods=ce,kd,cskd"]),
-    "method in the recipe": ([f"--config={DIGITS}:kd", "--methods=ce"], ["given by --methods"]),
+    "method in the recipe": ([f"--config={DIGITS}:kd", "--methods=ce"], ["takes its methods from --methods"]),
     "unknown method": ([f"--config={DIGITS}", "--methods=ce,kdd"], ["unknown method 'kdd'; did you mean kd?"]),
     "seed that is none": ([f"--config={DIGITS}", "--methods=ce", "--seeds=0,x"], ["--seeds is 0,x"]),
-    "seed twice": ([f"--config={DIGITS}", "--methods=ce", "--seeds=1,0,1"], ["--seeds names 1 twice"]),
+    "seed twice": ([f"--config={DIGITS}", "--methods=ce", "--seeds=1,0,1"], ["--seeds lists 1 twice"]),
     "no jobs": ([f"--config={DIGITS}", "--methods=ce", "--jobs=0"], ["jobs", "0"]),
     "unknown key": ([f"--config={DIGITS}", "--methods=ce", "--config.epoch=1"], ["epoch; did you mean epochs"]),
     "loss of no method": ([f"--config={DIGITS}", "--methods=ce", "--config.losses.kd.weight=1"], ["has no kd"]),
@@ -108,7 +108,7 @@ def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys, monkeypatch):
             f"--workdir={tmp_path}",
         ]
         assert sweep_main(["sweep", *arguments]) == 2
-    assert "another sweep is at work" in capsys.readouterr().err
+    assert "another sweep is running" in capsys.readouterr().err
 
 
 def test_gpus_are_shared_out():

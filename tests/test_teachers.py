@@ -179,7 +179,7 @@ def test_teachers_of_different_classes_are_not_combined():
     teachers = [teacher(0), Teacher(Net(classes=5), Net(classes=5).init(jax.random.key(1), INPUTS))]
     losses = {"kd": {"weight": 1.0, "teacher": 0}, "cosine": {"weight": 1.0, "teacher": 1}}
     train(losses, teachers, epochs=1)
-    with pytest.raises(UserError, match="a loss reads the logits of the teacher, and there are several: name one"):
+    with pytest.raises(UserError, match="a loss reads the logits of the teacher, but there are several: choose one"):
         train({"kd": 1.0}, teachers)
 
 
@@ -251,15 +251,15 @@ def test_on_two_devices():
             {"fitnet": 1.0},
             2,
             {},
-            "there are several: name one by the setting teacher of the loss, a number from 0 to 1",
+            "there are several: choose one with the teacher setting of the loss, a number from 0 to 1",
         ),
-        ({"simkd": {"weight": 1.0, "teacher": 0}}, 2, {}, "which it gets of a single teacher only"),
+        ({"simkd": {"weight": 1.0, "teacher": 0}}, 2, {}, "which works only with a single teacher"),
         ({"kd": {"teacher": 2}}, 2, {}, "a loss has teacher=2; the teachers are numbered from 0 to 1"),
         ({"kd": {"teacher": 1}}, 1, {}, "a loss has teacher=1; the teachers are numbered from 0 to 0"),
-        ({"kd": {"teacher": -1}}, 2, {}, "losses.kd.teacher is -1; it must be the number of a teacher, from 0"),
+        ({"kd": {"teacher": -1}}, 2, {}, "losses.kd.teacher is -1; it must be the number of a teacher, counted from 0"),
         ({"kd": {"teacher": "mean"}}, 2, {}, "losses.kd.teacher is 'mean'; it must be the number of a teacher"),
         ({"kd": {"teacher": 0}}, 0, {}, "losses.kd needs a teacher"),
-        ({"kd": {"teacher": "average"}}, 0, {}, "learns from the moving average of the student, and none is kept"),
+        ({"kd": {"teacher": "average"}}, 0, {}, "learns from the moving average of the student, but none is kept"),
         (
             {"kd": 1.0},
             2,
@@ -270,9 +270,9 @@ def test_on_two_devices():
             {"kd": 1.0},
             2,
             {"teacher_mean": (0.1,)},
-            "teacher_mean or teacher_std belongs to a network that is given alone",
+            "teacher_mean or teacher_std applies to a single teacher network",
         ),
-        ({"kd": 1.0}, 2, {"teacher_head": "Dense_0"}, "teacher_head belongs to a network that is given alone"),
+        ({"kd": 1.0}, 2, {"teacher_head": "Dense_0"}, "teacher_head applies to a single teacher network"),
     ],
 )
 def test_wrong_teachers(losses, teachers, settings, message):
@@ -283,12 +283,12 @@ def test_wrong_teachers(losses, teachers, settings, message):
 @pytest.mark.parametrize(
     ("teachers", "message"),
     [
-        ([], "several teachers must be a list of Teacher(network, variables), with at least one"),
-        ([Net(), Net()], "several teachers must be a list of Teacher(network, variables)"),
+        ([], "several teachers must be a non-empty list of Teacher(network, variables)"),
+        ([Net(), Net()], "several teachers must be a non-empty list of Teacher(network, variables)"),
         ([teacher(0), Teacher(Net())], "one of several teachers has no variables"),
         ([teacher(0, weight=-1), teacher(1)], "the weights of the teachers are [-1, 1.0]; they must be at least 0"),
-        ([teacher(0, weight=0), teacher(1, weight=0)], "and one greater than 0"),
-        ([teacher(0, image_size=0)], "the image_size of a teacher is 0; it must be an integer of at least 1"),
+        ([teacher(0, weight=0), teacher(1, weight=0)], "and not all of them 0"),
+        ([teacher(0, image_size=0)], "the image_size of a teacher is 0; it must be a positive integer"),
     ],
 )
 def test_teachers_that_are_none(teachers, message):
@@ -298,7 +298,7 @@ def test_teachers_that_are_none(teachers, message):
 
 def test_a_normalization_of_floats():
     floats = (INPUTS, LABELS[:5])
-    with pytest.raises(UserError, match="a teacher with a normalization of its own needs images of uint8"):
+    with pytest.raises(UserError, match="a teacher with its own normalization needs uint8 images"):
         train(
             {"kd": 1.0}, [teacher(0, normalization=Normalize((0.2,), (0.5,)))], train=floats, test=floats, batch_size=5
         )
@@ -354,16 +354,25 @@ def test_micro_batches_and_views():
     ("overrides", "message"),
     [
         (["teacher.others=('a',)"], "teacher.others adds to teacher.checkpoint, which is None"),
-        (["teacher.checkpoint=a", "teacher.others=b"], "teacher.others is 'b'; it must be texts in parentheses"),
-        (["teacher.checkpoint=a", "teacher.others=(1,)"], "teacher.others is (1,); it must be texts in parentheses"),
-        (["teacher.weights=(1,2)"], "teacher.weights is (1, 2); the number of teachers is 1"),
-        (["teacher.weights=(0,)"], "teacher.weights is (0,); it must be numbers of at least 0"),
-        (["teacher.image_sizes=(8,8)"], "teacher.image_sizes is (8, 8); the number of teachers is 1"),
-        (["teacher.image_sizes=(8,)"], "teacher.image_sizes resizes the images of given teachers"),
+        (
+            ["teacher.checkpoint=a", "teacher.others=b"],
+            "teacher.others is 'b'; it must be non-empty strings in parentheses",
+        ),
+        (
+            ["teacher.checkpoint=a", "teacher.others=(1,)"],
+            "teacher.others is (1,); it must be non-empty strings in parentheses",
+        ),
+        (["teacher.weights=(1,2)"], "teacher.weights is (1, 2); it must have as many values as there are teachers, 1"),
+        (["teacher.weights=(0,)"], "teacher.weights is (0,); it must be non-negative numbers"),
+        (
+            ["teacher.image_sizes=(8,8)"],
+            "teacher.image_sizes is (8, 8); it must have as many values as there are teachers, 1",
+        ),
+        (["teacher.image_sizes=(8,)"], "teacher.image_sizes applies only to given teachers"),
         (["teacher.combine=vote"], "teacher.combine is 'vote'; it must be one of logits, probabilities"),
         (["losses.kd.teacher=1"], "losses.kd.teacher is 1; the teachers are numbered from 0 to 0"),
         (["losses.kd.teacher=mine"], "losses.kd.teacher is 'mine'; it must be average, or the number of a teacher"),
-        (["losses.kd.teacher=average"], "set optimizer.ema_decay, such as 0.99"),
+        (["losses.kd.teacher=average"], "set optimizer.ema_decay, for example to 0.99"),
         (["losses.cross_entropy.teacher=0"], "unknown configuration key losses.cross_entropy.teacher"),
     ],
 )
@@ -391,7 +400,7 @@ def test_a_run_with_two_teachers(start, small_run, done, tmp_path):
     assert [member["checkpoint"] for member in entry["members"]] == [str(done / "teacher"), str(done / "student")]
     assert entry["parameters"] == sum(member["parameters"] for member in entry["members"])
     assert f"teacher 1: resnet8, width 0.25, from {done / 'student'}" in output
-    assert "all 2 teachers as one: top-1" in output
+    assert "all 2 teachers combined: top-1" in output
     process = start([str(tmp_path)], program="cskd_jax.report")
     _, error = process.communicate()
     assert process.returncode == 0, error

@@ -159,9 +159,9 @@ def test_distill_students(tmp_path):
     with pytest.raises(UserError, match="holds another run .students"):
         cskd_jax.distill(students=fewer, workdir=tmp_path, **settings)
     for wrong, text in (
-        ({"students": STUDENTS, "ema": 0.9}, "ema belongs to one student"),
+        ({"students": STUDENTS, "ema": 0.9}, "ema applies to a single student"),
         ({"students": {}}, "with at least one"),
-        ({"students": {"../kd": one}}, "cannot be called '../kd'"),
+        ({"students": {"../kd": one}}, "cannot be named '../kd'"),
         ({"student": one.network}, "a student needs losses and an optimizer"),
     ):
         with pytest.raises(UserError, match=text):

@@ -56,7 +56,7 @@ def test_label_free_on_two_devices():
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "dkd", "category_structure", "crd", "ofa"])
 def test_losses_that_read_labels_are_refused(loss):
-    message = f"losses.{loss} reads labels, and the training images have none: losses that read none are ab, abkd"
+    message = f"losses.{loss} reads labels, but the training images have none: losses that read none are ab, abkd"
     with pytest.raises(UserError, match=re.escape(message)):
         train({loss: 1.0})
 
@@ -98,16 +98,16 @@ def test_a_folder_then_neighbors_then_fine_tuning(start, tmp_path):
     run("ce", labeled, f"--workdir={tmp_path / 'teacher'}")
     given = f"--config.teacher.checkpoint={tmp_path / 'teacher' / 'student'}"
     _, error = run("kd", free, given, f"--workdir={tmp_path / 'wrong'}", expected=2)
-    assert "losses.cross_entropy reads labels, and the training images have none" in error
+    assert "losses.cross_entropy reads labels, but the training images have none" in error
     _, error = run(
         "cosine", free, given, "--config.sampler.name=balanced", f"--workdir={tmp_path / 'wrong'}", expected=2
     )
-    assert "sampler.name is balanced, and the training images have no labels: it must be uniform" in error
+    assert "sampler.name is balanced, but the training images have no labels: it must be uniform" in error
     output, _ = run("cosine", free, given, f"--workdir={tmp_path / 'student'}")
     assert "48 training and 16 test images, 2 classes" in output
     _, error = (process := start([str(tmp_path / "student"), "--embedding"], program="cskd_jax.evaluate")).communicate()
     assert process.returncode == 2
-    assert "--embedding needs training images with labels: name a recipe with such by --config" in error
+    assert "--embedding needs training images with labels: name a recipe that has them with --config" in error
     words = [str(tmp_path / "student"), "--embedding", f"--config.dataset.path={labeled}"]
     _, error = (process := start(words, program="cskd_jax.evaluate")).communicate()
     assert process.returncode == 0, error

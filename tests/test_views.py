@@ -153,7 +153,7 @@ def test_devices_and_micro_batches(settings):
 
 def test_images_of_floats_are_refused_in_words():
     split = Split(np.asarray(normalize(IMAGES)), LABELS)
-    with pytest.raises(UserError, match="losses.mlkd sees strongly augmented images, .* uint8; got float32"):
+    with pytest.raises(UserError, match="losses.mlkd uses strongly augmented images, .* uint8 images; got float32"):
         make_trainer({"mlkd": MLKD}, ImageDataset("floats", split, split, tuple("abcde")))
 
 

@@ -102,8 +102,11 @@ def test_what_does_not_change_results_may_change(run, override):
     [
         ({"seed": 1}, r"another configuration \(seed 0 != 1\); use another --workdir"),
         ({"losses__kd__temperature": 2, "augment__flip": True}, r"augment.flip False != True, losses.kd.temperature 4"),
-        ({"epochs": 29}, r"\(epochs 30 != 29: a run can be continued for more epochs, not cut to fewer\)"),
-        ({"teacher__epochs": 40}, r"\(teacher.epochs 30 != 40: the student has learned from a teacher of 30 epochs\)"),
+        ({"epochs": 29}, r"\(epochs 30 != 29: a run can be extended to more epochs, but not cut to fewer\)"),
+        (
+            {"teacher__epochs": 40},
+            r"\(teacher.epochs 30 != 40: the student has learned from a teacher trained for 30 epochs\)",
+        ),
         ({"epochs": 40, "seed": 1}, r"\(epochs 30 != 40, seed 0 != 1\)"),
     ],
     ids=str,
@@ -123,7 +126,7 @@ def test_without_checkpoints_a_workdir_may_become_that_of_any_run(tmp_path):
 
 
 def test_other_data_are_refused(run):
-    with pytest.raises(UserError, match=r"^workdir .* \(dataset fingerprint '\w+' != '\w+': the data differ, in"):
+    with pytest.raises(UserError, match=r"^workdir .* \(dataset fingerprint '\w+' != '\w+': the data differ in"):
         claim(run, asked(dataset__data_dir="/elsewhere"), dataset(1))
 
 
@@ -230,7 +233,7 @@ def test_schedules_may_forbid_more_epochs(run, monkeypatch):
 def test_a_teacher_trains_longer_as_long_as_it_has_no_student(tmp_path):
     claim(tmp_path, asked(), dataset())
     save(tmp_path, "teacher", 5, finished=True)
-    with pytest.raises(UserError, match="teacher.epochs 30 != 20: a run can be continued for more epochs"):
+    with pytest.raises(UserError, match="teacher.epochs 30 != 20: a run can be extended to more epochs"):
         check_workdir(tmp_path, asked(teacher__epochs=20))
     claim(tmp_path, asked(teacher__epochs=40), dataset())
     assert not load_variables(str(tmp_path / "teacher")).record.finished

@@ -40,7 +40,7 @@ def seeds(text: str, flag: str = "--seeds") -> list[int]:
         match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < min(2**32, first + _MAX_SEEDS):
-            raise UserError(f"{flag} is {text}; it must be integers from 0 to 4294967295, such as 0,1,2 or 0-2")
+            raise UserError(f"{flag} is {text}; it must list integers from 0 to 4294967295, such as 0,1,2 or 0-2")
         found += range(first, last + 1)
     return found
 
@@ -65,4 +65,4 @@ def one_folder(values: argparse.Namespace, *flags: str, example: str) -> pathlib
 def check_new(folder: pathlib.Path) -> None:
     """Raises UserError if `folder` already exists, so that nothing is overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out={folder} exists already; name a new or empty folder")
+        raise UserError(f"--out={folder} already exists; name a new or empty folder")

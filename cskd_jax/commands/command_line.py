@@ -111,8 +111,8 @@ class Parser(argparse.ArgumentParser):
         found += values.words
         if len(found) > 1:
             raise UserError(
-                f"there is one recipe, got {' and '.join(found)}; all else is given as --NAME=VALUE, "
-                "with commas between several values"
+                f"expected one recipe, got {' and '.join(found)}; give everything else as --NAME=VALUE, "
+                "with commas between values"
             )
         return found[0] if found else ""
 
@@ -132,7 +132,7 @@ class Parser(argparse.ArgumentParser):
         name, equals, value = argument.lstrip("-").partition("=")
         known = [option for action in self._actions for option in action.option_strings]
         known += ["--config"] if self._takes_config else []
-        problem = f"there is no flag --{name}" if argument.startswith("-") else f"{argument} lacks its dashes"
+        problem = f"unknown flag --{name}" if argument.startswith("-") else f"{argument} is missing its dashes"
         if f"--{name}" in known or (self._takes_config and name.startswith("config.")):
             meant = [f"--{argument}"]
         else:
@@ -143,7 +143,7 @@ class Parser(argparse.ArgumentParser):
             meant = [f"--config.{key}={value}" for key in _keys_like(name)]
         if meant:
             return f"{problem}; did you mean {' or '.join(meant)}?"
-        keys = "; cskd-jax config keys shows the keys of --config.KEY" if self._takes_config else ""
+        keys = "; cskd-jax config keys lists the keys of --config.KEY" if self._takes_config else ""
         return f"{problem}; the flags are {', '.join(known)}{keys}"
 
 
@@ -199,8 +199,10 @@ def _cache_folder() -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, UserError) as error:
-        why = error.strerror if isinstance(error, OSError) else "there is no home folder"
-        _logger.warning("compiled programs are not kept in %s (%s); XDG_CACHE_HOME can name a folder", folder, why)
+        why = error.strerror if isinstance(error, OSError) else "no home folder"
+        _logger.warning(
+            "compiled programs are not cached in %s (%s); set XDG_CACHE_HOME to a writable folder", folder, why
+        )
         return None
     return str(folder)
 

@@ -4,14 +4,14 @@ cskd-jax config show RECIPE[:WORD] [--config.KEY=VALUE ...]
 cskd-jax config keys [PATTERN]
 
   show       the value of every key that `cskd-jax train` would run with, after all checks that need no data; * marks
-             what differs from the default, which stands behind it. Of cifar100_standard also where every value was
-             published, and what the method has in other recipes.
-  keys       default, allowed values and meaning of every key, those of the losses too; of PATTERN, of the keys that
-             hold this text, or fit it where it has a *: optimizer, temperature, losses.kd, "*.width"
+             what differs from the default, which follows it. For cifar100_standard, also where every value was
+             published, and what the method uses in other recipes.
+  keys       default, allowed values and meaning of every key, including those of the losses; with PATTERN, only of the
+             keys that contain it, or match it if it has a *: optimizer, temperature, losses.kd, "*.width"
 
 `python -m cskd_jax config` is the same command.
 
-Exit codes: 0 done; 2 something to mend in the command or the configuration.
+Exit codes: 0 done; 2 something to fix in the command or the configuration.
 """
 
 import fnmatch
@@ -35,11 +35,11 @@ def _run(argv):
     if action not in _ACTIONS:
         close = close_to(action, _ACTIONS)
         meant = [close[0], *values.words] if close else ["show", action or "digits:kd"]
-        raise UserError(f"config takes show or keys first, such as cskd-jax config {' '.join(meant)}")
+        raise UserError(f"config must be followed by show or keys, such as cskd-jax config {' '.join(meant)}")
     if action == "show":
         print(show(parser.recipe(values), values.overrides))
     elif len(values.words) > 1 or values.config is not None or values.overrides:
-        raise UserError("config keys takes one pattern, such as cskd-jax config keys optimizer, and no recipe")
+        raise UserError("config keys takes one pattern and no recipe, such as cskd-jax config keys optimizer")
     else:
         print(explain(values.words[0] if values.words else ""))
 
@@ -73,7 +73,7 @@ def show(recipe: str, overrides: list[str]) -> str:
         rows.append(("*" if differs else " ", path, _value(values[path]), note))
     width, value_width = (max(len(row[column]) for row in rows) for column in (1, 2))
     lines = [f"{mark} {path:{width}}  {value:{value_width}}  {note}".rstrip() for mark, path, value, note in rows]
-    lines += ["", "* differs from the default of the key, which stands behind it."]
+    lines += ["", "* marks a value that differs from the default of its key, which follows it."]
     return "\n".join([f"{recipe}, workdir {default_workdir(recipe, config)}", "", *lines, *_sources(recipe, values)])
 
 
@@ -122,8 +122,8 @@ def explain(pattern: str) -> str:
     if not shown:
         close = schema.close_keys(pattern, found)
         sections = dict.fromkeys(path.partition(".")[0] for path in found)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"all of them begin with {', '.join(sections)}"
-        raise UserError(f"no key fits {pattern}; {hint}")
+        hint = f"did you mean {' or '.join(close)}?" if close else f"all keys begin with {', '.join(sections)}"
+        raise UserError(f"no key matches {pattern}; {hint}")
     entries = []
     for path in shown:
         key = found[path]

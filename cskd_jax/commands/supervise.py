@@ -1,18 +1,18 @@
-"""Runs a command as one or several processes of this machine, and starts it again when one of them dies.
+"""Runs a command as one or several processes on this machine, and restarts it when one of them dies.
 
 cskd-jax supervise [--processes=N] [--restarts=N] [--grace=SECONDS] -- COMMAND ...
 
   --processes  how many to start; if more than one, each gets --coordinator, --processes and --process of
                cskd-jax train (default: 1)
-  --restarts   how often in a row to start again, waiting 1, 2, 4, ... up to 60 seconds before; a start that lasted
-               ten minutes begins a new row (default: 5)
-  --grace      seconds for saving after SIGTERM or Ctrl-C, before what still runs is killed (default: 120)
+  --restarts   how many times in a row to restart, after waiting 1, 2, 4, ... up to 60 seconds; the count begins anew
+               after ten minutes without a failure (default: 5)
+  --grace      seconds for saving after SIGTERM or Ctrl-C, before what is still running is killed (default: 120)
 
-When a process dies the others are ended (SIGTERM, after three seconds SIGKILL) and all start again: cskd-jax train goes
-on from the last sound checkpoint. SIGTERM and Ctrl-C are passed on to all; the second one kills. A closed terminal or a
-lost connection ends nothing. `python -m cskd_jax.supervise` is the same command.
+When a process dies the others are ended (SIGTERM, after three seconds SIGKILL) and all are restarted: cskd-jax train
+resumes from the last intact checkpoint. SIGTERM and Ctrl-C are passed on to all; the second one kills. A closed
+terminal or a lost connection ends nothing. `python -m cskd_jax.supervise` is the same command.
 
-Exit codes: 0 done; 2 and 3 of a process are not tried again and passed on, like 75 (stopped with everything saved, or
+Exit codes: 0 done; 2 and 3 of a process are not retried but passed on, like 75 (stopped with everything saved, or
 before there was anything to save); 2 for a command that cannot be started; otherwise, when the restarts are used up or
 after a signal, that of the process that died, or 128 and the number of the signal that killed it.
 """
@@ -37,7 +37,7 @@ def _run(argv):
     values = parser.parse(argv)
     command = values.command[1:] if values.command[:1] == ["--"] else values.command
     if not command:
-        parser.error("there is no -- COMMAND")
+        parser.error("-- COMMAND is missing")
     # Imported late, since it is not needed for --help.
     from cskd_jax.distributed.supervisor import Supervisor
 

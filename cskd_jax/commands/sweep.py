@@ -4,31 +4,31 @@ cskd-jax sweep RECIPE --methods=ce,kd,cskd --seeds=0-2 [--pairs=TEACHER/STUDENT,
                [--grid KEY=VALUE,VALUE ...] [--workdir=DIR] [--together=N] [--jobs=N] [--config.KEY=VALUE ...]
 
   RECIPE         a packaged recipe such as digits, or a file such as configs/digits.py; --config=RECIPE is the same
-  --methods      words that may stand behind the recipe: methods, several together (kd+at), or networks and a method
+  --methods      words that may follow the recipe: methods, several together (kd+at), or networks and a method
                  (R152_0.5/R34_0.25/kd)
   --seeds        of the runs, such as 0,1,2 or 0-2; default: 0
   --pairs        of networks, such as resnet56/resnet20,vgg13/vgg8; each is trained with all methods
   --teacher_seeds  of the teachers, such as 0-2: a teacher is trained with each, and all methods with every teacher
   --grid         values of keys that are tried in all combinations, each with the methods that have the key:
                  --grid losses.kd.weight=0.5,0.9 losses.kd.temperature=2,4. They are compared by the last epoch on a
-                 validation split, which --config.dataset.validation_examples=N sets apart, with the first of the seeds,
-                 in the folder search; search.csv has the scores of all. What is best is then trained with all seeds on
+                 validation split, which --config.dataset.validation_examples=N holds out, with the first of the seeds,
+                 in the folder search; search.csv has all scores. The best values are then trained with all seeds on
                  the whole training split, and measured on the test split.
   --workdir      folder of the sweep; default: runs/sweep/RECIPE. A run is in METHOD-seedSEED, with its output in
-                 log.txt. The same command again goes on: what is finished is skipped, what was cut off resumes.
+                 log.txt. The same command continues: finished runs are skipped, interrupted ones resume.
   --together     largest number of runs that are trained together, in one process with one pass of the teacher for each
                  batch; default: all methods of a seed, as far as memory allows. A run is the same alone and together.
-  --jobs         processes at the same time; default 1. Of several GPUs, listed in CUDA_VISIBLE_DEVICES, each process
+  --jobs         processes at the same time; default: 1. Of several GPUs, listed in CUDA_VISIBLE_DEVICES, each process
                  takes one.
   --config.KEY   overrides a key (docs/configuration.md) of every run; config.losses.NAME only of methods that have NAME
 
 The teacher is trained once, with cross-entropy and the seed of the recipe (--config.seed), in teacher-NETWORK, one for
-each network that the runs name as teacher; --config.teacher.checkpoint=DIR brings one along instead.
+each network that the runs name as teacher; --config.teacher.checkpoint=DIR provides one instead.
 
-A sweep goes on when its terminal is closed or its connection is lost. `python -m cskd_jax.sweep` is the same command.
+A sweep continues when its terminal is closed or its connection is lost. `python -m cskd_jax.sweep` is the same command.
 
-Exit codes: 0 all done; 1 runs failed, which the summary names, and the others are done; 2 something to mend in the
-command, the configuration or the data; 75 stopped by a signal, with everything saved: the same command goes on.
+Exit codes: 0 all done; 1 some runs failed, which the summary lists, and the others are done; 2 something to fix in the
+command, the configuration or the data; 75 stopped by a signal, with everything saved: the same command resumes.
 """
 
 import collections
@@ -60,7 +60,7 @@ def _run(argv):
     values = parser.parse(argv)
     recipe = parser.recipe(values)
     if ":" in recipe:
-        raise UserError(f"--config={recipe}: the methods of a sweep are given by --methods")
+        raise UserError(f"--config={recipe} names a method; a sweep takes its methods from --methods")
     if not values.methods or "" in values.methods:
         raise UserError("--methods must name at least one method, such as --methods=ce,kd,cskd")
     _check_each_once("--methods", [networks.in_order(word.lower()) for word in values.methods])
@@ -89,7 +89,7 @@ def _run(argv):
     runs = make()
     trials = search.make_trials(str(file), words, values.seeds[0], workdir, values.overrides, grid) if grid else []
     check(search.runs_of(trials) if grid else runs)
-    with locked(workdir / "sweep.lock", f"another sweep is at work in {workdir}"):
+    with locked(workdir / "sweep.lock", f"another sweep is running in {workdir}"):
         if grid:
             sweep(group(search.runs_of(trials), values.together), values.jobs)
             best = search.choose(trials, workdir)
@@ -104,4 +104,4 @@ def _words(text):
 
 def _check_each_once(name, values):
     if len(set(values)) < len(values):
-        raise UserError(f"{name} names {collections.Counter(values).most_common(1)[0][0]} twice")
+        raise UserError(f"{name} lists {collections.Counter(values).most_common(1)[0][0]} twice")

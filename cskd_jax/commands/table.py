@@ -24,9 +24,9 @@ COMMANDS = {
     "sweep": Command("cskd_jax.commands.sweep", "Trains several methods with several seeds and one teacher."),
     "report": Command("cskd_jax.report.__main__", "Compares finished runs with each other and with published results."),
     "evaluate": Command("cskd_jax.evaluate.__main__", "Measures trained networks: scores, size, operations, latency."),
-    "export": Command("cskd_jax.interop.export", "Writes a trained network for PyTorch and for jax.export."),
-    "import-torch": Command("cskd_jax.interop.import_torch", "Makes a teacher of a file that PyTorch wrote."),
-    "supervise": Command("cskd_jax.commands.supervise", "Runs a command and starts it again when it dies."),
+    "export": Command("cskd_jax.interop.export", "Exports a trained network to PyTorch and to jax.export."),
+    "import-torch": Command("cskd_jax.interop.import_torch", "Makes a teacher from a PyTorch file."),
+    "supervise": Command("cskd_jax.commands.supervise", "Runs a command and restarts it when it dies."),
     "config": Command("cskd_jax.commands.config", "Shows the configuration of a recipe, and what every key means."),
 }
 
@@ -49,7 +49,7 @@ def describe_commands() -> str:
             "",
             *lines,
             "",
-            "cskd-jax COMMAND --help says what a command takes.",
+            "cskd-jax COMMAND --help explains the arguments of a command.",
         ]
     )
 
@@ -65,9 +65,9 @@ def run_command(name: str, arguments: list[str]) -> int:
       UserError: There is no such command.
     """
     if name.startswith("-"):
-        raise UserError(f"name the command first, such as cskd-jax train {' '.join([name, *arguments])}")
+        raise UserError(f"put the command first, such as cskd-jax train {' '.join([name, *arguments])}")
     if name not in COMMANDS:
-        raise UserError(f"there is no command {name}; {_hint(name)}")
+        raise UserError(f"unknown command {name}; {_hint(name)}")
     return importlib.import_module(COMMANDS[name].module).main([f"cskd-jax {name}", *arguments])
 
 
@@ -78,7 +78,7 @@ def check_module(module: str) -> None:
       module: Name that follows -m.
     """
     if module.partition(".")[0] == "cskd_jax" and module.removesuffix(".__main__") not in _MODULES:
-        print(f"error: {module} is no command; {_hint(module.rpartition('.')[2])}", file=sys.stderr)
+        print(f"error: {module} is not a command; {_hint(module.rpartition('.')[2])}", file=sys.stderr)
         sys.exit(UserError.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""Carries out runs of a sweep that share a teacher; `cskd-jax sweep` starts this.
+"""Trains runs of a sweep that share a teacher; `cskd-jax sweep` starts this.
 
 python -m cskd_jax.commands.together < RUNS
 

@@ -5,21 +5,21 @@ cskd-jax train RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VALUE ...]
   RECIPE         a packaged recipe such as digits, or a file such as configs/digits.py; --config=RECIPE is the same.
                  WORD is a method of docs/methods.md such as kd, several of them such as kd+at, or networks and a
                  method such as R152_0.5/R34_0.25/kd
-  --workdir      folder of the run; default: runs/RECIPE/WORD-seedSEED, with what --config.KEY changes behind it. The
-                 same command again resumes there, and with a larger --config.epochs extends the run.
+  --workdir      folder of the run; default: runs/RECIPE/WORD-seedSEED, followed by what --config.KEY changes. The
+                 same command resumes the run, and extends it if --config.epochs is larger.
   --config.KEY   overrides a key, such as --config.epochs=10; `cskd-jax config keys` explains all of them,
                  `cskd-jax config show RECIPE` shows their values
 
   One of several processes, each with its part of every batch (launch/ has scripts):
   --coordinator  HOST:PORT, where the first process listens
-  --processes    how many there are
-  --process      which of them this is, from 0
-  --cluster      instead of the three: SLURM or the TPU pod knows; a SLURM step of several tasks needs no flag
+  --processes    number of processes
+  --process      index of this process, from 0
+  --cluster      instead of these three: SLURM or the TPU pod provides them; a SLURM step of several tasks needs none
 
-A run goes on when its terminal is closed or its connection is lost. `python -m cskd_jax.main` is the same command.
+A run continues when its terminal is closed or its connection is lost. `python -m cskd_jax.main` is the same command.
 
-Exit codes: 0 done; 2 something to mend in the command, the configuration or the data; 3 a loss or gradient is not
-finite any more; 75 stopped by a signal with everything saved, and 1 a process that decodes images was killed: the same
+Exit codes: 0 done; 2 something to fix in the command, the configuration or the data; 3 a loss or gradient is no
+longer finite; 75 stopped by a signal with everything saved, and 1 a process that decodes images was killed: the same
 command resumes.
 """
 
@@ -62,12 +62,12 @@ def _run(argv):
     if config.optimizer.name == "adamw" and changed & {"optimizer.name"} and "optimizer.learning_rate" not in changed:
         rate = config.optimizer.learning_rate
         console.say(
-            f"the learning rate stays at {rate:g}, which the recipe has for sgd: adamw usually takes some 0.001"
+            f"the learning rate stays at {rate:g}, which the recipe sets for sgd; adamw usually needs about 0.001"
         )
     if "dataset.image_size" in changed and config.augment.resize and "augment.resize" not in changed:
         console.say(
-            f"augment.resize stays at {config.augment.resize}: the squares of {config.dataset.image_size} pixels are "
-            "cropped from images that are enlarged to it"
+            f"augment.resize stays at {config.augment.resize}: images are enlarged to that size before squares of "
+            f"{config.dataset.image_size} pixels are cropped from them"
         )
     processes.initialize(values.coordinator, values.processes, values.process, values.cluster)
     train(config, workdir, adapt_devices=not processes.is_distributed() and devices.make_cores_devices())

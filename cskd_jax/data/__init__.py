@@ -105,11 +105,11 @@ def _decode(dataset: ImageDataset, streaming: bool | None, workers: int) -> Imag
 
 def _check_categories(dataset: ImageDataset) -> None:
     if dataset.num_classes < 2:
-        raise UserError(f"data set '{dataset.name}' has {dataset.num_classes} class: classification needs two")
+        raise UserError(f"data set '{dataset.name}' has {dataset.num_classes} class: classification needs at least two")
     splits = {"test": dataset.test} if dataset.unlabeled else {"train": dataset.train, "test": dataset.test}
     for split_name, split in splits.items():
         found = np.flatnonzero(split.labels.any(axis=0)) if dataset.multilabel else split.labels
         missing = np.setdiff1d(np.arange(dataset.num_classes), found)
         if len(missing):
             names = ", ".join(dataset.categories[label] for label in missing[:5])
-            raise UserError(f"data set '{dataset.name}' has no image of {names} in its split {split_name}")
+            raise UserError(f"data set '{dataset.name}' has no images of {names} in its {split_name} split")

@@ -96,7 +96,7 @@ def locate(archive: Archive, data_root: Path) -> Path:
     if path is None:
         return download(archive, data_root / "downloads")
     if sha256(path) != archive.sha256:
-        _logger.warning("%s is not the official %s: its contents are checked and used.", path, archive.url)
+        _logger.warning("%s is not the official %s: its contents are used after they are checked", path, archive.url)
     return path
 
 
@@ -124,7 +124,7 @@ def download(archive: Archive, folder: Path) -> Path:
       UserError: If the download failed, or if the downloaded file is not the official archive.
     """
     target = folder / (archive.stem + archive.suffixes[0])
-    by_hand = f"download it by other means and put it at {target}"
+    by_hand = f"download it yourself and put it at {target}"
     # Each process has its own file: several may download at once, and the last rename wins with the same bytes. Nobody
     # can have planted a link under its name.
     part = folder / f"{target.name}.{secrets.token_hex(8)}.part"
@@ -133,7 +133,9 @@ def download(archive: Archive, folder: Path) -> Path:
         try:
             digest = _stream(archive, part)
             if digest != archive.sha256:
-                raise UserError(f"{archive.url} gave a file with checksum {digest}, not {archive.sha256}: {by_hand}")
+                raise UserError(
+                    f"{archive.url} returned a file with checksum {digest}, not {archive.sha256}: {by_hand}"
+                )
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
@@ -153,7 +155,7 @@ def _stream(archive: Archive, part: Path) -> str:
     ):
         while chunk := response.read(_CHUNK_BYTES):
             if file.tell() + len(chunk) > archive.limit:
-                raise UserError(f"{archive.url} gave more than {archive.limit:,} bytes, which is not the archive")
+                raise UserError(f"{archive.url} returned more than {archive.limit:,} bytes, too many for the archive")
             file.write(chunk)
             digest.update(chunk)
             bar.update(len(chunk))
@@ -195,19 +197,21 @@ def read_tar(
                     tar.members = []  # Otherwise it would remember all of them.
                     name = posixpath.normpath(member.name)  # In repacked archives, names often begin with "./".
                     if number >= _MAX_MEMBERS:
-                        raise UserError(f"{path} has more than {_MAX_MEMBERS:,} members: replace it by {archive.url}")
+                        raise UserError(f"{path} has more than {_MAX_MEMBERS:,} members: replace it with {archive.url}")
                     if wanted(name) and member.isfile() and (content := tar.extractfile(member)):
                         if member.size > largest:
-                            raise UserError(f"{path}: member {name} has {member.size:,} bytes; allowed are {largest:,}")
+                            raise UserError(
+                                f"{path}: member {name} has {member.size:,} bytes; at most {largest:,} are allowed"
+                            )
                         data = bytearray(member.size)
                         if content.readinto(data) != member.size:
-                            raise EOFError(f"member {name} ends too early")
+                            raise EOFError(f"member {name} is truncated")
                         yield name, data
     except UserError:
         raise
     except Exception as error:  # A damaged archive makes tarfile and the decompressors raise many types of errors.
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged or no tar archive ({reason}): replace it by {archive.url}") from error
+        raise UserError(f"{path} is damaged or not a tar archive ({reason}): replace it with {archive.url}") from error
 
 
 def _unpacked(file: io.BufferedReader) -> contextlib.AbstractContextManager[Any]:
@@ -229,7 +233,7 @@ class _Bounded:
         self._left -= len(data)
         self._ends += not data
         if self._ends > _MAX_ENDS:  # tarfile skips the terabytes that a member claims block by block.
-            raise EOFError("it ends too early")
+            raise EOFError("it is truncated")
         if self._left < 0:
             raise tarfile.ReadError("it unpacks to more than the official archive")
         return data
@@ -242,7 +246,7 @@ class _Member(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: Any, errors: str) -> "_Member":
         member = super().frombuf(buf, encoding, errors)
         if member.type in _HEADERS and member.size > _MAX_HEADER:
-            raise ValueError(f"a header of {member.size:,} bytes")
+            raise ValueError(f"a header has {member.size:,} bytes")
         return member
 
 
@@ -255,11 +259,13 @@ def open_zip(archive: Archive, path: Path) -> Iterator[zipfile.ZipFile]:
         except UserError:
             raise
         except Exception as error:  # A damaged archive makes zipfile raise many types of errors.
-            raise UserError(f"{path} is damaged or no zip archive ({error}): replace it by {archive.url}") from error
+            raise UserError(
+                f"{path} is damaged or not a zip archive ({error}): replace it with {archive.url}"
+            ) from error
         unpacked = sum(member.file_size for member in file.infolist())
         if unpacked > archive.limit:
             raise UserError(
-                f"{path} unpacks to {unpacked:,} bytes, more than the official archive: replace it by {archive.url}"
+                f"{path} unpacks to {unpacked:,} bytes, more than the official archive: replace it with {archive.url}"
             )
         yield file
 
@@ -283,7 +289,7 @@ def read_zipped(
         return read_member(file, member, largest)
     except Exception as error:  # zipfile and the decompressors raise many types of errors.
         raise UserError(
-            f"{path}: member {member.filename} is damaged ({error}): replace the archive by {archive.url}"
+            f"{path}: member {member.filename} is damaged ({error}): replace the archive with {archive.url}"
         ) from error
 
 
@@ -292,7 +298,7 @@ def require_members(archive: Archive, path: Path, wanted: Iterable[str], present
     missing = [name for name in wanted if name not in present]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise UserError(f"{path} lacks the member {', '.join(missing[:5])}{more}: replace it by {archive.url}")
+        raise UserError(f"{path} is missing {', '.join(missing[:5])}{more}: replace it with {archive.url}")
 
 
 def text_lines(data: bytes | bytearray) -> list[str]:
@@ -304,8 +310,8 @@ def check_names(path: Path, member: str, names: list[str], expected: int) -> Non
     """Raises UserError unless there are `expected` distinct names."""
     if len(names) != expected or len(set(names)) != expected:
         raise UserError(
-            f"{path}: member {member} should hold {expected} different label names, one a line: "
-            f"it has {len(names)} lines, {len(set(names))} of them different"
+            f"{path}: member {member} should hold {expected} distinct label names, one per line: "
+            f"it has {len(names)} lines, {len(set(names))} of them distinct"
         )
 
 
@@ -313,7 +319,7 @@ def check_categories(path: Path, split: str, names: Sequence[str], labels: np.nd
     """Raises UserError unless the labels of a split, int [N], include every class."""
     missing = np.setdiff1d(np.arange(len(names)), labels)
     if len(missing):
-        raise UserError(f"{path}: the {split} split has no image of {', '.join(np.array(names)[missing[:5]])}")
+        raise UserError(f"{path}: the {split} split has no images of {', '.join(np.array(names)[missing[:5]])}")
 
 
 def decode(path: Path, member: str, data: bytes | bytearray, size: tuple[int, int] | None = None) -> Image.Image:
@@ -338,8 +344,6 @@ def decode(path: Path, member: str, data: bytes | bytearray, size: tuple[int, in
     # Pillow's decoders raise many types of exceptions.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: member {member} is not a sound image ({reason})") from error
+        raise UserError(f"{path}: member {member} is not a valid image ({reason})") from error
     (width, height), (wanted_width, wanted_height) = image.size, size
-    raise UserError(
-        f"{path}: member {member} is {width}x{height} pixels where {wanted_width}x{wanted_height} are expected"
-    )
+    raise UserError(f"{path}: member {member} is {width}x{height} pixels, expected {wanted_width}x{wanted_height}")

@@ -24,7 +24,7 @@ def from_arrays(
     given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
     splits: list[Any] = [make_split(name, *arrays) for name, arrays in given.items()]
     if train[1] is None and any(split.labels.ndim == 2 for split in splits):
-        raise UserError("train has no labels, which images of several classes each need")
+        raise UserError("train has no labels, but multi-label data sets need them")
     kinds = [
         f"images {split.images.shape[1:]} {split.images.dtype} with labels {['N', *split.labels.shape[1:]]}"
         for split in splits
@@ -37,7 +37,7 @@ def from_arrays(
     names = tuple(map(str, range(count))) if categories is None else tuple(categories)
     labeled = splits[1:] if np.all(splits[0].labels == NO_LABEL) else splits
     if len(names) < count or any(split.labels.min() < 0 for split in labeled):
-        raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of classes less 1")
+        raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of classes minus 1")
     return ImageDataset("arrays", splits[0], splits[1], names, splits[2] if validation is not None else None)
 
 
@@ -60,7 +60,7 @@ def make_split(name: str, images: Any, labels: Any) -> Split:
             raise UserError(f"{name} images are {images.dtype}; they must be uint8 or floats")
         images = images.astype(np.float32)
     if labels.ndim == 2 and labels.shape[1] < 2:
-        raise UserError(f"{name} labels have shape {labels.shape}; labels of one class each must have shape [N]")
+        raise UserError(f"{name} labels have shape {labels.shape}; with one class per image, it must be [N]")
     if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{name} labels are {labels.dtype}; they must be integers, the numbers of the classes")
+        raise UserError(f"{name} labels are {labels.dtype}; they must be integer class indices")
     return Split(images, labels.astype(np.int32 if labels.ndim == 1 else np.float32))

@@ -39,12 +39,14 @@ class Normalize:
         for kind, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise UserError(
-                    f"{name}{kind} has {len(values)} values, the images have {channels} channels: it must have one "
-                    "value for all of them, or one for each"
+                    f"{name}{kind} has {len(values)} values, but the images have {channels} channels: it must have one "
+                    "value for all channels, or one per channel"
                 )
             numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
             if not numbers or (kind == "std" and min(values) <= 0):
-                raise UserError(f"{name}{kind} is {values}; it must be finite numbers{', above 0' * (kind == 'std')}")
+                raise UserError(
+                    f"{name}{kind} is {values}; its values must be finite{' and above 0' * (kind == 'std')}"
+                )
         return self
 
     def is_same(self, other: "Normalize") -> bool:

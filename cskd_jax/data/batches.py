@@ -47,14 +47,14 @@ class EpochBatches:
         batches = self._epoch(0)
         first = next(batches, None)
         if first is None:
-            raise UserError("train gives no batch for epoch 0")
+            raise UserError("train yields no batches for epoch 0")
         self.first, self.batch_size = first, len(first.labels)
         sizes = [self.batch_size]
         if steps_per_epoch is None:
             sizes += [len(batch.labels) for batch in batches]
         self.last_batch_size, self.steps_per_epoch = sizes[-1], steps_per_epoch or len(sizes)
         if any(size != self.batch_size for size in sizes[:-1]) or self.last_batch_size > self.batch_size:
-            raise UserError(f"train gives batches of {sorted(set(sizes))} images; only the last may be smaller")
+            raise UserError(f"train yields batches of {sorted(set(sizes))} images; only the last may be smaller")
         self.num_examples = self.images_before(self.steps_per_epoch)
 
     def images_before(self, step: int) -> int:
@@ -77,8 +77,8 @@ class EpochBatches:
                 position += 1
             if position < end:
                 raise UserError(
-                    f"train gives {position - epoch * self.steps_per_epoch} batches for epoch {epoch}, epoch 0 had "
-                    f"{self.steps_per_epoch}: the function must make new ones every time it is called"
+                    f"train yields {position - epoch * self.steps_per_epoch} batches for epoch {epoch}, but "
+                    f"{self.steps_per_epoch} for epoch 0: the function must make new ones every time it is called"
                 )
 
     def _epoch(self, epoch):
@@ -91,7 +91,7 @@ class EpochBatches:
             and self.num_classes is not None
             and not 0 <= batch.labels.min() <= batch.labels.max() < self.num_classes
         ):
-            raise UserError(f"train gives a label at step {step + 1} that is not from 0 to {self.num_classes - 1}")
+            raise UserError(f"train yields a label at step {step + 1} that is not from 0 to {self.num_classes - 1}")
         is_last = (step + 1) % self.steps_per_epoch == 0
         size = self.last_batch_size if is_last else self.batch_size
         given: tuple[Any, ...] = (*batch,)
@@ -101,7 +101,7 @@ class EpochBatches:
         if found != wanted:
             texts = [", ".join(f"{dtype}{list(shape)}" for shape, dtype in kinds) for kinds in (found, wanted)]
             raise UserError(
-                f"train gives images and labels {texts[0]} at step {step + 1}, not {texts[1]} as in epoch 0"
+                f"train yields images and labels {texts[0]} at step {step + 1}, not {texts[1]} as in epoch 0"
             )
 
 

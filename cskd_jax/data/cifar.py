@@ -110,14 +110,14 @@ def _records(archive: CifarArchive, path: Path, member: str, data: bytes | bytea
     """Returns the records of a member, uint8 [N, labels + 3072], with every label in range."""
     size = len(archive.label_files) + _IMAGE_BYTES
     if len(data) % size:
-        raise UserError(f"{path}: member {member} has {len(data)} bytes, not a whole number of records of {size}")
+        raise UserError(f"{path}: member {member} has {len(data)} bytes, not a whole number of records of {size} bytes")
     records = np.frombuffer(data, np.uint8).reshape(-1, size)
     for column, key in enumerate(archive.label_files):
         wrong = np.flatnonzero(records[:, column] >= archive.label_sizes[key])
         if wrong.size:
             raise UserError(
-                f"{path}: member {member}, record {wrong[0]} has {key} {records[wrong[0], column]}: "
-                f"allowed are 0 to {archive.label_sizes[key] - 1}"
+                f"{path}: member {member}, record {wrong[0]} has {key} {records[wrong[0], column]}; "
+                f"it must be from 0 to {archive.label_sizes[key] - 1}"
             )
     return records
 

@@ -112,7 +112,7 @@ def _table(path: Path, member: str, lines: Sequence[str]) -> dict[str, str]:
         identifier, _, value = line.partition(" ")
         if not value or identifier in table:
             raise UserError(
-                f"{path}: member {member}, line {number} is '{line}': allowed are a new number and a value, "
+                f"{path}: member {member}, line {number} is '{line}'; it must be a new number and a value, "
                 "separated by a space"
             )
         table[identifier] = value
@@ -125,7 +125,7 @@ def _check_values(
     """Raises UserError unless the table gives every image one of the allowed values."""
     for image, file in files.items():
         if table.get(image, "") not in allowed:
-            found = f"says '{table[image]}' of" if image in table else "says nothing of"
+            found = f"says '{table[image]}' for" if image in table else "has no entry for"
             raise UserError(f"{path}: member {member} {found} image {image}, {file}")
 
 

@@ -33,7 +33,9 @@ def load(*, data_dir: str | None, path: str | None, train_examples: int | None, 
     del data_dir
     tfds_source.refuse_path("digit_pairs", path)
     if image_size is not None:
-        raise UserError(f"image_size={image_size} is for data sets that are read from files, not for digit_pairs")
+        raise UserError(
+            f"image_size={image_size} applies only to data sets that are read from files, not to digit_pairs"
+        )
     sources = digits.read(Path()).splits
     splits = {}
     for seed, (name, rounds) in enumerate(ROUNDS.items()):

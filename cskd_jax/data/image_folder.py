@@ -58,14 +58,14 @@ def load(
         raise UserError("data set image_folder needs path: a folder with train/CLASS/* and test/CLASS/*")
     root = full_path(path)
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder: path of image_folder is one that holds train and test (or val)")
+        raise UserError(f"{root} is not a folder: the path of image_folder must hold train and test (or val)")
     if not (root / "train").is_dir():
         raise UserError(
-            f"{root} has no folder train: image_folder reads train/CLASS/*, or train/* of images without labels"
+            f"{root} has no folder train: image_folder reads train/CLASS/*, or train/* for images without labels"
         )
     test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if test_folder is None:
-        raise UserError(f"{root} has neither a folder test nor val: image_folder reads one of them")
+        raise UserError(f"{root} has no folder test or val: image_folder reads one of them")
 
     left_out = LeftOut()
     unlabeled = _list_unlabeled(root / "train", left_out)
@@ -75,7 +75,7 @@ def load(
     if train_files:
         _check_categories(categories, test_files, test_folder)
     if left_out:
-        _logger.warning("%s: left out %s", printable(str(root)), left_out)
+        _logger.warning("%s: skipped files: %s", printable(str(root)), left_out)
 
     files, labels = _flatten(train_files, categories) if train_files else _without_labels(unlabeled)
     chosen = balanced_indices(labels, categories, train_examples)
@@ -148,8 +148,8 @@ def _list_split(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
         left_out.add_all(own)
         if not files[name]:
             raise UserError(
-                f"{folder / name} has no images: allowed are files with {', '.join(EXTENSIONS)}"
-                + (f"; left out are {own}" if own else "")
+                f"{folder / name} has no images: file names must end in one of {', '.join(EXTENSIONS)}"
+                + (f"; skipped files: {own}" if own else "")
             )
     return files
 
@@ -161,13 +161,13 @@ def _images(folder: Path, left_out: LeftOut) -> list[str]:
         if entry.name.startswith("."):
             left_out.add("hidden", [entry.path])
         elif entry.is_dir():
-            left_out.add("in deeper folders, which are not read: move the images up", _files_below(entry.path))
+            left_out.add("in folders nested too deeply: move the images up", _files_below(entry.path))
         elif not os.path.exists(entry.path):
             left_out.add("broken links", [entry.path])
         elif not entry.is_file():
-            left_out.add("pipes, devices or the like", [entry.path])
+            left_out.add("pipes, devices or similar", [entry.path])
         elif not entry.name.lower().endswith(EXTENSIONS):
-            left_out.add(f"of other formats than {', '.join(EXTENSIONS)}", [entry.path])
+            left_out.add(f"in formats other than {', '.join(EXTENSIONS)}", [entry.path])
         else:
             found.append(entry.path)
     return found
@@ -185,11 +185,11 @@ def _check_names(folder: Path, names: Sequence[str]) -> None:
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(f"{folder / name}: the name of the folder is not UTF-8: rename it") from None
+            raise UserError(f"{folder / name}: the name of the folder is not valid UTF-8: rename it") from None
         other = by_look.setdefault(_look(name), name)
         if other != name:
             _logger.warning(
-                "%s: the classes %s and %s are two, but their names differ only in case or in their Unicode form",
+                "%s: the classes %s and %s are distinct, but their names differ only in case or Unicode form",
                 printable(str(folder)),
                 ascii(other),
                 ascii(name),
@@ -204,10 +204,10 @@ def _check_categories(categories: Sequence[str], test_files: Mapping[str, list[s
     """Raises UserError unless the test split has the classes of the training split."""
     for name in categories:
         if name not in test_files:
-            raise UserError(f"{test_folder} lacks the class '{name}', which train has{_like(name, test_files)}")
+            raise UserError(f"{test_folder} is missing the class '{name}', which train has{_like(name, test_files)}")
     for name in test_files:
         if name not in categories:
-            raise UserError(f"{test_folder} has the class '{name}', which train lacks{_like(name, categories)}")
+            raise UserError(f"{test_folder} has the class '{name}', which train does not have{_like(name, categories)}")
 
 
 def _like(name: str, others: Iterable[str]) -> str:
@@ -215,7 +215,7 @@ def _like(name: str, others: Iterable[str]) -> str:
     same = next((other for other in others if _look(other) == _look(name)), None)
     if same is None:
         return ""
-    return f"; it has {same!a}, which differs from {name!a} only in case or in its Unicode form: rename one"
+    return f"; it has {same!a}, which differs from {name!a} only in case or Unicode form: rename one"
 
 
 def _flatten(files: Mapping[str, list[str]], categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -69,10 +69,10 @@ def open_image(file: IO[bytes]) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise UserError(f"the content is none of {', '.join(FORMATS)}") from None
+        raise UserError(f"the format is not one of {', '.join(FORMATS)}") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise UserError(f"{width}x{height} pixels; at most {MAX_PIXELS:,} in all are read")
+        raise UserError(f"it has {width}x{height} pixels; at most {MAX_PIXELS:,} in total are allowed")
     return image
 
 
@@ -116,11 +116,11 @@ def read_image(
     # Pillow's decoders raise many types of exceptions.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{name} is not a sound image ({reason}): replace or remove it") from error
+        raise UserError(f"{name} is not a valid image ({reason}): replace or remove it") from error
     if expected is not None and not fits:
         raise UserError(
-            f"{name} is {size[0]}x{size[1]} pixels where {expected[1]}x{expected[0]} are expected: all images must "
-            "have one size, or dataset.image_size be set, to which they are cut"
+            f"{name} is {size[0]}x{size[1]} pixels, expected {expected[1]}x{expected[0]}: all images must have the "
+            "same size; set dataset.image_size to crop them to one size"
         )
     raise UserError(f"{name} has more than 8 bits per channel (Pillow mode {mode}): convert it to 8 bits")
 
@@ -157,7 +157,7 @@ def middle_square(image: Image.Image, side: int) -> Image.Image:
     scale = round(side * 8 / 7) / min(image.size)
     width, height = (round(length * scale) for length in image.size)
     if width * height > max(MAX_PIXELS, image.width * image.height):
-        raise UserError(f"{image.width}x{image.height} pixels are too narrow for a square of {side} pixels")
+        raise UserError(f"an image of {image.width}x{image.height} pixels is too narrow for a square of {side} pixels")
     left, top = (width - side) // 2, (height - side) // 2
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)

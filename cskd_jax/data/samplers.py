@@ -89,13 +89,13 @@ class BalancedSampler:
         self._size, self._seed = samples_per_category, seed
         self._categories_per_batch, rest = divmod(batch_size, samples_per_category)
         if rest:
-            raise UserError(f"batch_size {batch_size} does not divide by sampler.samples_per_category {self._size}")
+            raise UserError(f"batch_size {batch_size} is not divisible by sampler.samples_per_category {self._size}")
         self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         groups = np.array([len(members) // self._size for members in self._members])
         if np.count_nonzero(groups) < self._categories_per_batch:
             raise UserError(
-                f"a batch of {batch_size} with {self._size} examples for each class needs {self._categories_per_batch} "
-                f"classes of so many examples, the training split has {np.count_nonzero(groups)}"
+                f"a batch of {batch_size} with {self._size} examples per class needs {self._categories_per_batch} "
+                f"classes with that many examples, but the training split has {np.count_nonzero(groups)}"
             )
         # S batches can be filled if and only if there are at least S times P groups, where each class counts at most S,
         # one for each batch.

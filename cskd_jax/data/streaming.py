@@ -78,7 +78,7 @@ class ImageStream:
         except concurrent.futures.BrokenExecutor as error:
             raise LostWorkerError(
                 "a process that decodes images was killed, perhaps for lack of memory (fewer dataset.workers need "
-                "less): the same command goes on from the last checkpoint"
+                "less): the same command resumes from the last checkpoint"
             ) from error
         finally:
             for future in ahead:

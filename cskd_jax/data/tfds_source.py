@@ -144,7 +144,7 @@ def load_named(
         builder = _construct(name, data_dir, lambda: tfds.builder(name, data_dir=data_dir))
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(
-            f"unknown data set '{name}': allowed are {', '.join(table)} and any tensorflow-datasets name"
+            f"unknown data set '{name}'; it must be one of {', '.join(table)}, or any tensorflow-datasets name"
         ) from error
     if not _is_prepared(builder):
         _check_features(builder, name)  # This precedes a download that may take hours.
@@ -186,7 +186,7 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
         require_tensorflow(f"data set '{name}' is prepared as tfrecord in {builder.data_dir}, and reading it")
         records = {split: TfRecords(builder, split) for split in ("train", test_name)}
     else:
-        raise UserError(f"{builder.data_dir} is prepared as {sorted(formats)}: allowed are array_record and tfrecord")
+        raise UserError(f"{builder.data_dir} is prepared as {sorted(formats)}; it must be array_record or tfrecord")
     labels = {split: _labels(source, name) for split, source in records.items()}
     chosen = {
         "train": balanced_indices(labels["train"], categories, train_examples),
@@ -262,7 +262,7 @@ def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
     # tensorflow-datasets would create a folder named ~ in the working directory.
     if data_dir is None and "TFDS_DATA_DIR" not in os.environ and os.path.expanduser("~") == "~":
         raise UserError(
-            f"data set '{name}' needs a folder, and there is no home folder (HOME is not set): set data_dir"
+            f"data set '{name}' needs a folder, but there is no home folder (HOME is not set): set data_dir"
         )
     try:
         return make()
@@ -286,7 +286,7 @@ def _is_prepared(builder: Any) -> bool:
             return True
         exists = builder.data_path.exists()
     except OSError as error:
-        raise UserError(f"cannot look into {builder.data_dir}: {one_line(error)}") from error
+        raise UserError(f"cannot read {builder.data_dir}: {one_line(error)}") from error
     if exists:
         # tensorflow-datasets would mistake the folder for a prepared one.
         raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it again")
@@ -322,7 +322,9 @@ def _check_features(builder: Any, name: str) -> None:
     found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     image, label = found.get("image"), found.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        has = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(found.items())) or "none by name"
+        has = (
+            ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(found.items())) or "no named ones"
+        )
         raise UserError(f"data set '{name}' needs the features image (Image) and label (ClassLabel): it has {has}")
     _check_image(image, name)
 
@@ -340,7 +342,7 @@ def _labels(records: ArrayRecords | TfRecords, name: str) -> np.ndarray:
     """Returns the labels of a split, int32 [N]; raises UserError if there are none."""
     labels = records.labels()
     if not len(labels) or labels.min() < 0:
-        raise UserError(f"data set '{name}' has no examples or unlabeled ones in its split {records.split}")
+        raise UserError(f"data set '{name}' has no examples, or unlabeled ones, in its {records.split} split")
     return labels
 
 

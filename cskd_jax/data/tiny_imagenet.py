@@ -131,7 +131,7 @@ def _train_labels(path: Path, members: Mapping[str, zipfile.ZipInfo], labels: Ma
         category = posixpath.basename(posixpath.dirname(folder))
         if folder == f"{_ROOT}train/{category}/images" and _is_image(file):
             if category not in labels:
-                raise UserError(f"{path}: member {member} is of the class {category}, which {_NAMES} does not name")
+                raise UserError(f"{path}: member {member} belongs to class {category}, which {_NAMES} does not list")
             found[member] = labels[category]
     return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
 
@@ -149,15 +149,15 @@ def _validation_labels(
         file, category, *_ = (*line.split(), "")
         member = f"{_ROOT}val/images/{file}"
         if category not in labels:
-            raise UserError(f"{path}: member {_ANNOTATIONS} says '{category}' of {file}: {_NAMES} has no such class")
+            raise UserError(f"{path}: member {_ANNOTATIONS} says '{category}' for {file}, which {_NAMES} does not list")
         if member in found:
-            raise UserError(f"{path}: member {_ANNOTATIONS} names {file} twice")
+            raise UserError(f"{path}: member {_ANNOTATIONS} lists {file} twice")
         found[member] = labels[category]
     require_members(archive, path, found, members)
     for member in members:
         folder, file = posixpath.split(member)
         if folder == f"{_ROOT}val/images" and _is_image(file) and member not in found:
-            raise UserError(f"{path}: member {_ANNOTATIONS} has no annotation of {file}")
+            raise UserError(f"{path}: member {_ANNOTATIONS} has no annotation for {file}")
     return found
 
 

@@ -86,8 +86,8 @@ def hold_out(dataset: ImageDataset, examples: int, seed: int) -> ImageDataset:
     """
     if dataset.unlabeled:
         raise UserError(
-            f"data set '{dataset.name}' has training images without labels, of which none can be held out for "
-            "validation: leave out validation_examples"
+            f"data set '{dataset.name}' has training images without labels, which cannot be held out for validation: "
+            "leave out validation_examples"
         )
     split = dataset.train
     order = np.random.default_rng(seed).permutation(len(split.labels))
@@ -126,14 +126,14 @@ def balanced_indices(
         return np.arange(len(labels))
     if labels.ndim == 2 or np.all(labels == NO_LABEL):
         if not 1 <= train_examples <= len(labels):
-            raise UserError(f"{name}={train_examples} is out of range: allowed are 1 to {len(labels)}")
+            raise UserError(f"{name}={train_examples} is out of range; it must be from 1 to {len(labels)}")
         return np.arange(train_examples)
     available = np.bincount(labels, minlength=len(categories))
     share, remainder = divmod(train_examples, len(categories))
     if share < 1:
         raise UserError(
-            f"{name}={train_examples} is fewer than the {len(categories)} classes: "
-            f"allowed are {len(categories)} to {_largest_subset(available)}"
+            f"{name}={train_examples} is less than the number of classes, {len(categories)}; "
+            f"it must be from {len(categories)} to {_largest_subset(available)}"
         )
     wanted = np.full(len(categories), share)
     wanted[:remainder] += 1

@@ -52,11 +52,11 @@ class Devices:
         # The devices of a process are consecutive.
         found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         if isinstance(devices, int) and not 1 <= devices <= len(found):
-            raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of devices here")
+            raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of available devices")
         devices = [devices] if isinstance(devices, jax.Device) else devices
         self._devices: list[Any] = found[:devices] if devices is None or isinstance(devices, int) else list(devices)
         if is_distributed() and len(self._devices) != len(found):
-            raise UserError("a run of several processes uses all of their devices")
+            raise UserError("a run with several processes must use all of their devices")
         self._mesh = Mesh(np.array(self._devices), (AXIS,))
 
     @property
@@ -77,7 +77,7 @@ class Devices:
     def check_batch_size(self, name: str, size: int) -> None:
         """Raises UserError unless a global batch of `size` splits evenly over the devices."""
         if size % self.count:
-            raise UserError(f"{name} is {size}, which does not divide by the {self.count} devices")
+            raise UserError(f"{name} is {size}, which does not split evenly across the {self.count} devices")
 
     def first(self, count: int) -> "Devices":
         """Returns the first `count` devices."""

@@ -45,7 +45,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     """
     if coordinator is None or processes is None or process is None or cluster:
         if (coordinator, processes, process) != (None, None, None):
-            raise UserError("--coordinator, --processes and --process are given together, and without --cluster")
+            raise UserError("--coordinator, --processes and --process must be given together, and without --cluster")
         if not (cluster or _in_cluster(os.environ)):
             return
     else:

@@ -49,10 +49,10 @@ class Supervisor:
                 return code
             failures = 1 if time.monotonic() - start > _LONG_SECONDS else failures + 1
             if failures > self._restarts:
-                _say(f"given up after {failures - 1} restarts in a row")
+                _say(f"giving up after {failures - 1} restarts in a row")
                 return code
             delay = min(2 ** (failures - 1), _MAX_DELAY_SECONDS)
-            _say(f"starting again in {delay} s ({failures} of {self._restarts})")
+            _say(f"restarting in {delay} s ({failures} of {self._restarts})")
             self._wait(lambda: False, delay)
             if self._signals:
                 return InterruptedRun.exit_code

@@ -3,15 +3,15 @@
 cskd-jax evaluate DIR [--embedding] [--config=RECIPE] [--config.KEY=VALUE ...]
 
   DIR            folder of a run: its student, and its teacher if it has trained one; or folder of one network, such as
-                 WORKDIR/student. --workdir=DIR and --checkpoint=DIR name the one or the other.
+                 WORKDIR/student. --workdir=DIR and --checkpoint=DIR name one or the other.
   --embedding    also says how well nearest neighbors and a linear probe tell the classes apart in the embedding
-  --config       recipe; needed only for a network that lies in no workdir
+  --config       recipe; needed only for a network that is not in a workdir
   --config.KEY   overrides a key of the run's configuration, such as --config.dataset.data_dir=DIR
 
-Prints a table and writes it as evaluation.json into DIR. Every network is that of its newest checkpoint.
+Prints a table and writes it to evaluation.json in DIR. Every network is loaded from its newest checkpoint.
 `python -m cskd_jax.evaluate` is the same command.
 
-Exit codes: 0 done; 2 mistake in the command, the configuration or the data.
+Exit codes: 0 done; 2 something to fix in the command, the configuration or the data.
 """
 
 from cskd_jax.commands import command_line
@@ -32,7 +32,7 @@ def _run(argv):
     values = parser.parse(argv)
     folder = one_folder(values, "workdir", "checkpoint", example="cskd-jax evaluate runs/digits/kd-seed0")
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
+        raise UserError(f"{folder} is not a folder")
     from cskd_jax import console
 
     console.start()
@@ -68,7 +68,7 @@ def _config(workdir, values):
     if values.config:
         config = recipes.load_recipe(values.config, values.overrides)
     elif not (workdir / "config.json").is_file():
-        raise UserError(f"{workdir} holds no config.json of a run: name the recipe by --config=RECIPE")
+        raise UserError(f"{workdir} holds no config.json of a run: name the recipe with --config=RECIPE")
     else:
         config = recipes.override(run_config(workdir), values.overrides)
     schema.validate(config)

@@ -35,11 +35,11 @@ def measure(trained: TrainedNetwork, dataset: ImageDataset, normalize: Normalize
       UserError: The images have several classes each, or the network does not output an embedding.
     """
     if dataset.multilabel:
-        raise UserError("--embedding needs images of one class each")
+        raise UserError("--embedding needs images with one class each")
     if dataset.unlabeled:
         raise UserError(
-            "--embedding needs training images with labels: name a recipe with such by --config, or a folder of "
-            "classes by --config.dataset.path"
+            "--embedding needs training images with labels: name a recipe that has them with --config, or a folder "
+            "of classes with --config.dataset.path"
         )
     network, saved = trained
     splits = (dataset.train, dataset.test)

@@ -7,18 +7,18 @@ cskd-jax export WORKDIR --out=DIR [--network=teacher]
   --network      student or teacher of a run; default: student
   --out          new folder
 
-  Images of an imported network, as far as it does not know them:
+  Images of an imported network, if its checkpoint does not describe them:
   --size         HEIGHT,WIDTH in pixels
   --mean         per channel, or one for all, of pixels in [0, 1]
-  --std          likewise
+  --std          in the same form as --mean
 
 DIR then holds
 
-- weights.safetensors: the state dict by PyTorch's names, for `load_state_dict(safetensors.torch.load_file(PATH))` of
+- weights.safetensors: the state dict under PyTorch's names, for `load_state_dict(safetensors.torch.load_file(PATH))` of
   the network as torchvision, the code of Chen et al. 2020 (https://github.com/xeanzheng/CSKD) or that of Tian et al.
   2020 (https://github.com/HobbitLong/RepDistiller) defines it. That network takes images [B, C, H, W] that are scaled
   to [0, 1] and normalized by the mean and deviation of network.json;
-  It is left out where a method predicts in the place of the network (simkd), which PyTorch's network does not do;
+  It is left out if a method replaces the prediction of the network (simkd), which PyTorch's network does not do;
 - network.jax_export: the network in evaluation mode, normalization included, from uint8 images [B, H, W, C] of any
   number B to logits [B, number of classes]. In an environment with only jax and flatbuffers:
       network = jax.export.deserialize(bytearray(open(PATH, "rb").read()))
@@ -28,7 +28,7 @@ DIR then holds
 
 `python -m cskd_jax.interop.export` is the same command.
 
-Exit codes: 0 done; 2 something to mend in the command or the checkpoint.
+Exit codes: 0 done; 2 something to fix in the command or the checkpoint.
 """
 
 from typing import Any
@@ -112,7 +112,7 @@ def _run(argv):
     for name, content in files.items():
         write_bytes(arguments.out / name, content)
     write_json(arguments.out / DESCRIPTION, description)
-    trained = "" if record.finished else ", not trained to its end"
+    trained = "" if record.finished else ", not fully trained"
     print(
         f"{record.describe_network()}, "
         f"{count_parameters(parameters_of(variables)):,} parameters, step {saved.step}{trained}: "
@@ -125,10 +125,10 @@ def _images(arguments, record) -> dict[str, Any]:
     given = {"size": arguments.size, "mean": arguments.mean, "std": arguments.std}
     wrong = [name for name, value in given.items() if value is not None and name in record.images]
     if wrong:
-        raise UserError(f"{arguments.workdir} knows the images it was trained on: leave --{', --'.join(wrong)} out")
+        raise UserError(f"{arguments.workdir} already describes its training images: leave out --{', --'.join(wrong)}")
     missing = [name for name, value in given.items() if value is None and name not in record.images]
     if missing:
-        raise UserError(f"{arguments.workdir} does not know its images: give --{', --'.join(missing)}")
+        raise UserError(f"{arguments.workdir} does not describe its training images: give --{', --'.join(missing)}")
     for name, allowed in (("size", (2,)), ("mean", (1, record.channels)), ("std", (1, record.channels))):
         if name not in record.images and len(given[name]) not in allowed:
             raise UserError(f"--{name} has {len(given[name])} values; it must have {' or '.join(map(str, allowed))}")

@@ -1,4 +1,4 @@
-"""Makes a teacher's checkpoint of a file that PyTorch wrote. Nothing in the file is executed; PyTorch is not needed.
+"""Makes a teacher's checkpoint from a PyTorch file. Nothing in the file is executed; PyTorch is not needed.
 
 cskd-jax import-torch FILE --model=resnet101 --width=0.5 --num_classes=100 --out=DIR
 cskd-jax import-torch FILE --out=DIR    a file of docs/checkpoints.md, which is recognized
@@ -8,17 +8,17 @@ cskd-jax import-torch FILE --out=DIR    a file of docs/checkpoints.md, which is 
   --num_classes  number of categories; 0 for a Vision Transformer without a head
   --num_heads    number of heads of a Vision Transformer, if it is not that of --model
   --channels     channels of the images; default: 3
-  --categories   file of the names of the categories, one a line
+  --categories   file of the names of the categories, one per line
   --multilabel   an image has any number of categories
   --key          of the network, in a dictionary that holds several
-  --prefix       prefix of the names of the network, such as student. where a teacher lies beside it
+  --prefix       prefix of the names of the network, such as student. if the file also holds a teacher
   --names        file of renaming rules, for a network with names of its own
   --out          new folder of the checkpoint
 
   Images that the network was trained on, if that is known:
   --size         HEIGHT,WIDTH in pixels
   --mean         per channel, or one for all, of pixels in [0, 1]
-  --std          likewise
+  --std          in the same form as --mean
 
   Evaluation before anything is written:
   --verify       data set, on whose test split the network is measured; it needs mean and std
@@ -31,7 +31,7 @@ or of the code of Chen et al. 2020, https://github.com/xeanzheng/CSKD (ResNets),
 code of Tian et al. 2020, https://github.com/HobbitLong/RepDistiller (all others; cskd_jax/interop/names.py), and
 Vision Transformers those of timm or DINOv2, whose patch size, depth and other settings are read from the file. Networks
 without a max-pool may also call their classifier linear and their shortcuts shortcut. The prefixes module., model.,
-student. and teacher. are found, if the network fits with one of them alone. docs/interop.md explains --names.
+student. and teacher. are found if only one of them fits the network. docs/interop.md explains --names.
 
 Some things cannot be read from a file, and are up to you unless the file is a known one:
 
@@ -46,7 +46,7 @@ Some things cannot be read from a file, and are up to you unless the file is a k
 DIR is then what --config.teacher.checkpoint takes, with the same --config.teacher.name and --config.teacher.width.
 `python -m cskd_jax.interop.import_torch` is the same command.
 
-Exit codes: 0 done; 2 something to mend in the command or the file.
+Exit codes: 0 done; 2 something to fix in the command or the file.
 """
 
 import hashlib
@@ -149,7 +149,7 @@ def _write(arguments, found, record, report):
     path = arguments.out / "import.json"
     write_json(path, report | {"used": found.used, "unused": found.unused})
     prefix = f" under the prefix {found.prefix}" if found.prefix else ""
-    print(f"{len(found.used)} tensors used{prefix}, 0 missing, {len(found.unused)} not needed (by name in {path})")
+    print(f"{len(found.used)} tensors used{prefix}, 0 missing, {len(found.unused)} not needed (listed in {path})")
     print(
         f"checkpoint {arguments.out}: --config.teacher.checkpoint={arguments.out} "
         f"--config.teacher.name={arguments.model} --config.teacher.width={arguments.width:g}"
@@ -173,7 +173,7 @@ def _identify(arguments):
         arguments.num_classes = arguments.num_classes or len(known.categories)
     missing = [f"--{name}" for name in ("model", "num_classes") if getattr(arguments, name) is None]
     if missing:
-        raise UserError(f"{arguments.file} is none of the known checkpoints: give {' and '.join(missing)}")
+        raise UserError(f"{arguments.file} is not a known checkpoint: give {' and '.join(missing)}")
     return digest, known
 
 
@@ -214,7 +214,7 @@ def _verify(arguments, module, saved) -> dict[str, Any]:
     from cskd_jax.training.evaluation import Evaluation
 
     if "mean" not in saved.record.images:
-        raise UserError(f"--verify={arguments.verify} needs --mean and --std, by which the images are normalized")
+        raise UserError(f"--verify={arguments.verify} needs --mean and --std to normalize the images")
     command_line.set_up_jax()
     with pause(f"loading the data set {arguments.verify}"):
         dataset = load_dataset(arguments.verify, data_dir=arguments.data_dir, path=arguments.path)
@@ -244,8 +244,8 @@ def _read_categories(arguments):
         raise UserError(f"{arguments.categories} is not a text file") from None
     if len(names) != arguments.num_classes or len(set(names)) != len(names):
         raise UserError(
-            f"{arguments.categories} holds {len(names)} names, {len(set(names))} different; "
-            f"it must hold {arguments.num_classes} different ones, one in each line, as --num_classes says"
+            f"{arguments.categories} holds {len(names)} names, {len(set(names))} of them distinct; "
+            f"it must hold {arguments.num_classes} distinct names, one per line, as --num_classes says"
         )
     return names
 

@@ -81,7 +81,7 @@ def match(
     fitting = [found for found in candidates if not any(found.mismatches.values())]
     if len(fitting) > 1:
         raise UserError(
-            f"several networks fit, with the names that begin with {' and '.join(found.prefix for found in fitting)}: "
+            f"several networks fit, with the prefixes {' and '.join(found.prefix for found in fitting)}: "
             f"choose one, such as --prefix={fitting[0].prefix}"
         )
     # If none fits, the error is about the prefix with the fewest missing tensors.
@@ -108,6 +108,6 @@ def _hint(width, candidate):
     """Returns the end of an error message: the names that were probably meant, and the nearest known network."""
     problems = candidate.mismatches
     likely = likely_names(problems["missing"], problems["unknown"])
-    meant = f"; by their shapes, {', '.join(likely)}" if likely else ""
+    meant = f"; judging by the shapes, {', '.join(likely)}" if likely else ""
     with pause("looking for the nearest known network"):
         return f"{meant}; {describe_nearest(candidate.tensors, width)}"

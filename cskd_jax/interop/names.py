@@ -97,7 +97,7 @@ def mismatches(
             for name, array in state_dict.items()
             if not (name in shapes or name.endswith(f".{_COUNT}") or re.fullmatch(family.unused, name))
         },
-        "of another shape": {
+        "of the wrong shape": {
             name: f"{state_dict[name].shape} instead of {shapes[name]}"
             for name in both
             if state_dict[name].shape != shapes[name]
@@ -146,7 +146,7 @@ def _torch_name(family, path):
         if match := re.fullmatch(pattern, "/".join(path[1:-1])):
             groups = (int(group) if group.isdigit() else group for group in match.groups())
             return f"{names(*groups)[which]}.{suffix}"
-    raise ValueError(f"no rule names {'/'.join(path)} in PyTorch")
+    raise ValueError(f"no rule gives the PyTorch name of {'/'.join(path)}")
 
 
 def _transpose(array, kernel_axes):

@@ -62,11 +62,11 @@ def describe_nearest(tensors: Mapping[str, np.ndarray], width: float = 1.0) -> s
         exact = [network for network in exact if network.width == 1] or exact
         return f"the tensors are those of {' or '.join(network.flags for network in exact)}"
     if best >= _NEAR:
-        return f"the nearest known network is {' or '.join(n.flags for n in near)}: {best:.0%} of the tensors fit it"
+        return f"the nearest known network is {' or '.join(n.flags for n in near)}: {best:.0%} of the tensors match it"
     count = collections.Counter(shapes.values())
     if alike := [name for name in names if _alike(name, width, count)]:
-        return f"the shapes are those of {' or '.join(alike)} under other names, which --names=FILE can rename"
-    return "no known network is near"
+        return f"the shapes are those of {' or '.join(alike)} under other names; --names=FILE can rename them"
+    return "no known network is close"
 
 
 def likely_names(missing: _Shapes, unknown: _Shapes) -> list[str]:

@@ -31,18 +31,18 @@ def read_rules(path: pathlib.Path) -> list[Rule]:
     """
     lines = read_bytes(path, _MAX_BYTES).decode("utf-8", errors="replace").splitlines()
     if len(lines) > _MAX_RULES:
-        raise UserError(f"{path} has more than {_MAX_RULES} lines, too many for a file of names")
+        raise UserError(f"{path} has more than {_MAX_RULES} lines, the maximum for a file of names")
     rules = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
         words = line.split()
         if len(words) != 2:
-            raise UserError(f"{path}, line {number}: {printable(line)!r} is not a pattern and its replacement")
+            raise UserError(f"{path}, line {number}: {printable(line)!r} is not a pattern and a replacement")
         try:
             _check(*words)
         except (re.error, UserError) as error:
-            raise UserError(f"{path}, line {number}: {printable(line)!r} does not work: {error}") from None
+            raise UserError(f"{path}, line {number}: {printable(line)!r} is not a valid rule: {error}") from None
         rules.append((words[0], words[1]))
     return rules
 
@@ -55,7 +55,7 @@ def _check(pattern: str, replacement: str) -> None:
     groups = [int(number) for number in re.findall(r"\\(\d+)", replacement)]
     if re.sub(r"\\\d+", "", replacement).count("\\") or any(not 1 <= group <= compiled.groups for group in groups):
         raise UserError(
-            rf"the replacement may refer to its {compiled.groups} groups as \1, \2, ..., and to nothing else"
+            rf"the replacement may refer only to the {compiled.groups} groups of the pattern, as \1, \2, ..."
         )
 
 
@@ -77,7 +77,7 @@ def rename(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:
     for name in names:
         new = _renamed(name, rules)
         if new in sources:
-            raise UserError(f"{sources[new]} and {name} are both names of {new}")
+            raise UserError(f"{sources[new]} and {name} both become {new}")
         if new is not None:
             sources[new] = name
     return sources

@@ -100,17 +100,17 @@ def _read_safetensors(file: io.BufferedReader) -> dict[str, np.ndarray]:
     file.seek(0)
     size = int.from_bytes(file.read(8), "little")
     if not 2 <= size <= min(_MAX_HEADER, end - 8):
-        raise UserError(f"is not a sound safetensors file (a header of {size} bytes)")
+        raise UserError(f"is not a valid safetensors file (its header has {size} bytes)")
     try:
         header = parse_json(file.read(size))
     except ValueError as error:
-        raise UserError(f"is not a sound safetensors file ({shown(str(error))})") from None
+        raise UserError(f"is not a valid safetensors file ({shown(str(error))})") from None
     if not isinstance(header, dict):
-        raise UserError("is not a sound safetensors file (its header is no object)")
+        raise UserError("is not a valid safetensors file (its header is not an object)")
     header.pop("__metadata__", None)
     places = {name: _place(name, entry, end - 8 - size) for name, entry in header.items()}
     if sum(stop - start for _, _, start, stop in places.values()) > end - 8 - size:
-        raise UserError("is not a sound safetensors file (its tensors overlap)")
+        raise UserError("is not a valid safetensors file (its tensors overlap)")
     tensors = {}
     for name, (dtype, shape, start, stop) in places.items():
         file.seek(8 + size + start)
@@ -123,13 +123,15 @@ def _place(name: str, entry: Any, available: int) -> tuple[np.dtype, tuple[int, 
     values: Any = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (values.get(key) for key in _PLACE)
     if not isinstance(kind, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise UserError(f"is not a sound safetensors file ({shown(name)} lacks a type, a shape or its place)")
+        raise UserError(f"is not a valid safetensors file ({shown(name)} has no valid type, shape or place)")
     if kind not in _SAFETENSORS_DTYPES:
-        raise UserError(f"{shown(name)} is {shown(kind)}; known: {', '.join(_SAFETENSORS_DTYPES)}")
+        raise UserError(f"{shown(name)} has type {shown(kind)}; known types: {', '.join(_SAFETENSORS_DTYPES)}")
     dtype, (start, stop) = np.dtype(_SAFETENSORS_DTYPES[kind]), offsets
     fits = 0 <= start <= stop <= available and math.prod(shape) * dtype.itemsize == stop - start
     if not fits or len(shape) > _MAX_DIMENSIONS or (0 in shape and max(shape) > 2**31):
-        raise UserError(f"is not a sound safetensors file ({shown(name)} of shape {shown(str(shape))} does not fit it)")
+        raise UserError(
+            f"is not a valid safetensors file ({shown(name)} of shape {shown(str(shape))} does not fit in it)"
+        )
     return dtype, tuple(shape), start, stop
 
 
@@ -154,25 +156,25 @@ def _read_zip(archive: zipfile.ZipFile, file_size: int, key: str | None) -> dict
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
         raise UserError(
             "is a TorchScript program: save its state dict in PyTorch, "
-            "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE), and name the new file"
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE), and pass the new file"
         )
     # PyTorch does not compress, so it did not write an archive that unpacks to more than its size.
     sizes = sum(member.file_size for member in archive.infolist())
     compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members.values())
     if compressed or sizes > file_size:
-        raise UserError("is an archive that unpacks to more than it holds, not one of PyTorch")
+        raise UserError("is an archive that unpacks to more than its own size, so PyTorch did not write it")
     root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
     if root is None:
-        raise UserError("is an archive without data.pkl: not one of torch.save")
+        raise UserError("is an archive without data.pkl: torch.save did not write it")
     byte_order = members.get(f"{root}byteorder")
     if byte_order is not None and read_member(archive, byte_order, 100) != b"little":
-        raise UserError("was written by a big-endian machine")
+        raise UserError("was written on a big-endian machine")
     content, _ = unpickle.load(io.BytesIO(read_member(archive, members[f"{root}data.pkl"], _MAX_PICKLE)))
 
     @functools.cache
     def read(name):
         if name not in members:
-            raise UserError(f"{shown(name)} is missing in it")
+            raise UserError(f"{shown(name)} is missing")
         return read_member(archive, members[name], file_size)
 
     return _arrays(_find_tensors(content, key), lambda storage: read(f"{root}data/{storage.key}"))
@@ -193,11 +195,11 @@ def _read_pickles(file: io.BufferedReader, key: str | None) -> dict[str, np.ndar
     version, _ = unpickle.load(file)
     system, _ = unpickle.load(file)
     if version != _VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise UserError("is of an unknown version of PyTorch's format, or was written by a big-endian machine")
+        raise UserError("has an unknown version of PyTorch's format, or was written on a big-endian machine")
     content, storages = unpickle.load(file)
     keys, _ = unpickle.load(file)
     if not isinstance(keys, list) or any(type(key) is not str or key not in storages for key in keys):
-        raise UserError("does not say which storages it holds")
+        raise UserError("does not list the storages that it holds")
     places = {}
     position, end = file.tell(), file.seek(0, os.SEEK_END)
     for name in keys:
@@ -211,7 +213,7 @@ def _read_pickles(file: io.BufferedReader, key: str | None) -> dict[str, np.ndar
     @functools.cache
     def read(name):
         if name not in places:
-            raise UserError(f"storage {shown(name)} is missing in it")
+            raise UserError(f"storage {shown(name)} is missing")
         file.seek(places[name][0])
         return file.read(places[name][1])
 
@@ -224,16 +226,16 @@ def _find_tensors(content: Any, key: str | None) -> dict[str, Tensor]:
     networks = {name: tensors for name, value in inner.items() if (tensors := search.tensors_of(value))}
     if key is not None:
         if key not in networks:
-            raise UserError(f"holds no network under the key {key}; there are: {_listed(networks) or 'none'}")
+            raise UserError(f"holds no network under the key {key}; available keys: {_listed(networks) or 'none'}")
         return networks[key]
     if len(networks) > 1:
-        raise UserError(f"holds several networks, choose one by --key: {_listed(networks)}")
+        raise UserError(f"holds several networks; choose one with --key: {_listed(networks)}")
     tensors = next(iter(networks.values()), None) or search.tensors_of(content)
     if not tensors:
         found = (
             f"a dictionary of {_listed(inner) or 'nothing'}" if isinstance(content, dict) else type(content).__name__
         )
-        raise UserError(f"holds no tensors of a network, but {shown(found)}")
+        raise UserError(f"holds {shown(found)}, not the tensors of a network")
     return tensors
 
 
@@ -257,7 +259,7 @@ class _Search:
         for name, value in content.items() if isinstance(content, dict) else ():
             self._done += _ENTRY + len(prefix) + len(name)
             if self._done > _MAX_SEARCH:
-                raise UserError(f"is a network of more than {_MAX_MODULES} modules, or of more names than any has")
+                raise UserError(f"is a network of more than {_MAX_MODULES} modules, or has too many names")
             if isinstance(value, kind):
                 found[prefix + name] = value
         return found
@@ -294,7 +296,8 @@ def _arrays(tensors: dict[str, Tensor], read: Callable[[Storage], bytes]) -> dic
         needed = max(math.prod(tensor.shape), tensor.offset + steps + 1) * dtype.itemsize
         if 0 in tensor.shape or needed > len(data):
             raise UserError(
-                f"{shown(name)} of shape {shown(str(tensor.shape))} does not fit the {len(data)} bytes of its storage"
+                f"{shown(name)} of shape {shown(str(tensor.shape))} does not fit in the {len(data)} bytes of its "
+                "storage"
             )
         values = np.frombuffer(data, dtype, count=len(data) // dtype.itemsize)[tensor.offset :]
         strides = tuple(dtype.itemsize * stride for stride in strides)
@@ -304,5 +307,5 @@ def _arrays(tensors: dict[str, Tensor], read: Callable[[Storage], bytes]) -> dic
 
 def _dtype(storage: Storage) -> np.dtype:
     if storage.kind not in _DTYPES:
-        raise UserError(f"its tensors are of type {shown(storage.kind)}; known: {', '.join(_DTYPES)}")
+        raise UserError(f"its tensors have type {shown(storage.kind)}; known types: {', '.join(_DTYPES)}")
     return np.dtype(_DTYPES[storage.kind])

@@ -88,7 +88,7 @@ class Calls:
             return self._known[name](*arguments)
         if name in _INERT_CALLS:
             return Placeholder()
-        raise UserError(f"asks to call {shown(name)}, which is not allowed")
+        raise UserError(f"tries to call {shown(name)}, which is not allowed")
 
     def count(self, number: int) -> None:
         """Counts values that are about to be copied; raises UserError if they are too many in total."""
@@ -136,7 +136,7 @@ def set_items(target: Any, values: list[Any]) -> None:
 
 def too_much() -> UserError:
     """Returns the error for a file that exceeds a limit."""
-    return UserError("is built to use too much memory")
+    return UserError("would use too much memory")
 
 
 def shown(text: str) -> str:

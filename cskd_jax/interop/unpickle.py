@@ -76,7 +76,7 @@ class TorchUnpickler:
                 raise too_much()
             operation = _OPERATIONS.get(code)
             if operation is None:
-                raise ValueError(f"unknown operation {code!r}" if code else "it ends too early")
+                raise ValueError(f"unknown operation {code!r}" if code else "it is truncated")
             operation(self)
         return self._pop()
 
@@ -112,7 +112,7 @@ class TorchUnpickler:
     def _bytes(self, count):
         data = self._stream.read(count) if count <= _MAX_TEXT else b""
         if len(data) != count:
-            raise ValueError("it ends too early")
+            raise ValueError("it is truncated")
         return data
 
     def _number(self, form):
@@ -135,7 +135,7 @@ class TorchUnpickler:
         while count > 0:
             data = self._stream.read(min(count, _MAX_TEXT))
             if not data:
-                raise ValueError("it ends too early")
+                raise ValueError("it is truncated")
             count -= len(data)
         self._push(b"")
 
@@ -143,7 +143,7 @@ class TorchUnpickler:
 
     def _integer(self, count):
         if count > _MAX_INTEGER:
-            raise UserError(f"holds a number of {count} bytes; allowed are {_MAX_INTEGER}")
+            raise UserError(f"holds a number of {count} bytes; at most {_MAX_INTEGER} are allowed")
         self._push(int.from_bytes(self._bytes(count), "little", signed=True))
 
     def _integer_line(self):
@@ -151,14 +151,14 @@ class TorchUnpickler:
         if text in ("00", "01"):  # This is how the oldest protocol writes False and True.
             self._push(text == "01")
         elif len(text) > _MAX_INTEGER:
-            raise UserError(f"holds a number of {len(text)} digits; allowed are {_MAX_INTEGER}")
+            raise UserError(f"holds a number of {len(text)} digits; at most {_MAX_INTEGER} are allowed")
         else:
             self._push(int(text.removesuffix("L")))
 
     def _quoted_line(self):
         text = self._line()
         if len(text) < 2 or text[0] != text[-1] or text[0] not in "\"'":
-            raise ValueError("a text has no quotation marks")
+            raise ValueError("a string has no quotation marks")
         self._push(text[1:-1])
 
     def _tuple(self, count):
@@ -194,7 +194,7 @@ class TorchUnpickler:
     def _get(self, index):
         value = self._memo[index] if 0 <= index < len(self._memo) else _MARK
         if value is _MARK:
-            raise ValueError(f"object {index} is unknown")
+            raise ValueError(f"unknown object {index}")
         self._push(value)
 
     def _top(self):
@@ -206,13 +206,13 @@ class TorchUnpickler:
     def _protocol(self):
         version = self._number("B")
         if version > pickle.HIGHEST_PROTOCOL:
-            raise ValueError(f"protocol {version} is unknown")
+            raise ValueError(f"unknown protocol {version}")
 
     # Functions, classes, and objects.
 
     def _global(self, module, name):
         if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > MAX_NAME:
-            raise ValueError("a function or class has no name or one that is too long")
+            raise ValueError("a function or class has no name, or one that is too long")
         if (module, name) not in self._globals:
             self._calls.count(len(module) + len(name))
             self._globals[module, name] = Global(f"{module}.{name}")
@@ -244,7 +244,7 @@ class TorchUnpickler:
 
     def _call(self, function, arguments):
         if not isinstance(function, Global) or not isinstance(arguments, tuple | list):
-            raise ValueError("something else than a function is called")
+            raise ValueError("something other than a function is called")
         if len(arguments) > _MAX_ARGUMENTS:
             raise ValueError(f"a call has {len(arguments)} arguments")
         self._push_new(self._calls.call(function.name, arguments))
@@ -262,7 +262,7 @@ class TorchUnpickler:
     def _persistent(self, pid: Any):
         """Pushes an object stored outside of the pickle: a storage, or a class whose source code is in the file too."""
         if type(pid) is not tuple or len(pid) < 2:
-            raise UserError("holds something else than storages outside of its pickle")
+            raise UserError("holds something other than storages outside of its pickle")
         if pid[0] == "module":
             return self._push(pid[1])
         _, kind, key, _, size, *view = pid
@@ -270,7 +270,7 @@ class TorchUnpickler:
         name = kind.name.rpartition(".")[2] if isinstance(kind, Global) else kind
         wanted = (key, str), (name, str), (size, int), (start, int)
         if pid[0] != "storage" or any(type(value) is not of for value, of in wanted) or len(key) > MAX_NAME:
-            raise UserError("holds something else than storages outside of its pickle")
+            raise UserError("holds something other than storages outside of its pickle")
         self.storages[key] = Storage(key, name, size, start)
         return self._push_new(self.storages[key])
 
@@ -284,7 +284,7 @@ def _append(target, values):
 
 def _add(target, values):
     if not isinstance(target, set):
-        raise ValueError(f"{type(target).__name__} is no set")
+        raise ValueError(f"{type(target).__name__} is not a set")
     target.update(filter(is_name, values))
 
 
@@ -371,4 +371,4 @@ def load(stream: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     except (UserError, OSError):
         raise
     except Exception as error:  # What a damaged pickle does to the stack raises many types of errors.
-        raise UserError(f"holds no sound pickle ({type(error).__name__}: {shown(str(error))})") from None
+        raise UserError(f"holds no valid pickle ({type(error).__name__}: {shown(str(error))})") from None

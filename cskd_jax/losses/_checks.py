@@ -23,7 +23,7 @@ def check_labels(labels: jax.Array, batch_size: int) -> None:
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"labels must have an integer dtype, got {jnp.result_type(labels)}")
     if jnp.shape(labels) != (batch_size,):
-        raise ValueError(f"labels must have shape ({batch_size},) to go with the batch, got {jnp.shape(labels)}")
+        raise ValueError(f"labels must have shape ({batch_size},) to match the batch, got {jnp.shape(labels)}")
 
 
 def check_multilabels(labels: jax.Array, batch_size: int, num_classes: int | None = None) -> None:
@@ -33,7 +33,7 @@ def check_multilabels(labels: jax.Array, batch_size: int, num_classes: int | Non
         raise TypeError(f"multi-label labels must have a floating-point dtype or be bool, got {dtype}")
     if len(shape) != 2 or shape[0] != batch_size or num_classes not in (None, shape[1]):
         wanted = f"({batch_size}, {'classes' if num_classes is None else num_classes})"
-        raise ValueError(f"multi-label labels must have shape {wanted} to go with the batch, got {shape}")
+        raise ValueError(f"multi-label labels must have shape {wanted} to match the batch, got {shape}")
 
 
 def check_same_shape(**arrays: jax.Array) -> None:
@@ -61,7 +61,7 @@ def check_same_batch(**arrays: jax.Array) -> None:
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len({shape[0] for shape in shapes.values()}) > 1:
         text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"the batch (first dimension) must be equal, got {text}")
+        raise ValueError(f"the batch sizes (first dimension) must be equal, got {text}")
 
 
 def check_several_samples(loss: str, global_batch: int) -> None:

@@ -94,13 +94,15 @@ class TokenExit(nn.Module):
         """
         size = tokens.shape[-1]
         if size % _HEADS:
-            raise ValueError(f"the exits of ofa have {_HEADS} heads, by which tokens of {size} numbers do not divide")
+            raise ValueError(
+                f"the exits of ofa have {_HEADS} heads, but the token size {size} is not divisible by that"
+            )
         tokens = tokens.astype(np.promote_types(tokens.dtype, np.float32))
         others, patches = tokens[:, : grid.first], grid.to_map(tokens)
         merges = max(int(math.log2(min(grid.rows, grid.columns) / _LEAST_SIDE)), 0)
         for number in range(merges):
             if patches.shape[1] % 2 or patches.shape[2] % 2:
-                raise ValueError(f"the exits of ofa halve both sides of {patches.shape[1:3]} patches; one is odd")
+                raise ValueError(f"the exits of ofa halve both sides of {patches.shape[1:3]} patches, but one is odd")
             has_activation = number == 0 or number < merges - 1
             patches = _PatchMerging(has_activation, name=f"merging{number + 1}")(patches)
         x = jnp.concatenate([others, patches.reshape(len(patches), -1, size)], axis=1)

@@ -528,7 +528,7 @@ def _check_arguments(
             raise ValueError(f"logits must have shape {expected}: (batch, num_classes), got {student_logits.shape}")
     if variant == "paper":
         if filter_misclassified or compactness_weight is not None:
-            raise ValueError("filter_misclassified and compactness_weight belong to variant 'reference' alone")
+            raise ValueError("filter_misclassified and compactness_weight apply only to variant 'reference'")
         return False
     filter_misclassified = True if filter_misclassified is None else filter_misclassified
     if filter_misclassified and student_logits is None:
@@ -561,7 +561,7 @@ def project_student(method: Method, inputs: LossInputs) -> tuple[jax.Array, jax.
         if not student.ndim == teacher.ndim == 4:
             raise ValueError(
                 f"the last features of student {student.shape} and teacher {teacher.shape} differ in size, "
-                "and only maps [B, H, W, D] can be pooled"
+                "but only maps [B, H, W, D] can be pooled"
             )
         student, teacher = pool_to_common_size(student, teacher)
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -612,7 +612,7 @@ class CategoryStructure(Method):
             settings["filter_misclassified"] = self.filter_misclassified
             return category_structure_loss(student, teacher, inputs.labels, **settings)
         if self.filter_misclassified:
-            raise ValueError("center_momentum goes with filter_misclassified=False: running centers are of all samples")
+            raise ValueError("center_momentum needs filter_misclassified=False: running centers use all samples")
         size, dtype = student.size // len(student), np.promote_types(student.dtype, np.float32)
         memory = self.variable(
             "memory", "centers", lambda: RunningCenters.zeros(self.num_classes, size, dtype)._asdict()

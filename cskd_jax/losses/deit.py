@@ -53,7 +53,7 @@ class DistillationToken(Method):
         heads, teacher_logits = inputs.student.head_logits, inputs.teacher.logits
         if len(heads) < 2:
             raise ValueError(
-                "deit distills into the head of a distillation token, which the student does not have: take a Vision "
+                "deit distills into the head of a distillation token, which the student does not have: use a Vision "
                 "Transformer with distillation_token=True"
             )
         if self.hard:

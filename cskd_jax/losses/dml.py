@@ -62,7 +62,9 @@ class MutualLearning(Method):
     def __call__(self, inputs: LossInputs):
         members = inputs.student.members
         if len(members) < 2:
-            raise ValueError("dml needs a student with peers, which a trainer makes; there is none outside of training")
+            raise ValueError(
+                "dml needs a student with peers, which a trainer makes; there are none outside of training"
+            )
         mutual = dml_loss(tuple(member.logits for member in members), temperature=self.temperature)
         labels = jnp.sum(jnp.stack([supervise(member.logits, inputs) for member in members[1:]]))
         return mutual + labels, {"mutual": mutual, "peers": labels}

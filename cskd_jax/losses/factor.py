@@ -47,7 +47,7 @@ def factor_transfer_loss(
     check_same_batch(student_factor=student_factor, teacher_factor=teacher_factor)
     if not pool_channels and student_factor.shape[-1] != teacher_factor.shape[-1]:
         raise ValueError(
-            "factors must have equally many channels without pool_channels, "
+            "without pool_channels, factors must have the same number of channels, "
             f"got student {student_factor.shape}, teacher {teacher_factor.shape}"
         )
     student, teacher = pool_to_common_size(at_least_float32(student_factor), at_least_float32(teacher_factor))
@@ -123,7 +123,7 @@ class FactorTransfer(Method):
         channels = teacher.shape[-1]
         width = int(channels * self.rate)
         if width < 1:
-            raise ValueError(f"rate {self.rate} leaves no channel of the teacher's {channels}")
+            raise ValueError(f"rate {self.rate} leaves none of the teacher's {channels} channels")
         factor = ConvolutionStack((channels, width, width), name="encoder")(teacher)
         reconstructed = ConvolutionStack((width, channels, channels), name="decoder")(factor)
         translator = ConvolutionStack((student.shape[-1], width, width), True, self.axis_name, name="translator")

@@ -60,7 +60,7 @@ def fsp_loss(student_stages: Sequence[jax.Array], teacher_stages: Sequence[jax.A
         check_same_batch(student=student, teacher=teacher)
         if student.shape[-1] != teacher.shape[-1]:
             raise ValueError(
-                f"stage {stage} must have equally many channels in student and teacher, "
+                f"stage {stage} must have the same number of channels in student and teacher, "
                 f"got student {student.shape}, teacher {teacher.shape}"
             )
     student_stages = [at_least_float32(stage) for stage in student_stages]

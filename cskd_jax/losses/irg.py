@@ -151,7 +151,7 @@ class IRG(Method):
         if not 1 <= self.lower_stage < self.upper_stage <= num_stages:
             raise ValueError(
                 f"lower_stage {self.lower_stage} and upper_stage {self.upper_stage} must be two stages, in order, of "
-                f"both networks, which have {len(student.features)} and {len(teacher.features)}"
+                f"both networks, which have {len(student.features)} and {len(teacher.features)} stages"
             )
         lower, upper = self.lower_stage - 1, self.upper_stage - 1
         return irg_loss(

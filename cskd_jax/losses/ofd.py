@@ -71,7 +71,7 @@ def ofd_loss(
     """
     pairs = pair_stages(student_stages, teacher_stages)
     if len(margins) != len(pairs):
-        raise ValueError(f"{len(pairs)} stages need as many margins, got {len(margins)}")
+        raise ValueError(f"{len(pairs)} stages need the same number of margins, got {len(margins)}")
     total = 0.0
     for stage, ((student, teacher), margin) in enumerate(zip(pairs, margins, strict=True), start=1):
         check_float(f"student stage {stage}", student, ndim=4)

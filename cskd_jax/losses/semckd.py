@@ -98,7 +98,7 @@ class CrossLayers(nn.Module):
         columns = gather_batch(rows, self.axis_name)
         missing = self.width - len(columns)
         if missing < 0:
-            raise ValueError(f"semckd was made for batches of {self.width} samples, got {len(columns)}")
+            raise ValueError(f"semckd was created for batches of {self.width} samples, got {len(columns)}")
         products = jnp.dot(rows, columns.T, precision=lax.Precision.HIGHEST)
         products = jnp.pad(products, ((0, 0), (0, missing)))
         size = max(1, self.width // self.factor)

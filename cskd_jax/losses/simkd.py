@@ -52,7 +52,7 @@ class SimKD(Method):
     def _project(self, x, channels, *, train):
         width = channels // self.factor
         if width < 1:
-            raise ValueError(f"simkd: factor {self.factor} leaves no channel of the teacher's {channels}")
+            raise ValueError(f"simkd: factor {self.factor} leaves none of the teacher's {channels} channels")
         return Projector(width, channels, self.axis_name, running=True, name="projector")(x, train=train)
 
     def _remember(self, head, size):

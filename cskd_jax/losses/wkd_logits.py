@@ -194,9 +194,7 @@ class WKDLogits(Method):
 
     def __call__(self, inputs: LossInputs):
         if inputs.teacher_head is None:
-            raise ValueError(
-                "wkd_l reads the weights of the classifier of the teacher, which that network does not give"
-            )
+            raise ValueError("wkd_l reads the weights of the teacher's classifier, which that network does not provide")
         value = wkd_logits_loss(
             inputs.student.logits,
             inputs.teacher.logits,

@@ -84,7 +84,7 @@ def mean_of_cells(x: jax.Array, cells: int) -> jax.Array:
     """
     batch, height, width, channels = x.shape
     if height % cells or width % cells:
-        raise ValueError(f"maps of {height}x{width} do not divide into {cells}x{cells} cells; take larger images")
+        raise ValueError(f"maps of {height}x{width} cannot be divided into {cells}x{cells} cells; use larger images")
     parts = x.reshape(batch, cells, height // cells, cells, width // cells, channels)
     return jnp.mean(parts, axis=(2, 4)).transpose(0, 3, 1, 2).reshape(batch, -1)
 

@@ -123,9 +123,9 @@ class VisionTransformer(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with tokens [B, T, D] for each stage."""
         if not self.class_token and (self.pool == "token" or self.distillation_token):
-            raise ValueError("without a class token, pool must be average, and there is no distillation token")
+            raise ValueError("without a class token, pool must be average and distillation_token False")
         if self.distillation_token and self.pool != "token":
-            raise ValueError("a distillation token needs pool token")
+            raise ValueError("with a distillation token, pool must be token")
         param_dtype = np.promote_types(self.dtype, np.float32)
         norm = partial(LayerNorm, self.epsilon, self.dtype)
         x, grid = self._embed(images, param_dtype)
@@ -187,7 +187,7 @@ class VisionTransformer(nn.Module):
         if any(side % self.patch_size or not side for side in image_size):
             height, width = image_size
             raise ValueError(
-                f"images of {height}x{width} do not divide into patches of {self.patch_size}x{self.patch_size}; "
+                f"images of {height}x{width} cannot be divided into patches of {self.patch_size}x{self.patch_size}; "
                 "set patch_size to a divisor of their sides"
             )
         return image_size[0] // self.patch_size, image_size[1] // self.patch_size
@@ -223,7 +223,7 @@ def _is_one_of(*values):
 
 _IS_BOOL = Setting((bool,), lambda value: True, "true or false")
 _IS_RATE = Setting((float, int), lambda value: 0 <= value < 1, "a number in [0, 1)")
-_IS_SCALE = Setting((float, int), lambda value: 0 < value <= 1e6, "a number above 0, up to 1000000")
+_IS_SCALE = Setting((float, int), lambda value: 0 < value <= 1e6, "a number greater than 0, up to 1000000")
 _IS_SIZE = Setting(
     (tuple,),
     lambda value: len(value) == 2 and all(type(side) is int and 0 < side <= 10**5 for side in value),

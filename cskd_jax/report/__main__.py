@@ -1,4 +1,4 @@
-"""Sets runs beside each other and beside the published results: a page, and tables as Markdown, LaTeX and CSV.
+"""Compares runs with each other and with the published results: a page, and tables as Markdown, LaTeX and CSV.
 
 cskd-jax report RUNS... [--out=DIR] [--data_dir=DIR]
 cskd-jax report --published
@@ -6,12 +6,12 @@ cskd-jax report --published
   RUNS           folders of finished runs, or of sweeps, or any folders above them; --workdir=DIR names one, too
   --out          folder of report.html (the page), report.md and report.tex (its tables), report.csv (a line for each
                  method) and report_runs.csv (a line for each run); default: the folder report in the first of RUNS
-  --data_dir     of the data sets, where the runs were made with another; embeddings need the test images
+  --data_dir     of the data sets, if it is not that of the runs; embeddings need the test images
   --published    prints the published tables alone, as Markdown
 
 `python -m cskd_jax.report` is the same command.
 
-Exit codes: 0 done; 2 something to mend in the command or the runs.
+Exit codes: 0 done; 2 something to fix in the command or the runs.
 """
 
 from cskd_jax.commands import command_line

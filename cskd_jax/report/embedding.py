@@ -88,7 +88,7 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
         config.dataset.data_dir = data_dir
     dataset = load_data(config)
     if dataset.multilabel:
-        raise UserError("images have several classes each, so that embeddings have no one center to be near to")
+        raise UserError("images have several classes each, so an embedding has no single center")
     # These are the same images for every network, and for every report on this data set.
     chosen = np.sort(np.random.default_rng(0).permutation(len(dataset.test.labels))[:_MEASURED])
     images, labels = dataset.test.images[chosen], dataset.test.labels[chosen]

@@ -77,7 +77,7 @@ class Run:
             if (row["phase"], row["split"]) == wanted and 0 <= row.get(score, -1) <= 1:
                 points.append((row["epoch"], 100 * row[score]))
             if len(points) > _MAX_POINTS:
-                raise UserError(f"{path} has evaluated more than {_MAX_POINTS:,} epochs")
+                raise UserError(f"{path} has evaluations of more than {_MAX_POINTS:,} epochs")
         return points
 
     @property
@@ -298,7 +298,9 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
             # Two sweeps with the same seeds contain the same runs without a teacher, with the same results.
             first = by_seed.setdefault(run.results["seed"], run)
             if first.results["student"]["last"] != run.results["student"]["last"]:
-                raise UserError(f"{first.folder} and {run.folder} are the same run with other scores; name one of them")
+                raise UserError(
+                    f"{first.folder} and {run.folder} are the same run with different scores; name only one of them"
+                )
         method = networks.in_order(same[0].results["method"])
         others = [json.loads(other) for other in kinds if other != key and json.loads(other)["method"] == method]
         rows.append(Row(_label(method, json.loads(key), others), method, tuple(by_seed.values())))

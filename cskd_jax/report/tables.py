@@ -63,7 +63,7 @@ def results(comparison: Comparison) -> Table:
         meaning = published.MEANING if published.of_paper(sources) else "The next table has their epochs and protocols."
         notes += [f"Sources of the published values: {'; '.join(sources)}.", meaning]
         if marks.notes:
-            notes.append("Differences to published values say little where a note says that the recipe was another.")
+            notes.append("Differences to published values say little where a note says that the recipe was different.")
     return table._replace(notes=tuple(notes))
 
 
@@ -154,7 +154,7 @@ def differences(comparison: Comparison) -> Table | None:
 def _teachers(comparison):
     count = len(comparison.distilled)
     if count == 1:
-        return "All runs share one teacher: seeds vary the student alone; with another teacher it may be otherwise."
+        return "All runs share one teacher: seeds vary only the student; another teacher may give other results."
     if count == 0:
         return "No run has a teacher."
     return "Each run has trained a teacher of its own: seeds vary the teacher with the student."

@@ -94,7 +94,7 @@ def build(
             check_fits(teacher.source, teacher.saved, dataset)
         return beside._replace(trainer=make_student(beside.teachers, callbacks, beside.trainer))
     if dataset.unlabeled and not given:
-        raise UserError("the training images have no labels to train a teacher on: name one by teacher.checkpoint")
+        raise UserError("the training images have no labels to train a teacher on: name one with teacher.checkpoint")
     if given:
         teachers, teacher_trainer = _as_teachers(given, config, dataset), None
     else:
@@ -223,9 +223,9 @@ def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> Un
     if config.sampler.name == "uniform":
         return UniformSampler(len(labels), config.batch_size, config.seed, config.drop_last)
     if dataset.unlabeled:
-        raise UserError("sampler.name is balanced, and the training images have no labels: it must be uniform")
+        raise UserError("sampler.name is balanced, but the training images have no labels: it must be uniform")
     if dataset.multilabel:
-        raise UserError(f"sampler.name is balanced, which does not fit the multi-label data set '{dataset.name}'")
+        raise UserError(f"sampler.name is balanced, which does not work with the multi-label data set '{dataset.name}'")
     return BalancedSampler(labels, config.batch_size, config.sampler.samples_per_category, config.seed)
 
 
@@ -341,6 +341,6 @@ def _check_resize(resize: int, image_shape: tuple[int, ...]) -> None:
     shorter = min(image_shape[:2])
     if 0 < resize < shorter:
         raise UserError(
-            f"augment.resize is {resize}, and the shorter side of the images has {shorter} pixels: it must be 0 or at "
+            f"augment.resize is {resize}, but the shorter side of the images has {shorter} pixels: it must be 0 or at "
             f"least {shorter}, since it does not follow dataset.image_size"
         )

@@ -88,7 +88,7 @@ def _network_keys(role: str) -> dict[str, Key]:
         rule = rules.optional(rules.Rule(*VISION_TRANSFORMER_SETTINGS[name]))
         meaning = meanings[name].partition(";")[0].rstrip(".")
         found[f"{role}.{name}"] = Key(
-            None, rule, f"{meaning}, for a Vision Transformer; None leaves it as the network has it."
+            None, rule, f"{meaning}, for a Vision Transformer; None keeps the value of the network."
         )
     return found
 
@@ -98,7 +98,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
     {
         "method": Key(REQUIRED, rules.TEXT, "Name of the method in results and in the default workdir."),
         "seed": Key(
-            0, rules.integer(0, 2**32 - 1), "Seed of the weights, of the order of the images, and of the augmentation."
+            0, rules.integer(0, 2**32 - 1), "Seed of the weights, the order of the images, and the augmentation."
         ),
         "batch_size": Key(128, rules.integer(1), "Images in a step, over all devices."),
         "drop_last": Key(False, rules.BOOL, "Whether the last, smaller batch of an epoch is left out."),
@@ -106,23 +106,26 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "dtype": Key(
             "float32",
             rules.one_of("float32", "bfloat16", "float64"),
-            "Type of the numbers that the networks compute with; float64 needs JAX_ENABLE_X64=1 in the environment.",
+            "Floating-point type that the networks compute in; float64 needs JAX_ENABLE_X64=1 in the environment.",
         ),
         "precision": Key(
             "default",
             rules.one_of("default", "high", "highest"),
-            "Precision of products of float32 numbers: by default, TPUs and recent GPUs compute them in less; highest "
-            "is float32 everywhere. CPUs always compute in float32.",
+            "Precision of products of float32 numbers: by default, TPUs and recent GPUs use a lower one; highest is "
+            "float32 everywhere. CPUs always compute in float32.",
         ),
         "log_every": Key(50, rules.integer(1), "Steps between two rows of metrics.jsonl.", changes_results=False),
         "keep_checkpoints": Key(
-            2, rules.integer(1), "Number of the newest checkpoints kept, besides the best one.", changes_results=False
+            2,
+            rules.integer(1),
+            "Number of newest checkpoints to keep, in addition to the best one.",
+            changes_results=False,
         ),
         "save_every_minutes": Key(
             0.5,
             rules.NOT_NEGATIVE,
-            "Least minutes between two checkpoints, which are saved at the end of an epoch; 0 saves after every epoch. "
-            "The last epoch and a stop always save one.",
+            "Minimum minutes between two checkpoints, which are saved at the end of an epoch; 0 saves after every "
+            "epoch. The last epoch and a stop always save one.",
             changes_results=False,
         ),
         "evaluate_every_epochs": Key(
@@ -134,8 +137,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "dataset.name": Key(
             REQUIRED,
             rules.TEXT,
-            "Name of the data set: digits, digit_pairs, cifar10, cifar100, tiny_imagenet, cub200, image_folder, or a "
-            "name that tensorflow-datasets knows.",
+            "Name of the data set: digits, digit_pairs, cifar10, cifar100, tiny_imagenet, cub200, image_folder, or any "
+            "name in tensorflow-datasets.",
         ),
         "dataset.data_dir": Key(
             None,
@@ -162,9 +165,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "Size of a class-balanced part of the training split that is held out to choose the best epoch; the test "
             "split is then measured for the last and the best epoch alone. None chooses on the test split.",
         ),
-        "dataset.validation_seed": Key(
-            0, rules.integer(0, 2**32 - 1), "Seed of the choice of the validation examples."
-        ),
+        "dataset.validation_seed": Key(0, rules.integer(0, 2**32 - 1), "Seed for choosing the validation examples."),
         "dataset.image_size": Key(
             None,
             rules.optional(rules.integer(1, 4096)),
@@ -173,21 +174,21 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "dataset.exif_orientation": Key(
             True,
             rules.BOOL,
-            "Whether photographs are turned upright as their EXIF data say; for image_folder only.",
+            "Whether photographs are rotated upright according to their EXIF data; for image_folder only.",
             before=False,
             data_set="image_folder",
         ),
         "dataset.streaming": Key(
             None,
             rules.optional(rules.BOOL),
-            "Whether images are decoded batch by batch rather than once into memory; None streams only what would "
-            "fill the memory.",
+            "Whether images are decoded batch by batch rather than once into memory; None streams only images "
+            "that would fill the memory.",
             changes_results=False,
         ),
         "dataset.workers": Key(
             None,
             rules.optional(rules.integer(1, 1024)),
-            "Processes that decode streamed images; None starts one for each processor.",
+            "Processes that decode streamed images; None starts one per processor.",
             changes_results=False,
         ),
         "dataset.mean": Key(
@@ -199,8 +200,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "sampler.name": Key(
             "uniform",
             rules.one_of("uniform", "balanced"),
-            "Order of the images: uniform shows each once an epoch, balanced puts equally many of each of its classes "
-            "into a batch.",
+            "Order of the images: uniform shows each once per epoch; balanced puts equal numbers of images of each "
+            "of its classes into a batch.",
         ),
         "sampler.samples_per_category": Key(
             4, rules.integer(1), "Images of a class in a balanced batch, a divisor of batch_size."
@@ -208,37 +209,39 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "augment.resize": Key(
             0,
             rules.integer(0, 1024),
-            "Pixels of the shorter side, to which an image is enlarged before it is cropped, no fewer than it has; 0 "
-            "leaves it as it is. It does not follow dataset.image_size.",
+            "Pixels to which the shorter side of an image is enlarged before it is cropped, at least as many as it "
+            "has; 0 leaves the image as it is. It does not follow dataset.image_size.",
         ),
         "augment.rotation": Key(
             0,
             rules.integer(0, 180),
-            "Degrees up to which an image is rotated, to either side, before it is cropped; 0 does not rotate it.",
+            "Maximum degrees by which an image is rotated, in either direction, before it is cropped; 0 turns it off.",
         ),
         "augment.crop_padding": Key(
             0,
             rules.integer(0, 256),
-            "Pixels of black around an image before it is cropped at random; 0 adds none, and then crops nothing "
-            "unless augment.resize has enlarged the image.",
+            "Pixels of black padding around an image before it is cropped at random; 0 adds none, and then crops "
+            "nothing unless augment.resize has enlarged the image.",
         ),
         "augment.crop_area": Key(
             1.0,
             rules.AREA,
-            "Smallest share of the area of an image that a random resized crop keeps, such as 0.08; 1 leaves it out.",
+            "Smallest share of the area of an image that a random resized crop keeps, such as 0.08; 1 turns it off.",
         ),
         "augment.flip": Key(False, rules.BOOL, "Whether half of the images are mirrored."),
         "augment.color_jitter": Key(
-            0.0, rules.SHARE, "Largest change of brightness, contrast and saturation, as a share; 0 leaves them."
+            0.0, rules.SHARE, "Largest change of brightness, contrast and saturation, as a fraction; 0 turns it off."
         ),
         "augment.erasing": Key(0.0, rules.SHARE, "Probability that a random rectangle of an image becomes gray."),
         "augment.mixup": Key(
             0.0,
             rules.UP_TO_100,
-            "Parameter of the beta distribution by which mixup mixes an image with another of the batch; 0 leaves it "
-            "out.",
+            "Parameter of the beta distribution with which mixup mixes an image with another of the batch; 0 turns it "
+            "off.",
         ),
-        "augment.cutmix": Key(0.0, rules.UP_TO_100, "Likewise for CutMix. With both, each batch draws one of them."),
+        "augment.cutmix": Key(
+            0.0, rules.UP_TO_100, "The same for CutMix. With both, each batch uses one of them, drawn at random."
+        ),
         "teacher.name": Key(None, _TEACHER, "Network of the teacher; needed only by losses that read a teacher."),
         "teacher.width": Key(1.0, rules.WIDTH, "Factor on the number of channels of the teacher."),
         "teacher.checkpoint": Key(
@@ -265,7 +268,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             (),
             rules.SIDES,
             "Sides of the squares to which each teacher's images are resized, 0 for images as they are; by default, "
-            "none are.",
+            "none are resized.",
         ),
         "teacher.epochs": Key(200, rules.integer(1), "Epochs that the teacher trains for, if it is trained here."),
         "teacher.learning_rate": Key(
@@ -279,7 +282,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             None,
             rules.optional(rules.TEXT),
             "Folder of a trained network, such as WORKDIR/student, from whose weights the student starts; its "
-            "classifier starts anew where the classes are others. None starts from random weights.",
+            "classifier is initialized anew if the classes differ. None starts from random weights.",
         ),
         **_network_keys("teacher"),
         **_network_keys("student"),
@@ -304,12 +307,12 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         ),
         "optimizer.decay_factor": Key(0.1, rules.POSITIVE, "Factor on the learning rate at each milestone."),
         "optimizer.weight_decay": Key(
-            1e-4, rules.NOT_NEGATIVE, "Factor of the weight decay: an L2 penalty of sgd, decoupled decay of adamw."
+            1e-4, rules.NOT_NEGATIVE, "Factor of the weight decay: an L2 penalty in sgd, decoupled decay in adamw."
         ),
         "optimizer.decay_all": Key(
             True,
             rules.BOOL,
-            "Whether biases and the parameters of normalization decay too, which have at most one dimension.",
+            "Whether weight decay also applies to parameters with at most one dimension: biases and normalization.",
         ),
         "optimizer.clip_norm": Key(
             None,
@@ -319,21 +322,21 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "optimizer.accumulation_steps": Key(
             1,
             rules.integer(1, 10**4),
-            "Micro-batches into which a batch is divided, one after the other on the devices: batch_size is what one "
-            "update sees; relations between images, batch normalization and memories see micro-batches.",
+            "Micro-batches into which a batch is divided, one after the other on the devices: one update sees the "
+            "whole batch, but relations between images, batch normalization and memories see micro-batches.",
         ),
         "optimizer.ema_decay": Key(
             None,
             rules.optional(rules.FRACTION),
-            "Decay of an exponential moving average of the parameters and batch statistics, which then is what is "
-            "evaluated, saved for others, and taken as teacher; None keeps none.",
+            "Decay of an exponential moving average of the parameters and batch statistics, which is then "
+            "evaluated, saved for other runs, and used as the teacher; None keeps none.",
         ),
         "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of sgd; mean of the two momenta of dot."),
         "optimizer.delta": Key(
             0.075,
             rules.FRACTION,
-            "How much higher than optimizer.momentum the momentum of distillation is with dot, and how much lower that "
-            "of supervision.",
+            "With dot, how much the momentum of distillation is above optimizer.momentum, and that of supervision "
+            "below it.",
         ),
         "optimizer.nesterov": Key(False, rules.BOOL, "Whether the momentum of sgd is Nesterov's."),
         "optimizer.restart_momentum": Key(
@@ -347,8 +350,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "first_phase.epochs": Key(
             0,
             rules.integer(0),
-            "Epochs of a first phase of ab, fsp or ft, which come before `epochs`: the method trains alone, with "
-            "weight 1 and an optimizer of its own; a fresh one follows, and all other epochs count from there.",
+            "Epochs of a first phase of ab, fsp or ft, before `epochs`: the method trains alone, with weight 1 and its "
+            "own optimizer; training then starts with a new one, and all other epochs count from there.",
         ),
         "first_phase.learning_rate": Key(
             None,

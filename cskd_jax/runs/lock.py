@@ -51,7 +51,9 @@ def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in _WITHOUT_LOCKS:
                     raise UserError(f"cannot write to workdir {path.parent}: {error.strerror}") from None
-                _logger.warning("%s: this file system has no locks (%s); start no second job", path, error.strerror)
+                _logger.warning(
+                    "%s: this file system does not support locks (%s); do not start a second job", path, error.strerror
+                )
             try:
                 yield
             finally:
@@ -92,9 +94,9 @@ def _acquire(file, holder):
             if patience is None:
                 file.seek(0)
                 patience = LOCAL_PATIENCE_SECONDS if file.read() == _machine() else PATIENCE_SECONDS
-                say(f"{holder}: waiting up to {patience} s for its end")
+                say(f"{holder}: waiting up to {patience} s for it to finish")
             if time.monotonic() - begin >= patience:
-                raise UserError(f"{holder}; wait for its end, or use another workdir") from None
+                raise UserError(f"{holder}; wait for it to finish, or use another workdir") from None
             time.sleep(_POLL_SECONDS)
         else:
             # This bypasses the buffer of the file, which would try again when the file is closed.

@@ -12,7 +12,7 @@ LOSS_TEACHER = Key(
     None,
     rules.optional(rules.LOSS_TEACHER),
     "Teacher of a loss that reads one: the number of one of several; average for the moving average of the student "
-    "itself, which needs optimizer.ema_decay; None for all teachers as one.",
+    "itself, which needs optimizer.ema_decay; None for all teachers combined.",
 )
 # The rules of the keys that every loss has: the fields of `Weight`.
 _WEIGHT_RULES = {

@@ -34,7 +34,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
     file = recipe_file(recipe)
     config = _call(recipe, "get_config")
     if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"get_config of {file} must return a ConfigDict, as that of configs/digits.py does")
+        raise UserError(f"get_config of {file} must return a ConfigDict, as in configs/digits.py")
     if "method" not in config:
         raise UserError(f"get_config of {file} must set the key method, the name of the method")
     # This imports JAX, which takes seconds; an unknown recipe or word is reported without it.
@@ -128,7 +128,7 @@ def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_coll
     for argument in overrides:
         key = override_key(argument)
         if key == "method":
-            raise UserError("the method is chosen behind the recipe, --config=RECIPE:METHOD, not by --config.method")
+            raise UserError("the method is set after the recipe, as in --config=RECIPE:METHOD, not by --config.method")
         found = schema.find_key(key)
         if found is None or key not in known:
             raise schema.unknown_key(key, known)

@@ -92,10 +92,10 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
     results = read_json(path)
     missing = sorted(_NEEDED.keys() - results.keys())
     if missing:
-        raise UserError(f"{path} is no result of a run: it lacks {', '.join(missing)}")
+        raise UserError(f"{path} is not the result of a run: it is missing {', '.join(missing)}")
     wrong = unsound(results, _NEEDED)
     if wrong:
-        raise UserError(f"{path} is no sound result of a run: something is missing or wrong in {', '.join(wrong)}")
+        raise UserError(f"{path} is not a valid result of a run: something is missing or wrong in {', '.join(wrong)}")
     return results
 
 
@@ -176,7 +176,7 @@ def write_results(
         try:
             write_confusions(workdir / _CONFUSIONS, categories, confusions)
         except (OSError, ValueError) as error:  # The run has taken long, and its results do not depend on this file.
-            _logger.warning("%s is not written: %s", workdir / _CONFUSIONS, error)
+            _logger.warning("%s was not written: %s", workdir / _CONFUSIONS, error)
     write_json(workdir / RESULTS, results)
 
 

@@ -47,15 +47,15 @@ def optional(rule: Rule) -> Rule:
 
 
 BOOL = Rule((bool,), lambda _: True, "true or false")
-TEXT = Rule((str,), bool, "a text")
+TEXT = Rule((str,), bool, "a non-empty string")
 POSITIVE = Rule((float, int), lambda value: 0 < value < math.inf, "a number greater than 0")
 UP_TO_100 = Rule((float, int), lambda value: 0 <= value <= 100, "a number from 0 to 100")
-NOT_NEGATIVE = Rule((float, int), lambda value: 0 <= value < math.inf, "a number of at least 0")
-WIDTH = Rule((float, int), lambda value: 0 < value <= 64, "a number above 0, up to 64")
+NOT_NEGATIVE = Rule((float, int), lambda value: 0 <= value < math.inf, "a non-negative number")
+WIDTH = Rule((float, int), lambda value: 0 < value <= 64, "a number greater than 0, up to 64")
 FRACTION = Rule((float, int), lambda value: 0 <= value < 1, "a number in [0, 1)")
 SHARE = Rule((float, int), lambda value: 0 <= value <= 1, "a number in [0, 1]")
-AREA = Rule((float, int), lambda value: 0 < value <= 1, "a number above 0, up to 1")
-COUNT = Rule((int,), lambda value: value >= 1, "an integer of at least 1")
+AREA = Rule((float, int), lambda value: 0 < value <= 1, "a number greater than 0, up to 1")
+COUNT = Rule((int,), lambda value: value >= 1, "a positive integer")
 CHANNELS = Rule(
     (tuple,),
     lambda value: value and all(isinstance(v, int | float) and math.isfinite(v) for v in value),
@@ -64,17 +64,17 @@ CHANNELS = Rule(
 DEVIATIONS = Rule(
     (tuple,),
     lambda value: CHANNELS.test(value) and min(value) > 0,
-    "numbers above 0 in parentheses, such as (0.5,) or (0.2,0.2,0.2)",
+    "positive numbers in parentheses, such as (0.5,) or (0.2,0.2,0.2)",
 )
 TEXTS = Rule(
     (tuple,),
     lambda value: all(isinstance(v, str) and v for v in value),
-    "texts in parentheses, such as ('a',) or ('a','b')",
+    "non-empty strings in parentheses, such as ('a',) or ('a','b')",
 )
 SHARES = Rule(
     (tuple,),
     lambda value: not value or (all(type(v) in (int, float) and 0 <= v < math.inf for v in value) and sum(value) > 0),
-    "numbers of at least 0 in parentheses, such as (1,1) or (0.3,0.7), and not all of them 0",
+    "non-negative numbers in parentheses, such as (1,1) or (0.3,0.7), not all of them 0",
 )
 SIDES = Rule(
     (tuple,),
@@ -82,7 +82,7 @@ SIDES = Rule(
     "integers from 0 to 4096 in parentheses, such as (0,224)",
 )
 LOSS_TEACHER = Rule(
-    (str,), lambda value: value == "average" or value.isdecimal(), "average, or the number of a teacher, from 0"
+    (str,), lambda value: value == "average" or value.isdecimal(), "average, or the number of a teacher, counted from 0"
 )
 EPOCHS = Rule(
     (tuple,),
@@ -92,7 +92,7 @@ EPOCHS = Rule(
 
 _OF_TYPES = {
     bool: BOOL,
-    int: Rule((int,), lambda value: value >= 0, "an integer of at least 0"),
+    int: Rule((int,), lambda value: value >= 0, "a non-negative integer"),
     float: NOT_NEGATIVE,
     str: TEXT,
     Positive: POSITIVE,

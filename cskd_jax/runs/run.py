@@ -140,9 +140,9 @@ class _Started:
             return
         workdir, kept = job.workdir, processes.on_first(kept_values, job.workdir, job.config)
         for key, value in kept.items():
-            job.say(f"{key} is {value}, as in the version of cskd_jax with which this workdir began")
+            job.say(f"{key} is {value}, as in the version of cskd_jax that started this workdir")
         if self.runs and kept != self._kept:
-            raise UserError(f"{workdir} began with another version of cskd_jax: train it alone, with --together=1")
+            raise UserError(f"{workdir} was started by another version of cskd_jax: train it alone, with --together=1")
         self._kept = kept
         config = job.config = schema.with_values(job.config, kept)
         if not self._adapt_devices:
@@ -175,7 +175,7 @@ class _Started:
             if self._adapt_devices:
                 self.devices = self._choose_devices(config, self._dataset)
         if self._adapt_devices and devices_of(workdir) not in (None, self._begun):
-            raise UserError(f"{workdir} computes on another number of devices: train it alone, with --together=1")
+            raise UserError(f"{workdir} uses a different number of devices: train it alone, with --together=1")
         beside = next((run for run in self.runs.values() if run.teachers), None)
         run = build(config, workdir, self.devices, self._dataset, given, job.callbacks, beside, start)
         processes.on_first(claim, workdir, identity | {DEVICES: self.devices.count}, self._dataset)
@@ -252,6 +252,6 @@ def _evaluate_given(given: Sequence[Given], run: Run, combine: str, say: Callabl
         measured = f", {evaluation.task.describe(values)}" if len(given) == 1 else ""
         say(f"{name}: {saved.record.describe_network()}, from {path}{measured}")
     if len(given) > 1:
-        say(f"all {len(given)} teachers as one: {evaluation.task.describe(values)}")
+        say(f"all {len(given)} teachers combined: {evaluation.task.describe(values)}")
     weights = [teacher.weight for teacher in run.teachers]
     return describe_teachers(given, weights, combine, values)

@@ -169,7 +169,7 @@ def restore(flat: Mapping[str, Any], source: str) -> ml_collections.ConfigDict:
             raise UserError(f"{source} holds an unknown configuration key {path}")
     missing = sorted(path for path, key in keys.KEYS.items() if key.default is REQUIRED and path not in flat)
     if missing:
-        raise UserError(f"{source} lacks {', '.join(missing)}: another version of cskd_jax wrote it")
+        raise UserError(f"{source} is missing {', '.join(missing)}: another version of cskd_jax wrote it")
     values = {}
     for path, value in complete(flat).items():
         value = _typed(value, find_key(path))
@@ -195,7 +195,7 @@ def unknown_key(key: str, known: Iterable[str]) -> UserError:
             k.removeprefix(f"{section}.").partition(".")[0] for k in known if k.startswith(f"{section}.")
         )
         return UserError(f"unknown configuration key {key}; {section} has {', '.join(inner)}")
-    return UserError(f"unknown configuration key {key}; cskd-jax config keys lists all")
+    return UserError(f"unknown configuration key {key}; cskd-jax config keys lists all keys")
 
 
 def close_keys(key: str, known: Iterable[str]) -> list[str]:
@@ -259,18 +259,20 @@ def _trains_teacher(config: ml_collections.ConfigDict) -> bool:
 def _validate_teachers(config: ml_collections.ConfigDict) -> None:
     settings, count = config.teacher, 1 + len(config.teacher.others)
     if settings.others and _trains_teacher(config):
-        raise UserError("teacher.others adds to teacher.checkpoint, which is None: name the first teacher there")
+        raise UserError("teacher.others adds to teacher.checkpoint, which is None: set it to the first teacher")
     for key in ("weights", "image_sizes"):
         if settings[key] and len(settings[key]) != count:
-            raise UserError(f"teacher.{key} is {settings[key]}; the number of teachers is {count}")
+            raise UserError(
+                f"teacher.{key} is {settings[key]}; it must have as many values as there are teachers, {count}"
+            )
     if settings.image_sizes and _trains_teacher(config):
-        raise UserError("teacher.image_sizes resizes the images of given teachers: name them by teacher.checkpoint")
+        raise UserError("teacher.image_sizes applies only to given teachers: name them with teacher.checkpoint")
     for name, loss in config.losses.items():
         teacher = loss.get("teacher")
         if teacher == AVERAGE and config.optimizer.ema_decay is None:
             raise UserError(
-                f"losses.{name}.teacher is average, and no moving average is kept: set optimizer.ema_decay, such as "
-                "0.99"
+                f"losses.{name}.teacher is average, but no moving average is kept: set optimizer.ema_decay, for "
+                "example to 0.99"
             )
         if teacher not in (None, AVERAGE) and int(teacher) >= count:
             raise UserError(f"losses.{name}.teacher is {teacher}; the teachers are numbered from 0 to {count - 1}")
@@ -279,7 +281,7 @@ def _validate_teachers(config: ml_collections.ConfigDict) -> None:
 def _validate_optimizer(config: ml_collections.ConfigDict) -> None:
     settings = config.optimizer
     if settings.name != "sgd" and settings.nesterov:
-        raise UserError(f"optimizer.nesterov is True; it is for sgd, optimizer.name is {settings.name}")
+        raise UserError(f"optimizer.nesterov is True, but it applies only to sgd; optimizer.name is {settings.name}")
     if settings.name == "dot":
         _validate_dot(config)
     epochs = {"epochs": config.epochs} | ({"teacher.epochs": config.teacher.epochs} if _trains_teacher(config) else {})
@@ -288,7 +290,7 @@ def _validate_optimizer(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"optimizer.warmup_epochs is {settings.warmup_epochs}; it must be less than {key}, {value}")
     if config.batch_size % settings.accumulation_steps:
         raise UserError(
-            f"batch_size is {config.batch_size}, which does not divide by optimizer.accumulation_steps, "
+            f"batch_size is {config.batch_size}, which is not divisible by optimizer.accumulation_steps, "
             f"{settings.accumulation_steps}"
         )
 
@@ -302,8 +304,8 @@ def _validate_dot(config: ml_collections.ConfigDict) -> None:
         raise UserError("optimizer.name is dot, which has no first phase: set first_phase.epochs to 0")
     if not settings.delta <= settings.momentum < 1 - settings.delta:
         raise UserError(
-            f"optimizer.delta is {settings.delta}, optimizer.momentum {settings.momentum}; their difference must be at "
-            "least 0, and their sum less than 1"
+            f"optimizer.delta is {settings.delta} and optimizer.momentum is {settings.momentum}; delta must be at most "
+            "momentum, and their sum less than 1"
         )
 
 
@@ -314,13 +316,11 @@ def _validate_first_phase(config: ml_collections.ConfigDict) -> None:
     if not fitting:
         known = ", ".join(sorted(name for name, loss in LOSSES.items() if loss.first_phase))
         raise UserError(
-            f"first_phase.epochs is {config.first_phase.epochs}; it must be 0 without a loss that has a first phase, "
-            f"which are {known}"
+            f"first_phase.epochs is {config.first_phase.epochs}; it must be 0 unless one of the losses has a "
+            f"first phase: {known}"
         )
     if len(fitting) > 1:
-        raise UserError(
-            f"losses.{fitting[0]} and losses.{fitting[1]} need a first phase of their own; take one of them"
-        )
+        raise UserError(f"losses.{fitting[0]} and losses.{fitting[1]} each need their own first phase; use one of them")
 
 
 def _validate_loss(name: str, settings: Any) -> None:

@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> dict[str, list[str]]:
         if f"{key}.".startswith(_COMMON):
             raise UserError(f"--grid cannot vary {key}, which is the same for all runs of a sweep")
         if key in grid or len(set(values)) < len(values):
-            raise UserError(f"--grid names {key} twice" if key in grid else f"--grid names a value of {key} twice")
+            raise UserError(f"--grid lists {key} twice" if key in grid else f"--grid lists a value of {key} twice")
         grid[key] = values
     return grid
 
@@ -88,7 +88,7 @@ def make_trials(
         own = [override for override in overrides if _has(recipe, word, override)]
         base = recipes.load_recipe(f"{recipe}:{word}", own)
         if base.dataset.validation_examples is None:
-            raise UserError(f"--grid chooses on a validation split: add --config.{_VALIDATION}=N")
+            raise UserError(f"--grid compares values on a validation split: add --config.{_VALIDATION}=N")
         keys = [key for key in grid if _has(recipe, word, key)]
         found.update(keys)
         for values in itertools.product(*(grid[key] for key in keys)) if keys else ():
@@ -147,7 +147,7 @@ def choose(trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Mapping[
         values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
         count = sum(other.word == word for other in trials)
         say(f"{word}: {values} is the best of {count} on the validation split, {name} {score:.4f}")
-    say(f"all of the search: {workdir / TABLE}")
+    say(f"all results of the search: {workdir / TABLE}")
     return {word: trial.values for word, trial in best.items()}
 
 

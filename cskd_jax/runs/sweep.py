@@ -87,7 +87,7 @@ def sweep(groups: Sequence[Sequence[Run]], jobs: int) -> None:
                     waiting.remove(group)
     if failed:
         names = ", ".join(run.name for run in runs if run in failed)
-        raise FailedRunsError(f"{len(failed)} of {total} runs failed: {names}; the same command tries them again")
+        raise FailedRunsError(f"{len(failed)} of {total} runs failed: {names}; the same command retries them")
     say(f"all {total} runs done: cskd-jax report {runs[0].sweep}")
 
 
@@ -171,7 +171,7 @@ def _stop(running, stop):
     for process in running.values():
         process.wait()
     saved = sum(len(process.left) for process in running.values())
-    raise InterruptedRun(f"stopped by {stop.name}, {saved} runs are saved: the same command goes on")
+    raise InterruptedRun(f"stopped by {stop.name}, {saved} runs are saved: the same command resumes them")
 
 
 def _failure(run, code, log):

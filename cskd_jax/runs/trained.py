@@ -63,7 +63,7 @@ def _load_teacher(config, number):
         teacher = _load(config, "teacher")
         _check_settings(teacher.path, teacher.saved.record, network_settings(config.teacher))
     if not teacher.saved.record.finished:
-        raise UserError(f"{teacher.source} is not trained to its end: run its own command again first")
+        raise UserError(f"{teacher.source} is not fully trained: run its own command again first")
     return teacher
 
 
@@ -83,7 +83,7 @@ def _load(config, role):
     wanted = {"name": settings.name, "width": float(settings.width)}
     held = {key: given.saved.record.network.get(key) for key in wanted}
     if held != wanted:
-        raise UserError(f"{given.source} holds {held}, the configuration asks for {wanted}")
+        raise UserError(f"{given.source} holds {held}, but the configuration specifies {wanted}")
     return given
 
 
@@ -125,8 +125,8 @@ def _check_settings(path: str, record: Record, asked: Mapping[str, Any]) -> None
         own = getattr(held, name)
         if own != value:
             raise UserError(
-                f"teacher.checkpoint {path} holds a {network['name']} with {name} {own}, the configuration asks for "
-                f"teacher.{name} {value}: leave it at None"
+                f"teacher.checkpoint {path} holds a {network['name']} with {name} {own}, but the configuration sets "
+                f"teacher.{name} to {value}: leave it at None"
             )
 
 
@@ -146,13 +146,13 @@ def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | 
     record, channels = saved.record, dataset.image_shape[-1]
     if record.channels != channels:
         raise UserError(
-            f"{source} takes images with {record.channels} channels, those of {dataset.name} have {channels}"
+            f"{source} takes images with {record.channels} channels, but those of {dataset.name} have {channels}"
         )
     if record.multilabel != dataset.multilabel:
         one, several = "one class per image", "several classes per image"
         raise UserError(
             f"{source} was trained with {one if dataset.multilabel else several}, "
-            f"{dataset.name} has {several if dataset.multilabel else one}"
+            f"but {dataset.name} has {several if dataset.multilabel else one}"
         )
     _check_classes(source, saved, dataset)
     return normalization_of(source, record)
@@ -175,7 +175,7 @@ def normalization_of(source: str, record: Record) -> Normalize | None:
     if mean is None or std is None:
         return None
     if not isinstance(mean, list | tuple) or not isinstance(std, list | tuple):
-        raise UserError(f"{source}: mean and std of its images are no lists of numbers")
+        raise UserError(f"{source}: the mean and std of its images are not lists of numbers")
     return Normalize(tuple(mean), tuple(std)).checked(record.channels, f"{source}: ")
 
 
@@ -186,5 +186,5 @@ def _check_classes(source: str, saved: Saved, dataset: ImageDataset) -> None:
     if number != len(ours) or theirs not in (None, ours):
         names = "" if theirs is None else f" ({', '.join(theirs[:3])}, ...)"
         raise UserError(
-            f"{source} knows {number} classes{names}, {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
+            f"{source} has {number} classes{names}, but {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"
         )

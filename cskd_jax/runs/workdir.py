@@ -133,7 +133,7 @@ def devices_of(workdir: pathlib.Path) -> int | None:
         return None
     count = schema.read_flat(path).get(DEVICES, 1)  # Earlier versions used one, unless asked for more.
     if not isinstance(count, int) or count < 1:
-        raise UserError(f"{path}: {DEVICES} must be an integer of at least 1")
+        raise UserError(f"{path}: {DEVICES} must be a positive integer")
     return count
 
 
@@ -158,7 +158,7 @@ def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
     if any(reason is not None for reason in reasons.values()):
         texts = [f"{key} {old!r} != {new!r}{reasons[key] or ''}" for key, (old, new) in different.items()]
         raise UserError(
-            f"workdir {workdir} holds a run of another configuration ({', '.join(texts)}); use another --workdir"
+            f"workdir {workdir} holds a run with another configuration ({', '.join(texts)}); use another --workdir"
         )
 
 
@@ -175,7 +175,7 @@ def held(workdir: pathlib.Path, *written: str, folders: Sequence[str] = FOLDERS)
     Raises:
       UserError: Another process holds it, or something in it is a link, or a folder where a file belongs.
     """
-    with locked(workdir / "lock", f"another job runs in workdir {workdir}"):
+    with locked(workdir / "lock", f"another job is running in workdir {workdir}"):
         files, inner = ([workdir / name for name in names] for names in ((*FILES, *written), folders))
         refuse_links([*files, *inner])
         refuse_other_kinds(files, inner)
@@ -213,7 +213,7 @@ def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageData
       UserError: The run in the workdir cannot be continued as the requested one, or its data have changed.
     """
     if _has_checkpoints(workdir) and not (workdir / "config.json").exists():
-        raise UserError(f"workdir {workdir} holds checkpoints that no recipe has made; use another --workdir")
+        raise UserError(f"workdir {workdir} holds checkpoints that were not made by a recipe; use another --workdir")
     identity = {**identity, DATA_FINGERPRINT: fingerprint(dataset)}
     check_workdir(workdir, identity)
     if not _has_checkpoints(workdir):
@@ -232,7 +232,7 @@ def run_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """Returns the configuration of the run in `workdir`; raises UserError if there is none."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise UserError(f"{workdir} is no workdir of a run: there is no {path.name} in it")
+        raise UserError(f"{workdir} is not the workdir of a run: there is no {path.name} in it")
     return schema.restore({key: value for key, value in schema.read_flat(path).items() if " " not in key}, str(path))
 
 
@@ -266,7 +266,7 @@ def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[
 def _reason(workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
     """Returns why a key may not differ, "" if no reason is needed; None if it may, which extends the run."""
     if key == DATA_FINGERPRINT:
-        return ": the data differ, in their images, labels, or classes"
+        return ": the data differ in their images, labels, or classes"
     if key.endswith(_VERSION):
         section, name = key.removesuffix(_VERSION).split(".")
         kind = "loss" if section == "losses" else section
@@ -278,9 +278,9 @@ def _reason(workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity:
         if not needs_teacher(_losses(new)) or new.get("teacher.checkpoint") is not None:
             return ""
         if _has_checkpoints(workdir, "student"):
-            return f": the student has learned from a teacher of {old[key]} epochs"
+            return f": the student has learned from a teacher trained for {old[key]} epochs"
     if new[key] < old[key]:
-        return ": a run can be continued for more epochs, not cut to fewer"
+        return ": a run can be extended to more epochs, but not cut to fewer"
     why = schema.why_not_extend(old, new)
     return None if why is None else f": {why}"
 

@@ -202,7 +202,7 @@ class FunctionNetwork:
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
         """Raises ValueError, because a function does not create variables."""
-        raise ValueError("a function makes no variables of its own: give it student_variables to start from")
+        raise ValueError("a function creates no variables of its own: give it student_variables to start from")
 
     def apply(
         self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
@@ -211,14 +211,15 @@ class FunctionNetwork:
         returned = self.function(variables, images, train, make_rngs(key, ("dropout",)) if train else None)
         if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], Mapping):
             raise ValueError(
-                "a function as network must return (outputs, updates), the updates as a dictionary, which may be empty"
+                "a function used as a network must return (outputs, updates), with the updates as a (possibly empty) "
+                "dictionary"
             )
         outputs, updates = returned
         unknown = sorted(updates.keys() - variables.keys() | updates.keys() & {"params"})
         if train and unknown:
             raise ValueError(
-                f"the function returns updates of {', '.join(unknown)}; it may update the collections of its variables "
-                "besides params"
+                f"the function returns updates of {', '.join(unknown)}; it may update only the collections of its "
+                "variables other than params"
             )
         return as_output(outputs), updates if train else {}
 
@@ -249,7 +250,7 @@ def as_network(
         return dataclasses.replace(module, **changes, **heads)
     kind = module.__name__ if isinstance(module, type) else type(module).__name__
     if features or embedding:
-        raise TypeError(f"features are taken by path from a flax.linen.Module only; got {kind}")
+        raise TypeError(f"features can be named by path only in a flax.linen.Module; got {kind}")
     if isinstance(module, type):
         raise TypeError(f"a network must be an instance; got the class {kind}")
     # Importing nnx takes a while, and a caller with an nnx module has already imported it.
@@ -261,7 +262,7 @@ def as_network(
         return dataclasses.replace(module, **heads)
     if isinstance(module, Network):
         if heads:
-            raise TypeError(f"a {kind} names its classifier itself, by an attribute `head`")
+            raise TypeError(f"a {kind} names its own classifier, with an attribute `head`")
         return module
     if callable(module):
         return FunctionNetwork(module, **heads)

@@ -34,7 +34,7 @@ def unflatten(arrays: dict[str, np.ndarray], template: Any) -> Any:
         shapes = ["nothing" if x is None else f"{x.dtype}{list(x.shape)}" for x in (found, expected)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                "the checkpoint holds other arrays than the networks, losses and optimizer of this run train "
+                "the arrays of the checkpoint do not match the networks, losses and optimizer of this run "
                 f"({name}: {shapes[0]} instead of {shapes[1]}); use another workdir"
             )
     flat |= arrays

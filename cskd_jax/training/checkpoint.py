@@ -205,7 +205,7 @@ class Checkpoints:
                 path.rename(aside)
                 self._manager.reload()
         if steps:
-            raise UserError(f"no checkpoint in {self._directory} is sound; the same command starts anew")
+            raise UserError(f"no checkpoint in {self._directory} is intact; the same command starts over")
         return None
 
     def __enter__(self):
@@ -234,7 +234,7 @@ class Checkpoints:
             full = os.strerror(errno.ENOSPC)
             reason = full if full in str(error) else one_line(error)
             raise UserError(
-                f"cannot save a checkpoint in {self._directory}: {reason}; the checkpoints before it are untouched"
+                f"cannot save a checkpoint in {self._directory}: {reason}; earlier checkpoints are untouched"
             ) from error
 
 
@@ -266,7 +266,7 @@ def _load(path):
         variables = without_peers(variables)
         variables |= prediction_of(tree["params"], tree.get("memory", {}), record.prediction.get("loss"))
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):  # Names that are not paths in a network.
-        raise UserError(f"checkpoint {path} is damaged (its arrays are those of no network)") from None
+        raise UserError(f"checkpoint {path} is damaged (its arrays are not those of a network)") from None
     return Saved({"params": {}, **variables}, record, int(path.name), digest)
 
 
@@ -286,7 +286,7 @@ def _read(path):
             shapes = checkpointer.metadata(path.absolute()).item_metadata[_ARRAYS]
             claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in shapes.values())
             if claimed > _MAX_EXPANSION * stored:
-                raise _Damaged(f"its arrays would take {claimed:,} bytes, its files have {stored:,}")
+                raise _Damaged(f"its arrays would take {claimed:,} bytes, but its files have {stored:,}")
             restored = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**parts))
         arrays = {name: np.asarray(array) for name, array in restored[_ARRAYS].items()}
         content = restored[_RECORD]
@@ -319,7 +319,7 @@ def _check_files(path):
     for count, file in enumerate(path.rglob("*")):
         status = file.lstat()
         if count > _MAX_FILES or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            raise _Damaged(f"{file} is no regular file" if count <= _MAX_FILES else "it has too many files")
+            raise _Damaged(f"{file} is not a regular file" if count <= _MAX_FILES else "it has too many files")
         total += status.st_size
     if (path / _RECORD / "metadata").stat().st_size > MAX_JSON:
         raise _Damaged("its record is too large")

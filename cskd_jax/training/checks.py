@@ -26,15 +26,15 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
     if objective.views and data.image_dtype != np.uint8:
         name = next(name for name, (_, loss) in objective.losses.items() if loss.views)
         raise UserError(
-            f"losses.{name} sees strongly augmented images, which are made from images of uint8; got {data.image_dtype}"
+            f"losses.{name} uses strongly augmented images, which are made from uint8 images; got {data.image_dtype}"
         )
     wrong = [name for name, (_, loss) in objective.losses.items() if loss.multilabel not in (None, data.multilabel)]
     if wrong:
         fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]
         kind = "any number of classes (multi-label)" if data.multilabel else "one class"
         raise UserError(
-            f"losses.{wrong[0]} does not fit data set '{data.name}', whose images have {kind} each: of the methods "
-            f"that read labels, those for it are {', '.join(sorted(fitting))}"
+            f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: of the "
+            f"methods that read labels, these do: {', '.join(sorted(fitting))}"
         )
     if data.unlabeled:
         _check_unlabeled(objective)
@@ -48,7 +48,7 @@ def _check_unlabeled(objective):
     if reading:
         fitting = [name for name, loss in LOSSES.items() if loss.multilabel is None]
         raise UserError(
-            f"losses.{reading[0]} reads labels, and the training images have none: losses that read none are "
+            f"losses.{reading[0]} reads labels, but the training images have none: losses that read none are "
             f"{', '.join(sorted(fitting))}"
         )
 
@@ -58,12 +58,12 @@ def _check_mixed(objective):
     for name, (_, loss) in objective.losses.items():
         if loss.multilabel is not None and not loss.mixes:
             raise UserError(
-                f"mixup and cutmix give an image two labels, and losses.{name} reads one: leave it out, or set both to "
-                "0; losses that read no labels and cross_entropy go with them"
+                f"mixup and cutmix give an image two labels, but losses.{name} reads only one: leave it out, or set "
+                "both to 0; cross_entropy and losses that read no labels work with them"
             )
         if loss.views:
             raise UserError(
-                f"losses.{name} sees further views of the images, which are not mixed: set mixup and cutmix to 0"
+                f"losses.{name} uses further views of the images, which are not mixed: set mixup and cutmix to 0"
             )
 
 
@@ -71,19 +71,17 @@ def check_batches(setup: Setup) -> None:
     """Raises UserError for batches that are impossible or not divisible by the number of devices."""
     sampler = setup.sampler
     if not isinstance(sampler.batch_size, int | np.integer) or sampler.batch_size < 1:
-        raise UserError(f"batch_size is {sampler.batch_size!r}; it must be an integer of at least 1")
+        raise UserError(f"batch_size is {sampler.batch_size!r}; it must be a positive integer")
     if sampler.batch_size > sampler.num_examples:
         raise UserError(
             f"batch_size is {sampler.batch_size}; it must not be more than the {sampler.num_examples} training examples"
         )
     if sampler.batch_size == 1:
-        raise UserError(
-            "batch_size is 1; it must be at least 2, since batch normalization and losses relate images to each other"
-        )
+        raise UserError("batch_size is 1; it must be at least 2, since batch normalization and losses compare images")
     setup.devices.check_batch_size("batch_size", sampler.batch_size)
     if sampler.last_batch_size == 1:
         raise UserError(
-            "the last batch of an epoch holds one image, which has nothing to relate to: "
+            "the last batch of an epoch holds one image, but needs at least two: "
             + _how_to_avoid(sampler, "another batch_size")
         )
     makes_batches = isinstance(sampler, EpochBatches)
@@ -96,7 +94,7 @@ def check_batches(setup: Setup) -> None:
 def _how_to_avoid(sampler: Sampler, another: str) -> str:
     """Returns advice on how to avoid a last batch that is too small."""
     if isinstance(sampler, EpochBatches):
-        return "let train leave it out, or give it more images"
+        return "have train leave it out, or add images to it"
     return f"set drop_last=True, or {another}"
 
 
@@ -104,18 +102,18 @@ def _check_micro_batches(setup: Setup) -> None:
     """Raises UserError for micro-batches that are impossible."""
     sampler, steps = setup.sampler, setup.accumulation_steps
     if sampler.batch_size % steps:
-        raise UserError(f"batch_size is {sampler.batch_size}, which does not divide by accumulation_steps, {steps}")
+        raise UserError(f"batch_size is {sampler.batch_size}, which is not divisible by accumulation_steps, {steps}")
     size = sampler.batch_size // steps
     setup.devices.check_batch_size(
         f"a micro-batch (batch_size {sampler.batch_size} / accumulation_steps {steps})", size
     )
     if size == 1:
         raise UserError(
-            f"with accumulation_steps={steps}, a micro-batch holds one image, which has nothing to relate to: "
+            f"with accumulation_steps={steps}, a micro-batch holds one image, but needs at least two: "
             "set a smaller number"
         )
     if sampler.last_batch_size % size == 1:
         raise UserError(
-            f"with accumulation_steps={steps}, the last micro-batch of an epoch holds one image, which has nothing to "
-            f"relate to: {_how_to_avoid(sampler, 'accumulation_steps=1')}"
+            f"with accumulation_steps={steps}, the last micro-batch of an epoch holds one image, but needs at least "
+            f"two: {_how_to_avoid(sampler, 'accumulation_steps=1')}"
         )

@@ -34,7 +34,7 @@ def embed(network: Network, variables: Variables, normalize: Normalize, images: 
         padded = np.pad(batch, [(0, _BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
         output = _apply(network, normalize, variables, padded)
         if output is None:
-            raise UserError("the network gives no embedding")
+            raise UserError("the network returns no embedding")
         embedded.append(np.asarray(output, np.float64)[: len(batch)])
     return np.concatenate(embedded)
 

@@ -58,7 +58,7 @@ class Mix:
           ValueError: The images are not floating point.
         """
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"mixup and cutmix mix inputs of networks that are floats; got {images.dtype}")
+            raise ValueError(f"mixup and cutmix need floating-point network inputs; got {images.dtype}")
         others = partners(images, axis_name)
         uses_mixup = jnp.bool_(self.mixup > 0)
         if self.mixup and self.cutmix:

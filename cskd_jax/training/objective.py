@@ -61,11 +61,11 @@ class Weight:
     def wrong(self) -> str | None:
         """Returns what is wrong with the epochs, beginning with the name of an attribute; None if they make sense."""
         if self.end_epoch is not None and self.end_epoch <= self.start_epoch:
-            return f"end_epoch is {self.end_epoch}; it must be more than start_epoch, {self.start_epoch}"
+            return f"end_epoch is {self.end_epoch}; it must be greater than start_epoch, {self.start_epoch}"
         if self.decay_epoch is None:
             return None
         if self.end_epoch is None:
-            return f"decay_epoch is {self.decay_epoch}; it needs end_epoch, in which the weight arrives at 0"
+            return f"decay_epoch is {self.decay_epoch}; it needs end_epoch, by which the weight reaches 0"
         if not self.start_epoch <= self.decay_epoch < self.end_epoch:
             allowed = f"at least start_epoch, {self.start_epoch}, and less than end_epoch, {self.end_epoch}"
             return f"decay_epoch is {self.decay_epoch}; it must be {allowed}"
@@ -131,7 +131,7 @@ class Objective:
         created = {}
         for name, entry in sorted(losses.items()):
             if name in _RESERVED or "/" in name:
-                raise UserError(f"a loss cannot be called {name}: metrics and rows of the history are called so")
+                raise UserError(f"a loss cannot be named {name}: metrics and rows of the history use that name")
             settings = as_settings(entry)
             loss, teacher = settings.pop("loss", None), settings.pop("teacher", None)
             weight = _create_weight(name, {key: value for key, value in settings.items() if key in fields})
@@ -321,7 +321,7 @@ def _create_weight(name, settings):
     """Returns the weight of a loss; raises UserError if its settings make no sense."""
     weight = Weight(**{"weight": 1.0} | settings)
     if not isinstance(weight.weight, int | float) or not 0 <= weight.weight < math.inf:
-        raise UserError(f"losses.{name}.weight is {weight.weight!r}; it must be a number of at least 0")
+        raise UserError(f"losses.{name}.weight is {weight.weight!r}; it must be a non-negative number")
     if weight.wrong:
         raise UserError(f"losses.{name}.{weight.wrong}")
     return weight
@@ -333,7 +333,7 @@ def _number_of_teacher(name, teacher):
     if number in (None, AVERAGE) or (type(number) is int and number >= 0):
         return number
     raise UserError(
-        f"losses.{name}.teacher is {teacher!r}; it must be the number of a teacher, from 0, or {AVERAGE!r}, or None"
+        f"losses.{name}.teacher is {teacher!r}; it must be the number of a teacher, counted from 0, {AVERAGE!r} or None"
     )
 
 
@@ -352,7 +352,7 @@ def _create_loss(name, loss, hyper, common):
     if loss is None:
         if name not in LOSSES:
             raise UserError(
-                f"losses.{name} is not known: give a function or a Method, or one of {', '.join(sorted(LOSSES))}"
+                f"losses.{name} is unknown: give a function or a Method, or use one of {', '.join(sorted(LOSSES))}"
             )
         loss = LOSSES[name]
     if isinstance(loss, type) and issubclass(loss, Method):
@@ -364,7 +364,7 @@ def _create_loss(name, loss, hyper, common):
             raise UserError(f"losses.{name} has no setting {unknown[0]}, only {', '.join(sorted(allowed))}")
         return loss(**common, **hyper)
     if hyper:
-        raise UserError(f"losses.{name} takes no settings but those of its weight; got {', '.join(sorted(hyper))}")
+        raise UserError(f"losses.{name} takes only the settings of its weight; got {', '.join(sorted(hyper))}")
     if isinstance(loss, Method):
         own = {} if common["teacher"] is not None else {"teacher": _number_of_teacher(name, loss.teacher)}
         return loss.clone(**common | own)

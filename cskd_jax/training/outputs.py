@@ -48,8 +48,8 @@ class Outputs:
         value, grid = getattr(self.output, name), self.output.grid
         if name == "preactivations" and grid is not None:
             raise ValueError(
-                "a loss reads the maps before the last ReLU of each stage, and no ReLU follows the tokens that the "
-                f"{self._role} gives: this loss needs networks of maps"
+                "a loss reads the maps before the last ReLU of each stage, but no ReLU follows the tokens of the "
+                f"{self._role}: this loss needs networks with feature maps"
             )
         if name == "members":
             return tuple(Outputs(member, self._role, self._prepare) for member in value)
@@ -64,8 +64,8 @@ class Outputs:
         if self.output.members and self._role == "teacher":
             last = len(self.output.members) - 1
             return (
-                f"a loss reads the {name} of the teacher, and there are several: name one by the setting teacher of "
-                f"the loss, a number from 0 to {last}"
+                f"a loss reads the {name} of the teacher, but there are several: choose one with the teacher setting "
+                f"of the loss, a number from 0 to {last}"
             )
         return (
             f"a loss reads the {name} of the {self._role}, which that network does not return; "
@@ -112,7 +112,7 @@ def with_teacher(inputs: LossInputs, teacher: int | str | None) -> LossInputs:
         if isinstance(teacher, str):
             return view.average
         if view.teacher is None:
-            raise ValueError(f"a loss has teacher={teacher}, and there is no teacher")
+            raise ValueError(f"a loss has teacher={teacher}, but there is no teacher")
         members = view.teacher.members or (view.teacher,)
         if teacher >= len(members):
             raise ValueError(f"a loss has teacher={teacher}; the teachers are numbered from 0 to {len(members) - 1}")

@@ -92,8 +92,8 @@ class Participant:
         if self.step > self.steps:
             self._stack.close()
             raise UserError(
-                f"{self.name}: the workdir holds a training of {self.step} steps, more than the {self.steps} "
-                "asked for; use another workdir"
+                f"{self.name}: the workdir holds a training run of {self.step} steps, more than the {self.steps} "
+                "requested; use another workdir"
             )
         return self
 
@@ -116,7 +116,7 @@ class Participant:
         """Reports a missing training mode, and why results depend on the number of devices if they do."""
         count, state, network = self.setup.devices.count, self.programs.states[0], self.programs.network.on_axis(None)
         if state.collections and not getattr(network, "has_training_mode", True):
-            self.say("the network has no argument that asks for training mode: it is always called in the same way")
+            self.say("the network has no argument for training mode: it is always called the same way")
         if count == 1:
             return
         images = jax.ShapeDtypeStruct((2, *self.setup.data.image_shape), jnp.float32)
@@ -274,7 +274,7 @@ class Participant:
                 variables = self._best_variables if self._checkpoints is None else self._checkpoints.read(best_step)
                 entries["best"] = best_step, evaluate(self.setup.devices.replicate(variables))
             except UserError as error:  # This is no reason to lose the last epoch.
-                self.say(f"the best epoch, {best}, cannot be measured, the last one stands in its place: {error}")
+                self.say(f"the best epoch, {best}, cannot be measured, so the last one is used instead: {error}")
         meter.end_test(entries)
 
     def evaluation_on(self, split: str) -> Evaluation:

@@ -95,7 +95,7 @@ def make_parts(
       UserError: There is no phase, or one has no epochs.
     """
     if not phases or not all(isinstance(phase.epochs, int | np.integer) and phase.epochs >= 1 for phase in phases):
-        raise UserError("a training needs at least one phase, and every phase at least one epoch, as an integer")
+        raise UserError("training needs at least one phase, and every phase an integer number of epochs, at least 1")
     described = [losses if phase.losses is None else phase.losses for phase in phases]
     all_losses = create({name: entry for description in reversed(described) for name, entry in description.items()})
     objectives = [create(description) for description in described]
@@ -149,7 +149,7 @@ def _only(optimizer, trainable, kept):
     if trainable is None and not kept:
         return optimizer
     if isinstance(optimizer, SeparateOptimizer):
-        raise UserError("an optimizer with separate gradients trains all parameters: it fits no phase that keeps some")
+        raise UserError("an optimizer with separate gradients trains all parameters: no phase can freeze any of them")
 
     def label(path, _):
         part, *names = (entry.key for entry in path)

@@ -45,7 +45,7 @@ class PredictingNetwork(WrappingNetwork):
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
         """Raises ValueError, because the loss learns during training what it predicts with."""
-        raise ValueError("a network that predicts by a loss has variables from a training only")
+        raise ValueError("a network that predicts with a loss gets its variables only from training")
 
     def apply(
         self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
@@ -57,7 +57,7 @@ class PredictingNetwork(WrappingNetwork):
         """
         del key
         if train:
-            raise ValueError("a network that predicts by a loss is for evaluation only")
+            raise ValueError("a network that predicts with a loss is for evaluation only")
         output, _ = self.network.apply(without_prediction(variables), images, train=False)
         logits = self.loss.apply(variables[PREDICTION], output, method="predict")
         return output._replace(logits=logits), {}
@@ -139,12 +139,12 @@ def restore_prediction(network: Network, variables: Variables, record: Any, sour
     name, settings = record.prediction["loss"], record.prediction["settings"]
     loss = LOSSES.get(name)
     if loss is None or not loss.predicts or settings is None or settings.keys() - hyperparameters(name).keys():
-        raise UserError(f"{source} holds a student that predicts by a loss {name!r} that this version does not know")
+        raise UserError(f"{source} holds a student that predicts with a loss, {name!r}, unknown to this version")
     # Losses that predict read the number of classes from their variables.
     predicting = PredictingNetwork(network, loss(num_classes=0, **settings))
     try:
         shape = (*record.images["size"], record.channels)
         jax.eval_shape(lambda variables: output_of(predicting, shape, variables), variables)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, FlaxError) as error:
-        raise UserError(f"{source} holds no sound prediction by {name}: {one_line(error)}") from None
+        raise UserError(f"{source} holds no valid prediction with {name}: {one_line(error)}") from None
     return predicting

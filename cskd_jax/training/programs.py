@@ -206,8 +206,8 @@ class Programs:
         self.predicting = predicting(self.network, parts[-1].objective)
         if ema is not None and self.predicting is not self.network:
             raise UserError(
-                f"{name}: losses.{parts[-1].objective.predictor} predicts by parameters of its own, of which no moving "
-                "average is kept: leave out the ema"
+                f"{name}: losses.{parts[-1].objective.predictor} predicts with its own parameters, and no moving "
+                "average of them is kept: leave out the ema"
             )
         # One key for the weights, one for the rest.
         self._init_key, self._key = jax.random.split(setup.key)
@@ -268,8 +268,8 @@ class Programs:
             output = jax.eval_shape(functools.partial(output_of, self.network, shape), self._variables)
         if output.logits.shape != (2, classes):
             raise ValueError(
-                f"the logits of two images have shape {output.logits.shape}; the data have {classes} classes, which "
-                f"asks for {(2, classes)}"
+                f"the logits of two images have shape {output.logits.shape}; the data have {classes} classes, so it "
+                f"must be {(2, classes)}"
             )
         return output
 
@@ -377,7 +377,7 @@ def _evaluate_frozen(network, trainable):
     if isinstance(network, Cohort):
         return dataclasses.replace(network, network=_evaluate_frozen(network.network, trainable))
     if not isinstance(network, LinenNetwork):
-        raise ValueError("evaluate_frozen of a phase needs a network that is a flax.linen module")
+        raise ValueError("evaluate_frozen in a phase needs a network that is a flax.linen module")
     return dataclasses.replace(network, trainable=trainable)
 
 

@@ -59,7 +59,7 @@ class MetricsFiles(Callback):
                 self._show(row)
             except OSError as error:  # A full disk, for example. The run does not depend on these files.
                 self._shows = False
-                _logger.warning("TensorBoard's files in %s are not written any more: %s", self._workdir, error)
+                _logger.warning("TensorBoard files in %s are no longer written: %s", self._workdir, error)
 
     def _show(self, row):
         if self._tensorboard is None:

@@ -47,7 +47,7 @@ class Record:
         """
         wrong = unsound(values, {"network": _is_network, "channels": partial(is_count, low=1)}, _RECORD_TESTS)
         if wrong:
-            raise ValueError(f"its record has no sound {', '.join(wrong)}")
+            raise ValueError(f"its record has no valid {', '.join(wrong)}")
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 

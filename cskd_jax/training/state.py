@@ -76,7 +76,7 @@ def check_variables(network: Network, variables: Variables, image_shape: tuple[i
     try:
         expected = jax.eval_shape(partial(init_network, network, image_shape=image_shape), key)[0]
     except ValueError as error:  # For example, images that do not divide into the patches of the network.
-        raise UserError(f"{source} does not go with images of shape {tuple(image_shape)}: {error}") from None
+        raise UserError(f"{source} does not work with images of shape {tuple(image_shape)}: {error}") from None
     trees: list[dict[str, Any]] = [traverse_util.flatten_dict(tree, sep="/") for tree in (variables, expected)]
     shapes = [{name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in trees]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
@@ -189,4 +189,4 @@ def check_unchanged(before: TrainState, after: TrainState) -> None:
     for path in sorted(shapes[0].keys() | shapes[1].keys()):
         old, new = (found.get(path, "nothing") for found in shapes)
         if old != new:
-            raise ValueError(f"a step turns {path} from {old} into {new}; it must keep its shape and dtype")
+            raise ValueError(f"a step changes {path} from {old} to {new}; it must keep its shape and dtype")

@@ -80,7 +80,7 @@ class Ensemble:
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
         """Raises ValueError, because an ensemble is made of trained networks."""
-        raise ValueError("an ensemble is made of trained networks, and makes no variables of its own")
+        raise ValueError("an ensemble consists of trained networks and creates no variables of its own")
 
     def apply(
         self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
@@ -92,7 +92,7 @@ class Ensemble:
         """
         del key
         if train:
-            raise ValueError("an ensemble is not trained")
+            raise ValueError("an ensemble cannot be trained")
         members = tuple(
             network.apply(variables[str(number)], images, train=False)[0]
             for number, network in enumerate(self.networks)
@@ -138,7 +138,7 @@ def network_of(
         return networks[0] if networks else None
     weights = [teacher.weight for teacher in teachers]
     if any(not isinstance(weight, Real) or not 0 <= weight < np.inf for weight in weights) or not sum(weights):
-        raise UserError(f"the weights of the teachers are {weights}; they must be at least 0, and one greater than 0")
+        raise UserError(f"the weights of the teachers are {weights}; they must be at least 0, and not all of them 0")
     shares = tuple(float(weight) / float(sum(weights)) for weight in weights)
     return Ensemble(tuple(networks), shares, combine, multilabel)
 
@@ -153,7 +153,7 @@ def variables_of(teachers: Sequence[Teacher]) -> Variables | None:
     if len(found) < 2:
         return found[0] if found else None
     if any(variables is None for variables in found):
-        raise UserError("one of several teachers has no variables: each must be trained already")
+        raise UserError("one of several teachers has no variables: each must already be trained")
     return {str(number): variables for number, variables in enumerate(found)}
 
 
@@ -162,10 +162,10 @@ def _adapt(teacher: Teacher, given: Normalize | None) -> Network:
     network, size = as_network(teacher.network), teacher.image_size
     if size is not None:
         if type(size) is not int or size < 1:
-            raise UserError(f"the image_size of a teacher is {size!r}; it must be an integer of at least 1, or None")
+            raise UserError(f"the image_size of a teacher is {size!r}; it must be a positive integer, or None")
         network = ResizedNetwork(network, size)
     if teacher.normalization is None:
         return network
     if given is None:
-        raise UserError("a teacher with a normalization of its own needs images of uint8, which are normalized here")
+        raise UserError("a teacher with its own normalization needs uint8 images, which are normalized here")
     return renormalize(network, given, teacher.normalization)

@@ -168,7 +168,7 @@ class Trainer:
         integers += [("evaluate_every_epochs", evaluate_every_epochs, 1)]
         for argument, value, low in integers:
             if not isinstance(value, int | np.integer) or value < low:
-                raise UserError(f"{argument} is {value!r}; it must be an integer of at least {low}")
+                raise UserError(f"{argument} is {value!r}; it must be an integer, at least {low}")
         self._workdir = None if workdir is None else pathlib.Path(workdir)
         self._teachers = tuple(teachers)
         self.state: dict[str, TrainState] = {}
@@ -220,7 +220,7 @@ class Trainer:
                 raise UserError(f"{name}: losses.{objective.teacher_reader} needs a teacher")
             if objective.average_reader is not None and student.ema is None:
                 raise UserError(
-                    f"{name}: losses.{objective.average_reader} learns from the moving average of the student, and "
+                    f"{name}: losses.{objective.average_reader} learns from the moving average of the student, but "
                     "none is kept: give the student an ema, such as 0.99"
                 )
             return objective
@@ -245,7 +245,7 @@ class Trainer:
         variables = network.variables if student.variables is None else student.variables
         peers = max(part.objective.peers for part in parts)
         if peers and variables is not None:
-            raise UserError(f"{name}: a student with peers starts from fresh weights, and has variables to start from")
+            raise UserError(f"{name}: a student with peers must start from new weights, but it already has variables")
         # Callbacks hold the state of one student, so each of several students gets copies.
         callbacks = map(copy.copy, self._setup.callbacks) if several else self._setup.callbacks
         files = () if self._workdir is None else (MetricsFiles(self._workdir),)
@@ -331,9 +331,9 @@ class Trainer:
     def evaluation(self, name: str, split: str = "test") -> Evaluation:
         """Returns the evaluation of a student on a split; raises UserError if the split can only be read once."""
         if split == "train" and self._setup.data.unlabeled:
-            raise UserError("the training images have no labels to evaluate by")
+            raise UserError("the training images have no labels to evaluate with")
         if split == "train" and isinstance(self._setup.sampler, EpochBatches):
-            raise UserError("the batches that a function makes are not evaluated; give arrays to evaluate on them")
+            raise UserError("batches that a function makes cannot be evaluated; give arrays to evaluate on them")
         return self._participants[name].evaluation_on(split)
 
 

@@ -63,11 +63,14 @@ SPENT = iter([(IMAGES[:4], LABELS[:4])] * 3)
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda epoch: [], "train gives no batch for epoch 0"),
+        (lambda epoch: [], "train yields no batches for epoch 0"),
         (lambda epoch: batches_of(epoch, (8, 6, 8)), r"batches of \[6, 8\] images; only the last may be smaller"),
         (lambda epoch: batches_of(epoch, (6, 8)), r"batches of \[6, 8\] images; only the last may be smaller"),
-        (lambda epoch: SPENT, "train gives 0 batches for epoch 0, epoch 0 had 3: the function must make new ones"),
-        (lambda epoch: batches_of(epoch, (8, 8, 6)[: 3 - epoch]), "train gives 2 batches for epoch 1, epoch 0 had 3"),
+        (lambda epoch: SPENT, "train yields 0 batches for epoch 0, but 3 for epoch 0: the function must make new ones"),
+        (
+            lambda epoch: batches_of(epoch, (8, 8, 6)[: 3 - epoch]),
+            "train yields 2 batches for epoch 1, but 3 for epoch 0",
+        ),
         (lambda epoch: batches_of(epoch, ((8, 8, 6), (8, 6, 8))[epoch]), r"at step 5, not float32\[8, 4, 4, 1\]"),
     ],
 )
@@ -117,17 +120,17 @@ def test_resumes_bit_for_bit(tmp_path):
         trainer().fit(Stop(4))
     resumed = trainer()
     assert resumed.fit()["student"].history == expected.history
-    with pytest.raises(UserError, match="the batches that a function makes are not evaluated"):
+    with pytest.raises(UserError, match="batches that a function makes cannot be evaluated"):
         resumed.evaluate("student", "train")
 
 
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        (batches_of(0), "train is a generator, which may be spent after one epoch: give arrays, or a function"),
+        (batches_of(0), "train is a generator, which may be exhausted after one epoch: give arrays, or a function"),
         (lambda epoch: [(IMAGES[:8], LABELS[:7])], "train must be images .* and labels"),
         (lambda epoch: [(IMAGES[:8], LABELS[:8])] * 2 if epoch == 0 else [(IMAGES[:8], LABELS[:8] + 2)] * 2,
-         "train gives a label at step 3 that is not from 0 to 2"),
+         "train yields a label at step 3 that is not from 0 to 2"),
     ],
 )  # fmt: skip
 def test_what_distill_refuses(train, message):

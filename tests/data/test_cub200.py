@@ -121,19 +121,25 @@ FIRST = f"images/{CLASSES[0]}/Bird_1_0000_1.jpg"
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        *((without(table), f"lacks the member {ROOT}{table}") for table in ("images.txt", "classes.txt")),
-        (without(FIRST), f"lacks the member {ROOT}{FIRST}"),
-        (change(FIRST, b"nonsense"), f"member {ROOT}{FIRST} is not a sound image"),
-        (change(FIRST, MEMBERS[ROOT + FIRST][:700]), f"member {ROOT}{FIRST} is not a sound image .*truncated"),
-        (change("classes.txt", b"1 one\n2 two\n"), "classes.txt should hold 200 different label names.* has 2 lines"),
-        (replace("classes.txt", b"002.Bird_2\n", b"001.Bird_1\n"), "classes.txt .* has 200 lines, 199 of them differ"),
-        (replace("images.txt", b"2 ", b"1 "), "images.txt, line 2 is '1 001.*': allowed are a new number and a value"),
-        (change("train_test_split.txt", b"1\n"), "train_test_split.txt, line 1 is '1': allowed are"),
-        (replace("train_test_split.txt", b"1 1\n", b""), "split.txt says nothing of image 1, 001.Bird_1/Bird_1_0000"),
-        (replace("train_test_split.txt", b"1 1\n", b"1 2\n"), "train_test_split.txt says '2' of image 1, 001.Bird_1"),
-        (replace("image_class_labels.txt", b"4 2\n", b"4 201\n"), "class_labels.txt says '201' of image 4, 002.Bird_2"),
-        (replace("image_class_labels.txt", b"4 2\n", b"4 3\n"), "the test split has no image of 002.Bird_2"),
-        (replace("train_test_split.txt", b"\n3 1\n", b"\n3 0\n"), "the train split has no image of 002.Bird_2"),
+        *((without(table), f"is missing {ROOT}{table}") for table in ("images.txt", "classes.txt")),
+        (without(FIRST), f"is missing {ROOT}{FIRST}"),
+        (change(FIRST, b"nonsense"), f"member {ROOT}{FIRST} is not a valid image"),
+        (change(FIRST, MEMBERS[ROOT + FIRST][:700]), f"member {ROOT}{FIRST} is not a valid image .*truncated"),
+        (change("classes.txt", b"1 one\n2 two\n"), "classes.txt should hold 200 distinct label names.* has 2 lines"),
+        (
+            replace("classes.txt", b"002.Bird_2\n", b"001.Bird_1\n"),
+            "classes.txt .* has 200 lines, 199 of them distinct",
+        ),
+        (replace("images.txt", b"2 ", b"1 "), "images.txt, line 2 is '1 001.*'; it must be a new number and a value"),
+        (change("train_test_split.txt", b"1\n"), "train_test_split.txt, line 1 is '1'; it must be"),
+        (replace("train_test_split.txt", b"1 1\n", b""), "split.txt has no entry for image 1, 001.Bird_1/Bird_1_0000"),
+        (replace("train_test_split.txt", b"1 1\n", b"1 2\n"), "train_test_split.txt says '2' for image 1, 001.Bird_1"),
+        (
+            replace("image_class_labels.txt", b"4 2\n", b"4 201\n"),
+            "class_labels.txt says '201' for image 4, 002.Bird_2",
+        ),
+        (replace("image_class_labels.txt", b"4 2\n", b"4 3\n"), "the test split has no images of 002.Bird_2"),
+        (replace("train_test_split.txt", b"\n3 1\n", b"\n3 0\n"), "the train split has no images of 002.Bird_2"),
     ],
 )
 def test_unsound_contents(tmp_path, members, message):
@@ -147,7 +153,7 @@ def test_unsound_contents(tmp_path, members, message):
 
 def test_photograph_that_would_start_a_program(tmp_path, ghostscript):
     write_tar(tmp_path / "CUB_200_2011.tar", change(FIRST, drawing()))
-    with pytest.raises(UserError, match=f"member {ROOT}{FIRST} is not a sound image .*none of BMP, JPEG, PNG, WEBP"):
+    with pytest.raises(UserError, match=f"member {ROOT}{FIRST} is not a valid image .*not one of BMP, JPEG, PNG, WEBP"):
         load_dataset("cub200", data_dir=str(tmp_path))
     assert not ghostscript.exists()
 
@@ -155,6 +161,6 @@ def test_photograph_that_would_start_a_program(tmp_path, ghostscript):
 def test_truncated_archive(tmp_path):
     path = write_tar(tmp_path / "CUB_200_2011.tgz", MEMBERS)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(UserError, match=f"{path} (is damaged or no tar|lacks the member)") as error:
+    with pytest.raises(UserError, match=f"{path} (is damaged or not a tar|is missing)") as error:
         load_dataset("cub200", data_dir=str(tmp_path))
     assert "\n" not in str(error.value)

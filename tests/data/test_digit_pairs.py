@@ -80,8 +80,8 @@ def test_first_examples(dataset):
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "train_examples=0 is out of range: allowed are 1 to 1440"),
-     (2, "data set 'digit_pairs' has no image of .* in its split train")],
+    [(0, "train_examples=0 is out of range; it must be from 1 to 1440"),
+     (2, "data set 'digit_pairs' has no images of .* in its train split")],
 )  # fmt: skip
 def test_too_few_examples(number, text):
     with pytest.raises(UserError, match=text):

@@ -81,7 +81,7 @@ def test_damaged_image_is_named(folder, tmp_path):
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes()[: 100 if path.name == "7.jpg" and path.parent.name == "b" else None])
     dataset = load_dataset("image_folder", path=str(tmp_path), image_size=16, streaming=True, workers=1)
-    with pytest.raises(UserError, match=f"{tmp_path}/train/b/7.jpg is not a sound image"):
+    with pytest.raises(UserError, match=f"{tmp_path}/train/b/7.jpg is not a valid image"):
         batches(dataset, UniformSampler(30, 8, seed=0), range(4))
 
 

@@ -143,25 +143,25 @@ def test_sixteen_bit_images(tmp_path):
 def test_mixed_sizes_in_one_split(tmp_path):
     rows = [*examples(2), *examples(1, size=(5, 4))]
     write(tmp_path, {"train": rows, "test": examples(2)}, shape=(None, None, 3))
-    with pytest.raises(UserError, match="'shapes', split train: example 2 is 5x4 pixels where 6x4 are expected"):
+    with pytest.raises(UserError, match="'shapes', split train: example 2 is 5x4 pixels, expected 6x4"):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
 def test_mixed_sizes_between_splits(tmp_path):
     write(tmp_path, {"train": examples(2), "test": examples(2, size=(6, 7))}, shape=(None, None, 3))
-    with pytest.raises(UserError, match="'shapes', split test: example 0 is 6x7 pixels where 6x4 are expected"):
+    with pytest.raises(UserError, match="'shapes', split test: example 0 is 6x7 pixels, expected 6x4"):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
 def test_unlabeled_test_split(tmp_path):
     write(tmp_path, {"train": examples(2), "test": [{"image": picture(0), "label": -1}]})
-    with pytest.raises(UserError, match="'shapes' has no examples or unlabeled ones in its split test"):
+    with pytest.raises(UserError, match="'shapes' has no examples, or unlabeled ones, in its test split"):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
 def test_record_that_is_no_image(tmp_path):
     write(tmp_path, {"train": [*examples(1), {"image": b"nonsense", "label": 1}], "test": examples(2)})
-    with pytest.raises(UserError, match="'shapes', split train: example 1 is not a sound image"):
+    with pytest.raises(UserError, match="'shapes', split train: example 1 is not a valid image"):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
@@ -200,7 +200,7 @@ def test_preparing_keeps_stdout_free(tmp_path, capsys):
 
 
 def test_unknown_name(tmp_path):
-    message = f"unknown data set 'digitz': allowed are {', '.join(DATASETS)} and any tensorflow-datasets name"
+    message = f"unknown data set 'digitz'; it must be one of {', '.join(DATASETS)} or any tensorflow-datasets name"
     with pytest.raises(UserError, match=message):
         load_dataset("digitz", data_dir=str(tmp_path))
 
@@ -234,7 +234,7 @@ def test_other_formats_are_refused(tmp_path):
     folder = write(tmp_path, {"train": examples(1), "test": examples(1)})
     info = json.loads((folder / "dataset_info.json").read_text())
     (folder / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "riegeli"}))
-    with pytest.raises(UserError, match=r"prepared as \['riegeli'\]: allowed are array_record and tfrecord"):
+    with pytest.raises(UserError, match=r"prepared as \['riegeli'\]; it must be array_record or tfrecord"):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 

@@ -139,34 +139,34 @@ TRAIN_5 = [train_file(5, number).removeprefix(ROOT) for number in range(2)]
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (without("wnids.txt"), "lacks the member tiny-imagenet-200/wnids.txt"),
-        (without("val/val_annotations.txt"), "lacks the member tiny-imagenet-200/val/val_annotations.txt"),
-        (without("val/images/val_9.JPEG"), "lacks the member tiny-imagenet-200/val/images/val_9.JPEG"),
-        (change("wnids.txt", b"n1\nn2\n"), "wnids.txt should hold 200 different label names.* it has 2 lines"),
-        (change("wnids.txt", b"n1\n" * 200), "wnids.txt .* it has 200 lines, 1 of them different"),
-        (without(*TRAIN_5), f"the train split has no image of {NAMES[5]}$"),
+        (without("wnids.txt"), "is missing tiny-imagenet-200/wnids.txt"),
+        (without("val/val_annotations.txt"), "is missing tiny-imagenet-200/val/val_annotations.txt"),
+        (without("val/images/val_9.JPEG"), "is missing tiny-imagenet-200/val/images/val_9.JPEG"),
+        (change("wnids.txt", b"n1\nn2\n"), "wnids.txt should hold 200 distinct label names.* it has 2 lines"),
+        (change("wnids.txt", b"n1\n" * 200), "wnids.txt .* it has 200 lines, 1 of them distinct"),
+        (without(*TRAIN_5), f"the train split has no images of {NAMES[5]}$"),
         (
             change("train/n99999999/images/n99999999_0.JPEG", b""),
-            "n99999999_0.JPEG is of the class n99999999, which tiny-imagenet-200/wnids.txt does not name",
+            "n99999999_0.JPEG belongs to class n99999999, which tiny-imagenet-200/wnids.txt does not list",
         ),
         (
             change("val/val_annotations.txt", ANNOTATIONS.replace(NAMES[4].encode(), NAMES[6].encode())),
-            f"the validation split has no image of {NAMES[4]}",
+            f"the validation split has no images of {NAMES[4]}",
         ),
         (
             change("val/val_annotations.txt", ANNOTATIONS.replace(NAMES[4].encode(), b"n99999999")),
-            "val_annotations.txt says 'n99999999' of val_4.JPEG: tiny-imagenet-200/wnids.txt has no such class",
+            "val_annotations.txt says 'n99999999' for val_4.JPEG, which tiny-imagenet-200/wnids.txt does not list",
         ),
-        (change("val/val_annotations.txt", b"val_4.JPEG\n"), "val_annotations.txt says '' of val_4.JPEG"),
+        (change("val/val_annotations.txt", b"val_4.JPEG\n"), "val_annotations.txt says '' for val_4.JPEG"),
         (
             change("val/val_annotations.txt", b"\n".join(ANNOTATIONS.splitlines()[1:])),
-            "val_annotations.txt has no annotation of val_199.JPEG",
+            "val_annotations.txt has no annotation for val_199.JPEG",
         ),
-        (change("val/val_annotations.txt", ANNOTATIONS * 2), "val_annotations.txt names val_199.JPEG twice"),
-        (change(TRAIN_5[0], b"nonsense"), f"{TRAIN_5[0]} is not a sound image"),
-        (change(TRAIN_5[0], b""), f"{TRAIN_5[0]} is not a sound image"),
-        (change(TRAIN_5[1], MEMBERS[train_file(5, 1)][:600]), f"{TRAIN_5[1]} is not a sound image .*runcated"),
-        (change("val/images/val_3.JPEG", photograph(0, (64, 48))), "val_3.JPEG is 64x48 pixels where 64x64"),
+        (change("val/val_annotations.txt", ANNOTATIONS * 2), "val_annotations.txt lists val_199.JPEG twice"),
+        (change(TRAIN_5[0], b"nonsense"), f"{TRAIN_5[0]} is not a valid image"),
+        (change(TRAIN_5[0], b""), f"{TRAIN_5[0]} is not a valid image"),
+        (change(TRAIN_5[1], MEMBERS[train_file(5, 1)][:600]), f"{TRAIN_5[1]} is not a valid image .*runcated"),
+        (change("val/images/val_3.JPEG", photograph(0, (64, 48))), "val_3.JPEG is 64x48 pixels, expected 64x64"),
     ],
 )
 def test_unsound_contents(tmp_path, members, message):
@@ -183,7 +183,7 @@ def test_a_flipped_byte_is_found_by_its_checksum(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(MEMBERS[train_file(9, 0)]) + 700] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"member {train_file(9, 0)} is damaged .*replace the archive by http"):
+    with pytest.raises(UserError, match=f"member {train_file(9, 0)} is damaged .*replace the archive with http"):
         load_dataset("tiny_imagenet", data_dir=str(tmp_path))
 
 
@@ -199,7 +199,7 @@ def test_hidden_files_are_no_images(tmp_path):
 def test_truncated_archive(tmp_path, size):
     path = write_zip(tmp_path / "tiny-imagenet-200.zip", MEMBERS)
     os.truncate(path, size)
-    with pytest.raises(UserError, match=f"{path} is damaged or no zip archive .*: replace it by http") as error:
+    with pytest.raises(UserError, match=f"{path} is damaged or not a zip archive .*: replace it with http") as error:
         load_dataset("tiny_imagenet", data_dir=str(tmp_path))
     assert "\n" not in str(error.value)
 

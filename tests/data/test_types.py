@@ -28,7 +28,9 @@ def test_largest_subset():
 
 @pytest.mark.parametrize("number", [-1, 0, 2])
 def test_fewer_than_the_categories(number):
-    with pytest.raises(UserError, match=f"train_examples={number} is fewer than the 3 classes: allowed are 3 to 10"):
+    with pytest.raises(
+        UserError, match=f"train_examples={number} is less than the number of classes, 3; it must be from 3 to 10"
+    ):
         balanced_indices(LABELS, CATEGORIES, number)
 
 
@@ -66,5 +68,5 @@ def test_first_examples_of_multilabel_data():
 @pytest.mark.parametrize("number", [-1, 0, 11])
 def test_number_of_multilabel_examples_out_of_range(number):
     labels = np.eye(3, dtype=np.float32)[LABELS]
-    with pytest.raises(UserError, match=f"train_examples={number} is out of range: allowed are 1 to 10"):
+    with pytest.raises(UserError, match=f"train_examples={number} is out of range; it must be from 1 to 10"):
         balanced_indices(labels, CATEGORIES, number)

@@ -108,5 +108,5 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(teacher_fil
     names.write_text("".join(f"number {number}\n" for number in range(10)))
     flags = [*FLAGS, "--mean=0.3", "--std=0.4", f"--data_dir={digits_dir}", f"--out={tmp_path / 'out'}"]
     assert main(["import_torch", str(teacher_file), *flags, f"--categories={names}"]) == 2
-    assert "knows 10 classes (number 0, number 1, number 2, ...), digits has 10" in capsys.readouterr().err
+    assert "has 10 classes (number 0, number 1, number 2, ...), but digits has 10" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -88,7 +88,7 @@ def test_imported_teacher_is_taken(returned, digits_dir):
     # Ten categories, whatever their names, of images that it does not know.
     assert check_fits(path, saved, dataset) is None
     fewer = dataclasses.replace(dataset, categories=dataset.categories[:9])
-    with pytest.raises(UserError, match="knows 10 classes, digits has 9"):
+    with pytest.raises(UserError, match="has 10 classes, but digits has 9"):
         check_fits(path, saved, fewer)
 
 
@@ -96,12 +96,12 @@ def test_imported_teacher_is_taken(returned, digits_dir):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{done}", "--out={done}"], ["exists already"]),
+        (["{done}", "--out={done}"], ["already exists"]),
         (["{done}/none", "--out={out}"], ["no checkpoint in"]),
         (["{done}", "--network=assistant", "--out={out}"], ["--network", "assistant", "student"]),
         (["{half}", "--out={out}"], ["no checkpoint in", "half/student"]),
-        (["{done}", "--mean=0.5", "--out={out}"], ["knows the images", "leave --mean out"]),
-        (["{returned}", "--out={out}"], ["does not know its images", "--size"]),
+        (["{done}", "--mean=0.5", "--out={out}"], ["already describes its training images", "leave out --mean"]),
+        (["{returned}", "--out={out}"], ["does not describe its training images", "--size"]),
         (["{returned}", "--out={out}", "--size=8,8", "--mean=0.3,0.3", "--std=1"], ["--mean has 2 values", "1"]),
         (["{returned}", "--out={out}", "--size=8,x", "--mean=0.3", "--std=1"], ["--size", "'x'"]),
     ],

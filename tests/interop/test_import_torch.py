@@ -234,12 +234,12 @@ def _vgg(path, *_):
 
 # name -> (function of (path, arrays, canary) that writes the file, words of the message)
 BAD_FILES = {
-    "os.system": (_content(lambda t, c: {"net": t, "x": system(c)}), ["asks to call posix.system"]),
+    "os.system": (_content(lambda t, c: {"net": t, "x": system(c)}), ["tries to call posix.system"]),
     "os.system, old format": (_content(lambda t, c: {**t, "x": system(c)}, write_pickles), ["posix.system"]),
     "a pickle alone": (_bytes(lambda c: pickled(system(c))), ["posix.system"]),
     "eval in a state": (
         _content(lambda t, c: Instance(Global("resnet", "Net"), {"x": evaluate(c)})),
-        ["asks to call builtins.eval"],
+        ["tries to call builtins.eval"],
     ),
     "call by INST": (_bytes(lambda c: b"\x80\x02(S'touch %s'\niposix\nsystem\n." % str(c).encode()), ["posix.system"]),
     "call by OBJ": (_bytes(lambda c: b"\x80\x02(cposix\nsystem\nS'touch %s'\no." % str(c).encode()), ["posix.system"]),
@@ -257,23 +257,23 @@ BAD_FILES = {
     ),
     "defaults for an allowed function": (
         _content(lambda t, c: {**t, "x": Raw(b"ctorch._utils\n_rebuild_parameter\nN}U\x0c__defaults__)s\x86b")}),
-        ["no sound pickle", "__defaults__"],
+        ["no valid pickle", "__defaults__"],
     ),
     "state for a tensor": (
         _content(
             lambda t, c: {**t, "fc.bias": Raw(operations(t["fc.bias"]) + operations([None, -1000, (7,), (1,)]) + b"b")}
         ),
-        ["no sound pickle"],
+        ["no valid pickle"],
     ),
-    "tensor beyond its storage": (_content(_with("fc.bias", offset=4)), ["fc.bias", "does not fit the 28 bytes"]),
+    "tensor beyond its storage": (_content(_with("fc.bias", offset=4)), ["fc.bias", "does not fit in the 28 bytes"]),
     "tensor before its storage": (_content(_with("fc.bias", offset=-1)), ["invalid sizes"]),
     "storage beyond the file": (
         _content(_with("fc.bias", shape=(10**12,), strides=(1,))),
-        ["fc.bias", "does not fit the 28 bytes"],
+        ["fc.bias", "does not fit in the 28 bytes"],
     ),
     "same value a million million times": (
         _content(_with("fc.bias", shape=(10**12,), strides=(0,))),
-        ["fc.bias", "does not fit the 28 bytes"],
+        ["fc.bias", "does not fit in the 28 bytes"],
     ),
     "network within itself": (_content(_itself), ["more than 20000 modules"]),
     "deeply nested": (_content(_nested), ["too much memory"]),
@@ -293,10 +293,10 @@ BAD_FILES = {
     "room for a thousand million objects": (_bytes(lambda c: b"\x80\x02Nr\xff\xff\xff\x3f."), ["too much memory"]),
     "text of a declared size": (
         _bytes(lambda c: b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"a."),
-        ["no sound pickle"],
+        ["no valid pickle"],
     ),
-    "zip bomb": (_zip_bomb, ["unpacks to more than it holds"]),
-    "overlapping zip": (_overlapping_zip, ["unpacks to more than it holds"]),
+    "zip bomb": (_zip_bomb, ["unpacks to more than its own size"]),
+    "overlapping zip": (_overlapping_zip, ["unpacks to more than its own size"]),
     "truncated": (_changed(_truncate), ["damaged archive"]),
     "flipped bit": (_changed(_flip), ["damaged archive", "CRC"]),
     "truncated, old format": (
@@ -314,7 +314,7 @@ BAD_FILES = {
     "picture": (_bytes(lambda c: b"\x89PNG\r\n\x1a\n" + bytes(100)), ["neither an archive nor a pickle"]),
     "empty": (_bytes(lambda c: b""), ["neither an archive nor a pickle"]),
     "some other pickle": (_bytes(lambda c: pickled({"a": 1})), ["torch.save did not write"]),
-    "no tensors": (_content(lambda t, c: {"epoch": 3}), ["no tensors of a network", "epoch"]),
+    "no tensors": (_content(lambda t, c: {"epoch": 3}), ["not the tensors of a network", "epoch"]),
     "several networks": (_content(lambda t, c: {"model": t, "ema": t}), ["--key", "model, ema"]),
     "renamed tensors": (
         _content(_renamed),
@@ -328,7 +328,7 @@ BAD_FILES = {
     "another network": (_vgg, ["missing: ", "unknown: ", "those of --model=vgg8 --width=0.0625 --num_classes=7"]),
     "unknown type": (
         _bytes(lambda c: _safetensors({"x": {"dtype": "U64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8))),
-        ["x is U64", "BF16"],
+        ["x has type U64", "BF16"],
     ),
 }
 
@@ -384,15 +384,15 @@ BAD_ARGUMENTS = {
     ),
     "prefix": (["--prefix=head."], ["no tensor has a name that begins with head.; names begin with layer1, layer2"]),
     "no names file": (["--names={full}/none"], ["none", "No such file"]),
-    "names": (["--names={full}/two"], ["two, line 1: 'cat' is not a pattern and its replacement"]),
+    "names": (["--names={full}/two"], ["two, line 1: 'cat' is not a pattern and a replacement"]),
     "size": (["--size=8"], ["--size has 1 values; it must have 2"]),
     "mean alone": (["--mean=0.5"], ["give both --mean and --std, or neither"]),
-    "mean of other channels": (["--mean=0.5,0.5", "--std=1"], ["--mean has 2 values, the images have 3 channels"]),
+    "mean of other channels": (["--mean=0.5,0.5", "--std=1"], ["--mean has 2 values, but the images have 3 channels"]),
     "verification without mean": (["--verify=digits"], ["--verify=digits needs --mean and --std"]),
     "width without channels": (["--width=0.001"], ["width 0.001 leaves"]),
     "key": (["--key=ema"], ["no network under the key ema", "none"]),
-    "unknown argument": (["--classes=7"], ["there is no flag --classes; did you mean --num_classes?"]),
-    "out exists": (["--out={full}"], ["exists already"]),
+    "unknown argument": (["--classes=7"], ["unknown flag --classes; did you mean --num_classes?"]),
+    "out exists": (["--out={full}"], ["already exists"]),
     "no categories file": (["--categories={full}/none"], ["none", "No such file"]),
     "number of categories": (["--categories={full}/two"], ["2 names", "must hold 7"]),
 }
@@ -418,7 +418,7 @@ def test_bad_arguments(case, arrays, tmp_path, capsys):
 def test_network_must_be_named_or_known(arrays, tmp_path, capsys):
     file = write_zip(tmp_path / "file.pth", *torch_files.state_dict(arrays))
     assert main(["import_torch", str(file), f"--out={tmp_path / 'out'}"]) == 2
-    assert "is none of the known checkpoints: give --model and --num_classes" in capsys.readouterr().err
+    assert "is not a known checkpoint: give --model and --num_classes" in capsys.readouterr().err
 
 
 def test_missing_file(tmp_path, capsys):

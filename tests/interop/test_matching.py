@@ -47,7 +47,9 @@ def test_prefix_is_found(prefix, arrays, variables):
 def test_two_prefixes_fit(arrays, variables):
     doubled = {name: array if array.dtype == np.int64 else array + 1 for name, array in arrays.items()}
     both = prefixed("student.", arrays) | prefixed("teacher.", doubled)
-    with pytest.raises(UserError, match=r"begin with student\. and teacher\.: choose one, such as --prefix=student\.$"):
+    with pytest.raises(
+        UserError, match=r"with the prefixes student\. and teacher\.: choose one, such as --prefix=student\.$"
+    ):
         match(MODULE, 3, both)
     assert_same_variables(match(MODULE, 3, both, prefix="student.").variables, variables)
     bias = match(MODULE, 3, both, prefix="teacher").variables["params"]["classifier"]["bias"]
@@ -99,7 +101,7 @@ def test_names_of_a_network_without_a_max_pool_do_not_fit_one_with():
 
 
 def test_both_names_at_once(arrays):
-    with pytest.raises(UserError, match=r"fc\.bias and linear\.bias are both names of fc\.bias"):
+    with pytest.raises(UserError, match=r"fc\.bias and linear\.bias both become fc\.bias"):
         match(MODULE, 3, arrays | {"linear.bias": np.ones(7, np.float32)})
 
 
@@ -141,14 +143,14 @@ def test_rules_apply_one_after_the_other():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a b c", r"line 1: 'a b c' is not a pattern and its replacement"),
-        ("# fine\n\n(a b", r"line 3: .*does not work: .*unterminated"),
-        (r"a \1", r"line 1: .*may refer to its 0 groups"),
-        (r"(a) \g<1>", r"may refer to its 1 groups as \\1"),
+        ("a b c", r"line 1: 'a b c' is not a pattern and a replacement"),
+        ("# fine\n\n(a b", r"line 3: .*is not a valid rule: .*unterminated"),
+        (r"a \1", r"line 1: .*may refer only to the 0 groups"),
+        (r"(a) \g<1>", r"may refer only to the 1 groups of the pattern, as \\1"),
         ("(a+)+ b", r"repeats a group"),
         ("a*b*c*d* x", r"more than 3 of"),
         ("a b\n" * 2000, r"more than .*1000 lines"),
-        ("x" * 70_000, r"at most 65,536 are read"),
+        ("x" * 70_000, r"at most 65,536 are allowed"),
     ],
 )
 def test_bad_rules(text, message, tmp_path):
@@ -170,15 +172,15 @@ def test_nearest_network(arrays):
     )
     fewer = {name: array for name, array in arrays.items() if not name.startswith("layer3.0.bn2")}
     expected = (
-        r"the nearest known network is --model=resnet8 --width=0\.25 --num_classes=7: 9\d% of the tensors fit it$"
+        r"the nearest known network is --model=resnet8 --width=0\.25 --num_classes=7: 9\d% of the tensors match it$"
     )
     assert re.search(expected, message_of("resnet8", fewer))
     renamed = {name.replace("layer", "stage").replace("conv", "kernel"): array for name, array in arrays.items()}
     message = message_of("resnet8", renamed)
     assert "stage1.0.kernel1.weight may be layer1.0.conv1.weight" in message
-    assert message.endswith("the shapes are those of resnet8 under other names, which --names=FILE can rename")
-    assert message_of("resnet8", renamed, width=1.0).endswith("no known network is near")
-    assert message_of("resnet8", {"weight": np.ones((2, 3))}).endswith("no known network is near")
+    assert message.endswith("the shapes are those of resnet8 under other names; --names=FILE can rename")
+    assert message_of("resnet8", renamed, width=1.0).endswith("no known network is close")
+    assert message_of("resnet8", {"weight": np.ones((2, 3))}).endswith("no known network is close")
 
 
 @pytest.mark.slow
@@ -204,7 +206,7 @@ def test_images_are_kept_and_completed(arrays, tmp_path, capsys):
     assert main(["import_torch", str(file), *flags, *known, f"--out={tmp_path / 'in'}"]) == 0
     assert load_variables(str(tmp_path / "in")).record.images == {"mean": [0.4, 0.5, 0.6], "std": [0.25]}
     assert export.main(["export", str(tmp_path / "in"), f"--out={tmp_path / 'out'}"]) == 2
-    assert "does not know its images: give --size" in capsys.readouterr().err
+    assert "does not describe its training images: give --size" in capsys.readouterr().err
     assert export.main(["export", str(tmp_path / "in"), f"--out={tmp_path / 'out'}", "--size=8,8"]) == 0
     described = json.loads((tmp_path / "out" / "network.json").read_text())["images"]
     assert described == {"size": [8, 8], "mean": [0.4, 0.5, 0.6], "std": [0.25]}

@@ -61,7 +61,7 @@ def test_kernels_are_transposed():
         (lambda tensors: tensors.update(extra=np.ones((2, 3))), r"unknown: extra \(2, 3\)$"),
         (
             lambda tensors: tensors.update({"fc.bias": np.ones(5)}),
-            r"of another shape: fc.bias \(5,\) instead of \(7,\)$",
+            r"of the wrong shape: fc.bias \(5,\) instead of \(7,\)$",
         ),
         (
             lambda tensors: tensors.update({"fc.bias": np.ones(7, np.int64)}),

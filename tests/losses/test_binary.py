@@ -89,7 +89,7 @@ def test_bfloat16_is_computed_in_float32():
         (lambda z, y: binary_cross_entropy_loss(z, y.astype(np.int32)), TypeError,
          "multi-label labels must have a floating-point dtype or be bool, got int32"),
         (lambda z, y: binary_cross_entropy_loss(z, y[:, :3]), ValueError,
-         "multi-label labels must have shape (6, 4) to go with the batch, got (6, 3)"),
+         "multi-label labels must have shape (6, 4) to match the batch, got (6, 3)"),
         (lambda z, y: binary_kd_loss(z, z[:3]), ValueError, "shapes must be equal"),
         (lambda z, y: binary_kd_loss(z[0], z[0]), ValueError, "student_logits must have 2 dimensions, got shape (4,)"),
         (lambda z, y: binary_kd_loss(z, z, temperature=0.0), ValueError, "temperature must be greater than 0, got 0.0"),

@@ -46,7 +46,7 @@ def test_teacher_is_not_differentiated():
 
 
 def test_without_the_token():
-    with pytest.raises(ValueError, match="take a Vision Transformer with distillation_token=True"):
+    with pytest.raises(ValueError, match="use a Vision Transformer with distillation_token=True"):
         value_of("deit", make_inputs(heads=0)[0])
 
 
@@ -60,7 +60,7 @@ def test_networks_of_one_head():
     objective = Objective.create(losses, num_classes=3)
     params, memory = objective.init(jax.random.key(0), inputs)
     assert np.isfinite(objective(params, memory, inputs, jnp.int32(0))[0])
-    with pytest.raises(ValueError, match="take a Vision Transformer with distillation_token=True"):
+    with pytest.raises(ValueError, match="use a Vision Transformer with distillation_token=True"):
         Objective.create({"deit": 1.0}, num_classes=3).init(jax.random.key(0), inputs)
 
 

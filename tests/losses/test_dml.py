@@ -115,7 +115,7 @@ def test_resumes_bit_for_bit(tmp_path):
     ("settings", "message"),
     [
         ({"losses": {"dml": {"peers": 0}}}, "peers"),
-        ({"student_variables": {"params": {}}}, "a student with peers starts from fresh weights"),
+        ({"student_variables": {"params": {}}}, "a student with peers must start from new weights"),
     ],
 )
 def test_wrong_settings(settings, message):

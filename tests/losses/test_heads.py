@@ -203,9 +203,9 @@ def test_ofa_with_exponent_1_is_the_cross_entropy_with_the_teacher():
 @pytest.mark.parametrize(
     ("name", "layer", "text"),
     [
-        ("simkd", "teacher_head", "a loss reads the classifier of the teacher, which is not known: name the path"),
-        ("srrl", "teacher_head", "a loss reads the classifier of the teacher, which is not known: name the path"),
-        ("sdd_kd", "student_head", "a loss reads the classifier of the student, which is not known: name the path"),
+        ("simkd", "teacher_head", "a loss reads the classifier of the teacher, which is unknown: name the path"),
+        ("srrl", "teacher_head", "a loss reads the classifier of the teacher, which is unknown: name the path"),
+        ("sdd_kd", "student_head", "a loss reads the classifier of the student, which is unknown: name the path"),
         ("ofd", "teacher_norms", "a loss reads the batch normalizations before the last ReLU of each stage"),
     ],
 )
@@ -233,7 +233,7 @@ def test_layers_that_do_not_fit(name, change, text):
 @pytest.mark.parametrize(
     ("name", "settings", "text"),
     [
-        ("simkd", {"factor": 11}, "simkd: factor 11 leaves no channel of the teacher's 10"),
+        ("simkd", {"factor": 11}, "simkd: factor 11 leaves none of the teacher's 10 channels"),
         ("ofd", {"kernel_size": 2}, "ofd: kernel_size must be odd, got 2"),
     ],
 )

@@ -130,9 +130,9 @@ def test_float64_stays_float64(x64):
         (np.ones(4, np.float32), LABELS, ValueError, "logits must have 2 dimensions, got shape (4,)"),
         (np.ones((4, 3), np.float32), np.ones(4), TypeError, "labels must have an integer dtype, got float"),
         (np.ones((4, 3), np.float32), LABELS[:3], ValueError,
-         "labels must have shape (4,) to go with the batch, got (3,)"),
+         "labels must have shape (4,) to match the batch, got (3,)"),
         (np.ones((4, 3), np.float32), LABELS[:, None], ValueError,
-         "labels must have shape (4,) to go with the batch, got (4, 1)"),
+         "labels must have shape (4,) to match the batch, got (4, 1)"),
     ],
 )  # fmt: skip
 def test_cross_entropy_errors(logits, labels, error, text):

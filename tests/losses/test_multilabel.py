@@ -284,9 +284,9 @@ def test_memory_does_not_hold_the_deviations_from_every_center():
         ({"labels": np.ones((BATCH, CATEGORIES), np.int32)}, TypeError,
          "multi-label labels must have a floating-point dtype or be bool, got int32"),
         ({"labels": np.ones(BATCH, np.float32)}, ValueError,
-         "multi-label labels must have shape (7, classes) to go with the batch, got (7,)"),
+         "multi-label labels must have shape (7, classes) to match the batch, got (7,)"),
         ({"labels": np.ones((6, CATEGORIES), np.float32)}, ValueError,
-         "multi-label labels must have shape (7, classes) to go with the batch, got (6, 5)"),
+         "multi-label labels must have shape (7, classes) to match the batch, got (6, 5)"),
     ],
 )  # fmt: skip
 def test_errors(changes, error, text):

@@ -225,7 +225,9 @@ def test_multilabel_data_are_refused_in_words(name):
     labels = np.zeros((4, 3), np.float32)
     split = Split(np.zeros((4, 2, 2, 1), np.uint8), labels)
     objective = Objective.create({name: 1.0}, num_classes=3)
-    with pytest.raises(UserError, match=rf"losses.{name} does not fit data set 'pairs', whose images have any number"):
+    with pytest.raises(
+        UserError, match=rf"losses.{name} does not work with data set 'pairs', whose images have any number"
+    ):
         check_losses(objective, ImageDataset("pairs", split, split, tuple("abc")))
 
 
@@ -255,7 +257,7 @@ def test_weight_that_falls_along_a_cosine():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"decay_epoch": 3}, "losses.kd.decay_epoch is 3; it needs end_epoch, in which the weight arrives at 0"),
+        ({"decay_epoch": 3}, "losses.kd.decay_epoch is 3; it needs end_epoch, by which the weight reaches 0"),
         (
             {"decay_epoch": 9, "end_epoch": 9},
             "losses.kd.decay_epoch is 9; it must be at least start_epoch, 0, and less than end_epoch, 9",

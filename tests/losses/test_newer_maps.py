@@ -230,7 +230,7 @@ def test_newer_semckd_fills_up_a_smaller_batch():
 
 def test_newer_semckd_refuses_a_larger_batch():
     method = LOSSES["semckd"](num_classes=NUM_CLASSES, batch_size=8)
-    with pytest.raises(ValueError, match="^semckd was made for batches of 8 samples, got 10"):
+    with pytest.raises(ValueError, match="^semckd was created for batches of 8 samples, got 10"):
         method.lazy_init(jax.random.key(0), make_inputs(batch=10))
 
 

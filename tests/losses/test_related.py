@@ -255,7 +255,7 @@ def test_factor_has_a_fraction_of_the_channels():
 
 
 def test_factor_without_channels():
-    with pytest.raises(ValueError, match=message("rate 0.2 leaves no channel of the teacher's 4")):
+    with pytest.raises(ValueError, match=message("rate 0.2 leaves none of the teacher's 4 channels")):
         parameter_shapes("ft", rate=0.2)
 
 
@@ -704,14 +704,14 @@ def test_different_batches_are_refused(name):
         (lambda: dkd_loss(EMBEDDING, EMBEDDING, LABELS, temperature=0.0),
          "temperature must be greater than 0, got 0.0"),
         (lambda: dkd_loss(EMBEDDING, EMBEDDING, LABELS[:3]),
-         "labels must have shape (4,) to go with the batch, got (3,)"),
+         "labels must have shape (4,) to match the batch, got (3,)"),
         (lambda: pkt_loss(EMBEDDING, EMBEDDING, epsilon=0.0), "epsilon must be greater than 0, got 0.0"),
         (lambda: pkt_loss(MAP, MAP), "student_embedding must have 2 dimensions, got shape (4, 2, 2, 3)"),
         (lambda: rkd_loss(EMBEDDING, MAP), "teacher_embedding must have 2 dimensions, got shape (4, 2, 2, 3)"),
         (lambda: attention_transfer_loss(EMBEDDING, MAP), "student_features must have 4 dimensions, got shape (4, 3)"),
         (lambda: vid_loss(MAP, MAP, np.ones(2, np.float32)), "log_scale must have shape (3,): (channels,), got (2,)"),
         (lambda: factor_transfer_loss(MAP, MAP[..., :2], pool_channels=False),
-         "factors must have equally many channels without pool_channels, "
+         "without pool_channels, factors must have the same number of channels, "
          "got student (4, 2, 2, 3), teacher (4, 2, 2, 2)"),
         (lambda: hierarchical_context_loss(MAP, MAP[:, :1]),
          "shapes must be equal, got student_features (4, 2, 2, 3), teacher_features (4, 1, 2, 3)"),
@@ -723,7 +723,7 @@ def test_different_batches_are_refused(name):
         (lambda: fsp_loss([MAP, MAP], [MAP]),
          "student has 2 stages and teacher 1: stages are paired one to one, so the numbers must be equal"),
         (lambda: fsp_loss([MAP, MAP], [MAP, MAP[..., :2]]),
-         "stage 2 must have equally many channels in student and teacher, "
+         "stage 2 must have the same number of channels in student and teacher, "
          "got student (4, 2, 2, 3), teacher (4, 2, 2, 2)"),
     ],
 )  # fmt: skip

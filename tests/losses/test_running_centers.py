@@ -154,7 +154,7 @@ def test_the_training_step_updates_the_memory():
     [
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"num_classes": 5}, r"running centers must have shapes \(\(5, 5\), \(5, 5\), \(5,\)\)"),
-        ({"variant": "paper", "compactness_weight": 0.1}, "belong to variant 'reference' alone"),
+        ({"variant": "paper", "compactness_weight": 0.1}, "apply only to variant 'reference'"),
     ],
 )
 def test_errors(changes, text):
@@ -168,7 +168,7 @@ def test_errors(changes, text):
 
 def test_the_filter_is_refused():
     inputs = make_inputs(dtype=np.float32)
-    with pytest.raises(ValueError, match="center_momentum goes with filter_misclassified=False"):
+    with pytest.raises(ValueError, match="center_momentum needs filter_misclassified=False"):
         create(LOSSES["category_structure"], inputs, **SETTINGS | {"filter_misclassified": True})
 
 

@@ -75,8 +75,8 @@ def test_which_tokens_are_classified(first):
 @pytest.mark.parametrize(
     ("shape", "grid", "message"),
     [
-        ((1, 4, 6), TokenGrid(0, 2, 2), "by which tokens of 6 numbers do not divide"),
-        ((1, 15 * 14, 8), TokenGrid(0, 15, 14), "patches; one is odd"),
+        ((1, 4, 6), TokenGrid(0, 2, 2), "but the token size 6 is not divisible by that"),
+        ((1, 15 * 14, 8), TokenGrid(0, 15, 14), "patches, but one is odd"),
     ],
 )
 def test_impossible_tokens(shape, grid, message):

@@ -345,5 +345,5 @@ def test_relu_at_the_end_of_a_stage_only():
 
 def test_maps_that_do_not_divide_into_cells():
     model = create_model("resnet8_stem64", num_classes=3, width=0.25)
-    with pytest.raises(ValueError, match="maps of 3x3 do not divide into 2x2 cells"):
+    with pytest.raises(ValueError, match="maps of 3x3 cannot be divided into 2x2 cells"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((2, 12, 12, 3)), train=False))

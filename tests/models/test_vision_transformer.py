@@ -326,16 +326,16 @@ def test_losses_get_tokens_as_maps():
     reads, _ = objective.find_reads({}, {}, inputs)
     assert reads.features == (True, True)
     ab = Objective.create({"ab": 1.0}, num_classes=5)
-    with pytest.raises(ValueError, match="no ReLU follows the tokens that the student gives"):
+    with pytest.raises(ValueError, match="no ReLU follows the tokens of the student"):
         jax.eval_shape(ab.init, KEY, inputs)
 
 
 @pytest.mark.parametrize(
     ("settings", "images", "message"),
     [
-        ({}, (9, 12), "images of 9x12 do not divide into patches of 4x4"),
+        ({}, (9, 12), "images of 9x12 cannot be divided into patches of 4x4"),
         ({"class_token": False}, (8, 12), "without a class token, pool must be average"),
-        ({"pool": "average", "distillation_token": True}, (8, 12), "a distillation token needs pool token"),
+        ({"pool": "average", "distillation_token": True}, (8, 12), "with a distillation token, pool must be token"),
     ],
 )
 def test_impossible_networks(settings, images, message):
