@@ -1,6 +1,7 @@
 """The benchmarks run, and the PyTorch that they compare with computes the same as we do."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks import accelerator, category_structure, loop_part, loss_part, measuring, methods, pairs, scaling
 from cskd_jax import losses
+from cskd_jax.data import Split
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.objective import Objective
@@ -19,7 +21,7 @@ from tests.whole_step import make_whole_step
 try:
     import torch
 
-    from benchmarks import torch_pairs, torch_reference
+    from benchmarks import torch_pairs, torch_reference, torch_training
 except ImportError:
     torch = None
 
@@ -51,6 +53,26 @@ def test_torch_reference_is_golden(loss_file, compiled):
     for gradient, kind in zip(gradients, ("features", "logits"), strict=True):
         expected = case[f"grad_category_student_{kind}"]
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max(), err_msg=kind)
+
+
+@needs_torch
+def test_torch_training_resumes(monkeypatch, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    split = Split(rng.integers(0, 256, (70, 32, 32, 3), np.uint8), rng.integers(0, 100, 70))
+    dataset = types.SimpleNamespace(train=split, test=split)
+    monkeypatch.setattr(torch_training, "load_data", lambda config: dataset)
+    torch.save(torch_pairs.NETWORKS["resnet20"]().state_dict(), tmp_path / "teacher.pth")
+
+    def train(workdir, epochs):
+        recipe = ["--config=cifar100_standard:resnet20/resnet8/kd", f"--config.epochs={epochs}"]
+        arguments = [*recipe, f"--teacher={tmp_path / 'teacher.pth'}", f"--workdir={tmp_path / workdir}"]
+        assert torch_training.main(["torch_training", *arguments]) == 0, capsys.readouterr().err
+        rows = (tmp_path / workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [(row["epoch"], row["loss"], row["test_top1"]) for row in map(json.loads, rows)]
+
+    whole = train("whole", 2)
+    assert train("resumed", 1) == whole[:1]
+    assert train("resumed", 2) == whole
 
 
 @needs_torch
