@@ -5,6 +5,7 @@ python -m tests.drift [--record] [CASE ...]
 Golden values notice a changed formula. They do not notice a changed key, initial weight, or order of a sum. A digest
 notices all of them, but only on the machine and with the packages that it was recorded with: `fingerprint` says which.
 Without --record, the digests are compared with those in tests/golden/drift.json if that file knows the fingerprint.
+Elsewhere, compare two commits: run both with --record, and compare what they have written.
 """
 
 import argparse
@@ -122,10 +123,12 @@ def main() -> int:
             everything = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
             everything.setdefault(fingerprint(), {})[case] = found
             RECORDED.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        different = {method for method, digest in found.items() if known.get(case, {}).get(method) != digest}
+        expected = known.get(case, {})
+        different = [method for method in expected if found[method] != expected[method]]
         wrong += len(different)
-        names = ", ".join(sorted(different)) or "none"
-        print(f"{case}: {len(found) - len(different)} equal, different: {names}", flush=True)
+        unknown = [method for method in found if method not in expected]
+        print(f"{case}: {len(expected) - len(different)} equal, different: {', '.join(different) or 'none'}", end="")
+        print(f", not recorded: {', '.join(unknown)}" if unknown else "", flush=True)
     return bool(wrong and not options.record)
 
 
