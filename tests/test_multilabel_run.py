@@ -65,7 +65,7 @@ def test_teacher_of_other_labels(multilabel):
     right = Record.from_json(values | {"multilabel": multilabel})
     one, several = "one class per image", "several classes per image"
     trained, needed = (one, several) if multilabel else (several, one)
-    with pytest.raises(UserError, match=f"runs/teacher was trained with {trained}, black has {needed}"):
+    with pytest.raises(UserError, match=f"runs/teacher was trained with {trained}, but black has {needed}"):
         check_fits("runs/teacher", Saved({}, wrong, 1, ""), black(multilabel))
     check_fits("runs/teacher", Saved({}, right, 1, ""), black(multilabel))
 

@@ -142,7 +142,7 @@ def without(member):
         (change("train.bin", b""), "the train split is empty: cifar-100-binary/train.bin"),
         (
             change("test.bin", records(0, [0, 20], [0, 1]).tobytes()),
-            "test.bin, record 1 has coarse_label 20: .* 0 to 19",
+            "test.bin, record 1 has coarse_label 20; .* 0 to 19",
         ),
         (
             change("train.bin", records(0, [0], [100]).tobytes()),

@@ -200,7 +200,7 @@ def test_preparing_keeps_stdout_free(tmp_path, capsys):
 
 
 def test_unknown_name(tmp_path):
-    message = f"unknown data set 'digitz'; it must be one of {', '.join(DATASETS)} or any tensorflow-datasets name"
+    message = f"unknown data set 'digitz'; it must be one of {', '.join(DATASETS)}, or any tensorflow-datasets name"
     with pytest.raises(UserError, match=message):
         load_dataset("digitz", data_dir=str(tmp_path))
 

@@ -178,7 +178,7 @@ def test_nearest_network(arrays):
     renamed = {name.replace("layer", "stage").replace("conv", "kernel"): array for name, array in arrays.items()}
     message = message_of("resnet8", renamed)
     assert "stage1.0.kernel1.weight may be layer1.0.conv1.weight" in message
-    assert message.endswith("the shapes are those of resnet8 under other names; --names=FILE can rename")
+    assert message.endswith("the shapes are those of resnet8 under other names; --names=FILE can rename them")
     assert message_of("resnet8", renamed, width=1.0).endswith("no known network is close")
     assert message_of("resnet8", {"weight": np.ones((2, 3))}).endswith("no known network is close")
 
