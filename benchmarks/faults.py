@@ -34,6 +34,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Part, render
+from cskd_jax import console
 from cskd_jax.training.checkpoint import load_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -274,6 +275,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: a temporary one")
     arguments = parser.parse_args()
+    console.start()
     counts: list[int | None] = [int(count) for count in arguments.processes.split(",") if count]
     counts += [None] * arguments.together
     rng = random.Random(arguments.seed)
