@@ -113,6 +113,7 @@ def test_not_square():
     assert jitted(images, jax.random.key(0), jnp.arange(4), crop_padding=2, flip=True).shape == (4, 2, 3, 2)
 
 
+@pytest.mark.slow
 def test_without_jit():
     images = np.repeat(make_image()[None], 4, axis=0)
     result = augment(images, jax.random.key(0), jnp.arange(4), crop_padding=PADDING, flip=True)
@@ -130,6 +131,7 @@ def bilinear(image, height, width):
     return np.einsum("ah,bw,hwc->abc", rows, columns, image.astype(np.float64), optimize=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "side", "new_shape"),
     [((64, 64, 3), 72, (72, 72)), ((224, 224, 3), 256, (256, 256)), ((4, 6, 1), 10, (10, 15)), ((5, 3, 2), 3, (5, 3))],
@@ -144,6 +146,7 @@ def test_enlarge_is_bilinear(shape, side, new_shape):
         assert np.abs(result.astype(int) - other).max() <= 1
 
 
+@pytest.mark.slow
 def test_enlarge_with_64_bit_types(x64):
     image = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
     assert enlarge(image, 9).dtype == np.uint8
@@ -170,6 +173,7 @@ def resized(positions, crop_padding=0):
     return np.asarray(jitted(images, jax.random.key(0), jnp.asarray(positions), **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [0, 1])
 def test_resized_images_are_mirrored_crops_of_the_enlarged_image(padding):
     enlarged = np.asarray(enlarge(make_image()[None], SIZE + 1))[0]
@@ -219,6 +223,7 @@ def rotated(image, count, rotation):
     return np.asarray(jitted(images, key, positions, rotation=rotation, crop_padding=0, flip=False))
 
 
+@pytest.mark.slow
 def test_rotation_is_that_of_pillow():
     """The angles go up to the largest one to both sides, and the nearest pixel is taken."""
     image = np.random.default_rng(0).integers(1, 256, (12, 16, 3), np.uint8)
@@ -239,6 +244,7 @@ def test_half_a_turn_is_exact():
     assert turned <= {result.tobytes() for result in rotated(image, 2000, 180)}
 
 
+@pytest.mark.slow
 def test_rotation_leaves_the_other_draws_alone():
     image, key = np.full((2, 5, 5, 1), 7, np.uint8), jax.random.key(0)
     image[:, 2, 1] = 200
@@ -261,6 +267,7 @@ def pixels_of_box(image, box):
     return np.asarray(Image.fromarray(image).crop(box).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
 
 
+@pytest.mark.slow
 def test_resized_crop_is_a_rectangle_enlarged():
     """Every result is what Pillow makes of one of all rectangles, up to rounding."""
     image = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
@@ -285,6 +292,7 @@ def test_resized_crop_is_a_rectangle_enlarged():
     assert len(seen) > 12
 
 
+@pytest.mark.slow
 def test_color_jitter_changes_brightness_contrast_and_saturation():
     images = photographs()
     key, positions = jax.random.key(0), jnp.arange(len(images))
@@ -300,6 +308,7 @@ def test_color_jitter_changes_brightness_contrast_and_saturation():
     assert np.abs(result - result[..., :1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_erasing_makes_a_rectangle_gray():
     images = np.zeros((200, 12, 16, 3), np.uint8)
     settings = {"crop_padding": 0, "flip": False, "erasing": 0.5}

@@ -277,6 +277,7 @@ def test_what_tensorstore_says_of_a_full_disk_is_left_out(monkeypatch):
     assert shown == ["other", "Event loop is closed"]
 
 
+@pytest.mark.slow
 def test_data_are_prepared_without_words_of_other_libraries(tmp_path, capfd, caplog):
     with caplog.at_level("INFO", logger="cskd_jax"):
         load_dataset("digits", data_dir=str(tmp_path))

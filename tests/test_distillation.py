@@ -183,6 +183,7 @@ class Grows(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_what_is_sown_is_not_kept():
     assert distill(Sows()).variables.keys() == {"params"}
 
@@ -238,6 +239,7 @@ def test_what_does_not_fit_is_said_before_anything_compiles(settings, message):
         distill(**{"student": Net()} | settings)
 
 
+@pytest.mark.slow
 def test_a_loss_says_what_the_network_does_not_return():
     teacher = {"teacher": Net(), "teacher_variables": distill(Net(), epochs=1).variables}
     with pytest.raises(UserError, match="a loss reads the features of the student") as caught:

@@ -31,6 +31,7 @@ def test_results(done):
     assert results["versions"]["jax"]
 
 
+@pytest.mark.slow
 def test_confusion_matrix(done):
     rows = [line.split(",") for line in (done / "confusion_matrix.csv").read_text().splitlines()]
     student = json.loads((done / "results.json").read_text())["student"]
@@ -97,6 +98,7 @@ def test_ce_trains_no_teacher_in_the_default_workdir(start, small_run, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_divergence_names_step_and_term(start, small_run, tmp_path):
     arguments = [f"{small_run[0]}:ce", *small_run[1:], "--config.optimizer.learning_rate=1e39"]
     _, error = (process := start([*arguments, f"--workdir={tmp_path / 'run'}"])).communicate()

@@ -48,6 +48,7 @@ def test_constant_logits_are_right_about_one_category_in_seven():
     assert (result["top1"], result["top5"]) == (1, 5)
 
 
+@pytest.mark.slow
 def test_masked_samples_count_nowhere():
     logits = [[2.0, 0, 0], [0, 2.0, 0], [0, 0, 2.0]]
     result = sums(logits, [0, 1, 0], mask=[True, False, True])
@@ -82,6 +83,7 @@ def test_dtypes():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_jit():
     with jax.disable_jit():
         assert sums([[0.0, 1.0]], [1])["top1"] == 1
@@ -108,6 +110,7 @@ def test_mean_average_precision_is_that_of_scikit_learn(num_samples):
     np.testing.assert_allclose(value, average_precision(scores, labels), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_equal_scores_share_a_threshold():
     assert mean_average_precision(jnp.zeros((4, 1)), jnp.array([[1.0], [0], [0], [0]])) == 0.25
 

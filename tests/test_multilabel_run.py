@@ -132,6 +132,7 @@ def test_teacher_checkpoint_and_a_run_without_a_teacher(done, start, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_digits_recipe_with_multilabel_data(start, small_run, tmp_path):
     arguments = [*small_run, "--config.dataset.name=digit_pairs", f"--workdir={tmp_path}"]
     _, error = (process := start(arguments)).communicate()

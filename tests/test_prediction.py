@@ -172,6 +172,7 @@ class Tiny(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_layers_stay_whole_in_micro_batches_and_on_two_devices():
     # A function sees the gathered batch.
     losses = {"own": lambda inputs: jnp.mean(jnp.square(inputs.student_head.bias - inputs.teacher_head.bias))}

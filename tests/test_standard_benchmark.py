@@ -249,7 +249,7 @@ def trace(method, losses, shapes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", chosen(PAIRS, IN_CI))
+@pytest.mark.parametrize("pair", chosen(PAIRS, IN_CI[1:]))
 def test_every_method_with_every_pair(pair):
     shapes = outputs_of(pair)
     teacher, student, *_ = shapes
@@ -273,7 +273,7 @@ STEPS = [(pair, "at+cskd") for pair in KINDS] + [(KINDS[0], method) for method i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pair", "method"), chosen(STEPS, 2))
+@pytest.mark.parametrize(("pair", "method"), chosen(STEPS, 1))
 def test_two_steps(pair, method):
     """Each kind of student with a sum of methods, and one with every method: both steps move what is trained."""
     config, rng = cell(pair, method), np.random.default_rng(0)
@@ -298,6 +298,7 @@ def test_two_steps(pair, method):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_teacher_keeps_its_learning_rate(monkeypatch):
     """A student of another kind has its own."""
     rates, images = [], np.zeros((64, 32, 32, 3), np.uint8)

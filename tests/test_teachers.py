@@ -183,6 +183,7 @@ def test_teachers_of_different_classes_are_not_combined():
         train({"kd": 1.0}, teachers)
 
 
+@pytest.mark.slow
 def test_a_teacher_in_one_phase_and_the_average_in_another():
     one, average = teacher(0), {"kd": {"weight": 1.0, "teacher": "average"}}
     trainer = cskd_jax.Trainer(

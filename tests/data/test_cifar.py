@@ -223,6 +223,7 @@ def test_a_data_dir_that_cannot_be_written(tmp_path):
         load_dataset("cifar10", data_dir=str(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_is_not_taken_for_a_finished_one(tmp_path):
     write_tar(tmp_path / "cifar-100-binary.tar", members_100())
     script = """
@@ -246,6 +247,7 @@ load_dataset("cifar100", data_dir=sys.argv[1])
     assert (len(dataset.train.labels), len(dataset.test.labels)) == (200, 100)
 
 
+@pytest.mark.slow
 def test_the_loser_of_a_race_uses_what_the_winner_prepared(tmp_path, monkeypatch):
     """Runs a whole second preparation in the middle of the first."""
     from cskd_jax.data import tfds_source

@@ -194,6 +194,7 @@ def test_data_dir_that_is_a_file(tmp_path):
         load_dataset("digits", data_dir=str(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_preparing_keeps_stdout_free(tmp_path, capsys):
     load_dataset("digits", data_dir=str(tmp_path))
     assert capsys.readouterr().out == ""

@@ -49,6 +49,7 @@ def pixels(data):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
+@pytest.mark.slow
 def test_prepared_without_network(tmp_path, no_network):
     write_zip(tmp_path / "tiny-imagenet-200.zip", MEMBERS)
     dataset = load_dataset("tiny_imagenet", data_dir=str(tmp_path))
@@ -74,6 +75,7 @@ def test_gray_images_are_stored_in_rgb(tmp_path):
     assert images[6] == MEMBERS[train_file(3, 0)]  # What is in RGB keeps its bytes.
 
 
+@pytest.mark.slow
 def test_the_same_when_prepared_twice(tmp_path):
     """Whatever the order of the archive, in another folder of data and with another prefix."""
     write_zip(tmp_path / "a" / "tiny-imagenet-200.zip", MEMBERS)
@@ -94,6 +96,7 @@ def test_a_balanced_part(tmp_path):
     np.testing.assert_array_equal(dataset.train.images[5], pixels(MEMBERS[train_file(5, 0)]))
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_imported(tmp_path):
     write_zip(tmp_path / "tiny-imagenet-200.zip", MEMBERS)
     script = """

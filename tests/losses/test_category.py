@@ -627,6 +627,7 @@ def test_inter_structure_gradient_of_a_zero_center_is_zero():
 # Memory.
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_num_classes():
     def temporary_bytes(num_classes):
         gradient = jax.jit(jax.grad(functools.partial(category_structure_loss, num_classes=num_classes), has_aux=True))
@@ -703,6 +704,7 @@ def over_devices(num_devices):
         return jax.device_get(jax.block_until_ready(mapped(weights, *split)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", CLASSES)
 def test_the_sharded_batch_exercises_the_filter(classes):
     filtered, unfiltered = (over_devices(None)[0][setting, classes] for setting in ("reference", "unfiltered"))

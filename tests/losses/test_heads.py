@@ -19,6 +19,7 @@ from tests.method_checks import (
     create,
     make_output,
 )
+from tests.tiers import chosen
 
 NAMES = ("ofa", "ofd", "sdd_dkd", "sdd_kd", "sdd_nkd", "simkd", "srrl", "srrl_maps")
 
@@ -75,7 +76,7 @@ class WithLayers:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", chosen(NAMES, ("ofa", "ofd", "simkd")))
 @pytest.mark.usefixtures("x64")
 @any_number_of_devices
 def test_devices_share_one_global_batch(name, devices):

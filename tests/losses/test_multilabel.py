@@ -88,6 +88,7 @@ def assert_terms_close(terms, expected, rtol, atol=0.0):
         np.testing.assert_allclose(terms[name], value, rtol=rtol, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.usefixtures("x64")
 def test_values_and_gradients(variant):

@@ -42,6 +42,7 @@ from tests.method_checks import (
     make_output,
     train,
 )
+from tests.tiers import chosen
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -86,8 +87,9 @@ class DenseDIST(Method):
         return dense_dist_loss(inputs.student.features[-1], inputs.teacher.features[-1], axis_name=self.axis_name)
 
 
+# In CI those that relate the samples of a batch.
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", chosen([*CASES], ("itrd", "semckd", "wkd_f")))
 @pytest.mark.usefixtures("x64")
 @any_number_of_devices
 def test_newer_any_number_of_devices(case, devices):
@@ -170,6 +172,7 @@ def test_newer_teacher_gets_no_gradient_and_all_else_that_is_read_does(case):
         assert leaf.any() or path[-1].key == "bias", path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["srd", "vkd"])
 def test_newer_two_classes(case):
     """The other methods read no logits."""
@@ -262,6 +265,7 @@ def error_of(matrix):
     return np.abs(matrix.T @ matrix - np.eye(matrix.shape[1])).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(64, 64), (64, 256), (256, 64)])
 def test_newer_projector_is_orthogonal_in_float32(sizes):
     """So it is whatever the parameters are, and where the output is wider as well as where it is narrower."""

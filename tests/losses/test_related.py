@@ -294,6 +294,7 @@ def test_review_without_embedding():
     assert "attention" not in shapes["fusion2"]
 
 
+@pytest.mark.slow
 def test_paraphraser_and_transfer_do_not_move_each_other():
     inputs = make_inputs()
     params = make_params(inputs)["ft"]
@@ -315,7 +316,7 @@ def test_paraphraser_and_transfer_do_not_move_each_other():
 @pytest.mark.parametrize(
     ("name", "terms"),
     [
-        ("rkd", lambda terms: 25 * terms["distance"] + 50 * terms["angle"]),
+        pytest.param("rkd", lambda terms: 25 * terms["distance"] + 50 * terms["angle"], marks=pytest.mark.slow),
         ("dkd", lambda terms: terms["target"] + 8 * terms["non_target"]),
         ("ft", lambda terms: terms["transfer"] + 0.005 * terms["reconstruction"]),
     ],
@@ -533,6 +534,7 @@ def test_rkd_memory_does_not_grow_with_triples():
     assert lowered.compile().memory_analysis().temp_size_in_bytes < batch**3 * 4 / 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_rkd_in_blocks_is_the_same(monkeypatch):
     rng = np.random.default_rng(0)

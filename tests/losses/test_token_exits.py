@@ -103,6 +103,7 @@ def test_devices_share_one_global_batch(devices, x64):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_transformer_learns_from_a_convolutional_network():
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, 8, 8, 3), np.uint8), (np.arange(16) % 3).astype(np.int32)
