@@ -35,9 +35,11 @@ def measure(pair: Pair, methods: list[str], rounds: int) -> Part:
     """Measures all methods, each beside kd."""
     devices = Devices(1)
     reference, rows = Students(pair, "float32", "default", ("kd",), devices), []
+    jax.block_until_ready(reference.step())
     for method in methods:
         students = Students(pair, "float32", "default", (method,), devices)
-        kd, own = interleaved([reference.step, students.step], rounds, warm_up=1)
+        jax.block_until_ready(students.step())
+        kd, own = interleaved([reference.step, students.step], rounds, warm_up=0)
         row: dict[str, Any] = {"method": method, "ms": statistics.median(own), "of kd": median_ratio(own, kd)}
         rows.append(row | {"memory MB": students.memory() / 1e6})
         print(rows[-1], file=sys.stderr, flush=True)
