@@ -4,10 +4,10 @@ python benchmarks/torch_training.py --config=cifar100_standard:resnet56/resnet8/
                                     [--teacher_mean=0.507,0.4865,0.4409] [--teacher_std=0.2673,0.2564,0.2761]
                                     [--config.KEY=VALUE ...]
 
-The recipe and its overrides are those of the command, and so are the images; of the methods, ce and kd are known here.
-Everything else is PyTorch, eager and channels-last: the networks of benchmarks/torch_pairs.py, the crops, the loss, and
-SGD. A row for every epoch is added to DIR/metrics.jsonl, and DIR/results.json is written at the end. The same command
-resumes after the last complete epoch.
+The recipe is that of the command, and so are the images; of the methods, ce and kd are known here. Overrides may change
+the keys in `_OVERRIDES`. Everything else is PyTorch, eager and channels-last: the ResNets of benchmarks/torch_pairs.py,
+the crops, the loss, and SGD. The same command resumes after the last complete epoch. DIR/metrics.jsonl, with a row for
+every epoch, and DIR/results.json are written at the end.
 
   --teacher       state dict that torch.save wrote, of the network that the recipe names, with arrays in its order
   --workdir       folder of the run
@@ -15,6 +15,7 @@ resumes after the last complete epoch.
                   default
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -39,6 +40,13 @@ from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
 
 _EVALUATED_AT_ONCE = 500
+_NETWORKS = tuple(name for name in torch_pairs.NETWORKS if name.startswith("resnet"))
+_OVERRIDES = {
+    "seed", "batch_size", "epochs", "dataset.data_dir", "dataset.train_examples", "dataset.mean", "dataset.std",
+    "augment.crop_padding", "optimizer.learning_rate", "optimizer.momentum", "optimizer.nesterov",
+    "optimizer.weight_decay", "optimizer.milestones", "optimizer.decay_factor", "losses.cross_entropy.weight",
+    "losses.kd.weight",
+}  # fmt: skip
 
 
 class Images:
@@ -79,9 +87,9 @@ class Normalize(nn.Module):
 def load_teacher(path: str, network: nn.Module) -> nn.Module:
     """Gives a network the arrays of a state dict that holds them in the same order, under any names."""
     given, own = torch.load(path, weights_only=True), network.state_dict()
-    wrong = [name for name, x, y in zip(given, given.values(), own.values(), strict=False) if x.shape != y.shape]
-    if wrong or len(given) != len(own):
-        raise UserError(f"{path} does not hold the arrays of the teacher in its order ({', '.join(wrong[:3])})")
+    shapes = [getattr(array, "shape", None) for array in given.values()]
+    if shapes != [array.shape for array in own.values()]:
+        raise UserError(f"{path} does not hold the {len(own)} arrays of the teacher, and nothing else, in its order")
     network.load_state_dict(dict(zip(own, given.values(), strict=True)))
     return network.eval()
 
@@ -152,8 +160,20 @@ class Training:
         torch.set_rng_state(state["random"])
 
 
-def train(config: Any, teacher: tuple[nn.Module, nn.Module], workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains in a folder, from its last complete epoch on; returns the results."""
+def train(
+    config: Any, teacher: tuple[nn.Module, nn.Module], workdir: pathlib.Path, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Trains in a folder, from its last complete epoch on; returns the results.
+
+    Args:
+      config: Configuration.
+      teacher: The teacher and the normalization of its images.
+      workdir: Folder of the run.
+      identity: What a run must have in common with what the folder holds, to continue it.
+
+    Raises:
+      UserError: The folder holds another run, or a longer one.
+    """
     dataset = load_data(config)
     test = Images(dataset.test)
     training = Training(config, Images(dataset.train, config.augment.crop_padding), teacher)
@@ -161,6 +181,8 @@ def train(config: Any, teacher: tuple[nn.Module, nn.Module], workdir: pathlib.Pa
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         rows = state.pop("rows")
+        if state.pop("identity") != identity or len(rows) > config.epochs:
+            raise UserError(f"{workdir} holds another run; use another --workdir")
         training.restore(state)
     for number in range(len(rows), config.epochs):
         start = time.perf_counter()
@@ -169,7 +191,7 @@ def train(config: Any, teacher: tuple[nn.Module, nn.Module], workdir: pathlib.Pa
         top1 = accuracy(training.network, training.normalize, test)
         row = {"epoch": number + 1, "loss": loss, "test_top1": top1, "train_seconds": trained - start}
         rows.append(row | {"evaluation_seconds": time.perf_counter() - trained})
-        torch.save(training.state() | {"rows": rows}, saved.with_suffix(".new"))
+        torch.save(training.state() | {"rows": rows, "identity": identity}, saved.with_suffix(".new"))
         os.replace(saved.with_suffix(".new"), saved)
         print(json.dumps(rows[-1]), flush=True)
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -192,20 +214,33 @@ def _run(argv):
     values = parser.parse(argv)
     config = recipes.load_recipe(parser.recipe(values), values.overrides)
     schema.validate(config)
+    recipe = schema.flatten(recipes.load_recipe(parser.recipe(values), []))
+    settings = schema.flatten(config)
+    changed = [key for key in settings if settings[key] != recipe[key] and key not in _OVERRIDES]
+    if changed:
+        raise UserError(f"{changed[0]} cannot be changed here; what can are {', '.join(sorted(_OVERRIDES))}")
     networks = {config.teacher.name, config.student.name}
-    if not networks <= torch_pairs.NETWORKS.keys() or not {"cross_entropy"} <= set(config.losses) <= {
+    if not networks <= {*_NETWORKS} or not {"cross_entropy"} <= set(config.losses) <= {
         "cross_entropy",
         "kd",
     }:
-        raise UserError(f"networks must be among {', '.join(torch_pairs.NETWORKS)}, and the method ce or kd")
-    if "kd" in config.losses and config.losses.kd.temperature != 4:
-        raise UserError("losses.kd.temperature must be 4")
+        raise UserError(f"networks must be among {', '.join(_NETWORKS)}, and the method ce or kd")
+    if "kd" in config.losses and (config.losses.kd.temperature != 4 or config.losses.kd.standardize):
+        raise UserError("losses.kd.temperature must be 4, and losses.kd.standardize False")
     teacher = load_teacher(values.teacher, torch_pairs.NETWORKS[config.teacher.name]())
-    own = Normalize(values.teacher_mean or config.dataset.mean, values.teacher_std or config.dataset.std)
+    images = {
+        "mean": values.teacher_mean or list(config.dataset.mean),
+        "std": values.teacher_std or list(config.dataset.std),
+    }
+    digest = hashlib.sha256(pathlib.Path(values.teacher).read_bytes()).hexdigest()
+    kept = {key: str(value) for key, value in settings.items() if key not in ("epochs", "dataset.data_dir")}
+    identity = {"config": kept, "teacher": digest, "teacher_images": images}
     values.workdir.mkdir(parents=True, exist_ok=True)
-    results = train(config, (teacher.to(memory_format=torch.channels_last), own), values.workdir)
-    described = {"config": schema.flatten(config), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    (values.workdir / "results.json").write_text(json.dumps(results | described, indent=1) + "\n", encoding="utf-8")
+    network = teacher.to(memory_format=torch.channels_last)
+    results = train(config, (network, Normalize(**images)), values.workdir, identity)
+    described = {"epochs": config.epochs, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    text = json.dumps(results | identity | described, indent=1)
+    (values.workdir / "results.json").write_text(text + "\n", encoding="utf-8")
     print(json.dumps(results))
 
 

@@ -210,15 +210,18 @@ def _as_students(students, student, variables, paths, losses, optimizer, schedul
     single |= {"student_embedding": embedding, "student_head": head}
     given = [name for name, value in single.items() if value is not None]
     if given:
-        raise UserError(f"{given[0]} applies to a single student: with students={{...}}, set it in each `Student`")
+        raise UserError(
+            f"{given[0]} applies to a single student: with students={{...}}, give it to each Student, or to the "
+            "LinenNetwork(module, ...) of that Student"
+        )
     if not students or not all(isinstance(student, Student) for student in students.values()):
         raise UserError("students must be {name: Student(network, losses, optimizer)}, with at least one entry")
     allowed = re.compile(r"(?!tensorboard$)[A-Za-z0-9][A-Za-z0-9._+-]*")
     wrong = [name for name in students if not allowed.fullmatch(name)]
     if wrong:
         raise UserError(
-            f"a student cannot be named {wrong[0]!r}, because its folder has the same name: letters, digits and ._+- "
-            "are allowed, but not tensorboard"
+            f"a student cannot be named {wrong[0]!r}, because its folder is named after it: a name is a letter or "
+            "digit followed by letters, digits and ._+-, and not tensorboard"
         )
     return students
 
@@ -282,7 +285,10 @@ def _as_teachers(teacher, variables, paths, own) -> Sequence[Teacher]:
         single |= {"teacher_features": features or None, "teacher_embedding": embedding, "teacher_head": head}
         given = [name for name, value in single.items() if value is not None]
         if given:
-            raise UserError(f"{given[0]} applies to a single teacher network: here, set it in each `Teacher`")
+            raise UserError(
+                f"{given[0]} applies to a teacher that is a network: here, give it to each Teacher, or to the "
+                "LinenNetwork(module, ...) of that Teacher"
+            )
         return teacher
     network = as_network(teacher, *paths)
     variables = network.variables if variables is None else variables

@@ -5,7 +5,7 @@ python -m tests.drift [--record] [CASE ...]
 Golden values notice a changed formula. They do not notice a changed key, initial weight, or order of a sum. A digest
 notices all of them, but only on the machine and with the packages that it was recorded with: `fingerprint` says which.
 Without --record, the digests are compared with those in tests/golden/drift.json if that file knows the fingerprint.
-Elsewhere, compare two commits: run both with --record, and compare what they have written.
+Elsewhere, compare two commits: run one with --record, and the other without it on the drift.json that the first wrote.
 """
 
 import argparse
@@ -124,8 +124,8 @@ def main() -> int:
             everything.setdefault(fingerprint(), {})[case] = found
             RECORDED.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         expected = known.get(case, {})
-        different = [method for method in expected if found[method] != expected[method]]
-        wrong += len(different)
+        different = [method for method in expected if found.get(method) != expected[method]]
+        wrong += len(different) + (not expected)
         unknown = [method for method in found if method not in expected]
         print(f"{case}: {len(expected) - len(different)} equal, different: {', '.join(different) or 'none'}", end="")
         print(f", not recorded: {', '.join(unknown)}" if unknown else "", flush=True)

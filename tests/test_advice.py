@@ -106,7 +106,11 @@ SETTINGS = [
         "the last micro-batch .*set drop_last=True, or accumulation_steps=1",
         [{"drop_last": True}, {"accumulation_steps": 1}],
     ),
-    ({"train": _arrays(16), "batch_size": 8, "accumulation_steps": 8}, "smaller number", [{"accumulation_steps": 4}]),
+    (
+        {"train": _arrays(16), "batch_size": 8, "accumulation_steps": 8},
+        "smaller accumulation_steps",
+        [{"accumulation_steps": 4}],
+    ),
     (
         {"train": lambda epoch: [_arrays(8), _arrays(1)]},
         "one image, .*have train leave it out, or add images to it",

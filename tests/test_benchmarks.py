@@ -63,16 +63,26 @@ def test_torch_training_resumes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch_training, "load_data", lambda config: dataset)
     torch.save(torch_pairs.NETWORKS["resnet20"]().state_dict(), tmp_path / "teacher.pth")
 
-    def train(workdir, epochs):
-        recipe = ["--config=cifar100_standard:resnet20/resnet8/kd", f"--config.epochs={epochs}"]
+    def start(workdir, *overrides):
+        recipe = ["--config=cifar100_standard:resnet20/resnet8/kd", *overrides]
         arguments = [*recipe, f"--teacher={tmp_path / 'teacher.pth'}", f"--workdir={tmp_path / workdir}"]
-        assert torch_training.main(["torch_training", *arguments]) == 0, capsys.readouterr().err
+        return torch_training.main(["torch_training", *arguments]), capsys.readouterr().err
+
+    def train(workdir, epochs):
+        assert start(workdir, f"--config.epochs={epochs}")[0] == 0
         rows = (tmp_path / workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [(row["epoch"], row["loss"], row["test_top1"]) for row in map(json.loads, rows)]
 
     whole = train("whole", 2)
     assert train("resumed", 1) == whole[:1]
     assert train("resumed", 2) == whole
+    for override in ("epochs=1", "optimizer.learning_rate=0.01"):
+        code, error = start("whole", f"--config.{override}")
+        assert code == 2
+        assert "holds another run" in error
+    code, error = start("whole", "--config.augment.flip=False")
+    assert code == 2
+    assert "augment.flip cannot be changed here" in error
 
 
 @needs_torch

@@ -123,8 +123,8 @@ def test_distill_with_a_teacher_of_another_normalization():
     ("settings", "message"),
     [
         ({"teacher_mean": (0.1, 0.2)}, "teacher_mean has 2 values, but the images have 3 channels"),
-        ({"teacher_std": (0.0,)}, "teacher_std is (0.0,); its values must be finite and above 0"),
-        ({"std": (0.1, float("inf"), 1)}, "std is (0.1, inf, 1.0); its values must be finite and above 0"),
+        ({"teacher_std": (0.0,)}, "teacher_std is (0.0,); its values must be finite numbers above 0"),
+        ({"std": (0.1, float("inf"), 1)}, "std is (0.1, inf, 1.0); its values must be finite numbers above 0"),
         (
             {"teacher_mean": (0.5,), "train": (IMAGES / np.float32(255), LABELS)},
             "teacher_mean and teacher_std need uint8",
@@ -182,8 +182,8 @@ def test_another_normalization_is_another_teacher(done):
     ("images", "message"),
     [
         ({"mean": "0", "std": [1.0]}, "are not lists of numbers"),
-        ({"mean": ["0"], "std": [1.0]}, "mean is ('0',); its values must be finite"),
-        ({"mean": [0.0], "std": [0.0]}, "std is (0.0,); its values must be finite and above 0"),
+        ({"mean": ["0"], "std": [1.0]}, "mean is ('0',); its values must be finite numbers"),
+        ({"mean": [0.0], "std": [0.0]}, "std is (0.0,); its values must be finite numbers above 0"),
         ({"mean": [0.0, 0.0], "std": [1.0]}, "mean has 2 values, but the images have 1 channels"),
     ],
 )

@@ -271,9 +271,9 @@ def test_on_two_devices():
             {"kd": 1.0},
             2,
             {"teacher_mean": (0.1,)},
-            "teacher_mean or teacher_std applies to a single teacher network",
+            "teacher_mean or teacher_std applies to a teacher that is a network",
         ),
-        ({"kd": 1.0}, 2, {"teacher_head": "Dense_0"}, "teacher_head applies to a single teacher network"),
+        ({"kd": 1.0}, 2, {"teacher_head": "Dense_0"}, "teacher_head applies to a teacher that is a network"),
     ],
 )
 def test_wrong_teachers(losses, teachers, settings, message):

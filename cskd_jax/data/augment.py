@@ -45,7 +45,7 @@ class Normalize:
             numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
             if not numbers or (kind == "std" and min(values) <= 0):
                 raise UserError(
-                    f"{name}{kind} is {values}; its values must be finite{' and above 0' * (kind == 'std')}"
+                    f"{name}{kind} is {values}; its values must be finite numbers{' above 0' * (kind == 'std')}"
                 )
         return self
 

@@ -149,7 +149,9 @@ def _validation_labels(
         file, category, *_ = (*line.split(), "")
         member = f"{_ROOT}val/images/{file}"
         if category not in labels:
-            raise UserError(f"{path}: member {_ANNOTATIONS} says '{category}' for {file}, which {_NAMES} does not list")
+            raise UserError(
+                f"{path}: member {_ANNOTATIONS} says '{category}' for {file}; {_NAMES} does not list that class"
+            )
         if member in found:
             raise UserError(f"{path}: member {_ANNOTATIONS} lists {file} twice")
         found[member] = labels[category]

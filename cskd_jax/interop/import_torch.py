@@ -28,7 +28,7 @@ cskd-jax import-torch FILE --out=DIR    a file of docs/checkpoints.md, which is 
 FILE is a state dict, a dictionary that holds one (such as {"epoch", "model", "optimizer"}), or a whole pickled network,
 in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of torchvision
 or of the code of Chen et al. 2020, https://github.com/xeanzheng/CSKD (ResNets), of torchvision (Inception), or of the
-code of Tian et al. 2020, https://github.com/HobbitLong/RepDistiller (all others; cskd_jax/interop/names.py), and
+code of Tian et al. 2020, https://github.com/HobbitLong/RepDistiller (all others; cskd_jax/interop/families.py), and
 Vision Transformers those of timm or DINOv2, whose patch size, depth and other settings are read from the file. Networks
 without a max-pool may also call their classifier linear and their shortcuts shortcut. The prefixes module., model.,
 student. and teacher. are found if only one of them fits the network. docs/interop.md explains --names.

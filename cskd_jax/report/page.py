@@ -92,7 +92,7 @@ def training_curves(lines: Sequence[curves.Curve], teacher: float | None, score:
     legend = _legend((svg.line_key(number), line.label) for number, line in enumerate(lines)) if shortened else ""
     text = "Mean over the seeds; a band is one standard deviation to each side. "
     text += "" if teacher is None else "The dotted line is the teacher after its last epoch. "
-    text += "An arrow points to a curve that ends outside the picture."
+    text += "An arrow marks a method or a teacher that ends outside the picture."
     return f'<h3>Training curves</h3>\n<div class="curves">\n{figures}</div>\n{legend}{note(text)}'
 
 

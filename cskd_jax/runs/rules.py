@@ -82,7 +82,9 @@ SIDES = Rule(
     "integers from 0 to 4096 in parentheses, such as (0,224)",
 )
 LOSS_TEACHER = Rule(
-    (str,), lambda value: value == "average" or value.isdecimal(), "average, or the number of a teacher, counted from 0"
+    (str,),
+    lambda value: value == "average" or value.isdecimal(),
+    "average, or the number of a teacher (counted from 0)",
 )
 EPOCHS = Rule(
     (tuple,),

@@ -171,7 +171,7 @@ def _stop(running, stop):
     for process in running.values():
         process.wait()
     saved = sum(len(process.left) for process in running.values())
-    raise InterruptedRun(f"stopped by {stop.name}, {saved} runs are saved: the same command resumes them")
+    raise InterruptedRun(f"stopped by {stop.name}, {saved} runs are saved: the same command resumes the sweep")
 
 
 def _failure(run, code, log):

@@ -110,7 +110,7 @@ def _check_micro_batches(setup: Setup) -> None:
     if size == 1:
         raise UserError(
             f"with accumulation_steps={steps}, a micro-batch holds one image, but needs at least two: "
-            "set a smaller number"
+            "set a smaller accumulation_steps"
         )
     if sampler.last_batch_size % size == 1:
         raise UserError(

@@ -333,7 +333,7 @@ def _number_of_teacher(name, teacher):
     if number in (None, AVERAGE) or (type(number) is int and number >= 0):
         return number
     raise UserError(
-        f"losses.{name}.teacher is {teacher!r}; it must be the number of a teacher, counted from 0, {AVERAGE!r} or None"
+        f"losses.{name}.teacher is {teacher!r}; it must be {AVERAGE!r}, None, or the number of a teacher (from 0)"
     )
 
 

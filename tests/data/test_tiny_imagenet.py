@@ -158,7 +158,7 @@ TRAIN_5 = [train_file(5, number).removeprefix(ROOT) for number in range(2)]
         ),
         (
             change("val/val_annotations.txt", ANNOTATIONS.replace(NAMES[4].encode(), b"n99999999")),
-            "val_annotations.txt says 'n99999999' for val_4.JPEG, which tiny-imagenet-200/wnids.txt does not list",
+            "val_annotations.txt says 'n99999999' for val_4.JPEG; tiny-imagenet-200/wnids.txt does not list that class",
         ),
         (change("val/val_annotations.txt", b"val_4.JPEG\n"), "val_annotations.txt says '' for val_4.JPEG"),
         (
