@@ -257,8 +257,13 @@ def test_on_two_devices():
         ({"simkd": {"weight": 1.0, "teacher": 0}}, 2, {}, "which works only with a single teacher"),
         ({"kd": {"teacher": 2}}, 2, {}, "a loss has teacher=2; the teachers are numbered from 0 to 1"),
         ({"kd": {"teacher": 1}}, 1, {}, "a loss has teacher=1; the teachers are numbered from 0 to 0"),
-        ({"kd": {"teacher": -1}}, 2, {}, "losses.kd.teacher is -1; it must be the number of a teacher, counted from 0"),
-        ({"kd": {"teacher": "mean"}}, 2, {}, "losses.kd.teacher is 'mean'; it must be the number of a teacher"),
+        (
+            {"kd": {"teacher": -1}},
+            2,
+            {},
+            "losses.kd.teacher is -1; it must be 'average', None, or the number of a teacher",
+        ),
+        ({"kd": {"teacher": "mean"}}, 2, {}, "losses.kd.teacher is 'mean'; it must be 'average', None, or the number"),
         ({"kd": {"teacher": 0}}, 0, {}, "losses.kd needs a teacher"),
         ({"kd": {"teacher": "average"}}, 0, {}, "learns from the moving average of the student, but none is kept"),
         (
