@@ -5,9 +5,9 @@ python benchmarks/torch_training.py --config=cifar100_standard:resnet56/resnet8/
                                     [--config.KEY=VALUE ...]
 
 The recipe is that of the command, and so are the images; of the methods, ce and kd are known here. Overrides may change
-the keys in `_OVERRIDES`. Everything else is PyTorch, eager and channels-last: the ResNets of benchmarks/torch_pairs.py,
-the crops, the loss, and SGD. The same command resumes after the last complete epoch. DIR/metrics.jsonl, with a row for
-every epoch, and DIR/results.json are written at the end.
+the keys in `_OVERRIDES`, and keys that do not change results. Everything else is PyTorch, eager and channels-last: the
+ResNets of benchmarks/torch_pairs.py, the crops, the loss, and SGD. The same command resumes after the last complete
+epoch. DIR/metrics.jsonl, with a row for every epoch, and DIR/results.json are written at the end.
 
   --teacher       state dict that torch.save wrote, of the network that the recipe names, with arrays in its order
   --workdir       folder of the run
@@ -16,8 +16,8 @@ every epoch, and DIR/results.json are written at the end.
 """
 
 import hashlib
+import io
 import json
-import os
 import pathlib
 import sys
 import time
@@ -36,14 +36,15 @@ from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import numbers
 from cskd_jax.data import Split
 from cskd_jax.errors import UserError
-from cskd_jax.runs import recipes, schema
+from cskd_jax.files import write_bytes, write_json, write_text
+from cskd_jax.runs import keys, recipes, schema
 from cskd_jax.runs.build import load_data
 
 _EVALUATED_AT_ONCE = 500
 _NETWORKS = tuple(name for name in torch_pairs.NETWORKS if name.startswith("resnet"))
 _OVERRIDES = {
-    "seed", "batch_size", "epochs", "dataset.data_dir", "dataset.train_examples", "dataset.mean", "dataset.std",
-    "augment.crop_padding", "optimizer.learning_rate", "optimizer.momentum", "optimizer.nesterov",
+    "seed", "batch_size", "epochs", "dataset.train_examples", "dataset.mean", "dataset.std", "augment.crop_padding",
+    "optimizer.learning_rate", "optimizer.momentum", "optimizer.nesterov",
     "optimizer.weight_decay", "optimizer.milestones", "optimizer.decay_factor", "losses.cross_entropy.weight",
     "losses.kd.weight",
 }  # fmt: skip
@@ -191,10 +192,11 @@ def train(
         top1 = accuracy(training.network, training.normalize, test)
         row = {"epoch": number + 1, "loss": loss, "test_top1": top1, "train_seconds": trained - start}
         rows.append(row | {"evaluation_seconds": time.perf_counter() - trained})
-        torch.save(training.state() | {"rows": rows, "identity": identity}, saved.with_suffix(".new"))
-        os.replace(saved.with_suffix(".new"), saved)
+        content = io.BytesIO()
+        torch.save(training.state() | {"rows": rows, "identity": identity}, content)
+        write_bytes(saved, content.getvalue())
         print(json.dumps(rows[-1]), flush=True)
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     seconds = sum(row["train_seconds"] + row["evaluation_seconds"] for row in rows)
     scores = [row["test_top1"] for row in rows]
     return {"last": scores[-1], "best": max(scores), "seconds": seconds, "teacher": accuracy(*teacher, test)}
@@ -205,6 +207,23 @@ def main(argv: list[str]) -> int:
     return command_line.run_program(_run, __doc__, argv)
 
 
+def _load_config(recipe, overrides):
+    """Returns the configuration; raises UserError if something of it is not known here."""
+    config = recipes.load_recipe(recipe, overrides)
+    schema.validate(config)
+    base = schema.flatten(recipes.load_recipe(recipe, []))
+    allowed = _OVERRIDES | keys.indifferent()
+    changed = [key for key, value in schema.flatten(config).items() if value != base[key] and key not in allowed]
+    if changed:
+        raise UserError(f"{changed[0]} cannot be changed here; what can are {', '.join(sorted(_OVERRIDES))}")
+    networks, losses = {config.teacher.name, config.student.name}, set(config.losses)
+    if not networks <= {*_NETWORKS} or not {"cross_entropy"} <= losses <= {"cross_entropy", "kd"}:
+        raise UserError(f"networks must be among {', '.join(_NETWORKS)}, and the method ce or kd")
+    if "kd" in losses and (config.losses.kd.temperature != 4 or config.losses.kd.standardize):
+        raise UserError("losses.kd.temperature must be 4, and losses.kd.standardize False")
+    return config
+
+
 def _run(argv):
     parser = command_line.Parser(takes_config=True)
     parser.add_argument("--teacher", required=True)
@@ -212,35 +231,18 @@ def _run(argv):
     parser.add_argument("--teacher_mean", type=numbers(float, -1e6, 1e6))
     parser.add_argument("--teacher_std", type=numbers(float, 1e-6, 1e6))
     values = parser.parse(argv)
-    config = recipes.load_recipe(parser.recipe(values), values.overrides)
-    schema.validate(config)
-    recipe = schema.flatten(recipes.load_recipe(parser.recipe(values), []))
-    settings = schema.flatten(config)
-    changed = [key for key in settings if settings[key] != recipe[key] and key not in _OVERRIDES]
-    if changed:
-        raise UserError(f"{changed[0]} cannot be changed here; what can are {', '.join(sorted(_OVERRIDES))}")
-    networks = {config.teacher.name, config.student.name}
-    if not networks <= {*_NETWORKS} or not {"cross_entropy"} <= set(config.losses) <= {
-        "cross_entropy",
-        "kd",
-    }:
-        raise UserError(f"networks must be among {', '.join(_NETWORKS)}, and the method ce or kd")
-    if "kd" in config.losses and (config.losses.kd.temperature != 4 or config.losses.kd.standardize):
-        raise UserError("losses.kd.temperature must be 4, and losses.kd.standardize False")
+    config = _load_config(parser.recipe(values), values.overrides)
     teacher = load_teacher(values.teacher, torch_pairs.NETWORKS[config.teacher.name]())
-    images = {
-        "mean": values.teacher_mean or list(config.dataset.mean),
-        "std": values.teacher_std or list(config.dataset.std),
-    }
+    network = teacher.to(memory_format=torch.channels_last)
+    images = {"mean": values.teacher_mean, "std": values.teacher_std}
+    images = {name: given or list(config.dataset[name]) for name, given in images.items()}
     digest = hashlib.sha256(pathlib.Path(values.teacher).read_bytes()).hexdigest()
-    kept = {key: str(value) for key, value in settings.items() if key not in ("epochs", "dataset.data_dir")}
+    kept = {key: value for key, value in schema.plain(config).items() if key not in {"epochs", *keys.indifferent()}}
     identity = {"config": kept, "teacher": digest, "teacher_images": images}
     values.workdir.mkdir(parents=True, exist_ok=True)
-    network = teacher.to(memory_format=torch.channels_last)
     results = train(config, (network, Normalize(**images)), values.workdir, identity)
     described = {"epochs": config.epochs, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    text = json.dumps(results | identity | described, indent=1)
-    (values.workdir / "results.json").write_text(text + "\n", encoding="utf-8")
+    write_json(values.workdir / "results.json", results | identity | described)
     print(json.dumps(results))
 
 
