@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cskd_jax.console import counted
 from cskd_jax.report import deviations, published
 from cskd_jax.report.ablation import find_ablations
 from cskd_jax.report.embedding import Embeddings
@@ -225,11 +226,6 @@ def published_tables() -> list[Table]:
 
 def _published_value(value: float | Sequence[float]) -> str:
     return " / ".join(f"{v:.2f}" for v in (value if isinstance(value, list) else [value]))
-
-
-def counted(count: int, noun: str) -> str:
-    """Returns a number with its noun: "1 epoch", "2 epochs"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def summary(values: Summary, digits: int = 2) -> str:

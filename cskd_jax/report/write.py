@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from cskd_jax.console import say
+from cskd_jax.console import counted, say
 from cskd_jax.errors import UserError, printable
 from cskd_jax.files import write_text
 from cskd_jax.report import latex, markdown, page, spreadsheet, standard, tables
@@ -33,7 +33,7 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
         texts.append(markdown.render("All pairs", "", [overview]))
         papers.append(latex.render("all pairs", [overview]))
     datasets = ", ".join(sorted({comparison.dataset for comparison in comparisons}))
-    lead = f"{tables.counted(count, 'run')} on {datasets}; {_made_with(comparisons)}."
+    lead = f"{counted(count, 'run')} on {datasets}; {_made_with(comparisons)}."
     files = {
         "report.html": page.render("Knowledge distillation: comparison of runs", lead, sections),
         "report.md": "\n".join(texts),
@@ -43,7 +43,7 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
     }
     for name, text in files.items():
         write_text(out / name, text)
-    say(f"{tables.counted(count, 'run')}: {out / 'report.html'}, and {', '.join(list(files)[1:])} beside it")
+    say(f"{counted(count, 'run')}: {out / 'report.html'}, and {', '.join(list(files)[1:])} beside it")
 
 
 def _made_with(comparisons):

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from cskd_jax.console import say
+from cskd_jax.console import counted, say
 from cskd_jax.distributed.children import die_with_parent
 from cskd_jax.distributed.devices import COUNT_FLAG
 from cskd_jax.distributed.signals import StopRequest
@@ -48,7 +48,7 @@ def sweep(groups: Sequence[Sequence[Run]], jobs: int) -> None:
     waiting = [group for group in ([run for run in group if not run.done] for group in groups) if group]
     total, left = len(runs), sum(map(len, waiting))
     at_once = "" if jobs == 1 else f", {jobs} groups at a time"
-    say(f"{total} runs, {total - left} done, {left} to go in {len(waiting)} groups{at_once}")
+    say(f"{counted(total, 'run')}, {total - left} done, {left} to go in {counted(len(waiting), 'group')}{at_once}")
     failed: dict[Run, str] = {}
     running: dict[int, _Process] = {}
 
@@ -88,7 +88,7 @@ def sweep(groups: Sequence[Sequence[Run]], jobs: int) -> None:
     if failed:
         names = ", ".join(run.name for run in runs if run in failed)
         raise FailedRunsError(f"{len(failed)} of {total} runs failed: {names}; the same command retries them")
-    say(f"all {total} runs done: cskd-jax report {runs[0].sweep}")
+    say(f"all {counted(total, 'run')} done: cskd-jax report {runs[0].sweep}")
 
 
 class _Process:
@@ -171,7 +171,7 @@ def _stop(running, stop):
     for process in running.values():
         process.wait()
     saved = sum(len(process.left) for process in running.values())
-    raise InterruptedRun(f"stopped by {stop.name}, {saved} runs are saved: the same command resumes the sweep")
+    raise InterruptedRun(f"stopped by {stop.name}, {counted(saved, 'run')} saved: the same command resumes the sweep")
 
 
 def _failure(run, code, log):

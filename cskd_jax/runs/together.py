@@ -88,7 +88,7 @@ class Board:
     def _pause(self, what):
         self._paused = True
         try:
-            with console.pause(f"{self._count} runs: {what}"):
+            with console.pause(f"{console.counted(self._count, 'run')}: {what}"):
                 yield
         finally:
             self._paused = False
@@ -109,7 +109,7 @@ class Board:
         now = self._clock()
         if now - self._last_line >= _LINE_SECONDS:
             self._last_line = now
-            console.say(f"{len(self._running)} runs: {self._where(name, step)}")
+            console.say(f"{console.counted(len(self._running), 'run')}: {self._where(name, step)}")
 
     def evaluated(self, name: str, step: int, score: str) -> None:
         """Shows a line when all runs that are training have been evaluated."""

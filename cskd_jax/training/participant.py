@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cskd_jax.console import counted
 from cskd_jax.errors import UserError
 from cskd_jax.models import count_parameters
 from cskd_jax.training.callbacks import Meter, Progress, Row, Start
@@ -136,7 +137,7 @@ class Participant:
         epochs = self.steps // self._steps_per_epoch
         self.say(
             f"{verb} {self.record.describe_network()}, {size:,} parameters, "
-            f"{epochs} epoch{'s' if epochs > 1 else ''} of {self._steps_per_epoch} steps"
+            f"{counted(epochs, 'epoch')} of {counted(self._steps_per_epoch, 'step')}"
         )
 
     def compile(self, size: int, pool: Executor) -> None:
