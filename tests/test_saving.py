@@ -67,6 +67,7 @@ def test_after_every_epoch(tmp_path, whole):
     assert saved_steps(tmp_path) == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
 
 
+@pytest.mark.slow
 def test_best_and_last_are_saved_in_any_case(tmp_path, whole):
     assert_same(fit(tmp_path, save_every_minutes=60), whole)
     assert saved_steps(tmp_path) == [STEPS_PER_EPOCH * whole.best["epoch"], STEPS_PER_EPOCH * EPOCHS]
@@ -81,6 +82,7 @@ def test_stop_saves_what_is_not_saved(tmp_path, whole, step):
     assert_same(fit(tmp_path, save_every_minutes=60), whole)
 
 
+@pytest.mark.slow
 def test_validation_measures_a_best_epoch_that_was_not_saved(tmp_path):
     data = dataclasses.replace(DATA, validation=DATA.test)
     alone = fit(data=data)

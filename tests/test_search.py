@@ -128,6 +128,7 @@ def test_several_teachers_and_pairs(tmp_path):
     assert student.teacher.checkpoint == f"{tmp_path}/teacher-vgg13_1-seed6/student"
 
 
+@pytest.mark.slow
 def test_the_best_is_trained_with_all_seeds(digits_dir, tmp_path, monkeypatch):
     """The command, with results that are written instead of trained."""
     done = []

@@ -130,6 +130,7 @@ def test_the_gpus_of_a_machine_are_shared_out(tmp_path, monkeypatch):
     assert found == ["0", "1", "0"]
 
 
+@pytest.mark.slow
 # Other tests of this process have computed with JAX; a sweep never does.
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys):

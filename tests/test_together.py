@@ -79,6 +79,7 @@ def test_company_changes_no_bit(names, settings):
         assert_same(results[name], make_trainer([name], **settings).fit()[name])
 
 
+@pytest.mark.slow
 def test_the_pass_returns_only_what_is_read():
     trainer = make_trainer(STUDENTS)
     reads = {name: trainer.programs(name).reads.teacher for name in STUDENTS}

@@ -25,6 +25,7 @@ def train(losses, images=(PIXELS, None), **settings):
     return cskd_jax.distill(Net(), teacher=TEACHER, teacher_variables=variables, **settings)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_teaches_without_labels():
     result = train({"cosine": 1.0, "smooth_l1": 0.1, "vkd": {"weight": 1.0, "kd_weight": 0.0}}, epochs=3)
     rows = [row for row in result.history if row["split"] == "train"]

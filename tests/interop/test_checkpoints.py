@@ -103,6 +103,7 @@ def test_verified_accuracy_is_that_of_the_run(teacher_file, done, digits_dir, tm
     assert (verified["dataset"], verified["top1"]) == ("digits", expected)
 
 
+@pytest.mark.slow
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(teacher_file, digits_dir, tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("".join(f"number {number}\n" for number in range(10)))

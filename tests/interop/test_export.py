@@ -80,6 +80,7 @@ def test_out_and_in_is_the_identity(returned, done):
     assert_same_variables(load_variables(str(returned))[0], load_variables(str(done / "teacher"))[0])
 
 
+@pytest.mark.slow
 def test_imported_teacher_is_taken(returned, digits_dir):
     config = load_recipe("digits:kd", [])
     config.teacher.update(checkpoint=str(returned), name="resnet8", width=0.25)

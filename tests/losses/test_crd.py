@@ -266,6 +266,7 @@ def test_the_training_step_updates_the_memory():
         assert (np.asarray(params[0][name]["kernel"]) != params[1][name]["kernel"]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_memory_is_saved_with_the_state(tmp_path):
     state = on_one_device()[0][-1]

@@ -159,6 +159,7 @@ def test_a_number_of_peers_for_each_phase():
     assert len(trainer.programs("net").states[0].params["network"]["+peers"]) == 2
 
 
+@pytest.mark.slow
 def test_mixed_images():
     train(mix=cskd_jax.Mix(mixup=0.5), epochs=1)
 
