@@ -171,6 +171,24 @@ def test_console_that_was_closed_before_the_start(tmp_path):
     assert process.returncode == 0
 
 
+def test_nothing_waits_where_python_does_not_buffer():
+    """On a terminal, the clock of a pause and the line after it would be mixed up."""
+    code = """
+import os, sys
+from cskd_jax.commands.streams import outlive_console
+
+outlive_console()
+for file, text in ((sys.stderr, "clock"), (sys.stderr, "\\r"), (sys.stdout, "line")):
+    file.write(text)
+os.write(1, b".")
+"""
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True
+    )
+    assert process.stdout == b"clock\rline."
+
+
 @pytest.mark.slow
 def test_training_without_a_console(start, small_run, tmp_path):
     process = start([f"{small_run[0]}:ce", *small_run[1:], "--config.epochs=1", f"--workdir={tmp_path / 'run'}"])

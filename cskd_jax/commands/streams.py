@@ -37,8 +37,11 @@ def _lasting(stream: Any) -> TextIO:
     if stream is None:  # It was closed before the start, as `>&-` does.
         return open(os.devnull, "w", encoding="utf-8")
     stream.flush()
+    file = _LastingFile(stream.fileno(), "wb", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(_LastingFile(stream.fileno(), "wb", closefd=False)),
+        file
+        if stream.write_through
+        else io.BufferedWriter(file),  # With PYTHONUNBUFFERED, nothing may wait in a buffer.
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
