@@ -174,11 +174,15 @@ def train(clock, *, task=SINGLE_LABEL, seconds=10.0, learning_rate=lambda step: 
 def test_lines_of_a_file(capsys, clock):
     train(clock)
     assert capsys.readouterr() == (
-        "student: epoch 1/2, step 6/24, loss 4.5000, top-1 0.5000, learning rate 0.01667, 1 images/s, 3 min left\n"
-        "student: epoch 1/2, step 12/24, loss 7.5000, top-1 0.5000, learning rate 0.008333, 1 images/s, 2 min left\n"
+        "student: epoch 1/2, step 6/24, loss 4.5000, train top-1 0.5000, "
+        "learning rate 0.01667, 1 images/s, 3 min left\n"
+        "student: epoch 1/2, step 12/24, loss 7.5000, train top-1 0.5000, "
+        "learning rate 0.008333, 1 images/s, 2 min left\n"
         "student: epoch 1/2, train loss 7.5000, test loss 2.0000, test top-1 0.2500, 1 images/s, 2 min left\n"
-        "student: epoch 2/2, step 17/24, loss 16.0000, top-1 0.5000, learning rate 0.005882, 1 images/s, 70 s left\n"
-        "student: epoch 2/2, step 23/24, loss 19.0000, top-1 0.5000, learning rate 0.004348, 1 images/s, 10 s left\n"
+        "student: epoch 2/2, step 17/24, loss 16.0000, train top-1 0.5000, "
+        "learning rate 0.005882, 1 images/s, 70 s left\n"
+        "student: epoch 2/2, step 23/24, loss 19.0000, train top-1 0.5000, "
+        "learning rate 0.004348, 1 images/s, 10 s left\n"
         "student: epoch 2/2, train loss 19.5000, test loss 2.0000, test top-1 0.2500, 1 images/s\n",
         "",
     )
@@ -223,7 +227,7 @@ def test_a_terminal_has_a_bar_and_no_line_a_minute(terminal, clock):
     lines = [line for line in output.getvalue().splitlines() if line.strip()]
     assert [line.partition(", ")[0] for line in lines] == ["student: epoch 1/2", "student: epoch 2/2"]
     bar = error.getvalue()
-    assert "student: epoch 1/2, loss 4.5000, top-1 0.5000, learning rate 0.01667, 1 images/s, 3 min left |" in bar
+    assert "student: epoch 1/2, loss 4.5000, train top-1 0.5000, learning rate 0.01667, 1 images/s, 3 min left |" in bar
     assert "%" in bar
 
 

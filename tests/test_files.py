@@ -132,8 +132,8 @@ def test_run_in_a_folder_with_a_link(name, target, workdir, outside, digits_dir,
 def test_results_that_are_a_link(workdir, outside, digits_dir, capsys):
     (workdir / "results.json").symlink_to(outside)
     arguments = [f"--config={ROOT}/configs/digits.py:ce", f"--config.dataset.data_dir={digits_dir}"]
-    assert main(["main", *arguments, f"--workdir={workdir}"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"already done: {workdir / 'results.json'}"
+    assert main(["main", *arguments, f"--workdir={workdir}"]) == 2
+    assert f"error: {workdir / 'results.json'} is " in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive

@@ -46,5 +46,7 @@ class StopRequest:
         self.requested, self.name = True, signal.Signals(number).name
         # The signal may have interrupted a print, which must not be called again.
         with contextlib.suppress(OSError):  # Nobody may be there to read it.
-            os.write(2, f"\n{self.name}: saving after the current step; repeat to stop immediately\n".encode())
+            os.write(
+                2, f"\n{self.name}: saving after the current step or compilation; repeat to stop immediately\n".encode()
+            )
         signal.signal(number, signal.SIG_DFL)

@@ -99,6 +99,12 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
     return results
 
 
+def read_score(path: pathlib.Path) -> str:
+    """Returns the score of the student in a results.json, as in "last top-1 0.9804"; raises UserError as above."""
+    last = read_results(path)["student"]["last"]
+    return f"last {task_that_measured(last).describe(last)}"
+
+
 def read_versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that affect the numbers."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}

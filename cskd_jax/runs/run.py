@@ -22,6 +22,7 @@ from cskd_jax.runs.results import (
     describe_dataset,
     describe_result,
     describe_teachers,
+    read_score,
     read_versions,
     say_results,
     write_results,
@@ -167,7 +168,7 @@ class _Started:
             return False
 
         if processes.on_first(done_or_locked):
-            job.say(f"already done: {workdir / RESULTS}")
+            job.say(f"already done, {processes.on_first(read_score, workdir / RESULTS)}: {workdir / RESULTS}")
             return
         if self._dataset is None:
             # Otherwise several processes would prepare the same files at once.

@@ -19,8 +19,7 @@ from cskd_jax.errors import InterruptedRun, UserError, printable
 from cskd_jax.files import open_append, refuse_links
 from cskd_jax.inputs import open_regular
 from cskd_jax.runs.grid import Run
-from cskd_jax.runs.results import RESULTS, read_results
-from cskd_jax.training.metrics import task_that_measured
+from cskd_jax.runs.results import RESULTS, read_score
 
 _POLL_SECONDS = 0.2
 LOG = "log.txt"
@@ -73,7 +72,7 @@ def sweep(groups: Sequence[Sequence[Run]], jobs: int) -> None:
             for slot, process in list(running.items()):
                 code = process.poll()
                 for run in process.take_done():
-                    report(run, f"{_score(run)}, {time.monotonic() - process.start:.0f} s")
+                    report(run, f"{read_score(run.workdir / RESULTS)}, {time.monotonic() - process.start:.0f} s")
                 if code is not None and not stop.requested:
                     del running[slot]
                     for run in process.left:
@@ -189,8 +188,3 @@ def _last_part(path):
     with open_regular(path, sys.maxsize) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
         return file.read(_LAST_BYTES)
-
-
-def _score(run):
-    last = read_results(run.workdir / RESULTS)["student"]["last"]
-    return f"last {task_that_measured(last).describe(last)}"

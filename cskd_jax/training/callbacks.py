@@ -172,7 +172,7 @@ class Console(Callback):
         """Returns the means since the last row of the history, the learning rate, the speed, and the time left."""
         sums, count = self._start.progress.sums, self._start.progress.count
         means = {name: total / count for name, total in sums.items()}
-        parts = [f"loss {means['loss']:.4f}", self._start.task.describe(means)]
+        parts = [f"loss {means['loss']:.4f}", f"train {self._start.task.describe(means)}"]
         learning_rate = self._start.learning_rate(step)
         if learning_rate is not None:
             parts.append(f"learning rate {learning_rate:.4g}")

@@ -279,9 +279,8 @@ def _read(path):
     parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
         stored = _check_files(path)
-        handler = ocp.CompositeCheckpointHandler(
-            **{_ARRAYS: ocp.StandardCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
-        )
+        handlers = dict.fromkeys((_RECORD, "metrics"), ocp.JsonCheckpointHandler())  # Without one, Orbax would warn.
+        handler = ocp.CompositeCheckpointHandler(**handlers, **{_ARRAYS: ocp.StandardCheckpointHandler()})
         with ocp.Checkpointer(handler, multiprocessing_options=_FIRST_PROCESS) as checkpointer:
             shapes = checkpointer.metadata(path.absolute()).item_metadata[_ARRAYS]
             claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in shapes.values())
