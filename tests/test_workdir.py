@@ -260,3 +260,20 @@ def test_a_sweep_extends_its_runs(tmp_path):
     with pytest.raises(UserError, match="not cut to fewer"):
         grid.check([shorter])
     assert dataclasses.replace(longer) == longer
+
+
+def test_a_teacher_with_students_is_not_extended(tmp_path):
+    """As when a method is added to a sweep, and the overrides of the first command are forgotten."""
+    shorter = [f"--config.{key}=4" for key in ("teacher.epochs", "epochs")]
+    teacher, student = grid.make_grid("digits", ["kd"], [0], tmp_path, shorter)
+    teacher.workdir.mkdir()
+    claim(teacher.workdir, identify(teacher.config), dataset())
+    save(teacher.workdir, "student", 7, finished=True)
+    longer, _ = grid.make_grid("digits", ["dkd"], [0], tmp_path, [])
+    grid.check([longer])
+    assert longer.workdir == teacher.workdir
+    student.workdir.mkdir()
+    claim(student.workdir, identify(student.config), dataset())
+    with pytest.raises(UserError, match="trained for 4 epochs, and kd-seed0 has learned from it, .* trained for 30"):
+        grid.check([longer])
+    grid.check([teacher])

@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from cskd_jax.configs import networks
+from cskd_jax.errors import UserError
 from cskd_jax.files import refuse_link
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
@@ -183,7 +184,10 @@ def _teacher_run(
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Raises UserError if a configuration or the data are wrong, or if a workdir holds another run or is a link."""
+    """Raises UserError if a configuration or the data are wrong, or if a workdir holds another run or is a link.
+
+    A teacher that students of the sweep have learned from would be lost to them if it was trained further.
+    """
     data = {}
     for run in runs:
         config = run.config
@@ -196,8 +200,24 @@ def check(runs: Sequence[Run]) -> None:
         if path.exists():
             config = schema.with_values(config, kept_values(run.workdir, config))
             check_workdir(run.workdir, identify(config, digests_in(schema.read_flat(path))))
+            epochs = schema.read_flat(path).get("epochs", config.epochs)
+            if epochs < config.epochs and (student := _student_of(run)) is not None:
+                raise UserError(
+                    f"the teacher {run.workdir} has been trained for {epochs} epochs, and {student} has learned from "
+                    f"it, but now it should be trained for {config.epochs}; repeat the overrides of the first command, "
+                    "or use another --workdir"
+                )
         if not run.done:
             data[str(config.dataset)] = config
     # This also prepares the data: two runs that start together would get in each other's way.
     for config in data.values():
         load_data(config)
+
+
+def _student_of(teacher):
+    """Returns the name of a run of the sweep, made by this or an earlier command, that has this teacher, or None."""
+    for path in sorted(teacher.sweep.rglob("config.json")):
+        checkpoint = schema.read_flat(path).get("teacher.checkpoint")
+        if isinstance(checkpoint, str) and checkpoint.endswith(f"/{teacher.name}/student"):  # The sweep may have moved.
+            return path.parent.relative_to(teacher.sweep).as_posix()
+    return None

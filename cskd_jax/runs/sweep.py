@@ -62,7 +62,11 @@ def sweep(groups: Sequence[Sequence[Run]], jobs: int) -> None:
     with StopRequest() as stop:
         while waiting or running:
             if stop.requested:
-                _stop(running, stop)
+                _stop(running)
+                done = sum(run.done for run in runs)
+                raise InterruptedRun(
+                    f"stopped by {stop.name} with {done} of {total} runs done: the same command resumes the sweep"
+                )
             for slot in set(range(jobs)) - running.keys():
                 group = next(_ready(waiting), None)
                 if group is not None:
@@ -164,13 +168,11 @@ def _ready(waiting) -> Iterator[list[Run]]:
     return (group for group in waiting if all(run.teacher is None or run.teacher.done for run in group))
 
 
-def _stop(running, stop):
+def _stop(running):
     for process in running.values():
         process.stop()
     for process in running.values():
         process.wait()
-    saved = sum(len(process.left) for process in running.values())
-    raise InterruptedRun(f"stopped by {stop.name}, {counted(saved, 'run')} saved: the same command resumes the sweep")
 
 
 def _failure(run, code, log):

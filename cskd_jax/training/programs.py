@@ -236,9 +236,9 @@ class Programs:
 
     def _lower_state(self, teacher_output, ema):
         """Traces the program that makes a new state."""
-        first, shape, key = self.parts[0], self._setup.data.image_shape, self._init_key
+        first, shape = self.parts[0], self._setup.data.image_shape
 
-        def new_state(variables):
+        def new_state(key, variables):
             return init_state(
                 key,
                 self.network,
@@ -252,7 +252,7 @@ class Programs:
                 self._teacher_pass.layers,
             )
 
-        self._lowered_state = jax.jit(new_state).lower(self._variables)
+        self._lowered_state = jax.jit(new_state).lower(self._init_key, self._variables)
         state: TrainState = self._lowered_state.out_info
         self.states = [state]
         for part in self.parts[1:]:
@@ -336,7 +336,7 @@ class Programs:
         assert self._init is not None
         init = self._init.result()
         # All processes take the state of the first one, because another kind of machine might round differently.
-        return processes.on_first(lambda: jax.device_get(init(self._variables)))
+        return processes.on_first(lambda: jax.device_get(init(self._init_key, self._variables)))
 
     def memory(self, number: int, size: int) -> tuple[int, int]:
         """Returns the bytes that the arguments of a step take on a device, and the additional bytes it takes to run."""
