@@ -183,5 +183,10 @@ def test_functions_that_are_no_networks(student, message):
 
 
 def test_what_has_no_paths():
-    with pytest.raises(TypeError, match=r"features can be named by path only in a flax.linen.Module; got Module"):
+    with pytest.raises(
+        TypeError, match=r"only in a flax.linen.Module; got Module: instead, have it return .*'features'"
+    ):
         as_network(Module(nnx.Rngs(0)), features=("convs/0",))
+    for paths in ({}, {"features": ("convs/0",)}):
+        with pytest.raises(TypeError, match="a network must be an instance; got the class Module"):
+            as_network(Module, **paths)

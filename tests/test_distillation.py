@@ -242,9 +242,14 @@ def test_what_does_not_fit_is_said_before_anything_compiles(settings, message):
 @pytest.mark.slow
 def test_a_loss_says_what_the_network_does_not_return():
     teacher = {"teacher": Net(), "teacher_variables": distill(Net(), epochs=1).variables}
-    with pytest.raises(UserError, match="a loss reads the features of the student") as caught:
+    advice = (
+        r"name submodules .* with student_features=\['PATH', ...\] and, unless .*, teacher_features=\['PATH', ...\]"
+    )
+    with pytest.raises(UserError, match=f"losses.at: it reads the features of the student, .*: {advice}") as caught:
         distill(Net(), losses={"at": 1.0}, **teacher)
     assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(UserError, match="losses.at: it reads the features of the teacher, .* return {'logits': ..., "):
+        distill(Net(), losses={"at": 1.0}, student_features=["hidden"], **teacher)
 
 
 @pytest.mark.slow

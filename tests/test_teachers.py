@@ -179,7 +179,7 @@ def test_teachers_of_different_classes_are_not_combined():
     teachers = [teacher(0), Teacher(Net(classes=5), Net(classes=5).init(jax.random.key(1), INPUTS))]
     losses = {"kd": {"weight": 1.0, "teacher": 0}, "cosine": {"weight": 1.0, "teacher": 1}}
     train(losses, teachers, epochs=1)
-    with pytest.raises(UserError, match="a loss reads the logits of the teacher, but there are several: choose one"):
+    with pytest.raises(UserError, match="losses.kd: it reads the logits of the teacher, but there are several: choose"):
         train({"kd": 1.0}, teachers)
 
 
@@ -255,8 +255,8 @@ def test_on_two_devices():
             "there are several: choose one with the teacher setting of the loss, a number from 0 to 1",
         ),
         ({"simkd": {"weight": 1.0, "teacher": 0}}, 2, {}, "which works only with a single teacher"),
-        ({"kd": {"teacher": 2}}, 2, {}, "a loss has teacher=2; the teachers are numbered from 0 to 1"),
-        ({"kd": {"teacher": 1}}, 1, {}, "a loss has teacher=1; the teachers are numbered from 0 to 0"),
+        ({"kd": {"teacher": 2}}, 2, {}, "losses.kd: it has teacher=2; the teachers are numbered from 0 to 1"),
+        ({"kd": {"teacher": 1}}, 1, {}, "losses.kd: it has teacher=1; the teachers are numbered from 0 to 0"),
         (
             {"kd": {"teacher": -1}},
             2,

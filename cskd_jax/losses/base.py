@@ -88,7 +88,7 @@ class Head(NamedTuple):
         """Raises ValueError unless the classifier takes the channel means of a map as input."""
         if channels != self.kernel.shape[0]:
             raise ValueError(
-                f"a loss applies a classifier of {self.kernel.shape[0]} features to a map of {channels} channels; it "
+                f"a classifier of {self.kernel.shape[0]} features is applied to a map of {channels} channels; it "
                 "must be the linear layer that follows the mean over the positions of that map"
             )
 

@@ -249,10 +249,13 @@ def as_network(
         changes = {"features": tuple(features), "embedding": embedding} if features or embedding else {}
         return dataclasses.replace(module, **changes, **heads)
     kind = module.__name__ if isinstance(module, type) else type(module).__name__
-    if features or embedding:
-        raise TypeError(f"features can be named by path only in a flax.linen.Module; got {kind}")
     if isinstance(module, type):
         raise TypeError(f"a network must be an instance; got the class {kind}")
+    if features or embedding:
+        raise TypeError(
+            f"features and an embedding can be named by path only in a flax.linen.Module; got {kind}: instead, have it "
+            "return a dictionary {'logits': ..., 'features': (...), 'embedding': ...}"
+        )
     # Importing nnx takes a while, and a caller with an nnx module has already imported it.
     if "flax.nnx" in sys.modules and isinstance(module, sys.modules["flax.nnx"].Module):
         from cskd_jax.training.nnx_adapter import NnxNetwork

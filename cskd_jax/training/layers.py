@@ -78,18 +78,18 @@ class _Missing:
 
 def _no_head(role):
     return _Missing(
-        f"a loss reads the classifier of the {role}, which is unknown: name the path of the linear layer with which "
+        f"it reads the classifier of the {role}, which is unknown: name the path of the linear layer with which "
         f"that network predicts, such as {role}_head='Dense_0' in distill, or LinenNetwork(module, head='Dense_0')"
     )
 
 
 _NOT_OF_SEVERAL = _Missing(
-    "a loss reads the classifier or a normalization of the teacher, which works only with a single teacher: use one "
+    "it reads the classifier or a normalization of the teacher, which works only with a single teacher: use one "
     "teacher, and leave the loss's teacher setting at None"
 )
 
 _NO_NORMS = _Missing(
-    "a loss reads the batch normalizations before the last ReLU of each stage of the teacher, which that network does "
+    "it reads the batch normalizations before the last ReLU of each stage of the teacher, which that network does "
     "not report: ResNets, wide ResNets, VGGs and MobileNets of this package do, and so does any linen module "
     "with an attribute `preactivation_norms`, a tuple of their paths"
 )

@@ -1,8 +1,9 @@
 """The objective: a weighted sum of losses."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -172,8 +173,10 @@ class Objective:
         inputs, params, memory = guard(inputs), {}, {}
         for position, (name, (_, loss)) in enumerate(self.losses.items()):
             # The parameters do not depend on how the batch is split, and no axis is mapped here.
-            alone, seen = loss.clone(axis_name=None), with_teacher(inputs, loss.teacher)
-            variables = alone.lazy_init(jax.random.fold_in(key, position), seen)
+            alone = loss.clone(axis_name=None)
+            with _naming(name):
+                seen = with_teacher(inputs, loss.teacher)
+                variables = alone.lazy_init(jax.random.fold_in(key, position), seen)
             if "params" in variables:
                 params[name] = variables["params"]
             if "memory" in variables:
@@ -232,8 +235,9 @@ class Objective:
         inputs, terms, new_memory = guard(inputs._replace(epoch=step // self.steps_per_epoch)), {}, {}
         for name, (weight, loss) in self.losses.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
-            seen = with_teacher(inputs, loss.teacher)
-            (value, parts), updated = loss.apply(variables, seen, mutable=["memory"])
+            with _naming(name):
+                seen = with_teacher(inputs, loss.teacher)
+                (value, parts), updated = loss.apply(variables, seen, mutable=["memory"])
             _check_scalars(name, value, parts)
             total += self._weigh(weight, value, step)
             terms[name] = value
@@ -335,6 +339,15 @@ def _number_of_teacher(name, teacher):
     raise UserError(
         f"losses.{name}.teacher is {teacher!r}; it must be {AVERAGE!r}, None, or the number of a teacher (from 0)"
     )
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Returns a context in which a ValueError names the loss that raised it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"losses.{name}: {error}") from error
 
 
 def _check_scalars(name, value, parts):

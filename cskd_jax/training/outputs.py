@@ -9,6 +9,18 @@ from cskd_jax.losses import LossInputs, View
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import guard_layers, without_teacher_layers
 
+# What to do about an output that student or teacher lacks; only the first two can be taken from within a linen module.
+_HOW_TO_GIVE = {name: f"have it return a ModelOutput with {name}" for name in ModelOutput._fields} | {
+    "features": (
+        "name submodules of a linen module with student_features=['PATH', ...] and, unless the teacher returns them, "
+        "teacher_features=['PATH', ...], or have the network return {'logits': ..., 'features': (...)}"
+    ),
+    "embedding": (
+        "name a submodule of a linen module with student_embedding='PATH' and, unless the teacher returns it, "
+        "teacher_embedding='PATH', or have the network return {'logits': ..., 'embedding': ...}"
+    ),
+}
+
 
 @jax.tree_util.register_pytree_node_class
 class Outputs:
@@ -48,7 +60,7 @@ class Outputs:
         value, grid = getattr(self.output, name), self.output.grid
         if name == "preactivations" and grid is not None:
             raise ValueError(
-                "a loss reads the maps before the last ReLU of each stage, but no ReLU follows the tokens of the "
+                "it reads the maps before the last ReLU of each stage, but no ReLU follows the tokens of the "
                 f"{self._role}: this loss needs networks with feature maps"
             )
         if name == "members":
@@ -64,13 +76,10 @@ class Outputs:
         if self.output.members and self._role == "teacher":
             last = len(self.output.members) - 1
             return (
-                f"a loss reads the {name} of the teacher, but there are several: choose one with the teacher setting "
+                f"it reads the {name} of the teacher, but there are several: choose one with the teacher setting "
                 f"of the loss, a number from 0 to {last}"
             )
-        return (
-            f"a loss reads the {name} of the {self._role}, which that network does not return; "
-            f"name the path of a submodule, or return a ModelOutput with {name}"
-        )
+        return f"it reads the {name} of the {self._role}, which that network does not return: {_HOW_TO_GIVE[name]}"
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """Returns the outputs of the network, and the rest, which is static."""
@@ -112,10 +121,10 @@ def with_teacher(inputs: LossInputs, teacher: int | str | None) -> LossInputs:
         if isinstance(teacher, str):
             return view.average
         if view.teacher is None:
-            raise ValueError(f"a loss has teacher={teacher}, but there is no teacher")
+            raise ValueError(f"it has teacher={teacher}, but there is no teacher")
         members = view.teacher.members or (view.teacher,)
         if teacher >= len(members):
-            raise ValueError(f"a loss has teacher={teacher}; the teachers are numbered from 0 to {len(members) - 1}")
+            raise ValueError(f"it has teacher={teacher}; the teachers are numbered from 0 to {len(members) - 1}")
         return members[teacher]
 
     views = tuple(view._replace(teacher=choose(view)) for view in inputs.views)

@@ -204,15 +204,15 @@ def test_ofa_with_exponent_1_is_the_cross_entropy_with_the_teacher():
 @pytest.mark.parametrize(
     ("name", "layer", "text"),
     [
-        ("simkd", "teacher_head", "a loss reads the classifier of the teacher, which is unknown: name the path"),
-        ("srrl", "teacher_head", "a loss reads the classifier of the teacher, which is unknown: name the path"),
-        ("sdd_kd", "student_head", "a loss reads the classifier of the student, which is unknown: name the path"),
-        ("ofd", "teacher_norms", "a loss reads the batch normalizations before the last ReLU of each stage"),
+        ("simkd", "teacher_head", "it reads the classifier of the teacher, which is unknown: name the path"),
+        ("srrl", "teacher_head", "it reads the classifier of the teacher, which is unknown: name the path"),
+        ("sdd_kd", "student_head", "it reads the classifier of the student, which is unknown: name the path"),
+        ("ofd", "teacher_norms", "it reads the batch normalizations before the last ReLU of each stage"),
     ],
 )
 def test_a_layer_that_is_not_known(name, layer, text):
     inputs = make_inputs(dtype=np.float32)._replace(**{layer: None})
-    with pytest.raises(ValueError, match="^" + re.escape(text)):
+    with pytest.raises(ValueError, match="^" + re.escape(f"losses.{name}: {text}")):
         jax.eval_shape(Objective.create({name: 1.0}, num_classes=NUM_CLASSES).init, jax.random.key(0), inputs)
 
 
@@ -220,7 +220,7 @@ def test_a_layer_that_is_not_known(name, layer, text):
     ("name", "change", "text"),
     [
         ("simkd", {"teacher_head": Head(np.zeros((3, 5), np.float32), np.zeros(5, np.float32))},
-         "a loss applies a classifier of 3 features to a map of 10 channels"),
+         "a classifier of 3 features is applied to a map of 10 channels"),
         ("ofd", {"teacher": make_output(2, 8, (4, 6, 10), np.float32)._replace(preactivations=())},
          "student has 3 stages and teacher 0"),
     ],
