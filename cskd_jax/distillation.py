@@ -311,10 +311,10 @@ def _describe_teachers(teachers, combine):
 
 
 def _make_batches(train: Any, steps_per_epoch: int | None) -> EpochBatches | None:
-    """Returns the batches that a function makes; None if `train` holds arrays."""
+    """Returns the batches that a function makes; None if `train` is to hold arrays, which `from_arrays` checks."""
     if callable(train):
         return EpochBatches(train, functools.partial(make_split, "train"), steps_per_epoch)
-    if not isinstance(train, tuple | list):
+    if isinstance(train, Iterable) and not isinstance(train, tuple | list) and not hasattr(train, "shape"):
         raise UserError(
             f"train is a {type(train).__name__}, which may be exhausted after one epoch: give arrays, or a function "
             "from an epoch number to an iterable of (images, labels), such as train=lambda epoch: loader"

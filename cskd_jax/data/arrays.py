@@ -22,16 +22,22 @@ def from_arrays(
       UserError: The arrays are not images and labels, or those of the two splits do not fit together.
     """
     given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
+    for name, arrays in given.items():
+        if not isinstance(arrays, tuple | list) or len(arrays) != 2:
+            kind = f"{type(arrays).__name__}" + (f" of {len(arrays)}" if isinstance(arrays, tuple | list) else "")
+            raise UserError(f"{name} must be a pair (images, labels); got {kind}")
     splits: list[Any] = [make_split(name, *arrays) for name, arrays in given.items()]
     if train[1] is None and any(split.labels.ndim == 2 for split in splits):
         raise UserError("train has no labels, but multi-label data sets need them")
     kinds = [
-        f"images {split.images.shape[1:]} {split.images.dtype} with labels {['N', *split.labels.shape[1:]]}"
+        f"{split.images.dtype} images {_shape_of(split.images)} with labels {_shape_of(split.labels)}"
         for split in splits
     ]
-    for name, kind in zip(given, kinds, strict=True):
+    for name, split, kind in zip(given, splits, kinds, strict=True):
         if kind != kinds[0]:
-            raise UserError(f"train and {name} differ: {kinds[0]} and {kind}")
+            one_hot = split.labels.ndim != splits[0].labels.ndim
+            hint = "; if labels [N, K] are one-hot, give labels.argmax(1)" if one_hot else ""
+            raise UserError(f"train and {name} differ: {kinds[0]}, and {kind}{hint}")
     multilabel = splits[0].labels.ndim == 2
     count = splits[0].labels.shape[1] if multilabel else 1 + max(int(split.labels.max()) for split in splits)
     names = tuple(map(str, range(count))) if categories is None else tuple(categories)
@@ -39,6 +45,11 @@ def from_arrays(
     if len(names) < count or any(split.labels.min() < 0 for split in labeled):
         raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of classes minus 1")
     return ImageDataset("arrays", splits[0], splits[1], names, splits[2] if validation is not None else None)
+
+
+def _shape_of(array):
+    """Returns the shape of the images or labels of a split, whose number N may differ between splits."""
+    return f"[{', '.join(map(str, ('N', *array.shape[1:])))}]"
 
 
 def make_split(name: str, images: Any, labels: Any) -> Split:

@@ -7,6 +7,7 @@ import jax
 import jax.extend.core
 import numpy as np
 
+from cskd_jax.errors import UserError
 from cskd_jax.models import ModelOutput
 
 Variables = Mapping[str, Any]
@@ -76,6 +77,18 @@ def as_output(outputs: Any) -> ModelOutput:
         features=tuple(outputs.features),
         preactivations=tuple(outputs.preactivations),
     )
+
+
+def check_collections(name: str, variables: Variables) -> None:
+    """Raises UserError for variables, called `name` in the message, that are not collections with "params"."""
+    if not isinstance(variables, Mapping) or (variables and "params" not in variables):
+        found = (
+            f"the keys {', '.join(map(str, variables))}" if isinstance(variables, Mapping) else type(variables).__name__
+        )
+        raise UserError(
+            f"{name} must be {{'params': ...}}, with the other collections of the network, such as 'batch_stats', "
+            f"beside 'params'; got {found}"
+        )
 
 
 def make_rngs(key: jax.Array | None, streams: tuple[str, ...]) -> dict[str, jax.Array] | None:

@@ -11,7 +11,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, close_to
 from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch, half_cosine
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import Layers
@@ -126,6 +126,8 @@ class Objective:
         Raises:
           UserError: A loss or one of its settings is unknown.
         """
+        if not hasattr(losses, "items"):
+            raise UserError(f"losses is {losses!r}; it must be a dictionary of losses, such as {{'kd': 0.9}}")
         common = {"num_classes": num_classes, "axis_name": axis_name}
         common |= {"num_examples": num_examples, "batch_size": batch_size}
         fields = {field.name for field in dataclasses.fields(Weight)}
@@ -360,13 +362,18 @@ def _check_scalars(name, value, parts):
             raise ValueError(f"losses.{key} must be a scalar; got {shape}")
 
 
+def _meant(name, known):
+    """Returns a question with the known names that an unknown one resembles; "" if it resembles none."""
+    close = close_to(name, known)
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
 def _create_loss(name, loss, hyper, common):
     """Returns the module of a loss, from its name or as given."""
     if loss is None:
         if name not in LOSSES:
-            raise UserError(
-                f"losses.{name} is unknown: give a function or a Method, or use one of {', '.join(sorted(LOSSES))}"
-            )
+            known = f"give a function or a Method, or use one of {', '.join(sorted(LOSSES))}"
+            raise UserError(f"losses.{name} is unknown; {_meant(name, LOSSES) or known}")
         loss = LOSSES[name]
     if isinstance(loss, type) and issubclass(loss, Method):
         allowed = {field.name for field in dataclasses.fields(loss)} - _SET_BY_OBJECTIVE
@@ -374,7 +381,8 @@ def _create_loss(name, loss, hyper, common):
         if unknown:
             allowed |= {field.name for field in dataclasses.fields(Weight)}
             allowed |= {"teacher"} if loss.needs_teacher else set()
-            raise UserError(f"losses.{name} has no setting {unknown[0]}, only {', '.join(sorted(allowed))}")
+            known = f"it has {', '.join(sorted(allowed))}"
+            raise UserError(f"losses.{name} has no setting {unknown[0]}; {_meant(unknown[0], allowed) or known}")
         return loss(**common, **hyper)
     if hyper:
         raise UserError(f"losses.{name} takes only the settings of its weight; got {', '.join(sorted(hyper))}")

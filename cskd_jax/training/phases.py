@@ -92,17 +92,23 @@ def make_parts(
       create: Function from a description of losses to an objective.
 
     Raises:
-      UserError: There is no phase, or one has no epochs.
+      UserError: There is no phase, or one has no epochs, no losses or no optimizer.
     """
-    if not phases or not all(isinstance(phase.epochs, int | np.integer) and phase.epochs >= 1 for phase in phases):
-        raise UserError("training needs at least one phase, and every phase an integer number of epochs, at least 1")
+    if not phases:
+        raise UserError("training needs at least one phase")
+    for phase in phases:
+        if not isinstance(phase.epochs, int | np.integer) or phase.epochs < 1:
+            raise UserError(f"epochs is {phase.epochs!r}; it must be an integer, at least 1")
     described = [losses if phase.losses is None else phase.losses for phase in phases]
-    all_losses = create({name: entry for description in reversed(described) for name, entry in description.items()})
     objectives = [create(description) for description in described]
+    all_losses = create({name: entry for description in reversed(described) for name, entry in description.items()})
     undecayed = {(name, part) for name, (_, loss) in all_losses.losses.items() for part in loss.undecayed}
     chosen = [
         (optimizer, schedule) if phase.optimizer is None else (phase.optimizer, phase.schedule) for phase in phases
     ]
+    for given, _ in chosen:
+        if not all(callable(getattr(given, name, None)) for name in ("init", "update")):
+            raise UserError(f"optimizer is {given!r}; it must be an optimizer of optax, such as optax.adamw(1e-3)")
     keys = [(choice, phase.trainable) for choice, phase in zip(chosen, phases, strict=True)]
     starts = [number for number, key in enumerate(keys) if number == 0 or key != keys[number - 1]]
     parts: list[Part] = []

@@ -24,7 +24,7 @@ from cskd_jax.training.checks import check_batches, check_losses
 from cskd_jax.training.evaluation import Evaluation
 from cskd_jax.training.loop import Loop
 from cskd_jax.training.mixing import Mix
-from cskd_jax.training.networks import Network, Variables
+from cskd_jax.training.networks import Network, Variables, check_collections
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.participant import Participant
 from cskd_jax.training.peers import with_peers
@@ -243,6 +243,8 @@ class Trainer:
             prediction=describe_prediction(parts[-1].objective),
         )
         variables = network.variables if student.variables is None else student.variables
+        if variables is not None:
+            check_collections("student_variables", variables)
         peers = max(part.objective.peers for part in parts)
         if peers and variables is not None:
             raise UserError(f"{name}: a student with peers must start from new weights, but it already has variables")
