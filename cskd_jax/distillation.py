@@ -23,7 +23,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
 from cskd_jax.inputs import is_count, read_json
 from cskd_jax.losses import Method
-from cskd_jax.runs.results import RESULTS, describe_result
+from cskd_jax.runs.results import DISTILLATION, RESULTS, describe_result
 from cskd_jax.runs.workdir import held
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.arrays import digest_of
@@ -35,7 +35,6 @@ from cskd_jax.training.phases import Phase
 from cskd_jax.training.teachers import Combine, Teacher, variables_of
 from cskd_jax.training.trainer import Student, Trainer
 
-_IDENTITY = "distillation.json"
 _STUDENT = "student"
 
 
@@ -160,7 +159,9 @@ def distill(
     teacher_paths = teacher_features, teacher_embedding, teacher_head
     teachers = _as_teachers(teacher, teacher_variables, teacher_paths, None if own.is_same(normalize) else own)
     workdir = None if workdir is None else local_folder(workdir)
-    with contextlib.nullcontext() if workdir is None else held(workdir, _IDENTITY, folders=("tensorboard", *students)):
+    with (
+        contextlib.nullcontext() if workdir is None else held(workdir, DISTILLATION, folders=("tensorboard", *students))
+    ):
         trainer = Trainer(
             students,
             teachers,
@@ -344,7 +345,7 @@ def _claim(workdir, identity, students):
     Raises:
       UserError: The workdir holds checkpoints of other settings, or of something else.
     """
-    path = workdir / _IDENTITY
+    path = workdir / DISTILLATION
     identity = json.loads(json.dumps(identity))
     if not any(workdir.glob(f"*/{FOLDER}/*")):
         write_json(path, identity)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import cskd_jax
+from cskd_jax.__main__ import main
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distillation import _describe_loss
 from cskd_jax.errors import InterruptedRun, UserError
@@ -91,7 +92,7 @@ def test_uint8_images_are_normalized_and_floats_taken_as_they_are():
 
 
 @pytest.mark.slow
-def test_resumes_bit_for_bit_and_is_extended(tmp_path):
+def test_resumes_bit_for_bit_and_is_extended(tmp_path, capsys):
     expected = distill(Net(dropout=0.3, norm=True), epochs=3)
     short = distill(Net(dropout=0.3, norm=True), epochs=2, workdir=tmp_path)
     again = distill(Net(dropout=0.3, norm=True), epochs=2, workdir=tmp_path)
@@ -103,8 +104,16 @@ def test_resumes_bit_for_bit_and_is_extended(tmp_path):
     assert_equal(variables, expected.variables)
     assert results["student"]["last"] == expected.last
     assert network.apply(variables, IMAGES, train=False).shape == (24, 3)
-    with pytest.raises(UserError, match="holds a Net, which is not a network of this package: give student="):
+    with pytest.raises(
+        UserError, match=r"holds a Net, which is not .*: .*load_run\(workdir, student=MODULE\) reads it"
+    ):
         cskd_jax.load_run(tmp_path)
+    for command in (["evaluate", str(tmp_path)], ["evaluate", str(tmp_path / "student")], ["report", str(tmp_path)]):
+        assert main(["cskd-jax", *command]) == 2
+        message = (
+            f"{tmp_path} holds a run of cskd_jax.distill, not of a recipe: cskd_jax.load_run('{tmp_path}', student="
+        )
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -63,11 +63,13 @@ def _run(argv):
 def _config(workdir, values):
     """Returns the configuration of the recipe if one is given, or else of the run."""
     from cskd_jax.runs import recipes, schema
+    from cskd_jax.runs.results import refuse_distillation
     from cskd_jax.runs.workdir import run_config
 
     if values.config:
         config = recipes.load_recipe(values.config, values.overrides)
     elif not (workdir / "config.json").is_file():
+        refuse_distillation(workdir)
         raise UserError(f"{workdir} holds no config.json of a run: name the recipe with --config=RECIPE")
     else:
         config = recipes.override(run_config(workdir), values.overrides)

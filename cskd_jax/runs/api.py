@@ -86,7 +86,7 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
         try:
             network = saved.record.packaged_network()
         except UserError as error:
-            raise UserError(f"{workdir}: {error}: give student=") from None
+            raise UserError(f"{workdir}: {error}") from None
         student = create_model(**network, num_classes=saved.num_classes)
     predicting = restore_prediction(as_network(student), saved.variables, saved.record, str(workdir))
     if isinstance(predicting, PredictingNetwork):

@@ -26,6 +26,8 @@ _logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 _CONFUSIONS = "confusion_matrix.csv"
+# File in the workdir of a `distill` call, which has no configuration.
+DISTILLATION = "distillation.json"
 # Files and folders that a run writes into its workdir, besides its lock.
 FILES = (RESULTS, "config.json", "metrics.jsonl", _CONFUSIONS)
 FOLDERS = ("tensorboard", "teacher", "student")
@@ -92,6 +94,7 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
     results = read_json(path)
     missing = sorted(_NEEDED.keys() - results.keys())
     if missing:
+        refuse_distillation(path.parent)
         raise UserError(f"{path} is not the result of a run: it is missing {', '.join(missing)}")
     wrong = unsound(results, _NEEDED)
     if wrong:
@@ -103,6 +106,15 @@ def read_score(path: pathlib.Path) -> str:
     """Returns the score of the student in a results.json, as in "last top-1 0.9804"; raises UserError as above."""
     last = read_results(path)["student"]["last"]
     return f"last {task_that_measured(last).describe(last)}"
+
+
+def refuse_distillation(workdir: pathlib.Path) -> None:
+    """Raises UserError for the workdir of a `distill` call, which commands cannot read."""
+    if (workdir / DISTILLATION).is_file():
+        raise UserError(
+            f"{workdir} holds a run of cskd_jax.distill, not of a recipe: cskd_jax.load_run({str(workdir)!r}, "
+            "student=MODULE) reads it"
+        )
 
 
 def read_versions() -> dict[str, str]:

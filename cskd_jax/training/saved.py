@@ -54,7 +54,11 @@ class Record:
     def packaged_network(self) -> dict[str, Any]:
         """Returns arguments of `create_model`; raises UserError if the network is not part of this package."""
         if "width" not in self.network:
-            raise UserError(f"the checkpoint holds a {self.network['name']}, which is not a network of this package")
+            name = self.network["name"]
+            raise UserError(
+                f"the checkpoint holds a {name}, which is not a network of this package: if cskd_jax.distill made it, "
+                "cskd_jax.load_run(workdir, student=MODULE) reads it"
+            )
         found = {"settings": {}, **self.network}
         settings = {key: tuple(x) if isinstance(x, list) else x for key, x in found["settings"].items()}
         return {"name": found["name"], "width": found["width"], "settings": settings}
