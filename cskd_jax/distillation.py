@@ -362,7 +362,8 @@ def _claim(workdir, identity, students):
         changes = ", ".join(f"{key} {found.get(key)!r} != {identity.get(key)!r}" for key in different)
         raise UserError(f"workdir {workdir} holds another run ({changes}); use another workdir")
     write_json(path, identity)
+    state = "already done" if (workdir / RESULTS).exists() else "resuming"
     return (
-        f"workdir {workdir}: resuming; the optimizer, the augmentation, the batches that a function makes after the "
+        f"workdir {workdir}: {state}; the optimizer, the augmentation, the batches that a function makes after the "
         "first, and the code of networks and functions cannot be compared with those of the earlier run"
     )

@@ -128,7 +128,11 @@ def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
     assert _describe_loss(KD(num_classes=3, temperature=1.0)) != _describe_loss(KD(num_classes=3, temperature=9.0))
     assert capsys.readouterr() == ("", "")
     distill(Net(), workdir=tmp_path, callbacks=[cskd_jax.Console()])
-    assert "cannot be compared with those of the earlier run" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"workdir {tmp_path}: already done; " in output
+    assert "cannot be compared with those of the earlier run" in output
+    distill(Net(), workdir=tmp_path, callbacks=[cskd_jax.Console()], epochs=3)
+    assert f"workdir {tmp_path}: resuming; " in capsys.readouterr().out
 
 
 @pytest.mark.slow
