@@ -61,6 +61,7 @@ def test_result():
     assert {"loss", "cross_entropy", "top1", "gradient_norm"} <= result.metrics["train"].keys()
     assert [row["step"] for row in result.history if row["split"] == "train"] == [1, 2, 3, 4]
     assert result.last["epoch"] == 2
+    assert repr(result) == f"Result(metrics={result.metrics})"
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(result.variables))
 
 

@@ -67,7 +67,7 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of training a student.
+    """The result of training a student, whose representation shows its metrics alone.
 
     Attributes:
       variables: Variables of the network, numpy arrays: {"params": ..., and its other collections}.
@@ -81,13 +81,13 @@ class Result:
       images_per_second: Training speed; None if nothing was trained.
     """
 
-    variables: Variables
+    variables: Variables = dataclasses.field(repr=False)
     metrics: Mapping[str, Mapping[str, float]]
-    last: Mapping[str, float]
-    best: Mapping[str, float]
-    validation: Mapping[str, Mapping[str, float]]
-    history: Sequence[Mapping[str, Any]]
-    images_per_second: float | None
+    last: Mapping[str, float] = dataclasses.field(repr=False)
+    best: Mapping[str, float] = dataclasses.field(repr=False)
+    validation: Mapping[str, Mapping[str, float]] = dataclasses.field(repr=False)
+    history: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
+    images_per_second: float | None = dataclasses.field(repr=False)
 
 
 class Trainer:
