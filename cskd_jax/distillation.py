@@ -87,7 +87,8 @@ def distill(
         its argument `train`, `training`, `is_training` or `deterministic`, if it has one of them.
       students: In place of one student: {name: `Student`}, each with its own network, losses and optimizer. They see
         the same batches, which pass through the teacher once for all; each becomes what it would become alone.
-      losses: {name: weight, or settings with a "weight", or a custom loss}; see `training.objective.Objective`.
+      losses: {name: weight, or settings with a "weight" (1 if left out), or a custom loss}; see
+        `training.objective.Objective`.
       optimizer: Optimizer, such as `optax.adamw(1e-3)`.
       train: Images [N, H, W, C] and labels: int [N]; 0 and 1 [N, K] if an image has any number of classes; or None for
         losses that read none. uint8 images are divided by 255 and normalized by `mean` and `std`; floats are used
