@@ -47,7 +47,7 @@ def _run(argv):
 
     is_network = values.checkpoint is not None or (values.workdir is None and (folder / FOLDER).is_dir())
     folders = [folder] if is_network else _networks(folder, FOLDER)
-    config = _config(folder.absolute().parent if is_network else folder, values)
+    config = _config(folder, folder.absolute().parent if is_network else folder, values)
     command_line.set_up_jax()
     devices = Devices()
     devices.check_batch_size("batch_size", config.batch_size)
@@ -60,7 +60,7 @@ def _run(argv):
     say(f"written: {folder / 'evaluation.json'}")
 
 
-def _config(workdir, values):
+def _config(folder, workdir, values):
     """Returns the configuration of the recipe if one is given, or else of the run."""
     from cskd_jax.runs import recipes, schema
     from cskd_jax.runs.results import refuse_distillation
@@ -70,11 +70,23 @@ def _config(workdir, values):
         config = recipes.load_recipe(values.config, values.overrides)
     elif not (workdir / "config.json").is_file():
         refuse_distillation(workdir)
-        raise UserError(f"{workdir} holds no config.json of a run: name the recipe with --config=RECIPE")
+        raise UserError(_no_config(folder, workdir, recipes.packaged_recipes()))
     else:
         config = recipes.override(run_config(workdir), values.overrides)
     schema.validate(config)
     return config
+
+
+def _no_config(folder, workdir, known):
+    """Returns the message that a recipe is needed, and which one if a known recipe has the data of an import."""
+    from cskd_jax.runs.imports import IMPORT, read_origin
+
+    origin = read_origin(folder)
+    if origin is None:
+        beside = "" if workdir == folder else f" in {workdir}"
+        return f"{folder} belongs to no run: there is no config.json{beside}; name the recipe with --config=RECIPE"
+    example = f", such as --config={origin['dataset']}" if origin.get("dataset") in known else ""
+    return f"{folder} holds an imported network ({IMPORT}), not a run: name the recipe with --config=RECIPE{example}"
 
 
 def _networks(workdir, checkpoints):

@@ -61,6 +61,9 @@ from cskd_jax.inputs import open_regular, read_bytes
 
 _MAX_NAMES = 64 << 20  # bytes of the file with the class names, of which there are at most a million
 
+# End of the names of the counters that PyTorch keeps in every batch normalization.
+_COUNTER = "num_batches_tracked"
+
 # Images in a batch of the evaluation.
 _BATCH = 256
 
@@ -132,6 +135,8 @@ def _run(argv):
     )
     print(f"{arguments.file}: {network}{_origin(known)}")
     report: dict[str, Any] = {"file": str(arguments.file), "sha256": digest, "prefix": found.prefix}
+    if known is not None:
+        report |= {"source": f"{known.repository}/blob/HEAD/{known.path}", "dataset": known.dataset}
     if arguments.verify is not None:
         report["verified"] = _verify(arguments, module.clone(**found.settings), Saved(found.variables, record, 0, ""))
     _write(arguments, found, record, report)
@@ -139,6 +144,7 @@ def _run(argv):
 
 def _write(arguments, found, record, report):
     """Writes the checkpoint and import.json, and prints what was done."""
+    from cskd_jax.runs.imports import IMPORT
     from cskd_jax.training.checkpoint import FOLDER, Checkpoints
 
     variables = found.variables
@@ -146,10 +152,14 @@ def _write(arguments, found, record, report):
     tree = {"params": {"network": variables["params"]}, "collections": collections}
     with Checkpoints(arguments.out / FOLDER, keep=1) as checkpoints:
         checkpoints.save(0, tree, record)
-    path = arguments.out / "import.json"
+    path = arguments.out / IMPORT
     write_json(path, report | {"used": found.used, "unused": found.unused})
     prefix = f" under the prefix {found.prefix}" if found.prefix else ""
-    print(f"{len(found.used)} tensors used{prefix}, 0 missing, {len(found.unused)} not needed (listed in {path})")
+    kind = ""
+    if found.unused and all(name.endswith(_COUNTER) for name in found.unused):
+        kind = f", all of them {_COUNTER}, PyTorch's counters of batches"
+    unused = f"{len(found.unused)} not needed{kind} (listed in {path})"
+    print(f"{len(found.used)} tensors used{prefix}, 0 missing, {unused}")
     print(
         f"checkpoint {arguments.out}: --config.teacher.checkpoint={arguments.out} "
         f"--config.teacher.name={arguments.model} --config.teacher.width={arguments.width:g}"

@@ -14,6 +14,7 @@ from cskd_jax.interop.checkpoints import known_checkpoints, table
 from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.names import to_torch
 from cskd_jax.models import MODELS, create_model
+from cskd_jax.runs.imports import read_origin
 from cskd_jax.training.checkpoint import load_variables
 from tests.torch_files import assert_same_variables, random_variables
 
@@ -70,6 +71,12 @@ def test_known_file_needs_no_flags(known_file, tmp_path, capsys):
     assert record.network == {"name": "resnet8_stem64", "width": 1.0}
     assert record.categories[3] == "digit 3"
     assert record.images == {"size": [8, 8], "mean": [0.5], "std": [0.25]}
+    assert read_origin(tmp_path / "out") == {
+        "file": str(file),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "source": "https://github.com/robtad/DANS/blob/HEAD/models/cifar100_resnet20.pth",
+        "dataset": "digits",
+    }
 
 
 def test_flags_precede_what_is_known(known_file, tmp_path):

@@ -120,6 +120,13 @@ def test_checkpoint_is_written(variables, arrays, tmp_path, capsys):
     assert "branch4.weight" in report["unused"]
 
 
+def test_counters_of_batches_are_named(arrays, tmp_path, capsys):
+    safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")
+    assert run(tmp_path / "weights.safetensors", tmp_path / "teacher") == 0
+    expected = "0 missing, 9 not needed, all of them num_batches_tracked, PyTorch's counters of batches (listed in "
+    assert expected in capsys.readouterr().out
+
+
 def canary(path):
     """Arguments of a call that leaves a file, in any shell."""
     return (f"touch {path}",)
