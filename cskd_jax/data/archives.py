@@ -35,6 +35,7 @@ from cskd_jax.inputs import open_regular, read_member, zip_of
 _logger = logging.getLogger(__name__)
 
 TAR_SUFFIXES = (".tar.gz", ".tar", ".tar.xz")
+_DOWNLOADS = "downloads"  # Subfolder of the data folder.
 _TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 20
 # Limits on what unpacking may take. The archives hold only compressed images, or records that hardly compress.
@@ -94,7 +95,7 @@ def locate(archive: Archive, data_root: Path) -> Path:
     """
     path = find_archive(archive, data_root)
     if path is None:
-        return download(archive, data_root / "downloads")
+        return download(archive, data_root / _DOWNLOADS)
     if sha256(path) != archive.sha256:
         _logger.warning("%s is not the official %s: its contents are used after they are checked", path, archive.url)
     return path
@@ -102,7 +103,7 @@ def locate(archive: Archive, data_root: Path) -> Path:
 
 def find_archive(archive: Archive, data_root: Path) -> Path | None:
     """Returns the archive in the data folder or its subfolder downloads; None if there is none."""
-    for folder in (data_root, data_root / "downloads"):
+    for folder in (data_root, data_root / _DOWNLOADS):
         for suffix in archive.suffixes:
             path = folder / (archive.stem + suffix)
             if path.is_file():
@@ -115,7 +116,7 @@ def download(archive: Archive, folder: Path) -> Path:
 
     Args:
       archive: Archive to download.
-      folder: Folder for the downloaded file; it is created.
+      folder: Subfolder of the data folder for the downloaded file; it is created.
 
     Returns:
       The path of the complete, verified file.
@@ -124,7 +125,8 @@ def download(archive: Archive, folder: Path) -> Path:
       UserError: If the download failed, or if the downloaded file is not the official archive.
     """
     target = folder / (archive.stem + archive.suffixes[0])
-    by_hand = f"download it yourself and put it at {target}"
+    names = " or ".join(archive.stem + suffix for suffix in archive.suffixes)
+    by_hand = f"download it yourself and put it, as {names}, into {folder.parent} or {folder}"
     # Each process has its own file: several may download at once, and the last rename wins with the same bytes. Nobody
     # can have planted a link under its name.
     part = folder / f"{target.name}.{secrets.token_hex(8)}.part"
