@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cskd_jax.losses import LOSSES
-from cskd_jax.report import deviations
+from cskd_jax.report import deviations, tables
 from cskd_jax.report.__main__ import main
 from cskd_jax.report.ablation import find_ablations
 from cskd_jax.report.runs import compare, find_runs
@@ -147,6 +147,14 @@ def test_teachers(tmp_path):
     found = deviations.find(comparison_of(tmp_path / "own"))
     assert found["teacher"] == ["teacher.epochs 9 (recipe 200)"]
     assert "losses.kd.temperature 2.0 (recipe 4.0)" in found["kd"]
+
+
+@pytest.mark.parametrize(("official", "count"), [(False, 1), (True, 0), (None, 0)])
+def test_scores_on_data_that_are_not_the_official_ones(official, count, tmp_path):
+    write_run(tmp_path / "kd", "cifar100", "kd", 0, 0.5)
+    data = {"name": "cifar100", "categories": 100, "train_examples": 20_000, "test_examples": 10_000}
+    change(tmp_path / "kd", dataset=data if official is None else data | {"official": official})
+    assert sum("not the official one" in note for note in tables.results(comparison_of(tmp_path)).notes) == count
 
 
 def test_marks_are_shared_by_the_rows_that_share_deviations(tmp_path):

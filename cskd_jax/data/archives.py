@@ -77,7 +77,7 @@ class Archive:
         return self.size * 3 // 2 + (64 << 20)
 
 
-def locate(archive: Archive, data_root: Path) -> Path:
+def locate(archive: Archive, data_root: Path) -> tuple[Path, bool]:
     """Finds the archive on disk or downloads it.
 
     A file whose checksum differs from the official one is accepted with a warning, because its contents are checked
@@ -88,17 +88,18 @@ def locate(archive: Archive, data_root: Path) -> Path:
       data_root: Data folder.
 
     Returns:
-      The path of the file.
+      The path of the file, and whether it is the official archive.
 
     Raises:
       UserError: If there is no file and the download failed, or if the file cannot be read.
     """
     path = find_archive(archive, data_root)
     if path is None:
-        return download(archive, data_root / _DOWNLOADS)
-    if sha256(path) != archive.sha256:
+        return download(archive, data_root / _DOWNLOADS), True
+    official = sha256(path) == archive.sha256
+    if not official:
         _logger.warning("%s is not the official %s: its contents are used after they are checked", path, archive.url)
-    return path
+    return path, official
 
 
 def find_archive(archive: Archive, data_root: Path) -> Path | None:

@@ -73,7 +73,8 @@ def read(archive: CifarArchive, data_root: Path) -> Content:
     Raises:
       UserError: If the archive is invalid, or if there is none and the download failed.
     """
-    return read_archive(archive, locate(archive, data_root))
+    path, official = locate(archive, data_root)
+    return read_archive(archive, path)._replace(official=official)
 
 
 def read_archive(archive: CifarArchive, path: Path) -> Content:

@@ -59,7 +59,8 @@ def read(archive: Archive, data_root: Path) -> Content:
     Raises:
       UserError: If the archive is invalid, or if there is none and the download failed.
     """
-    return read_archive(archive, locate(archive, data_root))
+    path, official = locate(archive, data_root)
+    return read_archive(archive, path)._replace(official=official)
 
 
 def read_archive(archive: Archive, path: Path) -> Content:

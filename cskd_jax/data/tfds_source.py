@@ -22,8 +22,12 @@ from cskd_jax.data.images import MODES
 from cskd_jax.data.tfds_records import ArrayRecords, RecordImages, TfRecords, _open, require_tensorflow
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
 from cskd_jax.errors import UserError, one_line
+from cskd_jax.inputs import read_json
 
 _logger = logging.getLogger(__name__)
+
+# Entry of the metadata of a prepared data set that says whether it was made from the official archive.
+_OFFICIAL = "official"
 
 
 class SourceSplit(NamedTuple):
@@ -46,10 +50,12 @@ class Content(NamedTuple):
     Attributes:
       splits: Splits by name: train and test (or validation).
       label_names: Names of the labels of each label feature.
+      official: Whether it was read from the official archive; None if there is no archive.
     """
 
     splits: Mapping[str, SourceSplit]
     label_names: Mapping[str, Sequence[str]]
+    official: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +114,8 @@ def load_own(
         del builder.content
         # The builder is created anew, because the files may have been written by another process that was faster.
         builder = builder_class(data_dir=data_dir)
-    return load_prepared(builder, source.name, train_examples, image_size)
+    dataset = load_prepared(builder, source.name, train_examples, image_size)
+    return dataclasses.replace(dataset, official=_is_official(builder))
 
 
 def load_named(
@@ -230,10 +237,13 @@ def _builder_class(source: ArraySource) -> type:
                 ),
                 supervised_keys=("image", "label"),
                 disable_shuffling=True,  # Keeps the order of the source.
+                metadata=tfds.core.MetadataDict(),
             )
 
         def _split_generators(self, dl_manager):
             features: Any = self.info.features
+            metadata: Any = self.info.metadata
+            metadata[_OFFICIAL] = self.content.official
             for key, names in self.content.label_names.items():
                 features[key].names = list(names)
             return {name: self._generate_examples(name, split) for name, split in self.content.splits.items()}
@@ -291,6 +301,13 @@ def _is_prepared(builder: Any) -> bool:
         # tensorflow-datasets would mistake the folder for a prepared one.
         raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it again")
     return False
+
+
+def _is_official(builder: Any) -> bool | None:
+    """Returns whether a data set of this package was prepared from the official archive; None if it does not say."""
+    path = Path(builder.data_dir) / "metadata.json"
+    found = read_json(path).get(_OFFICIAL) if path.is_file() else None  # Earlier versions did not write it.
+    return found if isinstance(found, bool) else None
 
 
 def _prepare(builder: Any) -> None:

@@ -38,6 +38,7 @@ class ImageDataset:
       categories: Names of the classes, by label.
       validation: Part of the training split that is not trained on but used to choose the best epoch; None if the test
         split is used for that.
+      official: Whether it was prepared from the official archive; None if that is not known, or if there is none.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ImageDataset:
     test: Split
     categories: tuple[str, ...]
     validation: Split | None = None
+    official: bool | None = None
 
     @property
     def num_classes(self) -> int:

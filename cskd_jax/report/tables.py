@@ -11,6 +11,10 @@ from cskd_jax.report.runs import Comparison, Row
 from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference
 
 NONE = "-"  # Text of a cell without a value.
+_UNOFFICIAL = (
+    "The data set was prepared from an archive that is not the official one, so these scores may not be comparable "
+    "with those on the official data."
+)
 
 
 class Table(NamedTuple):
@@ -55,6 +59,8 @@ def results(comparison: Comparison) -> Table:
             "the last epoch."
         )
     ]
+    if any(run.results["dataset"].get("official") is False for run in comparison.runs):
+        notes.append(_UNOFFICIAL)
     if marks.notes:
         notes += [deviations.MEANING, *marks.notes]
     sources = _sources(comparison)

@@ -183,6 +183,8 @@ def describe_dataset(dataset: ImageDataset) -> dict[str, Any]:
     }
     if dataset.validation is not None:
         entry["validation_examples"] = len(dataset.validation.labels)
+    if dataset.official is not None:
+        entry["official"] = dataset.official
     return entry
 
 

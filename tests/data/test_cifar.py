@@ -1,7 +1,10 @@
 """CIFAR from archives in the original format, made here, small, and put where a person would put them."""
 
 import dataclasses
+import functools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +13,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from cskd_jax.data import archives, cifar, load_dataset
+from cskd_jax.data import archives, cifar, load_dataset, tfds_source
 from cskd_jax.errors import UserError
 from tests.archive_files import write_tar
 
@@ -115,6 +118,26 @@ def test_another_checksum_is_accepted_with_a_warning(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="cskd_jax"):
         cifar.read(cifar.ARCHIVE_100, tmp_path)
     assert "cifar-100-binary.tar.gz is not the official" in caplog.text
+
+
+def test_a_prepared_data_set_knows_whether_its_archive_was_the_official_one(tmp_path):
+    path = write_tar(tmp_path / "cifar-100-binary.tar.gz", members_100())
+
+    def load(source):
+        options = {"path": None, "train_examples": 150, "image_size": None}
+        return tfds_source.load_own(source, data_dir=str(tmp_path), **options).official
+
+    assert load(cifar.CIFAR100) is False
+    (prepared,) = tmp_path.glob("cifar100/*/metadata.json")
+    assert json.loads(prepared.read_text()) == {"official": False}
+    path.unlink()
+    assert load_dataset("cifar100", data_dir=str(tmp_path), validation_examples=100).official is False
+    prepared.unlink()
+    assert load(cifar.CIFAR100) is None, "earlier versions did not say"
+    shutil.rmtree(tmp_path / "cifar100")
+    write_tar(path, members_100())
+    archive = dataclasses.replace(cifar.ARCHIVE_100, sha256=archives.sha256(path))
+    assert load(dataclasses.replace(cifar.CIFAR100, read=functools.partial(cifar.read, archive))) is True
 
 
 def test_no_warning_about_the_official_checksum(tmp_path, caplog):
@@ -253,8 +276,6 @@ load_dataset("cifar100", data_dir=sys.argv[1])
 @pytest.mark.slow
 def test_the_loser_of_a_race_uses_what_the_winner_prepared(tmp_path, monkeypatch):
     """Runs a whole second preparation in the middle of the first."""
-    from cskd_jax.data import tfds_source
-
     write_tar(tmp_path / "cifar-100-binary.tar", members_100())
     winners = []
     original = tfds_source.Image.fromarray
