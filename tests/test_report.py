@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cskd_jax.report import published
+from cskd_jax.report import published, tables
 from cskd_jax.report.__main__ import main
 from cskd_jax.report.embedding import project, tightness
 from cskd_jax.report.runs import compare, find_runs
@@ -128,7 +128,7 @@ def test_two_sweeps_with_a_teacher_each(tmp_path):
     (tmp_path / "sweep").rename(tmp_path / "moved")
     write_sweep(tmp_path / "sweep", "k")
     first, second = compare(find_runs([tmp_path]))
-    assert first.title == "cifar100: R101_0.5 → R18_0.25, teacher abcdefgh"
+    assert first.title == "cifar100: R101_0.5 → R18_0.25, teacher abcdefghij"
     assert second.title == "cifar100: R101_0.5 → R18_0.25, teacher k"
     for comparison, folder in ((first, "moved"), (second, "sweep")):
         assert [(row.label, len(row.runs)) for row in comparison.rows] == [("ce", 2), ("kd", 2)]
@@ -138,7 +138,10 @@ def test_two_sweeps_with_a_teacher_each(tmp_path):
     assert main(["report", str(tmp_path)]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert text.count("All runs share one teacher") == 2
-    assert f"Teacher k: {tmp_path}/sweep/teacher-net/student." in text
+    assert (
+        "Teacher: R101_0.5, trained for 200 epochs with seed 0, "
+        f"checkpoint {tmp_path}/sweep/teacher-net/student, digest k.\n"
+    ) in text
 
 
 def test_runs_that_have_trained_their_own_teachers(tmp_path):
@@ -153,6 +156,33 @@ def test_runs_that_have_trained_their_own_teachers(tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     assert "Each run has trained a teacher of its own" in text
     assert "| teacher | 4 |" in text
+    assert "Each run has trained its own teacher: R101_0.5, epochs 200, with the seed of the run.\n" in text
+
+
+def test_teachers_from_elsewhere_are_named(tmp_path):
+    digest = "0123456789abcdef"
+    write_run(tmp_path / "a" / "kd", "cifar100", "kd", 0, 0.6, digest=digest)
+    path = tmp_path / "a" / "kd" / "results.json"
+    results = json.loads(path.read_text())
+    teacher = results["teacher"]
+    where = f"checkpoint {teacher['checkpoint']}, digest 0123456789ab"
+
+    def line():
+        path.write_text(json.dumps(results))
+        return tables.recipe(compare(find_runs([tmp_path / "a"]))[0]).partition("classes. ")[2]
+
+    assert line() == f"Teacher: R101_0.5, {where}."
+    teacher["import"] = {"file": "a\n.pth", "sha256": "f00"}
+    assert line() == f"Teacher: R101_0.5, {where}, imported from a\\n.pth, SHA-256 f00."
+    teacher["import"]["source"] = "https://github.com/a/b.pth"
+    assert line() == f"Teacher: R101_0.5, {where}, imported from https://github.com/a/b.pth, SHA-256 f00."
+    del teacher["import"]
+    teacher["members"] = [
+        {"model": "resnet8", "width": w, "checkpoint": c, "digest": digest} for w, c in ((1, "x"), (2, "y"))
+    ]
+    assert line() == (
+        "Teachers: resnet8, checkpoint x, digest 0123456789ab; resnet8_2, checkpoint y, digest 0123456789ab."
+    )
 
 
 def test_recipe_without_a_teacher_and_a_log_that_was_cut_off(tmp_path):

@@ -44,6 +44,7 @@ def test_csv_of_methods_and_runs(tmp_path):
     assert scores == ["teacher", "70.0", "", ""], "one teacher, whose best epoch is not known"
     assert (kd["dataset"], kd["teacher"], kd["student"], kd["metric"]) == ("cifar100", "R101_0.5", "R18_0.25", "top1")
     assert (kd["seeds"], kd["last_mean"], kd["best_mean"], kd["differs"]) == ("2", "62.0", "62.5", "")
+    assert [row["teacher_digest"] for row in (teacher, kd, ce)] == ["d", "d", ""], "ce has a section of its own"
     assert float(kd["last_std"]) == pytest.approx(2**0.5, abs=1e-6)
     assert (kd["published"], kd["published_source"]) == ("67.43", "paper, Table 2")
     assert (ce["method"], ce["differs"]) == ("ce", "epochs 6 (recipe 200)")

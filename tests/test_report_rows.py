@@ -11,6 +11,8 @@ from cskd_jax.report.ablation import find_ablations
 from cskd_jax.report.runs import compare, find_runs
 from tests.report_runs import write_run
 
+NO_RECIPE, WITH = "there is no packaged recipe", "with this method to compare with"
+
 
 def change(folder, method=None, config=None, **others):
     """Changes what a run says of itself."""
@@ -114,7 +116,7 @@ def test_rows_without_a_recipe_are_compared_with_the_others(tmp_path):
         write_run(tmp_path / method, "cifar100", method, 0, 0.5)
     change(tmp_path / "at", "mine", {"batch_size": 32, "losses.at.weight": 7.0})
     found = deviations.find(comparison_of(tmp_path))
-    assert found["mine"] == ["no packaged recipe of this data set has this method", "batch_size 32 (other rows 128)"]
+    assert found["mine"] == [f"{NO_RECIPE} of cifar100 {WITH}", "batch_size 32 (other rows 128)"]
     assert found["ce"] == found["kd"] == []
 
 
@@ -139,6 +141,15 @@ def test_teachers(tmp_path):
     assert found["teacher"] == ["how it was trained is not known: its run is not among these"]
     assert found["kd"] == [], "the configuration of the run says nothing about a teacher that it was given"
 
+    (tmp_path / "alone" / "teacher-net").mkdir()
+    (tmp_path / "alone" / "teacher-net" / "config.json").write_text("{}")
+    found = deviations.find(comparison_of(tmp_path / "alone"))
+    assert found["teacher"] == ["how it was trained is not known: its run teacher-net is not finished"]
+    results = json.loads((tmp_path / "alone" / "kd" / "results.json").read_text())
+    change(tmp_path / "alone" / "kd", teacher=results["teacher"] | {"import": {"file": "a.pth"}})
+    found = deviations.find(comparison_of(tmp_path / "alone"))
+    assert found["teacher"] == ["how it was trained is not known: it was imported"]
+
     write_run(tmp_path / "own" / "kd", "cifar100", "kd", 0, 0.5, teacher__epochs=9, losses__kd__temperature=2.0)
     path = tmp_path / "own" / "kd" / "results.json"
     results = json.loads(path.read_text())
@@ -147,6 +158,38 @@ def test_teachers(tmp_path):
     found = deviations.find(comparison_of(tmp_path / "own"))
     assert found["teacher"] == ["teacher.epochs 9 (recipe 200)"]
     assert "losses.kd.temperature 2.0 (recipe 4.0)" in found["kd"]
+
+
+def test_a_teacher_that_was_trained_further(tmp_path):
+    """The metrics of its run have a row for each of its epochs 1 and 2, which are also its steps."""
+    write_run(tmp_path / "kd", "cifar100", "kd", 0, 0.5)
+    teacher = {"student__name": "resnet101", "student__width": 0.5}
+    write_run(tmp_path / "teacher-net", "cifar100", "ce", 3, 0.5, **teacher, epochs=2)
+    entry = json.loads((tmp_path / "kd" / "results.json").read_text())["teacher"]
+    for step, notes, best in (
+        (2, [], 50.5),
+        (1, ["its run teacher-net was trained further afterwards, to 2 epochs"], None),
+    ):
+        change(tmp_path / "kd", teacher=entry | {"step": step})
+        comparison = comparison_of(tmp_path)
+        assert deviations.find(comparison)["teacher"] == [*notes, f"teacher.epochs {step} (recipe 200)"]
+        assert comparison.runs[0].teacher_score("best") == best
+        assert f"trained for {step} epoch{'s' * (step > 1)} with seed 3" in tables.recipe(comparison)
+
+
+def test_a_teacher_that_another_run_trained_for_itself(tmp_path):
+    """Like --config.teacher.checkpoint=runs/cifar100/cskd-seed0: the other run remains in the report."""
+    for method in ("cskd", "kd"):
+        write_run(tmp_path / method, "cifar100", method, 4, 0.5)
+    own = {"parameters": 4000} | {e: {"epoch": 9, "top1": 0.7, "loss": 1.0} for e in ("last", "best")}
+    change(tmp_path / "cskd", teacher=own, config={"teacher.epochs": 9})
+    given = json.loads((tmp_path / "kd" / "results.json").read_text())["teacher"]
+    change(tmp_path / "kd", teacher=given | {"checkpoint": str(tmp_path / "cskd" / "teacher")})
+    comparisons = compare(find_runs([tmp_path]))
+    assert [row.label for comparison in comparisons for row in comparison.rows] == ["cskd", "kd"]
+    assert deviations.find(comparisons[1])["teacher"] == ["teacher.epochs 9 (recipe 200)"]
+    assert comparisons[1].runs[0].teacher_score("best") == 70
+    assert "trained for 9 epochs with seed 4" in tables.recipe(comparisons[1])
 
 
 @pytest.mark.parametrize(("official", "count"), [(False, 1), (True, 0), (None, 0)])
@@ -172,6 +215,4 @@ def test_a_name_that_only_a_file_has_is_no_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs" / "kd", "cifar100", "kd", 0, 0.5)
     change(tmp_path / "runs" / "kd", config={"dataset.name": "mine"})
-    assert deviations.find(comparison_of(tmp_path / "runs"))["kd"] == [
-        "no packaged recipe of this data set has this method"
-    ]
+    assert deviations.find(comparison_of(tmp_path / "runs"))["kd"] == [f"{NO_RECIPE} of mine {WITH}"]

@@ -5,7 +5,8 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from cskd_jax.errors import UserError
+from cskd_jax.console import counted
+from cskd_jax.errors import UserError, printable
 from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.keys import indifferent
@@ -13,11 +14,9 @@ from cskd_jax.runs.keys import indifferent
 # Keys that do not change results, and keys whose values the title, the rows and the number of seeds already show.
 _STATED = {"method", "seed", "dataset.name", "teacher.name", "teacher.width", "teacher.checkpoint", "teacher.others",
            "student.name", "student.width", *indifferent()}  # fmt: skip
-_UNKNOWN_TEACHER = "how it was trained is not known: its run is not among these"
-_NO_RECIPE = "no packaged recipe of this data set has this method"
 MEANING = (
-    "Notes name the settings in which a row differs from the packaged recipe of its data set and method or, where it "
-    "follows the recipe or there is none, from most of the other rows."
+    "A row without a note follows the packaged recipe of its data set and method, and has the settings of most other "
+    "rows. A note names the settings that differ; the value of the recipe, or of most other rows, is in parentheses."
 )
 
 
@@ -68,7 +67,7 @@ def _of_student(run: Run, usual: Mapping[str, Any]) -> Iterator[str]:
     settings, recipe = _student_settings(run), _recipe(run)
     different = []
     if recipe is None:
-        yield _NO_RECIPE
+        yield _no_recipe(run)
     else:
         expected = {key: value for key, value in recipe.items() if key not in _STATED}
         if "teacher.epochs" not in settings:
@@ -82,17 +81,23 @@ def _of_student(run: Run, usual: Mapping[str, Any]) -> Iterator[str]:
 
 def _of_teacher(run: Run) -> Iterator[str]:
     """Yields the deviations of the teacher of a run, using the names that the keys have in the student's run."""
-    if run.given_teacher and run.teacher_run is None:
-        yield _UNKNOWN_TEACHER
+    if run.teacher_run is not None and run.teacher_role == "teacher":
+        yield from _of_teacher(run.teacher_run)
         return
+    if run.given_teacher and run.teacher_run is None:
+        yield _unknown_teacher(run)
+        return
+    if run.teacher_run is not None and run.teacher_was_extended:
+        since = run.teacher_run.config["epochs"]
+        yield f"its run {run.teacher_run.folder.name} was trained further afterwards, to {counted(since, 'epoch')}"
     trained = run.teacher_run or run
     recipe = _recipe(trained)
     if recipe is None:
-        yield _NO_RECIPE
+        yield _no_recipe(trained)
         return
     settings, expected = ({k: v for k, v in c.items() if k not in _STATED} for c in (trained.config, recipe))
     if run.teacher_run is not None:
-        settings["teacher.epochs"] = settings["epochs"]
+        settings["teacher.epochs"] = run.teacher_epochs
     else:  # The losses are the student's; the teacher learned from the labels alone.
         settings, expected = ({k: v for k, v in c.items() if _loss(k) is None} for c in (settings, expected))
     for key in _differences(settings, expected):
@@ -100,11 +105,25 @@ def _of_teacher(run: Run) -> Iterator[str]:
             yield _text(key, settings, "recipe", expected)
 
 
+def _unknown_teacher(run: Run) -> str:
+    """Returns why it is not known how a given teacher was trained."""
+    if "import" in run.results["teacher"]:
+        return "how it was trained is not known: it was imported"
+    unfinished = run.unfinished_teacher_run
+    if unfinished is None:
+        return "how it was trained is not known: its run is not among these"
+    return f"how it was trained is not known: its run {printable(unfinished.name)} is not finished"
+
+
+def _no_recipe(run: Run) -> str:
+    return f"there is no packaged recipe of {run.config['dataset.name']} with this method to compare with"
+
+
 def _student_settings(run: Run) -> dict[str, Any]:
     """Returns the settings that decide a student's results; an unknown teacher's own settings are left out."""
     settings = {key: value for key, value in run.config.items() if key not in _STATED}
     if run.teacher_run is not None:
-        settings["teacher.epochs"] = run.teacher_run.config["epochs"]
+        settings["teacher.epochs"] = run.teacher_epochs
     elif run.given_teacher != "":
         settings.pop("teacher.epochs", None)
     return settings

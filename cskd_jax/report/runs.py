@@ -37,11 +37,13 @@ class Run:
       folder: Workdir of the run.
       results: Content of results.json, with all strings made `printable`.
       teacher_run: Run that trained its teacher, if it is among the runs that were read.
+      teacher_role: Which network of that run is its teacher, "student" or "teacher".
     """
 
     folder: pathlib.Path
     results: dict[str, Any]
     teacher_run: "Run | None" = None
+    teacher_role: str = "student"
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -65,8 +67,9 @@ class Run:
     def teacher_score(self, epoch: str) -> float | None:
         """Returns the same score of the teacher; None if unknown, as for the best epoch of a given teacher."""
         entry = self.results["teacher"]
-        if epoch not in entry and self.teacher_run is not None:
-            return self.teacher_run.score(epoch)
+        if epoch not in entry and self.teacher_run is not None and not self.teacher_was_extended:
+            trained = self.teacher_run
+            return trained.teacher_score(epoch) if self.teacher_role == "teacher" else trained.score(epoch)
         return 100 * entry[epoch][self.task.score] if epoch in entry else None
 
     def curve(self) -> list[tuple[int, float]]:
@@ -85,6 +88,34 @@ class Run:
         """Returns the digest of a given teacher; "" if the run trained its teacher; None without one."""
         entry = self.results["teacher"]
         return None if entry is None else entry.get("digest", "")
+
+    @functools.cached_property
+    def teacher_epochs(self) -> int | None:
+        """Returns how many epochs its teacher was trained; None without a teacher, or if that is not known."""
+        if self.given_teacher == "":
+            return self.config["teacher.epochs"]
+        if self.teacher_run is None:
+            return None
+        if self.teacher_role == "teacher":
+            return self.teacher_run.teacher_epochs
+        # The run of the teacher may have been extended since.
+        rows = read_rows(self.teacher_run.folder / "metrics.jsonl", evaluations=True)
+        epochs = {row["step"]: row["epoch"] for row in rows if row["phase"] == "student"}
+        return epochs.get(self.results["teacher"].get("step"), self.teacher_run.config["epochs"])
+
+    @property
+    def teacher_was_extended(self) -> bool:
+        """Returns whether the run of its teacher was extended to more epochs after this run."""
+        if self.teacher_run is None or self.teacher_role == "teacher":
+            return False
+        return self.teacher_epochs != self.teacher_run.config["epochs"]
+
+    @property
+    def unfinished_teacher_run(self) -> pathlib.Path | None:
+        """Returns the folder of a run that trained its teacher but is not finished, or not any more; None otherwise."""
+        folders = [folder.parent for folder in self.teacher_folders] if self.given_teacher else []
+        is_run = ((folder / "config.json").is_file() and not (folder / RESULTS).exists() for folder in folders)
+        return next((folder for folder, found in zip(folders, is_run, strict=True) if found), None)
 
     @property
     def has_several_teachers(self) -> bool:
@@ -196,6 +227,11 @@ class Comparison:
         return f"{self.dataset}: {f'{self.teacher} → ' if self.teacher else ''}{self.student}{which}"
 
     @property
+    def teacher_digest(self) -> str:
+        """Returns the prefix of the digest of the given teacher; empty if there is none."""
+        return short_digest(self.distilled[0].given_teacher or "") if self.distilled else ""
+
+    @property
     def references(self) -> list[Row]:
         """Returns the rows that others are compared with: the best one from labels alone, and the best baseline."""
         labels_alone = [row for row in self.rows if row.learns_from_labels]
@@ -229,20 +265,25 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
         if not paths:
             raise UserError(f"{folder} holds no finished run: there is no {RESULTS} in it or below")
         runs |= {path.resolve(): Run(path.parent, _printable(read_results(path))) for path in paths}
-    trained = {run.folder.resolve() / "student": run for run in runs.values()}
+    nothing = None, "student"
+    trained: dict[pathlib.Path, Any] = {}
+    for run in runs.values():
+        roles = ("student", "teacher") if run.given_teacher == "" else ("student",)
+        trained |= {run.folder.resolve() / role: (run, role) for role in roles}
 
     def that_trained(folders, student):
         # A teacher in a different place may have a folder with the same name as its student's.
-        found = (trained.get(folder.resolve()) for folder in folders)
-        return next((run for run in found if run is not None and run is not student), None)
+        found = (trained.get(folder.resolve(), nothing) for folder in folders)
+        return next((entry for entry in found if entry[0] not in (None, student)), nothing)
 
     teachers = {run: [that_trained(folders, run) for folders in run.folders_of_teachers] for run in runs.values()}
-    taught = {teacher for found in teachers.values() for teacher in found}
-    return [
-        dataclasses.replace(run, teacher_run=None if run.has_several_teachers else teachers[run][0])
-        for run in runs.values()
-        if run not in taught
-    ]
+    taught = {run for found in teachers.values() for run, role in found if role == "student"}
+    kept = []
+    for run in runs.values():
+        teacher, role = nothing if run.has_several_teachers else teachers[run][0]
+        if run not in taught:
+            kept.append(dataclasses.replace(run, teacher_run=teacher, teacher_role=role))
+    return kept
 
 
 def _printable(content: Any) -> Any:
@@ -271,13 +312,13 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
         teachers: list[Any] = sorted(given) or [None]
         for teacher in teachers:
             runs = [run for run in groups[key] if run.given_teacher in (None, teacher)]
-            comparisons.append(_comparison(runs, (_short(teacher) or "of each run") if len(teachers) > 1 else ""))
+            comparisons.append(_comparison(runs, (short_digest(teacher) or "of each run") if len(teachers) > 1 else ""))
     return sorted(comparisons, key=_position)
 
 
-def _short(digest: str) -> str:
+def short_digest(digest: str) -> str:
     """Returns the prefixes of the digests of one or several teachers."""
-    return " + ".join(part[:8] for part in digest.split(" + "))
+    return " + ".join(part[:12] for part in digest.split(" + "))
 
 
 def _position(comparison: Comparison) -> int:

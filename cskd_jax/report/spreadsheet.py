@@ -60,7 +60,7 @@ def _runs(comparison: Comparison) -> Iterator[list[Any]]:
 
 
 def _section(comparison):
-    return comparison.dataset, comparison.teacher, comparison.student, comparison.given_teacher
+    return comparison.dataset, comparison.teacher, comparison.student, comparison.teacher_digest
 
 
 def _metric(comparison):

@@ -7,7 +7,8 @@ from cskd_jax.console import counted
 from cskd_jax.report import deviations, published
 from cskd_jax.report.ablation import find_ablations
 from cskd_jax.report.embedding import Embeddings
-from cskd_jax.report.runs import Comparison, Row
+from cskd_jax.report.published import network_label
+from cskd_jax.report.runs import Comparison, Row, short_digest
 from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference
 
 NONE = "-"  # Text of a cell without a value.
@@ -34,13 +35,39 @@ class Table(NamedTuple):
 
 
 def recipe(comparison: Comparison) -> str:
-    """Describes how all runs were trained, and by which teacher if there are several."""
+    """Describes how all runs were trained, and by which teacher."""
     config, data = comparison.runs[0].config, comparison.runs[0].results["dataset"]
-    teacher = comparison.distilled[0].results["teacher"].get("checkpoint") if comparison.given_teacher else None
     images = f"{data['train_examples']:,} training and {data['test_examples']:,} test images"
-    return f"{counted(config['epochs'], 'epoch')}, {images}, {data['categories']} classes." + (
-        f" Teacher {comparison.given_teacher}: {teacher}." if teacher else ""
-    )
+    return f"{counted(config['epochs'], 'epoch')}, {images}, {data['categories']} classes." + _which_teacher(comparison)
+
+
+def _which_teacher(comparison):
+    """Returns a sentence that says which teacher was used; empty if no run has one."""
+    if not comparison.distilled:
+        return ""
+    run = comparison.distilled[0]
+    entry = run.results["teacher"]
+    if run.given_teacher == "":
+        epochs = " or ".join(map(str, sorted({run.config["teacher.epochs"] for run in comparison.distilled})))
+        who = "Each run has" if len(comparison.distilled) > 1 else "The run has"
+        return f" {who} trained its own teacher: {comparison.teacher}, epochs {epochs}, with the seed of the run."
+    if run.has_several_teachers:
+        named = [f"{network_label(m['model'], m['width'])}, {_checkpoint(m)}" for m in entry["members"]]
+        return f" Teachers: {'; '.join(named)}."
+    if run.teacher_run is None:
+        return f" Teacher: {comparison.teacher}, {_checkpoint(entry)}."
+    trained = f"{counted(run.teacher_epochs, 'epoch')} with seed {run.teacher_run.results['seed']}"
+    return f" Teacher: {comparison.teacher}, trained for {trained}, {_checkpoint(entry)}."
+
+
+def _checkpoint(entry):
+    """Describes where a given teacher came from, by its entry in results.json."""
+    text = f"checkpoint {entry['checkpoint']}, digest {short_digest(entry['digest'])}"
+    origin = entry.get("import")
+    if not origin:
+        return text
+    source = origin.get("source") or origin.get("file", "an unknown file")
+    return f"{text}, imported from {source}, SHA-256 {origin.get('sha256', 'unknown')}"
 
 
 def results(comparison: Comparison) -> Table:

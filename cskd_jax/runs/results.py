@@ -17,6 +17,7 @@ from cskd_jax.files import csv_text, write_json, write_text
 from cskd_jax.inputs import is_count, is_list, is_map, is_number, is_optional, is_text, read_json, unsound
 from cskd_jax.models import count_parameters
 from cskd_jax.runs import schema
+from cskd_jax.runs.imports import read_origin
 from cskd_jax.runs.trained import Given
 from cskd_jax.training.metrics import Task, task_that_measured
 from cskd_jax.training.prediction import parameters_of
@@ -43,6 +44,7 @@ def _is_evaluation(value, keys=("epoch",)):
     return score is not None and 0 <= score <= 1
 
 
+_MEMBER = {"model": is_text, "width": is_optional(is_number), "checkpoint": is_text, "digest": is_text}
 _ENTRY = {
     "width": is_optional(is_number),
     "images_per_second": is_optional(is_number),
@@ -50,8 +52,10 @@ _ENTRY = {
     "by_category": is_map(is_optional(is_number)),
     "digest": is_text,
     "checkpoint": is_text,
+    "step": is_count,
+    "import": is_map(is_text),
     "best": _is_evaluation,
-    "members": is_list(lambda value: not unsound(value, {"model": is_text, "width": is_optional(is_number)})),
+    "members": is_list(lambda value: not unsound(value, _MEMBER)),
 }
 _PARAMETERS = functools.partial(is_count, low=1)
 
@@ -153,8 +157,10 @@ def describe_teachers(
     """
     entries = []
     for teacher in teachers:
-        saved, source = teacher.saved, {"checkpoint": teacher.path, "step": teacher.saved.step}
-        entries.append(describe(saved.record.network, saved.variables, source | {"digest": saved.digest}))
+        saved, origin = teacher.saved, read_origin(teacher.path)
+        source = {"checkpoint": teacher.path, "step": saved.step, "digest": saved.digest}
+        source |= {} if origin is None else {"import": origin}
+        entries.append(describe(saved.record.network, saved.variables, source))
     if len(entries) == 1:
         return entries[0] | {"last": dict(evaluation)}
     members = [entry | {"weight": float(weight)} for entry, weight in zip(entries, weights, strict=True)]
