@@ -214,7 +214,7 @@ def test_links_in_the_folder_of_the_report_are_replaced(tmp_path, outside):
     write_run(tmp_path / "run", "cifar100", "kd", 0, 0.6)
     report = tmp_path / "run" / "report"
     report.mkdir()
-    written = ("report.md", "report.html", "report.tex", "report.csv", "report_runs.csv")
+    written = ("report.md", "report.html", "report.tex", "report.csv", "report_runs.csv", "report_differences.csv")
     for name in (*written, "report.md.tmp", "report.html.tmp"):
         (report / name).symlink_to(outside)
     assert main(["report", str(tmp_path / "run")]) == 0

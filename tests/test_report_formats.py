@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from scipy import stats
 
 from cskd_jax.report import latex, markdown, spreadsheet
 from cskd_jax.report.__main__ import main
@@ -63,6 +64,32 @@ def test_csv_holds_no_formula(runs):
         assert methods - {"teacher"} == {"at+kd", f"'{HOSTILE}"}
 
 
+def test_csv_of_differences(tmp_path):
+    for method, scores in {"ce": (0.60, 0.62, 0.61), "kd": (0.64, 0.66, 0.66)}.items():
+        for seed, score in enumerate(scores):
+            write_run(tmp_path / f"{method}-{seed}", "cifar100", method, seed, score)
+    assert main(["report", str(tmp_path)]) == 0
+    (line,) = rows_of((tmp_path / "report" / "report_differences.csv").read_text())
+    assert [line[key] for key in ("dataset", "teacher_digest", "difference", "metric", "seeds", "shows")] == [
+        "cifar100", "d", "kd - ce", "top1", "3", "higher",
+    ]  # fmt: skip
+    low, high = stats.ttest_1samp([4, 4, 5], 0).confidence_interval(0.95)
+    keys = ("mean", "low", "high", "corrected_low", "corrected_high")
+    assert [float(line[key]) for key in keys] == pytest.approx([13 / 3, low, high, low, high], abs=1e-5)
+
+
+def test_csv_of_differences_holds_no_formula_and_no_unknown_interval(tmp_path):
+    for method in ("ce", "kd"):
+        write_run(tmp_path / method, "cifar100", method, 0, 0.5)
+    path = tmp_path / "kd" / "results.json"
+    results = json.loads(path.read_text())
+    results["method"] = HOSTILE
+    path.write_text(json.dumps(results))
+    (line,) = rows_of(spreadsheet.differences(compare(find_runs([tmp_path]))))
+    assert line["difference"] == f"'{HOSTILE} - ce"
+    assert (line["low"], line["corrected_high"], line["shows"]) == ("", "", "one seed: no claim")
+
+
 @pytest.mark.parametrize("start", ["=1", "+1", "-1", "@SUM(1)", " =1", "\uff1d1"])
 def test_formulas_are_disarmed(start, runs):
     path = runs / "kd-0" / "results.json"
@@ -83,8 +110,9 @@ def test_latex_of_a_table():
     table = Table(
         "Results", ("method", "last epoch: %"), [("at+kd", "-1.50"), ("[x]", "-"), ("a, " + 20 * "b", "1; 2")]
     )
-    text = latex.render("digits_8", [table._replace(notes=("100% sure.",))])
-    assert r"\caption{Results, digits\_8}" in text
+    text = latex.render([("digits_8", [table._replace(notes=("100% sure.",)), table])])
+    assert "\\caption{Results, digits\\_8}\n\\label{tab:results-digits-8}\n" in text
+    assert r"\label{tab:results-digits-8:2}" in text, "labels are distinct"
     assert r"\begin{tabular}{@{}lr@{}}" in text
     assert r"method & \begin{tabular}[b]{@{}r@{}}last epoch: \\ \%\end{tabular} \\" in text
     assert "at+kd & $-$1.50 \\\\\n{[}x{]} & -- \\\\\n" in text, "no row begins with an option of the one before"
@@ -117,6 +145,11 @@ def test_latex_compiles(runs, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stdout[-2000:]
     assert "LaTeX Warning: Reference" not in done.stdout
+
+
+def test_markdown_aligns_words_left_and_numbers_right():
+    text = markdown.render("t", "x", [Table("T", ("method", "seeds", "notes"), [("kd", "3", "1")])])
+    assert "| method | seeds | notes |\n| --- | ---: | --- |\n" in text
 
 
 def test_markdown_shows_special_characters():

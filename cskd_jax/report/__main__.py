@@ -5,7 +5,8 @@ cskd-jax report --published
 
   RUNS           folders of finished runs, or of sweeps, or any folders above them; --workdir=DIR names one, too
   --out          folder of report.html (the page), report.md and report.tex (its tables), report.csv (a line for each
-                 method) and report_runs.csv (a line for each run); default: the folder report in the first of RUNS
+                 method), report_runs.csv (a line for each run) and report_differences.csv (a line for each
+                 difference of methods); default: the folder report in the first of RUNS
   --data_dir     of the data sets, if it is not that of the runs; embeddings need the test images
   --published    prints the published tables alone, as Markdown
 

@@ -3,15 +3,11 @@
 import re
 from collections.abc import Iterable
 
-from cskd_jax.report.tables import NONE, Table
+from cskd_jax.report.tables import NONE, WORDS, Table
 
-HEADER = """\
+_HEADER = """\
 % Tables for \\input. The preamble needs \\usepackage{booktabs}.
 """
-_WORDS = {
-    "method", "network", "parts", "difference", "what it shows", "notes",
-    "published as", "ours", "source", "pair", "whose",
-}  # fmt: skip
 # Cells longer than this are broken into lines, one per part.
 _LONGEST_LINE = 18
 _SPECIAL = {
@@ -32,18 +28,36 @@ _SPECIAL = {
 _SPECIAL |= {character: rf"\{character}" for character in "&%$#_{}"}
 
 
-def render(title: str, tables: Iterable[Table]) -> str:
-    """Returns a table environment for each table; its caption contains the title of the section."""
-    return "\n".join(_table(title, table) for table in tables)
+def render(sections: Iterable[tuple[str, Iterable[Table]]]) -> str:
+    """Returns a table environment for each table; its caption contains the title of the section, and its label both.
+
+    Args:
+      sections: Titles of the sections with their tables.
+    """
+    counts: dict[str, int] = {}
+    parts = [_HEADER]
+    for title, tables in sections:
+        for table in tables:
+            label = _label(f"{table.title} {title}")
+            counts[label] = counts.get(label, 0) + 1
+            # Another table of the same name gets a number behind a colon, which no label has otherwise.
+            parts.append(_table(title, table, label if counts[label] == 1 else f"{label}:{counts[label]}"))
+    return "\n".join(parts)
 
 
-def _table(title, table):
-    columns = "".join("l" if name in _WORDS else "r" for name in table.header)
+def _label(text):
+    """Returns the name of a label, made of lowercase letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _table(title, table, label):
+    columns = "".join("l" if name in WORDS else "r" for name in table.header)
     rows = [" & ".join(map(_cell, row, table.header)) + r" \\" for row in table.rows]
     notes = "\n\n".join(map(escape, table.notes))
     return rf"""\begin{{table}}
 \centering
 \caption{{{escape(f"{table.title}, {title}")}}}
+\label{{tab:{label}}}
 \footnotesize
 \setlength{{\tabcolsep}}{{3pt}}
 \makebox[\linewidth]{{%
@@ -66,13 +80,13 @@ def _table(title, table):
 
 def _heading(text):
     """Returns the header of a column, in two lines if it has two parts."""
-    return _lines(re.split(r"(?<=:) |(?<= -) ", text), "b", text in _WORDS)
+    return _lines(re.split(r"(?<=:) |(?<= -) ", text), "b", text in WORDS)
 
 
 def _cell(text, head):
     """Returns a cell of the column with the given header."""
     parts = re.split(r"(?<=[,;]) ", text) if len(text) > _LONGEST_LINE else [text]
-    return "--" if text == NONE else _lines(parts, "t", head in _WORDS)
+    return "--" if text == NONE else _lines(parts, "t", head in WORDS)
 
 
 def _lines(parts, position, words):

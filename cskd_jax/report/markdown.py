@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from cskd_jax.report.tables import Table
+from cskd_jax.report.tables import WORDS, Table
 
 
 def render(title: str, text: str, tables: Iterable[Table]) -> str:
@@ -12,7 +12,8 @@ def render(title: str, text: str, tables: Iterable[Table]) -> str:
 
 
 def _table(table):
-    lines = [f"### {_escape(table.title)}", "", _row(table.header), _row(["---"] + ["---:"] * (len(table.header) - 1))]
+    marks = ["---", *("---" if name in WORDS else "---:" for name in table.header[1:])]
+    lines = [f"### {_escape(table.title)}", "", _row(table.header), _row(marks)]
     lines += [_row(row) for row in table.rows]
     return "\n".join([*lines, "", *(f"{_escape(note)}\n" for note in table.notes)])
 

@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from cskd_jax.report import curves, scatter, svg
 from cskd_jax.report.embedding import Embeddings
-from cskd_jax.report.tables import NONE, Table
+from cskd_jax.report.tables import NONE, WORDS, Table
 
 # Number of columns that fit on a phone.
 _NARROW = 5
-# Columns of words rather than numbers.
-_WORDS = {"what it shows", "method", "parts", "notes", "published as", "ours", "source", "pair", "whose"}
 
 
 def render(title: str, lead: str, sections: Iterable[str]) -> str:
@@ -54,7 +52,7 @@ def note(text: str) -> str:
 
 def table(content: Table) -> str:
     """Returns a table; on a narrow screen, a table with many columns turns into cards."""
-    classes = ["text" if name in _WORDS else "" for name in content.header]
+    classes = ["text" if name in WORDS else "" for name in content.header]
     header = "".join(_cell("th", name, style) for name, style in zip(content.header, classes, strict=True))
     rows = "".join(
         "<tr>" + "".join(_cell("td", *cell) for cell in zip(row, classes, content.header, strict=True)) + "</tr>\n"

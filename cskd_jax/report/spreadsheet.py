@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cskd_jax.files import csv_text
-from cskd_jax.report import deviations, published
+from cskd_jax.report import deviations, published, tables
 from cskd_jax.report.runs import Comparison
-from cskd_jax.report.statistics import Summary
+from cskd_jax.report.statistics import PairedDifference, Summary
 
 _SECTION = ("dataset", "teacher", "student", "teacher_digest")
 _SCORES = ("last_mean", "last_std", "best_mean", "best_std")
@@ -34,6 +34,13 @@ def runs(comparisons: Iterable[Comparison]) -> str:
     return csv_text([header, *(line for comparison in comparisons for line in _runs(comparison))])
 
 
+def differences(comparisons: Iterable[Comparison]) -> str:
+    """Returns a line for each paired difference of the comparisons, in points; ends of unknown intervals are empty."""
+    ends = ("low", "high", "corrected_low", "corrected_high")
+    header = (*_SECTION, "difference", "metric", "seeds", "mean", *ends, "shows")
+    return csv_text([header, *(line for comparison in comparisons for line in _differences(comparison))])
+
+
 def _methods(comparison: Comparison) -> Iterator[list[Any]]:
     differs = deviations.find(comparison)
     if comparison.distilled:
@@ -59,6 +66,12 @@ def _runs(comparison: Comparison) -> Iterator[list[Any]]:
             yield [*_section(comparison), row.label, _metric(comparison), run.results["seed"], *scores, folder]
 
 
+def _differences(comparison: Comparison) -> Iterator[list[Any]]:
+    for label, alone, corrected in tables.paired_differences(comparison):
+        numbers = _rounded(alone.mean), *_ends(alone), *_ends(corrected)
+        yield [*_section(comparison), label, _metric(comparison), alone.count, *numbers, corrected.verdict]
+
+
 def _section(comparison):
     return comparison.dataset, comparison.teacher, comparison.student, comparison.teacher_digest
 
@@ -69,6 +82,11 @@ def _metric(comparison):
 
 def _numbers(values: Summary | None):
     return (None, None) if values is None else (_rounded(values.mean), _rounded(values.deviation))
+
+
+def _ends(difference: PairedDifference):
+    mean, margin = difference.mean, difference.margin
+    return (None, None) if margin is None else (_rounded(mean - margin), _rounded(mean + margin))
 
 
 def _rounded(value):

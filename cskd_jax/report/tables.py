@@ -12,6 +12,11 @@ from cskd_jax.report.runs import Comparison, Row, short_digest
 from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference
 
 NONE = "-"  # Text of a cell without a value.
+# Columns of words rather than numbers.
+WORDS = {
+    "method", "network", "parts", "difference", "what it shows", "notes",
+    "published as", "ours", "source", "pair", "whose",
+}  # fmt: skip
 _UNOFFICIAL = (
     "The data set was prepared from an archive that is not the official one, so these scores may not be comparable "
     "with those on the official data."
@@ -150,23 +155,45 @@ def _sources(comparison):
     return list(dict.fromkeys(value.source for values in found for value in values))
 
 
-def differences(comparison: Comparison) -> Table | None:
-    """Returns the paired differences of rows from `Comparison.references`; None without common seeds."""
+class Difference(NamedTuple):
+    """A line of the paired differences.
+
+    Attributes:
+      label: Names of the row and of the reference that it is compared with.
+      alone: Difference with the interval of this line by itself.
+      corrected: Difference with the interval that is corrected for the number of lines.
+    """
+
+    label: str
+    alone: PairedDifference
+    corrected: PairedDifference
+
+
+def paired_differences(comparison: Comparison) -> list[Difference]:
+    """Returns the paired differences of rows from `Comparison.references`, over common seeds."""
     pairs = [
         (row, reference)
         for position, reference in enumerate(comparison.references, 1)
         for row in comparison.rows
         if row not in comparison.references[:position] and paired(row, reference) is not None
     ]
+    found = []
+    for row, reference in pairs:
+        alone, corrected = paired(row, reference), paired(row, reference, comparisons=len(pairs))
+        if alone is not None and corrected is not None:
+            found.append(Difference(f"{row.label} - {reference.label}", alone, corrected))
+    return found
+
+
+def differences(comparison: Comparison) -> Table | None:
+    """Returns the table of `paired_differences`; None if there are none."""
+    pairs = paired_differences(comparison)
     if not pairs:
         return None
     rows = []
-    for row, reference in pairs:
-        alone, found = paired(row, reference), paired(row, reference, comparisons=len(pairs))
-        if alone is not None and found is not None:
-            intervals = (interval(alone), interval(found)) if len(pairs) > 1 else (interval(alone),)
-            label = f"{row.label} - {reference.label}"
-            rows.append((label, str(found.count), f"{found.mean:+.2f}", *intervals, found.verdict))
+    for label, alone, found in pairs:
+        intervals = (interval(alone), interval(found)) if len(pairs) > 1 else (interval(alone),)
+        rows.append((label, str(found.count), f"{found.mean:+.2f}", *intervals, found.verdict))
     single, corrected = f"{CONFIDENCE:.0%} interval", f"corrected for {len(pairs)} lines"
     header = ("difference", "seeds", "mean, points", single, corrected, "what it shows")
     notes = (

@@ -13,33 +13,34 @@ from cskd_jax.report.runs import Comparison, Row
 
 
 def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None) -> None:
-    """Writes report.html, report.md, report.tex, report.csv and report_runs.csv into `out`.
+    """Writes report.html, report.md, report.tex, report.csv, report_runs.csv and report_differences.csv into `out`.
 
     Args:
       comparisons: Comparisons to report.
       out: Existing folder.
       data_dir: Folder of the data sets, as in `embedding.measure`.
     """
-    sections, texts, papers = [], [], [latex.HEADER]
+    sections, texts, papers = [], [], []
     for comparison in comparisons:
         parts, shown = _comparison(comparison, data_dir)
         sections += [page.heading(comparison.title), page.note(tables.recipe(comparison)), *parts]
         texts.append(markdown.render(comparison.title, tables.recipe(comparison), shown))
-        papers.append(latex.render(comparison.title, shown))
+        papers.append((comparison.title, shown))
     count = len({run for comparison in comparisons for run in comparison.runs})
     overview = standard.overview(comparisons)
     if overview is not None:
         sections.append(page.table(overview))
         texts.append(markdown.render("All pairs", "", [overview]))
-        papers.append(latex.render("all pairs", [overview]))
+        papers.append(("all pairs", [overview]))
     datasets = ", ".join(sorted({comparison.dataset for comparison in comparisons}))
     lead = f"{counted(count, 'run')} on {datasets}; {_made_with(comparisons)}."
     files = {
         "report.html": page.render("Knowledge distillation: comparison of runs", lead, sections),
         "report.md": "\n".join(texts),
-        "report.tex": "\n".join(papers),
+        "report.tex": latex.render(papers),
         "report.csv": spreadsheet.methods(comparisons),
         "report_runs.csv": spreadsheet.runs(comparisons),
+        "report_differences.csv": spreadsheet.differences(comparisons),
     }
     for name, text in files.items():
         write_text(out / name, text)
