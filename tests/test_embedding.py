@@ -65,3 +65,7 @@ def test_command(done, digits_dir, tmp_path, capsys):
     measured = evaluation["networks"]["student"]["embedding"]
     assert all(0.1 < measured[name] <= 1 for name in ("knn", "probe"))
     assert "20 training images" in evaluation["embedding"]
+    data, fingerprint = evaluation["dataset"], json.loads((done / "config.json").read_text())["dataset fingerprint"]
+    assert (data["path"], data["data_dir"], data["fingerprint"]) == (None, str(digits_dir), fingerprint)
+    count = f"{data['test_examples']} test images, data fingerprint {fingerprint}"
+    assert f"digits from {digits_dir}: {count}" in lines

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from cskd_jax.data import ImageDataset
+from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import printable
 from cskd_jax.models import count_parameters
@@ -56,7 +57,8 @@ def evaluate_all(
             entries[name]["embedding"] = embedding.measure(network, dataset, make_normalize(config))
     return {
         "networks": entries,
-        "dataset": describe_dataset(dataset),
+        "dataset": describe_dataset(dataset)
+        | {"path": config.dataset.path, "data_dir": config.dataset.data_dir, "fingerprint": fingerprint(dataset)},
         "batch_size": config.batch_size,
         **meanings,
         "devices": devices.describe(),
@@ -120,7 +122,7 @@ def latency(program: Callable[..., jax.Array], *arguments: Any) -> float:
 
 
 def tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
-    """Returns two human-readable tables: the networks, and their categories.
+    """Returns a line about the data and two human-readable tables: the networks, and their categories.
 
     Args:
       evaluation: Result of `evaluate_all`.
@@ -145,7 +147,16 @@ def tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
     first = _align([["", *networks], *([name, *cells] for name, cells in rows.items())])
     scores = [n["by_category"] for n in networks.values()]
     second = _align([["class", *networks], *([printable(c), *(f"{s[c]:.4f}" for s in scores)] for c in scores[0])])
-    return f"{first}\n\n{second}"
+    return f"{_describe_data(evaluation['dataset'])}\n\n{first}\n\n{second}"
+
+
+def _describe_data(data: Mapping[str, Any]) -> str:
+    """Describes the test images, such as "digits: 357 test images, data fingerprint 0123456789abcdef"."""
+    folder = data["path"] or data["data_dir"]
+    where = f" from {folder}" if folder else ""
+    unofficial = ", not prepared from the official archive" if data.get("official") is False else ""
+    text = f"{data['name']}{where}: {data['test_examples']:,} test images, data fingerprint {data['fingerprint']}"
+    return printable(text + unofficial)
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
