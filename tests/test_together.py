@@ -80,6 +80,14 @@ def test_company_changes_no_bit(names, settings):
 
 
 @pytest.mark.slow
+def test_all_seeds_have_the_same_programs():
+    """A sweep compiles each of them once."""
+    one, other = (make_trainer(["kd"], seed=seed).programs("kd") for seed in (0, 1))
+    assert one.lowered_init.as_text() == other.lowered_init.as_text()
+    assert one.lowered[0].as_text() == other.lowered[0].as_text()
+
+
+@pytest.mark.slow
 def test_the_pass_returns_only_what_is_read():
     trainer = make_trainer(STUDENTS)
     reads = {name: trainer.programs(name).reads.teacher for name in STUDENTS}

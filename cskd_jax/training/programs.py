@@ -184,6 +184,7 @@ class Programs:
       parts: The phases.
       states: Shapes and dtypes of the state in each phase.
       lowered: The traced step of each phase for whole batches.
+      lowered_init: The traced program that makes a new state.
       reads: Part of what the pass returns that the losses read.
       layer_reads: Layers of the teacher that a loss reads, `Layers` of booleans.
 
@@ -253,8 +254,8 @@ class Programs:
                 self._teacher_pass.layers,
             )
 
-        self._lowered_state = jax.jit(new_state).lower(self._init_key, self._variables)
-        state: TrainState = self._lowered_state.out_info
+        self.lowered_init = jax.jit(new_state).lower(self._init_key, self._variables)
+        state: TrainState = self.lowered_init.out_info
         self.states = [state]
         for part in self.parts[1:]:
             opt_state = jax.eval_shape(functools.partial(init_optimizer, part.optimizer), state.params)
@@ -330,7 +331,7 @@ class Programs:
     def compile_init(self, pool: Executor) -> None:
         """Compiles the program that makes a new state in the background, unless already requested."""
         if self._init is None:
-            self._init = pool.submit(self._lowered_state.compile, compiler_options=_options_of_init())
+            self._init = pool.submit(self.lowered_init.compile, compiler_options=_options_of_init())
 
     def init(self) -> TrainState:
         """Returns a new state, after `compile_init`."""
