@@ -157,7 +157,7 @@ def losses(method, *, warmup_epochs=20, multilabel=False, changes=None):
     parts = method.split("+")
     for part in parts:
         if part not in known:
-            raise networks.UnknownWordError("method", part, known)
+            raise networks.UnknownWordError("method", part, known, "; + joins several, as in kd+at")
         for name, settings in (changes or {}).get(part, {}).items():
             known[part][name] |= settings
     if len(parts) == 1:

@@ -8,10 +8,11 @@ class UnknownWordError(ValueError):
       kind: What the word should name, such as "method".
       word: The unknown word.
       known: Words that are allowed in its place.
+      note: Text that follows them.
     """
 
-    def __init__(self, kind, word, known):
-        super().__init__(f"unknown {kind} {word!r}; known: {', '.join(known)}")
+    def __init__(self, kind, word, known, note=""):
+        super().__init__(f"unknown {kind} {word!r}; known: {', '.join(known)}{note}")
         self.kind, self.word, self.known = kind, word, tuple(known)
 
 

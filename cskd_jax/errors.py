@@ -86,8 +86,9 @@ def one_line(error: BaseException) -> str:
 def close_to(name: str, known: Iterable[str]) -> list[str]:
     """Returns at most three of `known` that an unknown name probably meant, the likeliest first.
 
-    Names are close if they are spelled alike, or if one begins with the other; case, hyphens and underscores make no
-    difference. No suggestion is better than one with another meaning.
+    Names are close if they are spelled alike, if one begins with the other, or if the unknown one consists of the
+    initials of the other, such as lr for learning_rate; case, hyphens and underscores make no difference. No suggestion
+    is better than one with another meaning.
     """
     likeness = {other: _likeness(name, other) for other in known}
     least = 1.0 if 1.0 in likeness.values() else _ALIKE
@@ -96,6 +97,8 @@ def close_to(name: str, known: Iterable[str]) -> list[str]:
 
 def _likeness(name: str, other: str) -> float:
     """Returns how alike two names are, from 0 to 1."""
+    initials = "".join(word[:1] for word in other.lower().split("_"))
     name, other = (text.lower().replace("-", "").replace("_", "") for text in (name, other))
     begins = min(len(name), len(other)) >= 3 and (name.startswith(other) or other.startswith(name))
-    return max(difflib.SequenceMatcher(None, name, other).ratio(), _ALIKE if begins else 0.0)
+    is_short = len(initials) > 1 and name == initials
+    return max(difflib.SequenceMatcher(None, name, other).ratio(), _ALIKE if begins or is_short else 0.0)

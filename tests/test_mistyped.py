@@ -33,10 +33,10 @@ train
     --config=RECIPE must name a file such as configs/digits.py, or one ..., tiny_imagenet_standard; got none
     -> train digits
 train digit:kd
-    --config=RECIPE must name a file such as ... got digit:kd; did you mean digits or digit_pairs?
+    there is no recipe digit; did you mean digits or digit_pairs?
     -> train digits
 train cifar-100:kd
-    --config=RECIPE must name a file such as ... got cifar-100:kd; did you mean cifar100?
+    there is no recipe cifar-100; did you mean cifar100?
     -> train cifar100
 train digits:kdd
     unknown method 'kdd'; did you mean kd?
@@ -45,6 +45,12 @@ train digits:kd+kdd
     unknown method 'kdd'; did you mean kd?
 train digits:momentum
     unknown method 'momentum'; known: cskd, cskd_paper, intra, inter, ce, kd, lskd, fitnet, ...
+train digits:kd,at
+    unknown method 'kd,at'; known: cskd, cskd_paper, ..., srrl; + joins several, as in kd+at
+    -> train digits:kd+at
+train digits --config.lr=0.1
+    unknown configuration key lr; did you mean first_phase.learning_rate or optimizer.learning_rate or ...?
+    -> train digits --config.optimizer.learning_rate=0.1
 train digits:kd+kd
     kd+kd: a method is named twice
 train digits:cskd+intra
@@ -66,7 +72,7 @@ train cifar100_standard:resnet56/resnet20/crdd
     unknown method 'crdd'; did you mean crd?
     -> train cifar100_standard:resnet56/resnet20/crd
 train digits:kd at
-    expected one recipe, got digits:kd and at; give everything else as --NAME=VALUE, with commas between values
+    expected one recipe, got digits:kd and at; a method follows a colon, ..., with commas between values
 train --config digits:kd --config digits:at
     --config is given twice: digits:kd and digits:at
 train --config
@@ -166,7 +172,7 @@ sweep digits
     --methods must name at least one method, such as --methods=ce,kd,cskd
     -> sweep digits --methods=ce,kd,cskd
 sweep digits --methods ce kd
-    expected one recipe, got digits and kd; give everything else as --NAME=VALUE, with commas between values
+    expected one recipe, got digits and kd; a method follows a colon, ..., with commas between values
 sweep digits:kd --methods=ce
     --config=digits:kd names a method; a sweep takes its methods from --methods
 sweep digits --methods=ce,dk

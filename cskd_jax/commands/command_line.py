@@ -111,8 +111,8 @@ class Parser(argparse.ArgumentParser):
         found += values.words
         if len(found) > 1:
             raise UserError(
-                f"expected one recipe, got {' and '.join(found)}; give everything else as --NAME=VALUE, "
-                "with commas between values"
+                f"expected one recipe, got {' and '.join(found)}; a method follows a colon, as in digits:kd, and "
+                "everything else is given as --NAME=VALUE, with commas between values"
             )
         return found[0] if found else ""
 

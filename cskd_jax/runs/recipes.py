@@ -87,10 +87,11 @@ def recipe_file(recipe: str) -> pathlib.Path:
     if name in packaged_recipes():
         return _PACKAGED / f"{name}.py"
     close = close_to(pathlib.Path(name).stem, packaged_recipes())
+    if close:
+        raise UserError(f"there is no recipe {name}; did you mean {' or '.join(close)}?")
     raise UserError(
         "--config=RECIPE must name a file such as configs/digits.py, or one of the recipes "
         f"{', '.join(packaged_recipes())}; got {recipe or 'none'}"
-        + (f"; did you mean {' or '.join(close)}?" if close else "")
     )
 
 

@@ -255,7 +255,7 @@ def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[
         passed.add(DATA_FINGERPRINT)  # Older runs have none, and it is not known before the data are loaded.
     old, new = schema.complete(found), schema.complete(identity)
     different = {}
-    for key in sorted((old.keys() | new.keys()) - passed):
+    for key in sorted((old.keys() | new.keys()) - passed, key=lambda key: (key != "method", key)):
         missing = 1 if key.endswith(_VERSION) else None
         values = old.get(key, missing), new.get(key, missing)
         if values[0] != values[1]:
