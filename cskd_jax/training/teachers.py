@@ -12,7 +12,7 @@ import numpy as np
 from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
 from cskd_jax.models import ModelOutput
-from cskd_jax.training.adapters import as_network
+from cskd_jax.training.adapters import LinenNetwork, as_network
 from cskd_jax.training.networks import Network, Variables, check_collections
 from cskd_jax.training.normalization import ResizedNetwork, renormalize
 
@@ -147,11 +147,12 @@ def variables_of(teachers: Sequence[Teacher]) -> Variables | None:
     """Returns the variables of the teachers' network; None if they do not exist yet, or without a teacher.
 
     Raises:
-      UserError: One of several teachers has none, or variables are not collections.
+      UserError: One of several teachers has none, or the variables of a linen module are not collections.
     """
-    found = [as_network(one.network).variables if one.variables is None else one.variables for one in teachers]
-    for variables in found:
-        if variables is not None:
+    networks = [as_network(one.network) for one in teachers]
+    found = [n.variables if one.variables is None else one.variables for n, one in zip(networks, teachers, strict=True)]
+    for network, variables in zip(networks, found, strict=True):
+        if variables is not None and isinstance(network, LinenNetwork):
             check_collections("teacher_variables", variables)
     if len(found) < 2:
         return found[0] if found else None

@@ -18,7 +18,7 @@ from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import DivergedError, UserError
-from cskd_jax.training.adapters import as_network
+from cskd_jax.training.adapters import LinenNetwork, as_network
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Console, Progress
 from cskd_jax.training.checks import check_batches, check_losses
 from cskd_jax.training.evaluation import Evaluation
@@ -243,7 +243,7 @@ class Trainer:
             prediction=describe_prediction(parts[-1].objective),
         )
         variables = network.variables if student.variables is None else student.variables
-        if variables is not None:
+        if variables is not None and isinstance(network, LinenNetwork):
             check_collections("student_variables", variables)
         peers = max(part.objective.peers for part in parts)
         if peers and variables is not None:
