@@ -96,7 +96,7 @@ def locate(archive: Archive, data_root: Path) -> tuple[Path, bool]:
     path = find_archive(archive, data_root)
     if path is None:
         return download(archive, data_root / _DOWNLOADS), True
-    official = sha256(path) == archive.sha256
+    official = sha256(path, archive.limit) == archive.sha256
     if not official:
         _logger.warning("%s is not the official %s: its contents are used after they are checked", path, archive.url)
     return path, official
@@ -165,10 +165,18 @@ def _stream(archive: Archive, part: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal digits; raises UserError if it cannot be read."""
+def sha256(path: Path, limit: int = sys.maxsize) -> str:
+    """Returns the SHA-256 of a file in hexadecimal digits.
+
+    Args:
+      path: Path of the file.
+      limit: Largest size in bytes.
+
+    Raises:
+      UserError: If the file cannot be read or is larger than the limit.
+    """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, limit) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error

@@ -204,6 +204,13 @@ def test_not_an_archive(tmp_path, data):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_is_too_large_is_not_even_hashed(tmp_path):
+    with (tmp_path / "cifar-10-binary.tar").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="cifar-10-binary.tar has 1,099,511,627,776 bytes; at most .* are allowed"):
+        cifar.read(cifar.ARCHIVE_10, tmp_path)
+
+
 def test_a_link_is_no_member(tmp_path):
     path = write_tar(tmp_path / "cifar-100-binary.tar", without("test.bin"))
     with tarfile.open(path, "a") as tar:
