@@ -357,9 +357,47 @@ def tars():
         "half of gzip": gzip.compress(bytes(1000))[:20],
         "xz of another kind": b"\xfd7zXZ\0" + bytes(100),
     }
+    for name, content in _headers(header).items():
+        found[name] = gzip.compress(content + bytes(1024), 1)
     for name, kind in (("attributes", tarfile.XHDTYPE), ("a name", tarfile.GNUTYPE_LONGNAME)):
         found[f"{name} of 700 MB"] = gzip.compress(header("x", 700 << 20, kind)) + zeros
     return found
+
+
+def _headers(header):
+    """Returns {name: tar archive} with headers that tarfile reads slowly or that take memory."""
+    import tarfile
+
+    def attributes(data, kind=tarfile.XHDTYPE):
+        return header("x", len(data), kind) + data + bytes(-len(data) % 512)
+
+    def record(keyword, value=b""):
+        rest = b" %s=%s\n" % (keyword, value)
+        return next(
+            b"%d" % size + rest for size in range(len(rest), len(rest) + 9) if size == len(rest) + len(str(size))
+        )
+
+    def keywords(count):
+        return b"".join(record(b"%04x" % number) for number in range(count))
+
+    member, everywhere = header("x", 0), tarfile.XGLTYPE
+    sparse = b"".join(record(b"GNU.sparse." + key, b"1") for key in (b"major", b"realsize")) + record(
+        b"GNU.sparse.minor", b"0"
+    )
+    extended = header("x", 1 << 30, tarfile.GNUTYPE_SPARSE)
+    extended = extended[:482] + b"\1" + extended[483:]
+    extended = extended[:148] + b"%06o\0 " % (sum(extended[:148]) + sum(extended[156:]) + 256) + extended[156:]
+    return {
+        "70,000 attributes of all members": attributes(keywords(70_000), everywhere) + member * 29_000,
+        "6,000 attributes of all members": attributes(keywords(6_000), everywhere) + member * 29_000,
+        "many attributes of all members": (attributes(keywords(6_000), everywhere) + member) * 400,
+        "many attributes of each member": (attributes(keywords(6_000)) + member) * 400,
+        "attributes of digits": attributes(b"1" * 65_000) + member,
+        "attributes within themselves": attributes(b"0" * 4_000 + b"1 " + b"a" * 60_000 + b"=") + member,
+        "an endless sparse map": extended + ((b"00000000001\0" * 42).ljust(504, b"\0") + b"\1" + bytes(7)) * 100_000,
+        "a sparse map of numbers": attributes(sparse) + header("x", 1 << 30) + b"99999999\n" + b"0\n" * 20_000_000,
+        "2,000 names": (header("x", 10, tarfile.GNUTYPE_LONGNAME) + bytes(512)) * 2_000,
+    }
 
 
 # What is done with them. Every function returns an exit code, or raises what a command shows as one line.

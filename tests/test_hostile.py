@@ -30,7 +30,7 @@ _COUNTS = {
     "runs": 150,
     "images": 10,
     "zip archives": 10,
-    "tar archives": 10,
+    "tar archives": 20,
     "large pickles": 7,
 }
 _SLOW = ("runs", "zip archives", "tar archives", "large pickles")

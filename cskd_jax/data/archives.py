@@ -14,6 +14,7 @@ import logging
 import lzma
 import os
 import posixpath
+import re
 import secrets
 import sys
 import tarfile
@@ -42,7 +43,9 @@ _CHUNK_BYTES = 1 << 20
 _MAX_MEMBERS = 30_000
 _MAX_ENDS = 100
 _MAX_TEXT = 16 << 20
-_MAX_HEADER = 1 << 20
+# Bytes of a header that holds a name or attributes, and of all of them together.
+_MAX_HEADER, _MAX_HEADERS = 64 << 10, 16 << 20
+_ATTRIBUTE = re.compile(rb"(\d{1,8}) ([^=]{1,1000})=")
 # Members of a tar archive that hold the name or the attributes of the next member, and that tarfile reads whole.
 _HEADERS = (
     tarfile.XHDTYPE,
@@ -203,7 +206,7 @@ def read_tar(
         with open_regular(path, archive.limit) as file, _unpacked(file) as unpacked:
             bounded: Any = _Bounded(unpacked, archive.limit)
             tar: Any
-            with tarfile.open(fileobj=bounded, mode="r|", tarinfo=_Member) as tar:
+            with _Tar.open(fileobj=bounded, mode="r|", tarinfo=_Member) as tar:
                 for number, member in enumerate(tar):
                     tar.members = []  # Otherwise it would remember all of them.
                     name = posixpath.normpath(member.name)  # In repacked archives, names often begin with "./".
@@ -250,15 +253,52 @@ class _Bounded:
         return data
 
 
-class _Member(tarfile.TarInfo):
-    """A member whose header does not use the memory that it claims to need."""
+class _Tar(tarfile.TarFile):
+    """A tar archive that counts the bytes of the headers that hold names and attributes."""
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: Any, errors: str) -> "_Member":
-        member = super().frombuf(buf, encoding, errors)
-        if member.type in _HEADERS and member.size > _MAX_HEADER:
-            raise ValueError(f"a header has {member.size:,} bytes")
+    header_bytes = 0
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose headers take little time and memory; of their attributes, only the name and size are used."""
+
+    def _proc_member(self, tar: Any) -> tarfile.TarInfo:
+        """Returns the member that begins with this header; tarfile calls this for every header."""
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise ValueError("sparse members are not supported")
+        if self.type not in _HEADERS:
+            return super()._proc_member(tar)
+        tar.header_bytes += max(self.size, 0)
+        if not 0 <= self.size <= _MAX_HEADER or tar.header_bytes > _MAX_HEADERS:
+            raise ValueError(
+                f"a header has {self.size:,} bytes; at most {_MAX_HEADER:,}, and {_MAX_HEADERS:,} together, are allowed"
+            )
+        if self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            return super()._proc_member(tar)
+        attributes = _attributes(tar.fileobj.read(self._block(self.size)))
+        member = self.fromtarfile(tar)
+        if self.type != tarfile.XGLTYPE:
+            name = attributes.get(b"path", b"").decode("utf-8", errors="surrogateescape")
+            member.name = name.rstrip("/") or member.name
+            if b"size" in attributes:
+                member.size = int(attributes[b"size"])
+                has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+                tar.offset = member.offset_data + (member._block(member.size) if has_data else 0)
         return member
+
+
+def _attributes(data: bytes) -> dict[bytes, bytes]:
+    """Returns {keyword: value} of a header of attributes, which consists of lines LENGTH KEYWORD=VALUE.
+
+    The patterns of Python's tarfile take time that grows with the square of the length.
+    """
+    found, position = {}, 0
+    while match := _ATTRIBUTE.match(data, position):
+        position += int(match[1])
+        if position <= match.end() or match[2].startswith(b"GNU.sparse."):
+            raise ValueError("a header is damaged, or of a sparse member")
+        found[match[2]] = data[match.end() : position - 1]
+    return found
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import shutil
@@ -209,6 +210,18 @@ def test_a_file_that_is_too_large_is_not_even_hashed(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(UserError, match="cifar-10-binary.tar has 1,099,511,627,776 bytes; at most .* are allowed"):
         cifar.read(cifar.ARCHIVE_10, tmp_path)
+
+
+def test_names_and_sizes_among_attributes(tmp_path):
+    """A name that tar's own header cannot hold, and attributes that do not matter."""
+    name = "é" * 99 + "/cifar"
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x" * 50}) as tar:
+        member = tarfile.TarInfo(name)
+        member.size, member.mtime, member.pax_headers = 3, 1.5, {"size": "3", "SCHILY.xattr.user.x": "a=b\nc"}
+        tar.addfile(member, io.BytesIO(b"abc"))
+        tar.addfile(tarfile.TarInfo("after"))
+    found = archives.read_tar(cifar.ARCHIVE_10, tmp_path / "a.tar", lambda name: True, 10)
+    assert list(found) == [(name, b"abc"), ("after", b"")]
 
 
 def test_a_link_is_no_member(tmp_path):
