@@ -1,8 +1,11 @@
 """Converts the tensor names in a file to the names by which a network is known: prefixes and renaming rules."""
 
+import functools
 import itertools
+import math
 import pathlib
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from cskd_jax.errors import UserError, printable
@@ -15,8 +18,14 @@ LEAVE_OUT = "-"
 # The names under which wrappers and training code store a network.
 _WRAPPERS = ("_orig_mod", "module", "model", "student", "teacher")
 _MAX_WRAPPERS, _MAX_BYTES, _MAX_RULES = 3, 65_536, 1_000
-# A pattern that repeats a group, or repeats many times, may take impractically long to match.
-_MAX_REPETITIONS = 3
+# A pattern that repeats a group, or repeats or chooses many times, may take impractically long to match.
+_MAX_REPETITIONS, _MAX_CHOICES = 3, 8
+# Limits on the length of a name that rules have changed, on the ways to match a name, which take three seconds, and on
+# the time that all names take.
+_MAX_NAME, _MAX_WAYS, _MAX_SECONDS = 1_000, 2**26, 5
+# Parts of a pattern that repeat, and those that choose: a question mark after ( or another repetition does neither.
+_REPETITIONS, _CHOICES = re.compile(r"[*+{]"), re.compile(r"(?<![(*+?}])\?|\|")
+_REFERENCES = re.compile(r"\\[1-9]|\(\?P=")
 
 
 def read_rules(path: pathlib.Path) -> list[Rule]:
@@ -38,22 +47,25 @@ def read_rules(path: pathlib.Path) -> list[Rule]:
             continue
         words = line.split()
         if len(words) != 2:
-            raise UserError(f"{path}, line {number}: {printable(line)!r} is not a pattern and a replacement")
+            raise UserError(f"{path}, line {number}: {printable(line[:500])!r} is not a pattern and a replacement")
         try:
             _check(*words)
-        except (re.error, UserError) as error:
-            raise UserError(f"{path}, line {number}: {printable(line)!r} is not a valid rule: {error}") from None
+        except (re.error, RecursionError, OverflowError, UserError) as error:
+            raise UserError(f"{path}, line {number}: {printable(line[:500])!r} is not a valid rule: {error}") from None
         rules.append((words[0], words[1]))
     return rules
 
 
 def _check(pattern: str, replacement: str) -> None:
-    """Raises `re.error` or UserError unless a rule is valid and certain to finish quickly."""
-    compiled = re.compile(pattern)
-    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > _MAX_REPETITIONS:
+    """Raises UserError, or the errors of `re.compile`, unless a rule is valid and can finish quickly."""
+    if re.search(r"\)[*+{]", pattern) or len(_REPETITIONS.findall(pattern)) > _MAX_REPETITIONS:
         raise UserError(f"it repeats a group, or has more than {_MAX_REPETITIONS} of * + {{, and may take forever")
-    groups = [int(number) for number in re.findall(r"\\(\d+)", replacement)]
-    if re.sub(r"\\\d+", "", replacement).count("\\") or any(not 1 <= group <= compiled.groups for group in groups):
+    if len(_CHOICES.findall(pattern)) > _MAX_CHOICES:
+        raise UserError(f"it has more than {_MAX_CHOICES} of ? |, and may take forever")
+    compiled = re.compile(pattern)
+    groups = re.findall(r"\\(\d+)", replacement)
+    valid = all(len(group) < 4 and 1 <= int(group) <= compiled.groups for group in groups)
+    if re.sub(r"\\\d+", "", replacement).count("\\") or not valid:
         raise UserError(
             rf"the replacement may refer only to the {compiled.groups} groups of the pattern, as \1, \2, ..."
         )
@@ -71,11 +83,12 @@ def rename(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:
       {new name: name in the file}.
 
     Raises:
-      UserError: If two names become the same.
+      UserError: If two names become the same, if a name becomes too long, or if it could take too long.
     """
     sources: dict[str, str] = {}
+    end = time.monotonic() + _MAX_SECONDS
     for name in names:
-        new = _renamed(name, rules)
+        new = _renamed(name, rules, end)
         if new in sources:
             raise UserError(f"{sources[new]} and {name} both become {new}")
         if new is not None:
@@ -83,14 +96,27 @@ def rename(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:
     return sources
 
 
-def _renamed(name: str, rules: Sequence[Rule]) -> str | None:
-    """Returns a name after all rules; None if a rule leaves it out."""
+def _renamed(name: str, rules: Sequence[Rule], end: float) -> str | None:
+    """Returns a name after all rules, which have until the time `end`; None if a rule leaves it out."""
     for pattern, replacement in rules:
-        if replacement != LEAVE_OUT:
-            name = re.sub(pattern, replacement, name)
-        elif re.search(pattern, name):
-            return None
+        if _ways(pattern, len(name)) > _MAX_WAYS or time.monotonic() > end:
+            raise UserError(f"the renaming rules take too long, such as {pattern}: use fewer of * + {{ ? |")
+        if replacement == LEAVE_OUT:
+            if re.search(pattern, name):
+                return None
+            continue
+        new = re.sub(pattern, replacement, name)
+        if len(new) > max(_MAX_NAME, len(name)):
+            raise UserError(f"{name} becomes a name of {len(new):,} letters; at most {_MAX_NAME:,} are allowed")
+        name = new
     return name
+
+
+@functools.cache
+def _ways(pattern: str, length: int) -> int:
+    """Returns about how many ways there are, at most, to match a pattern in a name of this length."""
+    repetitions = len(_REPETITIONS.findall(pattern)) + bool(_REFERENCES.search(pattern))
+    return 2 ** len(_CHOICES.findall(pattern)) * math.comb(length + repetitions + 1, repetitions + 1)
 
 
 def with_prefix(names: Iterable[str], prefix: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from cskd_jax.errors import UserError
-from cskd_jax.interop import export, nearest
+from cskd_jax.interop import export, nearest, renames
 from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.matching import match
 from cskd_jax.interop.names import to_torch
@@ -149,6 +149,11 @@ def test_rules_apply_one_after_the_other():
         (r"(a) \g<1>", r"may refer only to the 1 groups of the pattern, as \\1"),
         ("(a+)+ b", r"repeats a group"),
         ("a*b*c*d* x", r"more than 3 of"),
+        ("a?" * 30 + "a" * 30 + " x", r"more than 8 of"),
+        ("(?:a|aa)" * 40 + "[bc] x", r"more than 8 of"),
+        ("(" * 5000 + ")" * 5000 + " x", r"line 1: .*is not a valid rule: .*recursion"),
+        ("a{99999999999} x", r"line 1: .*is not a valid rule"),
+        (r"(a) \1" + "1" * 5000, r"may refer only to the 1 groups"),
         ("a b\n" * 2000, r"more than .*1000 lines"),
         ("x" * 70_000, r"at most 65,536 are allowed"),
     ],
@@ -157,6 +162,27 @@ def test_bad_rules(text, message, tmp_path):
     (tmp_path / "names.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         read_rules(tmp_path / "names.txt")
+
+
+@pytest.mark.parametrize(
+    ("rules", "name", "message"),
+    [
+        ([(r"(.+)", r"\1\1")] * 34, "fc.bias", r"becomes a name of 1,792 letters; at most 1,000 are allowed"),
+        ([(r".*.*.*[=;]", "x")], "a" * 1000, r"the renaming rules take too long"),
+    ],
+)
+def test_rules_that_would_take_forever(rules, name, message):
+    with pytest.raises(UserError, match=message):
+        rename([name], rules)
+
+
+def test_rules_for_many_names_take_bounded_time(monkeypatch):
+    names = [f"layer{stage}.{block}.conv{number}.weight" for stage in range(9) for block in range(9) for number in "12"]
+    rules = [(r"^layer(\d+)\.(\d+)\.(conv|bn)(1|2)?\.(\w+)$", r"block\1.\2.\3\4.\5")] * 50
+    assert rename(names, rules).keys() == {name.replace("layer", "block") for name in names}
+    monkeypatch.setattr(renames, "_MAX_SECONDS", 0)
+    with pytest.raises(UserError, match="the renaming rules take too long"):
+        rename(names, rules)
 
 
 def message_of(model, arrays, **settings):
