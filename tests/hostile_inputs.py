@@ -159,6 +159,7 @@ def safetensors():
     """Returns {name: content} of safetensors files."""
     good = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     found = {f"shape {number}": _safe({"x": good | {"shape": shape}}) for number, shape in enumerate(_SHAPES)}
+    found["nothing of a large shape"] = _safe({"x": good | {"shape": [0] + [2**31] * 3, "data_offsets": [0, 0]}})
     for number, offsets in enumerate([[0], [4, 0], [0, 8], [-4, 0], [0, 2**63], ["0", "4"], None, {}, [0, 4, 4], 4]):
         found[f"place {number}"] = _safe({"x": good | {"data_offsets": offsets}})
     for number, dtype in enumerate(["F31", 1, None, [], "\x1b[2J"]):

@@ -54,7 +54,8 @@ _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _PLACE = ("dtype", "shape", "data_offsets")
 # Limits on the sizes of a file, of its pickle and of the header of safetensors. VGG19 with Adam's state takes 1.7 GB.
 MAX_FILE, _MAX_PICKLE, _MAX_HEADER = 4 << 30, 256 << 20, 8 << 20
-_MAX_DIMENSIONS = 8
+# Limits on the axes of a tensor, and on the product of their sizes, of which some may be zero.
+_MAX_DIMENSIONS, _MAX_VALUES = 8, 2**40
 # Limits on the modules, because a network that contains itself would never end, and on the dictionary entries that are
 # searched and the letters of their names, because many names can refer to the same large dictionary.
 _MAX_MODULES, _MAX_SEARCH = 20_000, 16_000_000
@@ -128,7 +129,7 @@ def _place(name: str, entry: Any, available: int) -> tuple[np.dtype, tuple[int, 
         raise UserError(f"{shown(name)} has type {shown(kind)}; known types: {', '.join(_SAFETENSORS_DTYPES)}")
     dtype, (start, stop) = np.dtype(_SAFETENSORS_DTYPES[kind]), offsets
     fits = 0 <= start <= stop <= available and math.prod(shape) * dtype.itemsize == stop - start
-    if not fits or len(shape) > _MAX_DIMENSIONS or (0 in shape and max(shape) > 2**31):
+    if not fits or len(shape) > _MAX_DIMENSIONS or math.prod(max(axis, 1) for axis in shape) > _MAX_VALUES:
         raise UserError(
             f"is not a valid safetensors file ({shown(name)} of shape {shown(str(shape))} does not fit in it)"
         )
