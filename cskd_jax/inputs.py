@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import stat
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,8 @@ _MAX_DIGITS = 40
 _MAX_DEPTH = 50
 # The list of the members of an archive takes about a hundred bytes for each; an archive of ImageNet's size has 16 MB.
 _MAX_DIRECTORY = 32 << 20
+# Bytes of the extra fields of a member, such as its times and owner.
+_MAX_EXTRA = 1_000
 _CHUNK = 1 << 20
 
 
@@ -150,9 +153,13 @@ def unsound(values: Any, needed: Mapping[str, Test], optional: Mapping[str, Test
 
 
 class _BoundedReads:
-    """A file that refuses to read more at once than the list of the members of an archive should take."""
+    """A file that refuses to read more at once than the list of the members of an archive should take.
+
+    Until it is `opened`, it also refuses a list whose members have many extra fields, which zipfile reads slowly.
+    """
 
     def __init__(self, file):
+        self.opened = False
         self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
         self._read = file.read
 
@@ -160,6 +167,14 @@ class _BoundedReads:
         data = self._read(min(size, _MAX_DIRECTORY + 1) if size >= 0 else _MAX_DIRECTORY + 1)
         if len(data) > _MAX_DIRECTORY:
             raise zipfile.BadZipFile("part of it is too large")
+        position = 0
+        while not self.opened and data[position : position + 4] == zipfile.stringCentralDir:
+            name, extra, comment = struct.unpack_from("<3H", data, position + 28)
+            if extra > _MAX_EXTRA:
+                raise zipfile.BadZipFile(
+                    f"a member has {extra:,} bytes of extra fields; at most {_MAX_EXTRA:,} are allowed"
+                )
+            position += zipfile.sizeCentralDir + name + extra + comment
         return data
 
 
@@ -170,7 +185,9 @@ def zip_of(file: io.BufferedReader) -> zipfile.ZipFile:
       file: File that `open_regular` has opened.
     """
     bounded: Any = _BoundedReads(file)
-    return zipfile.ZipFile(bounded)
+    archive = zipfile.ZipFile(bounded)
+    bounded.opened = True
+    return archive
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:

@@ -323,7 +323,21 @@ def zips():
         for start in (data.index(b"PK\1\2") + offset + 2, data.index(b"PK\3\4") + offset):
             data[start] = value
         found[f"field {offset} is {value}"] = bytes(data)
+    found["700,000 members without names"] = _listed(700_000)
+    found["extra fields"] = _listed(480, b"x", struct.pack("<HH", 0xCAFE, 0) * 16_000)
+    found["many extra fields"] = _listed(30_000, b"x", struct.pack("<HH", 0xCAFE, 0) * 250)
     return found | {"no zip": b"PK", "empty": b"", "of nothing": _zip({}, zipfile.ZIP_STORED)}
+
+
+def _listed(count, name=b"", extra=b""):
+    """Returns a zip archive that lists members which it does not hold."""
+    fields = (20, 20, 0, 0, 0, 33, 0, 0, 0, len(name), len(extra), 0, 0, 0, 0, 0)
+    members = (b"PK\1\2" + struct.pack("<HHHHHHIIIHHHHHII", *fields) + name + extra) * count
+    end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(members), 0)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(members), 1)
+    return (
+        members + end + locator + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0)
+    )
 
 
 def _zip(members, kind):

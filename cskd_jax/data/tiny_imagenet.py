@@ -105,7 +105,8 @@ def read_archive(archive: Archive, path: Path) -> Content:
     """
     with open_zip(archive, path) as file:
         # In repacked archives, names may begin with "./".
-        members = {posixpath.normpath(member.filename): member for member in file.infolist() if not member.is_dir()}
+        files = [member for member in file.infolist() if not member.filename.endswith("/")]
+        members = {posixpath.normpath(member.filename): member for member in files}
         require_members(archive, path, (_NAMES, _ANNOTATIONS), members)
         names, annotations = (
             text_lines(read_zipped(archive, path, file, members[name])) for name in (_NAMES, _ANNOTATIONS)
