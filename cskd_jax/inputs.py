@@ -1,5 +1,6 @@
 """Reads files that anyone may have made: regular files of a bounded size, JSON and its types, and zip archives."""
 
+import errno
 import io
 import json
 import math
@@ -23,6 +24,8 @@ _MAX_DEPTH = 50
 _MAX_DIRECTORY = 32 << 20
 # Bytes of the extra fields of a member, such as its times and owner.
 _MAX_EXTRA = 1_000
+# Size of a file from which it may not consist mostly of holes.
+_MAX_HOLES = 256 << 20
 _CHUNK = 1 << 20
 
 
@@ -34,7 +37,7 @@ def open_regular(path: str | pathlib.Path, limit: int) -> io.BufferedReader:
       limit: Largest size in bytes.
 
     Raises:
-      UserError: It is not a regular file, or it is larger than the limit.
+      UserError: It is not a regular file, it is larger than the limit, or it is large and consists mostly of holes.
       OSError: It cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -44,10 +47,27 @@ def open_regular(path: str | pathlib.Path, limit: int) -> io.BufferedReader:
             raise UserError(f"{path} is not a regular file but a folder, a pipe, a device or similar")
         if status.st_size > limit:
             raise UserError(f"{path} has {status.st_size:,} bytes; at most {limit:,} are allowed")
+        if status.st_size > _MAX_HOLES and _is_hollow(descriptor, status.st_size):
+            raise UserError(f"{path} is {status.st_size:,} bytes large, but most of them were never written")
     except BaseException:
         os.close(descriptor)
         raise
     return open(descriptor, "rb")
+
+
+def _is_hollow(descriptor: int, size: int) -> bool:
+    """Returns whether most of an opened file are holes, which take no space and cost time and memory to read."""
+    data = position = 0
+    try:
+        while 2 * data < size:
+            start = os.lseek(descriptor, position, os.SEEK_DATA)
+            position = os.lseek(descriptor, start, os.SEEK_HOLE)
+            data += position - start
+    except OSError as error:
+        return error.errno == errno.ENXIO  # There is no more data; other errors are those of unusual file systems.
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return False
 
 
 def read_bytes(path: str | pathlib.Path, limit: int) -> bytes:

@@ -14,7 +14,7 @@ from cskd_jax.data import load_dataset
 from cskd_jax.data.images import read_image
 from cskd_jax.errors import UserError
 from cskd_jax.files import csv_text
-from cskd_jax.inputs import parse_json, read_bytes
+from cskd_jax.inputs import open_regular, parse_json, read_bytes
 from cskd_jax.interop import unpickle
 from cskd_jax.report.markdown import render
 from cskd_jax.runs.results import write_results
@@ -90,6 +90,19 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     (tmp_path / "large").write_bytes(bytes(11))
     with pytest.raises(UserError, match="has 11 bytes; at most 10 are allowed"):
         read_bytes(tmp_path / "large", 10)
+
+
+def test_a_large_file_of_holes_is_refused(tmp_path):
+    path = tmp_path / "holes"
+    with path.open("wb") as file:
+        file.write(b"PK")
+        file.truncate(3 << 30)
+    with pytest.raises(UserError, match="is 3,221,225,472 bytes large, but most of them were never written"):
+        open_regular(path, 4 << 30)
+    path.write_bytes(b"data")
+    os.truncate(path, 100 << 20)  # It costs little.
+    with open_regular(path, 4 << 30) as file:
+        assert file.read(5) == b"data\0"
 
 
 def test_csv_is_not_executed():
