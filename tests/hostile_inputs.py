@@ -369,6 +369,9 @@ def tars():
         "many members": gzip.compress(header("x", 0) * 40_000),
         "sparse": gzip.compress(header(member, 8 << 40, tarfile.GNUTYPE_SPARSE)),
         "no tar": b"text",
+        "empty parts of gzip": gzip.compress(b"") * 2_500_000,
+        "empty parts of xz": lzma.compress(b"") * 1_000_000,
+        "a long name in gzip": b"\x1f\x8b\x08\x08" + bytes(6) + b"a" * 60_000_000,
         "half of gzip": gzip.compress(bytes(1000))[:20],
         "xz of another kind": b"\xfd7zXZ\0" + bytes(100),
     }

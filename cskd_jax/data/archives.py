@@ -6,7 +6,6 @@ members are read in memory; nothing is extracted to a path that an archive names
 
 import contextlib
 import dataclasses
-import gzip
 import hashlib
 import http.client
 import io
@@ -21,6 +20,7 @@ import tarfile
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ _CHUNK_BYTES = 1 << 20
 _MAX_MEMBERS = 30_000
 _MAX_ENDS = 100
 _MAX_TEXT = 16 << 20
+# Parts of a compressed file, bytes that are read of one at once, and memory that xz may take; its strongest level takes
+# 65 MiB.
+_MAX_PARTS, _PART_BYTES, _MAX_XZ = 10_000, 64 << 10, 256 << 20
 # Bytes of a header that holds a name or attributes, and of all of them together.
 _MAX_HEADER, _MAX_HEADERS = 64 << 10, 16 << 20
 _ATTRIBUTE = re.compile(rb"(\d{1,8}) ([^=]{1,1000})=")
@@ -203,8 +206,8 @@ def read_tar(
       UserError: If the file is damaged, is not a tar archive, or unpacks to more than the archive may.
     """
     try:
-        with open_regular(path, archive.limit) as file, _unpacked(file) as unpacked:
-            bounded: Any = _Bounded(unpacked, archive.limit)
+        with open_regular(path, archive.limit) as file:
+            bounded: Any = _Bounded(_unpacked(file), archive.limit)
             tar: Any
             with _Tar.open(fileobj=bounded, mode="r|", tarinfo=_Member) as tar:
                 for number, member in enumerate(tar):
@@ -228,12 +231,47 @@ def read_tar(
         raise UserError(f"{path} is damaged or not a tar archive ({reason}): replace it with {archive.url}") from error
 
 
-def _unpacked(file: io.BufferedReader) -> contextlib.AbstractContextManager[Any]:
+def _unpacked(file: io.BufferedReader) -> Any:
     """Returns the content of a file that may be compressed with gzip or xz."""
     start = file.peek(6)[:6]
     if start.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=file)
-    return lzma.LZMAFile(file) if start == b"\xfd7zXZ\0" else contextlib.nullcontext(file)
+        return _Unpacked(file, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
+    if start == b"\xfd7zXZ\0":
+        return _Unpacked(file, lambda: lzma.LZMADecompressor(memlimit=_MAX_XZ))
+    return file
+
+
+class _Unpacked:
+    """The content of a compressed file, which consists of a bounded number of parts, perhaps followed by zeros.
+
+    Python's own readers take seconds for millions of empty parts, and for a long name in the header of gzip.
+    """
+
+    def __init__(self, file: io.BufferedReader, begin: Callable[[], Any]):
+        self._file, self._begin, self._part, self._parts, self._data = file, begin, begin(), 1, b""
+
+    def read(self, size: int) -> bytes:
+        while not self._part.eof or self._has_another_part():
+            needs_input = getattr(self._part, "needs_input", True)  # zlib, unlike lzma, keeps no input for later.
+            data = (self._data or self._file.read(_PART_BYTES)) if needs_input else b""
+            unpacked = self._part.decompress(data, size)
+            self._data = self._part.unused_data or getattr(self._part, "unconsumed_tail", b"")
+            if unpacked:
+                return unpacked
+            if needs_input and not data:
+                raise EOFError("it is truncated")
+        return b""
+
+    def _has_another_part(self) -> bool:
+        """Returns whether another part follows, and begins it."""
+        while not (data := self._data.lstrip(b"\0")):
+            self._data = self._file.read(_PART_BYTES)
+            if not self._data:
+                return False
+        self._data, self._part, self._parts = data, self._begin(), self._parts + 1
+        if self._parts > _MAX_PARTS:
+            raise EOFError(f"it has more than {_MAX_PARTS:,} compressed parts")
+        return True
 
 
 class _Bounded:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import gzip
 import io
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -222,6 +224,19 @@ def test_names_and_sizes_among_attributes(tmp_path):
         tar.addfile(tarfile.TarInfo("after"))
     found = archives.read_tar(cifar.ARCHIVE_10, tmp_path / "a.tar", lambda name: True, 10)
     assert list(found) == [(name, b"abc"), ("after", b"")]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])
+def test_an_archive_of_several_compressed_parts(tmp_path, pack):
+    path = write_tar(tmp_path / "a.tar", {"x": bytes(2_000_000), "y": b"abc"})
+    data = path.read_bytes()
+    (tmp_path / "a").write_bytes(
+        b"".join(pack(data[start : start + 777_777]) for start in range(0, len(data), 777_777))
+    )
+    with (tmp_path / "a").open("ab") as file:
+        file.write(bytes(100_000))
+    found = dict(archives.read_tar(cifar.ARCHIVE_10, tmp_path / "a", lambda name: True, 10**7))
+    assert found == {"x": bytes(2_000_000), "y": b"abc"}
 
 
 def test_a_link_is_no_member(tmp_path):
