@@ -145,15 +145,19 @@ def _run(argv):
 def _write(arguments, found, record, report):
     """Writes the checkpoint and import.json, and prints what was done."""
     from cskd_jax.runs.imports import IMPORT
+    from cskd_jax.runs.lock import locked
     from cskd_jax.training.checkpoint import FOLDER, Checkpoints
 
     variables = found.variables
     collections = {name: collection for name, collection in variables.items() if name != "params"}
     tree = {"params": {"network": variables["params"]}, "collections": collections}
-    with Checkpoints(arguments.out / FOLDER, keep=1) as checkpoints:
-        checkpoints.save(0, tree, record)
-    path = arguments.out / IMPORT
-    write_json(path, report | {"used": found.used, "unused": found.unused})
+    folder, path = arguments.out / FOLDER, arguments.out / IMPORT
+    with locked(arguments.out / "lock", f"another import into {arguments.out} is running"):
+        if folder.exists():
+            raise UserError(f"--out={arguments.out} was written by another import; name a new or empty folder")
+        with Checkpoints(folder, keep=1) as checkpoints:
+            checkpoints.save(0, tree, record)
+        write_json(path, report | {"used": found.used, "unused": found.unused})
     prefix = f" under the prefix {found.prefix}" if found.prefix else ""
     kind = ""
     if found.unused and all(name.endswith(_COUNTER) for name in found.unused):

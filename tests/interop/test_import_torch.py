@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cskd_jax.interop import nearest, unpickle
+from cskd_jax.interop import import_torch, nearest, unpickle
 from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.names import to_torch
 from cskd_jax.interop.torch_file import read_state_dict
 from cskd_jax.models import MODELS, create_model
+from cskd_jax.runs import lock
 from cskd_jax.training.checkpoint import load_variables
 from tests import torch_files
 from tests.torch_files import (
@@ -420,6 +421,21 @@ def test_bad_arguments(case, arrays, tmp_path, capsys):
     for word in words:
         assert word in line
     assert not (tmp_path / "out").exists()
+
+
+def test_an_import_into_the_folder_of_another_one(arrays, tmp_path, capsys, monkeypatch):
+    """The other one has begun after this one has looked whether the folder is new."""
+    file, out = write_zip(tmp_path / "file.pth", *torch_files.state_dict(arrays)), tmp_path / "out"
+    assert run(file, out) == 0
+    before = sorted(out.rglob("*"))
+    monkeypatch.setattr(import_torch, "check_new", lambda folder: None)
+    assert run(file, out) == 2
+    assert "was written by another import; name a new or empty folder" in capsys.readouterr().err
+    monkeypatch.setattr(lock, "LOCAL_PATIENCE_SECONDS", 0)
+    with lock.locked(out / "lock", "a test"):
+        assert run(file, out) == 2
+    assert "another import into" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
 
 
 def test_network_must_be_named_or_known(arrays, tmp_path, capsys):
