@@ -16,6 +16,8 @@ from cskd_jax.errors import UserError
 
 # Results of runs with thousands of classes take less than one megabyte.
 MAX_JSON = 8 << 20
+# Letters of a name or a path.
+MAX_TEXT = 10_000
 # Digits of a number in JSON: those of the largest 64-bit integers, and those of a float with its exponent.
 _MAX_DIGITS = 40
 # Nesting depth of lists and objects; the files of this package have at most five levels.
@@ -130,7 +132,7 @@ Test = Callable[[Any], bool]
 
 def is_text(value: Any) -> bool:
     """Returns whether a JSON value is a string of a length that names and paths have."""
-    return type(value) is str and len(value) <= 10_000 and "\0" not in value
+    return type(value) is str and len(value) <= MAX_TEXT and "\0" not in value
 
 
 def is_count(value: Any, low: int = 0) -> bool:

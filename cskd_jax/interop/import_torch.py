@@ -57,7 +57,7 @@ from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import check_new, number, numbers
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
-from cskd_jax.inputs import open_regular, read_bytes
+from cskd_jax.inputs import MAX_TEXT, is_text, open_regular, read_bytes
 
 _MAX_NAMES = 64 << 20  # bytes of the file with the class names, of which there are at most a million
 
@@ -253,9 +253,14 @@ def _read_categories(arguments):
     if arguments.categories is None:
         return None
     try:
-        names = read_bytes(arguments.categories, _MAX_NAMES).decode("utf-8").splitlines()
+        names = read_bytes(arguments.categories, _MAX_NAMES).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{arguments.categories} is not a text file") from None
+    for line, name in enumerate(names, start=1):
+        if not is_text(name):
+            raise UserError(
+                f"{arguments.categories}, line {line}: a name may have at most {MAX_TEXT:,} letters, none of them NUL"
+            )
     if len(names) != arguments.num_classes or len(set(names)) != len(names):
         raise UserError(
             f"{arguments.categories} holds {len(names)} names, {len(set(names))} of them distinct; "

@@ -402,6 +402,8 @@ BAD_ARGUMENTS = {
     "unknown argument": (["--classes=7"], ["unknown flag --classes; did you mean --num_classes?"]),
     "out exists": (["--out={full}"], ["already exists"]),
     "no categories file": (["--categories={full}/none"], ["none", "No such file"]),
+    "a category with NUL": (["--categories={full}/nul"], ["nul, line 2: a name may have at most 10,000 letters"]),
+    "a long category": (["--categories={full}/long"], ["long, line 1: a name may have at most 10,000 letters"]),
     "number of categories": (["--categories={full}/two"], ["2 names", "must hold 7"]),
 }
 
@@ -413,6 +415,8 @@ def test_bad_arguments(case, arrays, tmp_path, capsys):
     full = tmp_path / "full"
     full.mkdir()
     (full / "two").write_text("cat\ndog\n")
+    (full / "nul").write_text("0\n1\0\n2\n3\n4\n5\n6\n")
+    (full / "long").write_text("0" * 20_000 + "\n1\n2\n3\n4\n5\n6\n")
     base = {"--model": "resnet8", "--width": "0.25", "--num_classes": "7", "--out": str(tmp_path / "out")}
     base |= dict(argument.format(full=full).split("=") for argument in arguments)
     assert main(["import_torch", str(file), *(f"{name}={value}" for name, value in base.items())]) == 2
@@ -421,6 +425,13 @@ def test_bad_arguments(case, arrays, tmp_path, capsys):
     for word in words:
         assert word in line
     assert not (tmp_path / "out").exists()
+
+
+def test_categories_of_a_file_that_begins_with_a_byte_order_mark(arrays, tmp_path):
+    file = write_zip(tmp_path / "file.pth", *torch_files.state_dict(arrays))
+    (tmp_path / "names").write_text("0\n1\n2\n3\n4\n5\n6\n", encoding="utf-8-sig")
+    assert run(file, tmp_path / "out", f"--categories={tmp_path / 'names'}") == 0
+    assert load_variables(str(tmp_path / "out")).record.categories == list("0123456")
 
 
 def test_an_import_into_the_folder_of_another_one(arrays, tmp_path, capsys, monkeypatch):
