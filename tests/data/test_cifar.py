@@ -278,6 +278,14 @@ def test_a_download_that_is_not_there(tmp_path, server):
     assert not list((data / "downloads").iterdir())
 
 
+@pytest.mark.parametrize("proxy", ["http:/proxy:3128", f"http://{'a' * 70}.org:3128"])
+def test_a_proxy_that_is_no_address(tmp_path, monkeypatch, proxy):
+    monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(UserError, match="cannot download https://.*: download it yourself"):
+        archives.download(dataclasses.replace(cifar.ARCHIVE_10, url="https://cskd.invalid/x"), tmp_path)
+
+
 def test_a_data_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"cannot download .*{tmp_path}/file/downloads"):
