@@ -128,7 +128,7 @@ def pause(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _counted_seconds(what: str) -> Iterator[None]:
     over = threading.Event()
-    line = tqdm.tqdm(bar_format="{desc} ... {elapsed}", desc=what, leave=False, dynamic_ncols=True)
+    line = tqdm.tqdm(bar_format="{desc} ... {elapsed}", desc=printable(what), leave=False, dynamic_ncols=True)
 
     def count():
         while not over.wait(1):

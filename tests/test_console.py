@@ -104,6 +104,12 @@ def test_seconds_are_counted_on_a_terminal(terminal):
     assert output.getvalue() == ""
 
 
+def test_what_is_counted_is_printable(terminal):
+    _, error = terminal()
+    with console.pause("\x1b]0;x\x07compiling"):
+        assert r"\x1b]0;x\x07compiling ... 00:00" in error.getvalue()
+
+
 def test_counting_ends_with_an_error(terminal):
     terminal()
     during = []

@@ -33,9 +33,10 @@ Exit codes: 0 done; 2 something to fix in the command or the checkpoint.
 
 from typing import Any
 
+from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import check_new, numbers, one_folder
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, printable
 from cskd_jax.files import local_folder, write_bytes, write_json
 
 WEIGHTS, FUNCTION, DESCRIPTION = "weights.safetensors", "network.jax_export", "network.json"
@@ -64,6 +65,7 @@ def _parse(argv):
 def _run(argv):
     arguments = _parse(argv)
     check_new(arguments.out)
+    console.start()
     # Imported late, so that mistakes in the command are reported without loading everything.
     import safetensors.numpy
 
@@ -113,11 +115,9 @@ def _run(argv):
         write_bytes(arguments.out / name, content)
     write_json(arguments.out / DESCRIPTION, description)
     trained = "" if record.finished else ", not fully trained"
-    print(
-        f"{record.describe_network()}, "
-        f"{count_parameters(parameters_of(variables)):,} parameters, step {saved.step}{trained}: "
-        f"{', '.join(str(arguments.out / name) for name in (*files, DESCRIPTION))}"
-    )
+    parameters = f"{count_parameters(parameters_of(variables)):,} parameters"
+    written = ", ".join(str(arguments.out / name) for name in (*files, DESCRIPTION))
+    console.say(printable(f"{record.describe_network()}, {parameters}, step {saved.step}{trained}: {written}"))
 
 
 def _images(arguments, record) -> dict[str, Any]:

@@ -53,9 +53,11 @@ import hashlib
 import pathlib
 from typing import Any
 
+from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import check_new, number, numbers
-from cskd_jax.errors import UserError
+from cskd_jax.console import pause, say
+from cskd_jax.errors import UserError, printable
 from cskd_jax.files import local_folder, write_json
 from cskd_jax.inputs import MAX_TEXT, is_text, open_regular, read_bytes
 
@@ -104,6 +106,7 @@ def _parse(argv):
 def _run(argv):
     arguments = _parse(argv)
     check_new(arguments.out)
+    console.start()
     digest, known = _identify(arguments)
     categories = _read_categories(arguments) or (None if known is None else known.categories)
     # Imported late, so that mistakes in the command are reported without loading everything.
@@ -133,7 +136,7 @@ def _run(argv):
         method="imported",
         finished=True,
     )
-    print(f"{arguments.file}: {network}{_origin(known)}")
+    say(printable(f"{arguments.file}: {network}{_origin(known)}"))
     report: dict[str, Any] = {"file": str(arguments.file), "sha256": digest, "prefix": found.prefix}
     if known is not None:
         report |= {"source": f"{known.repository}/blob/HEAD/{known.path}", "dataset": known.dataset}
@@ -163,11 +166,10 @@ def _write(arguments, found, record, report):
     if found.unused and all(name.endswith(_COUNTER) for name in found.unused):
         kind = f", all of them {_COUNTER}, PyTorch's counters of batches"
     unused = f"{len(found.unused)} not needed{kind} (listed in {path})"
-    print(f"{len(found.used)} tensors used{prefix}, 0 missing, {unused}")
-    print(
-        f"checkpoint {arguments.out}: --config.teacher.checkpoint={arguments.out} "
-        f"--config.teacher.name={arguments.model} --config.teacher.width={arguments.width:g}"
-    )
+    say(printable(f"{len(found.used)} tensors used{prefix}, 0 missing, {unused}"))
+    flags = {"checkpoint": arguments.out, "name": arguments.model, "width": f"{arguments.width:g}"}
+    flags = " ".join(f"--config.teacher.{name}={value}" for name, value in flags.items())
+    say(printable(f"checkpoint {arguments.out}: {flags}"))
 
 
 def _identify(arguments):
@@ -220,7 +222,6 @@ def _verify(arguments, module, saved) -> dict[str, Any]:
     Raises:
       UserError: The data set cannot be loaded or does not fit, or the normalization of its images is unknown.
     """
-    from cskd_jax.console import pause
     from cskd_jax.data import load_dataset
     from cskd_jax.distributed.devices import Devices
     from cskd_jax.runs.trained import check_fits
@@ -244,7 +245,7 @@ def _verify(arguments, module, saved) -> dict[str, Any]:
     )
     with pause(f"evaluating on {len(dataset.test.labels):,} images"):
         values = evaluation(devices.replicate(saved.variables))
-    print(f"{arguments.verify}, {len(dataset.test.labels):,} test images: {evaluation.task.describe(values)}")
+    say(f"{arguments.verify}, {len(dataset.test.labels):,} test images: {evaluation.task.describe(values)}")
     return {"dataset": arguments.verify, "images": len(dataset.test.labels), **values}
 
 

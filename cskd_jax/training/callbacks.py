@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from cskd_jax import console
-from cskd_jax.errors import DivergedError
+from cskd_jax.errors import DivergedError, printable
 from cskd_jax.training.metrics import Task
 
 # Fields of every history row other than the metrics.
@@ -152,7 +152,7 @@ class Console(Callback):
         self._evaluations, self._first_pauses, self._pause_seconds = 0, 0.0, 0.0
         self._train_row: Mapping[str, Any] = {}
         self._bar = console.progress_bar(start.images, start.images_done, shown=self._prints)
-        self._bar.set_description_str(start.student)
+        self._bar.set_description_str(printable(start.student))
         self._begin = self._last_line = self._clock()
         self._last_shown = -self._BAR_SECONDS
 
@@ -163,7 +163,7 @@ class Console(Callback):
         epoch = f"epoch {-(-step // self._start.steps_per_epoch)}/{self._epochs}"
         if not self._bar.disable and now - self._last_shown >= self._BAR_SECONDS:
             self._last_shown, self._bar.n = now, self._images
-            self._bar.set_description_str(f"{self._start.student}: {epoch}, {self._describe(step)}")
+            self._bar.set_description_str(printable(f"{self._start.student}: {epoch}, {self._describe(step)}"))
         if now - self._last_line >= self._LINE_SECONDS and not (self._prints and console.is_live()):
             self._last_line = now
             self._say(f"{self._start.student}: {epoch}, step {step:,}/{self._start.steps:,}, {self._describe(step)}")

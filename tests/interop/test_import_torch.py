@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cskd_jax.interop import import_torch, nearest, unpickle
+from cskd_jax.interop import export, import_torch, nearest, unpickle
 from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.names import to_torch
 from cskd_jax.interop.torch_file import read_state_dict
@@ -119,6 +119,16 @@ def test_checkpoint_is_written(variables, arrays, tmp_path, capsys):
     report = json.loads((tmp_path / "teacher" / "import.json").read_text())
     assert report["used"]["layer2.0.downsample.1.running_var"] == "batch_stats/stage2_block1/downsample/var"
     assert "branch4.weight" in report["unused"]
+
+
+def test_paths_are_shown_as_one_printable_line(arrays, tmp_path, capsys):
+    file, out = tmp_path / "a\n\x1b[2Jb.safetensors", tmp_path / "c\n\x1b[2Jd"
+    safetensors.numpy.save_file(arrays, file)
+    assert run(file, out) == 0
+    assert export.main(["export", str(out), f"--out={out / 'e'}", "--size=8,8", "--mean=0", "--std=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all(line.isprintable() for line in lines)
 
 
 def test_counters_of_batches_are_named(arrays, tmp_path, capsys):
