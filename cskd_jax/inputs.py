@@ -24,6 +24,8 @@ _MAX_DIGITS = 40
 _MAX_DEPTH = 50
 # The list of the members of an archive takes about a hundred bytes for each; an archive of ImageNet's size has 16 MB.
 _MAX_DIRECTORY = 32 << 20
+# How a member begins in the list, and the length of what precedes its name.
+_MEMBER, _MEMBER_BYTES = b"PK\1\2", 46
 # Bytes of the extra fields of a member, such as its times and owner.
 _MAX_EXTRA = 1_000
 # Size of a file from which it may not consist mostly of holes.
@@ -190,13 +192,13 @@ class _BoundedReads:
         if len(data) > _MAX_DIRECTORY:
             raise zipfile.BadZipFile("part of it is too large")
         position = 0
-        while not self.opened and data[position : position + 4] == zipfile.stringCentralDir:
+        while not self.opened and data[position : position + 4] == _MEMBER:
             name, extra, comment = struct.unpack_from("<3H", data, position + 28)
             if extra > _MAX_EXTRA:
                 raise zipfile.BadZipFile(
                     f"a member has {extra:,} bytes of extra fields; at most {_MAX_EXTRA:,} are allowed"
                 )
-            position += zipfile.sizeCentralDir + name + extra + comment
+            position += _MEMBER_BYTES + name + extra + comment
         return data
 
 

@@ -302,18 +302,19 @@ class _Member(tarfile.TarInfo):
 
     def _proc_member(self, tar: Any) -> tarfile.TarInfo:
         """Returns the member that begins with this header; tarfile calls this for every header."""
+        by_tarfile: Any = super()  # Type checkers do not see that it has this method.
         if self.type == tarfile.GNUTYPE_SPARSE:
             raise ValueError("sparse members are not supported")
         if self.type not in _HEADERS:
-            return super()._proc_member(tar)
+            return by_tarfile._proc_member(tar)
         tar.header_bytes += max(self.size, 0)
         if not 0 <= self.size <= _MAX_HEADER or tar.header_bytes > _MAX_HEADERS:
             raise ValueError(
                 f"a header has {self.size:,} bytes; at most {_MAX_HEADER:,}, and {_MAX_HEADERS:,} together, are allowed"
             )
         if self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-            return super()._proc_member(tar)
-        attributes = _attributes(tar.fileobj.read(self._block(self.size)))
+            return by_tarfile._proc_member(tar)
+        attributes = _attributes(tar.fileobj.read(_in_blocks(self.size)))
         member = self.fromtarfile(tar)
         if self.type != tarfile.XGLTYPE:
             name = attributes.get(b"path", b"").decode("utf-8", errors="surrogateescape")
@@ -321,8 +322,13 @@ class _Member(tarfile.TarInfo):
             if b"size" in attributes:
                 member.size = int(attributes[b"size"])
                 has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
-                tar.offset = member.offset_data + (member._block(member.size) if has_data else 0)
+                tar.offset = member.offset_data + (_in_blocks(member.size) if has_data else 0)
         return member
+
+
+def _in_blocks(size: int) -> int:
+    """Returns the bytes that data of this size take in a tar archive."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _attributes(data: bytes) -> dict[bytes, bytes]:
