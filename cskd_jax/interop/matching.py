@@ -1,5 +1,6 @@
 """Matches the tensors of a file with a network whose names the file may prefix or spell differently."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from cskd_jax.interop.names import aliases, expected_shapes, from_torch, mismatc
 from cskd_jax.interop.nearest import describe_nearest, likely_names
 from cskd_jax.interop.renames import Rule, given_prefix, possible_prefixes, rename, with_prefix
 from cskd_jax.interop.settings import read_settings
+
+# Prefixes of wrappers that are tried, the empty one included; a network may have to be traced for each.
+_MAX_PREFIXES = 21
 
 
 class Match(NamedTuple):
@@ -77,7 +81,18 @@ def match(
     """
     rules = [*rules, *aliases(module)]
     prefixes = possible_prefixes(state_dict) if prefix is None else [given_prefix(state_dict, prefix)]
-    candidates = [_candidate(module, channels, state_dict, found, rules, image_size) for found in prefixes]
+    if len(prefixes) > _MAX_PREFIXES:
+        raise UserError(
+            f"names begin with {len(prefixes) - 1} prefixes of wrappers, such as {prefixes[-1]}; at most "
+            f"{_MAX_PREFIXES - 1} are tried: choose one with --prefix"
+        )
+
+    @functools.cache
+    def network(**settings):
+        found = module.clone(**settings)
+        return found, expected_shapes(found, channels)
+
+    candidates = [_candidate(module, network, state_dict, found, rules, image_size) for found in prefixes]
     fitting = [found for found in candidates if not any(found.mismatches.values())]
     if len(fitting) > 1:
         raise UserError(
@@ -95,13 +110,12 @@ def match(
     return Match(variables, used, unused, best.prefix, best.settings)
 
 
-def _candidate(module, channels, state_dict, prefix, rules, image_size):
+def _candidate(module, network, state_dict, prefix, rules, image_size):
     without = with_prefix(state_dict, prefix)
     sources = {new: without[name] for new, name in rename(without, rules).items()}
     tensors = {new: state_dict[name] for new, name in sources.items()}
     settings = read_settings(module, {name: array.shape for name, array in tensors.items()}, image_size)
-    module = module.clone(**settings)
-    return _Candidate(prefix, sources, tensors, settings, module, expected_shapes(module, channels))
+    return _Candidate(prefix, sources, tensors, settings, *network(**settings))
 
 
 def _hint(width, candidate):

@@ -92,6 +92,13 @@ def test_other_names_of_the_same_network(model, other):
     assert_same_variables(match(module, 3, renamed).variables, variables)
 
 
+def test_many_prefixes_are_not_all_tried(arrays):
+    wrappers = ("module", "model", "student", "teacher", "_orig_mod")
+    many = {f"{first}.{second}.x": np.ones(1) for first in wrappers for second in wrappers}
+    with pytest.raises(UserError, match=r"names begin with 30 prefixes of wrappers, such as .*; at most 20 are tried"):
+        match(MODULE, 3, arrays | many)
+
+
 def test_names_of_a_network_without_a_max_pool_do_not_fit_one_with():
     """Nothing in a file tells of a max-pool, but the code that calls a classifier `linear` has none."""
     module = create_model("resnet18_crd", num_classes=7, width=0.25)
