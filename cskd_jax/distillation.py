@@ -23,7 +23,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
 from cskd_jax.inputs import is_count, read_json
 from cskd_jax.losses import Method
-from cskd_jax.runs.results import DISTILLATION, RESULTS, describe_result
+from cskd_jax.runs.results import DISTILLATION, RESULTS, describe_result, write_finite
 from cskd_jax.runs.workdir import held
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.arrays import digest_of
@@ -193,7 +193,7 @@ def distill(
         results = trainer.fit()
         if workdir is not None:
             entries = {name: describe_result(trainer.describe(name), result) for name, result in results.items()}
-            write_json(workdir / RESULTS, entries)
+            write_finite(workdir / RESULTS, entries)
     return results if several else results[_STUDENT]
 
 

@@ -18,6 +18,7 @@ from cskd_jax.inputs import open_regular, parse_json, read_bytes
 from cskd_jax.interop import unpickle
 from cskd_jax.report.markdown import render
 from cskd_jax.runs.results import write_results
+from cskd_jax.training.metrics import check_measured
 from tests.conftest import ROOT
 from tests.hostile_inputs import GROUPS
 
@@ -220,3 +221,18 @@ def test_no_side_file_costs_the_results(tmp_path, caplog):
     write_results(tmp_path, {"method": "ce"}, ["cat", "dog"], np.eye(2, dtype=int))
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"method": "ce"}
     assert "confusion_matrix.csv was not written" in caplog.text
+
+
+def test_no_infinity_costs_the_results(tmp_path, caplog):
+    results = {"method": "ce", "a": [1.5, float("nan")], "b": {"c": float("-inf"), "d": 2}}
+    write_results(tmp_path, results, ["cat", "dog"], None)
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found == {"method": "ce", "a": [1.5, None], "b": {"c": None, "d": 2}}
+    assert "numbers that are not finite are written as null" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e37])
+def test_a_network_that_measures_nonsense(value):
+    check_measured("teacher a", {"top1": 0.5, "loss": 1e20})
+    with pytest.raises(UserError, match=r"^teacher a: its loss is .* on the test split; it must be a finite number"):
+        check_measured("teacher a", {"top1": 0.5, "loss": value})

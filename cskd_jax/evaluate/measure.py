@@ -17,6 +17,7 @@ from cskd_jax.errors import printable
 from cskd_jax.models import count_parameters
 from cskd_jax.runs.build import TrainedNetwork, make_evaluation, make_normalize
 from cskd_jax.runs.results import describe_dataset, read_versions
+from cskd_jax.training.metrics import check_measured
 from cskd_jax.training.prediction import parameters_of
 
 FLOPS_MEANING = (
@@ -47,7 +48,7 @@ def evaluate_all(
       devices: Devices to compute on.
       with_embedding: Whether the embeddings are measured too; see `embedding.measure`.
     """
-    entries = {name: evaluate(network, config, dataset, devices) for name, network in networks.items()}
+    entries = {name: evaluate(name, network, config, dataset, devices) for name, network in networks.items()}
     meanings = {"flops_per_image": FLOPS_MEANING, "latency_ms": LATENCY_MEANING}
     if with_embedding:
         from cskd_jax.evaluate import embedding  # Its imports take a second.
@@ -67,11 +68,12 @@ def evaluate_all(
 
 
 def evaluate(
-    trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
+    name: str, trained: TrainedNetwork, config: ml_collections.ConfigDict, dataset: ImageDataset, devices: Devices
 ) -> dict[str, Any]:
     """Measures one network.
 
     Args:
+      name: Name of the network, for messages.
       trained: Trained network.
       config: Configuration that gives the normalization of images and the batch size.
       dataset: Data set whose test split is used.
@@ -80,10 +82,14 @@ def evaluate(
     Returns:
       A dict {"model", "width", "step" of the checkpoint, "finished", "parameters", "flops_per_image", "latency_ms":
       {"batch SIZE": float}, the metrics of the task and "loss", "by_category": {class: score}}.
+
+    Raises:
+      UserError: A metric is not finite.
     """
     network, saved = trained.network, trained.saved
     evaluation, normalize = make_evaluation(network, config, dataset, devices), make_normalize(config)
     values, scores, _ = evaluation.all(devices.replicate(saved.variables))
+    check_measured(name, values)
 
     def predict(variables, images):
         return network.apply(variables, normalize(images), train=False)[0].logits

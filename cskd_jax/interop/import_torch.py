@@ -220,13 +220,15 @@ def _verify(arguments, module, saved) -> dict[str, Any]:
     """Evaluates the network on the test split of a data set; prints and returns the metrics.
 
     Raises:
-      UserError: The data set cannot be loaded or does not fit, or the normalization of its images is unknown.
+      UserError: The data set cannot be loaded or does not fit, the normalization of its images is unknown, or a metric
+        is not finite.
     """
     from cskd_jax.data import load_dataset
     from cskd_jax.distributed.devices import Devices
     from cskd_jax.runs.trained import check_fits
     from cskd_jax.training.adapters import LinenNetwork
     from cskd_jax.training.evaluation import Evaluation
+    from cskd_jax.training.metrics import check_measured
 
     if "mean" not in saved.record.images:
         raise UserError(f"--verify={arguments.verify} needs --mean and --std to normalize the images")
@@ -245,6 +247,7 @@ def _verify(arguments, module, saved) -> dict[str, Any]:
     )
     with pause(f"evaluating on {len(dataset.test.labels):,} images"):
         values = evaluation(devices.replicate(saved.variables))
+    check_measured(str(arguments.file), values)
     say(f"{arguments.verify}, {len(dataset.test.labels):,} test images: {evaluation.task.describe(values)}")
     return {"dataset": arguments.verify, "images": len(dataset.test.labels), **values}
 

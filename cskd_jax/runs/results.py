@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import logging
+import math
 import pathlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -203,7 +204,23 @@ def write_results(
             write_confusions(workdir / _CONFUSIONS, categories, confusions)
         except (OSError, ValueError) as error:  # The run has taken long, and its results do not depend on this file.
             _logger.warning("%s was not written: %s", workdir / _CONFUSIONS, error)
-    write_json(workdir / RESULTS, results)
+    write_finite(workdir / RESULTS, results)
+
+
+def write_finite(path: pathlib.Path, results: dict[str, Any]) -> None:
+    """Writes results as JSON; numbers that are not finite become null, with a warning, so that the rest is kept."""
+    finite = _finite(results)
+    if finite != results:
+        _logger.warning("%s: numbers that are not finite are written as null", path)
+    write_json(path, finite)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_finite(inner) for inner in value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:

@@ -43,7 +43,7 @@ from cskd_jax.runs.workdir import (
     names_same_data,
 )
 from cskd_jax.training.callbacks import Callback, Console
-from cskd_jax.training.metrics import task_of
+from cskd_jax.training.metrics import check_measured, task_of
 from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.teachers import variables_of
 from cskd_jax.training.trainer import Result, fit_together
@@ -206,7 +206,8 @@ def _train(started, stop, start):
                 run.teachers[0].variables = result.variables
                 teacher_entry = describe_result(run.teacher_trainer.describe("teacher"), result)
         elif run.teachers and teacher_entry is None:
-            teacher_entry = _evaluate_given(started.given, run, job.config.teacher.combine, job.say)
+            with kept_error(job):
+                teacher_entry = _evaluate_given(started.given, run, job.config.teacher.combine, job.say)
     jobs = {run.trainer: job for job, run in started.runs.items() if job.error is None}
 
     def on_done(trainer, _, outcome):
@@ -244,10 +245,15 @@ def _finish(job: Job, run: Run, result: Result, teacher: Any, devices: Devices, 
 
 
 def _evaluate_given(given: Sequence[Given], run: Run, combine: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluates given teachers, several of them as one, and returns their entry in results.json."""
+    """Evaluates given teachers, several of them as one, and returns their entry in results.json.
+
+    Raises:
+      UserError: A metric is not finite. Found now, it does not cost the training.
+    """
     evaluation: Any = run.teacher_evaluation
     with console.pause("teacher: compiling and running the evaluation"):
         values = evaluation(evaluation.devices.replicate(variables_of(run.teachers)))
+    check_measured("teacher " + " + ".join(one.path for one in given), values)
     for number, (path, saved) in enumerate((one.path, one.saved) for one in given):
         name = "teacher" if len(given) == 1 else f"teacher {number}"
         measured = f", {evaluation.task.describe(values)}" if len(given) == 1 else ""

@@ -10,6 +10,8 @@ import optax
 from jax import lax
 
 from cskd_jax.data import ImageDataset
+from cskd_jax.errors import UserError
+from cskd_jax.inputs import is_number
 from cskd_jax.losses import gather_batch, sum_batch
 
 # With this many classes or fewer, top-5 accuracy is meaningless: the top five are half of the classes or more.
@@ -120,6 +122,21 @@ def training_task_of(data: ImageDataset) -> Task:
 def task_that_measured(values: dict[str, float]) -> Task:
     """Returns the task that produced these metrics of a split."""
     return task_of(MULTI_LABEL.score in values)
+
+
+def check_measured(network: str, values: Mapping[str, float]) -> None:
+    """Raises UserError if a metric of a network on the test split is no number that results.json can hold.
+
+    Args:
+      network: Which network it is, for the message.
+      values: Metrics of the split.
+    """
+    for name, value in values.items():
+        if not is_number(value):
+            raise UserError(
+                f"{network}: its {name} is {value:g} on the test split; it must be a finite number below 1e30: the "
+                "weights are damaged, or are those of another model"
+            )
 
 
 def _nothing(logits, labels, axis_name):
