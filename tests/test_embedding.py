@@ -52,6 +52,22 @@ def test_a_network_without_an_embedding():
         embed(Network(), {}, lambda x: x, np.zeros((3, 4, 4, 1), np.uint8))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e20])
+def test_an_embedding_that_is_not_finite(value):
+    class Network:
+        def apply(self, variables, images, *, train):
+            del variables, train
+            return type("Output", (), {"embedding": images[:, 0, 0] + value}), {}
+
+    with pytest.raises(UserError, match=r"holds a value that is not a finite number below 1e\+15"):
+        embed(Network(), {}, lambda x: x.astype(np.float32), np.zeros((3, 4, 4, 1), np.uint8))
+
+
+def test_embeddings_that_are_all_zero():
+    labels = np.arange(30) % 3
+    assert set(score(np.zeros((30, 5)), labels, np.zeros((30, 5)), labels)) == {"knn", "probe"}
+
+
 @pytest.mark.slow
 def test_command(done, digits_dir, tmp_path, capsys):
     (tmp_path / "run").mkdir()

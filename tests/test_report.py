@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cskd_jax.errors import UserError
 from cskd_jax.report import published, tables
 from cskd_jax.report.__main__ import main
 from cskd_jax.report.embedding import project, tightness
@@ -337,3 +338,14 @@ def test_tightness_and_projection():
     means = {label: points[labels == label].mean(axis=0) for label in (0, 3, 7)}
     nearest = [min(means, key=lambda label: np.linalg.norm(p - means[label])) for p in points]
     assert nearest == labels.tolist(), "categories ten deviations apart stay apart"
+
+
+def test_embeddings_that_are_all_the_same():
+    """They ended the process in t-SNE."""
+    noise = np.random.default_rng(0).normal(size=(20, 8))
+    for same in (np.zeros((20, 8)), 1e-30 * noise, noise[:1]):
+        np.testing.assert_array_equal(project(same), np.full((len(same), 2), 0.5))
+    for few in (noise[:, :1], noise[:2]):
+        assert np.isfinite(project(few)).all()
+    with pytest.raises(UserError, match="of all classes have the same center"):
+        _ = tightness(np.zeros((4, 8)), np.array([0, 0, 1, 1])).ratio

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import ml_collections
 import numpy as np
+from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
@@ -35,7 +36,13 @@ class Tightness(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Returns `within` divided by `between`: small if categories are tight and far apart."""
+        """Returns `within` divided by `between`: small if categories are tight and far apart.
+
+        Raises:
+          UserError: The centers of all categories are the same.
+        """
+        if not self.between:
+            raise UserError("the network's embeddings of all classes have the same center, so they have no tightness")
         return self.within / self.between
 
 
@@ -152,10 +159,23 @@ def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
 
 
 def project(embeddings: np.ndarray) -> np.ndarray:
-    """Projects embeddings [N, D] into the unit square, [N, 2], by t-SNE; equal input gives equal output."""
-    perplexity = min(30, (len(embeddings) - 1) / 3)
+    """Projects embeddings [N, D] into the unit square, [N, 2], by t-SNE; equal input gives equal output.
+
+    Embeddings that are all the same up to rounding, which end a process in t-SNE, become the center of the square.
+    """
+    center = np.full((len(embeddings), 2), 0.5)
+    if np.all(embeddings == embeddings[0]):
+        return center
+    # There are two principal components only if there are two features.
+    embeddings = np.pad(embeddings, [(0, 0), (0, max(0, 2 - embeddings.shape[1]))])
     # Threads do not help with so few points, and on a busy machine they wait for each other for minutes.
-    with threadpool_limits(1):
-        points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings)
+    with threadpool_limits(1), np.errstate(all="ignore"):
+        # As TSNE does with init="pca", but it does not notice if the points are too close to be scaled.
+        start = PCA(2, random_state=0).fit_transform(embeddings).astype(np.float32)
+        start = start / np.std(start[:, 0]) * 1e-4
+        if not np.all(np.isfinite(start)):
+            return center
+        perplexity = min(30, (len(embeddings) - 1) / 3)
+        points = TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(embeddings)
     low, high = points.min(axis=0), points.max(axis=0)
     return (points - (low + high) / 2) / max(high - low) + 0.5

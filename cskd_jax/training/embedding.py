@@ -11,6 +11,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.training.networks import Network, Variables
 
 _BATCH = 100
+_LARGEST = 1e15
 
 
 def embed(network: Network, variables: Variables, normalize: Normalize, images: Any) -> np.ndarray:
@@ -26,7 +27,7 @@ def embed(network: Network, variables: Variables, normalize: Normalize, images: 
       An array, float64 [N, D].
 
     Raises:
-      UserError: The network does not output an embedding.
+      UserError: The network does not output an embedding, or one that is not finite.
     """
     variables, embedded = jax.device_put(variables), []
     for start in range(0, len(images), _BATCH):
@@ -36,6 +37,9 @@ def embed(network: Network, variables: Variables, normalize: Normalize, images: 
         if output is None:
             raise UserError("the network returns no embedding")
         embedded.append(np.asarray(output, np.float64)[: len(batch)])
+        # Sums of squares of larger numbers overflow in the float32 of scikit-learn.
+        if not np.all(np.abs(embedded[-1]) < _LARGEST):
+            raise UserError(f"the network's embedding holds a value that is not a finite number below {_LARGEST:g}")
     return np.concatenate(embedded)
 
 
