@@ -234,6 +234,10 @@ def tampered_metrics():
         f"row of {key} {value}": _rows([row | {key: value}]) for key in row for value in (None, "x", [], -1, 1e300)
     }
     found |= {name: content + b"\n" for name, content in _RAW.items()}
+    found["empty lines"] = b"\n" * 10_000_000
+    found["lines of a number"] = b"1\n" * 5_000_000
+    found["rows of another split"] = _rows([row | {"split": "validation"}]) * 500_000
+    found["rows of training"] = _rows([row | {"split": "train"}]).replace(b" ", b"") * 1_000_000
     found["a line without an end"] = b'{"phase": "' + b"a" * 3_000_000
     return found
 

@@ -18,7 +18,9 @@ from cskd_jax.inputs import open_regular, parse_json, read_bytes
 from cskd_jax.interop import unpickle
 from cskd_jax.report.markdown import render
 from cskd_jax.runs.results import write_results
+from cskd_jax.training import records
 from cskd_jax.training.metrics import check_measured
+from cskd_jax.training.records import read_rows
 from tests.conftest import ROOT
 from tests.hostile_inputs import GROUPS
 
@@ -236,3 +238,33 @@ def test_a_network_that_measures_nonsense(value):
     check_measured("teacher a", {"top1": 0.5, "loss": 1e20})
     with pytest.raises(UserError, match=r"^teacher a: its loss is .* on the test split; it must be a finite number"):
         check_measured("teacher a", {"top1": 0.5, "loss": value})
+
+
+# Metrics.
+
+_ROW = {"phase": "student", "split": "test", "step": 1, "epoch": 1, "top1": 0.5, "loss": 1.0}
+
+
+def test_lines_of_metrics_that_are_skipped_are_counted(tmp_path, caplog):
+    path, row = tmp_path / "metrics.jsonl", json.dumps(_ROW)
+    path.write_text(f"{row}\n{row}\n{row[:20]}", encoding="utf-8")
+    assert list(read_rows(path)) == [_ROW, _ROW]
+    assert not caplog.messages, "a killed run leaves half a line"
+    path.write_text(f"\ufeff{row}\n{row}\n\n[]\n", encoding="utf-8")
+    assert list(read_rows(path)) == [_ROW]
+    assert caplog.messages == [f"{path}: lines that are not rows of JSON were skipped: 3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\n" * 2_000_000, "is no file of metrics: more than 200 lines are not rows of JSON"),
+        ((json.dumps(_ROW) + "\n").encode() * 1_001, "has more than 1,000 rows"),
+    ],
+)
+def test_metrics_of_no_run(content, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_MAX_EVALUATIONS", 1_000)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        list(read_rows(path, evaluations=True))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cskd_jax.distributed import processes
-from cskd_jax.errors import printable
+from cskd_jax.errors import UserError, printable
 from cskd_jax.files import open_append, write_text
 from cskd_jax.inputs import is_count, is_number, is_text, open_regular, parse_json, unsound
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Start
@@ -18,7 +18,10 @@ _logger = logging.getLogger(__name__)
 
 _ROW_TESTS = {"phase": is_text, "split": is_text, "step": is_count, "epoch": is_count}
 _TRAINING = b'"split": "train"'
-_MAX_FILE, _MAX_LINE = 1 << 30, 1 << 20
+_MAX_FILE, _MAX_LINE = 256 << 20, 64 << 10
+# Rows of evaluations alone, and of all kinds; with log_every 50, the latter are 25 million steps.
+_MAX_EVALUATIONS, _MAX_ROWS = 200_000, 500_000
+_MAX_UNSOUND = 200
 
 
 class MetricsFiles(Callback):
@@ -110,24 +113,50 @@ class _TensorBoard:
 
 
 def read_rows(path: pathlib.Path, *, evaluations: bool = False) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a metrics.jsonl; unsound lines, such as a truncated one, are skipped.
+    """Yields the rows of a metrics.jsonl; unsound lines are skipped, with a warning that counts them at the end.
+
+    A last line that was cut off, which a killed run leaves, is skipped without one.
 
     Args:
       path: Path of the file, which may be missing.
       evaluations: Whether the rows of training steps, which are most of the rows, are skipped.
 
     Raises:
-      UserError: The file is not a regular file, or is larger than any run makes it.
+      UserError: The file is not a regular file, or it is larger, or has more rows or unsound lines, than that of a run.
     """
     try:
         file = open_regular(path, _MAX_FILE)
     except FileNotFoundError:
         return
+    rows, unsound_lines, last = 0, 0, b"\n"
+    most = _MAX_EVALUATIONS if evaluations else _MAX_ROWS
     with file:
         while line := file.readline(_MAX_LINE):
+            last = line
             if evaluations and _TRAINING in line:
                 continue
-            with contextlib.suppress(ValueError):
-                row = parse_json(line)
-                if not unsound(row, _ROW_TESTS) and all(is_number(row[key]) for key in row.keys() - ROW_KEYS):
-                    yield row
+            row = _parse_row(line)
+            if row is None:
+                unsound_lines += 1
+            else:
+                rows += 1
+                yield row
+            if rows > most:
+                raise UserError(f"{path} has more than {most:,} rows")
+            if unsound_lines > _MAX_UNSOUND:
+                raise UserError(f"{path} is no file of metrics: more than {_MAX_UNSOUND:,} lines are not rows of JSON")
+    unsound_lines -= not last.endswith(b"\n") and _parse_row(last) is None
+    if unsound_lines > 0:
+        _logger.warning("%s: lines that are not rows of JSON were skipped: %d", path, unsound_lines)
+
+
+def _parse_row(line):
+    """Returns the row in a line; None if it is unsound."""
+    if not line.startswith(b"{"):
+        return None
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    sound = not unsound(row, _ROW_TESTS) and all(is_number(row[key]) for key in row.keys() - ROW_KEYS)
+    return row if sound else None
