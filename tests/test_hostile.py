@@ -16,13 +16,18 @@ from cskd_jax.errors import UserError
 from cskd_jax.files import csv_text
 from cskd_jax.inputs import open_regular, parse_json, read_bytes
 from cskd_jax.interop import unpickle
+from cskd_jax.report.embedding import measure
 from cskd_jax.report.markdown import render
+from cskd_jax.report.runs import compare, find_runs
+from cskd_jax.runs import recipes
+from cskd_jax.runs.build import load_data_of_run
 from cskd_jax.runs.results import write_results
 from cskd_jax.training import records
 from cskd_jax.training.metrics import check_measured
 from cskd_jax.training.records import read_rows
 from tests.conftest import ROOT
 from tests.hostile_inputs import GROUPS
+from tests.report_runs import write_run
 
 _SECONDS, _MEGABYTES = 10, 1024
 # Least numbers of inputs, so that a mistake in making them is noticed.
@@ -268,3 +273,41 @@ def test_metrics_of_no_run(content, words, tmp_path, monkeypatch):
     path.write_bytes(content)
     with pytest.raises(UserError, match=words):
         list(read_rows(path, evaluations=True))
+
+
+# Configurations of runs.
+
+
+def test_nothing_is_written_where_a_run_says(tmp_path, monkeypatch, capsys):
+    """report and evaluate read the data set in the folder that a stranger's configuration names, or their own."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "own"))
+    named = f"--config.dataset.data_dir={tmp_path / 'theirs'}"
+    config = recipes.load_recipe(f"{ROOT}/configs/digits.py:ce", [named])
+    assert len(load_data_of_run(config).test.labels) == 357
+    assert config.dataset.data_dir is None
+    assert not (tmp_path / "theirs").exists()
+    assert f"is not prepared in {tmp_path / 'theirs'}" in capsys.readouterr().out
+    (tmp_path / "own").rename(tmp_path / "theirs")
+    config = recipes.load_recipe(f"{ROOT}/configs/digits.py:ce", [named])
+    assert len(load_data_of_run(config).test.labels) == 357
+    assert not (tmp_path / "own").exists()
+
+
+def test_a_remote_data_dir_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs://evil/bucket is a URL, not a folder"):
+        load_dataset("digits", data_dir="gs://evil/bucket")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("key", "value"), [("dtype", "float99"), ("dataset.validation_seed", -1)])
+def test_a_report_does_not_use_an_invalid_configuration(key, value, tmp_path):
+    write_run(tmp_path / "run", "digits", "ce", 0, 0.5)
+    (tmp_path / "run" / "student" / "checkpoints").mkdir(parents=True)
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["config"][key] = value
+    path.write_text(json.dumps(results), encoding="utf-8")
+    (comparison,) = compare(find_runs([tmp_path]))
+    with pytest.raises(UserError, match=key):
+        measure(comparison, None)

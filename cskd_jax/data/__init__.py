@@ -14,12 +14,13 @@ import numpy as np
 
 from cskd_jax.data import cifar, cub200, digit_pairs, digits, image_folder, tfds_source, tiny_imagenet
 from cskd_jax.data.streaming import ImageStream, Workers, read_batches
+from cskd_jax.data.tfds_source import NotPreparedError
 from cskd_jax.data.types import ImageDataset, Split, hold_out
 from cskd_jax.errors import UserError
-from cskd_jax.files import full_path
+from cskd_jax.files import local_folder
 from cskd_jax.machine import total_memory
 
-__all__ = ["DATASETS", "ImageDataset", "Split", "load_dataset", "read_batches"]
+__all__ = ["DATASETS", "ImageDataset", "NotPreparedError", "Split", "load_dataset", "read_batches"]
 
 # A loader takes data_dir, path, train_examples and image_size by keyword. Any other name refers to tensorflow-datasets.
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
@@ -45,6 +46,7 @@ def load_dataset(
     exif_orientation: bool = True,
     streaming: bool | None = None,
     workers: int | None = None,
+    prepare: bool = True,
 ) -> ImageDataset:
     """Loads a data set, preparing it on disk the first time.
 
@@ -65,6 +67,7 @@ def load_dataset(
       streaming: Whether the images are decoded batch by batch instead of once into memory; the bytes are the same. None
         streams images that would take more than an eighth of the memory, because other processes may hold them too.
       workers: Number of processes that decode streamed images; None starts one for each processor.
+      prepare: Whether a data set that is not prepared in data_dir is prepared there. If not, nothing is written.
 
     Returns:
       The data set. Its images are uint8 [N, H, W, C], an array or an `ImageStream`; its labels are int32 [N], or
@@ -72,11 +75,12 @@ def load_dataset(
 
     Raises:
       UserError: If the data cannot be obtained, is damaged or does not fit; the message names what is wrong and what is
-        allowed.
+        allowed. It is a NotPreparedError if the data set would have to be prepared.
     """
-    data_dir = None if data_dir is None else str(full_path(data_dir))
+    data_dir = None if data_dir is None else str(local_folder(data_dir))
     # Images of other data sets are read in the same way as in their papers and in other programs.
     options: dict[str, Any] = {"exif_orientation": exif_orientation} if name == "image_folder" else {}
+    options |= {} if name in ("image_folder", "digit_pairs") else {"prepare": prepare}
     load: Any = DATASETS.get(name) or functools.partial(tfds_source.load_named, name, table=tuple(DATASETS))
     dataset = load(data_dir=data_dir, path=path, train_examples=train_examples, image_size=image_size, **options)
     if validation_examples is not None:

@@ -30,6 +30,10 @@ _logger = logging.getLogger(__name__)
 _OFFICIAL = "official"
 
 
+class NotPreparedError(UserError):
+    """An error for a data set that is not prepared yet, where preparing it is not allowed."""
+
+
 class SourceSplit(NamedTuple):
     """One split of a data set of this package, as its source provides it.
 
@@ -88,6 +92,7 @@ def load_own(
     path: str | None,
     train_examples: int | None,
     image_size: int | None,
+    prepare: bool = True,
 ) -> ImageDataset:
     """Opens a data set of this package, preparing it first if necessary.
 
@@ -97,17 +102,20 @@ def load_own(
       path: Must be None, because it is an argument of image_folder.
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images, or None.
+      prepare: Whether it may be prepared; if not, nothing is written.
 
     Returns:
       The data set, in source order, with readers of its images.
 
     Raises:
-      UserError: If the source cannot be obtained or is damaged, or if the folder cannot be written.
+      UserError: If the source cannot be obtained or is damaged, or if the folder cannot be written. NotPreparedError,
+        a subclass, if it would have to be prepared.
     """
     refuse_path(source.name, path)
     builder_class = _builder_class(source)
     builder = _construct(source.name, data_dir, lambda: builder_class(data_dir=data_dir))
     if not _is_prepared(builder):
+        _check_allowed(builder, prepare)
         builder.content = source.read(Path(builder.data_dir_root))
         _prepare(builder)
         # The builder is part of a reference cycle, which would keep gigabytes alive until the garbage collector runs.
@@ -126,6 +134,7 @@ def load_named(
     path: str | None,
     train_examples: int | None,
     image_size: int | None,
+    prepare: bool = True,
 ) -> ImageDataset:
     """Opens any data set that tensorflow-datasets knows or finds prepared under `data_dir`.
 
@@ -136,13 +145,15 @@ def load_named(
       path: Must be None, because it is an argument of image_folder.
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images, or None.
+      prepare: Whether it may be prepared; if not, nothing is written.
 
     Returns:
       The data set as `load_prepared` returns it.
 
     Raises:
       UserError: If the name is unknown, if TensorFlow is needed but not installed, if the preparation failed, or if the
-        data set does not consist of labeled images with the splits train and test (or validation).
+        data set does not consist of labeled images with the splits train and test (or validation). NotPreparedError, a
+        subclass, if it would have to be prepared.
     """
     import tensorflow_datasets as tfds
 
@@ -154,6 +165,7 @@ def load_named(
             f"unknown data set '{name}'; it must be one of {', '.join(table)}, or any tensorflow-datasets name"
         ) from error
     if not _is_prepared(builder):
+        _check_allowed(builder, prepare)
         _check_features(builder, name)  # This precedes a download that may take hours.
         require_tensorflow(f"data set '{name}' is not prepared in {builder.data_dir}, and preparing it")
         _prepare(builder)
@@ -301,6 +313,12 @@ def _is_prepared(builder: Any) -> bool:
         # tensorflow-datasets would mistake the folder for a prepared one.
         raise UserError(f"{builder.data_dir} exists but holds no dataset_info.json: remove it to prepare it again")
     return False
+
+
+def _check_allowed(builder: Any, prepare: bool) -> None:
+    """Raises NotPreparedError unless a data set may be prepared."""
+    if not prepare:
+        raise NotPreparedError(f"data set '{builder.name}' is not prepared in {builder.data_dir}")
 
 
 def _is_official(builder: Any) -> bool | None:

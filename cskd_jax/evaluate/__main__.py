@@ -41,7 +41,8 @@ def _run(argv):
     from cskd_jax.distributed.devices import Devices
     from cskd_jax.evaluate.measure import evaluate_all, tables
     from cskd_jax.files import write_json
-    from cskd_jax.runs.build import load_data, load_trained, precision
+    from cskd_jax.runs.build import load_data, load_data_of_run, load_trained, precision
+    from cskd_jax.runs.recipes import override_key
     from cskd_jax.training.checkpoint import FOLDER
     from cskd_jax.training.metrics import task_of
 
@@ -51,7 +52,8 @@ def _run(argv):
     command_line.set_up_jax()
     devices = Devices()
     devices.check_batch_size("batch_size", config.batch_size)
-    dataset = load_data(config)
+    named = values.config or any(override_key(text) == "dataset.data_dir" for text in values.overrides)
+    dataset = load_data(config) if named else load_data_of_run(config)
     networks = {path.resolve().name: load_trained(path, config, dataset) for path in folders}
     with precision(config):
         evaluation = evaluate_all(networks, config, dataset, devices, values.embedding)

@@ -15,7 +15,7 @@ from cskd_jax.errors import UserError, printable
 from cskd_jax.report.runs import Comparison, Run
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
-from cskd_jax.runs.build import load_data, load_trained, make_normalize
+from cskd_jax.runs.build import load_data, load_data_of_run, load_trained, make_normalize
 from cskd_jax.training.checkpoint import FOLDER
 from cskd_jax.training.embedding import embed
 
@@ -81,19 +81,23 @@ def measure(comparison: Comparison, data_dir: str | None) -> Embeddings:
 
     Args:
       comparison: Runs with their checkpoints.
-      data_dir: Folder of the data sets; None uses the `dataset.data_dir` of the runs.
+      data_dir: Folder of the data sets; None uses the `dataset.data_dir` of the runs if they are prepared there, and
+        the default folder otherwise.
 
     Raises:
-      UserError: Data or checkpoints are missing, or images have several categories.
+      UserError: Data or checkpoints are missing, the configuration is invalid, or images have several categories.
     """
     networks = _networks(comparison)
     for _, folder in itertools.chain(*networks.values()):
         if not (folder / FOLDER).is_dir():
             raise UserError(f"there are no checkpoints in {folder}")
     config = schema.restore(comparison.runs[0].config, str(comparison.runs[0].folder))
-    if data_dir is not None:
+    schema.validate(config)
+    if data_dir is None:
+        dataset = load_data_of_run(config)
+    else:
         config.dataset.data_dir = data_dir
-    dataset = load_data(config)
+        dataset = load_data(config)
     if dataset.multilabel:
         raise UserError("images have several classes each, so an embedding has no single center")
     # These are the same images for every network, and for every report on this data set.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from cskd_jax.console import pause, say
-from cskd_jax.data import ImageDataset, load_dataset
+from cskd_jax.data import ImageDataset, NotPreparedError, load_dataset
 from cskd_jax.data.augment import Normalize, augment
 from cskd_jax.data.samplers import BalancedSampler, UniformSampler
 from cskd_jax.distributed.devices import Devices
@@ -126,8 +126,13 @@ def _as_teachers(given: Sequence[Given], config: ml_collections.ConfigDict, data
     ]
 
 
-def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
-    """Returns the data set of a configuration; raises UserError if it cannot be loaded or normalized."""
+def load_data(config: ml_collections.ConfigDict, prepare: bool = True) -> ImageDataset:
+    """Returns the data set of a configuration; raises UserError if it cannot be loaded or normalized.
+
+    Args:
+      config: Configuration.
+      prepare: Whether the data set may be prepared in its folder, as in `load_dataset`.
+    """
     settings = config.dataset
     with pause(f"loading the data set {settings.name}"):
         dataset = load_dataset(
@@ -141,9 +146,27 @@ def load_data(config: ml_collections.ConfigDict) -> ImageDataset:
             exif_orientation=settings.exif_orientation,
             streaming=settings.streaming,
             workers=settings.workers,
+            prepare=prepare,
         )
     make_normalize(config).checked(dataset.image_shape[-1], "dataset.")
     return dataset
+
+
+def load_data_of_run(config: ml_collections.ConfigDict) -> ImageDataset:
+    """Returns the data set as `load_data` does, but writes nothing into the folder that the configuration names.
+
+    If it is not prepared there, the default folder is used.
+
+    Args:
+      config: Configuration of a run that may come from elsewhere. `dataset.data_dir` becomes None for the default.
+    """
+    if config.dataset.data_dir is not None:
+        try:
+            return load_data(config, prepare=False)
+        except NotPreparedError as error:
+            say(f"{error}, the folder of the run: the default folder is used")
+            config.dataset.data_dir = None
+    return load_data(config)
 
 
 def precision(config: ml_collections.ConfigDict) -> contextlib.AbstractContextManager[None]:
