@@ -23,7 +23,8 @@ from cskd_jax.training.prediction import parameters_of
 FLOPS_MEANING = (
     "floating-point operations of one image in evaluation mode, from XLA's cost analysis of the program before the "
     "compiler's changes, which is the same on every device: a multiplication and an addition count as two, products "
-    "with padding are not counted; of a batch of config.batch_size, divided by its size"
+    "with padding are not counted; of a batch of config.batch_size, or of the test split if that is smaller, divided "
+    "by its size"
 )
 LATENCY_MEANING = (
     "median time in ms from pixels on one device to logits, after compilation and a first run, without the transfer of "
@@ -95,7 +96,8 @@ def evaluate(
         return network.apply(variables, normalize(images), train=False)[0].logits
 
     latencies, variables = {}, jax.device_put(saved.variables)
-    for size in sorted({1, config.batch_size}):
+    largest = min(config.batch_size, len(dataset.test.labels))
+    for size in sorted({1, largest}):
         images = jnp.asarray(np.resize(dataset.test.images[:size], (size, *dataset.image_shape)))
         lowered = jax.jit(predict).lower(variables, images)
         latencies[f"batch {size}"] = latency(lowered.compile(), variables, images)
@@ -106,7 +108,7 @@ def evaluate(
         "step": saved.step,
         "finished": saved.record.finished,
         "parameters": count_parameters(parameters_of(saved.variables)),
-        "flops_per_image": analysis["flops"] / config.batch_size,
+        "flops_per_image": analysis["flops"] / largest,
         "latency_ms": latencies,
         **values,
         "by_category": dict(zip(dataset.categories, scores.tolist(), strict=True)),

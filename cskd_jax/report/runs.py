@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,8 @@ _COMMON = (
 )  # fmt: skip
 # No training run has this many epochs, and no chart shows this many points.
 _MAX_POINTS = 20_000
+# Characters of a row's label; the settings of a method are named in a few hundred.
+_MAX_LABEL = 1_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -332,6 +335,8 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
     for run in runs:
         settings = {key: value for key, value in run.config.items() if key not in _BOOKKEEPING}
         kinds.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    settings_of = {key: json.loads(key) for key in kinds}
+    differing = _differing_keys(settings_of.values())
     rows = []
     for key, same in kinds.items():
         by_seed: dict[int, Run] = {}
@@ -343,8 +348,8 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
                     f"{first.folder} and {run.folder} are the same run with different scores; name only one of them"
                 )
         method = networks.in_order(same[0].results["method"])
-        others = [json.loads(other) for other in kinds if other != key and json.loads(other)["method"] == method]
-        rows.append(Row(_label(method, json.loads(key), others), method, tuple(by_seed.values())))
+        label = _label(method, settings_of[key], differing[settings_of[key]["method"]])
+        rows.append(Row(label, method, tuple(by_seed.values())))
     rows.sort(key=lambda row: (row.has_teacher, -row.summary("last").mean, row.label))
     config = runs[0].config
     teacher, student = (network_label(config[f"{n}.name"], config[f"{n}.width"]) for n in ("teacher", "student"))
@@ -353,6 +358,21 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
     return Comparison(config["dataset.name"], teacher, student, tuple(rows), given_teacher)
 
 
-def _label(method, settings, others):
-    different = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
-    return ", ".join([method, *(f"{key} {settings[key]}" for key in different)])
+def _differing_keys(kinds: Iterable[dict[str, Any]]) -> dict[str, set[str]]:
+    """Returns {method: keys that do not have the same value in all of its settings}."""
+    of_method: dict[str, list[dict[str, Any]]] = {}
+    for settings in kinds:
+        of_method.setdefault(settings["method"], []).append(settings)
+    return {
+        method: {key for settings in same for key in settings if settings[key] != same[0].get(key)}
+        | {key for settings in same for key in same[0].keys() - settings.keys() if same[0][key] is not None}
+        for method, same in of_method.items()
+    }
+
+
+def _label(method, settings, different):
+    text = ", ".join([method, *(f"{key} {value}" for key, value in settings.items() if key in different)])
+    if len(text) <= _MAX_LABEL:
+        return text
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]  # The beginnings may be the same.
+    return f"{text[:_MAX_LABEL]}… ({digest})"

@@ -45,6 +45,8 @@ def _is_evaluation(value, keys=("epoch",)):
     return score is not None and 0 <= score <= 1
 
 
+# Keys of a configuration; the runs of this package have about a hundred.
+_MAX_KEYS = 2_000
 _MEMBER = {"model": is_text, "width": is_optional(is_number), "checkpoint": is_text, "digest": is_text}
 _ENTRY = {
     "width": is_optional(is_number),
@@ -74,7 +76,10 @@ def _is_teacher(value):
 
 
 def _is_config(value):
-    return not unsound(value, {"dataset.name": is_text, "student.name": is_text}) and not schema.wrong_types(value)
+    if not isinstance(value, dict) or len(value) > _MAX_KEYS:
+        return False
+    needed = dict.fromkeys(("method", "dataset.name", "student.name"), is_text)
+    return not unsound(value, needed) and not schema.wrong_types(value)
 
 
 _COUNTS = ("categories", "train_examples", "test_examples")
@@ -102,9 +107,27 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
         refuse_distillation(path.parent)
         raise UserError(f"{path} is not the result of a run: it is missing {', '.join(missing)}")
     wrong = unsound(results, _NEEDED)
+    if not wrong and not _is_of_one_task(results):
+        raise UserError(f"{path} is not a valid result of a run: its evaluations have the metrics of different tasks")
     if wrong:
         raise UserError(f"{path} is not a valid result of a run: something is missing or wrong in {', '.join(wrong)}")
     return results
+
+
+def read_validation(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the metrics on the validation split after the last epoch in a results.json; raises UserError as above."""
+    validation = read_results(path)["student"].get("validation")
+    if unsound(validation, {"last": functools.partial(_is_evaluation, keys=())}):
+        raise UserError(f"{path} has no sound evaluation on a validation split")
+    return validation["last"]
+
+
+def _is_of_one_task(results):
+    """Returns whether all evaluations of the networks, which have passed their tests, have the score of one task."""
+    entries = [results["student"], results["teacher"] or {}]
+    found = [entry[epoch] for entry in entries for epoch in ("last", "best") if epoch in entry]
+    scores = {task_that_measured(values).score for values in found}
+    return len(scores) == 1
 
 
 def read_score(path: pathlib.Path) -> str:
