@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from cskd_jax.commands import together
 from cskd_jax.data import load_dataset
 from cskd_jax.data.images import read_image
 from cskd_jax.errors import UserError
@@ -21,7 +22,7 @@ from cskd_jax.report.markdown import render
 from cskd_jax.report.runs import compare, find_runs
 from cskd_jax.runs import recipes
 from cskd_jax.runs.build import load_data_of_run
-from cskd_jax.runs.results import write_results
+from cskd_jax.runs.results import read_results, write_results
 from cskd_jax.training import records
 from cskd_jax.training.metrics import check_measured
 from cskd_jax.training.records import read_rows
@@ -311,3 +312,46 @@ def test_a_report_does_not_use_an_invalid_configuration(key, value, tmp_path):
     (comparison,) = compare(find_runs([tmp_path]))
     with pytest.raises(UserError, match=key):
         measure(comparison, None)
+
+
+# Results of other kinds.
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["student"].update(last={"epoch": 1, "mean_average_precision": 0.5}), "metrics of different tasks"),
+        (lambda r: r["config"].pop("method"), "missing or wrong in config"),
+        (lambda r: r["config"].update({f"x{n}": n for n in range(2_000)}), "missing or wrong in config"),
+    ],
+)
+def test_results_that_are_refused(change, words, tmp_path):
+    write_run(tmp_path / "run", "digits", "kd", 0, 0.5)
+    path = tmp_path / "run" / "results.json"
+    read_results(path)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    change(results)
+    path.write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        read_results(path)
+
+
+def test_long_labels_are_cut_and_stay_distinct(tmp_path):
+    for number in range(2):
+        write_run(tmp_path / str(number), "digits", "kd", 0, 0.5)
+        path = tmp_path / str(number) / "results.json"
+        results = json.loads(path.read_text(encoding="utf-8"))
+        results["config"] |= {f"key{key}": "x" * 2_000 + str(number) for key in range(9)}
+        path.write_text(json.dumps(results), encoding="utf-8")
+    (comparison,) = compare(find_runs([tmp_path]))
+    first, second = (row.label for row in comparison.rows)
+    assert first != second
+    assert first[:1000] == second[:1000]
+    assert max(len(first), len(second)) < 1100
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[1]", "[[1]]", "[" * 99_999, '[["a", "b", "c", "d"]]', "[[]]"])
+def test_runs_that_no_sweep_sent(text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert together.main(["together"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input must hold a JSON list of runs")

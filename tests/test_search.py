@@ -10,17 +10,34 @@ from cskd_jax.commands.sweep import main as sweep_main
 from cskd_jax.errors import UserError
 from cskd_jax.runs import grid, search
 from tests.conftest import ROOT
+from tests.report_runs import write_run
 
 DIGITS = f"{ROOT}/configs/digits.py"
 VALIDATION = ["--config.dataset.validation_examples=100"]
 
 
 def write_results(run, score):
-    """What the choice reads of the results of a run: the test score, which must not decide, is the opposite."""
-    run.workdir.mkdir(parents=True)
-    entry = {"last": {"top1": 1 - score, "loss": 0.0, "top5": 1.0}, "chosen_on": "validation"}
-    entry["validation"] = {"last": {"top1": score, "loss": 0.0, "top5": 1.0}, "best": {"top1": 1 - score}}
-    (run.workdir / "results.json").write_text(json.dumps({"student": entry}))
+    """Results of a run whose test score, which must not decide, is the opposite."""
+    write_run(run.workdir, "digits", "ce", 3, 0.99 - score)
+    path = run.workdir / "results.json"
+    results = json.loads(path.read_text())
+    results["student"]["validation"] = {
+        "last": {"top1": score, "loss": 0.0, "top5": 1.0},
+        "best": {"top1": 1 - score},
+    }
+    path.write_text(json.dumps(results))
+
+
+@pytest.mark.parametrize("validation", [None, [], {"last": {"top1": "x"}}, {"last": {"loss": 1.0}}, {"best": {}}])
+def test_a_score_that_is_not_sound(validation, tmp_path):
+    (trial, *_) = make_trials(tmp_path, ["losses.kd.weight=0.5,0.9"])
+    write_results(trial.run, 0.5)
+    path = trial.run.workdir / "results.json"
+    results = json.loads(path.read_text())
+    results["student"]["validation"] = validation
+    path.write_text(json.dumps(results))
+    with pytest.raises(UserError, match="has no sound evaluation on a validation split"):
+        search.choose([trial], tmp_path)
 
 
 def test_values_of_a_grid():

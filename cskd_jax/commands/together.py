@@ -7,13 +7,13 @@ python -m cskd_jax.commands.together < RUNS
 Exit codes: 0 all done; 1 a run failed; 75 stopped by a signal, with everything saved.
 """
 
-import json
 import pathlib
 import sys
 
 from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.errors import UserError
+from cskd_jax.inputs import is_list, is_text, parse_json
 
 
 def main(argv: list[str]) -> int:
@@ -24,18 +24,29 @@ def main(argv: list[str]) -> int:
 def _run(argv):
     del argv
     try:
-        runs = [(*entry, pathlib.Path(workdir)) for *entry, workdir in json.load(sys.stdin)]
+        runs = parse_json(sys.stdin.read())
     except ValueError:
-        raise UserError("standard input must hold a JSON list of runs; cskd-jax sweep starts this command") from None
+        runs = None
+    if not runs or not is_list(_is_run)(runs):
+        raise UserError("standard input must hold a JSON list of runs; cskd-jax sweep starts this command")
     console.start()
     from cskd_jax.runs import recipes
 
-    loaded = [(name, recipes.load_recipe(recipe, overrides), workdir) for name, recipe, overrides, workdir in runs]
+    loaded = [
+        (name, recipes.load_recipe(recipe, overrides), pathlib.Path(workdir))
+        for name, recipe, overrides, workdir in runs
+    ]
     command_line.set_up_jax()
     from cskd_jax.distributed.devices import make_cores_devices
     from cskd_jax.runs.together import carry_out
 
     return int(any(job.error is not None for job in carry_out(loaded, adapt_devices=make_cores_devices())))
+
+
+def _is_run(value):
+    """Returns whether a JSON value is [name, recipe, overrides, folder]."""
+    tests = (is_text, is_text, is_list(is_text), is_text)
+    return isinstance(value, list) and len(value) == len(tests) and all(t(v) for t, v in zip(tests, value, strict=True))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """A search for the settings of a sweep's methods: its runs, and the settings that are best on the validation split."""
 
-import csv
-import io
 import itertools
-import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -11,10 +8,10 @@ from typing import NamedTuple
 
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
-from cskd_jax.files import write_text
-from cskd_jax.inputs import read_json
+from cskd_jax.files import csv_text, write_text
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.grid import Run, concerns, make_grid
+from cskd_jax.runs.results import RESULTS, read_validation
 from cskd_jax.runs.workdir import describe_changes
 from cskd_jax.training.metrics import task_that_measured
 
@@ -132,16 +129,14 @@ def choose(trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Mapping[
     for trial in trials:
         if trial.word not in best or scores[trial.run][1] > scores[best[trial.word].run][1]:
             best[trial.word] = trial
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
-    table.writerow(["word", *keys, "metric", "validation_last", "chosen", "folder"])
+    rows = [["word", *keys, "metric", "validation_last", "chosen", "folder"]]
     for trial in trials:
         name, score = scores[trial.run]
         chosen = "yes" if best[trial.word] is trial else ""
         values = [trial.values.get(key, "") for key in keys]
-        table.writerow([trial.word, *values, name, score, chosen, trial.run.workdir.relative_to(workdir)])
-    write_text(workdir / TABLE, text.getvalue())
+        rows.append([trial.word, *values, name, score, chosen, str(trial.run.workdir.relative_to(workdir))])
+    write_text(workdir / TABLE, csv_text(rows))
     for word, trial in best.items():
         name, score = scores[trial.run]
         values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
@@ -153,10 +148,9 @@ def choose(trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Mapping[
 
 def _score(run: Run) -> tuple[str, float]:
     """Returns the name of the score and the score of a run on the validation split after the last epoch."""
-    values = read_json(run.workdir / "results.json")["student"]["validation"]["last"]
+    values = read_validation(run.workdir / RESULTS)
     task = task_that_measured(values)
-    score = float(values[task.score])
-    return task.names[task.score], -math.inf if math.isnan(score) else score
+    return task.names[task.score], float(values[task.score])
 
 
 def _has(recipe: str, word: str, override: str) -> bool:
