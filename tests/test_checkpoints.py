@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from cskd_jax.errors import UserError
@@ -60,16 +62,43 @@ def test_too_many_files(tmp_path, monkeypatch):
     assert "is damaged (it has too many files)" in refused(tmp_path)
 
 
-def test_a_record_that_is_too_large(tmp_path):
-    path = save(tmp_path) / "record" / "metadata"
+@pytest.mark.parametrize("name", ["record/metadata", "arrays/_METADATA", "_CHECKPOINT_METADATA", "metrics/metrics"])
+def test_a_file_that_is_too_large(name, tmp_path):
+    path = save(tmp_path) / name
     path.write_bytes(path.read_bytes() + bytes(checkpoint.MAX_JSON))
-    assert "is damaged (its record is too large)" in refused(tmp_path)
+    assert f"{name} has 8,38" in refused(tmp_path) or f"{name} has 8,39" in refused(tmp_path)
 
 
 def test_arrays_that_unpack_to_far_more_than_their_files(tmp_path):
-    """Sixteen megabytes of zeros take some kilobytes in the files."""
+    """Eighty megabytes of zeros take some kilobytes in the files, also if there is a large hole besides them."""
+    path = save(tmp_path, kernel=np.zeros((20 << 20,), np.float32))
+    with (path / "arrays" / "0").open("wb") as file:
+        file.truncate(20 << 20)
+    assert "its arrays would take 83,886,080 bytes, but its files have " in refused(tmp_path)
+
+
+def test_fresh_memories_compress_well(tmp_path):
     save(tmp_path, kernel=np.zeros((4 << 20,), np.float32))
-    assert "its arrays would take 16,777,216 bytes, but its files have " in refused(tmp_path)
+    assert load_variables(str(tmp_path)).step == 3
+
+
+def test_chunks_that_are_larger_than_their_array(tmp_path):
+    path = save(tmp_path)
+    shutil.rmtree(path / "arrays")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(path / "arrays", {"params/network/kernel": np.ones((2, 3), np.float32)})
+    (array,) = (path / "arrays").rglob(".zarray")
+    content = json.loads(array.read_text(encoding="utf-8"))
+    array.write_text(json.dumps(content | {"chunks": [20_000, 30_000]}), encoding="utf-8")
+    assert "the chunks of params/network/kernel are larger than the array" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["²", "\u0663", "007", "9" * 200])
+def test_folders_of_other_names(name, tmp_path):
+    folder = save(tmp_path).parent
+    (folder / name).mkdir()
+    assert load_variables(str(tmp_path)).step == 3
+    checkpoint.mark_unfinished(folder)
 
 
 def test_a_record_that_was_changed(tmp_path):

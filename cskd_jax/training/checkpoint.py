@@ -12,8 +12,10 @@ import dataclasses
 import errno
 import logging
 import math
+import operator
 import os
 import pathlib
+import re
 import shutil
 import stat
 import time
@@ -44,9 +46,11 @@ _FIRST_PROCESS = ocp.options.MultiprocessingOptions(primary_host=0, active_proce
 # Version of the array names and of the record; `arrays.upgrade` converts older names.
 _VERSION = 2
 # Limits on the number of files in a checkpoint, and on the memory that its compressed arrays may take for each byte of
-# these files. Weights hardly compress; arrays that compress well, such as an all-zero momentum, have at most a few
-# times the size of the weights.
-_MAX_FILES, _MAX_EXPANSION = 100_000, 100
+# these files in addition to a fixed amount. Weights hardly compress; arrays that compress well, such as an all-zero
+# momentum, have at most a few times the size of the weights.
+_MAX_FILES, _MAX_EXPANSION, _FREE = 100_000, 20, 64 << 20
+# Names of files in the folder of the arrays that may be larger than a JSON file: those of OCDBT and of zarr chunks.
+_DATA = re.compile(r"[0-9a-f]{32}|[0-9.]+")
 
 
 class _Snapshot(NamedTuple):
@@ -248,10 +252,15 @@ def load_variables(path: str) -> Saved:
       UserError: There is no checkpoint, or the newest is damaged.
     """
     folder = pathlib.Path(path) / FOLDER
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    steps = _steps(folder)
     if not steps:
         raise UserError(f"checkpoint {path}: no checkpoint in {folder}; name the folder of one network")
     return _load(folder / str(max(steps)))
+
+
+def _steps(folder):
+    """Returns the steps of the checkpoints in a folder, in order."""
+    return sorted(int(p.name) for p in folder.glob("*") if re.fullmatch("0|[1-9][0-9]{0,17}", p.name) and p.is_dir())
 
 
 def _load(path):
@@ -284,8 +293,12 @@ def _read(path):
         with ocp.Checkpointer(handler, multiprocessing_options=_FIRST_PROCESS) as checkpointer:
             shapes = checkpointer.metadata(path.absolute()).item_metadata[_ARRAYS]
             claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in shapes.values())
-            if claimed > _MAX_EXPANSION * stored:
+            if claimed > _FREE + _MAX_EXPANSION * stored:
                 raise _Damaged(f"its arrays would take {claimed:,} bytes, but its files have {stored:,}")
+            for name, array in shapes.items():
+                # TensorStore allocates whole chunks.
+                if any(map(operator.gt, array.storage.chunk_shape, array.shape)):
+                    raise _Damaged(f"the chunks of {name} are larger than the array")
             restored = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**parts))
         arrays = {name: np.asarray(array) for name, array in restored[_ARRAYS].items()}
         content = restored[_RECORD]
@@ -313,16 +326,32 @@ def _read(path):
 
 
 def _check_files(path):
-    """Returns the bytes that a checkpoint's files take; raises _Damaged for pipes, devices, and too many files."""
+    """Returns the bytes that a checkpoint's files take; raises _Damaged for files that no checkpoint has.
+
+    These are pipes, devices and links, too many files, and anything but array data that is large.
+    """
     total = 0
     for count, file in enumerate(path.rglob("*")):
         status = file.lstat()
-        if count > _MAX_FILES or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            raise _Damaged(f"{file} is not a regular file" if count <= _MAX_FILES else "it has too many files")
-        total += status.st_size
-    if (path / _RECORD / "metadata").stat().st_size > MAX_JSON:
-        raise _Damaged("its record is too large")
+        if count > _MAX_FILES:
+            raise _Damaged("it has too many files")
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise _Damaged(f"{file} is not a regular file")
+        is_data = _ARRAYS in file.relative_to(path).parts[:-1] and _DATA.fullmatch(file.name)
+        if status.st_size > MAX_JSON and not is_data:
+            raise _Damaged(f"{file} has {status.st_size:,} bytes; at most {MAX_JSON:,} are allowed")
+        total += _size_without_holes(file, status.st_size)
     return total
+
+
+def _size_without_holes(file, size):
+    """Returns how many bytes a file has before its first hole; holes take no space, so any number of them is free."""
+    if size == 0:
+        return 0
+    with file.open("rb") as opened:
+        return os.lseek(opened.fileno(), 0, os.SEEK_HOLE)
 
 
 def _score(metrics: Any) -> Any:
@@ -335,7 +364,7 @@ def mark_unfinished(folder: pathlib.Path) -> None:
 
     A damaged checkpoint stays as it is, since reading it reports the damage.
     """
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    steps = _steps(folder)
     if not steps:
         return
     path = folder / str(max(steps)) / _RECORD / "metadata"
