@@ -1,6 +1,7 @@
 """Checkpoints from others: what their folders, records and arrays may not be."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -158,3 +159,39 @@ def test_one_that_is_damaged_is_put_aside(tmp_path, caplog):
     assert [path.name for path in folder.iterdir()] == ["3.damaged"]
     with Checkpoints(folder, keep=1) as checkpoints:
         assert checkpoints.restore(lambda step: {}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *itertools.product(["metrics/metrics", "_CHECKPOINT_METADATA"], [b"[" * 100_000, b"\xff\xfe", b"null", b"[]"]),
+        ("metrics/metrics", b'{"score": "a", "step": 3}'),
+    ],
+)
+def test_metadata_that_orbax_cannot_read(name, content, tmp_path, caplog):
+    """Neither is the folder left as it is, since no run could go on in it."""
+    (save(tmp_path) / name).write_bytes(content)
+    folder = tmp_path / "checkpoints"
+    with (
+        Checkpoints(folder, keep=1) as checkpoints,
+        pytest.raises(UserError, match="no checkpoint in .* is intact; the same command starts over"),
+    ):
+        checkpoints.restore(lambda step: {})
+    assert "checkpoints/3 is damaged (" in caplog.text
+    assert [path.name for path in folder.iterdir()] == ["3.damaged"]
+
+
+@pytest.mark.parametrize("name", ["1\u0663", "9" * 200])
+def test_folders_that_orbax_would_take_for_steps(name, tmp_path, caplog):
+    folder = save(tmp_path).parent
+    (folder / name).mkdir()
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(4, {"params": {"network": {"kernel": np.ones((2, 3), np.float32)}}}, RECORD)
+    assert "(its name is not a number of steps)" in caplog.text
+    assert load_variables(str(tmp_path)).step == 4
+
+
+def test_a_folder_that_orbax_cannot_open(tmp_path):
+    (save(tmp_path) / "_CHECKPOINT_METADATA").write_text('{"item_handlers": 1}', encoding="utf-8")
+    with pytest.raises(UserError, match="cannot open the checkpoints in .*/checkpoints: "):
+        Checkpoints(tmp_path / "checkpoints", keep=1)

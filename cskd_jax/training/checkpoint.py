@@ -10,6 +10,7 @@ needs the folder. The others receive what it read, or its error.
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import math
 import operator
@@ -31,7 +32,7 @@ from orbax.checkpoint import checkpoint_managers
 from cskd_jax.distributed import processes
 from cskd_jax.errors import InterruptedRun, UserError, one_line
 from cskd_jax.files import write_json
-from cskd_jax.inputs import MAX_JSON, read_json
+from cskd_jax.inputs import MAX_JSON, read_bytes, read_json
 from cskd_jax.training.arrays import digest_array, digest_json, flatten, unflatten, upgrade
 from cskd_jax.training.peers import without_peers
 from cskd_jax.training.prediction import prediction_of
@@ -49,6 +50,7 @@ _VERSION = 2
 # these files in addition to a fixed amount. Weights hardly compress; arrays that compress well, such as an all-zero
 # momentum, have at most a few times the size of the weights.
 _MAX_FILES, _MAX_EXPANSION, _FREE = 100_000, 20, 64 << 20
+_STEP = re.compile("0|[1-9][0-9]{0,17}")
 # Names of files in the folder of the arrays that may be larger than a JSON file: those of OCDBT and of zarr chunks.
 _DATA = re.compile(r"[0-9a-f]{32}|[0-9.]+")
 
@@ -84,12 +86,30 @@ class Checkpoints:
         self._directory, self._seconds, self._clock = directory, 60 * every_minutes, clock
         self._best: _Snapshot | None = None
         self._saved_at = clock()
+        self._has_damage = False
         processes.on_first(self._open, keep)
 
     def _open(self, keep):
         self._directory.mkdir(parents=True, exist_ok=True)
+        # Orbax reads the metrics of all checkpoints at once, and also takes names with digits of other scripts for steps.
+        for path in sorted(self._directory.iterdir()):
+            if not path.is_dir() or not re.fullmatch(r"[1-9]\d*|0", path.name):
+                continue
+            try:
+                if not _STEP.fullmatch(path.name):
+                    raise _Damaged("its name is not a number of steps")
+                _check_files(path)
+                _check_metrics(path)
+            except _Damaged as damage:
+                self._set_aside(path, damage)
+        try:
+            self._manager = self._make_manager(keep)
+        except Exception as error:  # Orbax raises whatever strange folders make it raise.
+            raise UserError(f"cannot open the checkpoints in {self._directory}: {one_line(error)}") from error
+
+    def _make_manager(self, keep):
         policy = checkpoint_managers.preservation_policy
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self._directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy.AnyPreservationPolicy(
@@ -194,23 +214,26 @@ class Checkpoints:
         return _load(self._directory / str(step)).variables
 
     def _restore(self, template):
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for step in sorted(self._manager.all_steps(), reverse=True):
             path = self._directory / str(step)
             try:
                 arrays, record, _ = _read(path)
                 return unflatten(arrays, template(step)), record
             except _Damaged as damage:
-                aside = path.with_name(f"{step}.damaged")
-                _logger.warning(
-                    "checkpoint %s is damaged (%s): renamed to %s, looking for an older one", path, damage, aside.name
-                )
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                self._set_aside(path, damage)
                 self._manager.reload()
-        if steps:
+        if self._has_damage:
             raise UserError(f"no checkpoint in {self._directory} is intact; the same command starts over")
         return None
+
+    def _set_aside(self, path, damage):
+        aside = path.with_name(f"{path.name}.damaged")
+        _logger.warning(
+            "checkpoint %s is damaged (%s): renamed to %s, looking for an older one", path, damage, aside.name
+        )
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        self._has_damage = True
 
     def __enter__(self):
         return self
@@ -260,7 +283,7 @@ def load_variables(path: str) -> Saved:
 
 def _steps(folder):
     """Returns the steps of the checkpoints in a folder, in order."""
-    return sorted(int(p.name) for p in folder.glob("*") if re.fullmatch("0|[1-9][0-9]{0,17}", p.name) and p.is_dir())
+    return sorted(int(p.name) for p in folder.glob("*") if _STEP.fullmatch(p.name) and p.is_dir())
 
 
 def _load(path):
@@ -344,6 +367,19 @@ def _check_files(path):
             raise _Damaged(f"{file} has {status.st_size:,} bytes; at most {MAX_JSON:,} are allowed")
         total += _size_without_holes(file, status.st_size)
     return total
+
+
+def _check_metrics(path):
+    """Raises _Damaged unless Orbax can read the metrics of a checkpoint and when it was saved."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            read_json(path / "_CHECKPOINT_METADATA")
+        with contextlib.suppress(FileNotFoundError):
+            metrics = json.loads(read_bytes(path / "metrics" / "metrics", MAX_JSON))  # A score may be infinite.
+            if not all(type(metrics[name]) in (int, float) for name in ("score", "step")):
+                raise _Damaged("its metrics are not numbers")
+    except (UserError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _Damaged(f"{type(error).__name__} while reading its metrics: {one_line(error)}") from None
 
 
 def _size_without_holes(file, size):
