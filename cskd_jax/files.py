@@ -109,10 +109,14 @@ def refuse_links(paths: Iterable[pathlib.Path]) -> None:
 
 
 def local_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """Returns the path of a folder, with ~ expanded; raises UserError for an address such as gs://bucket/run.
+    """Returns the path of a folder, with ~ expanded.
 
     Args:
       path: Text as it was typed, or a `Path`. An address that lost a slash by becoming a `Path` is recognized as well.
+
+    Raises:
+      UserError: It is an address such as gs://bucket/run, or it is not valid UTF-8, which the libraries that write into
+        it need.
     """
     address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
     if address:
@@ -120,7 +124,12 @@ def local_folder(path: str | pathlib.Path) -> pathlib.Path:
             f"{path} is a URL, not a folder: name a local or mounted folder, and copy it from or to {address[1]}:// "
             "with another tool, such as gcloud storage or rclone"
         )
-    return full_path(path)
+    folder = full_path(path)
+    try:
+        str(folder.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"the path of the folder {folder} is not valid UTF-8: rename it") from None
+    return folder
 
 
 def full_path(path: str | pathlib.Path) -> pathlib.Path:

@@ -19,6 +19,7 @@ from flax import linen as nn
 import cskd_jax
 from cskd_jax.__main__ import main
 from cskd_jax.commands.table import COMMANDS
+from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder
 from cskd_jax.runs import keys, schema
 from cskd_jax.runs.loss_keys import loss_keys
@@ -306,3 +307,12 @@ def test_addresses_are_no_folders_in_python_either(use, folder, tmp_path, monkey
 def test_the_home_folder_may_be_named(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert local_folder("~/runs") == pathlib.Path("/home/me/runs")
+
+
+def test_folders_whose_path_no_library_can_write(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"the path of the folder a\\udcff is not valid UTF-8: rename it"):
+        local_folder(os.fsdecode(b"a\xff"))
+    (tmp_path / os.fsdecode(b"b\xff")).mkdir()
+    monkeypatch.chdir(tmp_path / os.fsdecode(b"b\xff"))
+    with pytest.raises(UserError, match="is not valid UTF-8"):
+        local_folder("runs")

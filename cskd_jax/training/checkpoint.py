@@ -91,7 +91,7 @@ class Checkpoints:
 
     def _open(self, keep):
         self._directory.mkdir(parents=True, exist_ok=True)
-        # Orbax reads the metrics of all checkpoints at once, and also takes names with digits of other scripts for steps.
+        # Orbax reads the metrics of all checkpoints at once, and takes digits of other scripts for a step as well.
         for path in sorted(self._directory.iterdir()):
             if not path.is_dir() or not re.fullmatch(r"[1-9]\d*|0", path.name):
                 continue
