@@ -101,3 +101,11 @@ def test_a_lock_that_its_holder_removes_is_held_by_one_at_a_time(tmp_path, patie
         with refused, lock.locked(path, "a third"):
             pass
     holder.join()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_something_else_in_its_place(make, tmp_path):
+    make(tmp_path / "lock")
+    refused = pytest.raises(UserError, match=r"lock is not a regular file, but a file must be written there: remove it")
+    with refused, lock.locked(tmp_path / "lock", ""):
+        pass

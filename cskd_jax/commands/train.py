@@ -56,7 +56,7 @@ def _run(argv):
         from cskd_jax.runs.run import train
         from cskd_jax.runs.workdir import default_workdir
 
-    workdir = values.workdir or default_workdir(recipe, config)
+    workdir = values.workdir or local_folder(default_workdir(recipe, config))
     console.say(f"{name}:{recipe.partition(':')[2] or config.method}, seed {config.seed}, into {workdir}")
     changed = {recipes.override_key(override) for override in values.overrides}
     if config.optimizer.name == "adamw" and changed & {"optimizer.name"} and "optimizer.learning_rate" not in changed:

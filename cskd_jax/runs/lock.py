@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
-from cskd_jax.files import open_append
+from cskd_jax.files import open_append, refuse_other_kinds
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
       holder: Description of who else may hold it and where, such as "another job", for the message.
 
     Raises:
-      UserError: Another process holds it, its folder cannot be written to, or the path is a symbolic link.
+      UserError: Another process holds it, its folder cannot be written to, or the path is a symbolic link or anything else
+        that is no regular file.
     """
     file, made = _open(path)
     while True:
@@ -66,6 +67,7 @@ def _open(path):
     made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_other_kinds([path], [])
         return open_append(path), made
     except OSError as error:
         raise UserError(f"cannot write to workdir {path.parent}: {error.strerror}") from None
