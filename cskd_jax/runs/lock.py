@@ -37,8 +37,8 @@ def locked(path: pathlib.Path, holder: str) -> Iterator[None]:
       holder: Description of who else may hold it and where, such as "another job", for the message.
 
     Raises:
-      UserError: Another process holds it, its folder cannot be written to, or the path is a symbolic link or anything else
-        that is no regular file.
+      UserError: Another process holds it, its folder cannot be written to, or something other than a regular file is at
+        the path.
     """
     file, made = _open(path)
     while True:
