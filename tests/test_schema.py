@@ -93,6 +93,15 @@ def test_mistakes_in_a_recipe(change, message):
         schema.validate(schema.fill(config))
 
 
+@pytest.mark.parametrize(
+    "text", ["-" * 9_000 + "1", "(" * 9_000, "[" * 90, "0x" + "f" * 6_000, "((0x" + "f" * 6_000 + ",),)", "1" * 4_000]
+)
+@pytest.mark.parametrize("rule", [rules.DEVIATIONS, rules.CHANNELS, rules.SHARES, rules.SIDES, rules.EPOCHS])
+def test_text_that_python_cannot_calculate_with(text, rule):
+    with pytest.raises(UserError, match="it must be "):
+        rules.check("key", rules.parse("key", text, rule), rule)
+
+
 def test_values_have_the_types_of_their_keys():
     """So that what overrides them is converted to these types."""
     config = minimal()

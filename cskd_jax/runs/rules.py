@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -46,6 +47,11 @@ def optional(rule: Rule) -> Rule:
     )
 
 
+def _is_finite(value):
+    """Returns whether a number is finite as a float, which math.isfinite does not tell of a large integer."""
+    return abs(value) <= sys.float_info.max
+
+
 BOOL = Rule((bool,), lambda _: True, "true or false")
 TEXT = Rule((str,), bool, "a non-empty string")
 POSITIVE = Rule((float, int), lambda value: 0 < value < math.inf, "a number greater than 0")
@@ -58,7 +64,7 @@ AREA = Rule((float, int), lambda value: 0 < value <= 1, "a number greater than 0
 COUNT = Rule((int,), lambda value: value >= 1, "a positive integer")
 CHANNELS = Rule(
     (tuple,),
-    lambda value: value and all(isinstance(v, int | float) and math.isfinite(v) for v in value),
+    lambda value: value and all(isinstance(v, int | float) and _is_finite(v) for v in value),
     "finite numbers in parentheses, such as (0.5,) or (0.49,0.48,0.45)",
 )
 DEVIATIONS = Rule(
@@ -73,7 +79,9 @@ TEXTS = Rule(
 )
 SHARES = Rule(
     (tuple,),
-    lambda value: not value or (all(type(v) in (int, float) and 0 <= v < math.inf for v in value) and sum(value) > 0),
+    lambda value: (
+        not value or (all(type(v) in (int, float) and v >= 0 and _is_finite(v) for v in value) and sum(value) > 0)
+    ),
     "non-negative numbers in parentheses, such as (1,1) or (0.3,0.7), not all of them 0",
 )
 SIDES = Rule(
@@ -100,7 +108,7 @@ _OF_TYPES = {
     Positive: POSITIVE,
     Fraction: FRACTION,
     Share: SHARE,
-    Signed: Rule((float, int), math.isfinite, "a finite number"),
+    Signed: Rule((float, int), _is_finite, "a finite number"),
     Count: COUNT,
 }
 
@@ -133,7 +141,7 @@ def parse(key: str, text: str, rule: Rule) -> Any:
         return None
     try:
         return _PARSERS.get(rule.types[0], str)(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # Deep nesting raises the last two.
         raise UserError(f"{key} is {text!r}; it must be {rule.allowed}") from None
 
 
@@ -146,6 +154,7 @@ def _parse_bool(text):
 
 def _parse_tuple(text):
     value = ast.literal_eval(text)
+    repr(value)  # Raises ValueError for numbers of thousands of digits, which no message could show.
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
