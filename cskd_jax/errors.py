@@ -7,19 +7,21 @@ from typing import Any
 
 # Smallest share of common letters at which two names count as alike; below it, momentum would be suggested for adamw.
 _ALIKE = 0.75
+# Length of the longest message; the longest list of allowed values takes a third of it.
+_LONGEST = 2000
 
 
 class UserError(Exception):
     """An error that the user can fix: a bad configuration, bad data, or an unsuitable path.
 
     The message is one line that names what is wrong and what is allowed. It may quote untrusted text, so it is always
-    `printable`.
+    `printable`, and shortened if it is long.
     """
 
     exit_code = 2
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return shorten(printable(super().__str__()), _LONGEST)
 
 
 class DivergedError(UserError):
@@ -65,7 +67,12 @@ def kept_error(owner: Any) -> Iterator[None]:
 
 def describe_os_error(error: OSError) -> str:
     """Returns what the system refuses and for which file, such as "No space left on device: a/results.json"."""
-    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    return shorten(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), _LONGEST)
+
+
+def shorten(text: str, length: int) -> str:
+    """Returns text of at most `length` characters, which ends in an ellipsis if something was left out."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def printable(text: str) -> str:

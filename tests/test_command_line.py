@@ -68,3 +68,14 @@ def test_ctrl_c_before_there_is_anything_to_save_is_one_line(capsys):
 
     assert command_line.exit_code(program, []) == 75
     assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+@pytest.mark.parametrize("error", [UserError("x" * 10**6), FileNotFoundError(2, "No such file", "x" * 10**6)])
+def test_long_messages_are_shortened(error, capsys):
+    def program(argv):
+        raise error
+
+    assert command_line.exit_code(program, []) == 2
+    line = capsys.readouterr().err
+    assert len(line) < 2_020
+    assert line.endswith("xxx…\n")

@@ -277,3 +277,11 @@ def test_a_teacher_with_students_is_not_extended(tmp_path):
     with pytest.raises(UserError, match="trained for 4 epochs, and kd-seed0 has learned from it, .* trained for 30"):
         grid.check([longer])
     grid.check([teacher])
+
+
+def test_long_values_do_not_hide_what_to_do(run):
+    """A line of megabytes would."""
+    flat = recorded(run) | {"unknown": "x" * 10**6, "y" * 10**6: 1}
+    (run / "config.json").write_text(json.dumps(flat), encoding="utf-8")
+    with pytest.raises(UserError, match=r"unknown 'x{98}… != None, y{99}… 1 != None\); use another --workdir$"):
+        check_workdir(run, asked())

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cskd_jax.errors import shorten
 from cskd_jax.report import labels, svg
 
 _LEFT, _BOTTOM, _TOP, _LEADER = 52, 40, 12, 26
@@ -115,7 +116,7 @@ def _epochs(lines):
 
 def shown_label(label: str) -> str:
     """Returns the name for the end of a curve, shortened if it is too long."""
-    return labels.shorten(label, _LONGEST)
+    return shorten(label, _LONGEST)
 
 
 def visible_range(lines: Sequence[Curve], teacher: float | None) -> tuple[float, float]:

@@ -12,11 +12,6 @@ _DIRECTIONS, _DISTANCES = 16, (0, 14, 22, 30, 40, 52, 66, 82, 100)
 _POINT, _LABEL, _UNIT = 1.0, 1000.0, 0.04
 
 
-def shorten(text: str, length: int) -> str:
-    """Returns a text of at most `length` characters."""
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
     """Returns positions on a line that are at least `gap` apart and as near as possible to the wanted ones.
 

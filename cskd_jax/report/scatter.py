@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cskd_jax.errors import shorten
 from cskd_jax.report import labels, svg
 
 _SIDE, _MARGIN = 260, 8
@@ -24,7 +25,7 @@ def draw(points: np.ndarray, categories: np.ndarray, names: Mapping[int, str], t
     """
     places = _MARGIN + points * (_SIDE - 2 * _MARGIN)
     of = [places[categories == category] for category in names]
-    texts = [labels.shorten(name, _LONGEST) for name in names.values()]
+    texts = [shorten(name, _LONGEST) for name in names.values()]
     anchors = np.array([_middle(own) for own in of])
     sizes = np.array([(_CHARACTER * len(text) + 4, _HEIGHT) for text in texts], float)
     centers = labels.place(places, anchors, sizes, _SIDE)

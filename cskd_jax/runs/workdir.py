@@ -13,7 +13,7 @@ from cskd_jax.configs import networks
 from cskd_jax.console import say
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.fingerprint import fingerprint
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, shorten
 from cskd_jax.files import refuse_links, refuse_other_kinds, write_json
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import keys, recipes, schema
@@ -156,7 +156,10 @@ def check_workdir(workdir: pathlib.Path, identity: Mapping[str, Any]) -> None:
     different = _differences(found, identity)
     reasons = {key: _reason(workdir, key, found, identity) for key in different}
     if any(reason is not None for reason in reasons.values()):
-        texts = [f"{key} {old!r} != {new!r}{reasons[key] or ''}" for key, (old, new) in different.items()]
+        texts = [
+            f"{shorten(key, 100)} {shorten(repr(old), 100)} != {shorten(repr(new), 100)}{reasons[key] or ''}"
+            for key, (old, new) in different.items()
+        ]
         raise UserError(
             f"workdir {workdir} holds a run with another configuration ({', '.join(texts)}); use another --workdir"
         )
