@@ -172,6 +172,24 @@ def test_console_that_was_closed_before_the_start(tmp_path):
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("closed", ["<&- 2>&-", "<&- >&- 2>&-", "2>&-"])
+def test_no_file_becomes_a_stream_that_was_closed(closed, tmp_path):
+    code = f"""
+import os, subprocess
+from cskd_jax.commands.streams import outlive_console
+
+outlive_console()
+with open({str(tmp_path / "file")!r}, "w") as file:
+    os.write(2, b"message")
+    subprocess.run(["sh", "-c", "echo message >&2"], check=True)
+    assert file.fileno() > 2
+"""
+    (tmp_path / "program.py").write_text(code, encoding="utf-8")
+    command = f'"{sys.executable}" "{tmp_path / "program.py"}" {closed}'
+    subprocess.run(["sh", "-c", command], env=ENVIRONMENT, check=True)
+    assert (tmp_path / "file").read_bytes() == b""
+
+
 def test_nothing_waits_where_python_does_not_buffer():
     """On a terminal, the clock of a pause and the line after it would be mixed up."""
     code = """

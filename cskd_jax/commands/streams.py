@@ -28,9 +28,23 @@ def outlive_console() -> None:
 
     Characters that the console cannot encode are written as escapes, so that a name cannot end a run either.
     """
+    _occupy_descriptors()
     for name in ("stdout", "stderr"):
         setattr(sys, name, _lasting(getattr(sys, name)))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _occupy_descriptors():
+    """Opens the standard streams that were closed before the start, or a file would take the place of one.
+
+    The messages of libraries, which write to descriptor 2, would then go into that file.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # This takes the lowest that is free.
+            os.set_inheritable(descriptor, True)
 
 
 def _lasting(stream: Any) -> TextIO:
