@@ -135,3 +135,28 @@ def test_a_run_without_streams_in_1970(start, small_run, done, tmp_path):
     assert process.communicate() == ("", "")
     assert process.returncode == 0
     assert drift.digest_of_run(tmp_path / "run") == drift.digest_of_run(done)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("JAX_NUM_CPU_DEVICES", "x", "JAX_NUM_CPU_DEVICES: JAX refuses the value ("),
+        ("JAX_PLATFORMS", "nonsense", "JAX_PLATFORMS is 'nonsense', but JAX finds no such device; it must name "),
+    ],
+)
+def test_variables_that_jax_refuses(name, value, line):
+    code = """
+import sys
+from cskd_jax.commands.command_line import exit_code
+
+def program(argv):
+    from cskd_jax.distributed.devices import Devices
+    Devices()
+
+sys.exit(exit_code(program, []))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), name: value}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith(f"error: {line}")
+    assert "Traceback" not in process.stderr

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cskd_jax.commands.streams import outlive_console
-from cskd_jax.errors import InterruptedRun, UserError, close_to, describe_os_error, printable
+from cskd_jax.errors import InterruptedRun, UserError, close_to, describe_os_error, one_line, printable
 from cskd_jax.files import full_path
 
 _logger = logging.getLogger(__name__)
@@ -55,12 +55,24 @@ def exit_code(program: Program, argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
+    except ValueError as error:
+        refused = _refused_by_jax(error)
+        if not refused:
+            raise
+        print(f"error: {' and '.join(refused)}: JAX refuses the value ({one_line(error)})", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:  # Training that has begun saves first; everything else has nothing to save.
         print("stopped by Ctrl-C", file=sys.stderr)
         return InterruptedRun.exit_code
     except OSError as error:
         print(f"error: {printable(describe_os_error(error))}", file=sys.stderr)
         return UserError.exit_code
+
+
+def _refused_by_jax(error: ValueError) -> list[str]:
+    """Returns the environment variables for which importing JAX failed with an error; none if it did not fail."""
+    text = str(error).lower()
+    return [] if "jax" in sys.modules else [n for n in os.environ if n.startswith("JAX_") and n.lower() in text]
 
 
 class Parser(argparse.ArgumentParser):

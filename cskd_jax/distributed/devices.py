@@ -37,6 +37,19 @@ def make_cores_devices() -> bool:
     return True
 
 
+def _available():
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError):  # Without a GPU, JAX asserts that there is one.
+        config: Any = jax.config
+        if not config.jax_platforms:
+            raise
+        raise UserError(
+            f"JAX_PLATFORMS is {config.jax_platforms!r}, but JAX finds no such device; it must name platforms of this "
+            "machine, such as cpu, or be empty"
+        ) from None
+
+
 class Devices:
     """The devices over which every batch of a run is split.
 
@@ -50,7 +63,7 @@ class Devices:
     # jax.Device is assigned where pyright cannot see that it is a class.
     def __init__(self, devices: int | Sequence[jax.Device] | None = None):  # pyright: ignore[reportInvalidTypeForm]
         # The devices of a process are consecutive.
-        found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        found = sorted(_available(), key=lambda device: (device.process_index, device.id))
         if isinstance(devices, int) and not 1 <= devices <= len(found):
             raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of available devices")
         devices = [devices] if isinstance(devices, jax.Device) else devices
