@@ -37,7 +37,8 @@ def make_cores_devices() -> bool:
     return True
 
 
-def _available():
+def available() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
+    """Returns all devices; raises UserError if there are none of the platforms that JAX_PLATFORMS names."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError):  # Without a GPU, JAX asserts that there is one.
@@ -63,7 +64,7 @@ class Devices:
     # jax.Device is assigned where pyright cannot see that it is a class.
     def __init__(self, devices: int | Sequence[jax.Device] | None = None):  # pyright: ignore[reportInvalidTypeForm]
         # The devices of a process are consecutive.
-        found = sorted(_available(), key=lambda device: (device.process_index, device.id))
+        found = sorted(available(), key=lambda device: (device.process_index, device.id))
         if isinstance(devices, int) and not 1 <= devices <= len(found):
             raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of available devices")
         devices = [devices] if isinstance(devices, jax.Device) else devices

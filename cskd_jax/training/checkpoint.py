@@ -30,6 +30,7 @@ from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from cskd_jax.distributed import processes
+from cskd_jax.distributed.devices import available
 from cskd_jax.errors import InterruptedRun, UserError, one_line
 from cskd_jax.files import write_json
 from cskd_jax.inputs import MAX_JSON, read_bytes, read_json
@@ -308,6 +309,7 @@ class _Damaged(Exception):
 
 def _read(path):
     """Returns the arrays by name, the record and the digest of a checkpoint; raises _Damaged if it is damaged."""
+    available()  # Orbax uses them; that there are none would look like damage.
     parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
         stored = _check_files(path)
