@@ -311,7 +311,41 @@ def images():
         "GIF of a large screen": gif[:6] + b"\xff\xff\xff\xff" + gif[10:],
         "TIFF without end": tiff[:-20],
         "TIFF with a directory of nowhere": tiff[:4] + b"\xff\xff\xff\x7f" + tiff[8:],
-    }
+    } | _long_headers(sound, gif, photograph(0, (8, 8), format="JPEG"))
+
+
+def _long_headers(png, gif, jpeg):
+    """Returns {name: image file} whose parts besides the pixels are too many."""
+    large = io.BytesIO()
+    Image.new("RGB", (7200, 7200)).save(large, "JPEG", progressive=True)
+    large = large.getvalue()
+    scan = large[large.rindex(b"\xff\xda") : -2]
+    chunks = (struct.pack(">I", 0) + b"aaAa" + struct.pack(">I", zlib.crc32(b"aaAa"))) * 3_000_000
+    palette = 13 + 3 * (2 << (gif[10] & 7))
+    values = {273: (4, 15_000_000, 8), 279: (4, 15_000_000, 8)}
+    tile = {322: (4, 1, 46336), 323: (4, 1, 46336), 324: (4, 1, 8), 325: (4, 1, 500)}
+    return {
+        "JPEG filled with 30 MB": jpeg[:2] + b"\xff" * 30_000_000 + jpeg[2:],
+        "JPEG of 100 MB of EXIF": jpeg[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 1500 + jpeg[2:],
+        "JPEG of 2,000 scans": large[:-2] + scan * 2000 + large[-2:],
+        "PNG of 3 million chunks": png[:33] + chunks + png[33:],
+        "PNG of 3 million chunks at the end": png[:-12] + chunks + png[-12:],
+        "GIF of 15 million comments": gif[:palette] + b"\x21\xfe" + b"\x01a" * 15_000_000 + b"\0" + gif[palette:],
+        "TIFF of 15 million strips": _tiff(values, 1) + bytes(60_000_000),
+    } | {f"TIFF of large tiles by method {n}": _tiff(tile, n) + b"\x81\0" * 5000 for n in (1, 5, 8, 32773)}
+
+
+def _tiff(tags, compression):
+    tags = {
+        256: (4, 1, 8),
+        257: (4, 1, 8),
+        258: (3, 1, 8),
+        259: (3, 1, compression),
+        262: (3, 1, 1),
+        277: (3, 1, 1),
+    } | tags
+    listed = b"".join(struct.pack("<HHII", tag, *values) for tag, values in sorted(tags.items()))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + listed + bytes(4)
 
 
 def zips():

@@ -37,7 +37,7 @@ _COUNTS = {
     "safetensors": 40,
     "records": 40,
     "runs": 150,
-    "images": 10,
+    "images": 25,
     "zip archives": 10,
     "tar archives": 20,
     "large pickles": 7,
@@ -214,6 +214,20 @@ def test_the_old_reading_does_not_turn_photographs(root):
     save(root / "train" / "cat" / "1.png", exif=exif)
     upright, old = (load(root, exif_orientation=value).train.images[0] for value in (True, False))
     np.testing.assert_array_equal(upright, old[::-1, ::-1])
+
+
+def test_photographs_with_much_metadata(tmp_path):
+    """A color profile, a thumbnail, a video after the end that looks like scans, and the layers of an editor."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x927C] = 3, bytes(60_000)
+    jpeg = save(tmp_path / "x.jpg", exif=exif, icc_profile=bytes(2_000_000), progressive=True)
+    expected = np.asarray(Image.open(jpeg).convert("RGB"))[::-1, ::-1]
+    jpeg.write_bytes(jpeg.read_bytes() + b"\xff\xda" * 1000)
+    np.testing.assert_array_equal(read_image(jpeg, "x", 3, None, upright=True), expected)
+    layers = {37724: bytes(20_000_000)}
+    tiff = save(tmp_path / "x.tiff", tiffinfo=layers, compression="tiff_lzw")
+    for source in (tiff, io.BytesIO(tiff.read_bytes())):
+        assert read_image(source, "x", 3, None)[3, 5].tolist() == [69, 70, 71]
 
 
 def test_damaged_exif_is_no_damaged_image(tmp_path):

@@ -1,12 +1,13 @@
 """Image files and the equally sized arrays into which they are decoded."""
 
 import contextlib
+import re
 import warnings
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from cskd_jax.errors import UserError
 from cskd_jax.inputs import open_regular
@@ -17,6 +18,28 @@ FORMATS = ("BMP", "JPEG", "PNG", "WEBP", "GIF", "TIFF")
 # The largest phone cameras make images of 50 million pixels, which take 200 MB while they are converted.
 MAX_PIXELS = 52_000_000
 _MAX_FILE = 256 << 20  # bytes
+# Pillow reads files in Python's loops. What precedes the pixels, such as EXIF data, color profiles and thumbnails,
+# takes a few hundred reads and less than a megabyte in most files.
+_MAX_HEADER = 16 << 20  # bytes
+_MAX_HEADER_READS = 20_000
+# The pixels of a large image take some ten thousand reads. BMP has two for each run of equal pixels, and for PNG each
+# read may be followed by slow work.
+_MAX_READS = 4_000_000
+_MAX_PNG_READS = 300_000
+# 16x16 is the smallest usual tile of a TIFF image, and that of `MAX_PIXELS` has 203,125 of them.
+_MAX_TIFF_VALUES = 250_000
+_BYTES_OF_TIFF = (1, 2, 6, 7)  # Types of values that Pillow does not turn into Python's numbers,
+# except in the tags that list the parts of the image.
+_PARTS_OF_TIFF = (
+    TiffImagePlugin.STRIPOFFSETS,
+    TiffImagePlugin.STRIPBYTECOUNTS,
+    TiffImagePlugin.TILEOFFSETS,
+    TiffImagePlugin.TILEBYTECOUNTS,
+)
+_ALWAYS_FITTING_TILE = 1 << 22  # pixels
+# A progressive JPEG has about ten scans, and up to two tables for each.
+_MAX_SCANS = 100
+_JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _ORIENTATION = 0x0112  # in EXIF
 # How an image is rotated upright, by orientation.
 _TURNS = {
@@ -64,16 +87,106 @@ def open_image(file: IO[bytes]) -> Image.Image:
     things, so callers ignore its warnings.
 
     Raises:
-      UserError: If the file has none of these formats, or more than `MAX_PIXELS` according to its header.
+      UserError: If the file has none of these formats, more than `MAX_PIXELS` according to its header, or more
+        metadata, scans or values than any sound image.
     """
+    start = file.read(16)
+    is_tiff = start[:4] in TiffImagePlugin.PREFIXES
+    if is_tiff:
+        _check_tiff_values(file, start)
+    # WEBP is read at once. TIFF may hold the layers of an editor, which are skipped at once.
+    reads_all = is_tiff or start.startswith(b"RIFF")
+    bounded: Any = _BoundedReads(file)
+    bounded.allow(_MAX_FILE if reads_all else _MAX_HEADER, _MAX_HEADER_READS, "its header is too long")
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(bounded, formats=FORMATS)
     except UnidentifiedImageError:
         raise UserError(f"the format is not one of {', '.join(FORMATS)}") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UserError(f"it has {width}x{height} pixels; at most {MAX_PIXELS:,} in total are allowed")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _check_tiff_tiles(image)
+    elif image.format == "JPEG":
+        _check_scans(file)
+    bounded.allow(2 * _MAX_FILE, _MAX_PNG_READS if image.format == "PNG" else _MAX_READS, "it has too many parts")
     return image
+
+
+class _BoundedReads:
+    """An image file that Pillow cannot read in endless small steps."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def allow(self, size: int, reads: int, problem: str) -> None:
+        """Sets how many bytes may be read from now on, in how many reads, and what is wrong with more."""
+        self._bytes, self._reads, self._problem = size, reads, problem
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns the next bytes; raises UserError if the limits are exceeded."""
+        data = self._file.read(size)
+        self._bytes -= len(data)
+        self._reads -= 1
+        if min(self._bytes, self._reads) < 0:
+            raise UserError(self._problem)
+        return data
+
+
+def _check_tiff_values(file: IO[bytes], start: bytes) -> None:
+    """Raises UserError if a tag of a TIFF file has so many values that Pillow would take gigabytes for them.
+
+    Args:
+      file: TIFF file.
+      start: Its first 16 bytes.
+    """
+    if start.startswith(b"MM\0\x2b"):  # Pillow would read it as if it were no BigTIFF, and libtiff as what it is.
+        raise UserError("big-endian BigTIFF is not supported")
+    order: Any = "little" if start.startswith(b"II") else "big"
+    # (start and end of the position of the tags), bytes of their number, of a tag, and of the number of its values
+    offset, count_size, tag_size, values_size = ((8, 16), 8, 20, 8) if start[2] == 43 else ((4, 8), 2, 12, 4)
+    file.seek(int.from_bytes(start[slice(*offset)], order))
+    count = int.from_bytes(file.read(count_size), order)
+    if count > 65_535:
+        raise UserError("its header is too long")
+    tags = file.read(count * tag_size)
+    for begin in range(0, len(tags), tag_size):
+        tag, kind = (int.from_bytes(tags[place : place + 2], order) for place in (begin, begin + 2))
+        values = int.from_bytes(tags[begin + 4 : begin + 4 + values_size], order)
+        if values > _MAX_TIFF_VALUES and (kind not in _BYTES_OF_TIFF or tag in _PARTS_OF_TIFF):
+            raise UserError(f"its tag {tag} has {values:,} values; at most {_MAX_TIFF_VALUES:,} are allowed")
+
+
+def _check_tiff_tiles(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Raises UserError if the tiles are much larger than the image: libtiff decodes whole tiles."""
+    width, height = (image.tag_v2.get(tag, 0) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+    whole = (image.width + 15) * (image.height + 15)  # Sides of tiles are multiples of 16.
+    if width * height > max(whole, _ALWAYS_FITTING_TILE):
+        raise UserError(f"it has tiles of {width}x{height} pixels, which are larger than the image")
+
+
+def _check_scans(file: IO[bytes]) -> None:
+    """Raises UserError if a JPEG file has too many scans, each of which goes through all pixels.
+
+    Args:
+      file: JPEG file of which everything up to the first scan is read.
+    """
+    position = file.tell()
+    data = file.read()
+    file.seek(position)
+    if data.count(b"\xff\xda") <= _MAX_SCANS:
+        return
+    # These may be part of something else, such as a video after the end of the image.
+    position = 0
+    for _ in range(3 * _MAX_SCANS):
+        found = _JPEG_SEGMENT.search(data, position)
+        if found is None or found[0] == b"\xff\xd9":
+            return
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    raise UserError(f"it has more than {_MAX_SCANS} scans")
 
 
 def read_image(
@@ -106,7 +219,7 @@ def read_image(
             # Pillow warns about things it can do without.
             if isinstance(file, str | Path):
                 file = stack.enter_context(open_regular(file, _MAX_FILE))
-            image = stack.enter_context(open_image(file))
+            image = open_image(file)
             turn = _turn(image) if upright else None
             size = image.size[::-1] if turn in _SIDEWAYS else image.size
             fits = expected is None or image_size is not None or size == (expected[1], expected[0])
@@ -141,6 +254,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except UserError:
+        raise
     except Exception:  # Pillow raises many types of errors. Photographs with damaged data are left unchanged.
         return None
 
