@@ -320,6 +320,10 @@ def _long_headers(png, gif, jpeg):
     Image.new("RGB", (7200, 7200)).save(large, "JPEG", progressive=True)
     large = large.getvalue()
     scan = large[large.rindex(b"\xff\xda") : -2]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    webp = io.BytesIO()
+    Image.new("RGBA", (7200, 7200)).save(webp, "WEBP", lossless=True, method=0, exif=exif)
     chunks = (struct.pack(">I", 0) + b"aaAa" + struct.pack(">I", zlib.crc32(b"aaAa"))) * 3_000_000
     palette = 13 + 3 * (2 << (gif[10] & 7))
     values = {273: (4, 15_000_000, 8), 279: (4, 15_000_000, 8)}
@@ -328,6 +332,7 @@ def _long_headers(png, gif, jpeg):
         "JPEG filled with 30 MB": jpeg[:2] + b"\xff" * 30_000_000 + jpeg[2:],
         "JPEG of 100 MB of EXIF": jpeg[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 1500 + jpeg[2:],
         "JPEG of 2,000 scans": large[:-2] + scan * 2000 + large[-2:],
+        "WEBP of 52 million pixels on its side": webp.getvalue(),
         "PNG of 3 million chunks": png[:33] + chunks + png[33:],
         "PNG of 3 million chunks at the end": png[:-12] + chunks + png[-12:],
         "GIF of 15 million comments": gif[:palette] + b"\x21\xfe" + b"\x01a" * 15_000_000 + b"\0" + gif[palette:],

@@ -224,6 +224,8 @@ def read_image(
             size = image.size[::-1] if turn in _SIDEWAYS else image.size
             fits = expected is None or image_size is not None or size == (expected[1], expected[0])
             if fits and not image.mode.startswith(("I", "F")):
+                if image.format == "WEBP":  # Its decoder holds two more images, which a copy leaves behind.
+                    image = image.copy()
                 return _pixels(image if turn is None else image.transpose(turn), channels, image_size)
             mode = image.mode
     # Pillow's decoders raise many types of exceptions.
