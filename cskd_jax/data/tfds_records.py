@@ -30,17 +30,18 @@ class ArrayRecords:
         self.directory, self.split = directory, split
 
     def labels(self) -> np.ndarray:
-        """Returns the labels, int32 [N].
+        """Returns the labels as integers [N], which may be out of range.
 
         They are cached in a file next to the records, because reading through all of the records may take a long time.
         """
         path, count = Path(self.directory) / f"labels-{self.split}.npy", self._count()
-        # A memory map takes no memory for data that the file only claims to hold.
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            labels = np.load(path, mmap_mode="r") if path.is_file() else np.empty(0)
+        # A memory map takes no memory for data that the file only claims to hold. NumPy parses the header as Python
+        # code, and a damaged one raises errors of many types.
+        with contextlib.suppress(Exception):
+            labels = np.lib.format.open_memmap(path, mode="r") if path.is_file() else np.empty(0)
             if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer):
-                return np.array(labels, np.int32)
-        labels = np.array([label for _, label in self.examples(range(count))], np.int32)
+                return np.array(labels)
+        labels = np.array([label for _, label in self.examples(range(count))])
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as file:
             np.save(file, labels)
             file.flush()
@@ -100,8 +101,8 @@ class TfRecords:
             self._examples = [(example["image"], example["label"]) for example in tfds.as_numpy(dataset)]
 
     def labels(self) -> np.ndarray:
-        """Returns the labels, int32 [N]."""
-        return np.array([label for _, label in self._examples], np.int32)
+        """Returns the labels as integers [N], which may be out of range."""
+        return np.array([label for _, label in self._examples])
 
     def examples(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
         """Yields (encoded image, label) of the records at `indices`."""

@@ -206,7 +206,7 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
         records = {split: TfRecords(builder, split) for split in ("train", test_name)}
     else:
         raise UserError(f"{builder.data_dir} is prepared as {sorted(formats)}; it must be array_record or tfrecord")
-    labels = {split: _labels(source, name) for split, source in records.items()}
+    labels = {split: _labels(source, name, len(categories)) for split, source in records.items()}
     chosen = {
         "train": balanced_indices(labels["train"], categories, train_examples),
         test_name: np.arange(len(labels[test_name])),
@@ -373,12 +373,17 @@ def _check_image(image: Any, name: str) -> None:
         )
 
 
-def _labels(records: ArrayRecords | TfRecords, name: str) -> np.ndarray:
-    """Returns the labels of a split, int32 [N]; raises UserError if there are none."""
+def _labels(records: ArrayRecords | TfRecords, name: str, classes: int) -> np.ndarray:
+    """Returns the labels of a split, int32 [N]; raises UserError if there are none, or one that is not a class."""
     labels = records.labels()
     if not len(labels) or labels.min() < 0:
         raise UserError(f"data set '{name}' has no examples, or unlabeled ones, in its {records.split} split")
-    return labels
+    if labels.max() >= classes:
+        raise UserError(
+            f"data set '{name}' has the label {labels.max()} in its {records.split} split; labels must be from 0 to "
+            f"{classes - 1}: remove {records.directory} to prepare it again"
+        )
+    return labels.astype(np.int32)
 
 
 def _root(data_dir: str | None) -> str:

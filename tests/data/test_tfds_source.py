@@ -165,6 +165,28 @@ def test_record_that_is_no_image(tmp_path):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("header", ["((((", "-" * 9000 + "1", "[" * 2000, "\0", "(9223372036854775808,)", "PK"])
+def test_damaged_labels_are_read_anew(header, tmp_path):
+    directory = write(tmp_path, {"train": examples(4), "test": examples(2)})
+    if header.endswith(",)"):
+        header = f"{{'descr': '<i4', 'fortran_order': False, 'shape': {header}}}"
+    content = b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header.encode()
+    (directory / "labels-train.npy").write_bytes(b"PK\3\4" + bytes(100) if header == "PK" else content)
+    with (directory / "labels-test.npy").open("wb") as file:
+        np.savez(file, labels=[0, 1])
+    data = load_dataset("shapes", data_dir=str(tmp_path))
+    assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 1, 0, 1], [0, 1])
+    assert data.train.labels.dtype == np.int32
+
+
+@pytest.mark.parametrize("label", [2, 2**31 - 1, 2**40])
+def test_labels_that_are_no_classes(label, tmp_path):
+    directory = write(tmp_path, {"train": examples(4), "test": examples(2)})
+    np.save(directory / "labels-train.npy", [0, 1, 0, label])
+    with pytest.raises(UserError, match=f"has the label {label} in its train split; labels must be from 0 to 1: rem"):
+        load_dataset("shapes", data_dir=str(tmp_path))
+
+
 def test_truncated_record_file(tmp_path):
     folder = write(tmp_path, {"train": examples(200), "test": examples(2)})
     (file,) = folder.glob("*train*")
