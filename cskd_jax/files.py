@@ -1,4 +1,4 @@
-"""Writes files into folders from untrusted sources, without following symbolic links out of them."""
+"""Writes files into folders from untrusted sources and walks them, without following symbolic links out of them."""
 
 import csv
 import errno
@@ -8,13 +8,14 @@ import os
 import pathlib
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from cskd_jax.errors import UserError, printable
 
 # A spreadsheet takes text for a formula if it begins with one of these or its full-width form.
 _FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_MAX_DEPTH = 100  # of folders
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -105,7 +106,42 @@ def refuse_links(paths: Iterable[pathlib.Path]) -> None:
     for path in paths:
         refuse_link(path)
         if path.is_dir():
-            refuse_links(path.iterdir())
+            for entry in entries_below(path):
+                refuse_link(pathlib.Path(entry.path))
+
+
+def entries_below(folder: str | pathlib.Path, *, skip_unreadable: bool = False) -> Iterator[os.DirEntry[str]]:
+    """Yields everything below a folder, in no particular order; links to folders are yielded but not followed.
+
+    Args:
+      folder: Folder, which may be a link itself.
+      skip_unreadable: Whether folders that cannot be listed are passed over instead of raising OSError.
+
+    Raises:
+      UserError: Folders are nested more than `_MAX_DEPTH` deep.
+    """
+    waiting = [(os.fspath(folder), 1)]
+    while waiting:
+        path, depth = waiting.pop()
+        if depth > _MAX_DEPTH:
+            raise UserError(f"{folder} holds folders that are nested more than {_MAX_DEPTH} deep, the maximum")
+        try:
+            with os.scandir(path) as found:
+                entries = list(found)
+        except OSError:
+            if not skip_unreadable:
+                raise
+            continue
+        yield from entries
+        waiting += [(entry.path, depth + 1) for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns whether an entry is a folder or a link to one; False for a link that leads in a circle."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def local_folder(path: str | pathlib.Path) -> pathlib.Path:

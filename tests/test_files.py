@@ -11,6 +11,7 @@ from cskd_jax.commands.command_line import exit_code
 from cskd_jax.errors import UserError, printable
 from cskd_jax.files import open_append, refuse_links, write_bytes, write_json, write_text
 from cskd_jax.main import main
+from cskd_jax.report.runs import find_runs
 from cskd_jax.runs import grid, lock, sweep
 from cskd_jax.runs.results import write_results
 from cskd_jax.training.callbacks import Progress, Start
@@ -86,6 +87,14 @@ def test_links_are_found_at_any_depth(workdir, outside):
     (workdir / "student" / "checkpoints" / "9").symlink_to(outside.parent)
     with pytest.raises(UserError, match="student/checkpoints/9 is a symbolic link"):
         refuse_links([workdir / "student"])
+
+
+def test_folders_that_are_nested_too_deeply(workdir):
+    (workdir / "student").joinpath(*"d" * 150).mkdir(parents=True)
+    with pytest.raises(UserError, match="student holds folders that are nested more than 100 deep, the maximum"):
+        refuse_links([workdir / "student"])
+    with pytest.raises(UserError, match="nested more than 100 deep"):
+        find_runs([workdir])
 
 
 def test_lock(workdir, outside):

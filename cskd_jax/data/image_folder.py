@@ -12,7 +12,7 @@ import numpy as np
 from cskd_jax.data.images import read_image
 from cskd_jax.data.types import NO_LABEL, ImageDataset, Split, balanced_indices
 from cskd_jax.errors import UserError, printable
-from cskd_jax.files import full_path
+from cskd_jax.files import entries_below, full_path, is_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class LeftOut:
 def _list_unlabeled(folder: Path, left_out: LeftOut) -> list[str]:
     """Returns the image files of a folder that holds no folders; an empty result if it holds any."""
     with os.scandir(folder) as entries:
-        if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
+        if any(is_folder(entry) and not entry.name.startswith(".") for entry in entries):
             return []
     own = LeftOut()
     found = sorted(_images(folder, own))
@@ -136,11 +136,11 @@ def _without_labels(files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def _list_split(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
     """Returns the image files of each class; classes and files are sorted by name."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    names = [entry.name for entry in entries if is_folder(entry) and not entry.name.startswith(".")]
     if not names:
         raise UserError(f"{folder} has no class folders: image_folder reads {folder.name}/CLASS/*")
     _check_names(folder, names)
-    left_out.add("outside of a class folder", (entry.path for entry in entries if not entry.is_dir()))
+    left_out.add("outside of a class folder", (entry.path for entry in entries if not is_folder(entry)))
     files = {}
     for name in names:
         own = LeftOut()
@@ -156,11 +156,13 @@ def _list_split(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
 
 def _images(folder: Path, left_out: LeftOut) -> list[str]:
     """Returns the image files of a folder, and counts everything else in it."""
+    with os.scandir(folder) as scanned:
+        entries = list(scanned)
     found = []
-    for entry in os.scandir(folder):
+    for entry in entries:
         if entry.name.startswith("."):
             left_out.add("hidden", [entry.path])
-        elif entry.is_dir():
+        elif is_folder(entry):
             left_out.add("in folders nested too deeply: move the images up", _files_below(entry.path))
         elif not os.path.exists(entry.path):
             left_out.add("broken links", [entry.path])
@@ -174,7 +176,7 @@ def _images(folder: Path, left_out: LeftOut) -> list[str]:
 
 
 def _files_below(folder: str) -> Iterator[str]:
-    files = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    files = (entry.path for entry in entries_below(folder, skip_unreadable=True) if not is_folder(entry))
     return itertools.islice(files, _MAX_COUNTED)
 
 

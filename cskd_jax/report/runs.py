@@ -10,6 +10,7 @@ from typing import Any
 
 from cskd_jax.configs import networks
 from cskd_jax.errors import UserError, printable
+from cskd_jax.files import entries_below
 from cskd_jax.losses import LOSSES, Method
 from cskd_jax.report.published import network_label, standard_position
 from cskd_jax.report.statistics import Summary, summarize
@@ -260,11 +261,12 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
     """Returns the runs in and below folders, except those that trained the teacher of other runs.
 
     Raises:
-      UserError: A folder holds no finished run, or a damaged one.
+      UserError: A folder holds no finished run, a damaged one, or folders that are nested too deeply.
     """
     runs = {}
     for folder in folders:
-        paths = sorted(folder.rglob(RESULTS))
+        entries = entries_below(folder, skip_unreadable=True)
+        paths = sorted(pathlib.Path(entry.path) for entry in entries if entry.name == RESULTS)
         if not paths:
             raise UserError(f"{folder} holds no finished run: there is no {RESULTS} in it or below")
         runs |= {path.resolve(): Run(path.parent, _printable(read_results(path))) for path in paths}

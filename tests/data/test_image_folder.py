@@ -67,6 +67,21 @@ def test_other_files_and_hidden_ones_are_ignored(root):
     assert len(load(root).train.labels) == 6
 
 
+def test_folders_that_are_nested_too_deeply(root):
+    (root / "train" / "cat").joinpath(*"d" * 150).mkdir(parents=True)
+    with pytest.raises(UserError, match="train/cat/d holds folders that are nested more than 100 deep, the maximum"):
+        load(root)
+
+
+def test_links_that_lead_in_circles_are_broken_links(root, caplog):
+    for path in (root / "train" / "cat" / "a.png", root / "train" / "cat" / "more" / "b.png", root / "train" / "b"):
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(path)
+    (root / "train" / "dog" / "up").symlink_to(root / "train")
+    assert len(load(root).train.labels) == 6
+    assert "1 broken links (such as " in caplog.text
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA"])
 def test_other_modes_become_rgb(root, mode):
     save(root / "train" / "cat" / "0.png", mode=mode)
