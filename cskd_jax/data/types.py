@@ -62,7 +62,7 @@ class ImageDataset:
     def unlabeled(self) -> bool:
         """Returns whether the training images have no labels, so students learn only from a teacher's outputs."""
         labels = self.train.labels
-        return labels.ndim == 1 and bool(np.all(labels == NO_LABEL))
+        return labels.ndim == 1 and len(labels) > 0 and bool(np.all(labels == NO_LABEL))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -84,7 +84,7 @@ def hold_out(dataset: ImageDataset, examples: int, seed: int) -> ImageDataset:
       seed: Seed of the draw.
 
     Raises:
-      UserError: A class does not have enough examples.
+      UserError: A class does not have enough examples, at least one of which must remain for training.
     """
     if dataset.unlabeled:
         raise UserError(
@@ -93,7 +93,7 @@ def hold_out(dataset: ImageDataset, examples: int, seed: int) -> ImageDataset:
         )
     split = dataset.train
     order = np.random.default_rng(seed).permutation(len(split.labels))
-    chosen = balanced_indices(split.labels[order], dataset.categories, examples, "validation_examples")
+    chosen = balanced_indices(split.labels[order], dataset.categories, examples, "validation_examples", kept=1)
     parts = [np.sort(order[chosen]), np.sort(np.delete(order, chosen))]
     validation, train = (Split(_select(split.images, part), split.labels[part]) for part in parts)
     return dataclasses.replace(dataset, train=train, validation=validation)
@@ -104,7 +104,12 @@ def _select(images, index):
 
 
 def balanced_indices(
-    labels: np.ndarray, categories: Sequence[str], train_examples: int | None, name: str = "train_examples"
+    labels: np.ndarray,
+    categories: Sequence[str],
+    train_examples: int | None,
+    name: str = "train_examples",
+    *,
+    kept: int = 0,
 ) -> np.ndarray:
     """Chooses the first examples of each class, as evenly as `train_examples` allows.
 
@@ -117,6 +122,7 @@ def balanced_indices(
       categories: Names of the K classes.
       train_examples: Size of the subset; None keeps everything.
       name: Name of this size in error messages.
+      kept: Number of examples of each class, or of all if they cannot be balanced, that must not be chosen.
 
     Returns:
       Increasing indices into `labels`, int64 [train_examples].
@@ -127,10 +133,11 @@ def balanced_indices(
     if train_examples is None:
         return np.arange(len(labels))
     if labels.ndim == 2 or np.all(labels == NO_LABEL):
-        if not 1 <= train_examples <= len(labels):
-            raise UserError(f"{name}={train_examples} is out of range; it must be from 1 to {len(labels)}")
+        if not 1 <= train_examples <= len(labels) - kept:
+            raise UserError(f"{name}={train_examples} is out of range; it must be from 1 to {len(labels) - kept}")
         return np.arange(train_examples)
-    available = np.bincount(labels, minlength=len(categories))
+    counts = np.bincount(labels, minlength=len(categories))
+    available = np.maximum(counts - kept, 0)
     share, remainder = divmod(train_examples, len(categories))
     if share < 1:
         raise UserError(
@@ -142,9 +149,11 @@ def balanced_indices(
     short = np.flatnonzero(available < wanted)
     if short.size:
         first = short[0]
+        remaining = f", and {kept} must remain" if kept else ""
         raise UserError(
             f"{name}={train_examples} needs {wanted[first]} training examples of class "
-            f"'{categories[first]}', which has {available[first]}: at most {_largest_subset(available)} are possible"
+            f"'{categories[first]}', which has {counts[first]}{remaining}: "
+            f"at most {_largest_subset(available)} are possible"
         )
     chosen = [np.flatnonzero(labels == category)[:count] for category, count in enumerate(wanted)]
     return np.sort(np.concatenate(chosen))

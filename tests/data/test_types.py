@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cskd_jax.data.types import ImageDataset, Split, balanced_indices
+from cskd_jax.data.types import ImageDataset, Split, balanced_indices, hold_out
 from cskd_jax.errors import UserError
 
 CATEGORIES = ("cat", "dog", "emu")
@@ -47,6 +47,23 @@ def test_largest_subset_stops_at_the_first_exhausted_category():
 def test_a_category_without_examples():
     with pytest.raises(UserError, match="class 'emu', which has 0: at most 2 are possible"):
         balanced_indices(np.array([0, 1, 1, 1]), CATEGORIES, 3)
+
+
+def test_an_image_of_each_class_remains_for_training():
+    images = np.zeros((10, 4, 6, 3), np.uint8)
+    dataset = ImageDataset("ten", Split(images, LABELS), Split(images, LABELS), CATEGORIES)
+    assert sorted(hold_out(dataset, 7, 0).train.labels) == [0, 1, 2]
+    with pytest.raises(UserError, match="class 'cat', which has 4, and 1 must remain: at most 7 are possible"):
+        hold_out(dataset, 10, 0)
+    labels = np.eye(3, dtype=np.float32)[LABELS]
+    dataset = ImageDataset("ten", Split(images, labels), Split(images, labels), CATEGORIES)
+    with pytest.raises(UserError, match="validation_examples=10 is out of range; it must be from 1 to 9"):
+        hold_out(dataset, 10, 0)
+
+
+def test_a_split_of_nothing_is_not_one_without_labels():
+    split = Split(np.zeros((0, 4, 6, 3), np.uint8), np.zeros(0, np.int32))
+    assert not ImageDataset("nothing", split, split, CATEGORIES).unlabeled
 
 
 def test_properties_of_a_dataset():
