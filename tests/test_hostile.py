@@ -164,10 +164,14 @@ def test_what_is_left_out_is_said(root, caplog):
     (root / "train" / "cat" / "3.png").symlink_to("nowhere")
     (root / "test" / "dog" / ".hidden.png").write_bytes(b"")
     (root / "test" / "readme.md").write_text("x", encoding="utf-8")
+    (root / "val").mkdir()
+    (root / "test" / ".bird").mkdir()
     load(root)
     (line,) = caplog.messages
     for text in ("1 in folders nested too deeply", "2.png", "1 in formats other than", "notes.txt", "1 broken links",
-                 "3.png", "1 hidden", ".hidden.png", "1 outside of a class folder", "readme.md"):  # fmt: skip
+                 "3.png", "1 hidden", ".hidden.png", "1 outside of a class folder", "readme.md",
+                 "1 other files or folders beside train and test", "data/val", "1 hidden folders",
+                 ".bird"):  # fmt: skip
         assert text in line
 
 

@@ -34,9 +34,9 @@ def load(
 
     The classes are the sorted names of the folders in train. The images of a class are its files, ordered by name. If
     train holds images and no folders, its images have no labels, and the classes are those of test. Files with other
-    extensions, hidden files, broken links, and files in deeper folders or outside of a class folder are left out with a
-    warning. Images are always converted to three channels, RGB: grayscale is repeated, and transparency is dropped.
-    Only the first image of an animation is read.
+    extensions, hidden files and folders, broken links, files in deeper folders or outside of a class folder, and
+    everything beside train and test are left out with a warning. Images are always converted to three channels, RGB:
+    grayscale is repeated, and transparency is dropped. Only the first image of an animation is read.
 
     Args:
       data_dir: Not used.
@@ -68,6 +68,9 @@ def load(
         raise UserError(f"{root} has no folder test or val: image_folder reads one of them")
 
     left_out = LeftOut()
+    with os.scandir(root) as entries:
+        others = [entry.path for entry in entries if entry.name not in ("train", test_folder.name)]
+    left_out.add(f"other files or folders beside train and {test_folder.name}", others)
     unlabeled = _list_unlabeled(root / "train", left_out)
     train_files = {} if unlabeled else _list_split(root / "train", left_out)
     test_files = _list_split(test_folder, left_out)
@@ -136,10 +139,12 @@ def _without_labels(files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def _list_split(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
     """Returns the image files of each class; classes and files are sorted by name."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    names = [entry.name for entry in entries if is_folder(entry) and not entry.name.startswith(".")]
+    folders = [entry for entry in entries if is_folder(entry)]
+    names = [entry.name for entry in folders if not entry.name.startswith(".")]
     if not names:
         raise UserError(f"{folder} has no class folders: image_folder reads {folder.name}/CLASS/*")
     _check_names(folder, names)
+    left_out.add("hidden folders", (entry.path for entry in folders if entry.name.startswith(".")))
     left_out.add("outside of a class folder", (entry.path for entry in entries if not is_folder(entry)))
     files = {}
     for name in names:
