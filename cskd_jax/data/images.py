@@ -38,7 +38,7 @@ _PARTS_OF_TIFF = (
 )
 _ALWAYS_FITTING_TILE = 1 << 22  # pixels
 # A progressive JPEG has about ten scans, and up to two tables for each.
-_MAX_SCANS = 100
+_MAX_SCANS = 50
 _JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _ORIENTATION = 0x0112  # in EXIF
 # How an image is rotated upright, by orientation.
