@@ -31,13 +31,13 @@ def split_word(word, teacher, student, small_images=True):
       A tuple of (name, width) of the teacher, (name, width) of the student, and the name of the method.
 
     Raises:
-      ValueError: If the word has a different number of parts.
+      ValueError: If the word has a different number of parts, an empty part, or a network without a name or width.
     """
     parts = word.split("/")
     method = in_order(parts[-1].lower())
     if len(parts) == 1:
         return teacher, student, method
-    if len(parts) != 3:
+    if len(parts) != 3 or "" in parts:
         raise ValueError(f"{word!r} must be METHOD or TEACHER/STUDENT/METHOD")
     return network(parts[0], small_images), network(parts[1], small_images), method
 
@@ -53,7 +53,12 @@ def network(word, small_images=True):
     name, width = word.lower().replace("-", "_"), 1.0
     before, _, last = name.rpartition("_")
     if "." in last:
-        name, width = before, float(last)
+        try:
+            name, width = before, float(last)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ValueError(f"{word!r} must be NETWORK or NETWORK_WIDTH, such as R18 or R18_0.25")
     depth = name.removeprefix("resnet").removeprefix("r")
     if depth in ("18", "34", "50", "101", "152"):
         name = f"resnet{depth}" if small_images else f"resnet{depth}_224"

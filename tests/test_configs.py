@@ -158,7 +158,7 @@ def test_words_of_networks(word, expected):
     assert network("R50_0.5", small_images=False) == ("resnet50_224", 0.5)
 
 
-@pytest.mark.parametrize("word", ["R50/kd", "kd/", "R50/R18/kd/kd", "R50/R18/nothing"])
+@pytest.mark.parametrize("word", ["R50/kd", "kd/", "R50/R18/kd/kd", "/R18/kd", "R50//kd", "R50/R18/nothing"])
 def test_wrong_words(word):
     with pytest.raises(ValueError, match="must be METHOD or TEACHER/STUDENT/METHOD|unknown method 'nothing'"):
         get_config("digits", word)

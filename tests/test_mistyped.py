@@ -62,6 +62,14 @@ train digit_pairs:kd
     -> train digit_pairs:bkd
 train digits:R18/kd
     'R18/kd' must be METHOD or TEACHER/STUDENT/METHOD
+train digits:/R18/ce
+    '/R18/ce' must be METHOD or TEACHER/STUDENT/METHOD
+    -> train digits:R18/R18/ce
+train digits:R18_0.25/R18_0.x/kd
+    'R18_0.x' must be NETWORK or NETWORK_WIDTH, such as R18 or R18_0.25
+    -> train digits:R18_0.25/R18/kd
+train digits:R18/_0.5/kd
+    '_0.5' must be NETWORK or NETWORK_WIDTH, such as R18 or R18_0.25
 train cifar100_standard:resnet56/resnet21/kd
     unknown network 'resnet21'; did you mean resnet14 or resnet20 or resnet32?
     -> train cifar100_standard:resnet56/resnet20/kd
