@@ -137,7 +137,8 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys):
     """A teacher that fails, what needs it, and one that fails by itself, beside one that is done."""
     done = grid.Run(tmp_path, "done", DIGITS, ())
     done.workdir.mkdir()
-    (done.workdir / "results.json").write_text("{}")
+    for name in ("config.json", "results.json"):
+        (done.workdir / name).write_text("{}")
     teacher = grid.Run(tmp_path, "teacher", "configs/nothing.py", ())
     needs_it = grid.Run(tmp_path, "kd", DIGITS, (), teacher)
     bad = grid.Run(tmp_path, "bad", DIGITS, ("--config.epochs=x",))

@@ -66,6 +66,13 @@ def finished(tmp_path):
     return tmp_path
 
 
+def test_results_of_something_else(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    for use in (lambda: is_done(tmp_path, EPOCHS), lambda: claim(tmp_path, asked(), dataset())):
+        with pytest.raises(UserError, match="holds results.json but no config.json of its run; use another --workdir"):
+            use()
+
+
 def recorded(folder):
     return json.loads((folder / "config.json").read_text())
 

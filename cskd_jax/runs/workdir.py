@@ -186,13 +186,15 @@ def held(workdir: pathlib.Path, *written: str, folders: Sequence[str] = FOLDERS)
 
 
 def is_done(workdir: pathlib.Path, epochs: int) -> bool:
-    """Returns whether the run in a workdir has finished this number of epochs."""
-    path = workdir / "config.json"
+    """Returns whether the run in a workdir has finished this number of epochs.
+
+    Raises:
+      UserError: It holds results or checkpoints of something else.
+    """
     if not (workdir / RESULTS).exists():
         return False
-    if not path.exists():
-        return not _has_checkpoints(workdir)  # These checkpoints were not made by a recipe.
-    return schema.read_flat(path).get("epochs", epochs) >= epochs
+    _refuse_foreign(workdir)
+    return schema.read_flat(workdir / "config.json").get("epochs", epochs) >= epochs
 
 
 def names_same_data(workdir: pathlib.Path, identity: Mapping[str, Any]) -> bool:
@@ -215,8 +217,7 @@ def claim(workdir: pathlib.Path, identity: Mapping[str, Any], dataset: ImageData
     Raises:
       UserError: The run in the workdir cannot be continued as the requested one, or its data have changed.
     """
-    if _has_checkpoints(workdir) and not (workdir / "config.json").exists():
-        raise UserError(f"workdir {workdir} holds checkpoints that were not made by a recipe; use another --workdir")
+    _refuse_foreign(workdir)
     identity = {**identity, DATA_FINGERPRINT: fingerprint(dataset)}
     check_workdir(workdir, identity)
     if not _has_checkpoints(workdir):
@@ -241,6 +242,17 @@ def run_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
 def _has_checkpoints(workdir: pathlib.Path, phase: str = "*") -> bool:
     return any(workdir.glob(f"{phase}/{FOLDER}/*"))
+
+
+def _refuse_foreign(workdir):
+    """Raises UserError if a workdir holds checkpoints or results, but no configuration, which every run writes first."""
+    path = workdir / "config.json"
+    if path.exists():
+        return
+    if _has_checkpoints(workdir):
+        raise UserError(f"workdir {workdir} holds checkpoints that were not made by a recipe; use another --workdir")
+    if (workdir / RESULTS).exists():
+        raise UserError(f"workdir {workdir} holds {RESULTS} but no {path.name} of its run; use another --workdir")
 
 
 def _recorded(workdir: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any]:
