@@ -10,7 +10,8 @@ import cskd_jax
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
-from cskd_jax.runs import grid, together
+from cskd_jax.runs import grid, run, together
+from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.callbacks import Progress, Start
 from cskd_jax.training.metrics import SINGLE_LABEL
 from cskd_jax.training.trainer import fit_together
@@ -127,6 +128,12 @@ def test_one_that_diverges_leaves_the_others_alone():
 
 
 @pytest.mark.slow
+def test_mistakes_are_found_before_the_devices_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Devices", None)
+    with pytest.raises(UserError, match="precision is '16'; it must be one of default, high, highest"):
+        run.train(load_recipe("digits:kd", ["--config.precision=16"]), tmp_path / "run")
+
+
 def test_memory_decides_how_many_train_together(monkeypatch):
     together = []
 

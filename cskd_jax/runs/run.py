@@ -105,13 +105,16 @@ def train_together(jobs: Sequence[Job], adapt_devices: bool = False) -> None:
         with kept_error(job):
             schema.validate(job.config)
             counts.add(devices_of(job.workdir) if adapt_devices else None)
+    valid = [job for job in jobs if job.error is None]
+    if not valid:
+        return
     begun = min(counts - {None}, default=None)
     with console.pause("starting the devices"):
         devices = Devices()
     adapt_devices = adapt_devices and devices.describe()["platform"] == "cpu"
-    with contextlib.ExitStack() as stack, precision(jobs[0].config):
+    with contextlib.ExitStack() as stack, precision(valid[0].config):
         started = _Started(devices, adapt_devices, begun, stack)
-        for job in jobs:
+        for job in valid:
             with kept_error(job):
                 started.add(job)
         with StopRequest() as stop:
@@ -137,8 +140,6 @@ class _Started:
 
     def add(self, job: Job) -> None:
         """Holds the folder of a run and makes its objects, unless it is done."""
-        if job.error is not None:
-            return
         workdir, kept = job.workdir, processes.on_first(kept_values, job.workdir, job.config)
         for key, value in kept.items():
             job.say(f"{key} is {value}, as in the version of cskd_jax that started this workdir")
