@@ -145,15 +145,17 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def local_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """Returns the path of a folder, with ~ expanded.
+    """Returns the path of a folder, which need not exist, with ~ expanded.
 
     Args:
       path: Text as it was typed, or a `Path`. An address that lost a slash by becoming a `Path` is recognized as well.
 
     Raises:
-      UserError: It is an address such as gs://bucket/run, or it is not valid UTF-8, which the libraries that write into
-        it need.
+      UserError: It is empty, an address such as gs://bucket/run, or a file, or it is not valid UTF-8, which the
+        libraries that write into it need.
     """
+    if path == "":
+        raise UserError("the name of a folder is empty; the current folder is named .")
     address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
     if address:
         raise UserError(
@@ -165,6 +167,8 @@ def local_folder(path: str | pathlib.Path) -> pathlib.Path:
         str(folder.absolute()).encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"the path of the folder {folder} is not valid UTF-8: rename it") from None
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{path} is a file, not a folder")
     return folder
 
 
@@ -173,6 +177,6 @@ def full_path(path: str | pathlib.Path) -> pathlib.Path:
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError:
-        raise UserError(
-            f"{path}: there is no home folder (HOME is not set); give the full path of the folder"
-        ) from None
+        user = pathlib.Path(path).parts[0].removeprefix("~")
+        why = f"there is no user {user}" if user else "there is no home folder (HOME is not set)"
+        raise UserError(f"{path}: {why}; give the full path of the folder") from None

@@ -322,6 +322,12 @@ def test_addresses_are_no_folders_in_python_either(use, folder, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(cskd_jax.UserError, match=r"notes.txt is a file, not a folder$"):
+        local_folder(tmp_path / "notes.txt")
+
+
 def test_the_home_folder_may_be_named(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert local_folder("~/runs") == pathlib.Path("/home/me/runs")

@@ -124,6 +124,11 @@ train digits:kd --cluster=yes
     --cluster takes no value, got 'yes'; --help shows what is allowed
 train digits:kd --processes=two
     --processes: 'two' is not an integer from 1 to 1000000; --help shows what is allowed
+train digits:kd --workdir=
+    the name of a folder is empty; the current folder is named .
+    -> train digits:kd --workdir=.
+train digits:kd --workdir=~nobody_here/x
+    ~nobody_here/x: there is no user nobody_here; give the full path of the folder
 train digits:kd --workdir=gs://b/run
     gs://b/run is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
 train digits:kd --config.epoch=1
@@ -208,6 +213,10 @@ report
     name the folders of the runs, such as runs/sweep/digits
 report nothing
     nothing holds no finished run: there is no results.json in it or below
+report ''
+    the name of a folder is empty; the current folder is named .
+report runs --out=
+    the name of a folder is empty; the current folder is named .
 report gs://b/runs
     gs://b/runs is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
 report runs --config=digits
