@@ -245,7 +245,7 @@ def _has_checkpoints(workdir: pathlib.Path, phase: str = "*") -> bool:
 
 
 def _refuse_foreign(workdir):
-    """Raises UserError if a workdir holds checkpoints or results, but no configuration, which every run writes first."""
+    """Raises UserError if a workdir holds checkpoints or results but no configuration, which a run writes first."""
     path = workdir / "config.json"
     if path.exists():
         return
