@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from cskd_jax.commands.sweep import main as sweep_main
@@ -13,6 +14,8 @@ from cskd_jax.evaluate.__main__ import main as evaluate_main
 from cskd_jax.report.__main__ import main as report_main
 from cskd_jax.runs import grid, lock, schema, sweep
 from cskd_jax.runs.workdir import TEACHER_DIGEST, check_workdir
+from cskd_jax.training.checkpoint import Checkpoints
+from cskd_jax.training.saved import Record
 from tests.conftest import ROOT
 
 DIGITS = f"{ROOT}/configs/digits.py"
@@ -65,6 +68,14 @@ BAD_INPUT = {
         [f"--config={DIGITS}", "--methods=kd", "--config.teacher.checkpoint=/no/such"],
         ["teacher.checkpoint /no/such does not exist"],
     ),
+    "file as a teacher": (
+        [f"--config={DIGITS}", "--methods=kd", f"--config.teacher.checkpoint={DIGITS}"],
+        [f"teacher.checkpoint {DIGITS} is a file", "cskd-jax import-torch"],
+    ),
+    "no such student": (
+        [f"--config={DIGITS}", "--methods=kd", "--config.student.checkpoint=/no/such"],
+        ["no checkpoint in /no/such/checkpoints"],
+    ),
     "wrong value": ([f"--config={DIGITS}", "--methods=ce", "--config.epochs=0"], ["epochs is 0"]),
 }
 
@@ -77,6 +88,19 @@ def test_bad_input(case, tmp_path, capsys):
     for word in words:
         assert word in line
     assert not (tmp_path / "sweep").exists()
+
+
+def test_given_checkpoints_are_checked_first(tmp_path):
+    """By their records alone: a sweep does not use the devices that its runs need."""
+    with Checkpoints(tmp_path / "given" / "checkpoints", 2) as given:
+        given.save(1, {"params": {"w": np.zeros(1)}}, Record({"name": "resnet8", "width": 1.0}, channels=1))
+    for role in ("student", "teacher"):
+        runs = grid.make_grid(DIGITS, ["kd"], [0], tmp_path, [f"--config.{role}.checkpoint={tmp_path / 'given'}"])
+        with pytest.raises(UserError, match=rf"^{role}.checkpoint .* holds .*'resnet8'.* specifies .*'resnet18'"):
+            grid.check(runs)
+    fitting = [f"--config.teacher.checkpoint={tmp_path / 'given'}", "--config.teacher.name=resnet8"]
+    with pytest.raises(UserError, match="is not fully trained"):
+        grid.check(grid.make_grid(DIGITS, ["kd"], [0], tmp_path, [*fitting, "--config.teacher.width=1"]))
 
 
 def test_folder_of_another_run(tmp_path):

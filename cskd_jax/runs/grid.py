@@ -16,6 +16,7 @@ from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
 from cskd_jax.runs.keys import network_settings
+from cskd_jax.runs.trained import check_given
 from cskd_jax.runs.workdir import check_workdir, digests_in, identify, is_done, kept_values
 from cskd_jax.training.objective import needs_teacher
 
@@ -184,7 +185,7 @@ def _teacher_run(
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Raises UserError if a configuration or the data are wrong, or if a workdir holds another run or is a link.
+    """Raises UserError if a configuration, a given checkpoint or the data are wrong, or a workdir is of another run.
 
     A teacher that students of the sweep have learned from would be lost to them if it was trained further.
     """
@@ -192,7 +193,7 @@ def check(runs: Sequence[Run]) -> None:
     for run in runs:
         config = run.config
         schema.validate(config)
-        schema.check_teacher_exists(config, trained_before=run.teacher is not None)
+        check_given(config, trained_before=run.teacher is not None)
         name = pathlib.PurePath(run.name)
         for folder in (name, *name.parents[:-1]):
             refuse_link(run.sweep / folder)

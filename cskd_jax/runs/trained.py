@@ -1,7 +1,7 @@
 """Checkpoints of trained networks: loading a given teacher, and checking that a network fits a data set."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,9 @@ from cskd_jax.files import full_path
 from cskd_jax.models import create_model
 from cskd_jax.runs import schema
 from cskd_jax.runs.keys import network_settings
-from cskd_jax.training.checkpoint import FOLDER, load_variables
+from cskd_jax.training.checkpoint import FOLDER, load_record, load_variables
 from cskd_jax.training.networks import Network, Variables
+from cskd_jax.training.objective import needs_teacher
 from cskd_jax.training.prediction import without_prediction
 from cskd_jax.training.saved import Record, Saved
 from cskd_jax.training.state import check_variables, init_network
@@ -55,12 +56,29 @@ def load_given_teachers(config: ml_collections.ConfigDict) -> tuple[Given, ...]:
     return tuple(processes.on_first(_load_teacher, config, number) for number in range(1 + len(config.teacher.others)))
 
 
-def _load_teacher(config, number):
+def check_given(config: ml_collections.ConfigDict, trained_before: bool = False) -> None:
+    """Raises the UserError of `load_given_teachers` or `load_start` if the records of the checkpoints show it.
+
+    This neither reads weights nor uses devices, which a sweep leaves to its runs.
+
+    Args:
+      config: Configuration.
+      trained_before: Whether the teacher of `teacher.checkpoint` is trained before the run, so that it need not exist.
+    """
+    schema.check_teacher_exists(config, trained_before)
+    if needs_teacher(config.losses) and config.teacher.checkpoint is not None:
+        for number in range(int(trained_before), 1 + len(config.teacher.others)):
+            _load_teacher(config, number, load_record)
+    if config.student.checkpoint is not None:
+        _load(config, "student", load_record)
+
+
+def _load_teacher(config, number, load=load_variables):
     """Returns the checkpoint of a teacher by its number; raises UserError like `load_given_teachers`."""
     if number:
-        teacher = _load_at("teacher.others", config.teacher.others[number - 1], "teacher")
+        teacher = _load_at("teacher.others", config.teacher.others[number - 1], "teacher", load)
     else:
-        teacher = _load(config, "teacher")
+        teacher = _load(config, "teacher", load)
         _check_settings(teacher.path, teacher.saved.record, network_settings(config.teacher))
     if not teacher.saved.record.finished:
         raise UserError(f"{teacher.source} is not fully trained: run its own command again first")
@@ -76,10 +94,10 @@ def load_start(config: ml_collections.ConfigDict) -> Given:
     return _load(config, "student")
 
 
-def _load(config, role):
+def _load(config, role, load=load_variables):
     """Returns the checkpoint of the network of a role; raises UserError if it is not the configured one."""
     settings = config[role]
-    given = _load_at(f"{role}.checkpoint", settings.checkpoint, role)
+    given = _load_at(f"{role}.checkpoint", settings.checkpoint, role, load)
     wanted = {"name": settings.name, "width": float(settings.width)}
     held = {key: given.saved.record.network.get(key) for key in wanted}
     if held != wanted:
@@ -87,11 +105,16 @@ def _load(config, role):
     return given
 
 
-def _load_at(key, folder, role):
+def _load_at(key: str, folder: str, role: str, load: Callable[[str], Saved]) -> Given:
     """Returns the checkpoint in a folder; the workdir of a run stands for its network in that role."""
     path = full_path(folder)
+    if path.is_file():
+        raise UserError(
+            f"{key} {folder} is a file, not the folder of a checkpoint; cskd-jax import-torch {folder} --model=NAME "
+            "--num_classes=N --out=DIR makes such a folder from a file of PyTorch"
+        )
     path = str(path / role if (path / role / FOLDER).is_dir() else path)
-    return Given(key, path, load_variables(path))
+    return Given(key, path, load(path))
 
 
 def starting_variables(start: Given, network: Network, dataset: ImageDataset, seed: int) -> tuple[Variables, bool]:

@@ -275,11 +275,32 @@ def load_variables(path: str) -> Saved:
     Raises:
       UserError: There is no checkpoint, or the newest is damaged.
     """
+    return _load(_newest(path))
+
+
+def load_record(path: str) -> Saved:
+    """Returns the network of the newest checkpoint in a folder without its variables and digest, using no device.
+
+    Args:
+      path: Folder of one network, such as `WORKDIR/teacher`.
+
+    Raises:
+      UserError: There is no checkpoint, or the record of the newest is damaged.
+    """
+    newest = _newest(path)
+    try:
+        record = Record.from_json(read_json(newest / _RECORD / "metadata")["record"])
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"checkpoint {newest} is damaged ({type(error).__name__}: {one_line(error)})") from None
+    return Saved({}, record, int(newest.name), "")
+
+
+def _newest(path):
     folder = pathlib.Path(path) / FOLDER
     steps = _steps(folder)
     if not steps:
         raise UserError(f"checkpoint {path}: no checkpoint in {folder}; name the folder of one network")
-    return _load(folder / str(max(steps)))
+    return folder / str(max(steps))
 
 
 def _steps(folder):
