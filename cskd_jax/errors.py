@@ -102,6 +102,12 @@ def close_to(name: str, known: Iterable[str]) -> list[str]:
     return sorted((k for k, value in likeness.items() if value >= least), key=lambda k: -likeness[k])[:3]
 
 
+def meant(name: str, known: Iterable[str]) -> str:
+    """Returns a question with the known names that an unknown one resembles; "" if it resembles none."""
+    close = close_to(name, known)
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
 def _likeness(name: str, other: str) -> float:
     """Returns how alike two names are, from 0 to 1."""
     initials = "".join(word[:1] for word in other.lower().split("_"))

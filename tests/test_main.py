@@ -201,7 +201,7 @@ BAD_INPUT = {
         ["0.25", "0.125"],
         None,
     ),
-    "unknown variant": (["--config.losses.category_structure.variant=papr"], ["papr", "reference", "paper"], None),
+    "unknown variant": (["--config.losses.category_structure.variant=papr"], ["papr", "did you mean paper?"], None),
     "weight below zero": (["--config.losses.cross_entropy.weight=-1"], ["cross_entropy.weight is -1"], None),
     "float64 without x64": (["--config.dtype=float64"], ["JAX_ENABLE_X64"], None),
     "channels": (["--config.dataset.mean=(0.1,0.2)", "--config.dataset.std=(1.,1.)"], ["2 values", "1 channel"], None),

@@ -167,6 +167,14 @@ train digits:kd --config.student.width=wide
     student.width is 'wide'; it must be a number greater than 0, up to 64
 train digits:kd --config.student.name=
     student.name is ''; it must be one of deit_base, deit_small, deit_tiny, inception_v3, ...
+train digits:kd --config.student.name=resnet-18
+    student.name is 'resnet-18'; did you mean resnet18?
+    -> train digits:kd --config.student.name=resnet18
+train digits:wrn402/wrn162/kd
+    teacher.name is 'wrn402'; did you mean wrn_40_2?
+    -> train digits:wrn_40_2/wrn_16_2/kd
+train digits:kd --config.optimizer.schedule=linear
+    optimizer.schedule is 'linear'; it must be one of constant, cosine, step
 train digits:kd --config.optimizer.milestones=ten
     optimizer.milestones is 'ten'; it must be increasing epochs up to 1000000 in parentheses, such as (100,150)
     -> train digits:kd --config.optimizer.milestones=(100,150)
@@ -179,7 +187,7 @@ train digits:crd --config.losses.crd.momentum=1
 train digits:cckd --config.losses.cckd.order=0
     losses.cckd.order is 0; it must be a positive integer
 train digits:cskd --config.losses.category_structure.variant=papr
-    losses.category_structure.variant is 'papr'; it must be one of paper, reference
+    losses.category_structure.variant is 'papr'; did you mean paper?
     -> train digits:cskd_paper --config.losses.category_structure.variant=paper
 sweep digits
     --methods must name at least one method, such as --methods=ce,kd,cskd

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, meant
 from cskd_jax.models.description import Description, Model, Stage
 from cskd_jax.models.inception import INCEPTIONS
 from cskd_jax.models.mobilenet import MOBILENETS
@@ -90,7 +90,8 @@ def create_model(
       UserError: There is no such network, or it has no such setting.
     """
     if name not in MODELS:
-        raise UserError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+        known = f"known: {', '.join(sorted(MODELS))}"
+        raise UserError(f"unknown model {name!r}; {meant(name, MODELS) or known}")
     if not num_classes and name not in VISION_TRANSFORMERS:
         raise UserError(f"{name} needs a number of classes; only {', '.join(VISION_TRANSFORMERS)} may have no head")
     settings = settings or {}

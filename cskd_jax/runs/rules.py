@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, meant
 from cskd_jax.losses.base import Count, Fraction, Positive, Share, Signed
 
 
@@ -19,12 +19,14 @@ class Rule(NamedTuple):
       test: Function that returns whether a value of these types is allowed.
       allowed: The allowed values in words, for error messages.
       listed_in: Page that lists the allowed values, for documentation, if `allowed` is too long for a table.
+      names: The allowed strings, if there are only these, from which errors suggest the nearest.
     """
 
     types: tuple[type, ...]
     test: Callable[[Any], bool]
     allowed: str
     listed_in: str = ""
+    names: tuple[str, ...] = ()
 
 
 def integer(low: int, high: int = 10**6) -> Rule:
@@ -34,7 +36,7 @@ def integer(low: int, high: int = 10**6) -> Rule:
 
 def one_of(*values: str, listed_in: str = "") -> Rule:
     """Returns the rule for one of several strings."""
-    return Rule((str,), lambda value: value in values, "one of " + ", ".join(sorted(values)), listed_in)
+    return Rule((str,), lambda value: value in values, "one of " + ", ".join(sorted(values)), listed_in, values)
 
 
 def optional(rule: Rule) -> Rule:
@@ -44,6 +46,7 @@ def optional(rule: Rule) -> Rule:
         lambda value: value is None or rule.test(value),
         f"{rule.allowed}, or None",
         rule.listed_in and f"{rule.listed_in}, or None",
+        rule.names,
     )
 
 
@@ -166,4 +169,5 @@ def check(key: str, value: Any, rule: Rule) -> None:
     # bool is an int in Python, but never means a number here.
     right_type = isinstance(value, rule.types) and (not isinstance(value, bool) or bool in rule.types)
     if not right_type or not rule.test(value):
-        raise UserError(f"{key} is {value!r}; it must be {rule.allowed}")
+        suggested = meant(value, rule.names) if isinstance(value, str) else ""
+        raise UserError(f"{key} is {value!r}; {suggested or f'it must be {rule.allowed}'}")

@@ -11,7 +11,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from cskd_jax.errors import UserError, close_to
+from cskd_jax.errors import UserError, meant
 from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch, half_cosine
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import Layers
@@ -362,18 +362,12 @@ def _check_scalars(name, value, parts):
             raise ValueError(f"losses.{key} must be a scalar; got {shape}")
 
 
-def _meant(name, known):
-    """Returns a question with the known names that an unknown one resembles; "" if it resembles none."""
-    close = close_to(name, known)
-    return f"did you mean {' or '.join(close)}?" if close else ""
-
-
 def _create_loss(name, loss, hyper, common):
     """Returns the module of a loss, from its name or as given."""
     if loss is None:
         if name not in LOSSES:
             known = f"give a function or a Method, or use one of {', '.join(sorted(LOSSES))}"
-            raise UserError(f"losses.{name} is unknown; {_meant(name, LOSSES) or known}")
+            raise UserError(f"losses.{name} is unknown; {meant(name, LOSSES) or known}")
         loss = LOSSES[name]
     if isinstance(loss, type) and issubclass(loss, Method):
         allowed = {field.name for field in dataclasses.fields(loss)} - _SET_BY_OBJECTIVE
@@ -382,7 +376,7 @@ def _create_loss(name, loss, hyper, common):
             allowed |= {field.name for field in dataclasses.fields(Weight)}
             allowed |= {"teacher"} if loss.needs_teacher else set()
             known = f"it has {', '.join(sorted(allowed))}"
-            raise UserError(f"losses.{name} has no setting {unknown[0]}; {_meant(unknown[0], allowed) or known}")
+            raise UserError(f"losses.{name} has no setting {unknown[0]}; {meant(unknown[0], allowed) or known}")
         return loss(**common, **hyper)
     if hyper:
         raise UserError(f"losses.{name} takes only the settings of its weight; got {', '.join(sorted(hyper))}")

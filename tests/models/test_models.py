@@ -86,10 +86,17 @@ def test_bfloat16_leaves_logits_and_variables_in_float32(name):
     assert dtypes((output.logits, variables, updated)) == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("name", ["resnet19", "ResNet18", "", "__init__"])
-def test_unknown_name(name):
-    known = "resnet18, resnet18_224, resnet18_crd, resnet20"
-    with pytest.raises(UserError, match=f"^unknown model {name!r}; known: .*{known}"):
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("resnet19", r"did you mean resnet18 or resnet14 or resnet101\?$"),
+        ("ResNet18", r"did you mean resnet18\?$"),
+        ("", "known: .*resnet18, resnet18_224, resnet18_crd, resnet20"),
+        ("__init__", "known: .*resnet18, resnet18_224, resnet18_crd, resnet20"),
+    ],
+)
+def test_unknown_name(name, advice):
+    with pytest.raises(UserError, match=f"^unknown model {name!r}; {advice}"):
         create_model(name, num_classes=10)
 
 
