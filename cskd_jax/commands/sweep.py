@@ -34,6 +34,7 @@ command, the configuration or the data; 75 stopped by a signal, with everything 
 import collections
 import functools
 import pathlib
+import re
 
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import number, seeds
@@ -66,7 +67,10 @@ def _run(argv):
     _check_each_once("--methods", [networks.in_order(word.lower()) for word in values.methods])
     _check_each_once("--seeds", values.seeds)
     _check_each_once("--teacher_seeds", values.teacher_seeds or [])
-    _check_each_once("--pairs", values.pairs)
+    for pair in values.pairs:
+        if not re.fullmatch("[^/]+/[^/]+", pair):
+            raise UserError(f"--pairs is {pair or 'empty'}; it must list TEACHER/STUDENT, such as resnet56/resnet20")
+    _check_each_once("--pairs", [pair.lower() for pair in values.pairs])
     from cskd_jax import console
     from cskd_jax.runs import recipes
 
