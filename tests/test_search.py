@@ -54,6 +54,7 @@ def test_values_of_a_grid():
         (["teacher.width=1,2"], "--grid cannot vary teacher.width"),
         (["epochs=1,2", "epochs=3"], "--grid lists epochs twice"),
         (["epochs=1,1"], "--grid lists a value of epochs twice"),
+        (["optimizer.learning_rate=0.1,0.2,0.10"], "--grid lists a value of optimizer.learning_rate twice"),
     ],
 )
 def test_grids_that_are_none(arguments, message):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
 from cskd_jax.files import csv_text, write_text
-from cskd_jax.runs import recipes, schema
+from cskd_jax.runs import recipes, rules, schema
 from cskd_jax.runs.grid import Run, concerns, make_grid
 from cskd_jax.runs.results import RESULTS, read_validation
 from cskd_jax.runs.workdir import describe_changes
@@ -51,7 +51,9 @@ def parse(arguments: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"--grid takes KEY=VALUE,VALUE, such as losses.kd.weight=0.5,0.9; got {argument}")
         if f"{key}.".startswith(_COMMON):
             raise UserError(f"--grid cannot vary {key}, which is the same for all runs of a sweep")
-        if key in grid or len(set(values)) < len(values):
+        found = schema.find_key(key)
+        read = values if found is None else [rules.parse(key, value, found.rule) for value in values]
+        if key in grid or any(value in read[:number] for number, value in enumerate(read)):
             raise UserError(f"--grid lists {key} twice" if key in grid else f"--grid lists a value of {key} twice")
         grid[key] = values
     return grid
