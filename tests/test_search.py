@@ -119,8 +119,8 @@ def test_the_validation_split_chooses(tmp_path, capsys):
         (["--grid", "losses.kd.wieght=1,2", *VALIDATION], "unknown configuration key losses.kd.wieght; did you mean"),
         (["--grid=losses.kd.weight=a,b", *VALIDATION], "losses.kd.weight is 'a'"),
         (["--teacher_seeds=x"], "--teacher_seeds is x; it must list integers"),
-        (["--pairs=R18/R18,R18/R18"], "--pairs lists R18/R18 twice"),
-        (["--pairs=R18"], "'R18/kd' must be METHOD or TEACHER/STUDENT/METHOD"),
+        (["--pairs=R18/R18,R18/R18"], "--pairs lists r18/r18 twice"),
+        (["--pairs=R18"], "--pairs is R18; it must list TEACHER/STUDENT, such as resnet56/resnet20"),
     ],
 )
 def test_mistakes(arguments, message, tmp_path, capsys):
