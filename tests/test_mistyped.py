@@ -219,6 +219,11 @@ sweep digits --methods=ce --pairs=/R18
     --pairs is /R18; it must list TEACHER/STUDENT, such as resnet56/resnet20
 sweep digits --methods=ce --pairs=R18/R18,r18/r18
     --pairs lists r18/r18 twice
+sweep digits --methods=kd --pairs=resnet57/resnet20
+    teacher.name is 'resnet57'; did you mean resnet50 or resnet56 or resnet152?
+    -> sweep digits --methods=kd --pairs=resnet56/resnet20
+sweep digits --methods=kd --config.teacher.epochs=0
+    teacher.epochs is 0; it must be an integer from 1 to 1000000
 sweep digits --methods=ce --seed=0
     unknown flag --seed; did you mean --seeds?
 sweep digits --methods=ce --jobs=0

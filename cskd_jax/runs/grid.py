@@ -189,10 +189,11 @@ def check(runs: Sequence[Run]) -> None:
 
     A teacher that students of the sweep have learned from would be lost to them if it was trained further.
     """
-    data = {}
-    for run in runs:
-        config = run.config
-        schema.validate(config)
+    configs, data = {run: run.config for run in runs}, {}
+    # The run of a teacher has values of its students under other keys, such as epochs for their teacher.epochs.
+    for run in sorted(runs, key=lambda run: run.teacher is None):
+        schema.validate(configs[run])
+    for run, config in configs.items():
         check_given(config, trained_before=run.teacher is not None)
         name = pathlib.PurePath(run.name)
         for folder in (name, *name.parents[:-1]):
