@@ -277,5 +277,5 @@ def test_what_a_configuration_cannot_say(changes, message):
 
 def test_a_cosine_schedule_is_not_extended():
     old = schema.plain(schema.defaults()) | {"optimizer.schedule": "cosine", "epochs": 2}
-    assert "cosine schedule" in schema.why_not_extend(old, old | {"epochs": 3})
-    assert schema.why_not_extend(old, old | {"epochs": 3, "optimizer.schedule": "step"}) is None
+    assert "cosine schedule" in schema.why_not_extend(old)
+    assert schema.why_not_extend(old | {"optimizer.schedule": "step"}) is None

@@ -114,6 +114,10 @@ def test_what_does_not_change_results_may_change(run, override):
             {"teacher__epochs": 40},
             r"\(teacher.epochs 30 != 40: the student has learned from a teacher trained for 30 epochs\)",
         ),
+        (
+            {"epochs": 40, "optimizer__schedule": "cosine"},
+            r"\(epochs 30 != 40, optimizer.schedule 'step' != 'cosine'\)",
+        ),
         ({"epochs": 40, "seed": 1}, r"\(epochs 30 != 40, seed 0 != 1\)"),
     ],
     ids=str,
@@ -230,10 +234,8 @@ def test_a_damaged_checkpoint_is_not_touched(finished):
 
 
 def test_schedules_may_forbid_more_epochs(run, monkeypatch):
-    monkeypatch.setattr(
-        schema, "why_not_extend", lambda old, new: f"no schedule from {old['epochs']} to {new['epochs']}"
-    )
-    with pytest.raises(UserError, match=r"\(epochs 30 != 40: no schedule from 30 to 40\)"):
+    monkeypatch.setattr(schema, "why_not_extend", lambda old: f"no schedule beyond {old['epochs']}")
+    with pytest.raises(UserError, match=r"\(epochs 30 != 40: no schedule beyond 30\)"):
         check_workdir(run, asked(epochs=40))
 
 

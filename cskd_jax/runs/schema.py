@@ -353,16 +353,14 @@ def check_teacher_exists(config: ml_collections.ConfigDict, trained_before: bool
             raise UserError(f"teacher.{key} {path} does not exist")
 
 
-def why_not_extend(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+def why_not_extend(old: Mapping[str, Any]) -> str | None:
     """Returns the reason why a run cannot be extended to more epochs; None if it can.
 
     The cosine schedule depends on the number of epochs. The milestones of the step schedule count from the start.
 
     Args:
       old: Configuration of the run from its config.json, after `complete`.
-      new: Requested configuration, which has more epochs.
     """
-    del old
-    if new["optimizer.schedule"] == "cosine":
+    if old["optimizer.schedule"] == "cosine":
         return "its cosine schedule has lowered the learning rate for the old number of epochs"
     return None

@@ -296,7 +296,7 @@ def _reason(workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity:
             return f": the student has learned from a teacher trained for {old[key]} epochs"
     if new[key] < old[key]:
         return ": a run can be extended to more epochs, but not cut to fewer"
-    why = schema.why_not_extend(old, new)
+    why = schema.why_not_extend(old)
     return None if why is None else f": {why}"
 
 
