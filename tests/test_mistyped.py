@@ -210,6 +210,8 @@ sweep digits --methods=ce --seeds=2-0
     --seeds is 2-0; it must list integers from 0 to 4294967295, such as 0,1,2 or 0-2
 sweep digits --methods=ce --seeds=0-2,1
     --seeds lists 1 twice
+sweep digits --methods=ce --seeds=0-10000
+    --seeds is 0-10000; a range holds at most 10000 seeds, such as 0-9999
 sweep digits --methods=ce --pairs=R18
     --pairs is R18; it must list TEACHER/STUDENT, such as resnet56/resnet20
     -> sweep digits --methods=ce --pairs=resnet56/resnet20

@@ -39,7 +39,9 @@ def seeds(text: str, flag: str = "--seeds") -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < min(2**32, first + _MAX_SEEDS):
+        if last - first >= _MAX_SEEDS:
+            raise UserError(f"{flag} is {text}; a range holds at most {_MAX_SEEDS} seeds, such as 0-{_MAX_SEEDS - 1}")
+        if not first <= last < 2**32:
             raise UserError(f"{flag} is {text}; it must list integers from 0 to 4294967295, such as 0,1,2 or 0-2")
         found += range(first, last + 1)
     return found
