@@ -48,6 +48,12 @@ def in_order(word):
     return before + slash + "+".join(sorted(method.split("+")))
 
 
+def run_name(word, method):
+    """Returns a word as it is in the name of a run, with its method as the recipe spells it: case may not matter."""
+    before, slash, own = in_order(word.lower()).rpartition("/")
+    return word[: len(before)] + slash + method if own == method.lower() else in_order(word)
+
+
 def network(word, small_images=True):
     """Returns (name, width) from the word for a network, such as ("resnet34", 0.25) for R34_0.25."""
     name, width = word.lower().replace("-", "_"), 1.0

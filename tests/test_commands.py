@@ -289,6 +289,11 @@ def test_default_folder_is_called_by_what_changes_results(overrides, name):
     assert re.fullmatch(f"runs/digits/{name}", str(default_workdir("digits:kd", config)))
 
 
+@pytest.mark.parametrize(("word", "name"), [("KD", "kd"), ("Kd+AT", "at+kd"), ("R18_0.5/R18/KD", "R18_0.5/R18/kd")])
+def test_default_folder_is_the_same_whatever_the_case_of_the_method(word, name):
+    assert str(default_workdir(f"digits:{word}", load_recipe(f"digits:{word}", []))) == f"runs/digits/{name}-seed0"
+
+
 def test_a_run_that_an_earlier_version_has_left_in_the_plain_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_recipe("digits:kd", ["--config.epochs=1"])

@@ -38,7 +38,7 @@ def test_grid(tmp_path):
 
 def test_combined_methods(tmp_path):
     overrides = ["--config.losses.kd.temperature=2.0"]
-    runs = grid.make_grid(DIGITS, ["at", "kd+at", "R18_0.25/R18_0.125/kd+at"], [0], tmp_path, overrides)
+    runs = grid.make_grid(DIGITS, ["AT", "kd+at", "R18_0.25/R18_0.125/Kd+At"], [0], tmp_path, overrides)
     assert [run.name for run in runs[1:]] == ["at-seed0", "at+kd-seed0", "R18_0.25/R18_0.125/at+kd-seed0"]
     assert {run.config.method for run in runs[2:]} == {"at+kd"}
     assert [run.config.losses.kd.temperature for run in runs[2:]] == [2.0, 2.0]

@@ -111,7 +111,7 @@ def make_grid(
     for seed, word, teacher_seed in itertools.product(seeds, methods, teacher_seeds):
         config = recipes.load_recipe(f"{recipe}:{word}", own[word])
         changes = [*own[word], *(settings or {}).get(word, ()), f"--config.seed={seed}"]
-        name, teacher = f"{networks.in_order(word)}{label}", None
+        name, teacher = f"{networks.run_name(word, config.method)}{label}", None
         if needs_teacher(config.losses) and config.teacher.checkpoint is None and config.teacher.name:
             teacher = _teacher_run(recipe, config, overrides, workdir, teacher_seed)
             # Runs are compared by their configurations, so all of them must name the same path.

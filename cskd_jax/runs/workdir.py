@@ -67,7 +67,7 @@ def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.P
       recipe: RECIPE or RECIPE:WORD.
       config: Configuration of the run, which is the recipe with overrides.
     """
-    word = networks.in_order(recipe.partition(":")[2] or config.method)
+    word = networks.run_name(recipe.partition(":")[2] or config.method, config.method)
     plain = pathlib.Path("runs") / recipes.recipe_file(recipe).stem / f"{word}-seed{config.seed}"
     changes = describe_changes(schema.flatten(recipes.load_recipe(recipe, [])), schema.flatten(config))
     named = plain.with_name(plain.name + changes)
