@@ -251,6 +251,7 @@ def _refuse_foreign(workdir):
         return
     if _has_checkpoints(workdir):
         raise UserError(f"workdir {workdir} holds checkpoints that were not made by a recipe; use another --workdir")
+    refuse_links([workdir / RESULTS])
     if (workdir / RESULTS).exists():
         raise UserError(f"workdir {workdir} holds {RESULTS} but no {path.name} of its run; use another --workdir")
 
