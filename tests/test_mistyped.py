@@ -110,6 +110,62 @@ train digits:kd --width=0.5
 train digits:kd --batch-size 32
     unknown flag --batch-size; did you mean --config.batch_size=32?
     -> train digits:kd --config.batch_size=32
+train digits --method=kd
+    unknown flag --method; a method follows the recipe, as in digits:kd
+    -> train digits:kd
+train digits --methods=ce,kd
+    unknown flag --methods; only cskd-jax sweep takes it; here one method follows the recipe, as in digits:kd
+    -> sweep digits --methods=ce,kd
+train digits config.method=kd
+    config.method=kd is missing its dashes; a method follows the recipe, as in digits:kd
+config show digits --method=kd
+    unknown flag --method; a method follows the recipe, as in digits:kd
+    -> config show digits:kd
+train digits:kd --seeds=0-2
+    unknown flag --seeds; only cskd-jax sweep takes it; here --config.seed sets the only seed
+    -> train digits:kd --config.seed=0
+train digits --teacher=resnet18
+    unknown flag --teacher; did you mean --config.teacher.name=resnet18?
+    -> train digits --config.teacher.name=resnet18
+train digits --student resnet18
+    unknown flag --student; did you mean --config.student.name=resnet18?
+    -> train digits --config.student.name=resnet18
+train digits --optimizer=adamw
+    unknown flag --optimizer; did you mean --config.optimizer.name=adamw?
+    -> train digits --config.optimizer.name=adamw
+train digits --config.teacher=resnet18
+    unknown configuration key teacher; did you mean teacher.name?
+    -> train digits --config.teacher.name=resnet18
+train digits:kd --checkpoint=x
+    unknown flag --checkpoint; did you mean --config.teacher.checkpoint=x or --config.student.checkpoint=x?
+    -> train digits:kd --config.teacher.checkpoint=x
+train digits:kd --teacher_checkpoint=x
+    unknown flag --teacher_checkpoint; did you mean --config.teacher.checkpoint=x?
+    -> train digits:kd --config.teacher.checkpoint=x
+train digits:kd --config.checkpoint=x
+    unknown configuration key checkpoint; did you mean student.checkpoint or teacher.checkpoint?
+train digits:kd --config.model.name=resnet18
+    unknown configuration key model.name; did you mean student.name or teacher.name?
+    -> train digits:kd --config.student.name=resnet18
+train digits:kd --config_epochs=1
+    unknown flag --config_epochs; did you mean --config.epochs=1?
+    -> train digits:kd --config.epochs=1
+train digits:kd --config-epochs 1
+    unknown flag --config-epochs; did you mean --config.epochs=1?
+train digits:kd --CONFIG.epochs=1
+    unknown flag --CONFIG.epochs; did you mean --config.epochs=1?
+train digits:kd --config:epochs=1
+    unknown flag --config:epochs; did you mean --config.epochs=1?
+train digits:kd --losses.kd.temperature=2
+    unknown flag --losses.kd.temperature; did you mean --config.losses.kd.temperature=2?
+    -> train digits:kd --config.losses.kd.temperature=2
+train digits:kd --kd.temperature=2
+    unknown flag --kd.temperature; did you mean --config.losses.kd.temperature=2?
+train digits:kd --teacher-name=resnet18
+    unknown flag --teacher-name; did you mean --config.teacher.name=resnet18?
+    -> train digits:kd --config.teacher.name=resnet18
+train digits:kd -o x
+    unknown flag -o; the flags are --workdir, --coordinator, --processes, --process, --cluster, --config; ...
 train digits:kd --temperature=2
     unknown flag --temperature; did you mean --config.losses.NAME.temperature=2?
 train digits:kd --workdr=x
@@ -138,15 +194,16 @@ train digits:kd --config.learning_rate=0.2
     unknown configuration key learning_rate; did you mean first_phase.learning_rate or optimizer.learning_rate or ...
     -> train digits:kd --config.optimizer.learning_rate=0.2
 train digits:kd --config.kd.temprature=2
-    unknown configuration key kd.temprature; cskd-jax config keys lists all keys
-    -> config keys
+    unknown configuration key kd.temprature; did you mean losses.kd.temperature?
+    -> train digits:kd --config.losses.kd.temperature=2
 train digits:kd --config.losses.kd.temprature=2
     unknown configuration key losses.kd.temprature; did you mean losses.kd.temperature?
     -> train digits:kd --config.losses.kd.temperature=2
 train digits:kd --config.optimizer.adamw=1
     unknown configuration key optimizer.adamw; optimizer has ...
 train digits:kd --config.optimizer=adamw
-    unknown configuration key optimizer; optimizer has ...
+    unknown configuration key optimizer; did you mean optimizer.name?
+    -> train digits:kd --config.optimizer.name=adamw
 train digits:kd --config.adamw=1
     unknown configuration key adamw; cskd-jax config keys lists all keys
 train digits:kd --config.losses.at.weight=1
@@ -199,6 +256,12 @@ sweep digits:kd --methods=ce
 sweep digits --methods=ce,dk
     unknown method 'dk'; did you mean dkd?
     -> sweep digits --methods=ce,dkd
+sweep digits --config.method=at
+    a sweep takes its methods from --methods, such as --methods=ce,kd, not from --config.method
+    -> sweep digits --methods=ce,kd
+sweep digits --methods=kd --teacher=resnet18
+    unknown flag --teacher; name it with --config.teacher.name=NETWORK, or several with --pairs=TEACHER/STUDENT,...
+    -> sweep digits --methods=kd --config.teacher.name=resnet18
 sweep digits --methods=kd+at,at+kd
     --methods lists at+kd twice
 sweep digits --methods=ce,ce

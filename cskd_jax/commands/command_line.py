@@ -11,7 +11,8 @@ import pathlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from cskd_jax.commands.streams import outlive_console
@@ -21,6 +22,20 @@ from cskd_jax.files import full_path
 _logger = logging.getLogger(__name__)
 
 Program = Callable[[list[str]], int | None]
+
+# What people write in place of the dot of --config.KEY, too.
+_CONFIG_PREFIX = re.compile(r"^config[.:_-]", re.IGNORECASE)
+# Flags that people expect of a command that is about one run.
+ADVICE_FOR_ONE_RUN = {"method": "a method follows the recipe, as in digits:kd"} | {
+    name: f"only cskd-jax sweep takes it; {instead}"
+    for name, instead in {
+        "methods": "here one method follows the recipe, as in digits:kd",
+        "seeds": "here --config.seed sets the only seed",
+        "pairs": "here a pair of networks follows the recipe, as in digits:R34/R18/kd",
+        "teacher_seeds": "here the teacher has the seed --config.seed",
+        "grid": "here --config.KEY=VALUE sets one value",
+    }.items()
+}
 
 
 def start(main: Callable[[list[str]], int]) -> NoReturn:
@@ -80,11 +95,13 @@ class Parser(argparse.ArgumentParser):
 
     Args:
       takes_config: Whether the command takes a recipe, --config=RECIPE, and overrides, --config.KEY=VALUE.
+      advice: {name: what to do} for flags that people expect, but that the command does not have.
     """
 
-    def __init__(self, *, takes_config: bool = False):
+    def __init__(self, *, takes_config: bool = False, advice: Mapping[str, str] = types.MappingProxyType({})):
         super().__init__(add_help=False, allow_abbrev=False)
         self._takes_config = takes_config
+        self._advice = advice
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Returns the values of the flags and, as `words`, the arguments that are not flags.
@@ -144,15 +161,22 @@ class Parser(argparse.ArgumentParser):
         name, equals, value = argument.lstrip("-").partition("=")
         known = [option for action in self._actions for option in action.option_strings]
         known += ["--config"] if self._takes_config else []
-        problem = f"unknown flag --{name}" if argument.startswith("-") else f"{argument} is missing its dashes"
+        written = argument.partition("=")[0]
+        problem = f"unknown flag {written}" if argument.startswith("-") else f"{argument} is missing its dashes"
+        key = _CONFIG_PREFIX.sub("", name) if self._takes_config else name
+        advice = self._advice.get(key.lower().replace("-", "_"))
+        if advice is not None:
+            return f"{problem}; {advice}"
         if f"--{name}" in known or (self._takes_config and name.startswith("config.")):
             meant = [f"--{argument}"]
+        elif key != name:
+            meant = []
         else:
             meant = [f"--{option}" for option in close_to(name, [option.lstrip("-") for option in known])]
         if not meant and self._takes_config:
             if not equals:
                 value = next((after for after in following[:1] if not _is_flag(after)), "VALUE")
-            meant = [f"--config.{key}={value}" for key in _keys_like(name)]
+            meant = [f"--config.{key}={value}" for key in _keys_like(key)]
         if meant:
             return f"{problem}; did you mean {' or '.join(meant)}?"
         keys = "; cskd-jax config keys lists the keys of --config.KEY" if self._takes_config else ""
@@ -195,8 +219,11 @@ def _keys_like(name: str) -> list[str]:
     from cskd_jax.runs import keys, schema
     from cskd_jax.runs.loss_keys import loss_keys
 
-    name = name.replace("-", "_")
-    in_losses = [f"losses.NAME.{name}"] if any(name in loss_keys(loss) for loss in LOSSES) else []
+    name = name.lower().replace("-", "_")
+    of_losses = [f"losses.{loss}.{setting}" for loss in LOSSES for setting in loss_keys(loss)]
+    if "." in name or schema.same_keys(name, of_losses):
+        return schema.close_keys(name, [*keys.KEYS, *of_losses])
+    in_losses = [f"losses.NAME.{name}"] if any(path.endswith(f".{name}") for path in of_losses) else []
     return schema.close_keys(name, keys.KEYS) or in_losses
 
 

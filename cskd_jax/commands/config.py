@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv):
-    parser = command_line.Parser(takes_config=True)
+    parser = command_line.Parser(takes_config=True, advice=command_line.ADVICE_FOR_ONE_RUN)
     values = parser.parse(argv)
     action = values.words.pop(0) if values.words else ""
     if action not in _ACTIONS:

@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv):
-    parser = command_line.Parser(takes_config=True)
+    advice = {"teacher": "name it with --config.teacher.name=NETWORK, or several with --pairs=TEACHER/STUDENT,..."}
+    parser = command_line.Parser(takes_config=True, advice=advice)
     parser.add_argument("--methods", type=_words)
     parser.add_argument("--seeds", type=seeds, default=[0])
     parser.add_argument("--pairs", type=_words, default=[])
@@ -62,6 +63,8 @@ def _run(argv):
     recipe = parser.recipe(values)
     if ":" in recipe:
         raise UserError(f"--config={recipe} names a method; a sweep takes its methods from --methods")
+    if any(argument.partition("=")[0] == "--config.method" for argument in values.overrides):
+        raise UserError("a sweep takes its methods from --methods, such as --methods=ce,kd, not from --config.method")
     if not values.methods or "" in values.methods:
         raise UserError("--methods must name at least one method, such as --methods=ce,kd,cskd")
     _check_each_once("--methods", [networks.in_order(word.lower()) for word in values.methods])

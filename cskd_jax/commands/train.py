@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv):
-    parser = command_line.Parser(takes_config=True)
+    parser = command_line.Parser(takes_config=True, advice=command_line.ADVICE_FOR_ONE_RUN)
     parser.add_argument("--workdir", type=local_folder)
     parser.add_argument("--coordinator")
     parser.add_argument("--processes", type=number(int, 1, 10**6))

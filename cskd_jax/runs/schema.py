@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -198,23 +199,48 @@ def unknown_key(key: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown configuration key {key}; cskd-jax config keys lists all keys")
 
 
+def same_keys(key: str, known: Iterable[str]) -> list[str]:
+    """Returns the known keys that a name can only mean, but which are written otherwise.
+
+    A name may have other separators than dots, it may lack the section losses, it may be a section, whose name is then
+    meant, or call a network a model.
+    """
+    section, _, rest = key.partition(".")
+    written = [key, f"losses.{key}", f"{key}.name"]
+    written += [f"{role}.{rest or 'name'}" for role in ("student", "teacher") if section in ("model", "network")]
+    letters = {_letters(name) for name in written}
+    return [path for path in known if _letters(path) in letters]
+
+
+def _letters(key):
+    return re.sub("[._-]", "", key.lower())
+
+
 def close_keys(key: str, known: Iterable[str]) -> list[str]:
     """Returns at most three known keys that may have been meant.
 
     Keys of the same section are compared part by part. A key of another section is close only if it has exactly the
-    same name, or if it resembles a name that was given without a section.
+    same name, or if it resembles a name that was given without a section; an exact name in another section wins over
+    one that is merely alike.
     """
+    known = list(known)
+    same = same_keys(key, known)
+    if same:
+        return same[:3]
     *sections, name = key.split(".")
-    same, elsewhere = [], []
+    within, elsewhere = [], []
     for path in known:
         *theirs, last = path.split(".")
         if not close_to(name, [last]):
             continue
         if len(theirs) == len(sections) and all(map(close_to, sections, ([part] for part in theirs))):
-            same.append(path)
+            within.append(path)
         elif "losses" not in sections and (name == last or not sections):
             elsewhere.append(path)
-    found = same or elsewhere
+    exact = [path for path in elsewhere if not sections and path.endswith(f".{name}")]
+    found = exact or within or elsewhere
+    if not found and sections and sections[0] in LOSSES:
+        return close_keys(f"losses.{key}", known)
     likeliest = close_to(name, [path.rpartition(".")[2] for path in found])
     return [path for last in likeliest for path in found if path.rpartition(".")[2] == last][:3]
 
