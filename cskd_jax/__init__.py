@@ -4,6 +4,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if sys.argv[:1] == ["-m"]:  # Python looks for the module of `python -m cskd_jax.NAME`.
     from cskd_jax.commands import table
 

@@ -1,6 +1,7 @@
 """The commands as programs: their list, their help, their console that goes away; and the configuration shown."""
 
 import configparser
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -345,3 +346,9 @@ def test_folders_whose_path_no_library_can_write(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / os.fsdecode(b"b\xff"))
     with pytest.raises(UserError, match="is not valid UTF-8"):
         local_folder("runs")
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(flag, capsys):
+    assert main(["cskd-jax", flag]) == 0
+    assert capsys.readouterr().out == f"cskd-jax {importlib.metadata.version('cskd_jax')}\n"

@@ -24,11 +24,28 @@ eval runs
     unknown command eval; did you mean cskd-jax evaluate?
 import_torch t.pth
     unknown command import_torch; did you mean cskd-jax import-torch?
+help
+    unknown command help; did you mean cskd-jax --help?
+    -> --help
+show digits:kd
+    unknown command show; did you mean cskd-jax config show?
+    -> config show digits:kd
+digits:kd
+    unknown command digits:kd; did you mean cskd-jax train digits:kd?
+    -> train digits:kd
 foo
     unknown command foo; the commands are train, sweep, report, evaluate, export, import-torch, supervise, ...
 --config=digits:kd
     put the command first, such as cskd-jax train --config=digits:kd
     -> train --config=digits:kd
+--config.epochs=1 train digits:kd
+    put the command first, such as cskd-jax train --config.epochs=1 digits:kd
+    -> train --config.epochs=1 digits:kd
+--verbose
+    --verbose is given in place of a command; the commands are train, sweep, ...
+    -> --version
+--
+    -- is given in place of a command; the commands are train, sweep, ...
 train
     --config=RECIPE must name a file such as configs/digits.py, or one ..., tiny_imagenet_standard; got none
     -> train digits
@@ -352,6 +369,21 @@ config
 config digits:kd
     config must be followed by show or keys, such as cskd-jax config show digits:kd
     -> config show digits:kd
+config list
+    config must be followed by show or keys, such as cskd-jax config show digits:kd
+config get epochs
+    config must be followed by show or keys, such as cskd-jax config keys epochs
+    -> config keys epochs
+config get digits:kd
+    config must be followed by show or keys, such as cskd-jax config show digits:kd
+config keys epochs=1
+    config keys takes one pattern and no recipe, such as cskd-jax config keys epochs
+    -> config keys epochs
+config keys --epochs
+    config keys takes one pattern and no recipe, such as cskd-jax config keys epochs
+config keys digits --config.batch_size=1
+    config keys takes one pattern and no recipe, such as cskd-jax config keys batch_size
+    -> config keys batch_size
 config shwo digits:kd
     config must be followed by show or keys, such as cskd-jax config show digits:kd
     -> config show digits:kd

@@ -29,19 +29,43 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv):
+    if not set(_ACTIONS) & set(argv[1:]):
+        raise UserError(f"config must be followed by show or keys, such as cskd-jax config {_meant(argv[1:])}")
+    if argv[1] == "keys":
+        if any(word.startswith("-") or "=" in word for word in argv[2:]) or len(argv) > 3:
+            example = _pattern(argv[2:]) or "optimizer"
+            raise UserError(f"config keys takes one pattern and no recipe, such as cskd-jax config keys {example}")
+        print(explain("".join(argv[2:])))
+        return
     parser = command_line.Parser(takes_config=True, advice=command_line.ADVICE_FOR_ONE_RUN)
     values = parser.parse(argv)
-    action = values.words.pop(0) if values.words else ""
-    if action not in _ACTIONS:
-        close = close_to(action, _ACTIONS)
-        meant = [close[0], *values.words] if close else ["show", action or "digits:kd"]
-        raise UserError(f"config must be followed by show or keys, such as cskd-jax config {' '.join(meant)}")
-    if action == "show":
-        print(show(parser.recipe(values), values.overrides))
-    elif len(values.words) > 1 or values.config is not None or values.overrides:
-        raise UserError("config keys takes one pattern and no recipe, such as cskd-jax config keys optimizer")
-    else:
-        print(explain(values.words[0] if values.words else ""))
+    if values.words[:1] != ["show"]:
+        raise UserError("config must be followed by show or keys, such as cskd-jax config show digits:kd")
+    values.words.pop(0)
+    print(show(parser.recipe(values), values.overrides))
+
+
+def _meant(words):
+    """Returns what was meant by words without show or keys."""
+    from cskd_jax.runs.recipes import packaged_recipes
+
+    close = close_to(words[0], _ACTIONS) if words else []
+    if close:
+        return " ".join([close[0], *words[1:]])
+    recipe = next((word for word in words if word.partition(":")[0] in packaged_recipes()), None)
+    if recipe is not None:
+        return f"show {recipe}"
+    pattern = _pattern(words)
+    return f"keys {pattern}" if pattern else "show digits:kd"
+
+
+def _pattern(words):
+    """Returns the first key or section in words that are written as flags, or "" if there is none."""
+    from cskd_jax.runs import keys
+
+    known = {part for path in keys.KEYS for part in (path, *path.split("."))}
+    names = [word.lstrip("-").partition("=")[0].removeprefix("config.").replace("-", "_") for word in words]
+    return next((name for name in names if name in known), "")
 
 
 def show(recipe: str, overrides: list[str]) -> str:

@@ -35,7 +35,17 @@ _STARTED = ("main", "sweep", "report", "evaluate", "supervise", "interop.export"
 _INTERNAL = ("runs.document", "runs.network_table", "commands.together")
 _MODULES = {"cskd_jax", *(f"cskd_jax.{name}" for name in (*_STARTED, *_INTERNAL))}
 # Names that users may try as commands; none of them exists.
-_MEANT = {"main": "train", "distill": "train", "distillation": "train", "run": "train", "import_torch": "import-torch"}
+_MEANT = {
+    "main": "train",
+    "distill": "train",
+    "distillation": "train",
+    "run": "train",
+    "import_torch": "import-torch",
+    "show": "config show",
+    "keys": "config keys",
+    "help": "--help",
+    "version": "--version",
+}
 
 
 def describe_commands() -> str:
@@ -49,7 +59,7 @@ def describe_commands() -> str:
             "",
             *lines,
             "",
-            "cskd-jax COMMAND --help explains the arguments of a command.",
+            "cskd-jax COMMAND --help explains the arguments of a command; cskd-jax --version prints the version.",
         ]
     )
 
@@ -65,7 +75,11 @@ def run_command(name: str, arguments: list[str]) -> int:
       UserError: There is no such command.
     """
     if name.startswith("-"):
-        raise UserError(f"put the command first, such as cskd-jax train {' '.join([name, *arguments])}")
+        command = next((word for word in arguments if word in COMMANDS), "train" if name.startswith("--config") else "")
+        if command:
+            others = [word for word in (name, *arguments) if word != command]
+            raise UserError(f"put the command first, such as cskd-jax {' '.join([command, *others])}")
+        raise UserError(f"{name} is given in place of a command; the commands are {', '.join(COMMANDS)}")
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}; {_hint(name)}")
     return importlib.import_module(COMMANDS[name].module).main([f"cskd-jax {name}", *arguments])
@@ -83,6 +97,10 @@ def check_module(module: str) -> None:
 
 
 def _hint(name: str) -> str:
+    from cskd_jax.runs.recipes import packaged_recipes
+
+    if name.partition(":")[0] in packaged_recipes():
+        return f"did you mean cskd-jax train {name}?"
     close = dict.fromkeys(_MEANT.get(found, found) for found in close_to(name, [*COMMANDS, *_MEANT]))
     if close:
         return f"did you mean {' or '.join(f'cskd-jax {found}' for found in close)}?"
