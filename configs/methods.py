@@ -156,6 +156,8 @@ def losses(method, *, warmup_epochs=20, multilabel=False, changes=None):
     known = multilabel_table() if multilabel else table(warmup_epochs)
     parts = method.split("+")
     for part in parts:
+        if part in MULTILABEL_METHODS and not multilabel:
+            raise ValueError(f"{part} is a method for images with any number of classes, as in digit_pairs:{part}")
         if part not in known:
             raise networks.UnknownWordError("method", part, known, "; + joins several, as in kd+at")
         for name, settings in (changes or {}).get(part, {}).items():

@@ -62,6 +62,22 @@ train digits:kd+kdd
     unknown method 'kdd'; did you mean kd?
 train digits:momentum
     unknown method 'momentum'; known: cskd, cskd_paper, intra, inter, ce, kd, lskd, fitnet, ...
+train digits:
+    digits: lacks the name of a method, one of cskd, ...
+train digits:kd+
+    digits:kd+ lacks the name of a method, one of cskd, ...
+train digits:kd/R18/R34
+    digits:kd/R18/R34: the method comes last, as in R18/R34/kd
+    -> train digits:R18/R34/kd
+train kd:digits
+    there is no recipe kd; did you mean digits:kd?
+    -> train digits:kd
+train digits=kd
+    digits=kd is not a flag; did you mean digits:kd?
+    -> train digits:kd
+train digits:mlcskd
+    mlcskd is a method for images with any number of classes, as in digit_pairs:mlcskd
+    -> train digit_pairs:mlcskd
 train digits:kd,at
     unknown method 'kd,at'; known: cskd, cskd_paper, ..., srrl; + joins several, as in kd+at
     -> train digits:kd+at

@@ -69,8 +69,23 @@ def test_recipe_that_fails(tmp_path):
     (tmp_path / "mine.py").write_text("def get_config(word): return {}[word]\n")
     with pytest.raises(UserError, match=r"^--config=.*mine.py:kd: KeyError: 'kd'$"):
         load_recipe(f"{tmp_path / 'mine.py'}:kd", [])
-    with pytest.raises(UserError, match=r"mine.py: TypeError: get_config\(\) missing 1 required"):
+    with pytest.raises(UserError, match=r"get_config of .*mine.py needs a word, as in .*mine.py:WORD"):
         load_recipe(str(tmp_path / "mine.py"), [])
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    (tmp_path / "notes.txt").write_text("remember to raise\n")
+    (tmp_path / "results.json").write_text("null\n")
+    (tmp_path / "empty.py").write_text("")
+    for name in ("notes.txt", "results.json", "empty.py"):
+        with pytest.raises(UserError, match=rf"{name} is not a recipe: it has no get_config"):
+            load_recipe(f"{tmp_path / name}:kd", [])
+
+
+def test_a_recipe_without_a_word(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config(): pass\n")
+    with pytest.raises(UserError, match=r"get_config of .*mine.py takes no word: leave out :kd"):
+        load_recipe(f"{tmp_path / 'mine.py'}:kd", [])
 
 
 @pytest.mark.parametrize(

@@ -159,11 +159,15 @@ class Parser(argparse.ArgumentParser):
     def _explain(self, argument: str, following: Sequence[str]) -> str:
         """Returns a message that says what to write instead of an unknown flag or a word without its dashes."""
         name, equals, value = argument.lstrip("-").partition("=")
+        from cskd_jax.runs.recipes import packaged_recipes
+
         known = [option for action in self._actions for option in action.option_strings]
         known += ["--config"] if self._takes_config else []
         written = argument.partition("=")[0]
         problem = f"unknown flag {written}" if argument.startswith("-") else f"{argument} is missing its dashes"
         key = _CONFIG_PREFIX.sub("", name) if self._takes_config else name
+        if self._takes_config and name in packaged_recipes():
+            return f"{argument} is not a flag; did you mean {name}:{value or 'METHOD'}?"
         advice = self._advice.get(key.lower().replace("-", "_"))
         if advice is not None:
             return f"{problem}; {advice}"

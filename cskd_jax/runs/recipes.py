@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import operator
 import pathlib
 import sys
@@ -15,7 +16,9 @@ import ml_collections
 import cskd_jax.configs
 from cskd_jax.configs import methods, networks
 from cskd_jax.errors import UserError, close_to
+from cskd_jax.inputs import read_bytes
 
+_MAX_RECIPE = 1 << 20  # bytes of the file of a recipe
 _PACKAGED = pathlib.Path(cskd_jax.configs.__file__).parent
 # Modules that a recipe may import as `configs`, keyed by the names that they have there.
 _CONFIGS = {"configs": cskd_jax.configs, "configs.methods": methods, "configs.networks": networks}
@@ -59,12 +62,34 @@ def _call(recipe: str, function: str) -> Any:
     """Returns what a function in the file of a recipe returns for its word; None if there is no such function."""
     file = recipe_file(recipe)
     _, colon, word = recipe.partition(":")
+    # Other files are not executed. A Python file may import get_config.
+    if file.suffix != ".py" and b"get_config" not in read_bytes(file, _MAX_RECIPE):
+        raise UserError(f"{file} is not a recipe: it has no get_config, as in configs/digits.py")
     try:
         with _importable_configs(file):
             module = _read(file)
             found = getattr(module, function, None)
-            return None if found is None else found(*([word] if colon else []))
+            if found is None:
+                if function == "get_config":
+                    raise UserError(f"{file} is not a recipe: it has no get_config, as in configs/digits.py")
+                return None
+            arguments = [word] if colon else []
+            if not _accepts(found, arguments):
+                wrong = f"takes no word: leave out :{word}" if colon else f"needs a word, as in {recipe}:WORD"
+                raise UserError(f"{function} of {file} {wrong}")
+            return found(*arguments)
+    except UserError:
+        raise
     except networks.UnknownWordError as error:
+        if not error.word:
+            raise UserError(f"{recipe} lacks the name of a {error.kind}, one of {', '.join(error.known)}") from None
+        parts = word.split("/")
+        names = [
+            part for part in parts if set(part.lower().split("+")) <= {*methods.METHODS, *methods.MULTILABEL_METHODS}
+        ]
+        if len(parts) == 3 and len(names) == 1 and names[0] != parts[-1]:
+            pair = [part for part in parts if part not in names]
+            raise UserError(f"{recipe}: the method comes last, as in {'/'.join([*pair, *names])}") from None
         close = close_to(error.word, error.known)
         if close:
             raise UserError(f"unknown {error.kind} {error.word!r}; did you mean {' or '.join(close)}?") from None
@@ -73,6 +98,15 @@ def _call(recipe: str, function: str) -> Any:
         raise UserError(str(error)) from None
     except Exception as error:  # A recipe is code: it may raise anything.
         raise UserError(f"--config={recipe}: {type(error).__name__}: {error}") from None
+
+
+def _accepts(function, arguments):
+    """Returns whether a function can be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def recipe_file(recipe: str) -> pathlib.Path:
@@ -86,6 +120,9 @@ def recipe_file(recipe: str) -> pathlib.Path:
         return pathlib.Path(name)
     if name in packaged_recipes():
         return _PACKAGED / f"{name}.py"
+    word = recipe.partition(":")[2]
+    if word in packaged_recipes():
+        raise UserError(f"there is no recipe {name}; did you mean {word}:{name}?")
     close = close_to(pathlib.Path(name).stem, packaged_recipes())
     if close:
         raise UserError(f"there is no recipe {name}; did you mean {' or '.join(close)}?")
