@@ -140,6 +140,17 @@ train digits:kd --learning-rate=0.2
 train digits:kd --width=0.5
     unknown flag --width; did you mean --config.teacher.width=0.5 or --config.student.width=0.5?
     -> train digits:kd --config.student.width=0.5
+train digits:kd —config.epochs=1
+    —config.epochs=1 begins with — instead of --; write --config.epochs=1
+    -> train digits:kd --config.epochs=1
+train —help
+    —help begins with — instead of --; write --help
+    -> train --help
+train digits:kd \u2011\u2011workdir x
+    \u2011\u2011workdir begins with \u2011\u2011 instead of --; write --workdir
+    -> train digits:kd --workdir x
+report runs \u2212-out=x
+    \u2212-out=x begins with \u2212- instead of --; write --out=x
 train digits:kd --batch-size 32
     unknown flag --batch-size; did you mean --config.batch_size=32?
     -> train digits:kd --config.batch_size=32
@@ -354,8 +365,13 @@ evaluate --checkpoint=gs://b/run
 evaluate workdir=runs
     workdir=runs is missing its dashes; did you mean --workdir=runs?
 export runs/x
-    the following arguments are required: --out; --help shows what is allowed
-    -> export --help
+    --out is missing; name a new or empty folder, such as --out=exported
+export runs/x --output=exported
+    unknown flag --output; did you mean --out?
+import-torch t.pth --output=exported
+    unknown flag --output; did you mean --out?
+import-torch t.pth
+    --out is missing; name a new or empty folder, such as --out=exported
 export --out=y
     name one folder, such as cskd-jax export runs/digits/kd-seed0 --out=exported; got none
 export runs/x --out=gs://b/x
@@ -377,6 +393,10 @@ supervise
     -> supervise --help
 supervise --restart=3 -- true
     unknown flag --restart; did you mean --restarts?
+supervise — cskd-jax train digits
+    — begins with — instead of --; write --
+supervise -- train digits:kd
+    train is not a program; did you mean cskd-jax supervise -- cskd-jax train digits:kd?
 supervise -- /no/such/program
     No such file or directory: /no/such/program
 config

@@ -64,7 +64,9 @@ def one_folder(values: argparse.Namespace, *flags: str, example: str) -> pathlib
     return local_folder(found[0])
 
 
-def check_new(folder: pathlib.Path) -> None:
-    """Raises UserError if `folder` already exists, so that nothing is overwritten."""
+def check_new(folder: pathlib.Path | None) -> None:
+    """Raises UserError if the folder of --out is not given, or already exists, so that nothing is overwritten."""
+    if folder is None:
+        raise UserError("--out is missing; name a new or empty folder, such as --out=exported")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out={folder} already exists; name a new or empty folder")

@@ -125,6 +125,7 @@ class Parser(argparse.ArgumentParser):
         own[:end] = map(self._with_two_dashes, own[:end])
         values, words = self.parse_known_args(own, given)
         for position, word in enumerate(words):
+            check_dashes(word)
             if word.startswith("-") or _lacks_dashes(word):
                 raise UserError(self._explain(word, words[position + 1 :]))
         values.words = words
@@ -185,6 +186,13 @@ class Parser(argparse.ArgumentParser):
             return f"{problem}; did you mean {' or '.join(meant)}?"
         keys = "; cskd-jax config keys lists the keys of --config.KEY" if self._takes_config else ""
         return f"{problem}; the flags are {', '.join(known)}{keys}"
+
+
+def check_dashes(word: str) -> None:
+    """Raises UserError if a word begins with a dash of a text processor or web page, which only looks like a hyphen."""
+    dash = re.match("-?[\u2010-\u2015\u2212]+-?", word)
+    if dash is not None and not pathlib.Path(word).exists():
+        raise UserError(f"{word} begins with {dash[0]} instead of --; write --{word[dash.end() :]}")
 
 
 def _lacks_dashes(word: str) -> bool:

@@ -18,9 +18,13 @@ after a signal, that of the process that died, or 128 and the number of the sign
 """
 
 import argparse
+import shlex
+import shutil
 
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import number
+from cskd_jax.commands.table import COMMANDS
+from cskd_jax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -36,8 +40,13 @@ def _run(argv):
     parser.add_argument("command", nargs=argparse.REMAINDER)
     values = parser.parse(argv)
     command = values.command[1:] if values.command[:1] == ["--"] else values.command
+    command_line.check_dashes("".join(command[:1]))
     if not command:
         parser.error("-- COMMAND is missing")
+    if command[0] in COMMANDS and shutil.which(command[0]) is None:
+        raise UserError(
+            f"{command[0]} is not a program; did you mean cskd-jax supervise -- cskd-jax {shlex.join(command)}?"
+        )
     # Imported late, since it is not needed for --help.
     from cskd_jax.distributed.supervisor import Supervisor
 

@@ -53,7 +53,7 @@ def _parse(argv):
     parser = command_line.Parser()
     parser.add_argument("--workdir")
     parser.add_argument("--network", choices=("student", "teacher"), default="student")
-    parser.add_argument("--out", type=local_folder, required=True)
+    parser.add_argument("--out", type=local_folder)
     parser.add_argument("--size", type=numbers(int, 1, 10**5))
     parser.add_argument("--mean", type=numbers(float, -1e6, 1e6))
     parser.add_argument("--std", type=numbers(float, 1e-6, 1e6))

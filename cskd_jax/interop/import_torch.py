@@ -93,7 +93,7 @@ def _parse(argv):
     parser.add_argument("--verify")
     parser.add_argument("--data_dir")
     parser.add_argument("--path")
-    parser.add_argument("--out", type=local_folder, required=True)
+    parser.add_argument("--out", type=local_folder)
     values = parser.parse(argv)
     if len(values.words) != 1:
         raise UserError(f"name one file, such as teacher.pth; got {' and '.join(values.words) or 'none'}")
