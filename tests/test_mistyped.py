@@ -229,6 +229,9 @@ train digits:kd --workdir=
     -> train digits:kd --workdir=.
 train digits:kd --workdir=~nobody_here/x
     ~nobody_here/x: there is no user nobody_here; give the full path of the folder
+train digits:kd --workdir=a --workdir=b
+    --workdir is given twice: leave out one of them
+    -> train digits:kd --workdir=b
 train digits:kd --workdir=gs://b/run
     gs://b/run is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
 train digits:kd --config.epoch=1
@@ -335,6 +338,9 @@ sweep digits --methods=kd --config.teacher.epochs=0
     teacher.epochs is 0; it must be an integer from 1 to 1000000
 sweep digits --methods=ce --seed=0
     unknown flag --seed; did you mean --seeds?
+sweep digits --methods=kd --teacher_seeds=0-1 --config.teacher.checkpoint=x
+    --teacher_seeds trains teachers, but teacher.checkpoint is x; give only one
+    -> sweep digits --methods=kd --teacher_seeds=0-1
 sweep digits --methods=ce --jobs=0
     --jobs: '0' is not an integer from 1 to 1000; --help shows what is allowed
     -> sweep --help
@@ -350,6 +356,9 @@ report runs --out=
     the name of a folder is empty; the current folder is named .
 report gs://b/runs
     gs://b/runs is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
+report runs --published
+    --published prints published results alone: leave out the folders, or --published
+    -> report --published
 report runs --config=digits
     unknown flag --config; the flags are --workdir, --out, --data_dir, --published
 report runs --output=x
@@ -368,6 +377,13 @@ export runs/x
     --out is missing; name a new or empty folder, such as --out=exported
 export runs/x --output=exported
     unknown flag --output; did you mean --out?
+import-torch t.safetensors --key=model --out=y
+    --key chooses a network of a PyTorch file; a .safetensors file holds one: leave out --key
+import-torch t.pth --data_dir=x --out=y
+    --data_dir and --path belong to --verify, which is not given
+import-torch t.pth --mean=127 --std=0.5 --out=y
+    --mean: '127' is not a number from 0 to 1; --help shows what is allowed
+    -> import-torch --help
 import-torch t.pth --output=exported
     unknown flag --output; did you mean --out?
 import-torch t.pth

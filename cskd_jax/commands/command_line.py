@@ -90,6 +90,16 @@ def _refused_by_jax(error: ValueError) -> list[str]:
     return [] if "jax" in sys.modules else [n for n in os.environ if n.startswith("JAX_") and n.lower() in text]
 
 
+class _Once(argparse.Action):
+    """Stores the value of a flag that is given at most once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string is not None and self.dest in namespace.given:
+            raise UserError(f"{option_string} is given twice: leave out one of them")
+        namespace.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser of words and of --NAME=VALUE or --NAME VALUE flags, which raises UserError for mistakes.
 
@@ -100,11 +110,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, takes_config: bool = False, advice: Mapping[str, str] = types.MappingProxyType({})):
         super().__init__(add_help=False, allow_abbrev=False)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
         self._takes_config = takes_config
         self._advice = advice
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Returns the values of the flags and, as `words`, the arguments that are not flags.
+        """Returns the values of the flags, the names of those `given`, and, as `words`, the arguments without a flag.
 
         A command that takes a recipe also gets `config`, the text of --config or None, and `overrides`, every
         --config.KEY=VALUE.
@@ -115,7 +127,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
           UserError: A flag is unknown or wrong.
         """
-        own, given = list(argv[1:]), argparse.Namespace()
+        own, given = list(argv[1:]), argparse.Namespace(given=set())
         if self._takes_config:
             recipes, given.overrides, own = _split_config(own)
             if len(recipes) > 1:

@@ -55,7 +55,7 @@ def _parse(argv):
     parser.add_argument("--network", choices=("student", "teacher"), default="student")
     parser.add_argument("--out", type=local_folder)
     parser.add_argument("--size", type=numbers(int, 1, 10**5))
-    parser.add_argument("--mean", type=numbers(float, -1e6, 1e6))
+    parser.add_argument("--mean", type=numbers(float, 0, 1))
     parser.add_argument("--std", type=numbers(float, 1e-6, 1e6))
     values = parser.parse(argv)
     values.workdir = one_folder(values, "workdir", example="cskd-jax export runs/digits/kd-seed0 --out=exported")
@@ -83,6 +83,8 @@ def _run(argv):
     from cskd_jax.training.state import check_variables
 
     has_phases = not (arguments.workdir / FOLDER).is_dir()
+    if not has_phases and "network" in arguments.given and arguments.network != arguments.workdir.name:
+        raise UserError(f"{arguments.workdir} holds one network, not a student and a teacher: leave out --network")
     path = arguments.workdir / arguments.network if has_phases else arguments.workdir
     saved = load_variables(str(path))
     variables, record = saved.variables, saved.record

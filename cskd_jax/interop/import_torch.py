@@ -88,7 +88,7 @@ def _parse(argv):
     parser.add_argument("--prefix")
     parser.add_argument("--names", type=pathlib.Path)
     parser.add_argument("--size", type=numbers(int, 1, 10**5))
-    parser.add_argument("--mean", type=numbers(float, -1e6, 1e6))
+    parser.add_argument("--mean", type=numbers(float, 0, 1))
     parser.add_argument("--std", type=numbers(float, 1e-6, 1e6))
     parser.add_argument("--verify")
     parser.add_argument("--data_dir")
@@ -98,6 +98,10 @@ def _parse(argv):
     if len(values.words) != 1:
         raise UserError(f"name one file, such as teacher.pth; got {' and '.join(values.words) or 'none'}")
     values.file = pathlib.Path(values.words[0])
+    if values.key is not None and values.file.suffix == ".safetensors":
+        raise UserError("--key chooses a network of a PyTorch file; a .safetensors file holds one: leave out --key")
+    if values.verify is None and (values.data_dir is not None or values.path is not None):
+        raise UserError("--data_dir and --path belong to --verify, which is not given")
     if values.num_classes == 1:
         raise UserError("--num_classes is 1; it must be at least 2, or 0 for a network without a head")
     return values

@@ -35,6 +35,8 @@ def _run(argv):
     folders = [local_folder(folder) for folder in [*values.words, *values.workdir]]
     if not folders and not values.published:
         raise UserError("name the folders of the runs, such as runs/sweep/digits")
+    if values.published and (folders or values.out is not None or values.data_dir is not None):
+        raise UserError("--published prints published results alone: leave out the folders, or --published")
     from cskd_jax import console
 
     console.start()

@@ -112,6 +112,10 @@ def make_grid(
         config = recipes.load_recipe(f"{recipe}:{word}", own[word])
         changes = [*own[word], *(settings or {}).get(word, ()), f"--config.seed={seed}"]
         name, teacher = f"{networks.run_name(word, config.method)}{label}", None
+        if teacher_seed is not None and config.teacher.checkpoint is not None:
+            raise UserError(
+                f"--teacher_seeds trains teachers, but teacher.checkpoint is {config.teacher.checkpoint}; give only one"
+            )
         if needs_teacher(config.losses) and config.teacher.checkpoint is None and config.teacher.name:
             teacher = _teacher_run(recipe, config, overrides, workdir, teacher_seed)
             # Runs are compared by their configurations, so all of them must name the same path.
