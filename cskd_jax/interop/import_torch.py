@@ -115,7 +115,7 @@ def _run(argv):
     categories = _read_categories(arguments) or (None if known is None else known.categories)
     # Imported late, so that mistakes in the command are reported without loading everything.
     from cskd_jax.interop.matching import match
-    from cskd_jax.interop.renames import read_rules
+    from cskd_jax.interop.renames import read_rules, rename, with_prefix
     from cskd_jax.interop.torch_file import read_state_dict
     from cskd_jax.models import create_model
     from cskd_jax.training.saved import Record, Saved
@@ -130,6 +130,9 @@ def _run(argv):
         found = match(module, arguments.channels, state_dict, prefix=arguments.prefix, rules=rules, image_size=size)
     except (UserError, ValueError) as error:
         raise UserError(f"{arguments.file} as {network}: {error}") from None
+    names = with_prefix(state_dict, found.prefix)
+    if rules and rename(names, rules) == names:
+        raise UserError(f"--names={arguments.names} has no rule that changes a name of {arguments.file}: leave it out")
     settings = given | found.settings
     record = Record(
         network={"name": arguments.model, "width": arguments.width} | ({"settings": settings} if settings else {}),

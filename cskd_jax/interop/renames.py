@@ -15,6 +15,8 @@ from cskd_jax.inputs import read_bytes
 Rule = tuple[str, str]
 # The replacement by which a rule leaves a tensor out.
 LEAVE_OUT = "-"
+# The wrappers that reading a file removes.
+_REMOVED = ("_orig_mod", "module")
 # The names under which wrappers and training code store a network.
 _WRAPPERS = ("_orig_mod", "module", "model", "student", "teacher")
 _MAX_WRAPPERS, _MAX_BYTES, _MAX_RULES = 3, 65_536, 1_000
@@ -146,7 +148,7 @@ def given_prefix(names: Mapping[str, object], prefix: str) -> str:
         shortened = ".".join(words) + "."
         if with_prefix(names, shortened):
             return shortened
-        if words.pop(0) not in _WRAPPERS:
+        if words.pop(0) not in _REMOVED:
             break
     else:
         return ""

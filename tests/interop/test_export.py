@@ -100,6 +100,7 @@ def test_imported_teacher_is_taken(returned, digits_dir):
         (["{done}", "--out={done}"], ["already exists"]),
         (["{done}/none", "--out={out}"], ["no checkpoint in"]),
         (["{done}", "--network=assistant", "--out={out}"], ["--network", "assistant", "student"]),
+        (["{done}/student", "--network=teacher", "--out={out}"], ["holds one network", "leave out --network"]),
         (["{half}", "--out={out}"], ["no checkpoint in", "half/student"]),
         (["{done}", "--mean=0.5", "--out={out}"], ["already describes its training images", "leave out --mean"]),
         (["{returned}", "--out={out}"], ["does not describe its training images", "--size"]),

@@ -401,6 +401,8 @@ BAD_ARGUMENTS = {
         ["conv1.weight (4, 3, 3, 3) instead of (4, 1, 3, 3)", "those of --model=resnet8 --width=0.25 --num_classes=7"],
     ),
     "prefix": (["--prefix=head."], ["no tensor has a name that begins with head.; names begin with layer1, layer2"]),
+    "prefix of a wrapper": (["--prefix=student."], ["no tensor has a name that begins with student."]),
+    "names without effect": (["--names={full}/unused"], ["unused has no rule that changes a name of", "leave it out"]),
     "no names file": (["--names={full}/none"], ["none", "No such file"]),
     "names": (["--names={full}/two"], ["two, line 1: 'cat' is not a pattern and a replacement"]),
     "size": (["--size=8"], ["--size has 1 values; it must have 2"]),
@@ -427,6 +429,7 @@ def test_bad_arguments(case, arrays, tmp_path, capsys):
     (full / "two").write_text("cat\ndog\n")
     (full / "nul").write_text("0\n1\0\n2\n3\n4\n5\n6\n")
     (full / "long").write_text("0" * 20_000 + "\n1\n2\n3\n4\n5\n6\n")
+    (full / "unused").write_text("^backbone[.] -\n")
     base = {"--model": "resnet8", "--width": "0.25", "--num_classes": "7", "--out": str(tmp_path / "out")}
     base |= dict(argument.format(full=full).split("=") for argument in arguments)
     assert main(["import_torch", str(file), *(f"{name}={value}" for name, value in base.items())]) == 2
