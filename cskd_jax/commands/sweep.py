@@ -78,6 +78,9 @@ def _run(argv):
     from cskd_jax.runs import recipes
 
     file = recipes.recipe_file(recipe)
+    words = [f"{pair}/{method}" for pair in values.pairs for method in values.methods] or values.methods
+    for word in words:
+        recipes.read_recipe(f"{file}:{word}")
     console.start()
     # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.runs import search
@@ -86,7 +89,6 @@ def _run(argv):
     from cskd_jax.runs.sweep import sweep
 
     workdir = values.workdir or pathlib.Path("runs") / "sweep" / file.stem
-    words = [f"{pair}/{method}" for pair in values.pairs for method in values.methods] or values.methods
     grid = search.parse(values.grid)
     # After a search, the methods learn from the whole training split.
     overrides = search.without_validation(values.overrides) if grid else values.overrides

@@ -34,16 +34,29 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
     Raises:
       UserError: There is no such recipe, or a key or value does not fit.
     """
+    config = read_recipe(recipe)
+    # This imports JAX, which takes seconds; an unknown recipe or word is reported without it.
+    from cskd_jax.runs import schema
+
+    return override(schema.fill(config).lock(), overrides)
+
+
+def read_recipe(recipe: str) -> ml_collections.ConfigDict:
+    """Returns what the file of a recipe sets, without defaults; this does not import JAX.
+
+    Args:
+      recipe: RECIPE or RECIPE:WORD.
+
+    Raises:
+      UserError: There is no such recipe, or it does not have the word.
+    """
     file = recipe_file(recipe)
     config = _call(recipe, "get_config")
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"get_config of {file} must return a ConfigDict, as in configs/digits.py")
     if "method" not in config:
         raise UserError(f"get_config of {file} must set the key method, the name of the method")
-    # This imports JAX, which takes seconds; an unknown recipe or word is reported without it.
-    from cskd_jax.runs import schema
-
-    return override(schema.fill(config).lock(), overrides)
+    return config
 
 
 def load_sources(recipe: str) -> dict[str, str]:
