@@ -205,6 +205,11 @@ train digits:kd --losses.kd.temperature=2
     -> train digits:kd --config.losses.kd.temperature=2
 train digits:kd --kd.temperature=2
     unknown flag --kd.temperature; did you mean --config.losses.kd.temperature=2?
+train digits:kd --kd.temprature=2
+    unknown flag --kd.temprature; did you mean --config.losses.kd.temperature=2?
+train digits:kd --name=resnet18
+    unknown flag --name; did you mean --config.teacher.name=resnet18 or --config.student.name=resnet18?
+    -> train digits:kd --config.student.name=resnet18
 train digits:kd --teacher-name=resnet18
     unknown flag --teacher-name; did you mean --config.teacher.name=resnet18?
     -> train digits:kd --config.teacher.name=resnet18

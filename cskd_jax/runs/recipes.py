@@ -95,14 +95,16 @@ def _call(recipe: str, function: str) -> Any:
         raise
     except networks.UnknownWordError as error:
         if not error.word:
-            raise UserError(f"{recipe} lacks the name of a {error.kind}, one of {', '.join(error.known)}") from None
+            raise UserError(
+                f"{file.stem}:{word} lacks the name of a {error.kind}, one of {', '.join(error.known)}"
+            ) from None
         parts = word.split("/")
         names = [
             part for part in parts if set(part.lower().split("+")) <= {*methods.METHODS, *methods.MULTILABEL_METHODS}
         ]
         if len(parts) == 3 and len(names) == 1 and names[0] != parts[-1]:
             pair = [part for part in parts if part not in names]
-            raise UserError(f"{recipe}: the method comes last, as in {'/'.join([*pair, *names])}") from None
+            raise UserError(f"{file.stem}:{word}: the method comes last, as in {'/'.join([*pair, *names])}") from None
         close = close_to(error.word, error.known)
         if close:
             raise UserError(f"unknown {error.kind} {error.word!r}; did you mean {' or '.join(close)}?") from None

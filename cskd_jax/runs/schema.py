@@ -203,11 +203,13 @@ def same_keys(key: str, known: Iterable[str]) -> list[str]:
     """Returns the known keys that a name can only mean, but which are written otherwise.
 
     A name may have other separators than dots, it may lack the section losses, it may be a section, whose name is then
-    meant, or call a network a model.
+    meant, or not say which network it is about.
     """
     section, _, rest = key.partition(".")
     written = [key, f"losses.{key}", f"{key}.name"]
-    written += [f"{role}.{rest or 'name'}" for role in ("student", "teacher") if section in ("model", "network")]
+    written += [
+        f"{role}.{rest or 'name'}" for role in ("student", "teacher") if section in ("model", "network", "name")
+    ]
     letters = {_letters(name) for name in written}
     return [path for path in known if _letters(path) in letters]
 
@@ -238,7 +240,8 @@ def close_keys(key: str, known: Iterable[str]) -> list[str]:
         elif "losses" not in sections and (name == last or not sections):
             elsewhere.append(path)
     exact = [path for path in elsewhere if not sections and path.endswith(f".{name}")]
-    found = exact or within or elsewhere
+    beside = [path for path in within if path.rpartition(".")[0] == ".".join(sections)]
+    found = exact or beside or within or elsewhere
     if not found and sections and sections[0] in LOSSES:
         return close_keys(f"losses.{key}", known)
     likeliest = close_to(name, [path.rpartition(".")[2] for path in found])
