@@ -76,7 +76,7 @@ def test_defaults_and_what_is_required():
         ),
         (lambda c: c.losses.cross_entropy.__delitem__("weight"), "losses.cross_entropy must have a weight"),
         (lambda c: c.update(epoch=3), "unknown configuration key epoch; did you mean epochs"),
-        (lambda c: c.update(optimizer=3), "unknown configuration key optimizer; optimizer has name, learning_rate"),
+        (lambda c: c.update(optimizer=3), "unknown configuration key optimizer; did you mean optimizer.name"),
         (lambda c: c.update(epochs="3"), "epochs is '3'; it must be an integer from 1 to 1000000"),
         (lambda c: c.losses.update(kd={"weight": 1.0, "temperature": -1}), "temperature is -1.0; it must be a number"),
         (lambda c: c.losses.update(kd={"weight": 1.0, "temprature": 1}), "did you mean losses.kd.temperature"),
