@@ -78,7 +78,7 @@ def _is_teacher(value):
 def _is_config(value):
     if not isinstance(value, dict) or len(value) > _MAX_KEYS:
         return False
-    needed = dict.fromkeys(("method", "dataset.name", "student.name"), is_text)
+    needed = {"method": is_text, "dataset.name": is_text, "student.name": is_text}
     return not unsound(value, needed) and not schema.wrong_types(value)
 
 

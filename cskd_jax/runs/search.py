@@ -4,7 +4,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
@@ -132,7 +132,7 @@ def choose(trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Mapping[
         if trial.word not in best or scores[trial.run][1] > scores[best[trial.word].run][1]:
             best[trial.word] = trial
     keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
-    rows = [["word", *keys, "metric", "validation_last", "chosen", "folder"]]
+    rows: list[list[Any]] = [["word", *keys, "metric", "validation_last", "chosen", "folder"]]
     for trial in trials:
         name, score = scores[trial.run]
         chosen = "yes" if best[trial.word] is trial else ""

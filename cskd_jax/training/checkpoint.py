@@ -334,8 +334,10 @@ def _read(path):
     parts = {_ARRAYS: ocp.args.StandardRestore(), _RECORD: ocp.args.JsonRestore()}
     try:
         stored = _check_files(path)
-        handlers = dict.fromkeys((_RECORD, "metrics"), ocp.JsonCheckpointHandler())  # Without one, Orbax would warn.
-        handler = ocp.CompositeCheckpointHandler(**handlers, **{_ARRAYS: ocp.StandardCheckpointHandler()})
+        # Orbax warns of what it has no handler for, such as the metrics that its manager has written.
+        handlers: Any = dict.fromkeys((_RECORD, "metrics"), ocp.JsonCheckpointHandler())
+        handlers[_ARRAYS] = ocp.StandardCheckpointHandler()
+        handler = ocp.CompositeCheckpointHandler(**handlers)
         with ocp.Checkpointer(handler, multiprocessing_options=_FIRST_PROCESS) as checkpointer:
             shapes = checkpointer.metadata(path.absolute()).item_metadata[_ARRAYS]
             claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in shapes.values())

@@ -374,7 +374,7 @@ class Programs:
         return dataclasses.replace(state, opt_state=self._setup.devices.replicate(opt_state))
 
 
-def _options_of_init() -> dict[str, int]:
+def _options_of_init() -> dict[str, Any]:
     """Returns XLA's options for the program that makes a new state, unless XLA_FLAGS contains the only one of them.
 
     It runs once. With full optimization, a CPU compiles it for as long as a training step; with less, a fifth of that
