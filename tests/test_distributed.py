@@ -71,4 +71,4 @@ def test_error_of_one_process_ends_both(start, small_run, tmp_path):
     for process in processes:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 2, error
-        assert error.strip().splitlines()[-1].startswith("error: process 1: cannot prepare data set 'digits'")
+        assert error.strip().splitlines()[-1].startswith(f"error: process 1: {tmp_path}/file is a file")

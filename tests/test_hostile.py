@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 
 from cskd_jax.commands import together
@@ -299,7 +300,7 @@ def test_metrics_of_no_run(content, words, tmp_path, monkeypatch):
 
 def test_nothing_is_written_where_a_run_says(tmp_path, monkeypatch, capsys):
     """report and evaluate read the data set in the folder that a stranger's configuration names, or their own."""
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "own"))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "own"))
     named = f"--config.dataset.data_dir={tmp_path / 'theirs'}"
     config = recipes.load_recipe(f"{ROOT}/configs/digits.py:ce", [named])
     assert len(load_data_of_run(config).test.labels) == 357

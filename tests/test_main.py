@@ -219,7 +219,7 @@ BAD_INPUT = {
         ["from 0 to --processes - 1 = 1; got 2"],
         None,
     ),
-    "workdir is a file": (["--workdir={file}"], ["cannot write to workdir"], None),
+    "workdir is a file": (["--workdir={file}"], ["file is a file, not a folder"], None),
     "no path": (["--config.dataset.name=image_folder"], ["path"], None),
     "corrupt image": (FOLDER, ["train/cat/3.png"], corrupt_image),
     "empty category": (FOLDER, ["dog"], empty_category),

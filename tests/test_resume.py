@@ -187,5 +187,5 @@ def test_no_traceback_in_a_process(start, small_run, tmp_path):
     (tmp_path / "file").touch()
     _, error = (process := start([*small_run, f"--workdir={tmp_path / 'file'}"])).communicate()
     assert process.returncode == 2
-    assert error.startswith("error: cannot write to workdir")
+    assert error == f"error: {tmp_path / 'file'} is a file, not a folder\n"
     assert len(error.strip().splitlines()) == 1

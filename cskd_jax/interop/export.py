@@ -33,7 +33,6 @@ Exit codes: 0 done; 2 something to fix in the command or the checkpoint.
 
 from typing import Any
 
-from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import check_new, numbers, one_folder
 from cskd_jax.errors import UserError, printable
@@ -65,10 +64,10 @@ def _parse(argv):
 def _run(argv):
     arguments = _parse(argv)
     check_new(arguments.out)
-    console.start()
     # Imported late, so that mistakes in the command are reported without loading everything.
     import safetensors.numpy
 
+    from cskd_jax import console
     from cskd_jax.interop.names import to_torch
     from cskd_jax.models import count_parameters, create_model
     from cskd_jax.training.adapters import LinenNetwork

@@ -53,10 +53,8 @@ import hashlib
 import pathlib
 from typing import Any
 
-from cskd_jax import console
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import check_new, number, numbers
-from cskd_jax.console import pause, say
 from cskd_jax.errors import UserError, printable
 from cskd_jax.files import local_folder, write_json
 from cskd_jax.inputs import MAX_TEXT, is_text, open_regular, read_bytes
@@ -110,10 +108,12 @@ def _parse(argv):
 def _run(argv):
     arguments = _parse(argv)
     check_new(arguments.out)
+    # Imported late, so that mistakes in the command are reported without loading everything.
+    from cskd_jax import console
+
     console.start()
     digest, known = _identify(arguments)
     categories = _read_categories(arguments) or (None if known is None else known.categories)
-    # Imported late, so that mistakes in the command are reported without loading everything.
     from cskd_jax.interop.matching import match
     from cskd_jax.interop.renames import read_rules, rename, with_prefix
     from cskd_jax.interop.torch_file import read_state_dict
@@ -143,7 +143,7 @@ def _run(argv):
         method="imported",
         finished=True,
     )
-    say(printable(f"{arguments.file}: {network}{_origin(known)}"))
+    console.say(printable(f"{arguments.file}: {network}{_origin(known)}"))
     report: dict[str, Any] = {"file": str(arguments.file), "sha256": digest, "prefix": found.prefix}
     if known is not None:
         report |= {"source": f"{known.repository}/blob/HEAD/{known.path}", "dataset": known.dataset}
@@ -154,6 +154,7 @@ def _run(argv):
 
 def _write(arguments, found, record, report):
     """Writes the checkpoint and import.json, and prints what was done."""
+    from cskd_jax.console import say
     from cskd_jax.runs.imports import IMPORT
     from cskd_jax.runs.lock import locked
     from cskd_jax.training.checkpoint import FOLDER, Checkpoints
@@ -230,6 +231,7 @@ def _verify(arguments, module, saved) -> dict[str, Any]:
       UserError: The data set cannot be loaded or does not fit, the normalization of its images is unknown, or a metric
         is not finite.
     """
+    from cskd_jax.console import pause, say
     from cskd_jax.data import load_dataset
     from cskd_jax.distributed.devices import Devices
     from cskd_jax.runs.trained import check_fits

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -146,7 +147,7 @@ class Run:
         """Returns the folders in which a checkpoint may lie, likeliest first."""
         given = pathlib.Path(checkpoint)
         # Folders near the run come first: its sweep may have been moved, and another sweep may have taken its place.
-        near = [parent.joinpath(*given.parts[-2:]) for parent in self.folder.resolve().parents]
+        near = [parent.joinpath(*given.parts[-2:]) for parent in _real(self.folder).parents]
         return [*near, given]
 
 
@@ -269,16 +270,16 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
         paths = sorted(pathlib.Path(entry.path) for entry in entries if entry.name == RESULTS)
         if not paths:
             raise UserError(f"{folder} holds no finished run: there is no {RESULTS} in it or below")
-        runs |= {path.resolve(): Run(path.parent, _printable(read_results(path))) for path in paths}
+        runs |= {_real(path): Run(path.parent, _printable(read_results(path))) for path in paths}
     nothing = None, "student"
     trained: dict[pathlib.Path, Any] = {}
     for run in runs.values():
         roles = ("student", "teacher") if run.given_teacher == "" else ("student",)
-        trained |= {run.folder.resolve() / role: (run, role) for role in roles}
+        trained |= {_real(run.folder) / role: (run, role) for role in roles}
 
     def that_trained(folders, student):
         # A teacher in a different place may have a folder with the same name as its student's.
-        found = (trained.get(folder.resolve(), nothing) for folder in folders)
+        found = (trained.get(_real(folder), nothing) for folder in folders)
         return next((entry for entry in found if entry[0] not in (None, student)), nothing)
 
     teachers = {run: [that_trained(folders, run) for folders in run.folders_of_teachers] for run in runs.values()}
@@ -378,3 +379,8 @@ def _label(method, settings, different):
         return text
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]  # The beginnings may be the same.
     return f"{text[:_MAX_LABEL]}… ({digest})"
+
+
+def _real(path: pathlib.Path) -> pathlib.Path:
+    """Returns a path without links; unlike `Path.resolve`, it raises no error for links that lead to themselves."""
+    return pathlib.Path(os.path.realpath(path))

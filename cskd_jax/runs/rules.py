@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from cskd_jax.errors import UserError, meant
+from cskd_jax.errors import UserError, meant, shorten
 from cskd_jax.losses.base import Count, Fraction, Positive, Share, Signed
 
 
@@ -145,7 +145,7 @@ def parse(key: str, text: str, rule: Rule) -> Any:
     try:
         return _PARSERS.get(rule.types[0], str)(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # Deep nesting raises the last two.
-        raise UserError(f"{key} is {text!r}; it must be {rule.allowed}") from None
+        raise UserError(f"{key} is {shorten(repr(text), 200)}; it must be {rule.allowed}") from None
 
 
 def _parse_bool(text):
@@ -170,4 +170,4 @@ def check(key: str, value: Any, rule: Rule) -> None:
     right_type = isinstance(value, rule.types) and (not isinstance(value, bool) or bool in rule.types)
     if not right_type or not rule.test(value):
         suggested = meant(value, rule.names) if isinstance(value, str) else ""
-        raise UserError(f"{key} is {value!r}; {suggested or f'it must be {rule.allowed}'}")
+        raise UserError(f"{key} is {shorten(repr(value), 200)}; {suggested or f'it must be {rule.allowed}'}")
