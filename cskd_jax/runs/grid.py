@@ -11,7 +11,7 @@ import ml_collections
 
 from cskd_jax.configs import networks
 from cskd_jax.errors import UserError
-from cskd_jax.files import refuse_link
+from cskd_jax.files import entries_below, refuse_link
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.build import load_data
@@ -222,7 +222,8 @@ def check(runs: Sequence[Run]) -> None:
 
 def _student_of(teacher):
     """Returns the name of a run of the sweep, made by this or an earlier command, that has this teacher, or None."""
-    for path in sorted(teacher.sweep.rglob("config.json")):
+    paths = (pathlib.Path(entry.path) for entry in entries_below(teacher.sweep) if entry.name == "config.json")
+    for path in sorted(paths):
         checkpoint = schema.read_flat(path).get("teacher.checkpoint")
         if isinstance(checkpoint, str) and checkpoint.endswith(f"/{teacher.name}/student"):  # The sweep may have moved.
             return path.parent.relative_to(teacher.sweep).as_posix()
