@@ -171,9 +171,9 @@ class Parser(argparse.ArgumentParser):
 
     def _explain(self, argument: str, following: Sequence[str]) -> str:
         """Returns a message that says what to write instead of an unknown flag or a word without its dashes."""
-        name, equals, value = argument.lstrip("-").partition("=")
         from cskd_jax.runs.recipes import packaged_recipes
 
+        name, equals, value = argument.lstrip("-").partition("=")
         known = [option for action in self._actions for option in action.option_strings]
         known += ["--config"] if self._takes_config else []
         written = argument.partition("=")[0]

@@ -52,10 +52,9 @@ def _lasting(stream: Any) -> TextIO:
         return open(os.devnull, "w", encoding="utf-8")
     stream.flush()
     file = _LastingFile(stream.fileno(), "wb", closefd=False)
+    # With PYTHONUNBUFFERED, nothing may wait in a buffer.
     return io.TextIOWrapper(
-        file
-        if stream.write_through
-        else io.BufferedWriter(file),  # With PYTHONUNBUFFERED, nothing may wait in a buffer.
+        file if stream.write_through else io.BufferedWriter(file),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,

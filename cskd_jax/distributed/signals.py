@@ -44,9 +44,8 @@ class StopRequest:
 
     def _handle(self, number, _frame):
         self.requested, self.name = True, signal.Signals(number).name
+        message = f"\n{self.name}: saving after the current step or compilation; repeat to stop immediately\n"
         # The signal may have interrupted a print, which must not be called again.
         with contextlib.suppress(OSError):  # Nobody may be there to read it.
-            os.write(
-                2, f"\n{self.name}: saving after the current step or compilation; repeat to stop immediately\n".encode()
-            )
+            os.write(2, message.encode())
         signal.signal(number, signal.SIG_DFL)

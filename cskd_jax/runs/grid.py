@@ -205,8 +205,9 @@ def check(runs: Sequence[Run]) -> None:
         path = run.workdir / "config.json"
         if path.exists():
             config = schema.with_values(config, kept_values(run.workdir, config))
-            check_workdir(run.workdir, identify(config, digests_in(schema.read_flat(path))))
-            epochs = schema.read_flat(path).get("epochs", config.epochs)
+            found = schema.read_flat(path)
+            check_workdir(run.workdir, identify(config, digests_in(found)))
+            epochs = found.get("epochs", config.epochs)
             if epochs < config.epochs and (student := _student_of(run)) is not None:
                 raise UserError(
                     f"the teacher {run.workdir} has been trained for {epochs} epochs, and {student} has learned from "

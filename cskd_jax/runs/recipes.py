@@ -15,7 +15,7 @@ import ml_collections
 
 import cskd_jax.configs
 from cskd_jax.configs import methods, networks
-from cskd_jax.errors import UserError, close_to
+from cskd_jax.errors import UserError, meant
 from cskd_jax.inputs import read_bytes
 
 _MAX_RECIPE = 1 << 20  # bytes of the file of a recipe
@@ -75,16 +75,17 @@ def _call(recipe: str, function: str) -> Any:
     """Returns what a function in the file of a recipe returns for its word; None if there is no such function."""
     file = recipe_file(recipe)
     _, colon, word = recipe.partition(":")
+    no_recipe = UserError(f"{file} is not a recipe: it has no get_config, as in configs/digits.py")
     # Other files are not executed. A Python file may import get_config.
     if file.suffix != ".py" and b"get_config" not in read_bytes(file, _MAX_RECIPE):
-        raise UserError(f"{file} is not a recipe: it has no get_config, as in configs/digits.py")
+        raise no_recipe
     try:
         with _importable_configs(file):
             module = _read(file)
             found = getattr(module, function, None)
             if found is None:
                 if function == "get_config":
-                    raise UserError(f"{file} is not a recipe: it has no get_config, as in configs/digits.py")
+                    raise no_recipe
                 return None
             arguments = [word] if colon else []
             if not _accepts(found, arguments):
@@ -94,25 +95,24 @@ def _call(recipe: str, function: str) -> Any:
     except UserError:
         raise
     except networks.UnknownWordError as error:
-        if not error.word:
-            raise UserError(
-                f"{file.stem}:{word} lacks the name of a {error.kind}, one of {', '.join(error.known)}"
-            ) from None
-        parts = word.split("/")
-        names = [
-            part for part in parts if set(part.lower().split("+")) <= {*methods.METHODS, *methods.MULTILABEL_METHODS}
-        ]
-        if len(parts) == 3 and len(names) == 1 and names[0] != parts[-1]:
-            pair = [part for part in parts if part not in names]
-            raise UserError(f"{file.stem}:{word}: the method comes last, as in {'/'.join([*pair, *names])}") from None
-        close = close_to(error.word, error.known)
-        if close:
-            raise UserError(f"unknown {error.kind} {error.word!r}; did you mean {' or '.join(close)}?") from None
-        raise UserError(str(error)) from None
+        raise UserError(_explain(f"{file.stem}:{word}", error)) from None
     except ValueError as error:  # Recipes raise this for an unknown word.
         raise UserError(str(error)) from None
     except Exception as error:  # A recipe is code: it may raise anything.
         raise UserError(f"--config={recipe}: {type(error).__name__}: {error}") from None
+
+
+def _explain(recipe, error):
+    """Returns what is wrong with the word of RECIPE:WORD, from the error for an unknown part of it."""
+    if not error.word:
+        return f"{recipe} lacks the name of a {error.kind}, one of {', '.join(error.known)}"
+    parts, known = recipe.partition(":")[2].split("/"), {*methods.METHODS, *methods.MULTILABEL_METHODS}
+    names = [part for part in parts if set(part.lower().split("+")) <= known]
+    if len(parts) == 3 and len(names) == 1 and names[0] != parts[-1]:
+        pair = [part for part in parts if part not in names]
+        return f"{recipe}: the method comes last, as in {'/'.join([*pair, *names])}"
+    suggested = meant(error.word, error.known)
+    return f"unknown {error.kind} {error.word!r}; {suggested}" if suggested else str(error)
 
 
 def _accepts(function, arguments):
@@ -138,9 +138,9 @@ def recipe_file(recipe: str) -> pathlib.Path:
     word = recipe.partition(":")[2]
     if word in packaged_recipes():
         raise UserError(f"there is no recipe {name}; did you mean {word}:{name}?")
-    close = close_to(pathlib.Path(name).stem, packaged_recipes())
-    if close:
-        raise UserError(f"there is no recipe {name}; did you mean {' or '.join(close)}?")
+    suggested = meant(pathlib.Path(name).stem, packaged_recipes())
+    if suggested:
+        raise UserError(f"there is no recipe {name}; {suggested}")
     raise UserError(
         "--config=RECIPE must name a file such as configs/digits.py, or one of the recipes "
         f"{', '.join(packaged_recipes())}; got {recipe or 'none'}"

@@ -107,10 +107,10 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
         refuse_distillation(path.parent)
         raise UserError(f"{path} is not the result of a run: it is missing {', '.join(missing)}")
     wrong = unsound(results, _NEEDED)
-    if not wrong and not _is_of_one_task(results):
-        raise UserError(f"{path} is not a valid result of a run: its evaluations have the metrics of different tasks")
     if wrong:
         raise UserError(f"{path} is not a valid result of a run: something is missing or wrong in {', '.join(wrong)}")
+    if not _is_of_one_task(results):
+        raise UserError(f"{path} is not a valid result of a run: its evaluations have the metrics of different tasks")
     return results
 
 

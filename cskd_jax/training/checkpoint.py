@@ -300,7 +300,7 @@ def _newest(path):
     steps = _steps(folder)
     if not steps:
         raise UserError(f"checkpoint {path}: no checkpoint in {folder}; name the folder of one network")
-    return folder / str(max(steps))
+    return folder / str(steps[-1])
 
 
 def _steps(folder):
