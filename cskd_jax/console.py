@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import tqdm
 
-from cskd_jax.errors import printable
+from cskd_jax.errors import as_message, printable
 
 # A pause that takes less is not worth a line when it occurs again.
 _LONG_SECONDS = 3
@@ -26,7 +26,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Shows a record."""
         cause = f": {record.exc_info[1]}" if record.exc_info else ""
-        message = printable(record.getMessage() + cause)
+        message = as_message(record.getMessage() + cause)
         if record.levelno < logging.WARNING:
             say(message)
         else:
@@ -51,8 +51,10 @@ def start(*, speaks: bool = True) -> None:
     if not any(isinstance(handler, _Handler) for handler in root.handlers):
         root.addHandler(_Handler())
     logging.getLogger("cskd_jax").setLevel(logging.INFO)
-    # For Orbax and tensorflow-datasets, whose failures are also raised as exceptions.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Failures of Orbax and tensorflow-datasets are also raised as exceptions. asyncio is for the parts of a checkpoint
+    # that fail on a full disk, after the first one has been raised.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
 
 

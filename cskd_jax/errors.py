@@ -21,7 +21,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        return shorten(printable(super().__str__()), _LONGEST)
+        return as_message(super().__str__())
 
 
 class DivergedError(UserError):
@@ -67,7 +67,7 @@ def kept_error(owner: Any) -> Iterator[None]:
 
 def describe_os_error(error: OSError) -> str:
     """Returns what the system refuses and for which file, such as "No space left on device: a/results.json"."""
-    return shorten(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), _LONGEST)
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 
 def shorten(text: str, length: int) -> str:
@@ -82,6 +82,11 @@ def printable(text: str) -> str:
     visible as Python escapes, such as \x1b.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def as_message(text: str) -> str:
+    """Returns untrusted text as a message: one `printable` line, shortened if it is long."""
+    return shorten(printable(text), _LONGEST)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """What the messages advise when a run does not fit its data: it is tried, up to where the training would begin."""
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -17,7 +18,16 @@ DIGITS = f"{SMALL} --config.dataset.train_examples=160"
 LAST = f"{SMALL} --config.drop_last=true"
 FOLDER = f"{SMALL} --config.dataset.name=image_folder --config.dataset.path={{folder}} --config.batch_size=8 "
 FOLDER += "--config.dataset.mean=(0.5,) --config.dataset.std=(0.5,)"
-# What is asked for; a part of the message; and what it advises, each in the place of the same key or added.
+TAUGHT = "{recipe} --config.student.name=resnet8 --config.student.width=0.25 --config.teacher.name=resnet8"
+TAUGHT += " --config.teacher.width=0.25 --config.dataset.train_examples=160"
+TRANSFORMER = "--config.student.name=deit_tiny --config.student.width=0.25 --config.student.depth=1"
+
+
+def _taught(method):
+    return TAUGHT.format(recipe=f"digits:{method}")
+
+
+# What is asked for; a part of the message; and what it advises, each in the place of the same keys or added.
 ADVICE = [
     (f"{DIGITS} --config.dataset.train_examples=129", "set drop_last=True, or another batch_size", ["drop_last=true"]),
     (
@@ -41,6 +51,48 @@ ADVICE = [
     (f"{DIGITS} --config.optimizer.warmup_epochs=30", "must be less than epochs, 30", ["optimizer.warmup_epochs=29"]),
     (f"{DIGITS} --config.dataset.mean=(0.1,0.2) --config.dataset.std=(1,1)", "one value for all channels", []),
     (FOLDER, "set dataset.image_size", ["dataset.image_size=8"]),
+    (
+        f"{DIGITS} --config.optimizer.name=adamw --config.optimizer.nesterov=true",
+        "nesterov is True, but it applies only to sgd",
+        ["optimizer.name=sgd", "optimizer.nesterov=false"],
+    ),
+    (
+        f"{_taught('fsp')} --config.optimizer.name=dot --config.optimizer.restart_momentum=false",
+        "has no first phase: set first_phase.epochs to 0",
+        ["first_phase.epochs=0"],
+    ),
+    (
+        f"{_taught('kd')} --config.losses.kd.teacher=average",
+        "set optimizer.ema_decay, for example to 0.99",
+        ["optimizer.ema_decay=0.99"],
+    ),
+    (f"{_taught('kd')} --config.losses.kd.teacher=1", "numbered from 0 to 0", ["losses.kd.teacher=0"]),
+    (
+        f"{_taught('dkd')} --config.augment.mixup=0.2",
+        "losses.dkd reads only one: leave it out, or set both to 0; cross_entropy and losses that read no labels work",
+        ["augment.mixup=0"],
+    ),
+    (
+        f"{_taught('deit')}",
+        "use a Vision Transformer with distillation_token=True",
+        ["student.name=deit_tiny student.width=0.25 student.patch_size=4 student.distillation_token=true"],
+    ),
+    (f"{DIGITS} {TRANSFORMER}", "set patch_size to a divisor of their sides", ["student.patch_size=4"]),
+    (
+        f"{_taught('ce')} --config.teacher.image_sizes=(32,)",
+        "applies only to given teachers",
+        ["teacher.image_sizes=()"],
+    ),
+    (
+        f"{DIGITS} --config.sampler.name=balanced --config.sampler.samples_per_category=3",
+        "not divisible by sampler.samples_per_category 3",
+        ["sampler.samples_per_category=8"],
+    ),
+    (
+        f"{_taught('cskd')} --config.losses.category_structure.center_momentum=0.9",
+        "center_momentum needs filter_misclassified=False",
+        ["losses.category_structure.filter_misclassified=false"],
+    ),
 ]
 
 
@@ -73,9 +125,10 @@ def test_advice(asked, message, advised, command, tmp_path):
     assert (code, begun) == (2, False)
     assert message in error
     assert not (tmp_path / "run").exists(), "a refused run leaves nothing"
-    for change in advised:
-        rest = [word for word in words if not word.startswith(f"--config.{change.partition('=')[0]}=")]
-        code, error, begun = command([*rest, f"--config.{change}"])
+    for changes in map(str.split, advised):
+        keys = tuple(f"--config.{change.partition('=')[0]}=" for change in changes)
+        rest = [word for word in words if not word.startswith(keys)]
+        code, error, begun = command([*rest, *(f"--config.{change}" for change in changes)])
         assert (code, begun) == (0, True), error
 
 
@@ -89,6 +142,11 @@ def _arrays(count):
     return np.zeros((count, 4, 4, 1), np.uint8), np.arange(count) % 3
 
 
+def _linear(variables, images, train, rngs):
+    return images.reshape(len(images), -1) @ variables["params"]["kernel"], {}
+
+
+_TAUGHT = {"teacher": _Net(), "teacher_variables": _Net().init(jax.random.key(0), np.zeros((1, 4, 4, 1)), False)}
 # Settings of `distill` that are refused, the message, and those that it advises.
 SETTINGS = [
     (
@@ -118,6 +176,21 @@ SETTINGS = [
     ),
     ({"train": iter([])}, "give arrays, or a function from", [{"train": _arrays(16), "batch_size": 8}]),
     (
+        {"train": _arrays(16), "batch_size": 8, "mix": cskd_jax.Mix(mixup=0.2), "losses": {"dkd": 1.0}} | _TAUGHT,
+        "losses.dkd reads only one: leave it out, or set both to 0",
+        [{"losses": {"kd": 1.0}}, {"mix": cskd_jax.Mix(mixup=0, cutmix=0)}],
+    ),
+    (
+        {"train": _arrays(16), "batch_size": 8, "losses": {"kd": {"teacher": "average"}}} | _TAUGHT,
+        "give the student an ema, such as 0.99",
+        [{"ema": 0.99}],
+    ),
+    (
+        {"train": _arrays(16), "batch_size": 8, "student": lambda variables, images, train, rngs: (images, {})},
+        "give it student_variables to start from",
+        [{"student": _linear, "student_variables": {"params": {"kernel": np.zeros((16, 3), np.float32)}}}],
+    ),
+    (
         {"train": _arrays(16), "batch_size": 8, "losses": None},
         r"losses=\{'kd': 0.9\}",
         [{"losses": {"cross_entropy": 1.0}}],
@@ -129,11 +202,11 @@ SETTINGS = [
 def test_advice_of_distill(settings, message, advised, monkeypatch):
     monkeypatch.setattr(Trainer, "fit", lambda trainer: {"student": "begun"})
     rest = {"test": _arrays(6), "epochs": 1, "callbacks": (), "devices": 1, "optimizer": optax.sgd(0.1)}
-    rest |= {"losses": {"cross_entropy": 1.0}}
+    rest |= {"student": _Net(), "losses": {"cross_entropy": 1.0}}
     with pytest.raises(UserError, match=message):
-        cskd_jax.distill(_Net(), **rest | settings)
+        cskd_jax.distill(**rest | settings)
     for change in advised:
-        assert cskd_jax.distill(_Net(), **rest | settings | change) == "begun"
+        assert cskd_jax.distill(**rest | settings | change) == "begun"
 
 
 def test_folders_of_students_are_no_links(tmp_path):

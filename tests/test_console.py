@@ -254,7 +254,8 @@ def test_sums_of_earlier_versions_have_the_name_of_today():
 def test_warnings_are_one_line(capsys, monkeypatch):
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
     root, absl, own = logging.getLogger(), logging.getLogger("absl"), logging.getLogger("cskd_jax")
-    before = root.handlers[:], absl.level, own.level
+    parts = logging.getLogger("asyncio")
+    before = root.handlers[:], absl.level, own.level, parts.level
     try:
         for _ in range(2):
             console.start()
@@ -262,18 +263,22 @@ def test_warnings_are_one_line(capsys, monkeypatch):
         own.getChild("data").info("downloading")
         logging.getLogger("jax._src.xla_bridge").warning("no GPU found")
         absl.warning("words of Orbax")
+        parts.error("Task exception was never retrieved")
+        logging.getLogger("jax").error("long" * 1000)
         try:
             raise OSError("full")
         except OSError:
             logging.getLogger("jax").exception("cannot start")
     finally:
-        root.handlers, _, _ = before
+        root.handlers = before[0]
         absl.setLevel(before[1])
         own.setLevel(before[2])
+        parts.setLevel(before[3])
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "1", "who asks for the words of XLA gets them"
     assert capsys.readouterr() == (
         "downloading\n",
-        "warning: checkpoint 3 is damaged\\n(twice)\nwarning: no GPU found\nerror: cannot start: full\n",
+        f"warning: checkpoint 3 is damaged\\n(twice)\nwarning: no GPU found\nerror: {'long' * 500}"[:2006]
+        + "…\nerror: cannot start: full\n",
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from cskd_jax.commands.streams import outlive_console
-from cskd_jax.errors import InterruptedRun, UserError, close_to, describe_os_error, one_line, printable
+from cskd_jax.errors import InterruptedRun, UserError, as_message, close_to, describe_os_error, one_line, printable
 from cskd_jax.files import full_path
 
 _logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def exit_code(program: Program, argv: list[str]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return InterruptedRun.exit_code
     except OSError as error:
-        print(f"error: {printable(describe_os_error(error))}", file=sys.stderr)
+        print(f"error: {as_message(describe_os_error(error))}", file=sys.stderr)
         return UserError.exit_code
 
 
