@@ -79,7 +79,7 @@ ADVICE = [
     ),
     (f"{DIGITS} {TRANSFORMER}", "set patch_size to a divisor of their sides", ["student.patch_size=4"]),
     (
-        f"{_taught('ce')} --config.teacher.image_sizes=(32,)",
+        f"{_taught('kd')} --config.teacher.image_sizes=(32,)",
         "applies only to given teachers",
         ["teacher.image_sizes=()"],
     ),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from cskd_jax.commands.streams import outlive_console
-from cskd_jax.errors import InterruptedRun, UserError, as_message, close_to, describe_os_error, one_line, printable
+from cskd_jax.errors import InterruptedRun, UserError, as_message, close_to, describe_os_error, one_line
 from cskd_jax.files import full_path
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def exit_code(program: Program, argv: list[str]) -> int:
     try:
         return program(argv) or 0
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except ValueError as error:
         refused = _refused_by_jax(error)
