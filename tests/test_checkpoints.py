@@ -170,6 +170,9 @@ def test_one_that_is_damaged_is_put_aside(tmp_path, caplog):
     [
         *itertools.product(["metrics/metrics", "_CHECKPOINT_METADATA"], [b"[" * 100_000, b"\xff\xfe", b"null", b"[]"]),
         ("metrics/metrics", b'{"score": "a", "step": 3}'),
+        ("_CHECKPOINT_METADATA", b'{"item_handlers": 1}'),
+        ("_CHECKPOINT_METADATA", b'{"init_timestamp_nsecs": "0"}'),
+        ("_CHECKPOINT_METADATA", b'{"commit_timestamp_nsecs": 1000000000000000000000000000000}'),
     ],
 )
 def test_metadata_that_orbax_cannot_read(name, content, tmp_path, caplog):
@@ -190,7 +193,11 @@ def test_folders_that_orbax_would_take_for_steps(name, tmp_path, caplog):
     assert load_variables(str(tmp_path)).step == 4
 
 
-def test_a_folder_that_orbax_cannot_open(tmp_path):
-    (save(tmp_path) / "_CHECKPOINT_METADATA").write_text('{"item_handlers": 1}', encoding="utf-8")
+def test_a_folder_that_orbax_cannot_open(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise TypeError("Object must be a dict")
+
+    save(tmp_path)
+    monkeypatch.setattr(ocp, "CheckpointManager", refuse)
     with pytest.raises(UserError, match="cannot open the checkpoints in .*/checkpoints: "):
         Checkpoints(tmp_path / "checkpoints", keep=1)

@@ -51,6 +51,17 @@ _VERSION = 2
 # these files in addition to a fixed amount. Weights hardly compress; arrays that compress well, such as an all-zero
 # momentum, have at most a few times the size of the weights.
 _MAX_FILES, _MAX_EXPANSION, _FREE = 100_000, 20, 64 << 20
+# Types of what Orbax reads in the metadata of all checkpoints when it opens a folder, and the latest time that it can
+# show, in nanoseconds.
+_METADATA = {
+    "item_handlers": dict,
+    "metrics": dict,
+    "performance_metrics": dict,
+    "init_timestamp_nsecs": int,
+    "commit_timestamp_nsecs": int,
+    "custom_metadata": dict,
+}
+_LATEST = 2**63
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
 # Names of files in the folder of the arrays that may be larger than a JSON file: those of OCDBT and of zarr chunks.
 _DATA = re.compile(r"[0-9a-f]{32}|[0-9.]+")
@@ -100,7 +111,7 @@ class Checkpoints:
                 if not _STEP.fullmatch(path.name):
                     raise _Damaged("its name is not a number of steps")
                 _check_files(path)
-                _check_metrics(path)
+                _check_metadata(path)
             except _Damaged as damage:
                 self._set_aside(path, damage)
         try:
@@ -394,11 +405,15 @@ def _check_files(path):
     return total
 
 
-def _check_metrics(path):
+def _check_metadata(path):
     """Raises _Damaged unless Orbax can read the metrics of a checkpoint and when it was saved."""
     try:
         with contextlib.suppress(FileNotFoundError):
-            read_json(path / "_CHECKPOINT_METADATA")
+            metadata = read_json(path / "_CHECKPOINT_METADATA")
+            for name, kind in _METADATA.items():
+                value = metadata.get(name)
+                if not isinstance(value, kind | None) or kind is int and abs(value or 0) > _LATEST:
+                    raise _Damaged(f"its metadata has no valid {name}")
         with contextlib.suppress(FileNotFoundError):
             metrics = json.loads(read_bytes(path / "metrics" / "metrics", MAX_JSON))  # A score may be infinite.
             if not all(type(metrics[name]) in (int, float) for name in ("score", "step")):
