@@ -412,7 +412,7 @@ def _check_metadata(path):
             metadata = read_json(path / "_CHECKPOINT_METADATA")
             for name, kind in _METADATA.items():
                 value = metadata.get(name)
-                if not isinstance(value, kind | None) or kind is int and abs(value or 0) > _LATEST:
+                if not isinstance(value, kind | None) or (kind is int and abs(value or 0) > _LATEST):
                     raise _Damaged(f"its metadata has no valid {name}")
         with contextlib.suppress(FileNotFoundError):
             metrics = json.loads(read_bytes(path / "metrics" / "metrics", MAX_JSON))  # A score may be infinite.
