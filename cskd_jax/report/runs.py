@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -239,9 +240,9 @@ class Comparison:
     @property
     def references(self) -> list[Row]:
         """Returns the rows that others are compared with: the best one from labels alone, and the best baseline."""
-        labels_alone = [row for row in self.rows if row.learns_from_labels]
-        baselines = [row for row in self.rows if row.is_baseline]
-        return [*labels_alone[:1], *baselines[:1]]
+        labels_alone = (row for row in self.rows if row.learns_from_labels)
+        baselines = (row for row in self.rows if row.is_baseline)
+        return [*itertools.islice(labels_alone, 1), *itertools.islice(baselines, 1)]
 
     @property
     def distilled(self) -> list[Run]:

@@ -171,11 +171,12 @@ class Difference(NamedTuple):
 
 def paired_differences(comparison: Comparison) -> list[Difference]:
     """Returns the paired differences of rows from `Comparison.references`, over common seeds."""
+    references = comparison.references
     pairs = [
         (row, reference)
-        for position, reference in enumerate(comparison.references, 1)
+        for position, reference in enumerate(references, 1)
         for row in comparison.rows
-        if row not in comparison.references[:position] and paired(row, reference) is not None
+        if row not in references[:position] and paired(row, reference) is not None
     ]
     found = []
     for row, reference in pairs:
