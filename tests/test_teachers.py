@@ -24,7 +24,7 @@ from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.normalization import ResizedNetwork
 from cskd_jax.training.optimizers import SeparateOptimizer
-from cskd_jax.training.teachers import network_of, variables_of
+from cskd_jax.training.teachers import ForeignTeacher, network_of, variables_of
 from tests.tiny import Net
 
 RNG = np.random.default_rng(0)
@@ -181,6 +181,10 @@ def test_teachers_of_different_classes_are_not_combined():
     train(losses, teachers, epochs=1)
     with pytest.raises(UserError, match="losses.kd: it reads the logits of the teacher, but there are several: choose"):
         train({"kd": 1.0}, teachers)
+    foreign = Teacher(ForeignTeacher(as_network(teachers[1].network)), teachers[1].variables)
+    train(losses, [teachers[0], foreign], epochs=1)
+    with pytest.raises(UserError, match="losses.kd: it reads the logits of the teacher, which has other classes"):
+        train({"kd": {"weight": 1.0, "teacher": 1}}, [teachers[0], foreign])
 
 
 @pytest.mark.slow

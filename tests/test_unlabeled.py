@@ -2,15 +2,21 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import cskd_jax
+from cskd_jax.__main__ import main
 from cskd_jax.errors import UserError
+from cskd_jax.interop.names import to_torch
+from cskd_jax.models import create_model
+from cskd_jax.runs.recipes import load_recipe
 from tests.tiny import Net
 
 RNG = np.random.default_rng(0)
@@ -66,6 +72,86 @@ def test_losses_that_read_labels_are_refused(loss):
 def test_other_splits_need_labels(name):
     with pytest.raises(UserError, match=f"{name} must be images .* and labels"):
         train({"cosine": 1.0}, **{name: (PIXELS, None)})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Image folder of two classes, with unlabeled images for training."""
+    rng = np.random.default_rng(0)
+    for place in (*(f"train/{n}" for n in range(16)), *(f"test/{name}/{n}" for name in "ab" for n in range(4))):
+        path = tmp_path / "images" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def _recipe(word, folder, teacher, *more):
+    keys = {"dataset.name": "image_folder", "dataset.path": folder, "batch_size": 8, "epochs": 1}
+    keys |= {"dataset.mean": "(0.5,)", "dataset.std": "(0.3,)", "student.name": "resnet8", "student.width": 0.25}
+    keys |= {"teacher.checkpoint": teacher}
+    return load_recipe(f"digits:{word}", [*(f"--config.{key}={keys[key]}" for key in keys), *more])
+
+
+def _imported(tmp_path, name, **settings):
+    """Returns the folder of an imported teacher with random weights, and what a recipe says of it."""
+    module = create_model(name, width=0.25, **settings)
+    variables = jax.device_get(module.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32), train=False))
+    file, folder = tmp_path / f"{name}.safetensors", tmp_path / name
+    safetensors.numpy.save_file(to_torch(module, variables, batches=1), file)
+    words = [str(file), f"--model={name}", "--width=0.25", f"--num_classes={settings['num_classes']}"]
+    assert main(["cskd-jax", "import-torch", *words, f"--out={folder}"]) == 0
+    return folder, (f"--config.teacher.name={name}", "--config.teacher.width=0.25")
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    """A teacher of ten classes."""
+    return _imported(tmp_path, "resnet8", num_classes=10)
+
+
+@pytest.mark.slow
+def test_a_recipe_whose_teacher_has_other_classes(folder, resnet, tmp_path, capsys):
+    """A teacher of ten classes teaches its features to a student of two classes, and is shown without a score."""
+    cskd_jax.run(_recipe("cosine", folder, resnet[0], *resnet[1]), workdir=tmp_path / "run")
+    assert f"resnet8, width 0.25, from {resnet[0]}, of other classes" in capsys.readouterr().out
+    assert "last" not in json.loads((tmp_path / "run" / "results.json").read_text())["teacher"]
+    assert main(["cskd-jax", "report", str(tmp_path / "run"), f"--out={tmp_path / 'report'}"]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| teacher resnet8_0.25 |" in page, "its size"
+    assert "| teacher | 1 |" in page, "its tightness, but no score"
+    assert page.count("| teacher | ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("word", "reads"), [("kd", "the logits"), ("simkd", "the classifier")])
+def test_classes_that_a_loss_reads_are_those_of_the_data(word, reads, folder, resnet, tmp_path):
+    labeled = shutil.copytree(folder, tmp_path / "labeled", ignore=shutil.ignore_patterns("*.png"))
+    shutil.copytree(folder / "test", labeled / "train", dirs_exist_ok=True)
+    shutil.copytree(folder / "test", labeled / "test", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=f"losses.{word}: it reads {reads} of the teacher, which has other classes"):
+        cskd_jax.run(_recipe(word, labeled, resnet[0], *resnet[1]), workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_teacher_without_a_head(folder, tmp_path):
+    """A Vision Transformer without a classifier, as self-supervised ones are, teaches from a recipe and in Python."""
+    settings = {"patch_size": 4, "image_size": (8, 8), "depth": 1}
+    teacher, network = _imported(tmp_path, "deit_tiny", num_classes=0, settings=settings)
+    found = cskd_jax.run(_recipe("cosine", folder, teacher, *network), workdir=tmp_path / "run")
+    assert "last" not in found.results["teacher"]
+    pixels = RNG.integers(0, 256, (16, 8, 8, 3), np.uint8)
+    cskd_jax.distill(
+        Net(),
+        teacher=cskd_jax.load_teacher(teacher),
+        losses={"cosine": 1.0},
+        optimizer=optax.sgd(0.05),
+        train=(pixels, None),
+        test=(pixels, np.arange(16) % 3),
+        epochs=1,
+        batch_size=8,
+        callbacks=(),
+    )
 
 
 @pytest.mark.exhaustive

@@ -148,7 +148,7 @@ def embed_images(
     Returns:
       float64 [N, D].
     """
-    network, saved = load_trained(folder, config, dataset)
+    network, saved = load_trained(folder, config, dataset, other_classes=True)
     return embed(network, saved.variables, make_normalize(config), images)
 
 

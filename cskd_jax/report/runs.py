@@ -73,6 +73,8 @@ class Run:
     def teacher_score(self, epoch: str) -> float | None:
         """Returns the same score of the teacher; None if unknown, as for the best epoch of a given teacher."""
         entry = self.results["teacher"]
+        if "last" not in entry:  # Its classes are not those of the data.
+            return None
         if epoch not in entry and self.teacher_run is not None and not self.teacher_was_extended:
             trained = self.teacher_run
             return trained.teacher_score(epoch) if self.teacher_role == "teacher" else trained.score(epoch)

@@ -43,8 +43,8 @@ def differences(comparisons: Iterable[Comparison]) -> str:
 
 def _methods(comparison: Comparison) -> Iterator[list[Any]]:
     differs = deviations.find(comparison)
-    if comparison.distilled:
-        last, best = comparison.teacher_summary("last"), comparison.teacher_summary("best")
+    if last := comparison.teacher_summary("last"):
+        best = comparison.teacher_summary("best")
         yield _method(comparison, "teacher", "teacher", last, best, differs["teacher"])
     for row in comparison.rows:
         last, best = row.summary("last"), row.summary("best")

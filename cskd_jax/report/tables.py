@@ -78,7 +78,7 @@ def _checkpoint(entry):
 def results(comparison: Comparison) -> Table:
     """Returns the scores of every row, with published values if there are any."""
     marks = deviations.mark(comparison)
-    rows = [(*_teacher(comparison), marks.of_row["teacher"] or NONE)] if comparison.distilled else []
+    rows = [(*_teacher(comparison), marks.of_row["teacher"] or NONE)] if comparison.teacher_summary("last") else []
     rows += [(row.label, *_scores_of(comparison, row), marks.of_row[row.label] or NONE) for row in comparison.rows]
     table = _without_empty(Table("Results", ("method", *_scores(comparison), "notes"), rows))
     notes = [

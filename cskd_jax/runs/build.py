@@ -19,7 +19,7 @@ from cskd_jax.errors import UserError
 from cskd_jax.models import create_model, settings_of
 from cskd_jax.runs import keys
 from cskd_jax.runs.optimization import Training, make_optimizer, make_training
-from cskd_jax.runs.trained import Given, check_fits, starting_variables
+from cskd_jax.runs.trained import Given, check_fits, has_classes_of, starting_variables
 from cskd_jax.training.adapters import LinenNetwork
 from cskd_jax.training.callbacks import Callback
 from cskd_jax.training.checkpoint import load_variables
@@ -33,7 +33,7 @@ from cskd_jax.training.phases import Phase
 from cskd_jax.training.prediction import restore_prediction, without_prediction
 from cskd_jax.training.saved import Saved
 from cskd_jax.training.state import check_variables
-from cskd_jax.training.teachers import Teacher, network_of
+from cskd_jax.training.teachers import ForeignTeacher, Teacher, network_of
 from cskd_jax.training.trainer import Student, Trainer
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -51,7 +51,7 @@ class Run(NamedTuple):
       trainer: Trainer of the student.
       teachers: Teachers of the student; empty if no loss needs one.
       teacher_trainer: Trainer of the teacher; None if there is none to train.
-      teacher_evaluation: Evaluation of the teacher; None if there is no teacher.
+      teacher_evaluation: Evaluation of the teacher; None if there is no teacher, or if it has other classes.
     """
 
     dataset: ImageDataset
@@ -90,8 +90,6 @@ def build(
     if not needs_teacher(config.losses):
         return Run(dataset, make_student(callbacks=callbacks))
     if beside is not None:
-        for teacher in given:
-            check_fits(teacher.source, teacher.saved, dataset)
         return beside._replace(trainer=make_student(beside.teachers, callbacks, beside.trainer))
     if dataset.unlabeled and not given:
         raise UserError("the training images have no labels to train a teacher on: name one with teacher.checkpoint")
@@ -107,7 +105,9 @@ def build(
         make_student(teachers, callbacks),
         teachers,
         teacher_trainer,
-        make_evaluation(network, config, dataset, devices),
+        make_evaluation(network, config, dataset, devices)
+        if all(has_classes_of(one.saved, dataset) for one in given)
+        else None,
     )
 
 
@@ -117,7 +117,7 @@ def _as_teachers(given: Sequence[Given], config: ml_collections.ConfigDict, data
     sizes = config.teacher.image_sizes or (0,) * len(given)
     return [
         Teacher(
-            _fitting_network(one.source, one.saved, config, dataset, size or None),
+            _fitting_network(one.source, one.saved, config, dataset, size or None, other_classes=True),
             one.saved.variables,
             weight,
             image_size=size or None,
@@ -207,22 +207,26 @@ class TrainedNetwork(NamedTuple):
     saved: Saved
 
 
-def load_trained(path: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset) -> TrainedNetwork:
+def load_trained(
+    path: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset, *, other_classes: bool = False
+) -> TrainedNetwork:
     """Returns the network of the newest checkpoint in a folder.
 
     Args:
       path: Folder, such as WORKDIR/student.
       config: Configuration that says how to compute and how images are normalized.
       dataset: Data set that the network is used on.
+      other_classes: Whether it may have other classes, or none; it then gives no logits.
 
     Raises:
       UserError: There is no intact checkpoint, or it does not fit the data set.
     """
     saved = load_variables(str(path))
-    return TrainedNetwork(_fitting_network(f"checkpoint {path}", saved, config, dataset), saved)
+    network = _fitting_network(f"checkpoint {path}", saved, config, dataset, other_classes=other_classes)
+    return TrainedNetwork(network, saved)
 
 
-def _fitting_network(source, saved, config, dataset, image_size=None):
+def _fitting_network(source, saved, config, dataset, image_size=None, other_classes=False):
     """Returns the network of a checkpoint, which takes images normalized as in the configuration.
 
     Args:
@@ -231,13 +235,17 @@ def _fitting_network(source, saved, config, dataset, image_size=None):
       config: Configuration of the run.
       dataset: Data set that the network is used on.
       image_size: Side of the squares that it gets; None if it gets the images of the data set unchanged.
+      other_classes: Whether it may have other classes, or none; it then gives no logits.
     """
-    own, shape = check_fits(source, saved, dataset), dataset.image_shape
-    network = make_network(saved.record.packaged_network(), dataset.num_classes, config.dtype)
+    own, shape = check_fits(source, saved, dataset, other_classes=other_classes), dataset.image_shape
+    same_classes = has_classes_of(saved, dataset)
+    num_classes = dataset.num_classes if same_classes else saved.num_classes
+    network = make_network(saved.record.packaged_network(), num_classes, config.dtype)
     shape = shape if image_size is None else (image_size, image_size, shape[-1])
     check_variables(network, without_prediction(saved.variables), shape, source)
     network = restore_prediction(network, saved.variables, saved.record, source)
-    return renormalize(network, make_normalize(config), own)
+    network = renormalize(network, make_normalize(config), own)
+    return network if same_classes else ForeignTeacher(network)
 
 
 def make_sampler(config: ml_collections.ConfigDict, dataset: ImageDataset) -> UniformSampler | BalancedSampler:

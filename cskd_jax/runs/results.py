@@ -69,10 +69,14 @@ def _is_student(value):
 
 
 def _is_teacher(value):
-    """Returns whether a value describes a teacher; if the teacher was given, no epoch is known."""
-    needed = {"parameters": _PARAMETERS, "last": functools.partial(_is_evaluation, keys=())}
+    """Returns whether a value describes a teacher; if the teacher was given, no epoch is known.
+
+    A given teacher that has other classes than the data has no evaluation.
+    """
+    last = {"last": functools.partial(_is_evaluation, keys=())}
     given = isinstance(value, dict) and "digest" in value
-    return not unsound(value, needed | ({"checkpoint": is_text} if given else {}), _ENTRY)
+    needed = {"parameters": _PARAMETERS} | ({"checkpoint": is_text} if given else last)
+    return not unsound(value, needed, _ENTRY | last)
 
 
 def _is_config(value):
@@ -169,7 +173,7 @@ def describe(network: Mapping[str, Any], variables: Any, evaluations: Mapping[st
 
 
 def describe_teachers(
-    teachers: Sequence[Given], weights: Sequence[float], combine: str, evaluation: Mapping[str, float]
+    teachers: Sequence[Given], weights: Sequence[float], combine: str, evaluation: Mapping[str, float] | None
 ) -> dict[str, Any]:
     """Returns the entry of given teachers in results.json; several form one entry that lists each of its "members".
 
@@ -177,8 +181,9 @@ def describe_teachers(
       teachers: The teachers.
       weights: Weight of each in the combination.
       combine: What the combination averages.
-      evaluation: Metrics of the teacher, or of the combination, on the test split.
+      evaluation: Metrics of the teacher, or of the combination, on the test split; None if it has other classes.
     """
+    last = {} if evaluation is None else {"last": dict(evaluation)}
     entries = []
     for teacher in teachers:
         saved, origin = teacher.saved, read_origin(teacher.path)
@@ -186,12 +191,12 @@ def describe_teachers(
         source |= {} if origin is None else {"import": origin}
         entries.append(describe(saved.record.network, saved.variables, source))
     if len(entries) == 1:
-        return entries[0] | {"last": dict(evaluation)}
+        return entries[0] | last
     members = [entry | {"weight": float(weight)} for entry, weight in zip(entries, weights, strict=True)]
     texts = {key: " + ".join(entry[key] for entry in entries) for key in ("model", "checkpoint", "digest")}
     texts["digest"] += f" ({combine} by {', '.join(f'{weight:g}' for weight in weights)})"
     parameters = sum(entry["parameters"] for entry in entries)
-    one = {"width": None, "parameters": parameters, "images_per_second": None, "last": dict(evaluation)}
+    one = {"width": None, "parameters": parameters, "images_per_second": None, **last}
     return {**texts, **one, "members": members}
 
 
@@ -265,5 +270,6 @@ def say_results(
             best = f" (best {best[score]:.4f}, epoch {best['epoch']}, {chosen_on})" if best else ""
             width = "" if entry["width"] is None else f", width {entry['width']:g}"
             size = f"{entry['model']}{width}, {entry['parameters']:,} parameters"
-            say(f"{name}: {size}, last {score_name} {entry['last'][score]:.4f}{best}")
+            last = f", last {score_name} {entry['last'][score]:.4f}" if "last" in entry else ""
+            say(f"{name}: {size}{last}{best}")
     say(f"done in {duration(seconds)}: {path}")

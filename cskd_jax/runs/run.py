@@ -248,18 +248,22 @@ def _finish(job: Job, run: Run, result: Result, teacher: Any, devices: Devices, 
 def _evaluate_given(given: Sequence[Given], run: Run, combine: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Evaluates given teachers, several of them as one, and returns their entry in results.json.
 
+    Teachers with other classes than the data are not evaluated.
+
     Raises:
       UserError: A metric is not finite. Found now, it does not cost the training.
     """
-    evaluation: Any = run.teacher_evaluation
-    with console.pause("teacher: compiling and running the evaluation"):
-        values = evaluation(evaluation.devices.replicate(variables_of(run.teachers)))
-    check_measured("teacher " + " + ".join(one.path for one in given), values)
+    evaluation, values, measured = run.teacher_evaluation, None, "of other classes"
+    if evaluation is not None:
+        with console.pause("teacher: compiling and running the evaluation"):
+            values = evaluation(evaluation.devices.replicate(variables_of(run.teachers)))
+        check_measured("teacher " + " + ".join(one.path for one in given), values)
+        measured = evaluation.task.describe(values)
     for number, (path, saved) in enumerate((one.path, one.saved) for one in given):
         name = "teacher" if len(given) == 1 else f"teacher {number}"
-        measured = f", {evaluation.task.describe(values)}" if len(given) == 1 else ""
-        say(f"{name}: {saved.record.describe_network()}, from {path}{measured}")
+        of_one = f", {measured}" if len(given) == 1 else ""
+        say(f"{name}: {saved.record.describe_network()}, from {path}{of_one}")
     if len(given) > 1:
-        say(f"all {len(given)} teachers combined: {evaluation.task.describe(values)}")
+        say(f"all {len(given)} teachers combined: {measured}")
     weights = [teacher.weight for teacher in run.teachers]
     return describe_teachers(given, weights, combine, values)

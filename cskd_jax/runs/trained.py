@@ -153,7 +153,7 @@ def _check_settings(path: str, record: Record, asked: Mapping[str, Any]) -> None
             )
 
 
-def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | None:
+def check_fits(source: str, saved: Saved, dataset: ImageDataset, *, other_classes: bool = False) -> Normalize | None:
     """Raises UserError unless a network was trained on images, labels and classes like those of a data set.
 
     Images may have another size. How much accuracy that costs depends on the network.
@@ -162,6 +162,7 @@ def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | 
       source: Name of the checkpoint, for the message.
       saved: The checkpoint.
       dataset: Data set that the network is used on.
+      other_classes: Whether the network may have other classes, or none.
 
     Returns:
       The normalization of the images that the network was trained on; None if it is not known.
@@ -171,6 +172,8 @@ def check_fits(source: str, saved: Saved, dataset: ImageDataset) -> Normalize | 
         raise UserError(
             f"{source} takes images with {record.channels} channels, but those of {dataset.name} have {channels}"
         )
+    if other_classes and not has_classes_of(saved, dataset):
+        return normalization_of(source, record)
     if record.multilabel != dataset.multilabel:
         one, several = "one class per image", "several classes per image"
         raise UserError(
@@ -202,11 +205,16 @@ def normalization_of(source: str, record: Record) -> Normalize | None:
     return Normalize(tuple(mean), tuple(std)).checked(record.channels, f"{source}: ")
 
 
+def has_classes_of(saved: Saved, dataset: ImageDataset) -> bool:
+    """Returns whether a network has the classes of a data set, as far as it knows their names."""
+    theirs = saved.record.categories
+    return saved.num_classes == dataset.num_classes if theirs is None else theirs == list(dataset.categories)
+
+
 def _check_classes(source: str, saved: Saved, dataset: ImageDataset) -> None:
     ours, theirs = list(dataset.categories), saved.record.categories
-    # An imported network may not know their names.
-    number = saved.num_classes if theirs is None else len(theirs)
-    if number != len(ours) or theirs not in (None, ours):
+    if not has_classes_of(saved, dataset):
+        number = saved.num_classes if theirs is None else len(theirs)
         names = "" if theirs is None else f" ({', '.join(theirs[:3])}, ...)"
         raise UserError(
             f"{source} has {number} classes{names}, but {dataset.name} has {len(ours)} ({', '.join(ours[:3])}, ...)"

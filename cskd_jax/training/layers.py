@@ -88,6 +88,8 @@ _NOT_OF_SEVERAL = _Missing(
     "teacher, and leave the loss's teacher setting at None"
 )
 
+_OF_OTHER_CLASSES = _Missing("it reads the classifier of the teacher, which has other classes than the data")
+
 _NO_NORMS = _Missing(
     "it reads the batch normalizations before the last ReLU of each stage of the teacher, which that network does "
     "not report: ResNets, wide ResNets, VGGs and MobileNets of this package do, and so does any linen module "
@@ -99,6 +101,8 @@ def guard_layers(inputs: LossInputs) -> LossInputs:
     """Returns loss inputs in which reading a missing layer raises a clear error."""
     if inputs.teacher is not None and inputs.teacher.members:
         inputs = without_teacher_layers(inputs)
+    elif inputs.teacher is not None and inputs.teacher.logits is None:
+        inputs = inputs._replace(teacher_head=_OF_OTHER_CLASSES)
     heads = {f"{role}_head": getattr(inputs, f"{role}_head") for role in ("student", "teacher")}
     heads = {name: _no_head(name.partition("_")[0]) if head is None else head for name, head in heads.items()}
     return inputs._replace(

@@ -79,6 +79,11 @@ class Outputs:
                 f"it reads the {name} of the teacher, but there are several: choose one with the teacher setting "
                 f"of the loss, a number from 0 to {last}"
             )
+        if name == "logits":
+            return (
+                f"it reads the logits of the {self._role}, which has other classes than the data: only losses that "
+                "read its features or its embedding work"
+            )
         return f"it reads the {name} of the {self._role}, which that network does not return: {_HOW_TO_GIVE[name]}"
 
     def tree_flatten(self) -> tuple[Any, Any]:

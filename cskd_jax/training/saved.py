@@ -8,6 +8,7 @@ import numpy as np
 
 from cskd_jax.errors import UserError
 from cskd_jax.inputs import is_count, is_list, is_map, is_number, is_optional, is_text, unsound
+from cskd_jax.models import VISION_TRANSFORMERS
 from cskd_jax.training.prediction import is_prediction
 
 
@@ -119,9 +120,16 @@ class Saved(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """Returns the number of classes of a network of this package; raises UserError if there is no classifier."""
+        """Returns the number of classes of a network of this package, 0 for a Vision Transformer without a head.
+
+        Raises:
+          UserError: The classifier is missing or damaged.
+        """
+        params = self.variables["params"]
+        if "classifier" not in params and self.record.network["name"] in VISION_TRANSFORMERS:
+            return 0
         try:
-            (classes,) = np.shape(self.variables["params"]["classifier"]["bias"])
+            (classes,) = np.shape(params["classifier"]["bias"])
         except (KeyError, IndexError, TypeError, ValueError):
             raise UserError(f"the checkpoint of a {self.record.describe_network()} holds no classifier") from None
         return classes

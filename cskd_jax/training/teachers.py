@@ -15,6 +15,7 @@ from cskd_jax.models import ModelOutput
 from cskd_jax.training.adapters import LinenNetwork, as_network
 from cskd_jax.training.networks import Network, Variables, check_collections
 from cskd_jax.training.normalization import ResizedNetwork, renormalize
+from cskd_jax.training.wrapping import WrappingNetwork
 
 Combine = Literal["logits", "probabilities"]
 
@@ -37,6 +38,31 @@ class Teacher:
     weight: float = 1.0
     normalization: Normalize | None = None
     image_size: int | None = None
+
+
+class ForeignTeacher(WrappingNetwork):
+    """A `Network` with classes other than those of the data, so that losses see only its features and its embedding."""
+
+    @property
+    def head(self) -> None:
+        """Returns None: no loss reads the classifier."""
+        return None
+
+    def init(self, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Variables, ModelOutput]:
+        """Returns fresh variables, and the outputs for two black images of shape [H, W, C]."""
+        variables, output = self.network.init(key, image_shape)
+        return variables, _without_classes(output)
+
+    def apply(
+        self, variables: Variables, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[ModelOutput, Variables]:
+        """Returns the outputs for images [B, H, W, C] without logits, and the updated collections."""
+        output, updates = self.network.apply(variables, images, train=train, key=key)
+        return _without_classes(output), updates
+
+
+def _without_classes(output):
+    return output._replace(logits=None, head_logits=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +123,8 @@ class Ensemble:
             network.apply(variables[str(number)], images, train=False)[0]
             for number, network in enumerate(self.networks)
         )
-        if len({member.logits.shape for member in members}) > 1:  # The classes differ; a loss may name one member.
+        shapes = {None if member.logits is None else member.logits.shape for member in members}
+        if len(shapes) > 1 or None in shapes:  # The classes differ; a loss may name one member.
             none: Any = None
             return ModelOutput(none, members=members), {}
         dtype = jnp.result_type(*(member.logits for member in members))
