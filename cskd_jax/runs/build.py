@@ -99,15 +99,14 @@ def build(
         description = describe_network(config.teacher, dataset.image_shape)
         teachers = (Teacher(make_network(description, dataset.num_classes, config.dtype)),)
         teacher_trainer = make_trainer("teacher", config, dataset, workdir, devices, callbacks=callbacks)
+    same_classes = all(has_classes_of(one.saved, dataset) for one in given)
     network: Any = network_of(teachers, make_normalize(config), config.teacher.combine, dataset.multilabel)
     return Run(
         dataset,
         make_student(teachers, callbacks),
         teachers,
         teacher_trainer,
-        make_evaluation(network, config, dataset, devices)
-        if all(has_classes_of(one.saved, dataset) for one in given)
-        else None,
+        make_evaluation(network, config, dataset, devices) if same_classes else None,
     )
 
 

@@ -263,7 +263,7 @@ def _evaluate_given(given: Sequence[Given], run: Run, combine: str, say: Callabl
         name = "teacher" if len(given) == 1 else f"teacher {number}"
         of_one = f", {measured}" if len(given) == 1 else ""
         say(f"{name}: {saved.record.describe_network()}, from {path}{of_one}")
-    if len(given) > 1:
+    if len(given) > 1 and evaluation is not None:
         say(f"all {len(given)} teachers combined: {measured}")
     weights = [teacher.weight for teacher in run.teachers]
     return describe_teachers(given, weights, combine, values)
