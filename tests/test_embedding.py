@@ -10,6 +10,8 @@ from cskd_jax.evaluate.__main__ import main
 from cskd_jax.evaluate.embedding import score
 from cskd_jax.training.embedding import embed
 
+KEYS = ("knn", "probe", "within", "between")
+
 
 def make_classes(count, spread):
     """Embeddings of three classes around three directions of lengths that do not matter, and their labels."""
@@ -32,14 +34,15 @@ def test_nearest_neighbors_vote_by_their_cosine():
 
 def test_classes_apart_and_classes_mixed():
     apart = score(*make_classes(90, 0.05), *make_classes(60, 0.05))
-    assert min(apart.values()) == 1
+    assert apart["knn"] == apart["probe"] == 1
+    assert apart["within"] < 0.5 * apart["between"]
     points, labels = make_classes(90, 0.05)
     mixed = score(points, np.random.default_rng(0).permutation(labels), *make_classes(60, 0.05))
-    assert max(mixed.values()) < 0.8
+    assert max(mixed["knn"], mixed["probe"]) < 0.8
 
 
 def test_few_images_are_all_neighbors():
-    assert score(*make_classes(9, 0.01), *make_classes(30, 0.01)).keys() == {"knn", "probe"}
+    assert score(*make_classes(9, 0.01), *make_classes(30, 0.01)).keys() == set(KEYS)
 
 
 def test_a_network_without_an_embedding():
@@ -65,7 +68,7 @@ def test_an_embedding_that_is_not_finite(value):
 
 def test_embeddings_that_are_all_zero():
     labels = np.arange(30) % 3
-    assert set(score(np.zeros((30, 5)), labels, np.zeros((30, 5)), labels)) == {"knn", "probe"}
+    assert set(score(np.zeros((30, 5)), labels, np.zeros((30, 5)), labels)) == set(KEYS)
 
 
 @pytest.mark.slow
@@ -80,6 +83,8 @@ def test_command(done, digits_dir, tmp_path, capsys):
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     measured = evaluation["networks"]["student"]["embedding"]
     assert all(0.1 < measured[name] <= 1 for name in ("knn", "probe"))
+    ratio = measured["within"] / measured["between"]
+    assert any(line.split() == ["within", "/", "between", f"{ratio:.4f}"] for line in lines)
     assert "20 training images" in evaluation["embedding"]
     data, fingerprint = evaluation["dataset"], json.loads((done / "config.json").read_text())["dataset fingerprint"]
     assert (data["path"], data["data_dir"], data["fingerprint"]) == (None, str(digits_dir), fingerprint)

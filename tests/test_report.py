@@ -11,9 +11,10 @@ from scipy import stats
 from cskd_jax.errors import UserError
 from cskd_jax.report import published, tables
 from cskd_jax.report.__main__ import main
-from cskd_jax.report.embedding import project, tightness
+from cskd_jax.report.embedding import project
 from cskd_jax.report.runs import compare, find_runs
 from cskd_jax.report.statistics import paired_difference, summarize
+from cskd_jax.training.embedding import tightness
 from tests.report_runs import write_run
 
 TOP1 = {"ce": (0.60, 0.62, 0.61), "kd": (0.64, 0.66, 0.65), "cskd": (0.66, 0.69, 0.68)}

@@ -12,19 +12,23 @@ from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
 from cskd_jax.runs.build import TrainedNetwork
-from cskd_jax.training.embedding import embed
+from cskd_jax.training.embedding import embed, tightness
 
 # As in the evaluation of self-supervised networks (Wu et al. 2018, Caron et al. 2021).
 NEIGHBORS, _TEMPERATURE = 20, 0.07
 MEANING = (
     f"knn: vote of the {NEIGHBORS} training images with the nearest embedding by the cosine c, each with weight "
     f"exp(c / {_TEMPERATURE}); probe: logistic regression on standardized embeddings of the training images; top-1 on "
-    "the test split"
+    "the test split; within: mean distance of a test image from the center of its class; between: mean distance "
+    "between two such centers"
 )
 
 
 def measure(trained: TrainedNetwork, dataset: ImageDataset, normalize: Normalize) -> dict[str, float]:
-    """Returns the top-1 accuracies on the test split of nearest neighbors, "knn", and of a linear probe, "probe".
+    """Returns how well the classes of the test split can be told apart.
+
+    These are the top-1 accuracies of nearest neighbors, "knn", and of a linear probe, "probe", and the distances of
+    `Tightness`, "within" and "between".
 
     Args:
       trained: Trained network.
@@ -52,7 +56,7 @@ def _weights(distances):
 
 
 def score(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> dict[str, float]:
-    """Returns the accuracies of `measure` for embeddings [N, D] and labels int [N] of both splits."""
+    """Returns the values of `measure` for embeddings [N, D] and labels int [N] of both splits."""
     weights: Any = _weights
     neighbors = KNeighborsClassifier(min(NEIGHBORS, len(train)), metric="cosine", weights=weights)
     scaler = StandardScaler().fit(train)
@@ -64,4 +68,5 @@ def score(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_la
         return {
             "knn": float(neighbors.score(test, test_labels)),
             "probe": float(probe.score(scaler.transform(test), test_labels)),
+            **tightness(test, test_labels)._asdict(),
         }

@@ -17,6 +17,7 @@ from cskd_jax.errors import printable
 from cskd_jax.models import count_parameters
 from cskd_jax.runs.build import TrainedNetwork, make_evaluation, make_normalize
 from cskd_jax.runs.results import describe_dataset, read_versions
+from cskd_jax.training.embedding import Tightness
 from cskd_jax.training.metrics import check_measured
 from cskd_jax.training.prediction import parameters_of
 
@@ -147,6 +148,8 @@ def tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
     if all("embedding" in n for n in networks.values()):
         rows["nearest neighbors"] = [f"{n['embedding']['knn']:.4f}" for n in networks.values()]
         rows["linear probe"] = [f"{n['embedding']['probe']:.4f}" for n in networks.values()]
+        found = [Tightness(n["embedding"]["within"], n["embedding"]["between"]) for n in networks.values()]
+        rows["within / between"] = [f"{one.ratio:.4f}" if one.between else "-" for one in found]
     rows["loss"] = [f"{n['loss']:.4f}" for n in networks.values()]
     rows["parameters"] = [f"{n['parameters']:,}" for n in networks.values()]
     rows["million FLOPs per image"] = [f"{n['flops_per_image'] / 1e6:,.2f}" for n in networks.values()]

@@ -17,33 +17,10 @@ from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
 from cskd_jax.runs.build import load_data, load_data_of_run, load_trained, make_normalize
 from cskd_jax.training.checkpoint import FOLDER
-from cskd_jax.training.embedding import embed
+from cskd_jax.training.embedding import embed, tightness
 
 _MEASURED = 2000  # test images whose embeddings are measured
 _SHOWN, _SHOWN_CATEGORIES = 400, 10  # of those, the number of test images in a plot, and of their categories
-
-
-class Tightness(NamedTuple):
-    """Distances between embeddings.
-
-    Attributes:
-      within: Mean distance of a sample from the center of its category.
-      between: Mean distance between the centers of two categories.
-    """
-
-    within: float
-    between: float
-
-    @property
-    def ratio(self) -> float:
-        """Returns `within` divided by `between`: small if categories are tight and far apart.
-
-        Raises:
-          UserError: The centers of all categories are the same.
-        """
-        if not self.between:
-            raise UserError("the network's embeddings of all classes have the same center, so they have no tightness")
-        return self.within / self.between
 
 
 class Panel(NamedTuple):
@@ -150,16 +127,6 @@ def embed_images(
     """
     network, saved = load_trained(folder, config, dataset, other_classes=True)
     return embed(network, saved.variables, make_normalize(config), images)
-
-
-def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
-    """Returns the tightness of embeddings [N, D] with labels int [N] of at least two categories."""
-    present, index = np.unique(labels, return_inverse=True)
-    members = index == np.arange(len(present))[:, None]
-    centers = members @ embeddings / members.sum(axis=1, keepdims=True)
-    within = np.linalg.norm(embeddings - centers[index], axis=1).mean()
-    distances = np.linalg.norm(centers[:, None] - centers, axis=2)
-    return Tightness(float(within), float(distances.sum() / (len(present) * (len(present) - 1))))
 
 
 def project(embeddings: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Embeddings of images by a trained network."""
+"""Embeddings of images by a trained network, and how tight the categories are in them."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,29 @@ from cskd_jax.training.networks import Network, Variables
 
 _BATCH = 100
 _LARGEST = 1e15
+
+
+class Tightness(NamedTuple):
+    """Distances between embeddings.
+
+    Attributes:
+      within: Mean distance of a sample from the center of its category.
+      between: Mean distance between the centers of two categories.
+    """
+
+    within: float
+    between: float
+
+    @property
+    def ratio(self) -> float:
+        """Returns `within` divided by `between`: small if categories are tight and far apart.
+
+        Raises:
+          UserError: The centers of all categories are the same.
+        """
+        if not self.between:
+            raise UserError("the network's embeddings of all classes have the same center, so they have no tightness")
+        return self.within / self.between
 
 
 def embed(network: Network, variables: Variables, normalize: Normalize, images: Any) -> np.ndarray:
@@ -46,3 +69,13 @@ def embed(network: Network, variables: Variables, normalize: Normalize, images: 
 @functools.partial(jax.jit, static_argnames=("network", "normalize"))
 def _apply(network: Network, normalize: Normalize, variables: Any, images: jax.Array) -> Any:
     return network.apply(variables, normalize(images), train=False)[0].embedding
+
+
+def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
+    """Returns the tightness of embeddings [N, D] with labels int [N] of at least two categories."""
+    present, index = np.unique(labels, return_inverse=True)
+    members = index == np.arange(len(present))[:, None]
+    centers = members @ embeddings / members.sum(axis=1, keepdims=True)
+    within = np.linalg.norm(embeddings - centers[index], axis=1).mean()
+    distances = np.linalg.norm(centers[:, None] - centers, axis=2)
+    return Tightness(float(within), float(distances.sum() / (len(present) * (len(present) - 1))))
