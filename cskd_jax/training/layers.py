@@ -101,7 +101,7 @@ def guard_layers(inputs: LossInputs) -> LossInputs:
     """Returns loss inputs in which reading a missing layer raises a clear error."""
     if inputs.teacher is not None and inputs.teacher.members:
         inputs = without_teacher_layers(inputs)
-    elif inputs.teacher is not None and inputs.teacher.logits is None:
+    elif inputs.teacher is not None and inputs.teacher.logits is None and inputs.teacher_head is None:
         inputs = inputs._replace(teacher_head=_OF_OTHER_CLASSES)
     heads = {f"{role}_head": getattr(inputs, f"{role}_head") for role in ("student", "teacher")}
     heads = {name: _no_head(name.partition("_")[0]) if head is None else head for name, head in heads.items()}
