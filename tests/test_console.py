@@ -194,6 +194,15 @@ def test_lines_of_a_file(capsys, clock):
     )
 
 
+def test_without_labels_only_the_loss_is_shown(capsys, clock):
+    start = Start("student", 0, 24, 12, 0, 240, SINGLE_LABEL, Progress(), lambda step: 0.1)
+    with Meter(start, [Console(clock)], 50) as meter:
+        meter.start_clock()
+        clock.now += 60
+        meter.add(1, 10, {"loss": jnp.float32(1)})
+    assert capsys.readouterr().out.startswith("student: epoch 1/2, step 1/24, loss 1.0000, learning rate 0.1")
+
+
 def test_the_learning_rate_is_that_of_the_history(capsys, clock):
     meter = train(clock, seconds=60.0)
     rows = {row["step"]: row["learning_rate"] for row in meter.history if row["split"] == "train"}

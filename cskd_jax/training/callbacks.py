@@ -172,7 +172,8 @@ class Console(Callback):
         """Returns the means since the last row of the history, the learning rate, the speed, and the time left."""
         sums, count = self._start.progress.sums, self._start.progress.count
         means = {name: total / count for name, total in sums.items()}
-        parts = [f"loss {means['loss']:.4f}", f"train {self._start.task.describe(means)}"]
+        measured = self._start.task.describe(means)  # Nothing, without labels.
+        parts = [f"loss {means['loss']:.4f}", measured and f"train {measured}"]
         learning_rate = self._start.learning_rate(step)
         if learning_rate is not None:
             parts.append(f"learning rate {learning_rate:.4g}")
