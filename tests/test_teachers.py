@@ -249,6 +249,17 @@ def test_on_two_devices():
     assert_close(one, two)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_several_teachers_resume_bit_for_bit(tmp_path):
+    teachers = [teacher(0, weight=2.0), teacher(1, width=6, image_size=12)]
+    losses = {"kd": 1.0, "rkd": {"weight": 1.0, "teacher": 1}}
+    whole = train(losses, teachers, epochs=3).variables
+    train(losses, teachers, epochs=1, workdir=tmp_path / "run")
+    again = train(losses, teachers, epochs=3, workdir=tmp_path / "run").variables
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
 @pytest.mark.parametrize(
     ("losses", "teachers", "settings", "message"),
     [

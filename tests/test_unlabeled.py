@@ -61,6 +61,16 @@ def test_label_free_on_two_devices():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, two)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_label_free_resumes_bit_for_bit(tmp_path):
+    losses = {"vkd": {"weight": 1.0, "kd_weight": 0.0}, "smooth_l1": 0.1}
+    whole = train(losses, epochs=3).variables
+    train(losses, epochs=1, workdir=tmp_path / "run")
+    again = train(losses, epochs=3, workdir=tmp_path / "run").variables
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "dkd", "category_structure", "crd", "ofa"])
 def test_losses_that_read_labels_are_refused(loss):
     message = f"losses.{loss} reads labels, but the training images have none: losses that read none are ab, abkd"
