@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy.spatial.distance import pdist
 
 from cskd_jax.data.augment import Normalize
 from cskd_jax.errors import UserError
@@ -74,8 +75,8 @@ def _apply(network: Network, normalize: Normalize, variables: Any, images: jax.A
 def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
     """Returns the tightness of embeddings [N, D] with labels int [N] of at least two categories."""
     present, index = np.unique(labels, return_inverse=True)
-    members = index == np.arange(len(present))[:, None]
-    centers = members @ embeddings / members.sum(axis=1, keepdims=True)
+    sums = np.zeros((len(present), embeddings.shape[1]))
+    np.add.at(sums, index, embeddings)
+    centers = sums / np.bincount(index)[:, None]
     within = np.linalg.norm(embeddings - centers[index], axis=1).mean()
-    distances = np.linalg.norm(centers[:, None] - centers, axis=2)
-    return Tightness(float(within), float(distances.sum() / (len(present) * (len(present) - 1))))
+    return Tightness(float(within), float(pdist(centers).mean()))
