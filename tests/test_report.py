@@ -1,5 +1,6 @@
 """The report: statistics against SciPy, published values, what is compared with what, and a page that loads nothing."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -56,7 +57,7 @@ class Page(html.parser.HTMLParser):
 
 def test_report_of_a_grid(grid, capsys):
     assert main(["report", str(grid), f"--out={grid / 'out'}"]) == 0
-    assert "no embeddings: there are no checkpoints in" in capsys.readouterr().out
+    assert "no pictures of embeddings: there are no checkpoints in" in capsys.readouterr().out
     text = (grid / "out" / "report.html").read_text()
     page, table = Page(text), (grid / "out" / "report.md").read_text()
     rows = {row[0]: row for row in page.cells}
@@ -78,6 +79,51 @@ def test_report_of_a_grid(grid, capsys):
     assert "ce - kd" not in rows
     for row in page.cells:
         assert "| " + " | ".join(row) + " |" in table
+
+
+def test_runs_without_results_are_in_the_report(grid, capsys):
+    for name, log in (
+        ("kd-seed3", "step 4\nerror: the loss is not finite at step 5\n"),
+        ("ce-seed3", "error: a\nstep 4\n"),
+    ):
+        (grid / name).mkdir()
+        (grid / name / "config.json").write_text("{}")
+        (grid / name / "log.txt").write_text(log)
+    assert main(["report", str(grid)]) == 0
+    for name in ("report.html", "report.md", "report.tex"):
+        text = (grid / "report" / name).read_text()
+        assert "failed: the loss is not finite at step 5" in text
+        assert "not finished" in text
+    rows = Page((grid / "report" / "report.html").read_text()).cells[-2:]
+    assert rows == [
+        [str(grid / "ce-seed3"), "not finished"],
+        [str(grid / "kd-seed3"), "failed: the loss is not finite at step 5"],
+    ]
+
+
+def measure(folder, name, step, within):
+    """evaluation.json as `evaluate --embedding` writes it, as far as the report reads it."""
+    entry = {"step": step, "embedding": {"knn": 0.5, "probe": 0.25, "within": within, "between": 2.0}}
+    folder.mkdir(exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps({"networks": {name: entry}}))
+
+
+def test_embeddings_that_were_measured_by_evaluate(grid):
+    for seed, within in enumerate((1.0, 1.2, 1.4)):
+        measure(grid / f"kd-seed{seed}", "student", 2, within)
+        # One run of ce was trained further after it was evaluated.
+        measure(grid / f"ce-seed{seed}", "student", 2 if seed < 2 else 1, within)
+    measure(grid / "teacher-net", "student", 4, 0.5)
+    (found,) = compare(find_runs([grid]))
+    assert [row[0] for row in tables.embeddings(found).rows] == ["kd"]
+    for run in found.runs:
+        if run.results["teacher"] is not None:
+            run.results["teacher"]["step"] = 4
+    (found,) = compare([dataclasses.replace(run) for run in found.runs])
+    assert tables.embeddings(found).rows == [
+        ("teacher", "1", "0.250", "50.00", "25.00"),
+        ("kd", "3", "0.600 ± 0.100", "50.00 ± 0.00", "25.00 ± 0.00"),
+    ]
 
 
 def test_page_needs_nothing_else(grid):

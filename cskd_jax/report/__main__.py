@@ -42,7 +42,7 @@ def _run(argv):
     console.start()
     # Imported late, so that mistakes in the command are reported immediately.
     from cskd_jax.report import markdown, published, tables
-    from cskd_jax.report.runs import compare, find_runs
+    from cskd_jax.report.runs import compare, find_runs, find_unfinished
     from cskd_jax.report.write import write
 
     if values.published:
@@ -55,7 +55,7 @@ def _run(argv):
     out = values.out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     command_line.set_up_jax()
-    write(comparisons, out, values.data_dir)
+    write(comparisons, find_unfinished(folders), out, values.data_dir)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ from typing import Any
 from cskd_jax.configs import networks
 from cskd_jax.errors import UserError, printable
 from cskd_jax.files import entries_below
+from cskd_jax.inputs import is_number, read_json, unsound
 from cskd_jax.losses import LOSSES, Method
 from cskd_jax.report.published import network_label, standard_position
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
 from cskd_jax.runs.keys import indifferent
 from cskd_jax.runs.results import RESULTS, read_results
+from cskd_jax.runs.sweep import read_error
 from cskd_jax.training.metrics import Task, task_that_measured
 from cskd_jax.training.records import read_rows
 
@@ -29,6 +31,7 @@ _COMMON = (
     "dataset.name", "dataset.train_examples", "dataset.validation_examples", "dataset.image_size", "epochs",
     "teacher.name", "teacher.width", "student.name", "student.width",
 )  # fmt: skip
+_EMBEDDING = {"knn": is_number, "probe": is_number, "within": is_number, "between": lambda v: is_number(v) and v > 0}
 # No training run has this many epochs, and no chart shows this many points.
 _MAX_POINTS = 20_000
 # Characters of a row's label; the settings of a method are named in a few hundred.
@@ -124,6 +127,22 @@ class Run:
         folders = [folder.parent for folder in self.teacher_folders] if self.given_teacher else []
         is_run = ((folder / "config.json").is_file() and not (folder / RESULTS).exists() for folder in folders)
         return next((folder for folder, found in zip(folders, is_run, strict=True) if found), None)
+
+    @functools.cached_property
+    def embedding(self) -> dict[str, float] | None:
+        """Returns what `evaluate --embedding` measured of the student after the last epoch; None if it did not."""
+        return _read_embedding(self.folder / "student", self._last_step("student"))
+
+    @functools.cached_property
+    def teacher_embedding(self) -> dict[str, float] | None:
+        """Returns what `evaluate --embedding` measured of the teacher; None if it did not."""
+        step = self.results["teacher"].get("step", self._last_step("teacher"))
+        found = (_read_embedding(folder, step) for folder in self.teacher_folders)
+        return next((values for values in found if values is not None), None)
+
+    def _last_step(self, phase):
+        rows = read_rows(self.folder / "metrics.jsonl", evaluations=True)
+        return max((row["step"] for row in rows if row["phase"] == phase), default=None)
 
     @property
     def has_several_teachers(self) -> bool:
@@ -293,6 +312,34 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
         if run not in taught:
             kept.append(dataclasses.replace(run, teacher_run=teacher, teacher_role=role))
     return kept
+
+
+def find_unfinished(folders: Iterable[pathlib.Path]) -> list[tuple[pathlib.Path, str]]:
+    """Returns the folders of runs without results, and why they have none, in the order of their names."""
+    found = {}
+    for folder in folders:
+        for entry in entries_below(folder, skip_unreadable=True):
+            run = pathlib.Path(entry.path).parent
+            if entry.name == "config.json" and not (run / RESULTS).exists():
+                error = read_error(run)
+                found[_real(run)] = run, "not finished" if error is None else f"failed: {error}"
+    return sorted(found.values())
+
+
+def _read_embedding(folder: pathlib.Path, step: int | None) -> dict[str, float] | None:
+    """Returns the measurements of an embedding, if `evaluate` made them of the network in a folder at a step.
+
+    It wrote them into the folder of the network, or of its run.
+    """
+    name = _real(folder).name
+    if step is None:
+        return None
+    for path in (folder.parent / "evaluation.json", folder / "evaluation.json"):
+        networks = read_json(path).get("networks") if path.is_file() else None
+        entry = networks.get(name) if isinstance(networks, dict) else None
+        if isinstance(entry, dict) and entry.get("step") == step and not unsound(entry.get("embedding"), _EMBEDDING):
+            return entry["embedding"]
+    return None
 
 
 def _printable(content: Any) -> Any:

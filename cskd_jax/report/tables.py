@@ -1,25 +1,31 @@
 """The tables of the report as text, from which all formats are made."""
 
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from cskd_jax.console import counted
+from cskd_jax.errors import printable
 from cskd_jax.report import deviations, published
 from cskd_jax.report.ablation import find_ablations
 from cskd_jax.report.embedding import Embeddings
 from cskd_jax.report.published import network_label
 from cskd_jax.report.runs import Comparison, Row, short_digest
-from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference
+from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference, summarize
 
 NONE = "-"  # Text of a cell without a value.
 # Columns of words rather than numbers.
 WORDS = {
     "method", "network", "parts", "difference", "what it shows", "notes",
-    "published as", "ours", "source", "pair", "whose",
+    "run", "what happened", "published as", "ours", "source", "pair", "whose",
 }  # fmt: skip
 _UNOFFICIAL = (
     "The data set was prepared from an archive that is not the official one, so these scores may not be comparable "
     "with those on the official data."
+)
+_TIGHTNESS = (
+    "Within / between: mean distance of an embedding from the center of its category, over the mean distance between "
+    "two centers; the smaller, the tighter the categories and the further apart."
 )
 
 
@@ -254,15 +260,41 @@ def sizes(comparison: Comparison) -> Table:
     return Table("Size", ("network", "parameters", "compression"), rows)
 
 
-def tightness(comparison: Comparison, embeddings: Embeddings) -> Table:
+def tightness(measured: Embeddings) -> Table:
     """Returns the distances within categories divided by the distances between them."""
     header = ("network", "runs", "within / between")
-    rows = [(label, str(s.count), summary(s, 3)) for label, s in embeddings.ratios.items()]
-    notes = (
-        f"Mean distance of an embedding from the center of its category, over the mean distance between two centers; "
-        f"{embeddings.images:,} test images, the same for all networks. Smaller: tighter categories, further apart.",
-    )
+    rows = [(label, str(s.count), summary(s, 3)) for label, s in measured.ratios.items()]
+    notes = (f"{_TIGHTNESS} Measured on {measured.images:,} test images, the same for all networks.",)
     return Table("Tightness of the categories", header, rows, notes)
+
+
+def embeddings(comparison: Comparison) -> Table | None:
+    """Returns what `evaluate --embedding` measured of the networks; None if it was not run on all runs of a row."""
+    measured = {"teacher": [run.teacher_embedding for run in comparison.distilled]}
+    measured |= {row.label: [run.embedding for run in row.runs] for row in comparison.rows}
+    rows = []
+    for label, runs in measured.items():
+        values = [run for run in runs if run is not None]
+        if values and len(values) == len(runs):
+            ratio = summarize([run["within"] / run["between"] for run in values])
+            scores = (summary(summarize([100 * run[name] for run in values])) for name in ("knn", "probe"))
+            rows.append((label, str(len(values)), summary(ratio, 3), *scores))
+    header = ("network", "runs", "within / between", "nearest neighbors: top-1, %", "linear probe: top-1, %")
+    notes = (
+        f"By `evaluate --embedding`, after the last epoch, on the whole test split. {_TIGHTNESS} Nearest neighbors and "
+        "the probe learn from the training split.",
+    )
+    return Table("Embeddings", header, rows, notes) if rows else None
+
+
+def unfinished(runs: Sequence[tuple[pathlib.Path, str]]) -> Table | None:
+    """Returns the runs that have no results; None if there are none.
+
+    Args:
+      runs: Folders, and why they have none, as `find_unfinished` returns them.
+    """
+    rows = [(printable(str(folder)), why) for folder, why in runs]
+    return Table("Runs without results", ("run", "what happened"), rows) if rows else None
 
 
 def published_tables() -> list[Table]:

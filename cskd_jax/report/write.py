@@ -1,6 +1,7 @@
 """The report of comparisons: an HTML page, and its tables as Markdown, LaTeX and CSV."""
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,11 +13,17 @@ from cskd_jax.report.curves import Curve
 from cskd_jax.report.runs import Comparison, Row
 
 
-def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None) -> None:
+def write(
+    comparisons: list[Comparison],
+    unfinished: Sequence[tuple[pathlib.Path, str]],
+    out: pathlib.Path,
+    data_dir: str | None,
+) -> None:
     """Writes report.html, report.md, report.tex, report.csv, report_runs.csv and report_differences.csv into `out`.
 
     Args:
       comparisons: Comparisons to report.
+      unfinished: Folders of runs without results, and why they have none.
       out: Existing folder.
       data_dir: Folder of the data sets, as in `embedding.measure`.
     """
@@ -32,6 +39,11 @@ def write(comparisons: list[Comparison], out: pathlib.Path, data_dir: str | None
         sections.append(page.table(overview))
         texts.append(markdown.render("All pairs", "", [overview]))
         papers.append(("all pairs", [overview]))
+    missing = tables.unfinished(unfinished)
+    if missing is not None:
+        sections.append(page.table(missing))
+        texts.append(markdown.table(missing))
+        papers.append(("", [missing]))
     datasets = ", ".join(sorted({comparison.dataset for comparison in comparisons}))
     lead = f"{counted(count, 'run')} on {datasets}; {_made_with(comparisons)}."
     files = {
@@ -70,15 +82,21 @@ def _comparison(comparison, data_dir):
         teacher = comparison.teacher_summary("last")
         score = None if teacher is None else teacher.mean
         sections.append(page.training_curves(lines, score, task.names[task.score], comparison.runs[0].chosen_on))
+    distances = tables.embeddings(comparison)
     try:
         measured = embedding.measure(comparison, data_dir)
     except UserError as error:
         reason = printable(str(error))
-        say(f"{comparison.title}: no embeddings: {reason}")
-        return [*sections, page.note(f"Embeddings and tightness are left out: {reason}.")], shown
-    tightness = tables.tightness(comparison, measured)
-    pictures = page.embeddings(measured)
-    return [*sections, pictures, page.table(tightness)], [*shown, tightness]
+        say(f"{comparison.title}: no pictures of embeddings: {reason}")
+        what = "Embeddings and tightness" if distances is None else "Pictures of embeddings"
+        sections.append(page.note(f"{what} are left out: {reason}."))
+    else:
+        sections.append(page.embeddings(measured))
+        distances = distances or tables.tightness(measured)
+    if distances is not None:
+        sections.append(page.table(distances))
+        shown.append(distances)
+    return sections, shown
 
 
 def mean_curve(row: Row) -> Curve | None:

@@ -22,7 +22,7 @@ from cskd_jax.runs.grid import Run
 from cskd_jax.runs.results import RESULTS, read_score
 
 _POLL_SECONDS = 0.2
-LOG = "log.txt"
+LOG, _ERROR = "log.txt", "error: "
 _LAST_BYTES = 10_000
 
 
@@ -178,15 +178,24 @@ def _stop(running):
 def _failure(run, code, log):
     """Returns why a run has failed: its own error, or else how the process that it ran in ended."""
     for path in (run.workdir / LOG, log):
-        lines = _last_part(path).decode("utf-8", errors="replace").strip().splitlines() if path.exists() else []
-        if lines and lines[-1].startswith("error: "):
-            return f"FAILED: {printable(lines[-1])} ({path})"
+        line = _last_line(path)
+        if line.startswith(_ERROR):
+            return f"FAILED: {line} ({path})"
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"FAILED, {how}: {printable(lines[-1]) if lines else 'no output'} ({log})"
+    return f"FAILED, {how}: {line or 'no output'} ({log})"
 
 
-def _last_part(path):
-    """Returns the last bytes of a log, because the log may be long."""
-    with open_regular(path, sys.maxsize) as file:
+def read_error(workdir: pathlib.Path) -> str | None:
+    """Returns the error with which a run of a sweep ended, from its log; None if it ended without one, or goes on."""
+    line = _last_line(workdir / LOG)
+    return line.removeprefix(_ERROR) if line.startswith(_ERROR) else None
+
+
+def _last_line(log):
+    """Returns the last line of a log; "" if there is none."""
+    if not log.exists():
+        return ""
+    with open_regular(log, sys.maxsize) as file:  # It may be long.
         file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
-        return file.read(_LAST_BYTES)
+        lines = file.read(_LAST_BYTES).decode("utf-8", errors="replace").strip().splitlines()
+    return printable(lines[-1]) if lines else ""
