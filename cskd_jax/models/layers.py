@@ -10,6 +10,8 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from cskd_jax.models.convolution import convolve
+
 # This is torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu").
 kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -30,34 +32,6 @@ def scale_width(channels: int, width: float, multiple: int = 1) -> int:
     if scaled < 1:
         raise ValueError(f"width {width} leaves a stage without channels")
     return scaled
-
-
-def convolve(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: int | tuple[int, int], groups: int = 1
-) -> jax.Array:
-    """Convolves NHWC `x` with an HWIO `kernel`; a 1x1 kernel becomes a matrix product, which is faster.
-
-    Args:
-      x: Input, [B, H, W, C].
-      kernel: Kernel, [height, width, C / groups, features].
-      stride: Stride along both axes.
-      padding: Padding of both sides, either one number or (rows, columns).
-      groups: Number of groups into which the channels are split.
-
-    Returns:
-      An array [B, H', W', features].
-    """
-    rows, columns = (padding, padding) if isinstance(padding, int) else padding
-    if kernel.shape[:2] == (1, 1) and rows == columns == 0 and groups == 1:
-        return x[:, ::stride, ::stride, :] @ kernel[0, 0]
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((rows, rows), (columns, columns)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
 
 
 def max_pool(x: jax.Array, stride: int) -> jax.Array:

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from cskd_jax.models.convolution import convolve
 from cskd_jax.models.layers import (
     Classifier,
     ConvBatchNorm,
-    convolve,
     kaiming_normal_fan_out,
     max_pool,
     mean_of_cells,
