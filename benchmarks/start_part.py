@@ -29,36 +29,35 @@ def make_images(folder: pathlib.Path) -> None:
                 Image.fromarray(image).save(path / f"{index}.png")
 
 
-def seconds_to_first_steps(phases: tuple[str, ...], workdir: pathlib.Path, *arguments: str) -> dict[str, float]:
-    """Starts a run, and kills it once the last of `phases` has compiled its step.
+def seconds_to_first_steps(workdir: pathlib.Path, *arguments: str) -> dict[str, float]:
+    """Starts a run, and kills it after the first step of its student.
 
     Args:
-      phases: Names of the phases, "teacher", "student" or both.
       workdir: Folder of the run, which is made.
       arguments: Arguments of `python -m cskd_jax.main`; JAX keeps its compilation cache in a folder beside `workdir`.
 
     Returns:
-      {phase: seconds from the start to its first step}.
+      {"teacher" or "student": seconds from the start until the metrics of its first step are written}.
     """
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment["XDG_CACHE_HOME"] = str(workdir.parent / "cache")
-    command = [sys.executable, "-m", "cskd_jax.main", f"--workdir={workdir}", *arguments]
-    seconds, lines, start = {}, [], time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, "-m", "cskd_jax.main", f"--workdir={workdir}", "--config.log_every=1", *arguments]
+    log, metrics = workdir.with_suffix(".log"), workdir / "metrics.jsonl"
+    seconds, start = {}, time.perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        for line in process.stdout:
-            lines.append(line)
-            for phase in phases:
-                if line.startswith(f"{phase}: compiled"):
-                    seconds[phase] = time.perf_counter() - start
-            if len(seconds) == len(phases):
-                return seconds
+        while "student" not in seconds and process.poll() is None:
+            time.sleep(0.05)
+            for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
+                phase = next(name for name in ("teacher", "student") if f'"phase": "{name}"' in line)
+                seconds.setdefault(phase, time.perf_counter() - start)
     finally:
         process.kill()
         process.wait()
-    raise RuntimeError("the run ended before its first step:\n" + "".join(lines))
+    if "student" not in seconds:
+        raise RuntimeError(f"the run ended before its first step:\n{log.read_text(encoding='utf-8')}")
+    return seconds
 
 
 def measure(repeats: int, with_torch: bool) -> Part:
@@ -69,22 +68,19 @@ def measure(repeats: int, with_torch: bool) -> Part:
         folder = pathlib.Path(folder)
         make_images(folder / "images")
         small = ["--config=configs/digits.py", "--config.teacher.epochs=1"]
-        large = ["--config=configs/cifar100.py", "--config.dataset.name=image_folder"]
-        large += [f"--config.dataset.path={folder / 'images'}", "--config.drop_last=True", "--config.teacher.epochs=1"]
-        for recipe, arguments in (("digits", small), ("cifar100", large)):
-            (folder / recipe).mkdir()
-            phases = ("teacher", "student")
-            cold, *warm = (
-                seconds_to_first_steps(phases, folder / recipe / f"run{index}", *arguments)
-                for index in range(1 + warm_runs)
-            )
-            for phase in phases:
+        large = ["--config=configs/cifar100_standard.py:resnet56/resnet20/kd", "--config.dataset.name=image_folder"]
+        large += [f"--config.dataset.path={folder / 'images'}", "--config.teacher.epochs=1"]
+        for recipe, arguments in (("digits", small), ("resnet56/resnet20", large)):
+            place = folder / recipe.replace("/", "_")
+            place.mkdir()
+            cold, *warm = (seconds_to_first_steps(place / f"run{index}", *arguments) for index in range(1 + warm_runs))
+            for phase, seconds in cold.items():
                 median = statistics.median(run[phase] for run in warm)
-                row = {"recipe": recipe, "first step of": phase, "cold s": cold[phase], "warm s": median}
-                rows.append(row | {"cold/warm": cold[phase] / median})
+                row = {"run": recipe, "first step of": phase, "cold s": seconds, "warm s": median}
+                rows.append(row | {"cold/warm": seconds / median})
     notes = [
-        "Seconds from starting `python -m cskd_jax.main` in a new workdir until the first training step is compiled "
-        "and can begin; cifar100 on random images. That of the student comes after an epoch of the teacher.",
+        "Seconds from starting `python -m cskd_jax.main` in a new workdir until the metrics of the first training step "
+        "are written; resnet56/resnet20 on random images. That of the student comes after an epoch of the teacher.",
         f"Cold: empty compilation cache, one run. Warm: with the cache that it left, median of {warm_runs} runs.",
     ]
     return Part("Start: from the command to the first training step", rows, notes)

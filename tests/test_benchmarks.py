@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, category_structure, loop_part, loss_part, measuring, methods, pairs, scaling
+from benchmarks import (
+    accelerator,
+    category_structure,
+    loop_part,
+    loss_part,
+    measuring,
+    methods,
+    pairs,
+    scaling,
+    start_part,
+)
 from cskd_jax import losses
 from cskd_jax.data import Split
 from cskd_jax.models import BasicBlock, Bottleneck, ResNet
@@ -189,6 +199,13 @@ def test_loop(monkeypatch, capsys):
     monkeypatch.setattr(loop_part, "CASES", {"small": ("resnet8", 0.25, 8, 3)})
     category_structure.main(["--parts", "loop", "--repeats", "1"])
     assert "overhead %" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_start(small_run, tmp_path):
+    seconds = start_part.seconds_to_first_steps(tmp_path / "run", *small_run)
+    assert 0 < seconds["teacher"] < seconds["student"]
 
 
 @pytest.mark.slow

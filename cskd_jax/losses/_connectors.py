@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
+from cskd_jax.convolution import convolve
 from cskd_jax.losses._arrays import pool_to_common_size
 from cskd_jax.losses._batch import batch_statistics, count_batch
 
@@ -64,11 +65,7 @@ class Convolution(nn.Module):
         dtype = np.promote_types(x.dtype, np.float32)
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, dtype)
-        x = x.astype(dtype)
-        if self.kernel_size == 1:
-            x = x @ kernel[0, 0]
-        else:
-            x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = convolve(x.astype(dtype), kernel, 1, self.kernel_size // 2)
         if self.use_bias:
             x += self.param("bias", nn.initializers.zeros, (self.features,), dtype)
         return x
@@ -181,23 +178,17 @@ class Regressor(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, D] to [B, *size, features]."""
         dtype = np.promote_types(x.dtype, np.float32)
-        given = x.shape[1:3]
-        kernel_size, stride, dilation, padding = (given[0] - self.size[0] + 1, given[1] - self.size[1] + 1), 1, 1, 0
+        x, given = x.astype(dtype), x.shape[1:3]
+        kernel_size, stride, padding = (given[0] - self.size[0] + 1, given[1] - self.size[1] + 1), 1, 0
         if given == _twice(self.size):
             kernel_size, stride, padding = (3, 3), 2, 1
         elif self.size == _twice(given):
             # A transposed convolution is a convolution of the map with zeros in between.
-            kernel_size, dilation, padding = (4, 4), 2, 2
+            kernel_size, padding = (4, 4), 2
+            x = lax.pad(x, np.zeros((), dtype), ((0, 0, 0), (0, 0, 1), (0, 0, 1), (0, 0, 0)))
         kernel = self.param("kernel", torch_uniform, (*kernel_size, x.shape[-1], self.features), dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
-        x = lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel,
-            (stride, stride),
-            ((padding, padding),) * 2,
-            lhs_dilation=(dilation, dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x = convolve(x, kernel, stride, padding)
         return Normalization(self.axis_name, name="normalization")(x + bias)
 
 

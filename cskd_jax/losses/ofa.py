@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from cskd_jax.convolution import convolve
 from cskd_jax.losses._checks import at_least_float32, check_labels, check_logits, check_temperature
 from cskd_jax.losses._connectors import Normalization, Pointwise
 from cskd_jax.losses._token_exits import TokenExit
@@ -81,14 +82,7 @@ class SeparableBlock(nn.Module):
         for half, (stride, width) in enumerate(((2, x.shape[-1]), (1, self.features)), start=1):
             shape = (3, 3, 1, x.shape[-1])
             kernel = self.param(f"depthwise{half}", _of_convolution, shape, x.dtype)
-            x = lax.conv_general_dilated(
-                x,
-                kernel,
-                (stride, stride),
-                ((1, 1), (1, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=x.shape[-1],
-            )
+            x = convolve(x, kernel, stride, 1, groups=x.shape[-1])
             x = Pointwise(width, kernel_init=_of_convolution, name=f"pointwise{half}")(x)
             x = nn.relu(Normalization(self.axis_name, running=self.running, name=f"normalization{half}")(x))
         return x

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.models.convolution import convolve
+from cskd_jax.convolution import convolve
 
 # This is torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu").
 kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cskd_jax.models.convolution import convolve
+from cskd_jax.convolution import convolve
 from cskd_jax.models.layers import (
     Classifier,
     ConvBatchNorm,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from cskd_jax.models.convolution import convolve
+from cskd_jax.convolution import convolve
 
 # (images, side, channels, features, kernel, stride, padding): blocks of several images, of one, and of a number that
 # does not divide the batch; maps of more positions than a block; a stem; kernels that are not square.
