@@ -8,15 +8,14 @@ from cskd_jax.report.tables import WORDS, Table
 
 def render(title: str, text: str, tables: Iterable[Table]) -> str:
     """Returns a section, made of plain text and tables, as Markdown."""
-    return "\n".join([f"## {_escape(title)}\n", f"{_escape(text)}\n", *map(table, tables)])
+    return "\n".join([f"## {_escape(title)}\n", f"{_escape(text)}\n", *map(_table, tables)])
 
 
-def table(content: Table) -> str:
-    """Returns a table with its title and its notes as Markdown."""
-    marks = ["---", *("---" if name in WORDS else "---:" for name in content.header[1:])]
-    lines = [f"### {_escape(content.title)}", "", _row(content.header), _row(marks)]
-    lines += [_row(row) for row in content.rows]
-    return "\n".join([*lines, "", *(f"{_escape(note)}\n" for note in content.notes)])
+def _table(table):
+    marks = ["---", *("---" if name in WORDS else "---:" for name in table.header[1:])]
+    lines = [f"### {_escape(table.title)}", "", _row(table.header), _row(marks)]
+    lines += [_row(row) for row in table.rows]
+    return "\n".join([*lines, "", *(f"{_escape(note)}\n" for note in table.notes)])
 
 
 def _row(cells):
