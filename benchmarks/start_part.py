@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measuring import Part
+from cskd_jax.training.records import read_rows
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM_CLASSES = 100
@@ -49,9 +50,8 @@ def seconds_to_first_steps(workdir: pathlib.Path, *arguments: str) -> dict[str, 
     try:
         while "student" not in seconds and process.poll() is None:
             time.sleep(0.05)
-            for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
-                phase = next(name for name in ("teacher", "student") if f'"phase": "{name}"' in line)
-                seconds.setdefault(phase, time.perf_counter() - start)
+            for row in read_rows(metrics):
+                seconds.setdefault(row["phase"], time.perf_counter() - start)
     finally:
         process.kill()
         process.wait()

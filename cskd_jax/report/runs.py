@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from cskd_jax.configs import networks
@@ -131,18 +131,24 @@ class Run:
     @functools.cached_property
     def embedding(self) -> dict[str, float] | None:
         """Returns what `evaluate --embedding` measured of the student after the last epoch; None if it did not."""
-        return _read_embedding(self.folder / "student", self._last_step("student"))
+        return self._measured([self.folder / "student"], "student")
 
     @functools.cached_property
     def teacher_embedding(self) -> dict[str, float] | None:
         """Returns what `evaluate --embedding` measured of the teacher; None if it did not."""
-        step = self.results["teacher"].get("step", self._last_step("teacher"))
-        found = (_read_embedding(folder, step) for folder in self.teacher_folders)
-        return next((values for values in found if values is not None), None)
+        return self._measured(self.teacher_folders, "teacher", self.results["teacher"].get("step"))
+
+    def _measured(self, folders, phase, step=None):
+        """Returns what `evaluate` measured of the network in a folder at a step, by default the last one of a phase."""
+        for entry in itertools.chain.from_iterable(map(_evaluations, folders)):
+            step = self._last_step(phase) if step is None else step
+            if entry.get("step") == step:
+                return entry["embedding"]
+        return None
 
     def _last_step(self, phase):
         rows = read_rows(self.folder / "metrics.jsonl", evaluations=True)
-        return max((row["step"] for row in rows if row["phase"] == phase), default=None)
+        return max((row["step"] for row in rows if row["phase"] == phase), default=-1)
 
     @property
     def has_several_teachers(self) -> bool:
@@ -326,20 +332,14 @@ def find_unfinished(folders: Iterable[pathlib.Path]) -> list[tuple[pathlib.Path,
     return sorted(found.values())
 
 
-def _read_embedding(folder: pathlib.Path, step: int | None) -> dict[str, float] | None:
-    """Returns the measurements of an embedding, if `evaluate` made them of the network in a folder at a step.
-
-    It wrote them into the folder of the network, or of its run.
-    """
+def _evaluations(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yields what `evaluate --embedding` wrote about the network in a folder, into this folder or that of its run."""
     name = _real(folder).name
-    if step is None:
-        return None
     for path in (folder.parent / "evaluation.json", folder / "evaluation.json"):
         networks = read_json(path).get("networks") if path.is_file() else None
         entry = networks.get(name) if isinstance(networks, dict) else None
-        if isinstance(entry, dict) and entry.get("step") == step and not unsound(entry.get("embedding"), _EMBEDDING):
-            return entry["embedding"]
-    return None
+        if isinstance(entry, dict) and not unsound(entry.get("embedding"), _EMBEDDING):
+            yield entry
 
 
 def _printable(content: Any) -> Any:

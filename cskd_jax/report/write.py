@@ -34,16 +34,11 @@ def write(
         texts.append(markdown.render(comparison.title, tables.recipe(comparison), shown))
         papers.append((comparison.title, shown))
     count = len({run for comparison in comparisons for run in comparison.runs})
-    overview = standard.overview(comparisons)
-    if overview is not None:
-        sections.append(page.table(overview))
-        texts.append(markdown.render("All pairs", "", [overview]))
-        papers.append(("all pairs", [overview]))
-    missing = tables.unfinished(unfinished)
-    if missing is not None:
-        sections.append(page.table(missing))
-        texts.append(markdown.table(missing))
-        papers.append(("", [missing]))
+    for title, table in (("All pairs", standard.overview(comparisons)), ("Other runs", tables.unfinished(unfinished))):
+        if table is not None:
+            sections.append(page.table(table))
+            texts.append(markdown.render(title, "", [table]))
+            papers.append((title.lower(), [table]))
     datasets = ", ".join(sorted({comparison.dataset for comparison in comparisons}))
     lead = f"{counted(count, 'run')} on {datasets}; {_made_with(comparisons)}."
     files = {
