@@ -1,26 +1,9 @@
 """The memory of the machine."""
 
 import contextlib
-import ctypes
 import os
 import pathlib
 import resource
-
-# Options of glibc's mallopt and their values: one heap for all threads, for blocks of any size, which never shrinks.
-_ONE_HEAP = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
-
-
-def keep_freed_memory() -> None:
-    """Keeps memory that is freed for later arrays of this process; to be called before there are threads.
-
-    glibc returns large blocks to the kernel, which clears each page before it hands it out again. On a CPU, that was a
-    tenth of the time of a training step, and several heaps took a quarter more memory than one. Another C library is
-    left as it is.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in _ONE_HEAP.values():
-            mallopt(option, value)
 
 
 def total_memory() -> int:

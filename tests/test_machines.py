@@ -30,21 +30,6 @@ def homeless(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
 
 
-def test_freed_memory_is_kept():
-    """Otherwise the kernel clears 16,384 pages for each of these arrays."""
-    program = """if True:
-        import resource
-        from cskd_jax.machine import keep_freed_memory
-        keep_freed_memory()
-        bytearray(64 << 20)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        bytearray(64 << 20)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    """
-    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, check=True)
-    assert int(found.stdout) < 1_000
-
-
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_folder(monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(tmp_path)

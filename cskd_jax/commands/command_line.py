@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 from cskd_jax.commands.streams import outlive_console
 from cskd_jax.errors import InterruptedRun, UserError, as_message, close_to, describe_os_error, one_line
 from cskd_jax.files import full_path
-from cskd_jax.machine import keep_freed_memory
 
 _logger = logging.getLogger(__name__)
 
@@ -272,8 +271,7 @@ def _cache_folder() -> str | None:
 
 
 def set_up_jax() -> None:
-    """Makes operations deterministic, caches compiled programs, and keeps memory; to be called before JAX is used."""
-    keep_freed_memory()
+    """Makes operations deterministic and caches compiled programs; must be called before devices are used."""
     # cuDNN and XLA would otherwise sum in an order that changes from run to run.
     os.environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
     import jax
