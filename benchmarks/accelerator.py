@@ -246,10 +246,7 @@ def measure_checks(pair: Pair) -> Part:
 
 def measure_loop(pair: Pair, steps: int) -> Part:
     """Measures the time of the loop beyond its steps, and the speed of the input."""
-    with tempfile.TemporaryDirectory() as folder:
-        runner = loop_part.Runner(*pair.student, pair.side, steps, pathlib.Path(folder))
-        times = [(runner.bare(), runner.loop()) for _ in range(3)]
-    bare, loop = (statistics.median(values) for values in zip(*times, strict=True))
+    loop, bare = map(statistics.median, loop_part.measure_case(*pair.student, pair.side, steps, rounds=3))
     devices, dataset = Devices(), make_dataset(max(NUM_CLASSES, 20 * pair.batch_size), pair.side)
     sampler = UniformSampler(len(dataset.train.labels), pair.batch_size, 0, True)
     start = time.perf_counter()

@@ -6,9 +6,10 @@ import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from benchmarks.measuring import Part, median_ratio
@@ -16,22 +17,13 @@ from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.runs.build import describe_network, make_network, make_trainer
 from cskd_jax.runs.recipes import load_recipe
+from cskd_jax.training.callbacks import Callback, Start
 from cskd_jax.training.state import init_network
 from cskd_jax.training.teachers import Teacher
 
 NUM_CLASSES = 100
 # {name: (network of teacher and student, its width, side of the images, steps in an epoch)}
 CASES = {"small": ("resnet18", 0.125, 16, 40), "large": ("resnet18", 0.25, 32, 12)}
-
-
-def make_config(name: str, width: float, steps: int) -> ml_collections.ConfigDict:
-    """Returns the CIFAR-100 recipe with a small teacher and one epoch."""
-    config = load_recipe("cifar100", [])
-    config.epochs = 1
-    for network in (config.teacher, config.student):
-        network.name, network.width = name, width
-    config.log_every = min(config.log_every, steps // 2)
-    return config
 
 
 def make_dataset(train_examples: int, side: int) -> ImageDataset:
@@ -46,49 +38,73 @@ def make_dataset(train_examples: int, side: int) -> ImageDataset:
     return ImageDataset("synthetic", split(train_examples), split(NUM_CLASSES), categories)
 
 
-class Runner:
-    """Runs the same compiled step within the training loop and bare."""
+class Alternating(Callback):
+    """Measures each epoch of a training, and something else after it.
 
-    def __init__(self, name: str, width: float, side: int, steps: int, folder: pathlib.Path):
-        self._steps, self._folder, self._runs = steps, folder, 0
-        config = make_config(name, width, steps)
-        dataset = make_dataset(config.batch_size * steps, side)
-        images, labels = dataset.train.images[: config.batch_size], dataset.train.labels[: config.batch_size]
-        self._batch = {"image": images, "label": labels, "index": np.arange(len(labels), dtype=np.int32)}
-        devices, network = (
-            Devices(),
-            make_network(describe_network(config.teacher, dataset.image_shape), NUM_CLASSES, config.dtype),
-        )
-        variables = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
-        self._teacher, self._devices = Teacher(network, variables), devices
-        self._make = lambda folder: make_trainer("student", config, dataset, folder, devices, [self._teacher])
-        self._batch_size = config.batch_size
-        self.loop(), self.bare()
+    Args:
+      other: Function that measures it, with the number of steps of an epoch as its argument.
 
-    def loop(self) -> float:
-        """Returns the milliseconds per step of one epoch of the loop."""
-        self._runs += 1
-        # Each run has a folder of its own, because a training resumes where its folder ends.
-        folder = self._folder / str(self._runs)
-        folder.mkdir()
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._trainer = self._make(folder)
-            result = self._trainer.fit()["student"]
-        return 1e3 * self._batch_size / result.images_per_second
+    Attributes:
+      loop: Milliseconds per step of each epoch but the first, in which programs are compiled for the others.
+      other: What the function returned after each of these epochs.
+    """
 
-    def bare(self) -> float:
-        """Returns the milliseconds per step of as many calls of the compiled step, on one batch."""
-        programs = self._trainer.programs("student")
-        state = self._devices.replicate(self._trainer.state["student"])
-        variables = self._devices.replicate(self._teacher.variables)
-        batch = self._devices.shard(self._batch)
-        jax.block_until_ready((state, variables))
+    def __init__(self, other: Callable[[int], float]):
+        self.loop, self.other = list[float](), list[float]()
+        self._measure_other = other
+
+    def on_start(self, start: Start) -> None:
+        """Keeps the progress, which has the seconds of the training."""
+        self._start, self._seconds = start, 0.0
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Measures after the evaluation of an epoch."""
+        if row["split"] == "train":
+            return
+        seconds, self._seconds = self._start.progress.seconds - self._seconds, self._start.progress.seconds
+        if row["epoch"] > 1:
+            self.loop.append(1e3 * seconds / self._start.steps_per_epoch)
+            self.other.append(self._measure_other(self._start.steps_per_epoch))
+
+
+def measure_case(name: str, width: float, side: int, steps: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Returns the milliseconds per step, in turns `rounds` times: of an epoch of training, and of the bare steps.
+
+    Args:
+      name: Network of teacher and student, with the CIFAR-100 recipe.
+      width: Its width.
+      side: Height and width of the images.
+      steps: Steps in an epoch.
+      rounds: Epochs.
+    """
+    config = load_recipe("cifar100", [])
+    config.epochs, config.log_every = rounds + 1, min(config.log_every, steps // 2)
+    for network in (config.teacher, config.student):
+        network.name, network.width = name, width
+    size = config.batch_size
+    dataset, devices = make_dataset(size * steps, side), Devices()
+    network = make_network(describe_network(config.teacher, dataset.image_shape), NUM_CLASSES, config.dtype)
+    given = jax.jit(lambda key: init_network(network, key, dataset.image_shape)[0])(jax.random.PRNGKey(0))
+    images = {"image": dataset.train.images[:size], "label": dataset.train.labels[:size]}
+
+    def bare(steps):
+        programs = trainer.programs("student")
+        state, variables = devices.replicate((programs.init(), given))
+        batch = devices.shard(images | {"index": np.arange(size, dtype=np.int32)})
+        jax.block_until_ready((state, variables, batch))
         start = time.perf_counter()
-        for _ in range(self._steps):
-            prepared = self._trainer.teacher_pass(self._batch_size, 0, variables, batch["image"])
-            state, metrics = programs.step(0, self._batch_size, state, batch | prepared)
+        for _ in range(steps):
+            prepared = trainer.teacher_pass(size, 0, variables, batch["image"])
+            state, metrics = programs.step(0, size, state, batch | prepared)
         jax.block_until_ready((state, metrics))
-        return 1e3 * (time.perf_counter() - start) / self._steps
+        return 1e3 * (time.perf_counter() - start) / steps
+
+    times = Alternating(bare)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        teachers = [Teacher(network, given)]
+        trainer = make_trainer("student", config, dataset, pathlib.Path(folder), devices, teachers, [times])
+        trainer.fit()
+    return times.loop, times.other
 
 
 def measure(repeats: int, with_torch: bool) -> Part:
@@ -96,10 +112,7 @@ def measure(repeats: int, with_torch: bool) -> Part:
     del with_torch
     rows = []
     for case, (name, width, side, steps) in CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            runner = Runner(name, width, side, steps, pathlib.Path(folder))
-            times = [(runner.bare(), runner.loop()) for _ in range(min(repeats, 9))]
-        bare, loop = zip(*times, strict=True)
+        loop, bare = measure_case(name, width, side, steps, rounds=repeats)
         rows.append(
             {
                 "network": f"{case}: {name}, width {width}, {side}x{side}",
@@ -110,7 +123,7 @@ def measure(repeats: int, with_torch: bool) -> Part:
         )
     notes = [
         "Milliseconds per step. Loop: the trainer on images in memory, with batches, metrics and logs; without "
-        "evaluation and checkpoints. Bare: the same compiled step called again and again on one batch.",
+        "evaluation, saving and the first epoch. Bare: the same compiled step called again and again on one batch.",
         "Both crop, mirror and normalize, which is part of the step. Overhead: median over alternating epochs.",
     ]
     return Part("Loop: what training costs beyond its compiled steps", rows, notes)

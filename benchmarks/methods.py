@@ -7,6 +7,7 @@ recipe; methods that train in phases are measured in their first.
   --pair     default: resnet32x4/resnet8x4
   --methods  default: all that learn from single labels and take any student
   --batch    images in a step; default: 64
+  --devices  devices that share a step, on CPUs one for each core at most; default: 1
   --rounds   steps of each; default: 5
   --json     file for the figures
 """
@@ -28,12 +29,12 @@ from benchmarks.category_structure import describe_environment
 from benchmarks.measuring import Part, interleaved, median_ratio, render
 from cskd_jax.commands.command_line import set_up_jax
 from cskd_jax.configs.methods import METHODS, TOKEN_METHODS
-from cskd_jax.distributed.devices import Devices
+from cskd_jax.console import counted
+from cskd_jax.distributed.devices import Devices, make_cores_devices
 
 
-def measure(pair: Pair, methods: list[str], rounds: int) -> Part:
+def measure(pair: Pair, methods: list[str], rounds: int, devices: Devices) -> Part:
     """Measures all methods, each beside kd."""
-    devices = Devices(1)
     reference, rows = Students(pair, "float32", "default", ("kd",), devices), []
     jax.block_until_ready(reference.step())
     for method in methods:
@@ -46,7 +47,7 @@ def measure(pair: Pair, methods: list[str], rounds: int) -> Part:
         del students
         jax.clear_caches()
     title = f"{pair.teacher[0]} -> {pair.student[0]}, batches of {pair.batch_size}: a training step"
-    return Part(title, rows, [f"{rounds} rounds, one device."])
+    return Part(title, rows, [f"{rounds} rounds, {counted(devices.count, 'device')}."])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,14 +56,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pair", default="resnet32x4/resnet8x4")
     parser.add_argument("--methods", default=",".join(sorted({*METHODS} - {*TOKEN_METHODS})))
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, default=32)
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args(argv)
     set_up_jax()
+    make_cores_devices()
     teacher, student = arguments.pair.split("/")
     pair = Pair((teacher, 1.0), (student, 1.0), arguments.batch, arguments.side)
-    part = measure(pair, arguments.methods.split(","), arguments.rounds)
+    part = measure(pair, arguments.methods.split(","), arguments.rounds, Devices(arguments.devices))
     print(render(part))
     if arguments.json:
         environment = describe_environment(with_torch=False)
