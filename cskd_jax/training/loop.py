@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,8 @@ from cskd_jax.training.programs import Reads, TeacherPass
 
 # Share of the free memory that students trained together may take, according to the compiler.
 _MEMORY_SHARE = 0.8
+# Compiled programs that are cached are loaded in this time.
+_LOADING_SECONDS = 3.0
 
 
 class Loop:
@@ -90,6 +93,7 @@ class Loop:
             self._pass.compile(size, self._reads, pool)
             for participant in participants:
                 participant.compile(size, pool)
+            self._use_free_cores(participants, size, pool)
             if len(participants) > 1:
                 self._wait_for_compiler(participants, size)
                 participants = self._fitting(participants, size)
@@ -109,8 +113,17 @@ class Loop:
                 return participants[:number]
         return participants
 
+    def _use_free_cores(self, participants, size, pool):
+        """Compiles ahead while the compiler works on the first steps, unless it is about to be done with them."""
+        soon = time.monotonic() + _LOADING_SECONDS
+        while time.monotonic() < soon and not self._is_compiled(participants, size):
+            time.sleep(0.01)
+        for participant in participants:
+            if not self._is_compiled(participants, size):
+                self._compile_ahead([participant], pool)
+
     def _compile_ahead(self, participants, pool):
-        """Compiles what the rest of the first epoch needs, while the devices work on its first step."""
+        """Compiles what the rest of the first epoch needs, in the background, unless already requested."""
         self._pass.compile(self._setup.sampler.last_batch_size, self._reads, pool)
         for participant in participants:
             participant.compile_ahead(pool)
@@ -173,7 +186,7 @@ class Loop:
 
     def _compile_late(self, participants, size, pool):
         """Compiles whatever the next step still needs, or waits for it."""
-        if self._pass.is_compiled(size) and all(participant.is_compiled(size) for participant in participants):
+        if self._is_compiled(participants, size):
             return
         # Waiting blocks the host; it should not count toward the time of the steps in flight, or of the next step.
         for participant in participants:
@@ -186,6 +199,9 @@ class Loop:
             self._wait_for_compiler(participants, size)
         for participant in participants:
             participant.start_clock()
+
+    def _is_compiled(self, participants, size):
+        return self._pass.is_compiled(size) and all(participant.is_compiled(size) for participant in participants)
 
     def _wait_for_compiler(self, participants, size):
         self._pass.compiled(size)
