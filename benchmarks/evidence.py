@@ -140,15 +140,17 @@ def _points(row: Row, values: Mapping[int, float]) -> list[tuple[float, float]]:
 
 
 def search(folder: pathlib.Path) -> str:
-    """Returns the trials of the search, as its table has them."""
-    with (folder / "search" / "search.csv").open(encoding="utf-8", newline="") as file:
-        trials = list(csv.DictReader(file))
-    keys = [key for key in trials[0] if key.startswith("losses.")]
-    rows = [
-        (trial["word"], *(trial[key] or tables.NONE for key in keys), f"{100 * float(trial['validation_last']):.2f}",
-         trial["chosen"] or tables.NONE)
-        for trial in trials
-    ]  # fmt: skip
+    """Returns the trials of the searches, as their tables have them."""
+    trials: list[dict[str, str]] = []
+    for path in sorted(folder.glob("search/*/search.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            trials += csv.DictReader(file)
+    keys = sorted({key for trial in trials for key in trial if key.startswith("losses.")})
+    rows = []
+    for trial in trials:
+        values = (trial.get(key) or tables.NONE for key in keys)
+        score = f"{100 * float(trial['validation_last']):.2f}"
+        rows.append((trial["word"], *values, score, trial["chosen"] or tables.NONE))
     return _text(Table("Search", ("method", *keys, "validation: top-1, %", "chosen"), rows))
 
 
@@ -271,7 +273,6 @@ def _draw_accuracy(numbers, epochs, minutes):
             axes.plot(curve[name], curve["top1"], label=row, linewidth=1)
         axes.set_xlabel(label)
     epochs.set_ylabel("top-1 on the test split, %")
-    epochs.legend(fontsize=7)
 
 
 def _draw_tightness(numbers, axes):
@@ -279,15 +280,16 @@ def _draw_tightness(numbers, axes):
         axes.scatter(*zip(*points, strict=True), label=row, s=20, marker="os^vDPX<>*"[position % 10])
     axes.set_xlabel("within / between: smaller is tighter")
     axes.set_ylabel("top-1 on the test split, %")
-    axes.legend(fontsize=7)
 
 
 def draw(figure: Figure, path: pathlib.Path) -> None:
     """Draws a figure into a file, with the digest of its numbers."""
     from matplotlib.figure import Figure as Canvas  # Everything else works without it.
 
-    canvas = Canvas(figsize=(4.5 * figure.panels, 3.6), layout="constrained")
-    figure.draw(figure.numbers, *canvas.subplots(1, figure.panels, squeeze=False)[0])
+    canvas = Canvas(figsize=(4 * figure.panels + 2.5, 3.6), layout="constrained")
+    axes = canvas.subplots(1, figure.panels, squeeze=False)[0]
+    figure.draw(figure.numbers, *axes)
+    canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     canvas.savefig(path, dpi=110, metadata={_DIGEST: figure.digest, "Software": None})
 
 
