@@ -12,8 +12,10 @@ from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
 from cskd_jax.runs import grid, run, together
 from cskd_jax.runs.recipes import load_recipe
+from cskd_jax.training import loop
 from cskd_jax.training.callbacks import Progress, Start
 from cskd_jax.training.metrics import SINGLE_LABEL
+from cskd_jax.training.programs import Programs
 from cskd_jax.training.trainer import fit_together
 from tests.conftest import ROOT, Stop
 from tests.tiers import chosen
@@ -145,6 +147,26 @@ def test_memory_decides_how_many_train_together(monkeypatch):
     results = make_trainer(["kd", "cc"], callbacks=[Watch()]).fit()
     assert together == [1, 1]
     assert list(results) == ["kd", "cc"]
+
+
+@pytest.mark.parametrize(("seconds", "order"), [(0, ["last batch", "start"]), (600, ["start", "last batch"])])
+def test_a_slow_compiler_gets_what_follows_the_first_step_at_once(monkeypatch, seconds, order):
+    """A quick one, which loads programs from the cache, gets it after the first step."""
+    events, compile_step = [], Programs.compile
+
+    class Watch(cskd_jax.Callback):
+        def on_start(self, start):
+            events.append("start")
+
+    def watched(self, number, size, pool):
+        if size == 4:
+            events.append("last batch")
+        compile_step(self, number, size, pool)
+
+    monkeypatch.setattr(Programs, "compile", watched)
+    monkeypatch.setattr(loop, "_LOADING_SECONDS", seconds)
+    make_trainer(["ce"], 1, callbacks=[Watch()]).fit()
+    assert list(dict.fromkeys(events)) == order
 
 
 @pytest.mark.slow
