@@ -17,7 +17,7 @@ from cskd_jax.training.programs import Reads, TeacherPass
 
 # Share of the free memory that students trained together may take, according to the compiler.
 _MEMORY_SHARE = 0.8
-# Compiled programs that are cached are loaded in this time.
+# Loading programs from the cache takes less than this; compiling them takes longer.
 _LOADING_SECONDS = 3.0
 
 
