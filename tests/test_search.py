@@ -170,3 +170,10 @@ def test_the_best_is_trained_with_all_seeds(digits_dir, tmp_path, monkeypatch):
     splits = [run.config.dataset.validation_examples for run in done]
     assert splits == [100] * 3 + [None] * 5, "the test split has chosen nothing"
     assert (tmp_path / "search.csv").exists()
+
+
+def test_numbers_of_epochs(tmp_path):
+    """A run alone would be extended to more epochs; here each number is a run of its own."""
+    trials = make_trials(tmp_path, ["epochs=1,30,60"])
+    assert len({trial.run.workdir for trial in trials}) == len(trials) == 9
+    assert [trial.run.name for trial in trials[:3]] == ["ce-epochs=1-seed3", "ce-seed3", "ce-epochs=60-seed3"]

@@ -69,8 +69,10 @@ def default_workdir(recipe: str, config: ml_collections.ConfigDict) -> pathlib.P
     """
     word = networks.run_name(recipe.partition(":")[2] or config.method, config.method)
     plain = pathlib.Path("runs") / recipes.recipe_file(recipe).stem / f"{word}-seed{config.seed}"
-    changes = describe_changes(schema.flatten(recipes.load_recipe(recipe, [])), schema.flatten(config))
-    named = plain.with_name(plain.name + changes)
+    base, values = schema.flatten(recipes.load_recipe(recipe, [])), schema.flatten(config)
+    if values["epochs"] > base["epochs"]:
+        del values["epochs"]
+    named = plain.with_name(plain.name + describe_changes(base, values))
     # Earlier versions used this name whatever the configuration changed.
     return plain if not named.exists() and _holds(plain, config) else named
 
@@ -80,8 +82,6 @@ def describe_changes(base: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     in_order = [*(key for key in keys.KEYS if key in values), *(key for key in values if key not in keys.KEYS)]
     passed = {"seed", *keys.indifferent()}
     changed = {key: values[key] for key in in_order if key not in passed and values[key] != base.get(key)}
-    if changed.get("epochs", 0) > base["epochs"]:
-        del changed["epochs"]
     text = "".join(f"-{key}={_in_file_name(value)}" for key, value in changed.items())
     return text if len(text) <= _NAME_LENGTH else f"-{_short_digest(text)}"
 
