@@ -9,10 +9,12 @@ import pytest
 
 from cskd_jax.errors import UserError
 from cskd_jax.main import main
+from cskd_jax.runs import trained
 from cskd_jax.runs.build import describe_network, load_data, make_network
 from cskd_jax.runs.recipes import load_recipe
-from cskd_jax.runs.trained import load_start, starting_variables
+from cskd_jax.runs.trained import Given, load_start, starting_variables
 from cskd_jax.training.checkpoint import load_variables
+from cskd_jax.training.saved import Record, Saved
 from tests.torch_files import assert_same_variables
 
 
@@ -91,3 +93,23 @@ def test_a_run_goes_on_from_there(small_run, done, start, tmp_path, capsys):
     other = [a.replace(f"checkpoint={done}", f"checkpoint={done}/teacher") for a in arguments]
     assert main(["main", *other, "--config.optimizer.learning_rate=1e-9", "--config.epochs=2", workdir]) == 2
     assert "student.checkpoint digest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_settings_that_shapes_do_not_show(role, monkeypatch):
+    """With another number of heads, the same arrays are another network."""
+    record = Record({"name": "deit_tiny", "width": 1.0, "settings": {"num_heads": 6}}, channels=3, finished=True)
+    monkeypatch.setattr(trained, "_load_at", lambda key, path, *_: Given(key, path, Saved({}, record, 1, "digest")))
+    config = load_recipe(
+        "cifar100:kd", [f"--config.{role}.{key}" for key in ("checkpoint=given", "name=deit_tiny", "width=1")]
+    )
+    remedy = {"student": "set it to 6", "teacher": "leave it at None"}[role]
+    load = {"student": load_start, "teacher": lambda config: trained._load_teacher(config, 0)}[role]
+    if role == "teacher":
+        config.teacher.num_heads = 3
+    with pytest.raises(UserError) as error:
+        load(config)
+    sets = f"but the configuration sets {role}.num_heads to 3: {remedy}"
+    assert str(error.value) == f"{role}.checkpoint given holds a deit_tiny with num_heads 6, {sets}"
+    config[role].num_heads = 6
+    assert load(config).path == "given"

@@ -12,7 +12,7 @@ from cskd_jax.data.augment import Normalize
 from cskd_jax.distributed import processes
 from cskd_jax.errors import UserError
 from cskd_jax.files import full_path
-from cskd_jax.models import create_model
+from cskd_jax.models import create_model, settings_of
 from cskd_jax.runs import schema
 from cskd_jax.runs.keys import network_settings
 from cskd_jax.training.checkpoint import FOLDER, load_record, load_variables
@@ -24,6 +24,8 @@ from cskd_jax.training.state import check_variables, init_network
 
 # The linear layers with which a network of `MODELS` tells classes apart.
 _CLASSIFIERS = ("classifier", "distillation_classifier")
+# Settings of a network that change what it computes, but not the shapes of its weights.
+_NOT_IN_SHAPES = {"num_heads"}
 
 
 class Given(NamedTuple):
@@ -79,7 +81,7 @@ def _load_teacher(config, number, load=load_variables):
         teacher = _load_at("teacher.others", config.teacher.others[number - 1], "teacher", load)
     else:
         teacher = _load(config, "teacher", load)
-        _check_settings(teacher.path, teacher.saved.record, network_settings(config.teacher))
+        _check_settings(teacher, "teacher", network_settings(config.teacher))
     if not teacher.saved.record.finished:
         raise UserError(f"{teacher.source} is not fully trained: run its own command again first")
     return teacher
@@ -102,6 +104,11 @@ def _load(config, role, load=load_variables):
     held = {key: given.saved.record.network.get(key) for key in wanted}
     if held != wanted:
         raise UserError(f"{given.source} holds {held}, but the configuration specifies {wanted}")
+    if role == "student":
+        # A teacher has the settings of its checkpoint. The shapes of the weights do not show the number of heads.
+        network: Any = create_model(**wanted, settings=network_settings(settings), num_classes=2)
+        names = _NOT_IN_SHAPES & settings_of(settings.name).keys()
+        _check_settings(given, role, {name: getattr(network, name) for name in names})
     return given
 
 
@@ -140,16 +147,17 @@ def starting_variables(start: Given, network: Network, dataset: ImageDataset, se
     return variables, is_new
 
 
-def _check_settings(path: str, record: Record, asked: Mapping[str, Any]) -> None:
+def _check_settings(given: Given, role: str, asked: Mapping[str, Any]) -> None:
     """Raises UserError unless the network of a checkpoint has the settings that a configuration asks for."""
-    network = record.packaged_network()
+    network = given.saved.record.packaged_network()
     held: Any = create_model(**network, num_classes=2)
     for name, value in asked.items():
         own = getattr(held, name)
         if own != value:
+            remedy = "leave it at None" if role == "teacher" else f"set it to {own}"
             raise UserError(
-                f"teacher.checkpoint {path} holds a {network['name']} with {name} {own}, but the configuration sets "
-                f"teacher.{name} to {value}: leave it at None"
+                f"{given.source} holds a {network['name']} with {name} {own}, but the configuration sets "
+                f"{role}.{name} to {value}: {remedy}"
             )
 
 
