@@ -237,3 +237,24 @@ def test_killed_stopped_and_continued(start, small_run, tmp_path, capsys):
     assert measured["parameters"] == expected["parameters"]
     assert set(measured["latency_ms"]) == {"batch 1", "batch 64"}
     assert min(measured["latency_ms"].values()) > 0
+
+
+def test_a_first_phase_concerns_the_methods_that_have_one(tmp_path):
+    override = "--config.first_phase.epochs=2"
+    teacher, ce, fsp = grid.make_grid(DIGITS, ["ce", "fsp"], [0], tmp_path, [override])
+    assert [run.config.first_phase.epochs for run in (teacher, ce, fsp)] == [0, 0, 2]
+    grid.check([teacher, ce, fsp])
+    with pytest.raises(UserError, match="first_phase.epochs is 2; it must be 0 unless"):
+        grid.check(grid.make_grid(DIGITS, ["ce", "kd"], [0], tmp_path, [override]))
+
+
+@pytest.mark.parametrize(
+    ("last", "error"),
+    [
+        ("error: loss is nan\n", "loss is nan"),
+        ("error: stopped by SIGTERM, saved at step 3 of the student: the same command resumes\n", None),
+    ],
+)
+def test_a_run_that_was_stopped_has_not_failed(last, error, tmp_path):
+    (tmp_path / "log.txt").write_text(f"student: training\n{last}")
+    assert sweep.read_error(tmp_path) == error

@@ -106,7 +106,9 @@ def make_grid(
         key = recipes.override_key(argument)
         if key not in known and key != "method":
             raise schema.unknown_key(key, known)
-    own = {word: [o for o in overrides if concerns(o, config)] for word, config in configs.items()}
+    # What concerns none is kept, so that validation says why.
+    of_none = [o for o in overrides if not any(concerns(o, config) for config in configs.values())]
+    own = {word: [o for o in overrides if o in of_none or concerns(o, config)] for word, config in configs.items()}
     runs = []
     for seed, word, teacher_seed in itertools.product(seeds, methods, teacher_seeds):
         config = recipes.load_recipe(f"{recipe}:{word}", own[word])
@@ -160,8 +162,10 @@ def _what_decides_batches(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
 
 
 def concerns(override: str, config: ml_collections.ConfigDict) -> bool:
-    """Returns whether a method has the key: overrides of a loss only apply to methods that have the loss."""
+    """Returns whether a method has the key: those of a loss or of a first phase only concern methods that have one."""
     key = recipes.override_key(override)
+    if key.startswith("first_phase."):
+        return any(LOSSES[name].first_phase for name in config.losses)
     return not key.startswith("losses.") or key in schema.flatten(config)
 
 
@@ -175,7 +179,7 @@ def _teacher_run(
     """Returns the run that trains the teacher of `config` from labels alone."""
     word = recipes.word_without_teacher(multilabel=any(LOSSES[name].multilabel for name in config.losses))
     teacher = config.teacher
-    replaced = ("losses.", "student.", "teacher.")
+    replaced = ("losses.", "first_phase.", "student.", "teacher.")
     kept = [o for o in overrides if not (recipes.override_key(o) + ".").startswith((*replaced, "epochs."))]
     network = [f"--config.student.name={teacher.name}", f"--config.student.width={teacher.width}"]
     network += [f"--config.student.{key}={value}" for key, value in network_settings(teacher).items()]

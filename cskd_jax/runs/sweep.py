@@ -23,6 +23,7 @@ from cskd_jax.runs.results import RESULTS, read_score
 
 _POLL_SECONDS = 0.2
 LOG, _ERROR = "log.txt", "error: "
+_STOPPED = f"{_ERROR}stopped by "  # An `InterruptedRun`, which goes on where it stopped.
 _LAST_BYTES = 10_000
 
 
@@ -188,7 +189,7 @@ def _failure(run, code, log):
 def read_error(workdir: pathlib.Path) -> str | None:
     """Returns the error with which a run of a sweep ended, from its log; None if it ended without one, or goes on."""
     line = _last_line(workdir / LOG)
-    return line.removeprefix(_ERROR) if line.startswith(_ERROR) else None
+    return line.removeprefix(_ERROR) if line.startswith(_ERROR) and not line.startswith(_STOPPED) else None
 
 
 def _last_line(log):

@@ -11,6 +11,7 @@ import ml_collections
 from cskd_jax import console
 from cskd_jax.errors import UserError, printable
 from cskd_jax.files import open_append
+from cskd_jax.runs.results import RESULTS
 from cskd_jax.runs.run import Job, train_together
 from cskd_jax.runs.sweep import LOG
 from cskd_jax.training.callbacks import Callback, Console, Start
@@ -43,7 +44,8 @@ def carry_out(
         train_together(jobs, adapt_devices)
     except UserError as error:
         for job in jobs:
-            job.error = job.error or error
+            if not (job.workdir / RESULTS).exists():
+                job.error = job.error or error
         raise
     finally:
         for job in jobs:
@@ -74,7 +76,7 @@ class Board:
         self._count, self._clock, self._last_line = count, clock, clock()
         self._running: dict[str, Start] = {}
         self._scores: dict[str, str] = {}
-        self._paused = False
+        self._paused, self._announced = False, ""
 
     def callback(self, name: str) -> Callback:
         """Returns the callback of a run."""
@@ -82,11 +84,15 @@ class Board:
 
     def pause(self, what: str) -> contextlib.AbstractContextManager:
         """Announces a pause that all runs have, once; all of them call their networks "student"."""
-        return contextlib.nullcontext() if self._paused else self._pause(what.removeprefix("student: "))
+        what = what.removeprefix("student: ")
+        # The runs are evaluated one after the other, each in a pause of its own.
+        if self._paused or (what == self._announced and not console.is_live()):
+            return contextlib.nullcontext()
+        return self._pause(what)
 
     @contextlib.contextmanager
     def _pause(self, what):
-        self._paused = True
+        self._paused, self._announced = True, what
         try:
             with console.pause(f"{console.counted(self._count, 'run')}: {what}"):
                 yield
@@ -108,17 +114,19 @@ class Board:
         """Shows a line every minute."""
         now = self._clock()
         if now - self._last_line >= _LINE_SECONDS:
-            self._last_line = now
-            console.say(f"{console.counted(len(self._running), 'run')}: {self._where(name, step)}")
+            self._say(f"{console.counted(len(self._running), 'run')}: {self._where(name, step)}")
 
     def evaluated(self, name: str, step: int, score: str) -> None:
         """Shows a line when all runs that are training have been evaluated."""
         self._scores[name] = score
         if self._running.keys() <= self._scores.keys():
             scores = ", ".join(f"{run} {self._scores[run]}" for run in self._running)
-            console.say(f"{self._where(name, step)}: {scores}")
+            self._say(f"{self._where(name, step)}: {scores}")
             self._scores.clear()
-            self._last_line = self._clock()
+
+    def _say(self, line):
+        console.say(line)
+        self._last_line, self._announced = self._clock(), ""
 
     def _where(self, name, step):
         start = self._running[name]
