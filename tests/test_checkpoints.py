@@ -1,6 +1,7 @@
 """Checkpoints from others: what their folders, records and arrays may not be."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -201,3 +202,17 @@ def test_a_folder_that_orbax_cannot_open(tmp_path, monkeypatch):
     monkeypatch.setattr(ocp, "CheckpointManager", refuse)
     with pytest.raises(UserError, match="cannot open the checkpoints in .*/checkpoints: "):
         Checkpoints(tmp_path / "checkpoints", keep=1)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), MemoryError("no memory")])
+def test_one_that_cannot_be_read_now_is_left_alone(error, tmp_path, monkeypatch):
+    """Nothing is wrong with it, so training must not begin anew."""
+    folder = save(tmp_path).parent
+
+    def restore(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", restore)
+    with Checkpoints(folder, keep=1) as checkpoints, pytest.raises(UserError, match="cannot read checkpoint"):
+        checkpoints.restore(lambda step: {})
+    assert [path.name for path in folder.iterdir()] == ["3"]

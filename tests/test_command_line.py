@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from cskd_jax.commands import command_line
@@ -79,3 +80,32 @@ def test_long_messages_are_shortened(error, capsys):
     line = capsys.readouterr().err
     assert len(line) < 2_020
     assert line.endswith("xxx…\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore"),
+            "9 b",
+        ),
+        (MemoryError("Unable to allocate 7 TiB"), "7 TiB"),
+    ],
+)
+def test_out_of_memory(error, text, capsys):
+    def program(argv):
+        raise error
+
+    assert command_line.exit_code(program, []) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: out of memory: lower batch_size, raise optimizer.accumulation_steps, or")
+    assert line.count("\n") == 1
+    assert text in line
+
+
+def test_other_errors_are_ours():
+    def program(argv):
+        raise RuntimeError("a mistake of this package")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        command_line.exit_code(program, [])

@@ -44,3 +44,27 @@ def test_all_processes_learn_what_the_first_cannot_open(open_files, tmp_path, mo
     monkeypatch.setattr(processes, "on_first", on_first)
     with pytest.raises(UserError, match="told by the first"):
         open_files(tmp_path)
+
+
+@pytest.mark.parametrize("value", [b"", b"a", b"0123456789abcdef"])
+def test_what_is_large_is_sent_in_parts(value, monkeypatch):
+    sent = []
+
+    def broadcast(array):
+        sent.append(array)
+        return array
+
+    monkeypatch.setattr(processes, "is_distributed", lambda: True)
+    monkeypatch.setattr(processes, "_PART_BYTES", 8)
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", broadcast)
+    assert processes.on_first(lambda: value) == value
+    received = iter(list(sent))
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+
+    def receive(array):
+        content = next(received)
+        assert (array.shape, array.dtype) == (content.shape, content.dtype)
+        return content
+
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", receive)
+    assert processes.on_first(lambda: value) == value

@@ -1,6 +1,9 @@
 """How often a training is evaluated and saved, and that neither changes what it becomes."""
 
 import dataclasses
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import flax.linen as nn
 import jax
@@ -10,8 +13,11 @@ import pytest
 
 import cskd_jax
 from cskd_jax.data import ImageDataset, Split
+from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.training import participant
 from cskd_jax.training.checkpoint import Checkpoints, load_variables
+from cskd_jax.training.programs import Reads
 from cskd_jax.training.saved import Record
 from tests.conftest import Stop
 from tests.tiers import chosen
@@ -29,20 +35,21 @@ class Net(nn.Module):
         return nn.Dense(3)(x.reshape(len(x), -1))
 
 
-def fit(workdir=None, stop=None, data=DATA, **settings):
+def make_trainer(workdir=None, data=DATA, **settings):
     # A learning rate this large makes the accuracy go up and down, so that the best epoch is not the last.
     student = cskd_jax.Student(Net(), {"cross_entropy": 1.0}, optax.sgd(5.0))
-    trainer = cskd_jax.Trainer(
+    return cskd_jax.Trainer(
         {"net": student},
         data=data,
         phases=[cskd_jax.Phase(EPOCHS)],
         batch_size=8,
         workdir=workdir,
-        devices=1,
-        callbacks=(),
-        **settings,
+        **{"devices": 1, "callbacks": ()} | settings,
     )
-    return trainer.fit(stop)["net"]
+
+
+def fit(workdir=None, stop=None, data=DATA, **settings):
+    return make_trainer(workdir, data, **settings).fit(stop)["net"]
 
 
 def saved_steps(workdir):
@@ -116,3 +123,64 @@ def test_offers_are_saved_when_it_is_time(tmp_path):
         assert not offer(6, 0.9, True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6"], "closing saves the best"
     assert load_variables(str(tmp_path)).variables["params"]["w"].tolist() == [6, 6]
+
+
+@pytest.mark.slow
+def test_fit_again(tmp_path, whole):
+    """A trainer that is done stays done, as when a cell of a notebook is run again."""
+    for workdir in (None, tmp_path):
+        trainer = make_trainer(workdir)
+        assert_same(trainer.fit()["net"], whole)
+        assert_same(trainer.fit()["net"], whole)
+
+
+@pytest.mark.slow
+def test_programs_that_an_interruption_cancelled():
+    trainer, pool = make_trainer(), ThreadPoolExecutor(1)
+    programs = trainer.programs("net")
+    pool.submit(time.sleep, 0.2)
+    programs.compile(0, 8, pool)
+    trainer.teacher_pass.compile(8, Reads.union([programs.reads]), pool)
+    pool.shutdown(cancel_futures=True)
+    trainer.fit()
+
+
+@pytest.mark.slow
+def test_without_a_folder_nothing_is_resumed():
+    with pytest.raises(InterruptedRun) as error:
+        fit(stop=Stop(3))
+    assert str(error.value) == "stopped by test at step 3 of the net"
+
+
+def test_more_rows_than_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("cskd_jax.training.trainer.MAX_ROWS", 20)
+    make_trainer(tmp_path)
+    with pytest.raises(UserError, match=r"log_every is 1: metrics.jsonl would get up to 24 rows, and at most 20 are"):
+        make_trainer(tmp_path, log_every=1)
+    make_trainer(log_every=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True])
+def test_when_metrics_are_read(monkeypatch, several):
+    """Several processes read them at the same step, however long each of them waits for its devices."""
+    monkeypatch.setattr(participant, "processes", types.SimpleNamespace(is_distributed=lambda: several))
+    monkeypatch.setattr(Devices, "steps_in_flight", 2)
+    behind = []
+
+    class Behind(cskd_jax.Callback):
+        def on_step(self, step, images, metrics):
+            behind.append(dispatched[0] - step)
+
+    dispatched, trainer = [0], make_trainer(callbacks=[Behind()])
+    programs = trainer.programs("net")
+    step = programs.step
+
+    def step_that_is_ready(*arguments):
+        dispatched[0] += 1
+        return jax.block_until_ready(step(*arguments))
+
+    monkeypatch.setattr(programs, "step", step_that_is_ready)
+    trainer.fit()
+    # Several processes read the first step of an epoch once they have dispatched the second.
+    assert behind == ([1, 0] if several else [0, 0]) * EPOCHS

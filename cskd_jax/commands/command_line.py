@@ -82,6 +82,12 @@ def exit_code(program: Program, argv: list[str]) -> int:
     except OSError as error:
         print(f"error: {as_message(describe_os_error(error))}", file=sys.stderr)
         return UserError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED"):  # of XLA
+            raise
+        remedy = "lower batch_size, raise optimizer.accumulation_steps, or train fewer runs together"
+        print(f"error: out of memory: {remedy} ({one_line(error)})", file=sys.stderr)
+        return UserError.exit_code
 
 
 def _refused_by_jax(error: ValueError) -> list[str]:

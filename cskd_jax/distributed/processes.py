@@ -25,6 +25,7 @@ HEARTBEAT_SECONDS = 20
 SHUTDOWN_SECONDS = 20
 # Size in bytes of the message that tells the other processes about an error.
 _MESSAGE_BYTES = 4096
+_PART_BYTES = 1 << 30
 
 T = TypeVar("T")
 
@@ -110,9 +111,14 @@ def on_first(function: Callable[..., T], *args: Any) -> T:
         return function(*args)
     outcome = _outcome(function, *args) if is_first() else None
     content = np.frombuffer(pickle.dumps(outcome), np.uint8)
-    size = multihost_utils.broadcast_one_to_all(np.int32(content.size))
-    content = multihost_utils.broadcast_one_to_all(content if is_first() else np.zeros(size, np.uint8))
-    value, error = pickle.loads(content.tobytes())
+    # Devices have no 64-bit integers, so what is large is sent in parts.
+    sizes = np.array(divmod(content.size, _PART_BYTES), np.int32)
+    parts, rest = map(int, multihost_utils.broadcast_one_to_all(sizes))
+    received = []
+    for number, size in enumerate([_PART_BYTES] * parts + [rest] * (rest > 0)):
+        part = content[_PART_BYTES * number :][:size] if is_first() else np.zeros(size, np.uint8)
+        received.append(np.asarray(multihost_utils.broadcast_one_to_all(part)).tobytes())
+    value, error = pickle.loads(b"".join(received))
     if error is not None:
         raise error
     return value

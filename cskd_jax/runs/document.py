@@ -36,9 +36,9 @@ _RESUMING = """\
 ## Resuming a run
 
 The same command continues a run from its last checkpoint. It may have another value of a key that does not change
-results: {indifferent}. It may also have a larger number of `epochs`: the run is extended, and ends as if it had had
-that number from the start. A difference in any other key is refused, and so are other data: they are recognized by
-their labels, their classes, and some of their images, wherever they lie.
+results: {indifferent}. It may also have a larger number of `epochs`: the run is extended, and its network ends as if it
+had had that number from the start. A difference in any other key is refused, and so are other data: they are recognized
+by their labels, their classes, and some of their images, wherever they lie.
 """
 
 _LOSSES = """\

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from cskd_jax.data.batches import read_steps
+from cskd_jax.distributed import processes
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import InterruptedRun, kept_error
 from cskd_jax.training.participant import Participant
@@ -188,8 +189,9 @@ class Loop:
         """Compiles whatever the next step still needs, or waits for it."""
         if self._is_compiled(participants, size):
             return
-        # Waiting blocks the host; it should not count toward the time of the steps in flight, or of the next step.
-        for participant in participants:
+        # Waiting blocks the host; it should not count toward the time of the steps in flight, or of the next step. Of
+        # several processes, not all may come here, but all must read the metrics of a step at the same point.
+        for participant in () if processes.is_distributed() else participants:
             with kept_error(participant):
                 participant.drain()
         with _pause(participants, f"compiling the training step for batches of {size}"):
@@ -218,8 +220,10 @@ def _pause(participants: Sequence[Participant], what: str) -> Iterator[None]:
 
 
 def _describe_stop(stop: StopRequest, participants: Sequence[Participant]) -> str:
-    saved = "" if participants[0].setup.workdir is None else ", saved"
+    is_saved = participants[0].setup.workdir is not None
     steps = sorted({participant.step for participant in participants})
     who = participants[0].name if len(participants) == 1 else f"{len(participants)} students"
     where = f"step {' and '.join(map(str, steps))} of the {who}"
-    return f"stopped by {stop.name}{saved} at {where}: the same command resumes"
+    if not is_saved:
+        return f"stopped by {stop.name} at {where}"
+    return f"stopped by {stop.name}, saved at {where}: the same command resumes"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cskd_jax.console import counted
+from cskd_jax.distributed import processes
 from cskd_jax.errors import UserError
 from cskd_jax.models import count_parameters
 from cskd_jax.training.callbacks import Meter, Progress, Row, Start
@@ -212,9 +213,11 @@ class Participant:
         self.state, metrics = self.programs.step(number, size, self.state, batch)
         self.step += 1
         self._pending.append((self.step, size, metrics))
-        # Metrics of finished steps are read without waiting; only a step too far ahead of the devices waits.
-        limit = self.setup.devices.steps_in_flight
-        while self._pending and (len(self._pending) >= limit or self._pending[0][2]["loss"].is_ready()):
+        # Metrics of finished steps are read without waiting; only a step too far ahead of the devices waits. Several
+        # processes must not read them as soon as they are ready: one would see that the loss has diverged before
+        # another, which would wait forever for its part of the next step.
+        limit, alone = self.setup.devices.steps_in_flight, not processes.is_distributed()
+        while self._pending and (len(self._pending) >= limit or (alone and self._pending[0][2]["loss"].is_ready())):
             self._running_meter.add(*self._pending.popleft())
 
     def drain(self) -> None:

@@ -63,6 +63,11 @@ class Reads(NamedTuple):
         return {**rest, "teacher": teacher} | ({"views": views} if views else {})
 
 
+def _is_requested(program: Future | None) -> bool:
+    """Returns whether a program is compiled or waits for the compiler, which an interruption makes forget it."""
+    return program is not None and not program.cancelled()
+
+
 class TeacherPass:
     """The compiled programs of the teacher pass, one for each batch size; see `make_teacher_pass`.
 
@@ -125,7 +130,7 @@ class TeacherPass:
 
         Tracing stays in the thread of the caller, because it depends on the JAX settings of that thread.
         """
-        if size not in self._compiled:
+        if not _is_requested(self._compiled.get(size)):
             self._compiled[size] = pool.submit(self._lower(size, reads).compile)
 
     def _lower(self, size, reads):
@@ -323,14 +328,14 @@ class Programs:
 
     def compile(self, number: int, size: int, pool: Executor) -> None:
         """Compiles the step of a phase for a global batch of `size` in the background, unless already requested."""
-        if (number, size) not in self._compiled:
+        if not _is_requested(self._compiled.get((number, size))):
             whole = size == self._setup.sampler.batch_size
             lowered = self.lowered[number] if whole else self._lower_step(number, size)
             self._compiled[number, size] = pool.submit(lowered.compile)
 
     def compile_init(self, pool: Executor) -> None:
         """Compiles the program that makes a new state in the background, unless already requested."""
-        if self._init is None:
+        if not _is_requested(self._init):
             self._init = pool.submit(self.lowered_init.compile, compiler_options=_options_of_init())
 
     def init(self) -> TrainState:

@@ -18,9 +18,9 @@ _logger = logging.getLogger(__name__)
 
 _ROW_TESTS = {"phase": is_text, "split": is_text, "step": is_count, "epoch": is_count}
 _TRAINING = b'"split": "train"'
-_MAX_FILE, _MAX_LINE = 256 << 20, 64 << 10
+_MAX_FILE, _MAX_LINE = 512 << 20, 64 << 10
 # Rows of evaluations alone, and of all kinds; with log_every 50, the latter are 25 million steps.
-_MAX_EVALUATIONS, _MAX_ROWS = 200_000, 500_000
+_MAX_EVALUATIONS, MAX_ROWS = 200_000, 500_000
 _MAX_UNSOUND = 200
 
 
@@ -129,7 +129,7 @@ def read_rows(path: pathlib.Path, *, evaluations: bool = False) -> Iterator[dict
     except FileNotFoundError:
         return
     rows, unsound_lines, last = 0, 0, b"\n"
-    most = _MAX_EVALUATIONS if evaluations else _MAX_ROWS
+    most = _MAX_EVALUATIONS if evaluations else MAX_ROWS
     with file:
         while line := file.readline(_MAX_LINE):
             last = line

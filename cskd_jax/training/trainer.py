@@ -31,7 +31,7 @@ from cskd_jax.training.peers import with_peers
 from cskd_jax.training.phases import Phase, make_parts
 from cskd_jax.training.prediction import describe_prediction
 from cskd_jax.training.programs import Programs, TeacherPass
-from cskd_jax.training.records import MetricsFiles, read_rows
+from cskd_jax.training.records import MAX_ROWS, MetricsFiles, read_rows
 from cskd_jax.training.saved import Record
 from cskd_jax.training.setup import Setup
 from cskd_jax.training.state import TrainState
@@ -190,6 +190,8 @@ class Trainer:
         )
         check_batches(shared)
         self._setup = shared
+        if self._workdir is not None:
+            self._check_rows(len(students), sum(phase.epochs for phase in phases))
         if beside is None:
             given = normalize if isinstance(normalize, Normalize) else None
             network = network_of(self._teachers, given, combine_teachers, data.multilabel)
@@ -199,6 +201,17 @@ class Trainer:
         self._participants = {
             name: self._make_participant(name, student, phases, len(students) > 1) for name, student in students.items()
         }
+
+    def _check_rows(self, students, epochs):
+        """Raises UserError if metrics.jsonl would get more rows than are read when the students are done."""
+        every, steps = self._setup.log_every, self._setup.sampler.steps_per_epoch
+        splits = 1 if self._setup.data.validation is None else 2
+        rows = students * epochs * (steps // every + 1 + splits)
+        if rows > MAX_ROWS:
+            raise UserError(
+                f"log_every is {every}: metrics.jsonl would get up to {rows:,} rows, and at most {MAX_ROWS:,} are "
+                "allowed; raise log_every, or train fewer epochs or students in one folder"
+            )
 
     def _make_participant(self, name, student, phases, several):
         data, sampler = self._setup.data, self._setup.sampler
@@ -298,8 +311,9 @@ class Trainer:
     def _finish(self, participant):
         """Returns the result of a student that is done, whose state is kept."""
         name, history = participant.name, participant.history
-        self.state[name] = jax.device_get(participant.state)
-        participant.state = None  # Its devices may need the memory.
+        if participant.state is not None:  # It is None if an earlier call has trained it to the end.
+            self.state[name] = jax.device_get(participant.state)
+            participant.state = None  # Its devices may need the memory.
         if self._workdir is not None:
             path = self._workdir / "metrics.jsonl"
             rows = processes.on_first(lambda: list(read_rows(path)))
