@@ -272,7 +272,7 @@ def _read_categories(arguments):
     for line, name in enumerate(names, start=1):
         if not is_text(name):
             raise UserError(
-                f"{arguments.categories}, line {line}: a name may have at most {MAX_TEXT:,} letters, none of them NUL"
+                f"{arguments.categories}, line {line}: a name has at most {MAX_TEXT:,} characters, none of them NUL"
             )
     if len(names) != arguments.num_classes or len(set(names)) != len(names):
         raise UserError(

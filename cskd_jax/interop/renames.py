@@ -109,7 +109,7 @@ def _renamed(name: str, rules: Sequence[Rule], end: float) -> str | None:
             continue
         new = re.sub(pattern, replacement, name)
         if len(new) > max(_MAX_NAME, len(name)):
-            raise UserError(f"{name} becomes a name of {len(new):,} letters; at most {_MAX_NAME:,} are allowed")
+            raise UserError(f"{name} becomes a name of {len(new):,} characters; at most {_MAX_NAME:,} are allowed")
         name = new
     return name
 

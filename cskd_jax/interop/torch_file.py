@@ -57,9 +57,9 @@ MAX_FILE, _MAX_PICKLE, _MAX_HEADER = 4 << 30, 256 << 20, 8 << 20
 # Limits on the axes of a tensor, and on the product of their sizes, of which some may be zero.
 _MAX_DIMENSIONS, _MAX_VALUES = 8, 2**40
 # Limits on the modules, because a network that contains itself would never end, and on the dictionary entries that are
-# searched and the letters of their names, because many names can refer to the same large dictionary.
+# searched and the characters of their names, because many names can refer to the same large dictionary.
 _MAX_MODULES, _MAX_SEARCH = 20_000, 16_000_000
-_ENTRY = 64  # of the latter, for each entry in addition to its letters
+_ENTRY = 64  # of the latter, for each entry in addition to its characters
 # Prefixes of wrappers around the network, which may be nested: torch.compile, DataParallel, torch.compile.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 

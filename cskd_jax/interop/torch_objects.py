@@ -7,7 +7,7 @@ from cskd_jax.errors import UserError, printable
 
 # No name of a tensor, module or class is longer. Longer strings are read, but not kept as keys.
 MAX_NAME = 1024
-# Maximum number of elements and letters that all calls and names of a file together may copy.
+# Maximum number of elements and characters that all calls and names of a file together may copy.
 _MAX_COPIED = 300_000
 # Functions that harmless files call and whose results are not read here; a Placeholder takes the place of a result.
 _INERT_CALLS = (

@@ -174,7 +174,7 @@ def test_bad_rules(text, message, tmp_path):
 @pytest.mark.parametrize(
     ("rules", "name", "message"),
     [
-        ([(r"(.+)", r"\1\1")] * 34, "fc.bias", r"becomes a name of 1,792 letters; at most 1,000 are allowed"),
+        ([(r"(.+)", r"\1\1")] * 34, "fc.bias", r"becomes a name of 1,792 characters; at most 1,000 are allowed"),
         ([(r".*.*.*[=;]", "x")], "a" * 1000, r"the renaming rules take too long"),
     ],
 )
