@@ -414,8 +414,8 @@ BAD_ARGUMENTS = {
     "unknown argument": (["--classes=7"], ["unknown flag --classes; did you mean --num_classes?"]),
     "out exists": (["--out={full}"], ["already exists"]),
     "no categories file": (["--categories={full}/none"], ["none", "No such file"]),
-    "a category with NUL": (["--categories={full}/nul"], ["nul, line 2: a name may have at most 10,000 letters"]),
-    "a long category": (["--categories={full}/long"], ["long, line 1: a name may have at most 10,000 letters"]),
+    "a category with NUL": (["--categories={full}/nul"], ["nul, line 2: a name has at most 10,000 characters"]),
+    "a long category": (["--categories={full}/long"], ["long, line 1: a name has at most 10,000 characters"]),
     "number of categories": (["--categories={full}/two"], ["2 names", "must hold 7"]),
 }
 
