@@ -8,21 +8,22 @@ from cskd_jax.report.tables import WORDS, Table
 
 def render(title: str, text: str, tables: Iterable[Table]) -> str:
     """Returns a section, made of plain text and tables, as Markdown."""
-    return "\n".join([f"## {_escape(title)}\n", f"{_escape(text)}\n", *map(_table, tables)])
+    return "\n".join([f"## {escape(title)}\n", f"{escape(text)}\n", *map(table, tables)])
 
 
-def _table(table):
-    marks = ["---", *("---" if name in WORDS else "---:" for name in table.header[1:])]
-    lines = [f"### {_escape(table.title)}", "", _row(table.header), _row(marks)]
-    lines += [_row(row) for row in table.rows]
-    return "\n".join([*lines, "", *(f"{_escape(note)}\n" for note in table.notes)])
+def table(content: Table) -> str:
+    """Returns a table with its title and notes as Markdown."""
+    marks = ["---", *("---" if name in WORDS else "---:" for name in content.header[1:])]
+    lines = [f"### {escape(content.title)}", "", _row(content.header), _row(marks)]
+    lines += [_row(row) for row in content.rows]
+    return "\n".join([*lines, "", *(f"{escape(note)}\n" for note in content.notes)])
 
 
 def _row(cells):
-    return "| " + " | ".join(map(_escape, cells)) + " |"
+    return "| " + " | ".join(map(escape, cells)) + " |"
 
 
-def _escape(text):
+def escape(text: str) -> str:
     """Returns Markdown that shows `text` literally, with all special characters escaped."""
     # An underscore within a word has no special meaning, nor does a single tilde.
     return re.sub(r"([\\|`<\[*&$]|(?<!\w)_|_(?!\w)|(?<=~)~|~(?=~))", r"\\\1", text)

@@ -1,0 +1,453 @@
+"""Rebuilds the tables and figures of docs/results.md and README.md from the raw results in docs/results.
+
+python benchmarks/evidence.py             rewrites the tables, and draws the figures (pip install matplotlib)
+python benchmarks/evidence.py --check     names what is not as the raw results have it, and changes nothing
+python benchmarks/evidence.py --pack=NAME FOLDER [FOLDER...]   packs the runs in folders into docs/results/NAME.tar.xz
+
+An archive holds what `cskd-jax report` reads of each run, and the table of a search: once it is unpacked, that command
+shows the same tables of the methods. Their notes also depend on the packaged recipes, so the tables may have to be
+rebuilt when those change. Each folder is packed under its own name. A figure carries the digest of the numbers that it
+shows, so that checking it does not need matplotlib.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import pathlib
+import re
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy import stats
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from cskd_jax.report import markdown, tables
+from cskd_jax.report.runs import Comparison, Row, Run, compare, find_runs, find_unfinished
+from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, paired_difference, summarize
+from cskd_jax.report.tables import Table
+from cskd_jax.report.write import mean_curve
+from cskd_jax.runs.results import RESULTS
+from cskd_jax.training.records import read_rows
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RAW = ROOT / "docs" / "results"
+PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+_PACKED = {"config.json", "results.json", "metrics.jsonl", "evaluation.json", "log.txt", "search.csv"}
+_BLOCK = re.compile(r"(<!-- evidence: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# The folder in methods of the runs with published weights.
+_PUBLISHED = "published"
+_DIGEST = "Digest of the numbers"
+
+
+def pack(folders: list[pathlib.Path], archive: pathlib.Path) -> None:
+    """Writes the files of runs into an archive; equal files make equal bytes."""
+    with tarfile.open(archive, "w:xz", preset=9) as tar:
+        for folder in folders:
+            for path in sorted(path for path in folder.rglob("*") if path.name in _PACKED):
+                content = path.read_bytes()
+                member = tarfile.TarInfo(str(folder.name / path.relative_to(folder)))
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def unpack(folder: pathlib.Path) -> None:
+    """Unpacks all archives into a folder."""
+    for path in sorted(RAW.glob("*.tar.xz")):
+        with tarfile.open(path) as archive:
+            # Python 3.11 has no filters before 3.11.4, and 3.12 asks for one. The archives are our own.
+            archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+
+
+def comparison_in(folder: pathlib.Path) -> Comparison:
+    """Returns the comparison of the runs in a folder, which all share data, networks and teacher."""
+    (found,) = compare(find_runs([folder]))
+    return found
+
+
+def references(comparison: Comparison) -> tuple[Row, Row]:
+    """Returns the rows of ce and of kd with their published weights."""
+    published = [row for row in comparison.rows if _PUBLISHED in row.runs[0].folder.parts]
+    ce, kd = (next(row for row in published if row.method == method) for method in ("ce", "kd"))
+    return ce, kd
+
+
+class Spread(NamedTuple):
+    """How much values vary from seed to seed, beyond what a seed adds to all rows and a row adds to all seeds.
+
+    Attributes:
+      deviation: Deviation of the residuals, assumed to be that of all rows; None for less than two rows or seeds.
+      freedom: Degrees of freedom of its estimate.
+      lines: Number of differences whose intervals hold together.
+    """
+
+    deviation: float | None
+    freedom: int
+    lines: int
+
+    def difference(self, ours: Mapping[int, float], reference: Mapping[int, float]) -> PairedDifference | None:
+        """Returns our values minus those of a reference, both by seed; None if they have no seed in common."""
+        found = paired_difference(ours, reference)
+        if found is None or self.deviation is None or found.count == 1:
+            return found
+        quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / self.lines / 2, self.freedom)
+        return found._replace(margin=float(quantile) * self.deviation * math.sqrt(2 / found.count))
+
+
+def spread_of(rows: Sequence[Mapping[int, float]], lines: int) -> Spread:
+    """Returns the spread of the rows, {seed: value}, that have all seeds."""
+    seeds = sorted(set().union(*rows))
+    values = np.array([[row[seed] for seed in seeds] for row in rows if len(row) == len(seeds)])
+    freedom = (len(values) - 1) * (len(seeds) - 1)
+    if freedom < 1:
+        return Spread(None, 0, lines)
+    residuals = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    return Spread(math.sqrt((residuals**2).sum() / freedom), freedom, lines)
+
+
+def _pooled(spread: Spread) -> str:
+    """Says how the intervals of differences were made."""
+    if spread.deviation is None:
+        return "One seed supports no claim."
+    return (
+        f"Intervals of differences hold for all {spread.lines} lines together with {CONFIDENCE:.0%} confidence "
+        f"(Bonferroni). Their width comes from the deviation from seed to seed, {spread.deviation:.3f}, which is "
+        f"estimated from all rows together ({spread.freedom} degrees of freedom) and thus assumed to be equal in them."
+    )
+
+
+def _text(*found: Table | None) -> str:
+    return "\n".join(markdown.table(table) for table in found if table is not None)
+
+
+def runs(folder: pathlib.Path) -> str:
+    """Returns which runs there are, how long it took to train them, and on what; and which have failed."""
+    rows, versions = [], {}
+    for path in sorted({path.relative_to(folder).parts[0] for path in folder.rglob(RESULTS)} - {"pytorch"}):
+        hours: dict[Any, float] = {}
+        found = find_runs([folder / path])
+        for run in found:
+            # Runs of a sweep with the same seed are trained together, and each has the time of all.
+            key = run.folder.parent, run.results["seed"]
+            hours[key] = max(hours.get(key, 0), _training_hours(run))
+            for name, version in run.results["versions"].items():
+                versions.setdefault(name, set()).add(version)
+        devices = sorted({run.results["devices"]["count"] for run in found})
+        counts = str(len(found)), str(len(hours)), " or ".join(map(str, devices))
+        rows.append((path, *counts, f"{sum(hours.values()):.1f}"))
+    header = ("folder", "runs", "groups", "devices", "hours")
+    named = (f"{name} {' and '.join(sorted(found))}" for name, found in versions.items() if name != "cskd_jax")
+    note = (
+        "A group is the runs of a sweep with the same seed, which are trained together and share the pass of the "
+        f"teacher. Hours are of training, without evaluation. Versions: {', '.join(named)}."
+    )
+    unfinished = [(path.relative_to(folder), why) for path, why in find_unfinished([folder])]
+    return _text(Table("Runs", header, rows, (note,)), tables.unfinished(unfinished))
+
+
+def _training_hours(run: Run) -> float:
+    images = run.results["dataset"]["train_examples"] * run.config["epochs"]
+    return images / run.results["student"]["images_per_second"] / 3600
+
+
+def methods(folder: pathlib.Path) -> str:
+    """Returns what `cskd-jax report` shows of the comparison of methods."""
+    comparison = comparison_in(folder / "methods")
+    found = tables.results(comparison), tables.differences(comparison)
+    return f"{markdown.escape(tables.recipe(comparison))}\n\n{_text(*found)}"
+
+
+def summary(folder: pathlib.Path) -> str:
+    """Returns the scores of the methods, and their differences from ce and kd, for the README."""
+    comparison = comparison_in(folder / "methods")
+    scores = {row: row.scores("last") for row in comparison.rows}
+    compared = references(comparison)
+    # Each row with ce, each but ce with kd.
+    spread = spread_of(list(scores.values()), lines=2 * len(scores) - 3)
+    rows = []
+    for row, ours in scores.items():
+        cells = [_cell(spread, ours, scores[reference], row is reference) for reference in compared]
+        rows.append((row.label, str(len(ours)), tables.summary(row.summary("last")), *cells))
+    header = ("method", "seeds", "last epoch: top-1, %", *(f"minus {row.method}" for row in compared))
+    return _text(Table("ResNet56 to ResNet8 on CIFAR-100", header, rows, (_pooled(spread),)))
+
+
+def _cell(spread, ours, reference, is_reference, digits=2):
+    """Returns a difference with the ends of its interval as a text."""
+    found = None if is_reference else spread.difference(ours, reference)
+    if found is None:
+        return tables.NONE
+    if found.margin is None or found.count == 1:
+        return f"{found.mean:+.{digits}f}"
+    low, high = found.mean - found.margin, found.mean + found.margin
+    return f"{found.mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def ratios(row: Row) -> dict[int, float]:
+    """Returns {seed: within / between} of the test images' embeddings after the last epoch."""
+    unmeasured = [str(run.folder) for run in row.runs if run.embedding is None]
+    if unmeasured:
+        raise SystemExit(f"{unmeasured[0]} was not measured: cskd-jax evaluate --embedding")
+    return {run.results["seed"]: run.embedding["within"] / run.embedding["between"] for run in row.runs}
+
+
+def tightness(folder: pathlib.Path) -> str:
+    """Returns how tight the classes are, and the difference from training on labels alone, beside the accuracy."""
+    comparison = comparison_in(folder / "methods")
+    measured = {row: ratios(row) for row in comparison.rows}
+    ce, _ = references(comparison)
+    spread = spread_of(list(measured.values()), lines=len(measured) - 1)
+    rows = []
+    for row, values in measured.items():
+        if row is not ce:
+            verdict = spread.difference(values, measured[ce]).verdict
+            shown = {"lower": "tighter", "higher": "looser"}.get(verdict, verdict)
+            rows.append((row.label, str(len(values)), _cell(spread, values, measured[ce], False, digits=3), shown))
+    means = [(summarize(list(values.values())).mean, row.summary("last").mean) for row, values in measured.items()]
+    found = stats.spearmanr(*zip(*means, strict=True))
+    note = (
+        f"{_pooled(spread)} Over the {len(means)} methods, Spearman's rank correlation of the mean within / between "
+        f"with the mean top-1 is {found.statistic:+.2f}, which describes these methods and tests nothing."
+    )
+    header = ("method", "seeds", "within / between, minus ce", "what it shows")
+    return _text(tables.embeddings(comparison), Table("Tightness", header, rows, (note,)))
+
+
+def search(folder: pathlib.Path) -> str:
+    """Returns the trials of the searches, as their tables have them."""
+    trials: list[dict[str, str]] = []
+    for path in sorted((folder / "search").iterdir()):
+        with (path / "search.csv").open(encoding="utf-8", newline="") as file:
+            trials += csv.DictReader(file)
+    keys = sorted({key for trial in trials for key in trial if key.startswith("losses.")})
+    rows = []
+    for trial in trials:
+        values = (trial.get(key) or tables.NONE for key in keys)
+        score = f"{100 * float(trial['validation_last']):.2f}"
+        rows.append((trial["word"].rpartition("/")[2], *values, score, trial["chosen"] or tables.NONE))
+    config = find_runs([folder / "search"])[0].config
+    held_out = config["dataset.validation_examples"]
+    note = f"Seed {config['seed']}, {config['epochs']} epochs, {held_out:,} training images held out to choose by."
+    return _text(Table("Search", ("method", *keys, "validation: top-1, %", "chosen"), rows, (note,)))
+
+
+def samples(folder: pathlib.Path) -> str:
+    """Returns category structure against labels alone, for every order of the images."""
+    comparison = comparison_in(folder / "samples")
+    scores = {row: row.scores("last") for row in comparison.rows}
+    plain = {_order(row.config): row for row in comparison.rows if row.learns_from_labels}
+    others = sorted((row for row in comparison.rows if not row.learns_from_labels), key=lambda row: _place(row.config))
+    spread = spread_of(list(scores.values()), lines=len(others))
+    rows = []
+    for row in others:
+        reference = plain[_order(row.config)]
+        found = spread.difference(scores[row], scores[reference])
+        both = tables.summary(reference.summary("last")), tables.summary(row.summary("last"))
+        shown = tables.NONE if found is None else found.verdict
+        rows.append((
+            _order(row.config), _centers(row.config), str(len(scores[row])), *both,
+            _cell(spread, scores[row], scores[reference], False), shown,
+        ))  # fmt: skip
+    compared = ("ce: top-1, %", "cskd: top-1, %", "cskd minus ce")
+    header = ("images in a batch", "centers", "seeds", *compared, "what it shows")
+    table = Table("Samples per class", header, rows, (f"After the last epoch. {_pooled(spread)}",))
+    return f"{markdown.escape(tables.recipe(comparison))}\n\n{_text(table)}"
+
+
+def _order(config: Mapping[str, Any]) -> str:
+    """Returns how many images of a class a batch has, in words."""
+    if config["sampler.name"] == "uniform":
+        return "at random"
+    return f"{config['sampler.samples_per_category']} of each class"
+
+
+def _centers(config: Mapping[str, Any]) -> str:
+    """Returns what the centers of category structure are made of, in words."""
+    momentum = config["losses.category_structure.center_momentum"]
+    which = "correct" if config["losses.category_structure.filter_misclassified"] else "all"
+    return f"of {which} samples" + ("" if momentum is None else f", running with momentum {momentum:g}")
+
+
+def _place(config: Mapping[str, Any]) -> tuple[bool, int, str]:
+    return config["sampler.name"] != "uniform", config["sampler.samples_per_category"], _centers(config)
+
+
+def pytorch(folder: pathlib.Path) -> str:
+    """Returns kd by this package and by benchmarks/torch_training.py, with the same seeds."""
+    theirs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("pytorch/*/results.json"))]
+    paths = folder.glob("pytorch/*/metrics.jsonl")
+    epochs = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    images = theirs[0]["config"]["dataset.train_examples"] / summarize([row["train_seconds"] for row in epochs]).mean
+    _, kd = references(comparison_in(folder / "methods"))
+    (alone,) = find_runs([folder / "alone"])
+    rows = [
+        _trained("cskd_jax", [(run.score("last"), run.score("best")) for run in kd.runs],
+                 alone.results["student"]["images_per_second"]),
+        _trained("PyTorch", [(100 * run["last"], 100 * run["best"]) for run in theirs], images),
+    ]  # fmt: skip
+    (twin,) = (run for run in kd.runs if run.results["seed"] == alone.results["seed"])
+    same = _evaluations(alone) == _evaluations(twin) != []
+    header = ("trained by", "seeds", "last epoch: top-1, %", "best epoch: top-1, %", "images/s, alone")
+    note = (
+        "Images/s are of training alone, without evaluation. The test losses and scores of all epochs of the run of "
+        f"cskd_jax that was timed {'equal' if same else 'differ from'} those of the same run trained together with the "
+        "other methods."
+    )
+    return _text(Table("KD against PyTorch", header, rows, (note,)))
+
+
+def _trained(by: str, scores: list[tuple[float, float]], images: float) -> tuple[str, ...]:
+    last, best = (summarize(list(column)) for column in zip(*scores, strict=True))
+    return by, str(last.count), tables.summary(last), tables.summary(best), f"{images:.0f}"
+
+
+def _evaluations(run: Run) -> list[Mapping[str, Any]]:
+    return [row for row in read_rows(run.folder / "metrics.jsonl", evaluations=True) if row["phase"] == "student"]
+
+
+# {block: function that makes it, and the folder of runs that it needs}
+BLOCKS: dict[str, tuple[Callable[[pathlib.Path], str], str]] = {
+    "runs": (runs, "methods"),
+    "methods": (methods, "methods"),
+    "summary": (summary, "methods"),
+    "tightness": (tightness, "methods"),
+    "search": (search, "search"),
+    "samples": (samples, "samples"),
+    "pytorch": (pytorch, "pytorch"),
+}
+
+
+class Figure(NamedTuple):
+    """A figure.
+
+    Attributes:
+      numbers: The numbers that it shows, which JSON can hold.
+      draw: Draws them into the axes of matplotlib that it is given.
+      panels: Number of axes.
+    """
+
+    numbers: dict[str, Any]
+    draw: Callable[..., None]
+    panels: int
+
+    @property
+    def digest(self) -> str:
+        """Returns the digest of the numbers."""
+        return hashlib.sha256(json.dumps(self.numbers).encode()).hexdigest()
+
+
+def figures(folder: pathlib.Path) -> dict[str, Figure]:
+    """Returns {name of the file: figure}."""
+    comparison = comparison_in(folder / "methods")
+    measured = {row["method"]: row for row in json.loads((RAW / "steps.json").read_text())["methods"]["rows"]}
+    # Each method was timed in turn with kd, so their ratio is surer than both times.
+    costs = {method: row["of kd"] * measured["kd"]["ms"] for method, row in measured.items()}
+    examples, batch = comparison.runs[0].results["dataset"]["train_examples"], comparison.runs[0].config["batch_size"]
+    curves = {}
+    for row in comparison.rows:
+        curve = mean_curve(row)
+        if curve is not None:
+            minutes = curve.x * -(-examples // batch) * costs[row.method] / 60_000
+            named = {"epochs": curve.x, "minutes": minutes, "top1": curve.y}
+            curves[row.label] = {name: values.round(6).tolist() for name, values in named.items()}
+    points = {}
+    for row in comparison.rows:
+        scores = row.scores("last")
+        points[row.label] = [(round(ratio, 6), round(scores[seed], 6)) for seed, ratio in ratios(row).items()]
+    return {
+        "accuracy.png": Figure(curves, _draw_accuracy, 2),
+        "tightness.png": Figure(points, _draw_tightness, 1),
+    }
+
+
+def _draw_accuracy(numbers, epochs, minutes):
+    for axes, name, label in (epochs, "epochs", "epoch"), (minutes, "minutes", "minutes of training, alone"):
+        for row, curve in numbers.items():
+            axes.plot(curve[name], curve["top1"], label=row, linewidth=1)
+        axes.set_xlabel(label)
+    epochs.set_ylabel("top-1 on the test split, %")
+
+
+def _draw_tightness(numbers, axes):
+    for position, (row, points) in enumerate(numbers.items()):
+        axes.scatter(*zip(*points, strict=True), label=row, s=20, marker="os^vDPX<>*"[position % 10])
+    axes.set_xlabel("within / between: smaller is tighter")
+    axes.set_ylabel("top-1 on the test split, %")
+
+
+def draw(figure: Figure, path: pathlib.Path) -> None:
+    """Draws a figure into a file, with the digest of its numbers."""
+    from matplotlib.figure import Figure as Canvas  # Everything else works without it.
+
+    canvas = Canvas(figsize=(4 * figure.panels + 2.5, 3.6), layout="constrained")
+    axes = canvas.subplots(1, figure.panels, squeeze=False)[0]
+    figure.draw(figure.numbers, *axes)
+    canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    canvas.savefig(path, dpi=110, metadata={_DIGEST: figure.digest, "Software": None})
+
+
+def drawn_digest(path: pathlib.Path) -> str | None:
+    """Returns the digest that a figure carries; None if there is no figure."""
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get(_DIGEST)
+
+
+def rebuilt(texts: Sequence[str], folder: pathlib.Path) -> list[str]:
+    """Returns the texts of pages with their blocks as the raw results have them.
+
+    Raises:
+      SystemExit: Raw results are shown nowhere, a block is there twice or unknown, or it has no end.
+    """
+    names = [name for text in texts for _, name, _ in _BLOCK.findall(text)]
+    expected = [name for name, (_, needed) in BLOCKS.items() if (folder / needed).is_dir()]
+    marks = [sum(text.count(mark) for text in texts) for mark in ("<!-- evidence:", "<!-- end -->")]
+    if sorted(names) != sorted(expected) or marks != [len(names)] * 2:
+        raise SystemExit(f"the pages must have these blocks, each once: {', '.join(expected)}")
+    return [_BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]][0](folder)}{found[3]}", text) for text in texts]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rebuilds, checks, or packs; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--pack", metavar="NAME")
+    parser.add_argument("folders", nargs="*", type=pathlib.Path)
+    arguments = parser.parse_args(argv)
+    if bool(arguments.folders) != bool(arguments.pack) or (arguments.check and arguments.pack):
+        parser.error("folders are given with --pack, and only with it")
+    if arguments.pack:
+        pack(arguments.folders, RAW / f"{arguments.pack}.tar.xz")
+        return 0
+    stale = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        unpack(folder)
+        texts = [page.read_text(encoding="utf-8") for page in PAGES]
+        for page, text, new in zip(PAGES, texts, rebuilt(texts, folder), strict=True):
+            if new != text:
+                stale.append(page)
+                if not arguments.check:
+                    page.write_text(new, encoding="utf-8")
+        for file, figure in figures(folder).items():
+            if drawn_digest(RAW / file) != figure.digest:
+                stale.append(RAW / file)
+                if not arguments.check:
+                    draw(figure, RAW / file)
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'not as the raw results have it' if arguments.check else 'rebuilt'}")
+    return int(arguments.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
