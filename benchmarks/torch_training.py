@@ -18,6 +18,7 @@ epoch. DIR/metrics.jsonl, with a row for every epoch, and DIR/results.json are w
 import hashlib
 import io
 import json
+import math
 import pathlib
 import sys
 import time
@@ -188,6 +189,8 @@ def train(
     for number in range(len(rows), config.epochs):
         start = time.perf_counter()
         loss = training.epoch()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of epoch {number + 1} is {loss}")
         trained = time.perf_counter()
         top1 = accuracy(training.network, training.normalize, test)
         row = {"epoch": number + 1, "loss": loss, "test_top1": top1, "train_seconds": trained - start}

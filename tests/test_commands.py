@@ -209,6 +209,22 @@ os.write(1, b".")
     assert process.stdout == b"clock\rline."
 
 
+@pytest.mark.parametrize(("call", "code"), [("outlive_full_disk()", 0), ("", 1)])
+def test_console_on_a_full_disk(call, code):
+    """Results are in other files; what is shown is lost, unless it is all that a command makes."""
+    program = f"""
+from cskd_jax.commands.streams import outlive_console, outlive_full_disk
+
+outlive_console()
+{call}
+print("line")
+"""
+    with open("/dev/full", "wb") as full:
+        process = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE)
+    assert process.returncode == code
+    assert (b"No space left on device" in process.stderr) == bool(code)
+
+
 @pytest.mark.slow
 def test_training_without_a_console(start, small_run, tmp_path):
     process = start([f"{small_run[0]}:ce", *small_run[1:], "--config.epochs=1", f"--workdir={tmp_path / 'run'}"])

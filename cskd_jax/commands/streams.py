@@ -8,17 +8,20 @@ import sys
 from typing import Any, TextIO
 
 # Errors raised when writing to a closed pipe and to a terminal that is gone.
-_GONE = (errno.EPIPE, errno.EIO)
+_GONE = {errno.EPIPE, errno.EIO}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class _LastingFile(io.FileIO):
     """A file whose reader may go away; everything written after that is dropped."""
 
+    dropping = frozenset(_GONE)
+
     def write(self, data) -> int | None:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in self.dropping:
                 raise
             return memoryview(data).nbytes
 
@@ -32,6 +35,14 @@ def outlive_console() -> None:
     for name in ("stdout", "stderr"):
         setattr(sys, name, _lasting(getattr(sys, name)))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def outlive_full_disk() -> None:
+    """Lets this process continue when the disk of the file that its console goes to is full.
+
+    This is for commands whose results are in other files.
+    """
+    _LastingFile.dropping = frozenset(_GONE | _FULL)
 
 
 def _occupy_descriptors():

@@ -23,6 +23,7 @@ import shutil
 
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import number
+from cskd_jax.commands.streams import outlive_full_disk
 from cskd_jax.commands.table import COMMANDS
 from cskd_jax.errors import UserError
 
@@ -50,4 +51,5 @@ def _run(argv):
     # Imported late, since it is not needed for --help.
     from cskd_jax.distributed.supervisor import Supervisor
 
+    outlive_full_disk()
     return Supervisor(command, values.processes, values.restarts, values.grace).run()

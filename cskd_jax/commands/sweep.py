@@ -38,6 +38,7 @@ import re
 
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import number, seeds
+from cskd_jax.commands.streams import outlive_full_disk
 from cskd_jax.configs import networks
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder
@@ -81,6 +82,7 @@ def _run(argv):
     words = [f"{pair}/{method}" for pair in values.pairs for method in values.methods] or values.methods
     for word in words:
         recipes.read_recipe(f"{file}:{word}")
+    outlive_full_disk()
     console.start()
     # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.runs import search

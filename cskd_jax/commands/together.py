@@ -12,6 +12,7 @@ import sys
 
 from cskd_jax import console
 from cskd_jax.commands import command_line
+from cskd_jax.commands.streams import outlive_full_disk
 from cskd_jax.errors import UserError
 from cskd_jax.inputs import is_list, is_text, parse_json
 
@@ -29,6 +30,7 @@ def _run(argv):
         runs = None
     if not runs or not is_list(_is_run)(runs):
         raise UserError("standard input must hold a JSON list of runs; cskd-jax sweep starts this command")
+    outlive_full_disk()
     console.start()
     from cskd_jax.runs import recipes
 

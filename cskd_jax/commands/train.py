@@ -27,6 +27,7 @@ import os
 
 from cskd_jax.commands import command_line
 from cskd_jax.commands.arguments import number
+from cskd_jax.commands.streams import outlive_full_disk
 from cskd_jax.files import local_folder
 
 
@@ -48,6 +49,7 @@ def _run(argv):
     from cskd_jax.runs import recipes
 
     name = recipes.recipe_file(recipe).stem
+    outlive_full_disk()
     console.start(speaks=_is_first(values.process))
     with console.pause(f"loading JAX to train {recipe}"):
         config = recipes.load_recipe(recipe, values.overrides)
