@@ -38,8 +38,8 @@ class DivergedError(UserError):
         self.results: dict[str, Any] = {}
 
 
-class LostWorkerError(UserError):
-    """An error for a killed worker process, after which the run may be started again."""
+class PassingError(UserError):
+    """An error that may not occur when the run is started again, such as a killed worker process."""
 
     exit_code = 1
 

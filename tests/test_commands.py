@@ -217,7 +217,7 @@ from cskd_jax.commands.streams import outlive_console, outlive_full_disk
 
 outlive_console()
 {call}
-print("line")
+print("line", flush=True)
 """
     with open("/dev/full", "wb") as full:
         process = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE)

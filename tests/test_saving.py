@@ -1,7 +1,7 @@
 """How often a training is evaluated and saved, and that neither changes what it becomes."""
 
 import dataclasses
-import time
+import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -135,14 +135,18 @@ def test_fit_again(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_programs_that_an_interruption_cancelled():
-    trainer, pool = make_trainer(), ThreadPoolExecutor(1)
-    programs = trainer.programs("net")
-    pool.submit(time.sleep, 0.2)
-    programs.compile(0, 8, pool)
-    trainer.teacher_pass.compile(8, Reads.union([programs.reads]), pool)
-    pool.shutdown(cancel_futures=True)
-    trainer.fit()
+def test_programs_that_an_interruption_cancelled(whole):
+    trainer, pool, busy = make_trainer(), ThreadPoolExecutor(1), threading.Event()
+    (own,) = trainer._participants.values()
+    pool.submit(busy.wait)
+    own.programs.compile(0, 8, pool)
+    own.compile_ahead(pool)
+    trainer.teacher_pass.compile(8, Reads.union([own.programs.reads]), pool)
+    pool.shutdown(wait=False, cancel_futures=True)
+    busy.set()
+    assert not own.programs.is_compiled(0, 8)
+    assert not trainer.teacher_pass.is_compiled(8)
+    assert_same(trainer.fit()["net"], whole)
 
 
 @pytest.mark.slow
@@ -153,7 +157,7 @@ def test_without_a_folder_nothing_is_resumed():
 
 
 def test_more_rows_than_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("cskd_jax.training.trainer.MAX_ROWS", 20)
+    monkeypatch.setattr("cskd_jax.training.trainer.MAX_ROWS", 40)
     make_trainer(tmp_path)
     with pytest.raises(UserError, match=r"log_every is 1: metrics.jsonl would get up to 24 rows, and at most 20 are"):
         make_trainer(tmp_path, log_every=1)

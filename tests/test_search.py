@@ -172,6 +172,11 @@ def test_the_best_is_trained_with_all_seeds(digits_dir, tmp_path, monkeypatch):
     assert (tmp_path / "search.csv").exists()
 
 
+def test_a_first_phase_that_no_method_has(tmp_path):
+    with pytest.raises(UserError, match="first_phase.epochs is only for methods with a first phase, ab, fsp, ft, and"):
+        make_trials(tmp_path, ["first_phase.epochs=1,2"])
+
+
 def test_numbers_of_epochs(tmp_path):
     """A run alone would be extended to more epochs; here each number is a run of its own."""
     trials = make_trials(tmp_path, ["epochs=1,30,60"])

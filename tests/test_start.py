@@ -109,7 +109,7 @@ def test_settings_that_shapes_do_not_show(role, monkeypatch):
         config.teacher.num_heads = 3
     with pytest.raises(UserError) as error:
         load(config)
-    sets = f"but the configuration sets {role}.num_heads to 3: {remedy}"
+    sets = f"but the configuration specifies 3 for {role}.num_heads: {remedy}"
     assert str(error.value) == f"{role}.checkpoint given holds a deit_tiny with num_heads 6, {sets}"
     config[role].num_heads = 6
     assert load(config).path == "given"

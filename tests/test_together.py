@@ -1,5 +1,7 @@
 """Students that are trained together become what they would become alone, whatever happens to the others."""
 
+import itertools
+
 import jax
 import numpy as np
 import optax
@@ -7,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 import cskd_jax
+from cskd_jax import console
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
@@ -223,13 +226,19 @@ def test_groups(tmp_path):
     assert all(len(group) == 1 for group in grid.group(runs, 1))
 
 
-def test_board(capsys):
+def test_board(capsys, monkeypatch):
     """One line an epoch for all runs, one a minute in between, and each pause once."""
     now = [0.0]
     board = together.Board(2, clock=lambda: now[0])
     callbacks = [board.callback(name) for name in ("kd", "ce")]
     with callbacks[0].pause("student: evaluating"), callbacks[1].pause("student: evaluating"):
         pass
+    # Even if they always take their time, each is shown once.
+    monkeypatch.setattr(console, "_LONG_SECONDS", 0.0)
+    monkeypatch.setattr(console, "_seconds", {"2 runs: evaluating": 9.0, "2 runs: saving": 9.0})
+    for callback, what in itertools.product(callbacks, ["evaluating", "saving"]):
+        with callback.pause(f"student: {what}"):
+            pass
     progress = Progress(seconds=2.0, images=400)
     start = Start("student", 0, 20, 10, 0, 2000, SINGLE_LABEL, progress, lambda step: None)
     for callback in callbacks:
@@ -244,6 +253,7 @@ def test_board(capsys):
     callbacks[1].on_row({"split": "test", "step": 20, "top1": 0.75})
     assert capsys.readouterr().out.splitlines() == [
         "2 runs: evaluating ...",
+        "2 runs: saving ...",
         "2 runs: epoch 1/2, 200 images/s",
         "epoch 1/2, 200 images/s: kd 0.5000, ce 0.2500",
         "epoch 2/2, 200 images/s: ce 0.7500",

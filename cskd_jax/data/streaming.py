@@ -12,7 +12,7 @@ from multiprocessing import resource_tracker
 import numpy as np
 
 from cskd_jax.data.images import Reader
-from cskd_jax.errors import LostWorkerError
+from cskd_jax.errors import PassingError
 
 
 class Workers:
@@ -65,7 +65,7 @@ class ImageStream:
         return self.shape[0]
 
     def batches(self, indices: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields the images at each index, decoded ahead by the workers; raises LostWorkerError if one was killed."""
+        """Yields the images at each index, decoded ahead by the workers; raises PassingError if one was killed."""
         ahead = deque()
         try:
             for index in indices:
@@ -76,7 +76,7 @@ class ImageStream:
             while ahead:
                 yield ahead.popleft().result()
         except concurrent.futures.BrokenExecutor as error:
-            raise LostWorkerError(
+            raise PassingError(
                 "a process that decodes images was killed, perhaps for lack of memory (fewer dataset.workers need "
                 "less): the same command resumes from the last checkpoint"
             ) from error
@@ -93,7 +93,7 @@ def read_batches(images: np.ndarray | ImageStream, indices: Iterable[np.ndarray]
 
     Raises:
       UserError: If an image of a stream cannot be read.
-      LostWorkerError: If a decoding process was killed.
+      PassingError: If a decoding process was killed.
     """
     if isinstance(images, ImageStream):
         return images.batches(indices)

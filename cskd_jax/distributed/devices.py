@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -175,6 +176,16 @@ class Devices:
         """
         several_cpu_devices = self._devices[0].platform == "cpu" and self.count > 1
         return 1 if several_cpu_devices else 4
+
+
+def is_requested(program: Future | None) -> bool:
+    """Returns whether a program is compiled or queued; an interruption cancels what is still queued."""
+    return program is not None and not program.cancelled()
+
+
+def is_compiled(program: Future | None) -> bool:
+    """Returns whether a program is compiled, or failed to be."""
+    return program is not None and program.done() and not program.cancelled()
 
 
 def lower(mapped: Callable, *args: Any) -> jax.stages.Lowered:

@@ -106,9 +106,9 @@ def make_grid(
         key = recipes.override_key(argument)
         if key not in known and key != "method":
             raise schema.unknown_key(key, known)
-    # What concerns none is kept, so that validation says why.
-    of_none = [o for o in overrides if not any(concerns(o, config) for config in configs.values())]
-    own = {word: [o for o in overrides if o in of_none or concerns(o, config)] for word, config in configs.items()}
+        if not any(concerns(argument, config) for config in configs.values()):
+            raise concerns_none(key)
+    own = {word: [o for o in overrides if concerns(o, config)] for word, config in configs.items()}
     runs = []
     for seed, word, teacher_seed in itertools.product(seeds, methods, teacher_seeds):
         config = recipes.load_recipe(f"{recipe}:{word}", own[word])
@@ -167,6 +167,12 @@ def concerns(override: str, config: ml_collections.ConfigDict) -> bool:
     if key.startswith("first_phase."):
         return any(LOSSES[name].first_phase for name in config.losses)
     return not key.startswith("losses.") or key in schema.flatten(config)
+
+
+def concerns_none(key: str) -> UserError:
+    """Returns the error for a known key that concerns none of the methods of a sweep."""
+    methods = ", ".join(sorted(name for name, loss in LOSSES.items() if loss.first_phase))
+    return UserError(f"{key} is only for methods with a first phase, {methods}, and none of them is in the sweep")
 
 
 def _teacher_run(

@@ -10,7 +10,7 @@ from cskd_jax.console import say
 from cskd_jax.errors import UserError
 from cskd_jax.files import csv_text, write_text
 from cskd_jax.runs import recipes, rules, schema
-from cskd_jax.runs.grid import Run, concerns, make_grid
+from cskd_jax.runs.grid import Run, concerns, concerns_none, make_grid
 from cskd_jax.runs.results import RESULTS, read_validation
 from cskd_jax.runs.workdir import describe_changes
 from cskd_jax.training.metrics import task_that_measured
@@ -99,7 +99,7 @@ def make_trials(
             trials.append(Trial(word, changes, runs[-1]))
     for key in grid.keys() - found:
         known = {k for word in words for k in schema.flatten(recipes.load_recipe(f"{recipe}:{word}", []))}
-        raise schema.unknown_key(key, known)
+        raise concerns_none(key) if key in known else schema.unknown_key(key, known)
     return trials
 
 

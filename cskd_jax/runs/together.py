@@ -76,7 +76,8 @@ class Board:
         self._count, self._clock, self._last_line = count, clock, clock()
         self._running: dict[str, Start] = {}
         self._scores: dict[str, str] = {}
-        self._paused, self._announced = False, ""
+        self._paused = False
+        self._announced: set[str] = set()  # Pauses since the last line.
 
     def callback(self, name: str) -> Callback:
         """Returns the callback of a run."""
@@ -85,14 +86,15 @@ class Board:
     def pause(self, what: str) -> contextlib.AbstractContextManager:
         """Announces a pause that all runs have, once; all of them call their networks "student"."""
         what = what.removeprefix("student: ")
-        # The runs are evaluated one after the other, each in a pause of its own.
-        if self._paused or (what == self._announced and not console.is_live()):
+        # The runs are evaluated and saved one after the other, each in a pause of its own.
+        if self._paused or (what in self._announced and not console.is_live()):
             return contextlib.nullcontext()
         return self._pause(what)
 
     @contextlib.contextmanager
     def _pause(self, what):
-        self._paused, self._announced = True, what
+        self._paused = True
+        self._announced.add(what)
         try:
             with console.pause(f"{console.counted(self._count, 'run')}: {what}"):
                 yield
@@ -126,7 +128,8 @@ class Board:
 
     def _say(self, line):
         console.say(line)
-        self._last_line, self._announced = self._clock(), ""
+        self._last_line = self._clock()
+        self._announced.clear()
 
     def _where(self, name, step):
         start = self._running[name]

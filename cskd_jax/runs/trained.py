@@ -54,7 +54,6 @@ def load_given_teachers(config: ml_collections.ConfigDict) -> tuple[Given, ...]:
       UserError: A checkpoint is not trained to the end, or the first is not that of the configured network.
     """
     processes.on_first(schema.check_teacher_exists, config)
-    # One after another, because a message between processes has a maximum size.
     return tuple(processes.on_first(_load_teacher, config, number) for number in range(1 + len(config.teacher.others)))
 
 
@@ -156,8 +155,8 @@ def _check_settings(given: Given, role: str, asked: Mapping[str, Any]) -> None:
         if own != value:
             remedy = "leave it at None" if role == "teacher" else f"set it to {own}"
             raise UserError(
-                f"{given.source} holds a {network['name']} with {name} {own}, but the configuration sets "
-                f"{role}.{name} to {value}: {remedy}"
+                f"{given.source} holds a {network['name']} with {name} {own}, but the configuration specifies {value} "
+                f"for {role}.{name}: {remedy}"
             )
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from cskd_jax.data import Split, read_batches
-from cskd_jax.distributed.devices import AXIS, Devices, lower
+from cskd_jax.distributed.devices import AXIS, Devices, is_requested, lower
 from cskd_jax.training.metrics import Task, task_of
 from cskd_jax.training.networks import Network
 from cskd_jax.training.step import make_eval_step
@@ -51,7 +51,7 @@ class Evaluation:
           variables: Variables of the network, or their shapes.
           pool: Executor that runs the compiler.
         """
-        if self._compiled is None:
+        if not is_requested(self._compiled):
             self._compiled = pool.submit(lower(self._step, variables, next(self._batches())).compile)
 
     @property
@@ -75,7 +75,7 @@ class Evaluation:
     def _measure(self, variables):
         """Returns the measurements of the task for each batch of the split, in order, on the host."""
         pending, measured = deque(), []
-        step = self._step if self._compiled is None else self._compiled.result()
+        step = self._compiled.result() if is_requested(self._compiled) else self._step
         for batch in self._batches():
             pending.append(step(variables, batch))
             if len(pending) >= self.devices.steps_in_flight:

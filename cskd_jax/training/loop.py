@@ -189,8 +189,8 @@ class Loop:
         """Compiles whatever the next step still needs, or waits for it."""
         if self._is_compiled(participants, size):
             return
-        # Waiting blocks the host; it should not count toward the time of the steps in flight, or of the next step. Of
-        # several processes, not all may come here, but all must read the metrics of a step at the same point.
+        # Waiting blocks the host; it should not count toward the time of the steps in flight, or of the next step. Some
+        # of several processes may skip this, but all of them must read the metrics of a step at the same point.
         for participant in () if processes.is_distributed() else participants:
             with kept_error(participant):
                 participant.drain()

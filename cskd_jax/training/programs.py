@@ -14,7 +14,7 @@ import numpy as np
 from flax.errors import FlaxError
 
 from cskd_jax.distributed import processes
-from cskd_jax.distributed.devices import AXIS, lower
+from cskd_jax.distributed.devices import AXIS, is_compiled, is_requested, lower
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LossInputs
 from cskd_jax.training.adapters import LinenNetwork
@@ -61,11 +61,6 @@ class Reads(NamedTuple):
         teacher = None if self.teacher is None else select_outputs(batch["teacher"], self.teacher)
         rest = {name: value for name, value in batch.items() if name != "views"}
         return {**rest, "teacher": teacher} | ({"views": views} if views else {})
-
-
-def _is_requested(program: Future | None) -> bool:
-    """Returns whether a program is compiled or waits for the compiler, which an interruption makes forget it."""
-    return program is not None and not program.cancelled()
 
 
 class TeacherPass:
@@ -130,7 +125,7 @@ class TeacherPass:
 
         Tracing stays in the thread of the caller, because it depends on the JAX settings of that thread.
         """
-        if not _is_requested(self._compiled.get(size)):
+        if not is_requested(self._compiled.get(size)):
             self._compiled[size] = pool.submit(self._lower(size, reads).compile)
 
     def _lower(self, size, reads):
@@ -166,7 +161,7 @@ class TeacherPass:
 
     def is_compiled(self, size: int) -> bool:
         """Returns whether the pass is compiled for a global batch of `size`."""
-        return size in self._compiled and self._compiled[size].done()
+        return is_compiled(self._compiled.get(size))
 
 
 class Programs:
@@ -328,14 +323,14 @@ class Programs:
 
     def compile(self, number: int, size: int, pool: Executor) -> None:
         """Compiles the step of a phase for a global batch of `size` in the background, unless already requested."""
-        if not _is_requested(self._compiled.get((number, size))):
+        if not is_requested(self._compiled.get((number, size))):
             whole = size == self._setup.sampler.batch_size
             lowered = self.lowered[number] if whole else self._lower_step(number, size)
             self._compiled[number, size] = pool.submit(lowered.compile)
 
     def compile_init(self, pool: Executor) -> None:
         """Compiles the program that makes a new state in the background, unless already requested."""
-        if not _is_requested(self._init):
+        if not is_requested(self._init):
             self._init = pool.submit(self.lowered_init.compile, compiler_options=_options_of_init())
 
     def init(self) -> TrainState:
@@ -352,7 +347,7 @@ class Programs:
 
     def is_compiled(self, number: int, size: int) -> bool:
         """Returns whether the step of a phase is compiled for a global batch of `size`."""
-        return (number, size) in self._compiled and self._compiled[number, size].done()
+        return is_compiled(self._compiled.get((number, size)))
 
     def compiled(self, number: int, size: int) -> Callable[..., Any]:
         """Returns the compiled step of a phase for a global batch of `size`, waiting for it."""

@@ -203,14 +203,17 @@ class Trainer:
         }
 
     def _check_rows(self, students, epochs):
-        """Raises UserError if metrics.jsonl would get more rows than are read when the students are done."""
+        """Raises UserError if metrics.jsonl would get more rows than are read when the students are done.
+
+        Half of them are left for another trainer in the same folder, that of the teacher or of its student.
+        """
         every, steps = self._setup.log_every, self._setup.sampler.steps_per_epoch
         splits = 1 if self._setup.data.validation is None else 2
-        rows = students * epochs * (steps // every + 1 + splits)
-        if rows > MAX_ROWS:
+        rows, most = students * epochs * (steps // every + 1 + splits), MAX_ROWS // 2
+        if rows > most:
             raise UserError(
-                f"log_every is {every}: metrics.jsonl would get up to {rows:,} rows, and at most {MAX_ROWS:,} are "
-                "allowed; raise log_every, or train fewer epochs or students in one folder"
+                f"log_every is {every}: metrics.jsonl would get up to {rows:,} rows, and at most {most:,} are allowed; "
+                "raise log_every, or train fewer epochs or students in one folder"
             )
 
     def _make_participant(self, name, student, phases, several):
