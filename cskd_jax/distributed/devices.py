@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -178,7 +178,7 @@ class Devices:
         return 1 if several_cpu_devices else 4
 
 
-def is_requested(program: Future | None) -> bool:
+def is_requested(program: Future | None) -> TypeGuard[Future]:
     """Returns whether a program is compiled or queued; an interruption cancels what is still queued."""
     return program is not None and not program.cancelled()
 
