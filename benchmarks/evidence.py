@@ -12,6 +12,7 @@ shows, so that checking it does not need matplotlib.
 
 import argparse
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -68,6 +69,7 @@ def unpack(folder: pathlib.Path) -> None:
             archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
+@functools.cache  # Several blocks and the figures show the same runs.
 def comparison_in(folder: pathlib.Path) -> Comparison:
     """Returns the comparison of the runs in a folder, which all share data, networks and teacher."""
     (found,) = compare(find_runs([folder]))
@@ -167,7 +169,7 @@ def methods(folder: pathlib.Path) -> str:
 
 
 def summary(folder: pathlib.Path) -> str:
-    """Returns the scores of the methods, and their differences from ce and kd, for the README."""
+    """Returns the scores of the methods, and their differences from ce and kd."""
     comparison = comparison_in(folder / "methods")
     scores = {row: row.scores("last") for row in comparison.rows}
     compared = references(comparison)
@@ -175,15 +177,14 @@ def summary(folder: pathlib.Path) -> str:
     spread = spread_of(list(scores.values()), lines=2 * len(scores) - 3)
     rows = []
     for row, ours in scores.items():
-        cells = [_cell(spread, ours, scores[reference], row is reference) for reference in compared]
-        rows.append((row.label, str(len(ours)), tables.summary(row.summary("last")), *cells))
+        found = [None if row is other else spread.difference(ours, scores[other]) for other in compared]
+        rows.append((row.label, str(len(ours)), tables.summary(row.summary("last")), *map(_cell, found)))
     header = ("method", "seeds", "last epoch: top-1, %", *(f"minus {row.method}" for row in compared))
     return _text(Table("ResNet56 to ResNet8 on CIFAR-100", header, rows, (_pooled(spread),)))
 
 
-def _cell(spread, ours, reference, is_reference, digits=2):
-    """Returns a difference with the ends of its interval as a text."""
-    found = None if is_reference else spread.difference(ours, reference)
+def _cell(found: PairedDifference | None, digits: int = 2) -> str:
+    """Returns a difference with the ends of its interval as a text, or a text for none."""
     if found is None:
         return tables.NONE
     if found.margin is None or found.count == 1:
@@ -209,14 +210,14 @@ def tightness(folder: pathlib.Path) -> str:
     rows = []
     for row, values in measured.items():
         if row is not ce:
-            verdict = spread.difference(values, measured[ce]).verdict
-            shown = {"lower": "tighter", "higher": "looser"}.get(verdict, verdict)
-            rows.append((row.label, str(len(values)), _cell(spread, values, measured[ce], False, digits=3), shown))
+            found = spread.difference(values, measured[ce])
+            shown = {"lower": "tighter", "higher": "looser"}.get(found.verdict, found.verdict)
+            rows.append((row.label, str(len(values)), _cell(found, digits=3), shown))
     means = [(summarize(list(values.values())).mean, row.summary("last").mean) for row, values in measured.items()]
-    found = stats.spearmanr(*zip(*means, strict=True))
+    correlation = stats.spearmanr(*zip(*means, strict=True)).statistic
     note = (
         f"{_pooled(spread)} Over the {len(means)} methods, Spearman's rank correlation of the mean within / between "
-        f"with the mean top-1 is {found.statistic:+.2f}, which describes these methods and tests nothing."
+        f"with the mean top-1 is {correlation:+.2f}, which describes these methods and tests nothing."
     )
     header = ("method", "seeds", "within / between, minus ce", "what it shows")
     return _text(tables.embeddings(comparison), Table("Tightness", header, rows, (note,)))
@@ -255,7 +256,7 @@ def samples(folder: pathlib.Path) -> str:
         shown = tables.NONE if found is None else found.verdict
         rows.append((
             _order(row.config), _centers(row.config), str(len(scores[row])), *both,
-            _cell(spread, scores[row], scores[reference], False), shown,
+            _cell(found), shown,
         ))  # fmt: skip
     compared = ("ce: top-1, %", "cskd: top-1, %", "cskd minus ce")
     header = ("images in a batch", "centers", "seeds", *compared, "what it shows")
@@ -282,7 +283,7 @@ def _place(config: Mapping[str, Any]) -> tuple[bool, int, str]:
 
 
 def pytorch(folder: pathlib.Path) -> str:
-    """Returns kd by this package and by benchmarks/torch_training.py, with the same seeds."""
+    """Returns kd by this package and by benchmarks/torch_training.py, each with all its seeds."""
     theirs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("pytorch/*/results.json"))]
     paths = folder.glob("pytorch/*/metrics.jsonl")
     epochs = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]

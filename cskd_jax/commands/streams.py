@@ -8,14 +8,14 @@ import sys
 from typing import Any, TextIO
 
 # Errors raised when writing to a closed pipe and to a terminal that is gone.
-_GONE = {errno.EPIPE, errno.EIO}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_GONE = frozenset({errno.EPIPE, errno.EIO})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class _LastingFile(io.FileIO):
     """A file whose reader may go away; everything written after that is dropped."""
 
-    dropping = frozenset(_GONE)
+    dropping = _GONE
 
     def write(self, data) -> int | None:
         try:
@@ -42,7 +42,7 @@ def outlive_full_disk() -> None:
 
     This is for commands whose results are in other files.
     """
-    _LastingFile.dropping = frozenset(_GONE | _FULL)
+    _LastingFile.dropping = _GONE | _FULL
 
 
 def _occupy_descriptors():

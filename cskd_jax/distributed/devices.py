@@ -185,7 +185,7 @@ def is_requested(program: Future | None) -> TypeGuard[Future]:
 
 def is_compiled(program: Future | None) -> bool:
     """Returns whether a program is compiled, or failed to be."""
-    return program is not None and program.done() and not program.cancelled()
+    return is_requested(program) and program.done()
 
 
 def lower(mapped: Callable, *args: Any) -> jax.stages.Lowered:

@@ -165,13 +165,13 @@ def concerns(override: str, config: ml_collections.ConfigDict) -> bool:
     """Returns whether a method has the key: those of a loss or of a first phase only concern methods that have one."""
     key = recipes.override_key(override)
     if key.startswith("first_phase."):
-        return any(LOSSES[name].first_phase for name in config.losses)
+        return bool(schema.with_first_phase(config.losses))
     return not key.startswith("losses.") or key in schema.flatten(config)
 
 
 def concerns_none(key: str) -> UserError:
     """Returns the error for a known key that concerns none of the methods of a sweep."""
-    methods = ", ".join(sorted(name for name, loss in LOSSES.items() if loss.first_phase))
+    methods = ", ".join(sorted(schema.with_first_phase(LOSSES)))
     return UserError(f"{key} is only for methods with a first phase, {methods}, and none of them is in the sweep")
 
 

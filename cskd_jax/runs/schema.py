@@ -338,12 +338,17 @@ def _validate_dot(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def with_first_phase(losses: Iterable[str]) -> list[str]:
+    """Returns those of the losses, by name, that train in a first phase of their own."""
+    return [name for name in losses if LOSSES[name].first_phase]
+
+
 def _validate_first_phase(config: ml_collections.ConfigDict) -> None:
     if not config.first_phase.epochs:
         return
-    fitting = [name for name in config.losses if LOSSES[name].first_phase]
+    fitting = with_first_phase(config.losses)
     if not fitting:
-        known = ", ".join(sorted(name for name, loss in LOSSES.items() if loss.first_phase))
+        known = ", ".join(sorted(with_first_phase(LOSSES)))
         raise UserError(
             f"first_phase.epochs is {config.first_phase.epochs}; it must be 0 unless one of the losses has a "
             f"first phase: {known}"
