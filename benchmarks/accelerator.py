@@ -29,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import loop_part, step_part
 from benchmarks.category_structure import describe_environment
-from benchmarks.measuring import Part, render
+from benchmarks.measuring import Part, render, save
 from cskd_jax.commands.command_line import set_up_jax
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.data.batches import read_steps
@@ -270,8 +270,8 @@ def main(argv: list[str] | None = None) -> None:
     pairs, steps = (SMALL, 3) if arguments.small else (PAIRS, 20)
     first = next(iter(pairs.values()))
     has_torch = _sees_device()
-    results: dict[str, Any] = {"environment": describe_environment(has_torch)}
-    print(json.dumps(results["environment"]))
+    environment, measured = describe_environment(has_torch), {}
+    print(json.dumps(environment))
     parts = {
         "checks": lambda: measure_checks(first),
         "loop": lambda: measure_loop(first, steps),
@@ -281,11 +281,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, measure in parts.items():
         if measure is None or name not in arguments.parts.split(","):
             continue
-        part = measure()
-        results[name] = part._asdict()
-        print(f"\n{render(part)}", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        measured[name] = measure()
+        print(f"\n{render(measured[name])}", flush=True)
+        save(arguments.json, environment, measured)
 
 
 def _sees_device() -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import loop_part, loss_part, start_part, step_part
-from benchmarks.measuring import MISSING_TORCH, has_torch, render
+from benchmarks.measuring import MISSING_TORCH, has_torch, render, save
 from cskd_jax.distributed.devices import Devices
 
 PARTS = {"loss": loss_part.measure, "step": step_part.measure, "loop": loop_part.measure, "start": start_part.measure}
@@ -39,14 +39,12 @@ def main(argv: list[str] | None = None) -> None:
     if unknown or arguments.repeats < 1:
         parser.error(f"unknown part {unknown[0]!r}" if unknown else "--repeats must be at least 1")
     with_torch = has_torch()
-    results = {"environment": describe_environment(with_torch)}
-    print(json.dumps(results["environment"]))
+    environment, parts = describe_environment(with_torch), {}
+    print(json.dumps(environment))
     for name in names:
-        part = PARTS[name](arguments.repeats, with_torch)
-        results[name] = part._asdict()
-        print(f"\n{render(part)}", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        parts[name] = PARTS[name](arguments.repeats, with_torch)
+        print(f"\n{render(parts[name])}", flush=True)
+        save(arguments.json, environment, parts)
 
 
 def describe_environment(with_torch: bool) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Rebuilds the tables and figures of docs/results.md and README.md from the raw results in docs/results.
+"""Rebuilds the measured tables and figures of the documentation from the raw results in docs/results.
 
 python benchmarks/evidence.py             rewrites the tables, and draws the figures (pip install matplotlib)
 python benchmarks/evidence.py --check     names what is not as the raw results have it, and changes nothing
 python benchmarks/evidence.py --pack=NAME FOLDER [FOLDER...]   packs the runs in folders into docs/results/NAME.tar.xz
 
-An archive holds what `cskd-jax report` reads of each run, and the table of a search: once it is unpacked, that command
-shows the same tables of the methods. Their notes also depend on the packaged recipes, so the tables may have to be
-rebuilt when those change. Each folder is packed under its own name. A figure carries the digest of the numbers that it
-shows, so that checking it does not need matplotlib.
+An archive holds what `cskd-jax report` reads of each run, the table of a search, and the records of imported networks:
+once it is unpacked, that command shows the same tables of the methods. Their notes also depend on the packaged recipes,
+so the tables may have to be rebuilt when those change. Each folder is packed under its own name. The JSON files beside
+the archives are what other benchmarks saved. A figure carries the digest of the numbers that it shows, so that checking
+it does not need matplotlib.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -32,6 +34,7 @@ from scipy import stats
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from benchmarks import measured
 from cskd_jax.report import markdown, tables
 from cskd_jax.report.runs import Comparison, Row, Run, compare, find_runs, find_unfinished
 from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, paired_difference, summarize
@@ -42,11 +45,14 @@ from cskd_jax.training.records import read_rows
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RAW = ROOT / "docs" / "results"
-PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
-_PACKED = {"config.json", "results.json", "metrics.jsonl", "evaluation.json", "log.txt", "search.csv"}
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "methods", "scaling", "checkpoints")),
+)
+_PACKED = {"config.json", "results.json", "metrics.jsonl", "evaluation.json", "log.txt", "search.csv", "import.json"}
 _BLOCK = re.compile(r"(<!-- evidence: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-# The folder in methods of the runs with published weights.
-_PUBLISHED = "published"
+# Methods with category structure, and what is nearest to each of them without it.
+_STRUCTURE = (("cskd", "ce"), ("cskd_paper", "cskd_paper-logits"), ("cskd+kd", "kd-ce1"))
 _DIGEST = "Digest of the numbers"
 
 
@@ -62,7 +68,9 @@ def pack(folders: list[pathlib.Path], archive: pathlib.Path) -> None:
 
 
 def unpack(folder: pathlib.Path) -> None:
-    """Unpacks all archives into a folder."""
+    """Copies all raw results into a folder, archives unpacked."""
+    for path in RAW.glob("*.json"):
+        shutil.copy(path, folder)
     for path in sorted(RAW.glob("*.tar.xz")):
         with tarfile.open(path) as archive:
             # Python 3.11 has no filters before 3.11.4, and 3.12 asks for one. The archives are our own.
@@ -76,11 +84,15 @@ def comparison_in(folder: pathlib.Path) -> Comparison:
     return found
 
 
-def references(comparison: Comparison) -> tuple[Row, Row]:
-    """Returns the rows of ce and of kd with their published weights."""
-    published = [row for row in comparison.rows if _PUBLISHED in row.runs[0].folder.parts]
-    ce, kd = (next(row for row in published if row.method == method) for method in ("ce", "kd"))
-    return ce, kd
+def named(comparison: Comparison) -> dict[str, Row]:
+    """Returns {name: row}: what the folders of its runs have before their seed, which is shorter than its label."""
+    found: dict[str, Row] = {}
+    for row in comparison.rows:
+        names = {run.folder.name.rpartition("-seed")[0] for run in row.runs}
+        if len(names) > 1 or names & found.keys():
+            raise SystemExit(f"{', '.join(sorted(names))}: a row needs a name of its own")
+        found[names.pop()] = row
+    return found
 
 
 class Spread(NamedTuple):
@@ -121,7 +133,7 @@ def _pooled(spread: Spread) -> str:
     if spread.deviation is None:
         return "One seed supports no claim."
     return (
-        f"Intervals of differences hold for all {spread.lines} lines together with {CONFIDENCE:.0%} confidence "
+        f"Intervals of all {spread.lines} differences hold together with {CONFIDENCE:.0%} confidence "
         f"(Bonferroni). Their width comes from the deviation from seed to seed, {spread.deviation:.3f}, which is "
         f"estimated from all rows together ({spread.freedom} degrees of freedom) and thus assumed to be equal in them."
     )
@@ -170,16 +182,16 @@ def methods(folder: pathlib.Path) -> str:
 
 def summary(folder: pathlib.Path) -> str:
     """Returns the scores of the methods, and their differences from ce and kd."""
-    comparison = comparison_in(folder / "methods")
-    scores = {row: row.scores("last") for row in comparison.rows}
-    compared = references(comparison)
+    shown = named(comparison_in(folder / "methods"))
+    scores = {name: row.scores("last") for name, row in shown.items()}
+    compared = ("ce", "kd")
     # Each row with ce, each but ce with kd.
     spread = spread_of(list(scores.values()), lines=2 * len(scores) - 3)
     rows = []
-    for row, ours in scores.items():
-        found = [None if row is other else spread.difference(ours, scores[other]) for other in compared]
-        rows.append((row.label, str(len(ours)), tables.summary(row.summary("last")), *map(_cell, found)))
-    header = ("method", "seeds", "last epoch: top-1, %", *(f"minus {row.method}" for row in compared))
+    for name, ours in scores.items():
+        found = [None if name == other else spread.difference(ours, scores[other]) for other in compared]
+        rows.append((name, str(len(ours)), tables.summary(shown[name].summary("last")), *map(_cell, found)))
+    header = ("method", "seeds", "last epoch: top-1, %", *(f"minus {name}" for name in compared))
     return _text(Table("ResNet56 to ResNet8 on CIFAR-100", header, rows, (_pooled(spread),)))
 
 
@@ -204,16 +216,15 @@ def ratios(row: Row) -> dict[int, float]:
 def tightness(folder: pathlib.Path) -> str:
     """Returns how tight the classes are, and the difference from training on labels alone, beside the accuracy."""
     comparison = comparison_in(folder / "methods")
-    measured = {row: ratios(row) for row in comparison.rows}
-    ce, _ = references(comparison)
-    spread = spread_of(list(measured.values()), lines=len(measured) - 1)
+    shown = named(comparison)
+    ratio_of = {name: ratios(row) for name, row in shown.items()}
+    spread = spread_of(list(ratio_of.values()), lines=len(ratio_of) - 1)
     rows = []
-    for row, values in measured.items():
-        if row is not ce:
-            found = spread.difference(values, measured[ce])
-            shown = {"lower": "tighter", "higher": "looser"}.get(found.verdict, found.verdict)
-            rows.append((row.label, str(len(values)), _cell(found, digits=3), shown))
-    means = [(summarize(list(values.values())).mean, row.summary("last").mean) for row, values in measured.items()]
+    for name, values in ratio_of.items():
+        if name != "ce":
+            found = spread.difference(values, ratio_of["ce"])
+            rows.append((name, str(len(values)), _cell(found, digits=3), _tighter(found)))
+    means = [(summarize(list(ratio_of[name].values())).mean, row.summary("last").mean) for name, row in shown.items()]
     correlation = stats.spearmanr(*zip(*means, strict=True)).statistic
     note = (
         f"{_pooled(spread)} Over the {len(means)} methods, Spearman's rank correlation of the mean within / between "
@@ -221,6 +232,31 @@ def tightness(folder: pathlib.Path) -> str:
     )
     header = ("method", "seeds", "within / between, minus ce", "what it shows")
     return _text(tables.embeddings(comparison), Table("Tightness", header, rows, (note,)))
+
+
+def _tighter(found: PairedDifference) -> str:
+    """Says what a difference of within / between shows."""
+    return {"lower": "tighter", "higher": "looser"}.get(found.verdict, found.verdict)
+
+
+def structure(folder: pathlib.Path) -> str:
+    """Returns what category structure adds to the same method without it, in accuracy and in tightness."""
+    shown = named(comparison_in(folder / "methods"))
+    pairs = [pair for pair in _STRUCTURE if shown.keys() >= set(pair)]
+    score_of = {name: row.scores("last") for name, row in shown.items()}
+    ratio_of = {name: ratios(row) for name, row in shown.items()}
+    score_spread, ratio_spread = (spread_of(list(of.values()), lines=2 * len(pairs)) for of in (score_of, ratio_of))
+    rows = []
+    for ours, reference in pairs:
+        score = score_spread.difference(score_of[ours], score_of[reference])
+        ratio = ratio_spread.difference(ratio_of[ours], ratio_of[reference])
+        name, count = f"{ours} - {reference}", str(score.count)
+        rows.append((name, count, _cell(score), score.verdict, _cell(ratio, digits=3), _tighter(ratio)))
+    note = _pooled(score_spread)
+    if ratio_spread.deviation is not None:
+        note += f" For within / between, that deviation is {ratio_spread.deviation:.3f}."
+    header = ("difference", "seeds", "top-1, points", "what it shows", "within / between", "what it shows")
+    return _text(Table("What category structure adds", header, rows, (note,)))
 
 
 def search(folder: pathlib.Path) -> str:
@@ -288,7 +324,7 @@ def pytorch(folder: pathlib.Path) -> str:
     paths = folder.glob("pytorch/*/metrics.jsonl")
     epochs = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     images = theirs[0]["config"]["dataset.train_examples"] / summarize([row["train_seconds"] for row in epochs]).mean
-    _, kd = references(comparison_in(folder / "methods"))
+    kd = named(comparison_in(folder / "methods"))["kd"]
     (alone,) = find_runs([folder / "alone"])
     rows = [
         _trained("cskd_jax", [(run.score("last"), run.score("best")) for run in kd.runs],
@@ -315,15 +351,23 @@ def _evaluations(run: Run) -> list[Mapping[str, Any]]:
     return [row for row in read_rows(run.folder / "metrics.jsonl", evaluations=True) if row["phase"] == "student"]
 
 
-# {block: function that makes it, and the folder of runs that it needs}
+# {block: function that makes it, and the raw results that it needs}
 BLOCKS: dict[str, tuple[Callable[[pathlib.Path], str], str]] = {
     "runs": (runs, "methods"),
     "methods": (methods, "methods"),
     "summary": (summary, "methods"),
     "tightness": (tightness, "methods"),
+    "structure": (structure, "methods"),
     "search": (search, "search"),
     "samples": (samples, "samples"),
     "pytorch": (pytorch, "pytorch"),
+    "costs": (measured.costs, "costs-1.json"),
+    "traffic": (measured.traffic, "scaling-cifar100.json"),
+    "memory": (measured.memory, "scaling-cifar100.json"),
+    "sums": (measured.sums, "scaling-cifar100.json"),
+    "limits": (measured.limits, "scaling-cifar100.json"),
+    "faults": (measured.faults, "faults.json"),
+    "checkpoints": (measured.checkpoints, "checkpoints"),
 }
 
 
@@ -349,22 +393,20 @@ class Figure(NamedTuple):
 def figures(folder: pathlib.Path) -> dict[str, Figure]:
     """Returns {name of the file: figure}."""
     comparison = comparison_in(folder / "methods")
-    measured = {row["method"]: row for row in json.loads((RAW / "steps.json").read_text())["methods"]["rows"]}
+    steps = {row["method"]: row for row in json.loads((folder / "steps.json").read_text())["methods"]["rows"]}
     # Each method was timed in turn with kd, so their ratio is surer than both times.
-    costs = {method: row["of kd"] * measured["kd"]["ms"] for method, row in measured.items()}
-    costs["kd"] = measured["kd"]["ms"]
+    costs = {method: row["of kd"] * steps["kd"]["ms"] for method, row in steps.items()}
+    costs["kd"] = steps["kd"]["ms"]
     examples, batch = comparison.runs[0].results["dataset"]["train_examples"], comparison.runs[0].config["batch_size"]
-    curves = {}
-    for row in comparison.rows:
+    curves, points = {}, {}
+    for name, row in named(comparison).items():
         curve = mean_curve(row)
         if curve is not None:
             minutes = curve.x * -(-examples // batch) * costs[row.method] / 60_000
-            named = {"epochs": curve.x, "minutes": minutes, "top1": curve.y}
-            curves[row.label] = {name: values.round(6).tolist() for name, values in named.items()}
-    points = {}
-    for row in comparison.rows:
+            drawn = {"epochs": curve.x, "minutes": minutes, "top1": curve.y}
+            curves[name] = {axis: values.round(6).tolist() for axis, values in drawn.items()}
         scores = row.scores("last")
-        points[row.label] = [(round(ratio, 6), round(scores[seed], 6)) for seed, ratio in ratios(row).items()]
+        points[name] = [(round(ratio, 6), round(scores[seed], 6)) for seed, ratio in ratios(row).items()]
     return {
         "accuracy.png": Figure(curves, _draw_accuracy, 2),
         "tightness.png": Figure(points, _draw_tightness, 1),
@@ -412,7 +454,7 @@ def rebuilt(texts: Sequence[str], folder: pathlib.Path) -> list[str]:
       SystemExit: Raw results are shown nowhere, a block is there twice or unknown, or it has no end.
     """
     names = [name for text in texts for _, name, _ in _BLOCK.findall(text)]
-    expected = [name for name, (_, needed) in BLOCKS.items() if (folder / needed).is_dir()]
+    expected = [name for name, (_, needed) in BLOCKS.items() if (folder / needed).exists()]
     marks = [sum(text.count(mark) for text in texts) for mark in ("<!-- evidence:", "<!-- end -->")]
     if sorted(names) != sorted(expected) or marks != [len(names)] * 2:
         raise SystemExit(f"the pages must have these blocks, each once: {', '.join(expected)}")

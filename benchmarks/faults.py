@@ -1,6 +1,7 @@
 """Disturbs small runs at random moments and checks that every run ends as an undisturbed one, bit for bit.
 
 python benchmarks/faults.py [--kills=50] [--processes=1,2] [--together] [--full-disk=0] [--seed=0] [--folder=DIR]
+    [--json=FILE]
 
 Each run trains a teacher and a student on the digits under `cskd_jax.supervise`, with data that it prepares itself, and
 is sent up to four SIGKILL, each to one of its processes and at a random moment: while it imports, prepares data,
@@ -33,7 +34,8 @@ from collections.abc import Callable, Iterator
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks.measuring import Part, render
+from benchmarks.category_structure import describe_environment
+from benchmarks.measuring import Part, render, save
 from cskd_jax import console
 from cskd_jax.training.checkpoint import load_variables
 
@@ -274,19 +276,24 @@ def main() -> None:
     parser.add_argument("--full-disk", type=int, default=0, help="number of runs on a disk that is too small")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: a temporary one")
+    parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
     arguments = parser.parse_args()
     console.start()
     counts: list[int | None] = [int(count) for count in arguments.processes.split(",") if count]
     counts += [None] * arguments.together
-    rng = random.Random(arguments.seed)
+    rng, environment, parts = random.Random(arguments.seed), describe_environment(with_torch=False), {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or pathlib.Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for index, processes in enumerate(counts if arguments.kills else []):
             share = arguments.kills * (index + 1) // len(counts) - arguments.kills * index // len(counts)
-            print("\n" + render(campaign(share, processes, folder, rng)), flush=True)
+            parts[f"kills {processes or 'together'}"] = part = campaign(share, processes, folder, rng)
+            print("\n" + render(part), flush=True)
+            save(arguments.json, environment, parts)
         if arguments.full_disk:
-            print("\n" + render(full_disks(arguments.full_disk, folder, rng)), flush=True)
+            parts["full disks"] = part = full_disks(arguments.full_disk, folder, rng)
+            print("\n" + render(part), flush=True)
+            save(arguments.json, environment, parts)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Functions that the benchmarks share: timing, ratios that withstand a noisy machine, plain tables."""
 
 import importlib.util
+import json
+import pathlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +70,13 @@ def render(part: Part) -> str:
         ]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines + [f"- {note}" for note in part.notes])
+
+
+def save(path: pathlib.Path | None, environment: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+    """Writes where the parts were measured, and all their figures, to a JSON file, if one is given."""
+    if path is not None:
+        figures = {"environment": environment} | {name: part._asdict() for name, part in parts.items()}
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _text(value):

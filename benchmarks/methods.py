@@ -13,7 +13,6 @@ recipe; methods that train in phases are measured in their first.
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import sys
@@ -26,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.accelerator import Pair, Students
 from benchmarks.category_structure import describe_environment
-from benchmarks.measuring import Part, interleaved, median_ratio, render
+from benchmarks.measuring import Part, interleaved, median_ratio, render, save
 from cskd_jax.commands.command_line import set_up_jax
 from cskd_jax.configs.methods import METHODS, TOKEN_METHODS
 from cskd_jax.console import counted
@@ -67,10 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     pair = Pair((teacher, 1.0), (student, 1.0), arguments.batch, arguments.side)
     part = measure(pair, arguments.methods.split(","), arguments.rounds, Devices(arguments.devices))
     print(render(part))
-    if arguments.json:
-        environment = describe_environment(with_torch=False)
-        figures = {"environment": environment, "methods": part._asdict()}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    save(arguments.json, describe_environment(with_torch=False), {"methods": part})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.accelerator import Pair, Students
 from benchmarks.category_structure import describe_environment
-from benchmarks.measuring import MISSING_TORCH, Part, has_torch, interleaved, median_ratio, render
+from benchmarks.measuring import MISSING_TORCH, Part, has_torch, interleaved, median_ratio, render, save
 from cskd_jax.commands.command_line import set_up_jax
 from cskd_jax.distributed.devices import Devices, make_cores_devices
 
@@ -85,15 +85,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     set_up_jax()
     make_cores_devices()
-    results: dict[str, Any] = {"environment": describe_environment(has_torch())}
-    print(json.dumps(results["environment"]))
+    environment, parts = describe_environment(has_torch()), {}
+    print(json.dumps(environment))
     counts = [int(count) for count in arguments.devices.split(",")]
     for pair in arguments.pairs.split(","):
-        part = measure(pair, tuple(arguments.methods.split(",")), counts, arguments.batch, arguments.rounds)
-        results[pair] = part._asdict()
-        print(f"\n{render(part)}", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        parts[pair] = measure(pair, tuple(arguments.methods.split(",")), counts, arguments.batch, arguments.rounds)
+        print(f"\n{render(parts[pair])}", flush=True)
+        save(arguments.json, environment, parts)
         jax.clear_caches()
 
 

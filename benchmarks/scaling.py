@@ -1,6 +1,7 @@
 """Measures the cost of several devices: bytes that a step moves between them, memory, and the time of the sums.
 
 python benchmarks/scaling.py [--devices=1,2,8] [--sizes=1:64:100,1:128:100,1:128:1000] [--processes=1,2,4]
+    [--json=FILE]
 
 Bytes and memory are read from the compiled step of the CIFAR-100 recipe, for fake CPU devices: the bytes that the
 all-reduces and all-gathers of the program receive on each device, by their cause, and XLA's own account of the memory
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -26,7 +28,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from benchmarks.measuring import Part, milliseconds, render
+from benchmarks.category_structure import describe_environment
+from benchmarks.measuring import Part, milliseconds, render, save
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, Devices
@@ -84,13 +87,16 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
         make_network(describe_network(config.teacher, dataset.image_shape), arguments.categories, config.dtype)
     )
     trainer = make_trainer("student", config, dataset, None, Devices(), [teacher])
-    programs = trainer.programs("student")
-    # The optimizations of LLVM change neither.
-    compiled = programs.lowered[0].compile(compiler_options={"xla_backend_optimization_level": 0})
+    programs, teacher_pass = trainer.programs("student"), trainer.teacher_pass
+    with ThreadPoolExecutor() as pool:
+        teacher_pass.compile(arguments.batch, programs.reads, pool)
+        # The optimizations of LLVM change neither.
+        compiled = programs.lowered[0].compile(compiler_options={"xla_backend_optimization_level": 0})
     moved, count = {}, 0
-    for _, size, name in collectives(compiled.as_text()):
-        moved[cause(name)] = moved.get(cause(name), 0) + size
-        count += 1
+    for program in compiled, teacher_pass.compiled(arguments.batch):
+        for _, size, name in collectives(program.as_text()):
+            moved[cause(name)] = moved.get(cause(name), 0) + size
+            count += 1
     memory = compiled.memory_analysis()
     parameters = sum(x.size for x in jax.tree.leaves(programs.states[0].params))
     return {
@@ -98,7 +104,10 @@ def inspect(arguments: argparse.Namespace) -> dict[str, object]:
         "count": count,
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
+        "teacher pass": teacher_pass.memory(arguments.batch),
         "parameters": parameters,
+        "side": arguments.image,
+        "networks": " to ".join(f"{given.name}:{given.width:g}" for given in (config.teacher, config.student)),
     }
 
 
@@ -136,16 +145,17 @@ def measure_steps(sizes: list[tuple[int, int, int]], networks: list[str]) -> Par
             {"devices": count, "batch": batch, "categories": categories}
             | {f"{name} kB": size / 1e3 for name, size in moved.items()}
             | {"collectives": outcome["count"]}
-            | {f"{name} MB": outcome[name] / 1e6 for name in ("arguments", "temporary")}
+            | {f"{name} MB": outcome[name] / 1e6 for name in ("arguments", "temporary", "teacher pass")}
         )
         print(rows[-1], file=sys.stderr, flush=True)
     notes = [
         "kB: taken in by the collectives of one step on one device; a ring all-reduce of them sends and receives about "
         "twice as much. The collectives are counted before XLA combines neighbors.",
-        "MB: on one device, by XLA's account for the CPU: state, teacher and batch; and what the step needs besides.",
+        "MB: on one device, by XLA's account for the CPU: state and batch of a step; what it needs besides; and all of "
+        "the pass of the teacher, which may run at the same time.",
         f"{outcome['parameters']:,} trained parameters are {outcome['parameters'] * 4 / 1e3:,.0f} kB.",
     ]
-    return Part("One training step", rows, notes)
+    return Part(f"One training step: {outcome['networks']}, {outcome['side']}x{outcome['side']}", rows, notes)
 
 
 def measure_time(floats: int, devices: list[int], processes: list[int]) -> Part:
@@ -172,6 +182,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="NAME:WIDTH")
     parser.add_argument("--student", help="NAME:WIDTH")
     parser.add_argument("--image", type=int, default=32, help="pixels of its side")
+    parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
     # Arguments of the processes that this one starts; the supervisor adds the last ones.
     hidden = {"help": argparse.SUPPRESS}
     parser.add_argument("--ask", choices=("step", "sum"), **hidden)
@@ -192,8 +203,11 @@ def main() -> None:
     sizes = [(count, 128, 100) for count in devices]
     sizes += [tuple(map(int, size.split(":"))) for size in arguments.sizes.split(",") if size]
     networks = [f"--{name}={value}" for name in ("teacher", "student", "image") if (value := getattr(arguments, name))]
-    print("\n" + render(measure_time(arguments.floats, devices, processes)), flush=True)
-    print("\n" + render(measure_steps(list(dict.fromkeys(sizes)), networks)), flush=True)
+    parts = {"sum": measure_time(arguments.floats, devices, processes)}
+    print("\n" + render(parts["sum"]), flush=True)
+    parts["step"] = measure_steps(list(dict.fromkeys(sizes)), networks)
+    print("\n" + render(parts["step"]), flush=True)
+    save(arguments.json, describe_environment(with_torch=False), parts)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from benchmarks import (
     category_structure,
     loop_part,
     loss_part,
+    measured,
     measuring,
     methods,
     pairs,
@@ -218,11 +219,15 @@ def test_accelerator_in_miniature(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_scaling(monkeypatch, capsys):
+def test_scaling(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "scaling-cifar100.json"
     networks = ["--teacher=resnet8:0.25", "--student=resnet8:0.25", "--image=8"]
-    monkeypatch.setattr("sys.argv", ["scaling.py", "--devices=2", "--processes=1", "--sizes=", *networks])
+    monkeypatch.setattr(
+        "sys.argv", ["scaling.py", "--devices=2", "--processes=1", "--sizes=", f"--json={path}", *networks]
+    )
     scaling.main()
     assert scaling.STEP in capsys.readouterr().out
+    assert "| resnet8:0.25 to resnet8:0.25, 8x8 | 2 | 128 | 100 | " in measured.memory(tmp_path)
 
 
 @pytest.mark.slow

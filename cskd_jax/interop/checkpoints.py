@@ -20,7 +20,6 @@ class Checkpoint(NamedTuple):
       images: {"size": (H, W), "mean", "std"} of the images that it was trained on.
       normalization: Source of the mean and deviation.
       stated: Top-1 accuracy in percent stated by its authors; None if they state none.
-      measured: {name of a test set: top-1 accuracy in percent measured with this package}.
     """
 
     sha256: str
@@ -33,7 +32,6 @@ class Checkpoint(NamedTuple):
     images: dict[str, Any]
     normalization: str
     stated: float | None
-    measured: dict[str, float]
 
 
 @functools.cache
@@ -49,18 +47,3 @@ def known_checkpoints() -> dict[str, Checkpoint]:
             checkpoint = Checkpoint(**shared, **entry, images=images, categories=categories)
             found[checkpoint.sha256] = checkpoint
     return found
-
-
-def table() -> list[str]:
-    """Returns the lines of the Markdown table in docs/checkpoints.md."""
-    known = known_checkpoints().values()
-    sets = list(dict.fromkeys(name for checkpoint in known for name in checkpoint.measured))
-    head = ["file", "network", "trained on", "mean", "deviation", "stated", *sets]
-    rows = [head, ["---"] * len(head)]
-    for checkpoint in known:
-        mean, std = (", ".join(f"{value:g}" for value in checkpoint.images[name]) for name in ("mean", "std"))
-        address = f"[{checkpoint.path.rpartition('/')[2]}]({checkpoint.repository}/blob/HEAD/{checkpoint.path})"
-        figures = [checkpoint.stated, *(checkpoint.measured.get(name) for name in sets)]
-        cells = ["" if figure is None else f"{figure:.2f}" for figure in figures]
-        rows.append([address, f"`{checkpoint.model}`", checkpoint.dataset, mean, std, *cells])
-    return [f"| {' | '.join(row)} |" for row in rows]
