@@ -2,11 +2,14 @@
 
 import contextlib
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 # Smallest share of common letters at which two names count as alike; below it, momentum would be suggested for adamw.
 _ALIKE = 0.75
+# Errors in reading that may not occur the next time: a lost server, too many open files, no memory.
+_PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # Length of the longest message; the longest list of allowed values takes a third of it.
 _LONGEST = 2000
 
@@ -63,6 +66,23 @@ def kept_error(owner: Any) -> Iterator[None]:
         raise
     except UserError as error:
         owner.error = error
+
+
+def raise_if_of_system(error: Exception, what: str) -> None:
+    """Raises an error about reading something if it is no sign of damage: the system refuses, or may work next time.
+
+    Args:
+      error: What was raised while reading.
+      what: What was read, for the message.
+
+    Raises:
+      PassingError: There was no memory, a lost server, too many open files, or the like.
+      UserError: There is no permission to read it.
+    """
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
+        raise PassingError(f"cannot read {what}: {str(error) or 'out of memory'}") from error
+    if isinstance(error, PermissionError):
+        raise UserError(f"cannot read {what}: {error}") from error
 
 
 def describe_os_error(error: OSError) -> str:

@@ -332,12 +332,38 @@ def _long_headers(png, gif, jpeg):
         "JPEG filled with 30 MB": jpeg[:2] + b"\xff" * 30_000_000 + jpeg[2:],
         "JPEG of 100 MB of EXIF": jpeg[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 1500 + jpeg[2:],
         "JPEG of 2,000 scans": large[:-2] + scan * 2000 + large[-2:],
+        "JPEG of several images, the first of 2,000 scans": large[:2]
+        + _several()
+        + large[2:-2]
+        + scan * 2000
+        + large[-2:],
+        "PNG whose tags share a megabyte": png[:33] + _chunk(b"eXIf", _shared_tags(1000, 1_000_000)) + png[33:],
         "WEBP of 52 million pixels on its side": webp.getvalue(),
         "PNG of 3 million chunks": png[:33] + chunks + png[33:],
         "PNG of 3 million chunks at the end": png[:-12] + chunks + png[-12:],
         "GIF of 15 million comments": gif[:palette] + b"\x21\xfe" + b"\x01a" * 15_000_000 + b"\0" + gif[palette:],
         "TIFF of 15 million strips": _tiff(values, 1) + bytes(60_000_000),
     } | {f"TIFF of large tiles by method {n}": _tiff(tile, n) + b"\x81\0" * 5000 for n in (1, 5, 8, 32773)}
+
+
+def _several():
+    """Returns the segment of a JPEG file that says that there are several images."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    data = file.getvalue()
+    start = data.index(b"MPF\0") - 4
+    return data[start : start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")]
+
+
+def _shared_tags(count, size):
+    """Returns EXIF data in which all tags have the same bytes as their value."""
+    tags = b"".join(struct.pack("<HHII", 1000 + tag, 7, size, 14 + 12 * count) for tag in range(count))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + tags + bytes(4 + size)
+
+
+def _chunk(kind, data):
+    """Returns a part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _tiff(tags, compression):

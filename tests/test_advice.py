@@ -48,6 +48,11 @@ ADVICE = [
         "it must be 0 or at least 12, since it does not follow dataset.image_size",
         ["augment.resize=0", "augment.resize=12"],
     ),
+    (
+        f"{DIGITS} --config.dataset.image_size=1536 --config.augment.crop_area=0.5",
+        "augment.crop_area is 0.5, but it takes images of at most 2,097,152 pixels, and these would have 1536x1536",
+        ["augment.crop_area=1", "dataset.image_size=8"],
+    ),
     (f"{DIGITS} --config.optimizer.warmup_epochs=30", "must be less than epochs, 30", ["optimizer.warmup_epochs=29"]),
     (f"{DIGITS} --config.dataset.mean=(0.1,0.2) --config.dataset.std=(1,1)", "one value for all channels", []),
     (FOLDER, "set dataset.image_size", ["dataset.image_size=8"]),

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cskd_jax.data.augment import Normalize, augment, enlarge
+from cskd_jax.data.photographs import color_jitter, mean_gray, resized_crop
 
 PADDING = 1
 SIZE = 3
@@ -158,8 +159,23 @@ def test_enlarge_with_64_bit_types(x64):
 def test_enlarge_at_the_limit_of_its_integers():
     image = np.full((1, 2, 2, 1), 255, np.uint8)
     np.testing.assert_array_equal(enlarge(image, 1448), np.full((1, 1448, 1448, 1), 255))
-    with pytest.raises(ValueError, match="resize is 1449: 1449x1449 pixels are too many"):
+    with pytest.raises(ValueError, match="images of 1449x1449 pixels are too large for 32-bit integers"):
         enlarge(image, 1449)
+
+
+def test_resized_crop_at_the_limit_of_its_integers():
+    key = jax.random.PRNGKey(0)
+    image = np.full((1448, 1448, 1), 255, np.uint8)
+    np.testing.assert_array_equal(resized_crop(image, key, 0.5), image)
+    with pytest.raises(ValueError, match="images of 2048x1536 pixels are too large for 32-bit integers"):
+        resized_crop(np.zeros((1536, 2048, 1), np.uint8), key, 0.5)
+
+
+def test_color_jitter_at_the_limit_of_its_integers():
+    image = np.full((2048, 4096, 1), 255, np.uint8)
+    assert int(mean_gray(image.astype(np.int32))) == 255
+    with pytest.raises(ValueError, match="images of 4096x2049 pixels are too large"):
+        color_jitter(np.zeros((2049, 4096, 1), np.uint8), jax.random.PRNGKey(0), 0.5)
 
 
 def test_enlarge_does_not_make_smaller():

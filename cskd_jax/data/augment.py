@@ -105,7 +105,7 @@ def augment(
       Images, uint8 [B, H, W, C].
 
     Raises:
-      ValueError: If `resize` would make the images smaller.
+      ValueError: If `resize` would make the images smaller, or if they are too large; see `enlarge` and `photographs`.
     """
     shape = images.shape[1:]
     if resize:
@@ -136,6 +136,12 @@ def augment(
     return jax.vmap(one)(images, positions)
 
 
+def enlarged_size(height: int, width: int, shorter_side: int) -> tuple[int, int]:
+    """Returns the height and width of an image whose shorter side gets this many pixels."""
+    new_height, new_width = (round(side * shorter_side / min(height, width)) for side in (height, width))
+    return new_height, new_width
+
+
 def enlarge(images: jax.Array, shorter_side: int) -> jax.Array:
     """Enlarges images bilinearly, rounding to the nearest value.
 
@@ -150,14 +156,14 @@ def enlarge(images: jax.Array, shorter_side: int) -> jax.Array:
       Images uint8 [B, H', W', C] with the same proportions.
 
     Raises:
-      ValueError: If the result would be smaller than the images, or have more than 2 million pixels.
+      ValueError: If the result would be smaller than the images, or have more than `photographs.MOST_INTERPOLATED`
+        pixels.
     """
     height, width = images.shape[1:3]
     if shorter_side < min(height, width):
         raise ValueError(f"resize is {shorter_side}; images of {width}x{height} pixels can only be enlarged")
-    new_height, new_width = (round(side * shorter_side / min(height, width)) for side in (height, width))
-    if new_height * new_width > 2**21:
-        raise ValueError(f"resize is {shorter_side}: {new_width}x{new_height} pixels are too many for 32-bit integers")
+    new_height, new_width = enlarged_size(height, width, shorter_side)
+    photographs.check_size(new_height, new_width, photographs.MOST_INTERPOLATED)
     rows = photographs.interpolate(images.astype(jnp.int32), 1, new_height)
     total = 4 * new_height * new_width  # The sum of the weights.
     return ((photographs.interpolate(rows, 2, new_width) + total // 2) // total).astype(jnp.uint8)

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from cskd_jax.data.archives import TAR_SUFFIXES, Archive, check_names, locate, read_tar, require_members, text_lines
+from cskd_jax.data.archives import (
+    TAR_SUFFIXES,
+    Archive,
+    check_categories,
+    check_names,
+    locate,
+    read_tar,
+    require_members,
+    text_lines,
+)
 from cskd_jax.data.tfds_source import ArraySource, Content, SourceSplit
 from cskd_jax.errors import UserError
 
@@ -104,6 +113,7 @@ def read_archive(archive: CifarArchive, path: Path) -> Content:
         first_pixel = len(archive.label_files)
         images = records[:, first_pixel:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         splits[split] = SourceSplit(images, {key: records[:, column] for column, key in enumerate(archive.label_files)})
+        check_categories(path, split, names["label"], splits[split].labels["label"])
     return Content(splits, names)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, raise_if_of_system
 from cskd_jax.inputs import open_regular
 
 # Pillow's names of the formats that image files may have, regardless of their suffix. Some of the many other formats
@@ -37,8 +37,8 @@ _PARTS_OF_TIFF = (
     TiffImagePlugin.TILEBYTECOUNTS,
 )
 _ALWAYS_FITTING_TILE = 1 << 22  # pixels
-# A progressive JPEG has about ten scans, and up to two tables for each.
-_MAX_SCANS = 50
+_MAX_SCANS = 50  # A progressive JPEG has about ten.
+_JPEG_SCAN = b"\xff\xda"
 _JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _ORIENTATION = 0x0112  # in EXIF
 # How an image is rotated upright, by orientation.
@@ -107,7 +107,7 @@ def open_image(file: IO[bytes]) -> Image.Image:
         raise UserError(f"it has {width}x{height} pixels; at most {MAX_PIXELS:,} in total are allowed")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_tiff_tiles(image)
-    elif image.format == "JPEG":
+    elif isinstance(image, JpegImagePlugin.JpegImageFile):  # or MPO, JPEG with several images
         _check_scans(file)
     bounded.allow(2 * _MAX_FILE, _MAX_PNG_READS if image.format == "PNG" else _MAX_READS, "it has too many parts")
     return image
@@ -169,22 +169,22 @@ def _check_tiff_tiles(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def _check_scans(file: IO[bytes]) -> None:
-    """Raises UserError if a JPEG file has too many scans, each of which goes through all pixels.
-
-    Args:
-      file: JPEG file of which everything up to the first scan is read.
-    """
+    """Raises UserError if a JPEG file has too many scans, each of which goes through all pixels."""
     position = file.tell()
+    file.seek(0)
     data = file.read()
     file.seek(position)
-    if data.count(b"\xff\xda") <= _MAX_SCANS:
+    if data.count(_JPEG_SCAN) <= _MAX_SCANS:
         return
     # These may be part of something else, such as a video after the end of the image.
-    position = 0
-    for _ in range(3 * _MAX_SCANS):
+    position, scans = 2, 0  # after the mark that begins the image
+    for _ in range(_MAX_HEADER_READS):
         found = _JPEG_SEGMENT.search(data, position)
         if found is None or found[0] == b"\xff\xd9":
             return
+        scans += found[0] == _JPEG_SCAN
+        if scans > _MAX_SCANS:
+            break
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
     raise UserError(f"it has more than {_MAX_SCANS} scans")
 
@@ -213,6 +213,7 @@ def read_image(
 
     Raises:
       UserError: If it is not a valid image with 8 bits per channel, or does not have the expected shape.
+      PassingError: If there was no memory for it, or the like.
     """
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as stack:
@@ -230,6 +231,7 @@ def read_image(
             mode = image.mode
     # Pillow's decoders raise many types of exceptions.
     except Exception as error:
+        raise_if_of_system(error, name)
         reason = " ".join(str(error).split())
         raise UserError(f"{name} is not a valid image ({reason}): replace or remove it") from error
     if expected is not None and not fits:
@@ -256,7 +258,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception:  # Pillow raises many types of errors. Photographs with damaged data are left unchanged.
         return None

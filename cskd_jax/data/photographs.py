@@ -15,6 +15,8 @@ from cskd_jax.data.warp import WHOLE
 _CROP_RATIOS, _ERASED_AREAS, _ERASED_RATIOS = (3 / 4, 4 / 3), (0.02, 1 / 3), (0.3, 3.3)
 # Erased pixels are gray, which is about the mean of photographs.
 GRAY = 124
+# Pixels of the largest image whose interpolated values, and of the largest whose sum, fit into 32-bit integers.
+MOST_INTERPOLATED, MOST_SUMMED = 2**21, 2**23
 
 
 def resized_crop(image: jax.Array, key: jax.Array, smallest_area: float) -> jax.Array:
@@ -29,11 +31,15 @@ def resized_crop(image: jax.Array, key: jax.Array, smallest_area: float) -> jax.
     Returns:
       An image, uint8 [H, W, C].
 
+    Raises:
+      ValueError: The image has more than `MOST_INTERPOLATED` pixels.
+
     References:
       Szegedy et al. 2015, https://arxiv.org/abs/1409.4842; torchvision's RandomResizedCrop.
     """
-    (top, rows), (left, columns) = _draw_box(key, image.shape[:2], (smallest_area, 1.0), _CROP_RATIOS)
     height, width = image.shape[:2]
+    check_size(height, width, MOST_INTERPOLATED)
+    (top, rows), (left, columns) = _draw_box(key, image.shape[:2], (smallest_area, 1.0), _CROP_RATIOS)
     values = interpolate(image.astype(jnp.int32), 0, height, top, rows)
     total = 4 * height * width  # The sum of the weights.
     return ((interpolate(values, 1, width, left, columns) + total // 2) // total).astype(jnp.uint8)
@@ -49,7 +55,12 @@ def color_jitter(image: jax.Array, key: jax.Array, strength: float) -> jax.Array
 
     Returns:
       An image, uint8 [H, W, C].
+
+    Raises:
+      ValueError: The image has more than `MOST_SUMMED` pixels.
     """
+    height, width = image.shape[:2]
+    check_size(height, width, MOST_SUMMED)
     image, change = image.astype(jnp.int32), round(WHOLE * strength)
     factors = jax.random.randint(key, (3,), WHOLE - change, WHOLE + change + 1)
     others = (jnp.zeros_like, mean_gray, gray)
@@ -77,6 +88,14 @@ def erase(image: jax.Array, key: jax.Array, probability: float) -> jax.Array:
     inside = in_rectangle(size, *_draw_box(box_key, size, _ERASED_AREAS, _ERASED_RATIOS))
     erased = inside & jax.random.bernoulli(happens_key, probability)
     return jnp.where(erased[:, :, None], jnp.uint8(GRAY), image)
+
+
+def check_size(height: int, width: int, most: int) -> None:
+    """Raises ValueError if an image has more than `most` pixels."""
+    if height * width > most:
+        raise ValueError(
+            f"images of {width}x{height} pixels are too large for 32-bit integers, at most {most:,} pixels"
+        )
 
 
 def in_rectangle(

@@ -20,10 +20,13 @@ class Workers:
 
     Args:
       count: Number of processes.
+
+    Attributes:
+      have_decoded: Whether they have decoded a batch.
     """
 
     def __init__(self, count: int):
-        self.count, self._pool = count, None
+        self.count, self.have_decoded, self._pool = count, False, None
 
     def submit(self, reader: Reader) -> concurrent.futures.Future:
         """Starts `reader.read()` in one of the processes."""
@@ -72,17 +75,28 @@ class ImageStream:
                 ahead.append(self._workers.submit(self._reader.select(index)))
                 # One batch for each worker, and one that is ready when the loop asks for it.
                 if len(ahead) > self._workers.count + 1:
-                    yield ahead.popleft().result()
+                    yield self._decoded(ahead.popleft())
             while ahead:
-                yield ahead.popleft().result()
+                yield self._decoded(ahead.popleft())
         except concurrent.futures.BrokenExecutor as error:
+            if self._workers.have_decoded:
+                raise PassingError(
+                    "a process that decodes images was killed, perhaps for lack of memory (fewer dataset.workers need "
+                    "less): the same command resumes from the last checkpoint"
+                ) from error
             raise PassingError(
-                "a process that decodes images was killed, perhaps for lack of memory (fewer dataset.workers need "
-                "less): the same command resumes from the last checkpoint"
+                "the processes that decode images ended before the first batch: for lack of memory (fewer "
+                "dataset.workers need less), or because they run the script that started them, whose statements must "
+                "be within `if __name__ == '__main__':`"
             ) from error
         finally:
             for future in ahead:
                 future.cancel()
+
+    def _decoded(self, future):
+        batch = future.result()
+        self._workers.have_decoded = True
+        return batch
 
 
 def read_batches(images: np.ndarray | ImageStream, indices: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

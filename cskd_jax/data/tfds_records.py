@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cskd_jax.data.images import read_image
-from cskd_jax.errors import UserError, one_line
+from cskd_jax.errors import UserError, one_line, raise_if_of_system
 
 _RECORDS_AT_ONCE = 4096  # Faster than reading one by one, without holding all of them encoded in memory.
 INSTALL = "pip install 'cskd_jax[tf]'"
@@ -24,15 +25,16 @@ class ArrayRecords:
     Args:
       directory: Folder of the prepared data set.
       split: Name of one of its splits.
+      keep_labels: Whether `labels` may write into the folder.
     """
 
-    def __init__(self, directory: str, split: str):
-        self.directory, self.split = directory, split
+    def __init__(self, directory: str, split: str, keep_labels: bool = False):
+        self.directory, self.split, self._keep_labels = directory, split, keep_labels
 
     def labels(self) -> np.ndarray:
         """Returns the labels as integers [N], which may be out of range.
 
-        They are cached in a file next to the records, because reading through all of the records may take a long time.
+        They may be kept in a file next to the records, because reading through all of the records may take a long time.
         """
         path, count = Path(self.directory) / f"labels-{self.split}.npy", self._count()
         # A memory map takes no memory for data that the file only claims to hold. NumPy parses the header as Python
@@ -42,10 +44,12 @@ class ArrayRecords:
             if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer):
                 return np.array(labels)
         labels = np.array([label for _, label in self.examples(range(count))])
-        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as file:
-            np.save(file, labels)
-            file.flush()
-            os.link(file.name, path)  # Atomic. An older file that does not fit is kept but not used.
+        if self._keep_labels:
+            with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as file:
+                np.save(file, labels)
+                file.flush()
+                shutil.copymode(path.with_name("dataset_info.json"), file.name)  # Whoever reads that may read this.
+                os.link(file.name, path)  # Atomic. An older file that does not fit is kept but not used.
         return labels
 
     def examples(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
@@ -168,6 +172,7 @@ def unreadable(directory: str, split: str) -> Iterator[None]:
         raise
     # The readers are C++ libraries, which raise RuntimeError, ValueError, IndexError or TensorFlow's own errors.
     except Exception as error:
+        raise_if_of_system(error, directory)
         raise UserError(
             f"cannot read split {split} in {directory}: {one_line(error)}; remove the folder to prepare it again"
         ) from error

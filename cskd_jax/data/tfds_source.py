@@ -8,6 +8,7 @@ tensorflow-datasets is imported inside the functions, so that importing `cskd_ja
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -21,13 +22,14 @@ from PIL import Image
 from cskd_jax.data.images import MODES
 from cskd_jax.data.tfds_records import ArrayRecords, RecordImages, TfRecords, _open, require_tensorflow
 from cskd_jax.data.types import ImageDataset, Split, balanced_indices
-from cskd_jax.errors import UserError, one_line
+from cskd_jax.errors import UserError, one_line, raise_if_of_system
 from cskd_jax.inputs import read_json
 
 _logger = logging.getLogger(__name__)
 
 # Entry of the metadata of a prepared data set that says whether it was made from the official archive.
 _OFFICIAL = "official"
+_UNLABELED = -1  # The label of examples without one.
 
 
 class NotPreparedError(UserError):
@@ -122,7 +124,7 @@ def load_own(
         del builder.content
         # The builder is created anew, because the files may have been written by another process that was faster.
         builder = builder_class(data_dir=data_dir)
-    dataset = load_prepared(builder, source.name, train_examples, image_size)
+    dataset = load_prepared(builder, source.name, train_examples, image_size, writes=prepare)
     return dataclasses.replace(dataset, official=_is_official(builder))
 
 
@@ -170,11 +172,15 @@ def load_named(
         require_tensorflow(f"data set '{name}' is not prepared in {builder.data_dir}, and preparing it")
         _prepare(builder)
         builder = tfds.builder(name, data_dir=data_dir)
-    return load_prepared(builder, name, train_examples, image_size)
+    return load_prepared(builder, name, train_examples, image_size, writes=prepare)
 
 
-def load_prepared(builder: Any, name: str, train_examples: int | None, image_size: int | None) -> ImageDataset:
+def load_prepared(
+    builder: Any, name: str, train_examples: int | None, image_size: int | None, *, writes: bool = True
+) -> ImageDataset:
     """Opens the splits train and test (or validation) of a prepared builder.
+
+    The split validation takes the place of test if there is no such split, or if it has no labels.
 
     Args:
       builder: `tfds.core.DatasetBuilder` whose files are prepared.
@@ -182,6 +188,7 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images; with None, all images must have the
         size of the first.
+      writes: Whether the labels may be kept in the folder of the data set, which makes the next time faster.
 
     Returns:
       The data set, in the order of its files. Its images are readers, except that images prepared as tfrecord, which
@@ -194,22 +201,28 @@ def load_prepared(builder: Any, name: str, train_examples: int | None, image_siz
     _check_features(builder, name)
     _open.cache_clear()  # The same folder may have been prepared again.
     splits = builder.info.splits
-    test_name = "test" if "test" in splits else "validation"
-    if "train" not in splits or test_name not in splits:
+    tests = [split for split in ("test", "validation") if split in splits]
+    if "train" not in splits or not tests:
         raise UserError(f"data set '{name}' needs the splits train and test (or validation): it has {sorted(splits)}")
     categories = tuple(builder.info.features["label"].names)
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" in formats:
-        records = {split: ArrayRecords(builder.data_dir, split) for split in ("train", test_name)}
+        open_split = functools.partial(ArrayRecords, builder.data_dir, keep_labels=writes)
     elif "tfrecord" in formats:
         require_tensorflow(f"data set '{name}' is prepared as tfrecord in {builder.data_dir}, and reading it")
-        records = {split: TfRecords(builder, split) for split in ("train", test_name)}
+        open_split = functools.partial(TfRecords, builder)
     else:
         raise UserError(f"{builder.data_dir} is prepared as {sorted(formats)}; it must be array_record or tfrecord")
+    records = {"train": open_split("train"), tests[0]: open_split(tests[0])}
+    if len(tests) > 1 and np.all(records["test"].labels() == _UNLABELED):
+        _logger.warning("the split test of data set '%s' has no labels: its split validation is used", name)
+        del records["test"]
+        tests = tests[1:]
+        records[tests[0]] = open_split(tests[0])
     labels = {split: _labels(source, name, len(categories)) for split, source in records.items()}
     chosen = {
         "train": balanced_indices(labels["train"], categories, train_examples),
-        test_name: np.arange(len(labels[test_name])),
+        tests[0]: np.arange(len(labels[tests[0]])),
     }
     channels = builder.info.features["image"].shape[-1]
     image_shape, opened = None, []
@@ -294,6 +307,7 @@ def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
     except Exception as error:
         if isinstance(error, ImportError) and "'tensorflow'" in str(error):
             require_tensorflow(f"opening data set '{name}'")
+        raise_if_of_system(error, f"data set '{name}'")
         raise UserError(f"data set '{name}' cannot be opened in {_root(data_dir)}: {one_line(error)}") from error
 
 
@@ -344,6 +358,7 @@ def _prepare(builder: Any) -> None:
     except Exception as error:
         # If several processes prepare the same folder, all but the first fail when they rename theirs.
         if not _is_prepared(builder):
+            raise_if_of_system(error, f"data set '{builder.name}'")
             raise UserError(
                 f"cannot prepare data set '{builder.name}' in {builder.data_dir}: {one_line(error)}"
             ) from error

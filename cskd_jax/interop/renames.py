@@ -40,7 +40,7 @@ def read_rules(path: pathlib.Path) -> list[Rule]:
       UserError: If the file is not such a text, or if a pattern is invalid or could take too long.
       OSError: If the file cannot be read.
     """
-    lines = read_bytes(path, _MAX_BYTES).decode("utf-8", errors="replace").splitlines()
+    lines = read_bytes(path, _MAX_BYTES).decode("utf-8-sig", errors="replace").splitlines()
     if len(lines) > _MAX_RULES:
         raise UserError(f"{path} has more than {_MAX_RULES} lines, the maximum for a file of names")
     rules = []

@@ -20,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cskd_jax.errors import UserError
+from cskd_jax.errors import UserError, raise_if_of_system
 from cskd_jax.inputs import open_regular, parse_json, read_member, zip_of
 from cskd_jax.interop import unpickle
 from cskd_jax.interop.torch_objects import Placeholder, Storage, Tensor, shown
@@ -88,7 +88,7 @@ def read_state_dict(path: pathlib.Path, key: str | None = None) -> dict[str, np.
             else:
                 tensors = _read_pickles(file, key)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
     for prefix in _WRAPPERS:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
@@ -147,6 +147,7 @@ def _damaged_archive():
     except UserError:
         raise
     except Exception as error:  # A damaged archive makes zipfile raise many kinds of errors.
+        raise_if_of_system(error, "it")
         raise UserError(f"is a damaged archive ({shown(str(error))})") from None
 
 

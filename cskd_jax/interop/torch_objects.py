@@ -17,6 +17,16 @@ _INERT_CALLS = (
     "_codecs.encode",
     "numpy.dtype",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
+    # Schedules, command lines and histories, which are often saved along with a network.
+    "collections.Counter",
+    "collections.deque",
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bytearray", "complex", "frozenset")),
+    "builtins.range",
+    "__builtin__.xrange",
+    "types.SimpleNamespace",
+    *(f"datetime.{name}" for name in ("date", "datetime", "timedelta", "timezone")),
+    *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "PurePosix", "Windows")),
 )
 
 
@@ -88,7 +98,10 @@ class Calls:
             return self._known[name](*arguments)
         if name in _INERT_CALLS:
             return Placeholder()
-        raise UserError(f"tries to call {shown(name)}, which is not allowed")
+        raise UserError(
+            f"tries to call {shown(name)}, which is not allowed; if the file is yours, save the state dict alone: "
+            "torch.save(network.state_dict(), FILE)"
+        )
 
     def count(self, number: int) -> None:
         """Counts values that are about to be copied; raises UserError if they are too many in total."""

@@ -368,7 +368,7 @@ def load(stream: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     machine = TorchUnpickler(stream)
     try:
         return machine.load(), machine.storages
-    except (UserError, OSError):
+    except (UserError, OSError, MemoryError):
         raise
     except Exception as error:  # What a damaged pickle does to the stack raises many types of errors.
         raise UserError(f"holds no valid pickle ({type(error).__name__}: {shown(str(error))})") from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ import ml_collections
 
 from cskd_jax.console import pause, say
 from cskd_jax.data import ImageDataset, NotPreparedError, load_dataset
-from cskd_jax.data.augment import Normalize, augment
+from cskd_jax.data.augment import Normalize, augment, enlarged_size
+from cskd_jax.data.photographs import MOST_INTERPOLATED, MOST_SUMMED
 from cskd_jax.data.samplers import BalancedSampler, UniformSampler
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import UserError
@@ -319,7 +321,7 @@ def make_trainer(
       UserError: Networks, losses and data do not fit together; nothing has been compiled by then.
     """
     description, sampler = describe_network(config[role], dataset.image_shape), make_sampler(config, dataset)
-    _check_resize(config.augment.resize, dataset.image_shape)
+    _check_augment(config.augment, dataset.image_shape)
     if role == "teacher":
         losses = {task_of(dataset.multilabel).supervision: {"weight": 1.0}}
         optimization = config.optimizer.copy_and_resolve_references()
@@ -366,11 +368,22 @@ def make_trainer(
     )
 
 
-def _check_resize(resize: int, image_shape: tuple[int, ...]) -> None:
-    """Raises UserError if images would have to be made smaller."""
-    shorter = min(image_shape[:2])
-    if 0 < resize < shorter:
+def _check_augment(settings: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> None:
+    """Raises UserError if images would have to be made smaller, or if they are too large for an augmentation."""
+    (height, width), resize = image_shape[:2], settings.resize
+    if 0 < resize < min(height, width):
         raise UserError(
-            f"augment.resize is {resize}, but the shorter side of the images has {shorter} pixels: it must be 0 or at "
-            f"least {shorter}, since it does not follow dataset.image_size"
+            f"augment.resize is {resize}, but the shorter side of the images has {min(height, width)} pixels: it must "
+            f"be 0 or at least {min(height, width)}, since it does not follow dataset.image_size"
         )
+    enlarged = enlarged_size(height, width, resize) if resize else (height, width)
+    for key, is_used, size, most in (
+        ("resize", resize > 0, enlarged, MOST_INTERPOLATED),
+        ("crop_area", settings.crop_area < 1, enlarged, MOST_INTERPOLATED),
+        ("color_jitter", settings.color_jitter > 0, (height, width), MOST_SUMMED),
+    ):
+        if is_used and math.prod(size) > most:
+            raise UserError(
+                f"augment.{key} is {settings[key]:g}, but it takes images of at most {most:,} pixels, and these would "
+                f"have {size[1]}x{size[0]}: turn it off, or set a smaller dataset.image_size or augment.resize"
+            )

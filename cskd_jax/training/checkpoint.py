@@ -31,7 +31,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import available
-from cskd_jax.errors import InterruptedRun, PassingError, UserError, one_line
+from cskd_jax.errors import InterruptedRun, UserError, one_line, raise_if_of_system
 from cskd_jax.files import write_json
 from cskd_jax.inputs import MAX_JSON, read_bytes, read_json
 from cskd_jax.training.arrays import digest_array, digest_json, flatten, unflatten, upgrade
@@ -51,8 +51,6 @@ _VERSION = 2
 # these files in addition to a fixed amount. Weights hardly compress; arrays that compress well, such as an all-zero
 # momentum, have at most a few times the size of the weights.
 _MAX_FILES, _MAX_EXPANSION, _FREE = 100_000, 20, 64 << 20
-# Errors in reading that may not occur the next time: a lost server, too many open files, no memory.
-_PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # Types of what Orbax reads in the metadata of all checkpoints when it opens a folder, and the latest time that it can
 # show, in nanoseconds.
 _METADATA = {
@@ -366,13 +364,10 @@ def _read(path):
         digest = content.pop("digest")
         record = Record.from_json(content["record"])
         digests, version = dict(content["digests"]), content["record"].get("version", 1)
-    except PermissionError as error:
-        raise UserError(f"cannot read checkpoint {path}: {error}") from None
     except _Damaged:
         raise
     except Exception as error:  # Orbax raises whatever the damage makes its parsers raise.
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
-            raise PassingError(f"cannot read checkpoint {path}: {one_line(error)}") from None
+        raise_if_of_system(error, f"checkpoint {path}")
         raise _Damaged(f"{type(error).__name__} while reading: {one_line(error)}") from error
     if digest != digest_json(content):
         raise _Damaged("the digest of its record differs")

@@ -94,8 +94,10 @@ def test_category_without_images_is_named(tmp_path, split):
         if members[name][start + 1] != 7
     )
     write_tar(tmp_path / "cifar-100-binary.tar.gz", members)
-    with pytest.raises(UserError, match=f"no images of {FINE[7]} in its {split} split"):
+    with pytest.raises(UserError, match=f"the {split} split has no images of {FINE[7]}"):
         load_dataset("cifar100", data_dir=str(tmp_path))
+    write_tar(tmp_path / "cifar-100-binary.tar.gz", members_100())  # A better archive is all that it takes.
+    load_dataset("cifar100", data_dir=str(tmp_path))
 
 
 def test_prepared_features_are_those_of_the_stock_builder(tmp_path):

@@ -127,6 +127,14 @@ if __name__ == "__main__":
 """
 
 
+def test_a_script_that_starts_itself_again_is_told_how_not_to(folder, tmp_path):
+    lines = [line for line in SCRIPT.splitlines() if "worker" not in line or "workers=" in line]
+    unguarded = "\n".join(lines).replace('if __name__ == "__main__":', "if True:").replace("    next(batches)\n", "")
+    (tmp_path / "script.py").write_text(unguarded)
+    process = subprocess.run([sys.executable, tmp_path / "script.py", folder], capture_output=True, text=True)
+    assert "must be within `if __name__ == '__main__':`" in process.stdout
+
+
 @pytest.fixture
 def reading(folder, tmp_path):
     """A process that streams, and its worker's number."""

@@ -159,6 +159,23 @@ def test_unlabeled_test_split(tmp_path):
         load_dataset("shapes", data_dir=str(tmp_path))
 
 
+def test_validation_stands_in_for_an_unlabeled_test_split(tmp_path, caplog):
+    unlabeled = [{"image": picture(0), "label": -1}] * 3
+    write(tmp_path, {"train": examples(2), "test": unlabeled, "validation": examples(4)})
+    assert len(load_dataset("shapes", data_dir=str(tmp_path)).test.labels) == 4
+    assert "the split test of data set 'shapes' has no labels: its split validation is used" in caplog.text
+
+
+def test_labels_are_kept_only_where_data_may_be_written(tmp_path):
+    directory = write(tmp_path, {"train": examples(2), "test": examples(2)})
+    (directory / "dataset_info.json").chmod(0o644)
+    load_dataset("shapes", data_dir=str(tmp_path), prepare=False)
+    assert not list(directory.glob("labels-*"))
+    load_dataset("shapes", data_dir=str(tmp_path))
+    assert {path.name for path in directory.glob("labels-*")} == {"labels-train.npy", "labels-test.npy"}
+    assert (directory / "labels-test.npy").stat().st_mode & 0o777 == 0o644
+
+
 def test_record_that_is_no_image(tmp_path):
     write(tmp_path, {"train": [*examples(1), {"image": b"nonsense", "label": 1}], "test": examples(2)})
     with pytest.raises(UserError, match="'shapes', split train: example 1 is not a valid image"):

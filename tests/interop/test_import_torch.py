@@ -16,6 +16,7 @@ import safetensors.numpy
 from cskd_jax.interop import export, import_torch, nearest, unpickle
 from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.names import to_torch
+from cskd_jax.interop.renames import read_rules, rename
 from cskd_jax.interop.torch_file import read_state_dict
 from cskd_jax.models import MODELS, create_model
 from cskd_jax.runs import lock
@@ -66,6 +67,14 @@ CONTENTS = {
         "accuracy": Call(
             Global("numpy.core.multiarray", "scalar"), (Call(Global("numpy", "dtype"), ("f8",)), "12345678")
         ),
+    },
+    "state dict beside a schedule and settings": lambda tensors: {
+        "model": tensors,
+        "milestones": Call(Global("collections", "Counter"), ({"60": 1},)),
+        "history": Call(Global("collections", "deque"), ([], 5)),
+        "folder": Call(Global("pathlib", "PosixPath"), ("/", "tmp")),
+        "date": Call(Global("datetime", "date"), (2020, 1, 1)),
+        "set": Call(Global("__builtin__", "frozenset"), (["a"],)),
     },
 }
 
@@ -445,6 +454,12 @@ def test_categories_of_a_file_that_begins_with_a_byte_order_mark(arrays, tmp_pat
     (tmp_path / "names").write_text("0\n1\n2\n3\n4\n5\n6\n", encoding="utf-8-sig")
     assert run(file, tmp_path / "out", f"--categories={tmp_path / 'names'}") == 0
     assert load_variables(str(tmp_path / "out")).record.categories == list("0123456")
+
+
+def test_rules_of_a_file_that_begins_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "rules").write_text("^backbone[.] net.\n", encoding="utf-8-sig")
+    (rule,) = read_rules(tmp_path / "rules")
+    assert rename(["backbone.conv1"], [rule]) == {"net.conv1": "backbone.conv1"}
 
 
 def test_an_import_into_the_folder_of_another_one(arrays, tmp_path, capsys, monkeypatch):
