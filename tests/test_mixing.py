@@ -8,12 +8,15 @@ import pytest
 
 import cskd_jax
 from cskd_jax import Mix
+from cskd_jax.data import ImageDataset, Split
 from cskd_jax.errors import UserError
 from cskd_jax.losses import cross_entropy_loss
 from cskd_jax.models import create_model
 from cskd_jax.runs import schema
 from cskd_jax.runs.recipes import load_recipe
+from cskd_jax.training.checks import check_losses
 from cskd_jax.training.mixing import partners
+from cskd_jax.training.objective import Objective
 from tests.tiers import chosen
 from tests.torch_files import assert_same_variables
 
@@ -126,13 +129,27 @@ def train(losses, epochs=2, mix=None, **settings):
     ("loss", "text"),
     [
         ("dkd", "losses.dkd reads only one: leave it out"),
-        ("mlkd", "losses.mlkd reads only one"),
         ("category_structure", "reads only one"),
     ],
 )
 def test_losses_of_one_label_are_refused(loss, text):
     with pytest.raises(UserError, match=f"mixup and cutmix give an image two labels, but .*{text}"):
         train({loss: 1.0}, mix=Mix(0.2))
+
+
+def test_losses_of_several_views_are_refused():
+    with pytest.raises(UserError, match="losses.mlkd uses further views of the images, which are not mixed"):
+        train({"mlkd": 1.0}, mix=Mix(0.2))
+
+
+def test_losses_of_the_predictions_of_a_teacher_take_mixed_images():
+    for settings in ({"deit": {}}, {"ctkd": {"variant": "kd"}}):
+        ((name, own),) = settings.items()
+        objective = Objective.create({name: {"weight": 1.0, **own}}, num_classes=3)
+        split = Split(PIXELS, LABELS)
+        check_losses(objective, ImageDataset("none", split, split, ("a", "b", "c")), mixes=True)
+    with pytest.raises(UserError, match="losses.ctkd reads only one"):
+        train({"ctkd": {"weight": 1.0, "variant": "dkd"}}, mix=Mix(0.2))
 
 
 def compare(actual, expected):

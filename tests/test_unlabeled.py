@@ -71,6 +71,23 @@ def test_label_free_resumes_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
+@pytest.mark.slow
+def test_positions_are_unknown_where_a_function_makes_the_batches():
+    seen = []
+
+    class Remembers(cskd_jax.Method):
+        def __call__(self, inputs):
+            seen.append(inputs.indices)
+            return jax.numpy.mean(inputs.student.logits**2), {}
+
+    def batches(epoch):
+        del epoch
+        return ((PIXELS[start : start + 8], None) for start in range(0, 24, 8))
+
+    train({"own": Remembers}, batches)
+    assert seen[-1] is None
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "dkd", "category_structure", "crd", "ofa"])
 def test_losses_that_read_labels_are_refused(loss):
     message = f"losses.{loss} reads labels, but the training images have none: losses that read none are ab, abkd"

@@ -120,14 +120,14 @@ def read_steps(
       rows: Function from the size of a global batch to the rows that make up this process's part, in order.
 
     Yields:
-      The part is {"image", "label", "index": int32, positions in the training split}; zeros where these are unknown.
+      The part is {"image", "label", "index": int32, positions in the training split}; without "index" if the sampler
+      makes the batches itself.
     """
     if isinstance(sampler, EpochBatches):
         for batch in sampler.read(steps):
             size = len(batch.labels)
             part = rows(size)
-            index = np.zeros(len(part), np.int32)
-            yield size, {"image": batch.images[part], "label": batch.labels[part], "index": index}
+            yield size, {"image": batch.images[part], "label": batch.labels[part]}
         return
 
     def part_of(step):

@@ -35,9 +35,23 @@ def rounding_of_difference(squared_norms: jax.Array) -> jax.Array:
     return bound**2 * lax.stop_gradient(squared_norms)
 
 
-def safe_rsqrt(x: jax.Array) -> jax.Array:
-    """Returns 1 / sqrt(x), but 0 with derivative 0 for x below 1e-24."""
-    nonzero = x > _SMALLEST_SQUARED_NORM
+def rounding_of_mean(squares: jax.Array) -> jax.Array:
+    """Returns the sum of squared deviations from a mean up to which values count as equal.
+
+    The mean of equal values is rounded, so they deviate from it.
+
+    Args:
+      squares: Sum of the squares of the values; a mean of squares bounds a mean of squared deviations.
+
+    Returns:
+      An array of the same shape, which is not differentiated.
+    """
+    return jnp.maximum(rounding_of_difference(squares), _SMALLEST_SQUARED_NORM)
+
+
+def safe_rsqrt(x: jax.Array, negligible: jax.Array | float = _SMALLEST_SQUARED_NORM) -> jax.Array:
+    """Returns 1 / sqrt(x), but 0 with derivative 0 where x is at most `negligible`."""
+    nonzero = x > negligible
     return jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, x, 1)), 0)
 
 

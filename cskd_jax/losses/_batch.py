@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cskd_jax.losses._arrays import safe_rsqrt
+from cskd_jax.losses._arrays import rounding_of_mean, safe_rsqrt
 
 
 def gather_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
@@ -63,10 +63,12 @@ def standardize_batch(
       An array of the shape of `x`.
     """
     mean, variance = batch_statistics(x, axis_name)
+    # With an epsilon, no derivative is too large.
+    constant = 0.0 if epsilon else rounding_of_mean(variance + jnp.square(mean))
     if unbiased:
         rows = count_batch(x, axis_name)
         variance *= rows / (rows - 1)
-    return (x - mean) * safe_rsqrt(variance + epsilon)
+    return (x - mean) * safe_rsqrt(variance + epsilon, constant)
 
 
 def batch_positions(batch_size: int, axis_name: str | None) -> jax.Array:

@@ -3,14 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from cskd_jax.losses._arrays import safe_sqrt
+from cskd_jax.losses._arrays import rounding_of_mean, safe_sqrt
 from cskd_jax.losses._checks import at_least_float32, check_float
 from cskd_jax.losses.base import LossInputs
 
 # This number is added to the standard deviation, as in the code of Sun et al. 2024.
 _EPSILON = 1e-7
-# Sums of squares up to this count as zero, with zero gradient.
-_NEGLIGIBLE = 1e-24
 
 
 def standardize_logits(logits: jax.Array) -> jax.Array:
@@ -40,8 +38,9 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
         raise ValueError(f"standardize_logits needs at least 2 classes, got {logits.shape[1]}")
     logits = at_least_float32(logits)
     centered = logits - jnp.mean(logits, axis=1, keepdims=True)
-    squares = jnp.sum(jnp.square(centered), axis=1, keepdims=True)
-    deviation = safe_sqrt(squares / (logits.shape[1] - 1), _NEGLIGIBLE)
+    squares, whole = (jnp.sum(jnp.square(x), axis=1, keepdims=True) for x in (centered, logits))
+    others = logits.shape[1] - 1
+    deviation = safe_sqrt(squares / others, rounding_of_mean(whole) / others)
     return jnp.where(deviation > 0, centered, 0) / (deviation + _EPSILON)
 
 

@@ -159,7 +159,7 @@ class LossInputs(NamedTuple):
       teacher_head: Classifier of the teacher, which is not differentiated; None where a network does not provide it.
       teacher_norms: Batch normalizations before the last ReLU of each stage of the teacher, whose outputs (on the
         residual branch, if there is one) make its preactivations; None where a network does not provide them.
-      epoch: The epoch, an int32 scalar that counts from 0, as the schedules of loss weights do; set by the objective.
+      epoch: The epoch, an int32 scalar that counts from 0, which is the first one with the loss; set by the objective.
       views: Further augmented versions of the same images, as many as the most demanding loss of the run needs.
       mixed: How the images were mixed with each other; None if they were not mixed. `labels` are then the labels of the
         images before mixing.
@@ -202,8 +202,7 @@ class Method(nn.Module):
       teacher: Which teacher `inputs.teacher` is: the number of one of several, from 0; "average" for the moving average
         of the student; None for all teachers as one.
       needs_teacher: Whether the method reads `inputs.teacher`.
-      multilabel: Kind of labels that the method reads: True for [B, C], False for [B], None if it reads no labels and
-        so accepts both.
+      multilabel: Kind of labels that the method is for: True for [B, C], False for [B], None for both.
       mixes: Whether the method takes `inputs.mixed` into account where it reads labels.
       supervises: Whether the loss depends on the labels alone, so that a student trained only by such losses learns
         without distillation.
@@ -232,6 +231,11 @@ class Method(nn.Module):
     version: ClassVar[int] = 1
     views: ClassVar[int] = 0
     first_phase: ClassVar[FirstPhase | None] = None
+
+    @property
+    def reads_labels(self) -> bool:
+        """Returns whether the method reads labels under the current settings."""
+        return self.multilabel is not None
 
     @property
     def frozen(self) -> tuple[str, ...]:

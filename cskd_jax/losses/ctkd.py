@@ -100,6 +100,11 @@ class CTKD(Method):
     standardize: bool = False
     multilabel: ClassVar[bool] = False
 
+    @property
+    def reads_labels(self) -> bool:
+        """Returns whether its loss separates the target class."""
+        return self.variant == "dkd"
+
     @nn.compact
     def __call__(self, inputs: LossInputs):
         student, teacher = read_logits(inputs, self.standardize)

@@ -49,6 +49,11 @@ class DistillationToken(Method):
     temperature: Positive = 1.0
     multilabel: ClassVar[bool | None] = False
 
+    @property
+    def reads_labels(self) -> bool:
+        """Returns False: the classes are those that the teacher predicts."""
+        return False
+
     def __call__(self, inputs: LossInputs):
         heads, teacher_logits = inputs.student.head_logits, inputs.teacher.logits
         if len(heads) < 2:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cskd_jax.losses._arrays import safe_sqrt
+from cskd_jax.losses._arrays import rounding_of_mean, safe_sqrt
 from cskd_jax.losses._batch import gather_batch
 from cskd_jax.losses._checks import (
     at_least_float32,
@@ -20,8 +20,6 @@ from cskd_jax.losses.base import LossInputs, Method, Positive
 
 # This number is added to the product of two norms, as in the authors' code.
 _EPSILON = 1e-8
-# Squared norms up to this count as zero, with zero gradient.
-_NEGLIGIBLE = 1e-24
 
 
 def dist_loss(
@@ -111,8 +109,9 @@ def dense_dist_loss(
 
 def _pearson(a, b):
     """Returns the correlation of each row of `a` with the same row of `b`: [R, N], [R, N] -> [R]."""
+    rounding = [rounding_of_mean(jnp.sum(jnp.square(x), axis=1)) for x in (a, b)]
     a, b = (x - jnp.mean(x, axis=1, keepdims=True) for x in (a, b))
-    norms = [safe_sqrt(jnp.sum(jnp.square(x), axis=1), _NEGLIGIBLE) for x in (a, b)]
+    norms = [safe_sqrt(jnp.sum(jnp.square(x), axis=1), least) for x, least in zip((a, b), rounding, strict=True)]
     varies = (norms[0] > 0) & (norms[1] > 0)
     product = jnp.where(varies, jnp.sum(a * b, axis=1), 0)
     return product / (norms[0] * norms[1] + _EPSILON)

@@ -5,13 +5,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._arrays import mean_over_positions
+from cskd_jax.losses._arrays import mean_over_positions, normalize
 from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import EmbeddingSource, LossInputs, Method
-
-# Embeddings whose squared length is below this number are divided by its square root.
-_LEAST_SQUARE = 1e-16
 
 
 def cosine_embedding_loss(student_embedding: jax.Array, teacher_embedding: jax.Array) -> jax.Array:
@@ -23,14 +20,14 @@ def cosine_embedding_loss(student_embedding: jax.Array, teacher_embedding: jax.A
 
     Returns:
       A scalar of at least float32: the mean over the batch, in [0, 2]. An embedding of length 0 has cosine 0 with any
-      other.
+      other, with zero gradient.
 
     Raises:
       TypeError: If the embeddings are not floating point.
       ValueError: If shapes differ.
     """
     student, teacher = _checked(student_embedding, teacher_embedding)
-    return jnp.mean(1 - jnp.sum(_to_unit_length(student) * _to_unit_length(teacher), axis=1))
+    return jnp.mean(1 - jnp.sum(normalize(student) * normalize(teacher), axis=1))
 
 
 def smooth_l1_loss(student_embedding: jax.Array, teacher_embedding: jax.Array) -> jax.Array:
@@ -57,11 +54,6 @@ def _checked(student, teacher):
     check_float("teacher_embedding", teacher, ndim=2)
     check_same_shape(student_embedding=student, teacher_embedding=teacher)
     return at_least_float32(student), lax.stop_gradient(at_least_float32(teacher))
-
-
-def _to_unit_length(x):
-    squares = jnp.sum(jnp.square(x), axis=1, keepdims=True)
-    return x * lax.rsqrt(jnp.maximum(squares, _LEAST_SQUARE))
 
 
 class _Embeddings(Method):

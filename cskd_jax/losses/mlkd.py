@@ -150,6 +150,11 @@ class MLKD(Method):
     multilabel: ClassVar[bool] = False
     views: ClassVar[int] = 1
 
+    @property
+    def reads_labels(self) -> bool:
+        """Returns False: everything is between the logits."""
+        return False
+
     def __call__(self, inputs: LossInputs):
         if not inputs.views:
             raise ValueError("mlkd needs a second view of the images")

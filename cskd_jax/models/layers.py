@@ -1,5 +1,6 @@
 """Layers that the networks share, such as convolution with batch normalization as PyTorch computes it."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +25,11 @@ def torch_uniform(fan_in: int) -> Callable:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def torch_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Returns an initial kernel, [..., features], drawn as torch.nn.Linear and torch.nn.Conv2d do."""
+    return torch_uniform(math.prod(shape[:-1]))(key, shape, dtype)
 
 
 def scale_width(channels: int, width: float, multiple: int = 1) -> int:
@@ -180,6 +186,7 @@ class ConvBatchNorm(BatchNorm):
         channels, the convolution is depthwise.
       use_bias: Whether the convolution has its own bias, as in some networks. Subtracting the batch mean cancels it, so
         it gets no gradient.
+      kernel_init: Initializer of the kernel.
     """
 
     features: int
@@ -187,13 +194,14 @@ class ConvBatchNorm(BatchNorm):
     stride: int = 1
     groups: int = 1
     use_bias: bool = False
+    kernel_init: Callable = kaiming_normal_fan_out
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps x [B, H, W, C] to [B, H', W', features]; padding keeps H and W at stride 1."""
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
         shape = (*size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", kaiming_normal_fan_out, shape, np.promote_types(self.dtype, np.float32))
+        kernel = self.param("kernel", self.kernel_init, shape, np.promote_types(self.dtype, np.float32))
         norm = self._variables(self.features)
         offset: Any = 0
         if self.use_bias:
@@ -211,21 +219,24 @@ class ConvBatchNorm(BatchNorm):
 
 
 class Classifier(nn.Module):
-    """A linear layer with PyTorch's initialization; logits are computed and returned in at least float32.
+    """A linear layer; logits are computed and returned in at least float32.
 
     Attributes:
       num_classes: Number of classes.
       dtype: Dtype of the network.
+      kernel_init: Initializer of the kernel.
+      bias_init: Initializer of the bias; None is that of torch.nn.Linear.
     """
 
     num_classes: int
     dtype: Any = jnp.float32
+    kernel_init: Callable = torch_kernel
+    bias_init: Callable | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, D] to logits [B, num_classes]."""
         dtype = np.promote_types(self.dtype, np.float32)
-        init = torch_uniform(x.shape[-1])
-        kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), dtype)
-        bias = self.param("bias", init, (self.num_classes,), dtype)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.num_classes), dtype)
+        bias = self.param("bias", self.bias_init or torch_uniform(x.shape[-1]), (self.num_classes,), dtype)
         return x.astype(dtype) @ kernel + bias

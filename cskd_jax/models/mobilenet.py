@@ -90,7 +90,14 @@ class MobileNetV2(nn.Module):
             maps.append(x)
         x = self.activation(conv(scale_width(1280, max(self.width, 1)), 1, name="head")(x, train=train))
         embedding = jnp.mean(x, axis=(1, 2))
-        logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
+        classify = Classifier(
+            self.num_classes,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(0.01),
+            bias_init=nn.initializers.zeros,
+            name="classifier",
+        )
+        logits = classify(embedding)
         return ModelOutput(logits, (*maps[1:-1], x), embedding, tuple(maps[1:]), tuple(maps))
 
 

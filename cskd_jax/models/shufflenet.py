@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cskd_jax.models.layers import Classifier, ConvBatchNorm, average_pool, scale_width
+from cskd_jax.models.layers import Classifier, ConvBatchNorm, average_pool, scale_width, torch_kernel
 from cskd_jax.models.outputs import ModelOutput
 
 
@@ -100,7 +100,7 @@ class ShuffleNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> ModelOutput:
         """Maps normalized floating-point images [B, H, W, C] to a ModelOutput with three stage maps."""
-        conv = partial(ConvBatchNorm, dtype=self.dtype, axis_name=self.axis_name)
+        conv = partial(ConvBatchNorm, kernel_init=torch_kernel, dtype=self.dtype, axis_name=self.axis_name)
         x = nn.relu(conv(scale_width(24, self.width, self.groups), 1, name="stem")(images, train=train))
         maps, preactivations = [x], []
         for stage, (num_blocks, stage_width) in enumerate(zip(self.stage_sizes, self.stage_widths, strict=True)):

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.models.layers import torch_uniform
+from cskd_jax.models.layers import torch_kernel
 
 
 def draw_by_position(key: jax.Array, draw: Callable, size: int, axis_name: str | None) -> jax.Array:
@@ -121,7 +121,7 @@ class PatchEmbedding(nn.Module):
         shape = (self.patch_size, self.patch_size, images.shape[-1], self.features)
         dtype = np.promote_types(self.dtype, np.float32)
         # timm keeps the default initialization of torch.nn.Conv2d for the kernel.
-        kernel = self.param("kernel", torch_uniform(self.patch_size**2 * shape[2]), shape, dtype)
+        kernel = self.param("kernel", torch_kernel, shape, dtype)
         batch, height, width, channels = images.shape
         rows, columns = height // self.patch_size, width // self.patch_size
         x = images.astype(self.dtype).reshape(batch, rows, self.patch_size, columns, self.patch_size, channels)

@@ -18,7 +18,8 @@ class VGG(nn.Module):
     """3x3 convolutions: a stem and four stages, each of which, except the last, begins with a 2x2 max-pool.
 
     The stem is what other descriptions of VGG call its first block. The maps of an image of side 32 therefore have
-    sides 16, 8, 4, 4, and are paired with the four stages of the other networks. A single linear layer classifies.
+    sides 16, 8, 4, 4, and are paired with the four stages of the other networks. For images of height 64, the last
+    stage begins with a max-pool too, as in the reference code. A single linear layer classifies.
 
     Attributes:
       num_classes: Number of classes.
@@ -53,7 +54,7 @@ class VGG(nn.Module):
         x, features, preactivations = images, [], []
         sizes = (self.stem_size, *self.stage_sizes)
         for stage, (num_layers, stage_width) in enumerate(zip(sizes, self.stage_widths, strict=True)):
-            if 0 < stage < len(sizes) - 1:
+            if 0 < stage < len(sizes) - 1 or (stage == len(sizes) - 1 and images.shape[1] == 64):
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             for index in range(num_layers):
                 name = f"stage{stage}_conv{index + 1}" if stage else f"stem_conv{index + 1}"
@@ -62,7 +63,14 @@ class VGG(nn.Module):
             features.append(x)
             preactivations.append(y)
         embedding = jnp.mean(x, axis=(1, 2))
-        logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
+        classify = Classifier(
+            self.num_classes,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(0.01),
+            bias_init=nn.initializers.zeros,
+            name="classifier",
+        )
+        logits = classify(embedding)
         return ModelOutput(logits, tuple(features[1:]), embedding, tuple(preactivations[1:]), tuple(features))
 
 

@@ -78,7 +78,8 @@ class WideResNet(nn.Module):
         preactivations.append(normalize_stage(name="norm")(x, train=train))
         features.append(nn.relu(preactivations[-1]))
         embedding = jnp.mean(features[-1], axis=(1, 2))
-        logits = Classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
+        classify = Classifier(self.num_classes, dtype=self.dtype, bias_init=nn.initializers.zeros, name="classifier")
+        logits = classify(embedding)
         return ModelOutput(logits, tuple(features), embedding, tuple(preactivations), tuple(maps))
 
 

@@ -34,7 +34,7 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
         kind = "any number of classes (multi-label)" if data.multilabel else "one class"
         raise UserError(
             f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: of the "
-            f"methods that read labels, these do: {', '.join(sorted(fitting))}"
+            f"methods that are for one kind of labels, these do: {', '.join(sorted(fitting))}"
         )
     if data.unlabeled:
         _check_unlabeled(objective)
@@ -44,9 +44,9 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
 
 def _check_unlabeled(objective):
     """Raises UserError for a loss that reads labels."""
-    reading = [name for name, (_, loss) in objective.losses.items() if loss.multilabel is not None]
+    reading = [name for name, (_, loss) in objective.losses.items() if loss.reads_labels]
     if reading:
-        fitting = [name for name, loss in LOSSES.items() if loss.multilabel is None]
+        fitting = [name for name, loss in LOSSES.items() if not loss(num_classes=2).reads_labels]
         raise UserError(
             f"losses.{reading[0]} reads labels, but the training images have none: losses that read none are "
             f"{', '.join(sorted(fitting))}"
@@ -56,7 +56,7 @@ def _check_unlabeled(objective):
 def _check_mixed(objective):
     """Raises UserError for a loss that cannot handle mixed images."""
     for name, (_, loss) in objective.losses.items():
-        if loss.multilabel is not None and not loss.mixes:
+        if loss.reads_labels and not loss.mixes:
             raise UserError(
                 f"mixup and cutmix give an image two labels, but losses.{name} reads only one: leave it out, or set "
                 "both to 0; cross_entropy and losses that read no labels work with them"

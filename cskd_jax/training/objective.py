@@ -234,11 +234,12 @@ class Objective:
           The weighted total; {NAME: unweighted value, NAME/TERM: value of a term} for every loss; the new memory.
         """
         total: Any = 0.0
-        inputs, terms, new_memory = guard(inputs._replace(epoch=step // self.steps_per_epoch)), {}, {}
+        inputs, terms, new_memory = guard(inputs), {}, {}
+        epoch = step // self.steps_per_epoch
         for name, (weight, loss) in self.losses.items():
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             with _naming(name):
-                seen = with_teacher(inputs, loss.teacher)
+                seen = with_teacher(inputs, loss.teacher)._replace(epoch=jnp.maximum(epoch - weight.start_epoch, 0))
                 (value, parts), updated = loss.apply(variables, seen, mutable=["memory"])
             _check_scalars(name, value, parts)
             total += self._weigh(weight, value, step)

@@ -202,7 +202,7 @@ class Participant:
         self._running_meter.start_clock()
 
     def train_step(self, size: int, batch: dict[str, Any]) -> None:
-        """Dispatches the next step on the output of the teacher pass, plus "label" and "index".
+        """Dispatches the next step on the output of the teacher pass, plus the rest of the batch.
 
         Raises:
           DivergedError: A metric of this step, or of an earlier one that was in flight, is not finite.

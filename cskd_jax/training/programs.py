@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
+from cskd_jax.data.batches import EpochBatches
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, is_compiled, is_requested, lower
 from cskd_jax.errors import UserError
@@ -310,10 +311,10 @@ class Programs:
         """Traces the step of a phase for a global batch of `size`."""
         labels, devices = self._setup.data.train.labels, self._setup.devices
         rows = len(range(size)[devices.local_rows(size)])
-        batch = self._teacher_pass.example(rows, self.reads) | {
-            "label": np.zeros((rows, *labels.shape[1:]), labels.dtype),
-            "index": np.zeros(rows, np.int32),
-        }
+        batch = self._teacher_pass.example(rows, self.reads)
+        batch["label"] = np.zeros((rows, *labels.shape[1:]), labels.dtype)
+        if not isinstance(self._setup.sampler, EpochBatches):
+            batch["index"] = np.zeros(rows, np.int32)
         layers = self._select_layers(self._teacher_pass.layers)
         return lower(self._steps[number], self.states[number], devices.shard(batch), self._key, layers)
 
@@ -363,7 +364,7 @@ class Programs:
         self._teacher_layers = None if layers is None else self._setup.devices.replicate(layers)
 
     def step(self, number: int, size: int, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Any]:
-        """Runs the compiled step of a phase on the output of the teacher pass, plus "label" and "index"."""
+        """Runs the compiled step of a phase on the output of the teacher pass, plus the rest of the batch."""
         return self.compiled(number, size)(state, self.reads.select(batch), self._key, self._teacher_layers)
 
     def with_fresh_optimizer(self, number: int, state: TrainState) -> TrainState:

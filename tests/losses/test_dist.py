@@ -97,6 +97,15 @@ def test_degenerate_logits_are_finite(fill):
         assert_finite(loss_and_gradients(*arguments))
 
 
+@pytest.mark.parametrize(("batch_size", "classes"), [(64, 10), (64, 100), (12, 7)])
+@pytest.mark.parametrize("value", [0, 0.1, -3e4])
+def test_a_classifier_that_starts_constant_has_no_gradient(value, batch_size, classes):
+    """The mean of equal numbers is rounded; what is left must not become a direction."""
+    teacher = np.random.default_rng(0).normal(size=(batch_size, classes)).astype(np.float32)
+    gradient = jax.grad(lambda x: dist_loss(x, teacher)[0])(jnp.full_like(teacher, value))
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
 def test_bfloat16_is_computed_in_float32():
     half = [jnp.asarray(x, jnp.bfloat16) for x in logits()]
     value, _ = dist_loss(*half)

@@ -26,6 +26,13 @@ def test_smooth_l1():
     np.testing.assert_allclose(smooth_l1_loss(STUDENT, TEACHER), expected, rtol=1e-6)
 
 
+def test_a_dead_embedding_has_no_gradient():
+    student = np.where(np.arange(5)[:, None] == 2, 0, STUDENT)
+    gradient = jax.grad(cosine_embedding_loss)(jnp.asarray(student), jnp.asarray(TEACHER))
+    assert not np.any(gradient[2])
+    assert np.any(np.delete(gradient, 2, axis=0), axis=1).all()
+
+
 @pytest.mark.parametrize("loss", [cosine_embedding_loss, smooth_l1_loss])
 def test_only_the_student_is_differentiated(loss):
     student, teacher = jax.grad(loss, argnums=(0, 1))(jnp.asarray(STUDENT), jnp.asarray(TEACHER))

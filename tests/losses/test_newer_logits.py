@@ -26,7 +26,7 @@ from cskd_jax.losses import (
 )
 from cskd_jax.training.checks import check_losses
 from cskd_jax.training.objective import Objective, Weight
-from tests.method_checks import assert_close, assert_finite
+from tests.method_checks import assert_close, assert_finite, make_inputs
 from tests.tiers import chosen
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -252,6 +252,15 @@ def test_weight_that_falls_along_a_cosine():
     weight = Weight(2.0, end_epoch=10, decay_epoch=6)
     found = [float(weight.at(jnp.int32(epoch))) for epoch in (0, 5, 6, 7, 9, 10, 12)]
     np.testing.assert_allclose(found, [2, 2, 1 + np.sqrt(0.5), 1, 0, 0, 0], atol=1e-6)
+
+
+def test_the_epochs_that_a_loss_sees_begin_with_its_own():
+    """Otherwise a curriculum would be over when a first phase has come before."""
+    inputs = make_inputs()
+    losses = {"own": {"loss": lambda inputs: inputs.epoch.astype(float), "start_epoch": 30}}
+    objective = Objective.create(losses, num_classes=inputs.student.logits.shape[1], steps_per_epoch=10)
+    seen = [objective({}, {}, inputs, jnp.int32(step))[1]["own"] for step in (0, 299, 300, 309, 310, 400)]
+    np.testing.assert_array_equal(seen, [0, 0, 0, 0, 1, 10])
 
 
 @pytest.mark.parametrize(

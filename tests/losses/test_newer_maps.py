@@ -151,6 +151,17 @@ def large(outputs):
     return jax.tree.map(lambda x: x * np.float32(1e4), outputs)
 
 
+@pytest.mark.parametrize("loss", [itrd_correlation_loss, srd_correlation_loss])
+@pytest.mark.parametrize(("batch_size", "features"), [(12, 6), (64, 10), (128, 200)])
+def test_newer_equal_samples_have_no_gradient(loss, batch_size, features):
+    """The mean of equal numbers is rounded; what is left must not become a direction."""
+    rng = np.random.default_rng(0)
+    equal = np.tile(rng.normal(size=features).astype(np.float32), (batch_size, 1))
+    teacher = rng.normal(size=equal.shape).astype(np.float32)
+    gradient = jax.grad(lambda x: loss(x, teacher))(jnp.asarray(equal))
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
 def test_newer_degenerate_inputs_are_finite(case):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cskd_jax.losses import LOSSES, kd_loss, standardized_kd_loss
+from cskd_jax.losses._logits import standardize_logits
 from tests.method_checks import (
     assert_close,
     assert_finite,
@@ -67,6 +68,16 @@ def test_degenerate_logits_are_finite(fill):
     student = np.tile(fill.astype(np.float32), (8, 1))
     for arguments in ((student, teacher), (teacher, student), (student, student)):
         assert_finite(loss_and_gradients(*arguments))
+
+
+@pytest.mark.parametrize("classes", [5, 10, 100, 200])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -3e4])
+def test_equal_logits_become_zero_with_zero_gradient(value, classes):
+    """The mean of equal numbers is rounded; what is left must not become a direction."""
+    equal = jnp.full((4, classes), value, jnp.float32)
+    found, gradient = jax.value_and_grad(lambda x: jnp.sum(standardize_logits(x) * jnp.arange(classes, dtype=x.dtype)))(equal)
+    assert found == 0
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
 def test_bfloat16_is_computed_in_float32():

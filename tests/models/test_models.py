@@ -225,6 +225,42 @@ def test_convolutions_start_kaiming_normal_fan_out():
     assert np.abs(kernel).max() > 3 * deviation
 
 
+def started(name, *path):
+    """Returns a part of the initial parameters of a network."""
+    images = jnp.zeros((1, 32, 32, 3))
+    found = create_model(name, num_classes=100).init(jax.random.key(0), images, train=False)["params"]
+    for part in path:
+        found = found[part]
+    return found
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v1", "shufflenet_v2"])
+def test_shuffle_nets_start_as_torch_convolutions(name):
+    kernel = started(name, "stage3_block2", "depthwise", "kernel")
+    assert np.abs(kernel).max() <= 1 / 3
+    np.testing.assert_allclose(kernel.std(), 1 / math.sqrt(3 * 9), rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["vgg8", "mobilenet_v2_crd"])
+def test_classifiers_that_start_small(name):
+    found = started(name, "classifier")
+    assert not np.any(found["bias"])
+    np.testing.assert_allclose(found["kernel"].std(), 0.01, rtol=0.02)
+
+
+def test_wide_resnet_starts_without_a_bias():
+    found = started("wrn_16_2", "classifier")
+    assert not np.any(found["bias"])
+    np.testing.assert_allclose(found["kernel"].std(), 1 / math.sqrt(3 * 128), rtol=0.05)
+
+
+@pytest.mark.parametrize(("side", "sides"), [(32, (16, 8, 4, 4)), (48, (24, 12, 6, 6)), (64, (32, 16, 8, 4))])
+def test_vgg_pools_images_of_height_64_once_more(side, sides):
+    module, images = create_model("vgg8", num_classes=3), jnp.zeros((1, side, side, 3))
+    output = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), images, train=False)[0])
+    assert tuple(feature.shape[1] for feature in output.features) == sides
+
+
 def test_classifier_starts_as_torch_linear():
     params = Classifier(500).init(jax.random.key(0), jnp.zeros((1, 16)))["params"]
     for value in params.values():
