@@ -367,9 +367,11 @@ def test_only_vision_transformers_may_have_no_head():
 def test_weights_start_normal():
     """timm's truncation is a hundred deviations away."""
     module = create_model("deit_tiny", num_classes=10)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False)["params"]
-    kernel = next(
-        leaf for path, leaf in jax.tree.leaves_with_path(params) if "['qkv']['kernel']" in jax.tree_util.keystr(path)
-    )
-    np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.01)
-    assert np.abs(kernel).max() > 3 * 0.02
+
+    @jax.jit
+    def init(key):
+        return module.init(key, jnp.zeros((1, 224, 224, 3)), train=False)["params"]["classifier"]["kernel"]
+
+    kernel = init(jax.random.key(0))
+    np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.05)
+    assert np.abs(kernel).max() > 2.5 * 0.02
