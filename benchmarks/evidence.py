@@ -34,7 +34,7 @@ from scipy import stats
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import measured
+from benchmarks import saved_tables
 from cskd_jax.report import markdown, tables
 from cskd_jax.report.runs import Comparison, Row, Run, compare, find_runs, find_unfinished
 from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, paired_difference, summarize
@@ -361,13 +361,13 @@ BLOCKS: dict[str, tuple[Callable[[pathlib.Path], str], str]] = {
     "search": (search, "search"),
     "samples": (samples, "samples"),
     "pytorch": (pytorch, "pytorch"),
-    "costs": (measured.costs, "costs-1.json"),
-    "traffic": (measured.traffic, "scaling-cifar100.json"),
-    "memory": (measured.memory, "scaling-cifar100.json"),
-    "sums": (measured.sums, "scaling-cifar100.json"),
-    "limits": (measured.limits, "scaling-cifar100.json"),
-    "faults": (measured.faults, "faults.json"),
-    "checkpoints": (measured.checkpoints, "checkpoints"),
+    "costs": (saved_tables.costs, "costs-1.json"),
+    "traffic": (saved_tables.traffic, "scaling-cifar100.json"),
+    "memory": (saved_tables.memory, "scaling-cifar100.json"),
+    "sums": (saved_tables.sums, "scaling-cifar100.json"),
+    "limits": (saved_tables.limits, "scaling-cifar100.json"),
+    "faults": (saved_tables.faults, "faults.json"),
+    "checkpoints": (saved_tables.checkpoints, "checkpoints"),
 }
 
 

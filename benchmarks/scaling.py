@@ -3,9 +3,10 @@
 python benchmarks/scaling.py [--devices=1,2,8] [--sizes=1:64:100,1:128:100,1:128:1000] [--processes=1,2,4]
     [--json=FILE]
 
-Bytes and memory are read from the compiled step of the CIFAR-100 recipe, for fake CPU devices: the bytes that the
-all-reduces and all-gathers of the program receive on each device, by their cause, and XLA's own account of the memory
-of a device. Time is that of a sum of a million floats over fake devices of one process and over local processes.
+Bytes and memory are read from the compiled step and teacher pass of the CIFAR-100 recipe, for fake CPU devices: the
+bytes that the all-reduces and all-gathers of the programs receive on each device, by their cause, and XLA's own account
+of the memory of a device. Time is that of a sum of a million floats over fake devices of one process and over local
+processes.
 --teacher and --student (NAME:WIDTH) and --image take the place of the recipe's networks and images.
 """
 

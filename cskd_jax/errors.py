@@ -68,21 +68,21 @@ def kept_error(owner: Any) -> Iterator[None]:
         owner.error = error
 
 
-def raise_if_of_system(error: Exception, what: str) -> None:
+def raise_if_of_system(error: Exception, problem: str) -> None:
     """Raises an error about reading something if it is no sign of damage: the system refuses, or may work next time.
 
     Args:
       error: What was raised while reading.
-      what: What was read, for the message.
+      problem: Beginning of the message, such as "cannot read a.png".
 
     Raises:
       PassingError: There was no memory, a lost server, too many open files, or the like.
       UserError: There is no permission to read it.
     """
     if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
-        raise PassingError(f"cannot read {what}: {str(error) or 'out of memory'}") from error
+        raise PassingError(f"{problem}: {str(error) or 'out of memory'}") from error
     if isinstance(error, PermissionError):
-        raise UserError(f"cannot read {what}: {error}") from error
+        raise UserError(f"{problem}: {error}") from error
 
 
 def describe_os_error(error: OSError) -> str:

@@ -13,10 +13,10 @@ from benchmarks import (
     category_structure,
     loop_part,
     loss_part,
-    measured,
     measuring,
     methods,
     pairs,
+    saved_tables,
     scaling,
     start_part,
 )
@@ -227,7 +227,7 @@ def test_scaling(tmp_path, monkeypatch, capsys):
     )
     scaling.main()
     assert scaling.STEP in capsys.readouterr().out
-    assert "| resnet8:0.25 to resnet8:0.25, 8x8 | 2 | 128 | 100 | " in measured.memory(tmp_path)
+    assert "| resnet8:0.25 to resnet8:0.25, 8x8 | 2 | 128 | 100 | " in saved_tables.memory(tmp_path)
 
 
 @pytest.mark.slow

@@ -143,8 +143,7 @@ def test_losses_of_several_views_are_refused():
 
 
 def test_losses_of_the_predictions_of_a_teacher_take_mixed_images():
-    for settings in ({"deit": {}}, {"ctkd": {"variant": "kd"}}):
-        ((name, own),) = settings.items()
+    for name, own in (("deit", {}), ("ctkd", {"variant": "kd"})):
         objective = Objective.create({name: {"weight": 1.0, **own}}, num_classes=3)
         split = Split(PIXELS, LABELS)
         check_losses(objective, ImageDataset("none", split, split, ("a", "b", "c")), mixes=True)

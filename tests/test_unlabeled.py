@@ -95,6 +95,11 @@ def test_losses_that_read_labels_are_refused(loss):
         train({loss: 1.0})
 
 
+def test_what_reads_labels_may_depend_on_the_settings():
+    with pytest.raises(UserError, match=r"losses.ctkd reads labels, .*: losses that read none are .*\bcosine, d"):
+        train({"ctkd": {"weight": 1.0, "variant": "dkd"}})
+
+
 @pytest.mark.parametrize("name", ["test", "validation"])
 def test_other_splits_need_labels(name):
     with pytest.raises(UserError, match=f"{name} must be images .* and labels"):

@@ -227,7 +227,7 @@ def read_tar(
     except UserError:
         raise
     except Exception as error:  # A damaged archive makes tarfile and the decompressors raise many types of errors.
-        raise_if_of_system(error, str(path))
+        raise_if_of_system(error, f"cannot read {path}")
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged or not a tar archive ({reason}): replace it with {archive.url}") from error
 
@@ -355,7 +355,7 @@ def open_zip(archive: Archive, path: Path) -> Iterator[zipfile.ZipFile]:
         except UserError:
             raise
         except Exception as error:  # A damaged archive makes zipfile raise many types of errors.
-            raise_if_of_system(error, str(path))
+            raise_if_of_system(error, f"cannot read {path}")
             raise UserError(
                 f"{path} is damaged or not a zip archive ({error}): replace it with {archive.url}"
             ) from error
@@ -385,7 +385,7 @@ def read_zipped(
     try:
         return read_member(file, member, largest)
     except Exception as error:  # zipfile and the decompressors raise many types of errors.
-        raise_if_of_system(error, str(path))
+        raise_if_of_system(error, f"cannot read {path}")
         raise UserError(
             f"{path}: member {member.filename} is damaged ({error}): replace the archive with {archive.url}"
         ) from error
@@ -441,7 +441,7 @@ def decode(path: Path, member: str, data: bytes | bytearray, size: tuple[int, in
                 return image
     # Pillow's decoders raise many types of exceptions.
     except Exception as error:
-        raise_if_of_system(error, str(path))
+        raise_if_of_system(error, f"cannot read {path}")
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: member {member} is not a valid image ({reason})") from error
     (width, height), (wanted_width, wanted_height) = image.size, size

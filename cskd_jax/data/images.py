@@ -186,7 +186,7 @@ def _check_scans(file: IO[bytes]) -> None:
         if scans > _MAX_SCANS:
             break
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    raise UserError(f"it has more than {_MAX_SCANS} scans")
+    raise UserError(f"it has more than {_MAX_SCANS} scans, or too many other parts")
 
 
 def read_image(
@@ -231,7 +231,7 @@ def read_image(
             mode = image.mode
     # Pillow's decoders raise many types of exceptions.
     except Exception as error:
-        raise_if_of_system(error, name)
+        raise_if_of_system(error, f"cannot read {name}")
         reason = " ".join(str(error).split())
         raise UserError(f"{name} is not a valid image ({reason}): replace or remove it") from error
     if expected is not None and not fits:

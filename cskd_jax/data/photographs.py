@@ -59,8 +59,6 @@ def color_jitter(image: jax.Array, key: jax.Array, strength: float) -> jax.Array
     Raises:
       ValueError: The image has more than `MOST_SUMMED` pixels.
     """
-    height, width = image.shape[:2]
-    check_size(height, width, MOST_SUMMED)
     image, change = image.astype(jnp.int32), round(WHOLE * strength)
     factors = jax.random.randint(key, (3,), WHOLE - change, WHOLE + change + 1)
     others = (jnp.zeros_like, mean_gray, gray)
@@ -124,8 +122,10 @@ def gray(image: jax.Array) -> jax.Array:
 
 
 def mean_gray(image: jax.Array) -> jax.Array:
-    """Returns the mean brightness of an image, int32 [H, W, C], a scalar."""
-    return jnp.sum(gray(image)) // (image.shape[0] * image.shape[1])
+    """Returns the mean brightness of an image, int32 [H, W, C], a scalar; it has at most `MOST_SUMMED` pixels."""
+    height, width = image.shape[:2]
+    check_size(height, width, MOST_SUMMED)
+    return jnp.sum(gray(image)) // (height * width)
 
 
 def blend(image: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:

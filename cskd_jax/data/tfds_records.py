@@ -172,7 +172,7 @@ def unreadable(directory: str, split: str) -> Iterator[None]:
         raise
     # The readers are C++ libraries, which raise RuntimeError, ValueError, IndexError or TensorFlow's own errors.
     except Exception as error:
-        raise_if_of_system(error, directory)
+        raise_if_of_system(error, f"cannot read split {split} in {directory}")
         raise UserError(
             f"cannot read split {split} in {directory}: {one_line(error)}; remove the folder to prepare it again"
         ) from error

@@ -124,7 +124,7 @@ def load_own(
         del builder.content
         # The builder is created anew, because the files may have been written by another process that was faster.
         builder = builder_class(data_dir=data_dir)
-    dataset = load_prepared(builder, source.name, train_examples, image_size, writes=prepare)
+    dataset = load_prepared(builder, source.name, train_examples, image_size, keep_labels=prepare)
     return dataclasses.replace(dataset, official=_is_official(builder))
 
 
@@ -172,11 +172,11 @@ def load_named(
         require_tensorflow(f"data set '{name}' is not prepared in {builder.data_dir}, and preparing it")
         _prepare(builder)
         builder = tfds.builder(name, data_dir=data_dir)
-    return load_prepared(builder, name, train_examples, image_size, writes=prepare)
+    return load_prepared(builder, name, train_examples, image_size, keep_labels=prepare)
 
 
 def load_prepared(
-    builder: Any, name: str, train_examples: int | None, image_size: int | None, *, writes: bool = True
+    builder: Any, name: str, train_examples: int | None, image_size: int | None, *, keep_labels: bool = False
 ) -> ImageDataset:
     """Opens the splits train and test (or validation) of a prepared builder.
 
@@ -188,7 +188,7 @@ def load_prepared(
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images; with None, all images must have the
         size of the first.
-      writes: Whether the labels may be kept in the folder of the data set, which makes the next time faster.
+      keep_labels: Whether the labels may be kept in the folder of the data set, which makes the next time faster.
 
     Returns:
       The data set, in the order of its files. Its images are readers, except that images prepared as tfrecord, which
@@ -207,23 +207,22 @@ def load_prepared(
     categories = tuple(builder.info.features["label"].names)
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" in formats:
-        open_split = functools.partial(ArrayRecords, builder.data_dir, keep_labels=writes)
+        open_split = functools.partial(ArrayRecords, builder.data_dir, keep_labels=keep_labels)
     elif "tfrecord" in formats:
         require_tensorflow(f"data set '{name}' is prepared as tfrecord in {builder.data_dir}, and reading it")
         open_split = functools.partial(TfRecords, builder)
     else:
         raise UserError(f"{builder.data_dir} is prepared as {sorted(formats)}; it must be array_record or tfrecord")
-    records = {"train": open_split("train"), tests[0]: open_split(tests[0])}
-    if len(tests) > 1 and np.all(records["test"].labels() == _UNLABELED):
+    records = {split: open_split(split) for split in ("train", tests[0])}
+    labels = {split: source.labels() for split, source in records.items()}
+    if len(tests) > 1 and len(labels["test"]) and (labels["test"] == _UNLABELED).all():
         _logger.warning("the split test of data set '%s' has no labels: its split validation is used", name)
-        del records["test"]
-        tests = tests[1:]
-        records[tests[0]] = open_split(tests[0])
-    labels = {split: _labels(source, name, len(categories)) for split, source in records.items()}
-    chosen = {
-        "train": balanced_indices(labels["train"], categories, train_examples),
-        tests[0]: np.arange(len(labels[tests[0]])),
-    }
+        del records["test"], labels["test"]
+        records["validation"] = open_split("validation")
+        labels["validation"] = records["validation"].labels()
+    labels = {split: _checked(found, records[split], name, len(categories)) for split, found in labels.items()}
+    chosen = {split: np.arange(len(found)) for split, found in labels.items()}
+    chosen["train"] = balanced_indices(labels["train"], categories, train_examples)
     channels = builder.info.features["image"].shape[-1]
     image_shape, opened = None, []
     for split, source in records.items():
@@ -307,8 +306,9 @@ def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
     except Exception as error:
         if isinstance(error, ImportError) and "'tensorflow'" in str(error):
             require_tensorflow(f"opening data set '{name}'")
-        raise_if_of_system(error, f"data set '{name}'")
-        raise UserError(f"data set '{name}' cannot be opened in {_root(data_dir)}: {one_line(error)}") from error
+        problem = f"data set '{name}' cannot be opened in {_root(data_dir)}"
+        raise_if_of_system(error, problem)
+        raise UserError(f"{problem}: {one_line(error)}") from error
 
 
 def _is_prepared(builder: Any) -> bool:
@@ -358,10 +358,9 @@ def _prepare(builder: Any) -> None:
     except Exception as error:
         # If several processes prepare the same folder, all but the first fail when they rename theirs.
         if not _is_prepared(builder):
-            raise_if_of_system(error, f"data set '{builder.name}'")
-            raise UserError(
-                f"cannot prepare data set '{builder.name}' in {builder.data_dir}: {one_line(error)}"
-            ) from error
+            problem = f"cannot prepare data set '{builder.name}' in {builder.data_dir}"
+            raise_if_of_system(error, problem)
+            raise UserError(f"{problem}: {one_line(error)}") from error
 
 
 def _check_features(builder: Any, name: str) -> None:
@@ -388,9 +387,8 @@ def _check_image(image: Any, name: str) -> None:
         )
 
 
-def _labels(records: ArrayRecords | TfRecords, name: str, classes: int) -> np.ndarray:
+def _checked(labels: np.ndarray, records: ArrayRecords | TfRecords, name: str, classes: int) -> np.ndarray:
     """Returns the labels of a split, int32 [N]; raises UserError if there are none, or one that is not a class."""
-    labels = records.labels()
     if not len(labels) or labels.min() < 0:
         raise UserError(f"data set '{name}' has no examples, or unlabeled ones, in its {records.split} split")
     if labels.max() >= classes:

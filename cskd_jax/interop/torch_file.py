@@ -147,7 +147,7 @@ def _damaged_archive():
     except UserError:
         raise
     except Exception as error:  # A damaged archive makes zipfile raise many kinds of errors.
-        raise_if_of_system(error, "it")
+        raise_if_of_system(error, "cannot be read")
         raise UserError(f"is a damaged archive ({shown(str(error))})") from None
 
 

@@ -159,7 +159,8 @@ class LossInputs(NamedTuple):
       teacher_head: Classifier of the teacher, which is not differentiated; None where a network does not provide it.
       teacher_norms: Batch normalizations before the last ReLU of each stage of the teacher, whose outputs (on the
         residual branch, if there is one) make its preactivations; None where a network does not provide them.
-      epoch: The epoch, an int32 scalar that counts from 0, which is the first one with the loss; set by the objective.
+      epoch: The epoch, an int32 scalar, counted from the `start_epoch` of the loss and 0 before it; set by the
+        objective.
       views: Further augmented versions of the same images, as many as the most demanding loss of the run needs.
       mixed: How the images were mixed with each other; None if they were not mixed. `labels` are then the labels of the
         images before mixing.

@@ -1,5 +1,6 @@
 """Layers of Vision Transformers, and random draws that do not depend on the number of devices."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.models.layers import torch_kernel
+from cskd_jax.models.layers import torch_kernel, torch_uniform
 
 
 def draw_by_position(key: jax.Array, draw: Callable, size: int, axis_name: str | None) -> jax.Array:
@@ -120,7 +121,7 @@ class PatchEmbedding(nn.Module):
         """Maps images [B, H, W, C] to [B, H / patch_size, W / patch_size, features]."""
         shape = (self.patch_size, self.patch_size, images.shape[-1], self.features)
         dtype = np.promote_types(self.dtype, np.float32)
-        # timm keeps the default initialization of torch.nn.Conv2d for the kernel.
+        # timm keeps the default initialization of torch.nn.Conv2d.
         kernel = self.param("kernel", torch_kernel, shape, dtype)
         batch, height, width, channels = images.shape
         rows, columns = height // self.patch_size, width // self.patch_size
@@ -128,7 +129,8 @@ class PatchEmbedding(nn.Module):
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
         x = x @ kernel.astype(self.dtype).reshape(-1, self.features)
         if self.use_bias:
-            x += self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(self.dtype)
+            init = torch_uniform(math.prod(shape[:-1]))
+            x += self.param("bias", init, (self.features,), dtype).astype(self.dtype)
         return x
 
 

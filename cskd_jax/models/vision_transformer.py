@@ -27,8 +27,8 @@ from cskd_jax.models.transformer_layers import (
     StochasticDepth,
 )
 
-# timm initializes the weights of linear layers and the position embedding like this, and the tokens almost as zeros. It
-# cuts the distribution off at 2, which is a hundred standard deviations.
+# timm initializes the weights of linear layers, the position embedding and the distillation token like this, and the
+# other tokens almost as zeros. It cuts the distribution off at 2, which is a hundred standard deviations.
 _linear_init = nn.initializers.normal(0.02)
 _token_init = nn.initializers.normal(1e-6)
 # Number of blocks that a description of a network may have; the deepest published ones have fewer than 100.

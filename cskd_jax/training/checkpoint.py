@@ -367,7 +367,7 @@ def _read(path):
     except _Damaged:
         raise
     except Exception as error:  # Orbax raises whatever the damage makes its parsers raise.
-        raise_if_of_system(error, f"checkpoint {path}")
+        raise_if_of_system(error, f"cannot read checkpoint {path}")
         raise _Damaged(f"{type(error).__name__} while reading: {one_line(error)}") from error
     if digest != digest_json(content):
         raise _Damaged("the digest of its record differs")

@@ -4,6 +4,7 @@ import numpy as np
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.batches import EpochBatches, Sampler
+from cskd_jax.data.photographs import MOST_SUMMED
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.training.objective import Objective
@@ -28,13 +29,19 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
         raise UserError(
             f"losses.{name} uses strongly augmented images, which are made from uint8 images; got {data.image_dtype}"
         )
+    height, width = data.image_shape[:2]
+    if objective.views and height * width > MOST_SUMMED:
+        raise UserError(
+            f"strongly augmented images have at most {MOST_SUMMED:,} pixels, and these have {width}x{height}: set a "
+            "smaller dataset.image_size"
+        )
     wrong = [name for name, (_, loss) in objective.losses.items() if loss.multilabel not in (None, data.multilabel)]
     if wrong:
         fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]
         kind = "any number of classes (multi-label)" if data.multilabel else "one class"
         raise UserError(
-            f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: of the "
-            f"methods that are for one kind of labels, these do: {', '.join(sorted(fitting))}"
+            f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: methods for "
+            f"such labels are {', '.join(sorted(fitting))}"
         )
     if data.unlabeled:
         _check_unlabeled(objective)
@@ -46,7 +53,7 @@ def _check_unlabeled(objective):
     """Raises UserError for a loss that reads labels."""
     reading = [name for name, (_, loss) in objective.losses.items() if loss.reads_labels]
     if reading:
-        fitting = [name for name, loss in LOSSES.items() if not loss(num_classes=2).reads_labels]
+        fitting = {name for name, loss in LOSSES.items() if not loss(num_classes=2).reads_labels} - {*reading}
         raise UserError(
             f"losses.{reading[0]} reads labels, but the training images have none: losses that read none are "
             f"{', '.join(sorted(fitting))}"

@@ -10,6 +10,7 @@ from cskd_jax.interop.checkpoints import known_checkpoints
 # Bytes per second between devices: of the links of a TPU v4, or of NVLink; and of Ethernet with 100 Gb/s.
 _LINKS = (50e9, 12.5e9)
 _COLUMNS = 3
+# What the data sets of the verified checkpoints are.
 _IMAGES = {"cifar100": "CIFAR-100, {:,} images", "image_folder": "CIFAR-10, JPEG, {:,} images"}
 
 
@@ -19,7 +20,7 @@ def costs(folder: pathlib.Path) -> str:
         (row for part in _saved(folder, "costs-*.json", "methods") for row in part["rows"]),
         key=lambda row: row["method"],
     )
-    cells = [(f"`{row['method']}`", f"{row['of kd']:.1f}", f"{row['memory MB']:.0f}") for row in rows]
+    cells = [(f"`{row['method']}`", f"{row['of kd']:.2f}", f"{row['memory MB']:.0f}") for row in rows]
     height = -(-len(cells) // _COLUMNS)
     cells += [("", "", "")] * (_COLUMNS * height - len(cells))
     header = ("word", "of `kd`", "MB") * _COLUMNS
@@ -87,9 +88,11 @@ def faults(folder: pathlib.Path) -> str:
     for name, part in json.loads((folder / "faults.json").read_text(encoding="utf-8")).items():
         if name.startswith("kills"):
             noticed, again = part["rows"]
-            times = (f"{row[figure]:.1f}" for row in (noticed, again) for figure in ("median", "largest"))
-            rows.append((part["title"], str(noticed["count"]), *times))
-    header = ("", "kills", "noticed: median, s", "largest, s", "trains again: median, s", "largest, s")
+            figures = [
+                (str(row["count"]), *(f"{row[of]:.1f}" for of in ("median", "largest"))) for row in (noticed, again)
+            ]
+            rows.append((part["title"], *sum(figures, ())))
+    header = ("", "noticed", "median, s", "largest, s", "trained again", "median, s", "largest, s")
     return _table(header, rows)
 
 
