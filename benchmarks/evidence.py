@@ -159,10 +159,10 @@ def runs(folder: pathlib.Path) -> str:
         counts = str(len(found)), str(len(hours)), " or ".join(map(str, devices))
         rows.append((path, *counts, f"{sum(hours.values()):.1f}"))
     header = ("folder", "runs", "groups", "devices", "hours")
-    named = (f"{name} {' and '.join(sorted(found))}" for name, found in versions.items() if name != "cskd_jax")
+    listed = (f"{name} {' and '.join(sorted(found))}" for name, found in versions.items() if name != "cskd_jax")
     note = (
         "A group is the runs of a sweep with the same seed, which are trained together and share the pass of the "
-        f"teacher. Hours are of training, without evaluation. Versions: {', '.join(named)}."
+        f"teacher. Hours are of training, without evaluation. Versions: {', '.join(listed)}."
     )
     unfinished = [(path.relative_to(folder), why) for path, why in find_unfinished([folder])]
     return _text(Table("Runs", header, rows, (note,)), tables.unfinished(unfinished))

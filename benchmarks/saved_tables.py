@@ -99,12 +99,9 @@ def faults(folder: pathlib.Path) -> str:
 def checkpoints(folder: pathlib.Path) -> str:
     """Returns the known public checkpoints, and the accuracies that `import-torch --verify` measured of them."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("checkpoints/*/import.json")]
+    verified = {entry["sha256"]: entry["verified"] for entry in found}
     measured = {
-        entry["sha256"]: (
-            _IMAGES[entry["verified"]["dataset"]].format(entry["verified"]["images"]),
-            entry["verified"]["top1"],
-        )
-        for entry in found
+        digest: (_IMAGES[entry["dataset"]].format(entry["images"]), entry["top1"]) for digest, entry in verified.items()
     }
     sets = sorted({images for images, _ in measured.values()}, reverse=True)
     rows = []

@@ -240,3 +240,7 @@ class Classifier(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.num_classes), dtype)
         bias = self.param("bias", self.bias_init or torch_uniform(x.shape[-1]), (self.num_classes,), dtype)
         return x.astype(dtype) @ kernel + bias
+
+
+# The classifier of the reference code's VGG and MobileNetV2.
+small_classifier = partial(Classifier, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cskd_jax.models.layers import Classifier, ConvBatchNorm, scale_width
+from cskd_jax.models.layers import ConvBatchNorm, scale_width, small_classifier
 from cskd_jax.models.outputs import ModelOutput
 
 
@@ -90,14 +90,7 @@ class MobileNetV2(nn.Module):
             maps.append(x)
         x = self.activation(conv(scale_width(1280, max(self.width, 1)), 1, name="head")(x, train=train))
         embedding = jnp.mean(x, axis=(1, 2))
-        classify = Classifier(
-            self.num_classes,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(0.01),
-            bias_init=nn.initializers.zeros,
-            name="classifier",
-        )
-        logits = classify(embedding)
+        logits = small_classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
         return ModelOutput(logits, (*maps[1:-1], x), embedding, tuple(maps[1:]), tuple(maps))
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cskd_jax.models.layers import Classifier, ConvBatchNorm, scale_width
+from cskd_jax.models.layers import ConvBatchNorm, scale_width, small_classifier
 from cskd_jax.models.outputs import ModelOutput
 
 
@@ -63,14 +63,7 @@ class VGG(nn.Module):
             features.append(x)
             preactivations.append(y)
         embedding = jnp.mean(x, axis=(1, 2))
-        classify = Classifier(
-            self.num_classes,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(0.01),
-            bias_init=nn.initializers.zeros,
-            name="classifier",
-        )
-        logits = classify(embedding)
+        logits = small_classifier(self.num_classes, dtype=self.dtype, name="classifier")(embedding)
         return ModelOutput(logits, tuple(features[1:]), embedding, tuple(preactivations[1:]), tuple(features))
 
 
