@@ -44,8 +44,8 @@ def test_methods_for_other_labels(name):
     multilabel = not LOSSES[name].multilabel
     network = create_model("resnet8", num_classes=10, width=0.25)
     kind = r"any number of classes \(multi-label\)" if multilabel else "one class"
-    supervision = "binary_cross_entropy, binary_kd" if multilabel else "category_structure, crd, cross_entropy"
-    text = f"^losses.{name} does not work with data set 'black', whose images have {kind} each: .* do: {supervision}"
+    fitting = "binary_cross_entropy, binary_kd" if multilabel else "category_structure, crd, cross_entropy"
+    text = f"^losses.{name} does not work with data set 'black', whose images have {kind} each: .* are {fitting}"
     losses = {"mse_logits": {"weight": 1.0}, name: {"weight": 1.0}}
     with pytest.raises(UserError, match=text):
         Trainer(
