@@ -161,8 +161,8 @@ def runs(folder: pathlib.Path) -> str:
     header = ("folder", "runs", "groups", "devices", "hours")
     listed = (f"{name} {' and '.join(sorted(found))}" for name, found in versions.items() if name != "cskd_jax")
     note = (
-        "A group is the runs of a sweep with the same seed, which are trained together and share the pass of the "
-        f"teacher. Hours are of training, without evaluation. Versions: {', '.join(listed)}."
+        "A group is the runs of a sweep with the same seed, which are trained together and share the teacher's "
+        f"forward pass. Hours are of training, without evaluation. Versions: {', '.join(listed)}."
     )
     unfinished = [(path.relative_to(folder), why) for path, why in find_unfinished([folder])]
     return _text(Table("Runs", header, rows, (note,)), tables.unfinished(unfinished))

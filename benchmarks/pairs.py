@@ -1,6 +1,6 @@
 """Benchmark of pairs of the standard table: `python benchmarks/pairs.py [--pairs=...] [--rounds=7] [--json=FILE]`.
 
-A step of each method alone, and of all methods together with one pass of the teacher, against a step of each in
+A step of each method alone, and of all methods together with one forward pass of the teacher, against a step of each in
 PyTorch: eager, channels-last, fused SGD. JAX also crops, mirrors and normalizes the images. All are measured in turn,
 round after round, and ratios are medians of those within a round.
 

@@ -23,7 +23,7 @@ def costs(folder: pathlib.Path) -> str:
     cells = [(f"`{row['method']}`", f"{row['of kd']:.2f}", f"{row['memory MB']:.0f}") for row in rows]
     height = -(-len(cells) // _COLUMNS)
     cells += [("", "", "")] * (_COLUMNS * height - len(cells))
-    header = ("word", "of `kd`", "MB") * _COLUMNS
+    header = ("word", "time / `kd`", "MB") * _COLUMNS
     return _table(header, [sum(cells[place::height], ()) for place in range(height)], left=(0, 3, 6))
 
 
@@ -39,7 +39,7 @@ def traffic(folder: pathlib.Path) -> str:
         "networks",
         "devices",
         "global batch",
-        "categories",
+        "classes",
         *(f"{purpose}, kB" for purpose in purposes),
         "collectives",
     )
@@ -49,7 +49,7 @@ def traffic(folder: pathlib.Path) -> str:
 def memory(folder: pathlib.Path) -> str:
     """Returns the memory that a step needs on each device, by scaling.py."""
     kinds = {"arguments": "state and batch, MB", "temporary": "rest of the step, MB", "teacher pass": "teacher, MB"}
-    header = ("networks", "devices", "global batch", "categories", *kinds.values())
+    header = ("networks", "devices", "global batch", "classes", *kinds.values())
     rows = []
     for networks, row in _steps(folder):
         sizes = (f"{row[f'{kind} MB']:,.0f}" for kind in kinds)
@@ -66,7 +66,7 @@ def limits(folder: pathlib.Path) -> str:
     header = (
         "networks",
         "global batch",
-        "categories",
+        "classes",
         "moved per step, MB",
         *(f"at {link / 1e9:g} GB/s, ms" for link in _LINKS),
     )
@@ -112,11 +112,11 @@ def checkpoints(folder: pathlib.Path) -> str:
         images, top1 = measured.get(checkpoint.sha256, ("", 0.0))
         cells = (f"{100 * top1:.2f}" if images == name else "" for name in sets)
         rows.append((address, f"`{checkpoint.model}`", checkpoint.dataset, mean, std, stated, *cells))
-    return _table(("file", "network", "trained on", "mean", "deviation", "stated", *sets), rows, left=range(5))
+    return _table(("file", "network", "trained on", "mean", "standard deviation", "stated", *sets), rows, left=range(5))
 
 
 def _steps(folder: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (networks, row) of the compiled steps, by the number of devices, of images and of categories."""
+    """Yields (networks, row) of the compiled steps, by the number of devices, of images and of classes."""
     for part in _saved(folder, "scaling-*.json", "step"):
         for row in sorted(part["rows"], key=lambda row: [row[name] for name in ("categories", "batch", "devices")]):
             yield part["title"].partition(": ")[2], row

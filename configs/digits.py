@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of scikit-learn, 8x8 pixels: a complete run in two minutes, with no download needed.
+"""The 1,797 handwritten digits of scikit-learn, 8x8 pixels: a run of a few minutes on two cores, without a download.
 
 `--config=digits` is category-structure distillation as in the code released with the paper
 (https://github.com/xeanzheng/CSKD); `:METHOD` picks another method (configs/methods.py).

@@ -226,7 +226,7 @@ def test_killed_stopped_and_continued(start, small_run, tmp_path, capsys):
     assert report_main(["report", str(tmp_path)]) == 0
     text = (tmp_path / "report" / "report.html").read_text()
     assert text.count('class="chart"') == 5, "two of curves, teacher, ce, kd"
-    assert "Tightness of the categories" in text
+    assert "Tightness of the classes" in text
 
     assert evaluate_main(["evaluate", f"--workdir={tmp_path / 'kd-seed0'}"]) == 0
     assert "million FLOPs per image" in capsys.readouterr().out

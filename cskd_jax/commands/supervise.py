@@ -9,12 +9,12 @@ cskd-jax supervise [--processes=N] [--restarts=N] [--grace=SECONDS] -- COMMAND .
   --grace      seconds for saving after SIGTERM or Ctrl-C, before what is still running is killed (default: 120)
 
 When a process dies the others are ended (SIGTERM, after three seconds SIGKILL) and all are restarted: cskd-jax train
-resumes from the last intact checkpoint. SIGTERM and Ctrl-C are passed on to all; the second one kills. A closed
+resumes from the last intact checkpoint. SIGTERM and Ctrl-C are passed on to all; a second one kills them. A closed
 terminal or a lost connection ends nothing. `python -m cskd_jax.supervise` is the same command.
 
-Exit codes: 0 done; 2 and 3 of a process are not retried but passed on, like 75 (stopped with everything saved, or
-before there was anything to save); 2 for a command that cannot be started; otherwise, when the restarts are used up or
-after a signal, that of the process that died, or 128 and the number of the signal that killed it.
+Exit codes: 0 done; 2, 3 and 75 (stopped with everything saved, or before there was anything to save) are passed on
+without a retry; 2 also if the command cannot be started; otherwise, when the restarts are used up or after a signal,
+the code of the process that died, or 128 plus the number of the signal that killed it.
 """
 
 import argparse

@@ -6,9 +6,10 @@ cskd-jax sweep RECIPE --methods=ce,kd,cskd --seeds=0-2 [--pairs=TEACHER/STUDENT,
   RECIPE         a packaged recipe such as digits, or a file such as configs/digits.py; --config=RECIPE is the same
   --methods      words that may follow the recipe: methods, several together (kd+at), or networks and a method
                  (R152_0.5/R34_0.25/kd)
-  --seeds        of the runs, such as 0,1,2 or 0-2; default: 0
-  --pairs        of networks, such as resnet56/resnet20,vgg13/vgg8; each is trained with all methods
-  --teacher_seeds  of the teachers, such as 0-2: a teacher is trained with each, and all methods with every teacher
+  --seeds        seeds of the runs, such as 0,1,2 or 0-2; default: 0
+  --pairs        pairs of networks, such as resnet56/resnet20,vgg13/vgg8; each is trained with all methods
+  --teacher_seeds  seeds of the teachers, such as 0-2: a teacher is trained with each, and all methods with every
+                 teacher
   --grid         values of keys that are tried in all combinations, each with the methods that have the key:
                  --grid losses.kd.weight=0.5,0.9 losses.kd.temperature=2,4. They are compared by the last epoch on a
                  validation split, which --config.dataset.validation_examples=N holds out, with the first of the seeds,
@@ -16,10 +17,11 @@ cskd-jax sweep RECIPE --methods=ce,kd,cskd --seeds=0-2 [--pairs=TEACHER/STUDENT,
                  the whole training split, and measured on the test split.
   --workdir      folder of the sweep; default: runs/sweep/RECIPE. A run is in METHOD-seedSEED, with its output in
                  log.txt. The same command continues: finished runs are skipped, interrupted ones resume.
-  --together     largest number of runs that are trained together, in one process with one pass of the teacher for each
-                 batch; default: all methods of a seed, as far as memory allows. A run is the same alone and together.
-  --jobs         processes at the same time; default: 1. Of several GPUs, listed in CUDA_VISIBLE_DEVICES, each process
-                 takes one.
+  --together     largest number of runs that are trained together, in one process, with one forward pass of the teacher
+                 for each batch; default: all methods of a seed, as far as memory allows. A run is the same alone and
+                 together.
+  --jobs         number of processes at the same time; default: 1. If CUDA_VISIBLE_DEVICES lists several GPUs, each
+                 process takes one.
   --config.KEY   overrides a key (docs/configuration.md) of every run; config.losses.NAME only of methods that have NAME
 
 The teacher is trained once, with cross-entropy and the seed of the recipe (--config.seed), in teacher-NETWORK, one for

@@ -23,7 +23,7 @@ COMMANDS = {
     "train": Command("cskd_jax.commands.train", "Trains a teacher and distills a student."),
     "sweep": Command("cskd_jax.commands.sweep", "Trains several methods with several seeds and one teacher."),
     "report": Command("cskd_jax.report.__main__", "Compares finished runs with each other and with published results."),
-    "evaluate": Command("cskd_jax.evaluate.__main__", "Measures trained networks: scores, size, operations, latency."),
+    "evaluate": Command("cskd_jax.evaluate.__main__", "Measures trained networks: scores, size, FLOPs, latency."),
     "export": Command("cskd_jax.interop.export", "Exports a trained network to PyTorch and to jax.export."),
     "import-torch": Command("cskd_jax.interop.import_torch", "Makes a teacher from a PyTorch file."),
     "supervise": Command("cskd_jax.commands.supervise", "Runs a command and restarts it when it dies."),

@@ -6,7 +6,8 @@ cskd-jax train RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VALUE ...]
                  WORD is a method of docs/methods.md such as kd, several of them such as kd+at, or networks and a
                  method such as R152_0.5/R34_0.25/kd
   --workdir      folder of the run; default: runs/RECIPE/WORD-seedSEED, followed by what --config.KEY changes. The
-                 same command resumes the run, and extends it if --config.epochs is larger.
+                 same command resumes the run, and extends it if --config.epochs is larger (but not with a
+                 cosine schedule).
   --config.KEY   overrides a key, such as --config.epochs=10; `cskd-jax config keys` explains all of them,
                  `cskd-jax config show RECIPE` shows their values
 

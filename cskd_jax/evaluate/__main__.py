@@ -1,4 +1,4 @@
-"""Measures trained networks: scores on the test split, also for each class, parameters, operations, latency.
+"""Measures trained networks: test scores, overall and by class, number of parameters, FLOPs, and latency.
 
 cskd-jax evaluate DIR [--embedding] [--config=RECIPE] [--config.KEY=VALUE ...]
 

@@ -5,13 +5,13 @@ cskd-jax import-torch FILE --out=DIR    a file of docs/checkpoints.md, which is 
 
   --model        a network of docs/networks.md
   --width        factor on its channels; default: 1
-  --num_classes  number of categories; 0 for a Vision Transformer without a head
-  --num_heads    number of heads of a Vision Transformer, if it is not that of --model
+  --num_classes  number of classes; 0 for a Vision Transformer without a head
+  --num_heads    number of attention heads of a Vision Transformer, if it is not that of --model
   --channels     channels of the images; default: 3
-  --categories   file of the names of the categories, one per line
-  --multilabel   an image has any number of categories
-  --key          of the network, in a dictionary that holds several
-  --prefix       prefix of the names of the network, such as student. if the file also holds a teacher
+  --categories   file of the names of the classes, one per line
+  --multilabel   images have any number of classes (multi-label)
+  --key          entry of the network, if the file is a dictionary that holds several
+  --prefix       prefix of the names of the network's tensors, such as student. if the file also holds a teacher
   --names        file of renaming rules, for a network with names of its own
   --out          new folder of the checkpoint
 
@@ -23,7 +23,7 @@ cskd-jax import-torch FILE --out=DIR    a file of docs/checkpoints.md, which is 
   Evaluation before anything is written:
   --verify       data set, on whose test split the network is measured; it needs mean and std
   --data_dir     folder of prepared data sets and downloads
-  --path         folder of image_folder
+  --path         folder of the images, for --verify=image_folder
 
 FILE is a state dict, a dictionary that holds one (such as {"epoch", "model", "optimizer"}), or a whole pickled network,
 in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of torchvision
@@ -39,9 +39,10 @@ Some things cannot be read from a file, and are up to you unless the file is a k
   names for CIFAR-10, CIFAR-100 and image folders. With --categories the names are checked when a run uses the teacher.
 - Without --mean and --std, the images that it was trained on must have been normalized by the run's dataset.mean and
   dataset.std. With them, a run normalizes the images of the teacher as it needs them.
-- mobilenet_v2 and mobilenet_v2_crd have the same tensors, but not the same activations and strides, and resnet18 to
-  resnet152 those of resnet18_crd to resnet152_crd, but a max-pool. inception_v3 has the tensors of torchvision, but
-  pads, and halves the side of an image less often, so its outputs differ.
+- Some networks have the same tensors but compute something else, so --model must name the right one: mobilenet_v2 and
+  mobilenet_v2_crd differ in activations and strides, and resnet18 to resnet152 have a max-pool, which resnet18_crd to
+  resnet152_crd lack. inception_v3 has the tensors of torchvision, but pads its convolutions and reduces the image less
+  often, so its outputs differ from torchvision's.
 
 DIR is then what --config.teacher.checkpoint takes, with the same --config.teacher.name and --config.teacher.width.
 `python -m cskd_jax.interop.import_torch` is the same command.

@@ -7,7 +7,7 @@ cskd-jax report --published
   --out          folder of report.html (the page), report.md and report.tex (its tables), report.csv (a line for each
                  method), report_runs.csv (a line for each run) and report_differences.csv (a line for each
                  difference of methods); default: the folder report in the first of RUNS
-  --data_dir     of the data sets, if it is not that of the runs; embeddings need the test images
+  --data_dir     folder of the data sets, if it is not that of the runs; embeddings need the test images
   --published    prints the published tables alone, as Markdown
 
 `python -m cskd_jax.report` is the same command.

@@ -24,8 +24,8 @@ _UNOFFICIAL = (
     "with those on the official data."
 )
 _TIGHTNESS = (
-    "Within / between: mean distance of an embedding from the center of its category, over the mean distance between "
-    "two centers; the smaller, the tighter the categories and the further apart."
+    "Within / between: mean distance of an embedding from the center of its class, divided by the mean distance "
+    "between two centers; the smaller, the tighter the classes and the farther apart."
 )
 
 
@@ -261,11 +261,11 @@ def sizes(comparison: Comparison) -> Table:
 
 
 def tightness(measured: Embeddings) -> Table:
-    """Returns the distances within categories divided by the distances between them."""
+    """Returns the distances within classes divided by the distances between them."""
     header = ("network", "runs", "within / between")
     rows = [(label, str(s.count), summary(s, 3)) for label, s in measured.ratios.items()]
     notes = (f"{_TIGHTNESS} Measured on {measured.images:,} test images, the same for all networks.",)
-    return Table("Tightness of the categories", header, rows, notes)
+    return Table("Tightness of the classes", header, rows, notes)
 
 
 def embeddings(comparison: Comparison) -> Table | None:
@@ -281,8 +281,8 @@ def embeddings(comparison: Comparison) -> Table | None:
             rows.append((label, str(len(values)), summary(ratio, 3), *scores))
     header = ("network", "runs", "within / between", "nearest neighbors: top-1, %", "linear probe: top-1, %")
     notes = (
-        f"By `evaluate --embedding`, after the last epoch, on the whole test split. {_TIGHTNESS} Nearest neighbors and "
-        "the probe learn from the training split.",
+        f"Measured by evaluate --embedding after the last epoch, on the whole test split. {_TIGHTNESS} "
+        "Nearest neighbors and the probe learn from the training split.",
     )
     return Table("Embeddings", header, rows, notes) if rows else None
 

@@ -20,6 +20,7 @@ _SECTIONS = {
     "teacher": "Teacher",
     "student": "Student",
     "optimizer": "Optimizer",
+    "first_phase": "First phase",
 }
 
 _INTRODUCTION = """\
@@ -37,18 +38,20 @@ _RESUMING = """\
 
 The same command continues a run from its last checkpoint. It may have another value of a key that does not change
 results: {indifferent}. It may also have a larger number of `epochs`: the run is extended, and its network ends as if it
-had had that number from the start. A difference in any other key is refused, and so are other data: they are recognized
+had had that number from the start; a run with `optimizer.schedule=cosine` cannot be extended, because its learning rate
+has already fallen to zero. A difference in any other key is refused, and so are other data: they are recognized
 by their labels, their classes, and some of their images, wherever they lie.
 """
 
 _LOSSES = """\
 ## Losses
 
-`losses.NAME.weight` adds the loss NAME to the objective, a weighted sum. Every loss has these settings:
+`losses.NAME.weight` adds the loss NAME to the objective, a weighted sum. Every loss has these settings;
+only losses that read a teacher have `teacher`:
 
 {common}
 The sections below say what the losses are and which settings of their own they have, as `losses.NAME.KEY`.
-docs/methods.md explains the methods, which are named sets of weighted losses.
+[methods.md](methods.md) explains the methods, which are named sets of weighted losses.
 """
 
 

@@ -111,8 +111,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "precision": Key(
             "default",
             rules.one_of("default", "high", "highest"),
-            "Precision of products of float32 numbers: by default, TPUs and recent GPUs use a lower one; highest is "
-            "float32 everywhere. CPUs always compute in float32.",
+            "Precision of matrix products and convolutions of float32 numbers: by default, TPUs and recent GPUs use a "
+            "lower one; highest is float32 everywhere. CPUs always compute in float32.",
         ),
         "log_every": Key(50, rules.integer(1), "Steps between two rows of metrics.jsonl.", changes_results=False),
         "keep_checkpoints": Key(
@@ -143,7 +143,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "dataset.data_dir": Key(
             None,
             rules.optional(rules.TEXT),
-            "Folder of prepared data sets and downloads; None is ~/tensorflow_datasets.",
+            "Folder of prepared data sets and downloads; None is the folder in the environment variable TFDS_DATA_DIR, "
+            "or else ~/tensorflow_datasets.",
             changes_results=False,
         ),
         "dataset.path": Key(
@@ -182,7 +183,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             None,
             rules.optional(rules.BOOL),
             "Whether images are decoded batch by batch rather than once into memory; None streams only images "
-            "that would fill the memory.",
+            "that would take more than an eighth of the memory.",
             changes_results=False,
         ),
         "dataset.workers": Key(
@@ -209,8 +210,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "augment.resize": Key(
             0,
             rules.integer(0, 1024),
-            "Pixels to which the shorter side of an image is enlarged before it is cropped, at least as many as it "
-            "has; 0 leaves the image as it is. It does not follow dataset.image_size.",
+            "Length in pixels to which the shorter side of an image is enlarged before it is cropped, not less than it "
+            "has; 0 leaves the image as it is. It does not change with dataset.image_size.",
         ),
         "augment.rotation": Key(
             0,
@@ -317,7 +318,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "optimizer.clip_norm": Key(
             None,
             rules.optional(rules.POSITIVE),
-            "Global norm to which gradients are scaled down, before the weight decay; None does not clip.",
+            "Largest global norm of the gradients, to which larger ones are scaled down before the weight decay; None "
+            "does not clip.",
         ),
         "optimizer.accumulation_steps": Key(
             1,
@@ -328,8 +330,9 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "optimizer.ema_decay": Key(
             None,
             rules.optional(rules.FRACTION),
-            "Decay of an exponential moving average of the parameters and batch statistics, which is then "
-            "evaluated, saved for other runs, and used as the teacher; None keeps none.",
+            "Decay of an exponential moving average of the parameters and batch statistics. The average, not the "
+            "current weights, is then evaluated and saved for other runs, also where a teacher is trained. None keeps "
+            "none.",
         ),
         "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of sgd; mean of the two momenta of dot."),
         "optimizer.delta": Key(

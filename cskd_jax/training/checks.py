@@ -66,7 +66,7 @@ def _check_mixed(objective):
         if loss.reads_labels and not loss.mixes:
             raise UserError(
                 f"mixup and cutmix give an image two labels, but losses.{name} reads only one: leave it out, or set "
-                "both to 0; cross_entropy and losses that read no labels work with them"
+                "both to 0; cross_entropy, dml, and losses that read no labels work with them"
             )
         if loss.views:
             raise UserError(

@@ -44,7 +44,7 @@ class Weight:
     """Weight of a loss over the epochs of a run; epochs are counted from 0.
 
     Attributes:
-      weight: Factor of the loss where it is fully on.
+      weight: Weight of the loss outside of warm-up and decay.
       start_epoch: The first epoch with the loss.
       end_epoch: The first epoch without it; None if it stays to the end.
       warmup_epochs: Number of epochs over which the weight grows linearly: 1/n of it in the first, all in the n-th.
