@@ -192,6 +192,52 @@ def test_a_teacher_that_another_run_trained_for_itself(tmp_path):
     assert "trained for 9 epochs with seed 4" in tables.recipe(comparisons[1])
 
 
+def test_a_run_that_teaches_another_keeps_its_place(tmp_path):
+    """Only what a sweep trains as a teacher is no row: one of the seeds of ce may have taught something else."""
+    for seed in range(3):
+        write_run(tmp_path / f"ce-seed{seed}", "cifar100", "ce", seed, 0.6)
+    write_run(tmp_path / "kd-seed0", "cifar100", "kd", 0, 0.65)
+    given = json.loads((tmp_path / "kd-seed0" / "results.json").read_text())["teacher"]
+    change(tmp_path / "kd-seed0", teacher=given | {"checkpoint": str(tmp_path / "ce-seed2" / "student"), "step": 2})
+    (row, taught) = comparison_of(tmp_path).rows
+    assert (row.label, len(row.runs)) == ("ce", 3)
+    assert taught.runs[0].teacher_run.folder == tmp_path / "ce-seed2"
+
+
+def test_a_teacher_with_a_first_phase(tmp_path):
+    """The epochs of the first phase, which its metrics count, are none of the epochs of its configuration."""
+    write_run(tmp_path / "ft", "cifar100", "ft", 3, 0.7, epochs=2, first_phase__epochs=30)
+    path = tmp_path / "ft" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"epoch": row["epoch"] + 30}) + "\n" for row in rows))
+    write_run(tmp_path / "kd", "cifar100", "kd", 0, 0.5)
+    given = json.loads((tmp_path / "kd" / "results.json").read_text())["teacher"]
+    change(tmp_path / "kd", teacher=given | {"checkpoint": str(tmp_path / "ft" / "student"), "step": 2})
+    (comparison,) = (found for found in compare(find_runs([tmp_path])) if found.rows[0].label == "kd")
+    assert "trained for 2 epochs with seed 3" in tables.recipe(comparison)
+    assert not any("trained further" in note for note in deviations.find(comparison)["teacher"])
+    assert comparison.runs[0].teacher_score("best") == pytest.approx(70.5)
+
+
+def test_different_data_of_one_name(tmp_path):
+    """Two folders of images are two sections, whatever their images are called; a run that does not say is a third."""
+    for name, data in {"a": "0123", "b": "4567", "c": None}.items():
+        for seed in (0, 1):
+            folder = tmp_path / name / f"ce-seed{seed}"
+            write_run(folder, "cifar100", "ce", seed, 0.5 + len(data or "") / 100 * (name == "b"))
+            if data is not None:
+                (folder / "config.json").write_text(json.dumps({"dataset fingerprint": data}))
+    titles = {"a": "cifar100 with fingerprint 0123", "b": "cifar100 with fingerprint 4567"}
+    comparisons = compare(find_runs([tmp_path / "a", tmp_path / "b"]))
+    assert [found.title.partition(":")[0] for found in comparisons] == [*titles.values()]
+    assert [[len(row.runs) for row in found.rows] for found in comparisons] == [[2], [2]]
+    assert comparison_of(tmp_path / "a").title == "cifar100: R101_0.5 → R18_0.25"
+    (found,) = compare(find_runs([tmp_path / "a", tmp_path / "c"]))
+    assert (found.title, found.data_fingerprint) == ("cifar100: R101_0.5 → R18_0.25", "0123")
+    found = compare(find_runs([tmp_path]))
+    assert [one.title.partition(":")[0] for one in found] == ["cifar100 with fingerprint unknown", *titles.values()]
+
+
 @pytest.mark.parametrize(("official", "count"), [(False, 1), (True, 0), (None, 0)])
 def test_scores_on_data_that_are_not_the_official_ones(official, count, tmp_path):
     write_run(tmp_path / "kd", "cifar100", "kd", 0, 0.5)

@@ -56,13 +56,13 @@ def tables() -> list[dict[str, Any]]:
     return _content()["tables"]
 
 
-def network_label(name: str | None, width: float) -> str:
+def network_label(name: str | None, width: float | None) -> str:
     """Returns the name of a network in the tables: R101_0.5 for ("resnet101", 0.5), "" for no network."""
     if not name:
         return ""
     depth = name.removesuffix("_224").removeprefix("resnet")
     label = f"R{depth}" if depth in ("18", "34", "50", "101", "152") else name
-    return label if width == 1 else f"{label}_{width:g}"
+    return label if width in (None, 1) else f"{label}_{width:g}"
 
 
 def lookup(dataset: str, teacher: str, student: str, method: str) -> list[PublishedValue]:

@@ -13,14 +13,16 @@ from typing import Any
 from cskd_jax.configs import networks
 from cskd_jax.errors import UserError, printable
 from cskd_jax.files import entries_below
-from cskd_jax.inputs import is_number, read_json, unsound
+from cskd_jax.inputs import is_number, is_text, read_json, unsound
 from cskd_jax.losses import LOSSES, Method
 from cskd_jax.report.published import network_label, standard_position
 from cskd_jax.report.statistics import Summary, summarize
 from cskd_jax.runs import schema
+from cskd_jax.runs.grid import TEACHER_FOLDER
 from cskd_jax.runs.keys import indifferent
 from cskd_jax.runs.results import RESULTS, read_results
 from cskd_jax.runs.sweep import read_error
+from cskd_jax.runs.workdir import DATA_FINGERPRINT
 from cskd_jax.training.metrics import Task, task_that_measured
 from cskd_jax.training.records import read_rows
 
@@ -58,6 +60,13 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Returns {key: value}; keys newer than the run have the values that it implied."""
         return schema.complete(self.results["config"])
+
+    @functools.cached_property
+    def data(self) -> str:
+        """Returns the fingerprint of its data; "" if it was not recorded."""
+        path = self.folder / "config.json"
+        found = schema.read_flat(path).get(DATA_FINGERPRINT) if path.is_file() else None
+        return printable(found) if is_text(found) else ""
 
     @property
     def task(self) -> Task:
@@ -109,9 +118,10 @@ class Run:
             return None
         if self.teacher_role == "teacher":
             return self.teacher_run.teacher_epochs
-        # The run of the teacher may have been extended since.
+        # The run of the teacher may have been extended since. Its rows also count the epochs of a first phase.
         rows = read_rows(self.teacher_run.folder / "metrics.jsonl", evaluations=True)
-        epochs = {row["step"]: row["epoch"] for row in rows if row["phase"] == "student"}
+        before = self.teacher_run.config["first_phase.epochs"]
+        epochs = {row["step"]: row["epoch"] - before for row in rows if row["phase"] == "student"}
         return epochs.get(self.results["teacher"].get("step"), self.teacher_run.config["epochs"])
 
     @property
@@ -231,10 +241,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs on one data set with the same networks, the same number of epochs, and the same given teacher, if any.
+    """Runs on the same data with the same networks, the same number of epochs, and the same given teacher, if any.
 
     Attributes:
       dataset: Name of the data set.
+      data: Fingerprint of the data if there are comparisons of different data with this name; otherwise empty.
       teacher: Name of the teacher as in the published tables; empty if the recipe names none.
       student: Name of the student as in the published tables.
       rows: Methods without a teacher, then methods with one, each group sorted by mean score after the last epoch, best
@@ -243,6 +254,7 @@ class Comparison:
     """
 
     dataset: str
+    data: str
     teacher: str
     student: str
     rows: tuple[Row, ...]
@@ -255,9 +267,15 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """Returns the data set and the networks, and the digest of the teacher if the teacher is ambiguous."""
+        """Returns the data set and the networks, and digests of the data and of the teacher if they are ambiguous."""
+        data = f" with fingerprint {self.data}" if self.data else ""
         which = f", teacher {self.given_teacher}" if self.given_teacher else ""
-        return f"{self.dataset}: {f'{self.teacher} → ' if self.teacher else ''}{self.student}{which}"
+        return f"{self.dataset}{data}: {f'{self.teacher} → ' if self.teacher else ''}{self.student}{which}"
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Returns the fingerprint of the data; empty if no run recorded it."""
+        return max(run.data for run in self.runs)
 
     @property
     def teacher_digest(self) -> str:
@@ -276,8 +294,10 @@ class Comparison:
         """Returns one run with a teacher for each distinct teacher."""
         teachers = {}
         for run in self.runs:
-            if run.results["teacher"] is not None:
-                teachers.setdefault(run.results["teacher"].get("digest", str(run.folder)), run)
+            if (teacher := run.results["teacher"]) is not None:
+                # Runs with the same seed that train their teachers themselves train the same one.
+                trained = json.dumps([run.results["seed"], teacher.get("last")])
+                teachers.setdefault(teacher.get("digest", trained), run)
         return list(teachers.values())
 
     def teacher_summary(self, epoch: str) -> Summary | None:
@@ -287,7 +307,7 @@ class Comparison:
 
 
 def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
-    """Returns the runs in and below folders, except those that trained the teacher of other runs.
+    """Returns the runs in and below folders, except those with which a sweep trained the teacher of its other runs.
 
     Raises:
       UserError: A folder holds no finished run, a damaged one, or folders that are nested too deeply.
@@ -315,7 +335,7 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
     kept = []
     for run in runs.values():
         teacher, role = nothing if run.has_several_teachers else teachers[run][0]
-        if run not in taught:
+        if run not in taught or not run.folder.name.startswith(TEACHER_FOLDER):
             kept.append(dataclasses.replace(run, teacher_run=teacher, teacher_role=role))
     return kept
 
@@ -352,7 +372,7 @@ def _printable(content: Any) -> Any:
 
 
 def compare(runs: Iterable[Run]) -> list[Comparison]:
-    """Returns the comparisons: one for each given teacher; runs without a teacher are part of each.
+    """Returns the comparisons: one for each data set and given teacher; runs without a teacher are part of each.
 
     Pairs of the standard table come last, in its order.
 
@@ -364,12 +384,23 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
         groups.setdefault(json.dumps([run.config.get(key) for key in _COMMON]), []).append(run)
     comparisons = []
     for key in sorted(groups):
-        given = {run.given_teacher for run in groups[key] if run.given_teacher is not None}
-        teachers: list[Any] = sorted(given) or [None]
-        for teacher in teachers:
-            runs = [run for run in groups[key] if run.given_teacher in (None, teacher)]
-            comparisons.append(_comparison(runs, (short_digest(teacher) or "of each run") if len(teachers) > 1 else ""))
+        for data, same in _by_data(groups[key]).items():
+            given = {run.given_teacher for run in same if run.given_teacher is not None}
+            teachers: list[Any] = sorted(given) or [None]
+            for teacher in teachers:
+                which = (short_digest(teacher) or "of each run") if len(teachers) > 1 else ""
+                comparisons.append(_comparison([r for r in same if r.given_teacher in (None, teacher)], data, which))
     return sorted(comparisons, key=_position)
+
+
+def _by_data(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Returns {fingerprint: runs on these data}; {"": all runs} if no two of them are known to have different data."""
+    if len({run.data for run in runs if run.data}) < 2:
+        return {"": [*runs]}
+    found: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.data):
+        found.setdefault(run.data or "unknown", []).append(run)
+    return found
 
 
 def short_digest(digest: str) -> str:
@@ -383,7 +414,7 @@ def _position(comparison: Comparison) -> int:
     return -1 if found is None else found
 
 
-def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
+def _comparison(runs: Sequence[Run], data: str, given_teacher: str) -> Comparison:
     kinds: dict[str, list[Run]] = {}
     for run in runs:
         settings = {key: value for key, value in run.config.items() if key not in _BOOKKEEPING}
@@ -408,7 +439,7 @@ def _comparison(runs: Sequence[Run], given_teacher: str) -> Comparison:
     teacher, student = (network_label(config[f"{n}.name"], config[f"{n}.width"]) for n in ("teacher", "student"))
     members = next((run.results["teacher"]["members"] for run in runs if run.has_several_teachers), ())
     teacher = " + ".join(network_label(member["model"], member["width"]) for member in members) or teacher
-    return Comparison(config["dataset.name"], teacher, student, tuple(rows), given_teacher)
+    return Comparison(config["dataset.name"], data, teacher, student, tuple(rows), given_teacher)
 
 
 def _differing_keys(kinds: Iterable[dict[str, Any]]) -> dict[str, set[str]]:

@@ -8,7 +8,7 @@ from cskd_jax.report import deviations, published, tables
 from cskd_jax.report.runs import Comparison
 from cskd_jax.report.statistics import PairedDifference, Summary
 
-_SECTION = ("dataset", "teacher", "student", "teacher_digest")
+_SECTION = ("dataset", "teacher", "student", "teacher_digest", "data_fingerprint")
 _SCORES = ("last_mean", "last_std", "best_mean", "best_std")
 
 
@@ -73,7 +73,8 @@ def _differences(comparison: Comparison) -> Iterator[list[Any]]:
 
 
 def _section(comparison):
-    return comparison.dataset, comparison.teacher, comparison.student, comparison.teacher_digest
+    networks = comparison.teacher, comparison.student
+    return comparison.dataset, *networks, comparison.teacher_digest, comparison.data_fingerprint
 
 
 def _metric(comparison):

@@ -60,7 +60,7 @@ def _which_teacher(comparison):
     entry = run.results["teacher"]
     if run.given_teacher == "":
         epochs = " or ".join(map(str, sorted({run.config["teacher.epochs"] for run in comparison.distilled})))
-        who = "Each run has" if len(comparison.distilled) > 1 else "The run has"
+        who = "Each run has" if sum(row.has_teacher * len(row.runs) for row in comparison.rows) > 1 else "The run has"
         return f" {who} trained its own teacher: {comparison.teacher}, epochs {epochs}, with the seed of the run."
     if run.has_several_teachers:
         named = [f"{network_label(m['model'], m['width'])}, {_checkpoint(m)}" for m in entry["members"]]
@@ -220,12 +220,11 @@ def differences(comparison: Comparison) -> Table | None:
 
 
 def _teachers(comparison):
-    count = len(comparison.distilled)
-    if count == 1:
-        return "All runs share one teacher: seeds vary only the student; another teacher may give other results."
-    if count == 0:
+    if not comparison.distilled:
         return "No run has a teacher."
-    return "Each run has trained a teacher of its own: seeds vary the teacher with the student."
+    if comparison.distilled[0].given_teacher == "":
+        return "Each run has trained a teacher of its own: seeds vary the teacher with the student."
+    return "All runs share one teacher: seeds vary only the student; another teacher may give other results."
 
 
 def paired(row: Row, baseline: Row, comparisons: int = 1) -> PairedDifference | None:

@@ -20,6 +20,8 @@ from cskd_jax.runs.trained import check_given
 from cskd_jax.runs.workdir import check_workdir, digests_in, identify, is_done, kept_values
 from cskd_jax.training.objective import needs_teacher
 
+# What the names of the folders begin with in which a sweep trains its teachers.
+TEACHER_FOLDER = "teacher-"
 # Keys and sections that concern the training of one student.
 _OF_A_STUDENT = {
     "method",
@@ -191,7 +193,7 @@ def _teacher_run(
     network += [f"--config.student.{key}={value}" for key, value in network_settings(teacher).items()]
     if teacher.learning_rate is not None:
         network.append(f"--config.optimizer.learning_rate={teacher.learning_rate}")
-    name = f"teacher-{teacher.name}_{teacher.width:g}"
+    name = f"{TEACHER_FOLDER}{teacher.name}_{teacher.width:g}"
     if seed is not None:
         network.append(f"--config.seed={seed}")
         name += f"-seed{seed}"
