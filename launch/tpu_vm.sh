@@ -29,7 +29,8 @@
 #   WORKER    (0) whose log follow shows; only the first one speaks, unless something fails
 #
 # With --dry-run the commands are printed, as for a VM that is not there yet. The VM is not deleted at the end.
-# Exit codes: of the run, as cskd_jax.supervise ends it (0 done); 1 if there is no VM or no connection.
+# Exit codes: of the run, as cskd_jax.supervise ends it (0 done); 1 if there is no VM or no connection, or if the results
+# could not be copied to BUCKET.
 set -euo pipefail
 
 usage() {
@@ -96,16 +97,23 @@ remove() {
   fi
 }
 
-# Until the VM is ready; one that was preempted is of no more use. Waiting is no failed attempt.
+# Until the VM is ready; one that was preempted is of no more use. Any other state is waited for, which is no failed
+# attempt, except that a VM which somebody has stopped is left alone.
 create() {
   local failures=0 found
-  local passing='^(ACCEPTED|CREATING|PROVISIONING|WAITING_FOR_RESOURCES|STARTING|RESTARTING|SUSPENDING|DELETING)$'
   while true; do
     found=$(state)
-    if [[ -n $found && $found != READY && ! $found =~ $passing ]]; then
-      remove || true
-      found=
-    fi
+    case $found in
+      PREEMPTED | TERMINATED | FAILED | SUSPENDED)
+        remove || true
+        found=
+        ;;
+      STOPPED)
+        echo "error: TPU VM $name is stopped: start it with gcloud compute tpus tpu-vm start $name --zone=$zone, or" \
+          "remove it with $0 delete $name" >&2
+        exit 1
+        ;;
+    esac
     if [[ -z $found ]]; then
       if ! request; then
         ((++failures < attempts)) || break

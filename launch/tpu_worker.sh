@@ -27,10 +27,22 @@ work() {
   shift
   # Prepared data and compiled programs outlive a VM that is preempted, and serve other runs of the bucket.
   export TFDS_DATA_DIR=$PWD/data XDG_CACHE_HOME=$PWD/cache
+  # Fails if the workdir could not be copied; data and programs can be made again.
   keep() {
-    gcloud storage rsync --recursive --delete-unmatched-destination-objects "$workdir" "$bucket/$name"
+    local status=0
+    gcloud storage rsync --recursive --delete-unmatched-destination-objects "$workdir" "$bucket/$name" || status=1
     for folder in data cache; do
       gcloud storage rsync --recursive --exclude='.*\.(incomplete|part).*' $folder "$bucket/$folder"
+    done
+    return "$status"
+  }
+  # When it is told to end, a copy that is being made is finished first, because two at a time could undo each other.
+  keep_every_minute() {
+    trap exit TERM
+    while true; do
+      sleep 60 &
+      wait $!
+      keep
     done
   }
   # The file gives the first copy something to copy, so that any failure is a real one.
@@ -42,7 +54,7 @@ work() {
   # The first worker alone reads and writes the workdir, and brings to the bucket what is new.
   case $(hostname) in *-w-0)
     fetch "$name" "$workdir" || return 1
-    while sleep 60; do keep; done >/dev/null 2>&1 &
+    keep_every_minute >/dev/null 2>&1 &
     copying=$!
     ;;
   esac
@@ -50,7 +62,11 @@ work() {
   code=$?
   if [[ -n $copying ]]; then
     kill "$copying"
-    keep
+    wait "$copying"
+    if ! keep; then
+      echo "error: $workdir could not be copied to $bucket/$name; its last state is only on this VM" >&2
+      [[ $code == 0 ]] && code=1
+    fi
   fi
   return "$code"
 }

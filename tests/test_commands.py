@@ -269,6 +269,16 @@ def test_shown_configuration(capsys):
     assert schema.flatten(again) == values
 
 
+def test_sources_of_a_method_that_only_a_recipe_has(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from cskd_jax.configs import digits\n\n\ndef get_config(word='kd'):\n"
+        "    config = digits.get_config(word)\n    config.method = 'mine'\n    return config\n\n\n"
+        "def get_sources(word='kd'):\n    return {'losses.kd.weight': 'a thesis'}\n"
+    )
+    assert main(["cskd-jax", "config", "show", str(tmp_path / "mine.py")]) == 0
+    assert capsys.readouterr().out.endswith("\npublished in a thesis:\n  losses.kd.weight  0.9\n")
+
+
 def test_explained_keys(capsys):
     assert main(["cskd-jax", "config", "keys"]) == 0
     everything = capsys.readouterr().out

@@ -150,6 +150,24 @@ def test_tpu_vm(launch, tpu_vm, state, queued, train, code, expected):
         assert any(call.startswith("gcloud storage rsync") and call.endswith(folder) for call in calls), folder
 
 
+def test_results_that_do_not_reach_the_bucket(launch, tpu_vm, tmp_path):
+    """The run is done, but nobody may take its VM away."""
+    tpu_vm("exit 0", state="READY")
+    tool = tmp_path / "bin" / "gcloud"
+    tool.write_text(tool.read_text() + '\n[[ "$*" != *" runs/first gs://b/first" ]] || exit 1\n')
+    process, _ = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
+    assert process.returncode == 1
+    assert "error: runs/first could not be copied to gs://b/first; its last state is only on this VM" in process.stdout
+
+
+def test_tpu_vm_that_was_stopped(launch, tpu_vm):
+    tpu_vm("exit 0", state="STOPPED")
+    process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
+    assert process.returncode == 1
+    assert "error: TPU VM first is stopped: start it with gcloud compute tpus tpu-vm start first" in process.stderr
+    assert set(kinds(calls)) == {"describe"}
+
+
 @pytest.mark.parametrize("queued", ["0", "1"])
 def test_tpu_vm_that_is_preempted(launch, tpu_vm, queued):
     tpu_vm("exit 0", ssh=PREEMPTED_ONCE)

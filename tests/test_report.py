@@ -348,7 +348,12 @@ def test_every_published_value_is_found():
 
 @pytest.mark.parametrize(
     ("network", "label"),
-    [(("resnet101", 0.5), "R101_0.5"), (("resnet50_224", 1.0), "R50"), (("resnet8x4", 1.0), "resnet8x4")],
+    [
+        (("resnet101", 0.5), "R101_0.5"),
+        (("resnet50_224", 1.0), "R50"),
+        (("resnet8x4", 1.0), "resnet8x4"),
+        (("Net", None), "Net"),
+    ],
 )
 def test_network_labels(network, label):
     assert published.network_label(*network) == label

@@ -1,6 +1,7 @@
 """A search in a sweep: its runs, what is chosen, and the runs that follow."""
 
 import csv
+import functools
 import itertools
 import json
 
@@ -8,7 +9,7 @@ import pytest
 
 from cskd_jax.commands.sweep import main as sweep_main
 from cskd_jax.errors import UserError
-from cskd_jax.runs import grid, search
+from cskd_jax.runs import grid, schema, search
 from tests.conftest import ROOT
 from tests.report_runs import write_run
 
@@ -55,6 +56,9 @@ def test_values_of_a_grid():
         (["epochs=1,2", "epochs=3"], "--grid lists epochs twice"),
         (["epochs=1,1"], "--grid lists a value of epochs twice"),
         (["optimizer.learning_rate=0.1,0.2,0.10"], "--grid lists a value of optimizer.learning_rate twice"),
+        (["optimizer.milestones=(10,20"], "--grid takes KEY=VALUE,VALUE"),
+        (["losses.kd.weight=0.5,,0.9"], "--grid takes KEY=VALUE,VALUE"),
+        (["log_every=5,10"], "--grid cannot vary log_every, which does not change results"),
     ],
 )
 def test_grids_that_are_none(arguments, message):
@@ -170,6 +174,32 @@ def test_the_best_is_trained_with_all_seeds(digits_dir, tmp_path, monkeypatch):
     splits = [run.config.dataset.validation_examples for run in done]
     assert splits == [100] * 3 + [None] * 5, "the test split has chosen nothing"
     assert (tmp_path / "search.csv").exists()
+
+
+def test_results_that_could_not_be_stored_are_no_reason_to_search(digits_dir, tmp_path, capsys):
+    """A sweep of another weight in the same folder; if one outcome of the search fits, it may start."""
+    (run,) = (run for run in grid.make_grid(DIGITS, ["kd"], [0], tmp_path, []) if run.word == "kd")
+    (run.workdir / "student" / "checkpoints" / "1").mkdir(parents=True)
+    (run.workdir / "config.json").write_text(json.dumps(schema.plain(run.config) | {"losses.kd.weight": 0.7}))
+    arguments = [f"--config.dataset.data_dir={digits_dir}", f"--workdir={tmp_path}", *VALIDATION, "--methods=kd"]
+    assert sweep_main(["sweep", DIGITS, *arguments, "--grid", "losses.kd.weight=0.5,0.25"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another configuration (losses.kd.weight 0.7 != 0.5)" in line
+    assert not (tmp_path / "search").exists()
+    values = ["losses.kd.weight=0.5,0.7"]
+    trials = search.make_trials(DIGITS, ["kd"], 0, tmp_path, VALIDATION, search.parse(values))
+    search.check_outcomes(trials, functools.partial(grid.make_grid, DIGITS, ["kd"], [0], tmp_path, []))
+
+
+def test_a_recipe_with_a_validation_split(tmp_path):
+    """After the search, its methods learn from the whole training split like those of any recipe."""
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from cskd_jax.configs import digits\n\n\ndef get_config(word='ce'):\n"
+        "    config = digits.get_config(word)\n    config.dataset.validation_examples = 100\n    return config\n"
+    )
+    (run,) = grid.make_grid(str(recipe), ["ce"], [0], tmp_path, search.without_validation([]))
+    assert run.config.dataset.validation_examples is None
 
 
 def test_a_first_phase_that_no_method_has(tmp_path):

@@ -103,6 +103,18 @@ def test_given_checkpoints_are_checked_first(tmp_path):
         grid.check(grid.make_grid(DIGITS, ["kd"], [0], tmp_path, [*fitting, "--config.teacher.width=1"]))
 
 
+def test_two_teachers_of_one_name(tmp_path):
+    """A recipe in which methods have different epochs for the same teacher needs a sweep for each."""
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from cskd_jax.configs import digits\n\n\ndef get_config(word='kd'):\n"
+        "    config = digits.get_config(word)\n    config.teacher.epochs = 10 if word == 'kd' else 30\n"
+        "    return config\n"
+    )
+    with pytest.raises(UserError, match=r"two runs .* stored in .*/teacher-resnet18_0.25, and they differ in epochs:"):
+        grid.make_grid(str(recipe), ["kd", "at"], [0], tmp_path, [])
+
+
 def test_folder_of_another_run(tmp_path):
     (run,) = grid.make_grid(DIGITS, ["ce"], [0], tmp_path, [])
     (run.workdir / "student" / "checkpoints" / "23").mkdir(parents=True)
@@ -120,6 +132,13 @@ def test_teacher_that_has_moved(tmp_path):
     check_workdir(run.workdir, moved | {TEACHER_DIGEST: "a"})
     with pytest.raises(UserError, match="configuration .teacher.checkpoint digest 'a' != 'b'.;"):
         check_workdir(run.workdir, moved | {TEACHER_DIGEST: "b"})
+
+
+def test_without_a_teacher_its_checkpoint_is_of_no_account(tmp_path):
+    (run,) = grid.make_grid(DIGITS, ["ce"], [0], tmp_path, ["--config.teacher.checkpoint=here"])
+    (run.workdir / "student" / "checkpoints" / "23").mkdir(parents=True)
+    (run.workdir / "config.json").write_text(json.dumps(schema.plain(run.config)))
+    check_workdir(run.workdir, schema.plain(run.config) | {"teacher.checkpoint": "there"})
 
 
 def test_only_one_sweep_at_a_time(digits_dir, tmp_path, capsys, monkeypatch):

@@ -105,15 +105,19 @@ def _sources(recipe, values):
     """Returns the lines that say where the values of a recipe were published; none for most recipes."""
     import ml_collections
 
-    from cskd_jax.configs import methods
+    from cskd_jax.configs import methods, networks
     from cskd_jax.runs import recipes, schema
 
     sources = recipes.load_sources(recipe)
     if not sources:
         return []
     published = schema.flatten(recipes.load_recipe(recipe, []))
-    usual = schema.fill(ml_collections.ConfigDict({"losses": methods.losses(values["method"])}))
-    elsewhere = {key: value for key, value in schema.flatten(usual).items() if key.startswith("losses.")}
+    try:
+        losses = methods.losses(values["method"])
+    except networks.UnknownWordError:  # The recipe has a method of its own.
+        losses = {}
+    usual = schema.flatten(schema.fill(ml_collections.ConfigDict({"losses": losses})))
+    elsewhere = {key: value for key, value in usual.items() if key.startswith("losses.")}
     width, lines = max(map(len, sources)), []
     for source in dict.fromkeys(sources.values()):
         lines += ["", f"published in {source}:"]

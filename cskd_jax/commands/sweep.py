@@ -99,9 +99,10 @@ def _run(argv):
     make = functools.partial(
         make_grid, str(file), words, values.seeds, workdir, overrides, teacher_seeds=values.teacher_seeds or (None,)
     )
-    runs = make()
+    runs = make()  # Also where a search comes first, since this finds mistakes in the overrides.
     trials = search.make_trials(str(file), words, values.seeds[0], workdir, values.overrides, grid) if grid else []
     check(search.runs_of(trials) if grid else runs)
+    search.check_outcomes(trials, make)
     with locked(workdir / "sweep.lock", f"another sweep is running in {workdir}"):
         if grid:
             sweep(group(search.runs_of(trials), values.together), values.jobs)

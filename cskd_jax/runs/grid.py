@@ -65,6 +65,11 @@ class Run:
         """Returns the configuration of the run, not validated."""
         return recipes.load_recipe(self.recipe, list(self.overrides))
 
+    @property
+    def word(self) -> str:
+        """Returns the word that follows the recipe."""
+        return self.recipe.rpartition(":")[2]
+
     @functools.cached_property
     def _epochs(self) -> int:
         return self.config.epochs
@@ -100,7 +105,7 @@ def make_grid(
       label: Text that follows the method in the names of the runs.
 
     Raises:
-      UserError: A method or an override is unknown.
+      UserError: A method or an override is unknown, or two runs would have the same folder.
     """
     configs = {word: recipes.load_recipe(f"{recipe}:{word}", []) for word in methods}
     known = {key for config in configs.values() for key in schema.flatten(config)}
@@ -127,7 +132,23 @@ def make_grid(
             name += "" if teacher_seed is None else f"-teacher{teacher_seed}"
         runs.append(Run(workdir, f"{name}-seed{seed}", f"{recipe}:{word}", tuple(changes), teacher))
     runs = list(dict.fromkeys(runs))  # Runs without a teacher are the same for all teachers.
-    return [*dict.fromkeys(run.teacher for run in runs if run.teacher is not None), *runs]
+    runs = [*dict.fromkeys(run.teacher for run in runs if run.teacher is not None), *runs]
+    _check_names(runs)
+    return runs
+
+
+def _check_names(runs: Sequence[Run]) -> None:
+    """Raises UserError if two runs have the same name, such as teachers for which a recipe has different epochs."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        first = found.setdefault(run.name, run)
+        if first is not run:
+            one, other = schema.flatten(first.config), schema.flatten(run.config)
+            keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+            raise UserError(
+                f"two runs of this sweep would be stored in {run.workdir}, and they differ in {', '.join(keys)}: give "
+                "each its own sweep, with its own --workdir"
+            )
 
 
 def group(runs: Sequence[Run], limit: int | None = None) -> list[tuple[Run, ...]]:
@@ -205,7 +226,15 @@ def check(runs: Sequence[Run]) -> None:
 
     A teacher that students of the sweep have learned from would be lost to them if it was trained further.
     """
-    configs, data = {run: run.config for run in runs}, {}
+    check_workdirs(runs)
+    # This also prepares the data: two runs that start together would get in each other's way.
+    for config in {str(run.config.dataset): run.config for run in runs if not run.done}.values():
+        load_data(config)
+
+
+def check_workdirs(runs: Sequence[Run]) -> None:
+    """Raises UserError like `check`, but does not read the data."""
+    configs = {run: run.config for run in runs}
     # The run of a teacher has values of its students under other keys, such as epochs for their teacher.epochs.
     for run in sorted(runs, key=lambda run: run.teacher is None):
         schema.validate(configs[run])
@@ -226,11 +255,6 @@ def check(runs: Sequence[Run]) -> None:
                     f"it, but now it should be trained for {config.epochs}; repeat the overrides of the first command, "
                     "or use another --workdir"
                 )
-        if not run.done:
-            data[str(config.dataset)] = config
-    # This also prepares the data: two runs that start together would get in each other's way.
-    for config in data.values():
-        load_data(config)
 
 
 def _student_of(teacher):

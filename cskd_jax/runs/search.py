@@ -3,14 +3,15 @@
 import itertools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
 from cskd_jax.files import csv_text, write_text
 from cskd_jax.runs import recipes, rules, schema
-from cskd_jax.runs.grid import Run, concerns, concerns_none, make_grid
+from cskd_jax.runs.grid import Run, check_workdirs, concerns, concerns_none, make_grid
+from cskd_jax.runs.keys import indifferent
 from cskd_jax.runs.results import RESULTS, read_validation
 from cskd_jax.runs.workdir import describe_changes
 from cskd_jax.training.metrics import task_that_measured
@@ -47,10 +48,12 @@ def parse(arguments: Sequence[str]) -> dict[str, list[str]]:
         key = key.lstrip("-").removeprefix("config.")
         # A comma within parentheses belongs to a value, as in optimizer.milestones=(10,20),(15,25).
         values = re.findall(r"(?:\([^()]*\)|[^,()])+", text)
-        if not equals or not key or not values:
+        if not equals or not key or not values or ",".join(values) != text:
             raise UserError(f"--grid takes KEY=VALUE,VALUE, such as losses.kd.weight=0.5,0.9; got {argument}")
         if f"{key}.".startswith(_COMMON):
             raise UserError(f"--grid cannot vary {key}, which is the same for all runs of a sweep")
+        if key in indifferent():
+            raise UserError(f"--grid cannot vary {key}, which does not change results")
         found = schema.find_key(key)
         read = values if found is None else [rules.parse(key, value, found.rule) for value in values]
         if key in grid or any(value in read[:number] for number, value in enumerate(read)):
@@ -110,13 +113,35 @@ def as_overrides(values: Mapping[str, str]) -> list[str]:
 
 def without_validation(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides of the runs that follow a search, which learn from the whole training split."""
-    return [override for override in overrides if recipes.override_key(override) != _VALIDATION]
+    return [*overrides, f"--config.{_VALIDATION}=None"]
 
 
 def runs_of(trials: Sequence[Trial]) -> list[Run]:
     """Returns the runs of a search, the teachers first."""
     runs = [trial.run for trial in trials]
     return list(dict.fromkeys([*(run.teacher for run in runs if run.teacher is not None), *runs]))
+
+
+def check_outcomes(trials: Sequence[Trial], make: Callable[..., list[Run]]) -> None:
+    """Raises UserError if the folders of the runs that follow a search would be refused whatever it chooses.
+
+    Args:
+      trials: Runs of the search.
+      make: Function that returns the runs that follow from the `settings` of `make_grid`.
+    """
+    outcomes: dict[str, list[list[str]]] = {}
+    for trial in trials:
+        outcomes.setdefault(trial.word, []).append(as_overrides(trial.values))
+    check_workdirs([run for run in make() if run.word not in outcomes])
+    for word, choices in outcomes.items():
+        refusals = []
+        for settings in choices:
+            try:
+                check_workdirs([run for run in make(settings={word: settings}) if run.word == word])
+            except UserError as refusal:
+                refusals.append(refusal)
+        if len(refusals) == len(choices):
+            raise refusals[0]
 
 
 def choose(trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Mapping[str, str]]:

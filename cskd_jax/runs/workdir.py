@@ -270,6 +270,8 @@ def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[
     if DATA_FINGERPRINT not in both:
         passed.add(DATA_FINGERPRINT)  # Older runs have none, and it is not known before the data are loaded.
     old, new = schema.complete(found), schema.complete(identity)
+    if not needs_teacher(_losses(new)):
+        passed |= {"teacher.checkpoint", "teacher.others"}
     different = {}
     for key in sorted((old.keys() | new.keys()) - passed, key=lambda key: (key != "method", key)):
         missing = 1 if key.endswith(_VERSION) else None
