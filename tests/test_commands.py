@@ -279,6 +279,32 @@ def test_sources_of_a_method_that_only_a_recipe_has(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("\npublished in a thesis:\n  losses.kd.weight  0.9\n")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.beta1=0.8"], "optimizer.beta1 has no effect unless optimizer.name is adamw; it is sgd"),
+        (
+            ["optimizer.name=adamw", "optimizer.momentum=0.8"],
+            "optimizer.momentum has no effect unless optimizer.name is",
+        ),
+        (["optimizer.schedule=cosine", "optimizer.milestones=(9,)"], "unless optimizer.schedule is step; it is cosine"),
+        (["sampler.samples_per_category=8"], "unless sampler.name is balanced; it is uniform"),
+        (["dataset.validation_seed=3"], "unless dataset.validation_examples is set; it is None"),
+        (["teacher.combine=probabilities"], "unless teacher.others is set; it is ()"),
+        (["first_phase.learning_rate=0.1"], "unless first_phase.epochs is set; it is 0"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_overrides_without_an_effect(overrides, message, capsys):
+    """Nobody types what is not to be; the value that a key has anyway may be typed."""
+    arguments = [f"--config.{override}" for override in overrides]
+    for command in (["config", "show"], ["train"]):
+        assert main(["cskd-jax", *command, "digits:kd", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert main(["cskd-jax", "config", "show", "digits:kd", "--config.optimizer.beta1=0.9"]) == 0
+
+
 def test_explained_keys(capsys):
     assert main(["cskd-jax", "config", "keys"]) == 0
     everything = capsys.readouterr().out

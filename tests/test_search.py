@@ -122,6 +122,11 @@ def test_the_validation_split_chooses(tmp_path, capsys):
         (["--grid", "losses.kd.weight=0.5,0.9"], "add --config.dataset.validation_examples=N"),
         (["--grid", "losses.kd.wieght=1,2", *VALIDATION], "unknown configuration key losses.kd.wieght; did you mean"),
         (["--grid=losses.kd.weight=a,b", *VALIDATION], "losses.kd.weight is 'a'"),
+        (
+            ["--grid=optimizer.beta1=0.8,0.9", *VALIDATION],
+            "optimizer.beta1 has no effect unless optimizer.name is adamw",
+        ),
+        (["--config.optimizer.delta=0.1"], "optimizer.delta has no effect unless optimizer.name is dot; it is sgd"),
         (["--teacher_seeds=x"], "--teacher_seeds is x; it must list integers"),
         (["--pairs=R18/R18,R18/R18"], "--pairs lists r18/r18 twice"),
         (["--pairs=R18"], "--pairs is R18; it must list TEACHER/STUDENT, such as resnet56/resnet20"),

@@ -115,6 +115,11 @@ def test_two_teachers_of_one_name(tmp_path):
         grid.make_grid(str(recipe), ["kd", "at"], [0], tmp_path, [])
 
 
+def test_seeds_of_teachers_that_nobody_has(tmp_path):
+    with pytest.raises(UserError, match="--teacher_seeds trains teachers, but none of ce learns from one"):
+        grid.make_grid(DIGITS, ["ce"], [0], tmp_path, [], teacher_seeds=(0, 1))
+
+
 def test_folder_of_another_run(tmp_path):
     (run,) = grid.make_grid(DIGITS, ["ce"], [0], tmp_path, [])
     (run.workdir / "student" / "checkpoints" / "23").mkdir(parents=True)

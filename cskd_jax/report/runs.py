@@ -66,7 +66,7 @@ class Run:
         """Returns the fingerprint of its data; "" if it was not recorded."""
         path = self.folder / "config.json"
         found = schema.read_flat(path).get(DATA_FINGERPRINT) if path.is_file() else None
-        return printable(found) if is_text(found) else ""
+        return printable(str(found)) if is_text(found) else ""
 
     @property
     def task(self) -> Task:

@@ -116,9 +116,12 @@ def make_grid(
         if not any(concerns(argument, config) for config in configs.values()):
             raise concerns_none(key)
     own = {word: [o for o in overrides if concerns(o, config)] for word, config in configs.items()}
+    changed = {word: recipes.load_recipe(f"{recipe}:{word}", own[word]) for word in methods}
+    pairs = [(schema.flatten(configs[word]), schema.flatten(changed[word])) for word in methods]
+    schema.check_read(map(recipes.override_key, overrides), pairs)
     runs = []
     for seed, word, teacher_seed in itertools.product(seeds, methods, teacher_seeds):
-        config = recipes.load_recipe(f"{recipe}:{word}", own[word])
+        config = changed[word]
         changes = [*own[word], *(settings or {}).get(word, ()), f"--config.seed={seed}"]
         name, teacher = f"{networks.run_name(word, config.method)}{label}", None
         if teacher_seed is not None and config.teacher.checkpoint is not None:
@@ -132,6 +135,8 @@ def make_grid(
             name += "" if teacher_seed is None else f"-teacher{teacher_seed}"
         runs.append(Run(workdir, f"{name}-seed{seed}", f"{recipe}:{word}", tuple(changes), teacher))
     runs = list(dict.fromkeys(runs))  # Runs without a teacher are the same for all teachers.
+    if None not in teacher_seeds and all(run.teacher is None for run in runs):
+        raise UserError(f"--teacher_seeds trains teachers, but none of {', '.join(methods)} learns from one")
     runs = [*dict.fromkeys(run.teacher for run in runs if run.teacher is not None), *runs]
     _check_names(runs)
     return runs

@@ -29,6 +29,8 @@ class Key:
         earlier versions behaved differently from the new default. A run that began with that behavior continues with
         it.
       data_set: Name of the only data set that reads the key; None if all do.
+      only_with: Another key, and the values with which alone the key is read, or None for any value but none, zero or
+        an empty one. None if it is always read.
     """
 
     default: Any
@@ -37,6 +39,7 @@ class Key:
     changes_results: bool = True
     before: Any = _AS_DEFAULT
     data_set: str | None = None
+    only_with: tuple[str, tuple[str, ...] | None] | None = None
 
     def value_in_workdir(self, data_set: str | None) -> Any:
         """Returns the value that the absence of the key implies in the workdir of a run on a data set."""
@@ -92,6 +95,9 @@ def _network_keys(role: str) -> dict[str, Key]:
         )
     return found
 
+
+_STEP = ("optimizer.schedule", ("step",))
+_ADAMW, _SGD_OR_DOT = ("optimizer.name", ("adamw",)), ("optimizer.name", ("sgd", "dot"))
 
 # Every key except those of `losses`, which `runs.loss_keys` derives from the classes of the losses.
 KEYS: Mapping[str, Key] = types.MappingProxyType(
@@ -166,7 +172,12 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "Size of a class-balanced part of the training split that is held out to choose the best epoch; the test "
             "split is then measured for the last and the best epoch alone. None chooses on the test split.",
         ),
-        "dataset.validation_seed": Key(0, rules.integer(0, 2**32 - 1), "Seed for choosing the validation examples."),
+        "dataset.validation_seed": Key(
+            0,
+            rules.integer(0, 2**32 - 1),
+            "Seed for choosing the validation examples.",
+            only_with=("dataset.validation_examples", None),
+        ),
         "dataset.image_size": Key(
             None,
             rules.optional(rules.integer(1, 4096)),
@@ -205,7 +216,10 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "of its classes into a batch.",
         ),
         "sampler.samples_per_category": Key(
-            4, rules.integer(1), "Images of a class in a balanced batch, a divisor of batch_size."
+            4,
+            rules.integer(1),
+            "Images of a class in a balanced batch, a divisor of batch_size.",
+            only_with=("sampler.name", ("balanced",)),
         ),
         "augment.resize": Key(
             0,
@@ -258,12 +272,16 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "these.",
         ),
         "teacher.weights": Key(
-            (), rules.SHARES, "Weights of several teachers in their combination; they are equal by default."
+            (),
+            rules.SHARES,
+            "Weights of several teachers in their combination; they are equal by default.",
+            only_with=("teacher.others", None),
         ),
         "teacher.combine": Key(
             "logits",
             rules.one_of("logits", "probabilities"),
             "What is averaged over several teachers: their logits, or their probabilities at temperature 1.",
+            only_with=("teacher.others", None),
         ),
         "teacher.image_sizes": Key(
             (),
@@ -305,8 +323,11 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             (),
             rules.EPOCHS,
             "Epochs at whose start the learning rate is multiplied by optimizer.decay_factor, with the step schedule.",
+            only_with=_STEP,
         ),
-        "optimizer.decay_factor": Key(0.1, rules.POSITIVE, "Factor on the learning rate at each milestone."),
+        "optimizer.decay_factor": Key(
+            0.1, rules.POSITIVE, "Factor on the learning rate at each milestone.", only_with=_STEP
+        ),
         "optimizer.weight_decay": Key(
             1e-4, rules.NOT_NEGATIVE, "Factor of the weight decay: an L2 penalty in sgd, decoupled decay in adamw."
         ),
@@ -334,22 +355,30 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             "current weights, is then evaluated and saved for other runs, also where a teacher is trained. None keeps "
             "none.",
         ),
-        "optimizer.momentum": Key(0.9, rules.FRACTION, "Momentum of sgd; mean of the two momenta of dot."),
+        "optimizer.momentum": Key(
+            0.9, rules.FRACTION, "Momentum of sgd; mean of the two momenta of dot.", only_with=_SGD_OR_DOT
+        ),
         "optimizer.delta": Key(
             0.075,
             rules.FRACTION,
             "With dot, how much the momentum of distillation is above optimizer.momentum, and that of supervision "
             "below it.",
+            only_with=("optimizer.name", ("dot",)),
         ),
         "optimizer.nesterov": Key(False, rules.BOOL, "Whether the momentum of sgd is Nesterov's."),
         "optimizer.restart_momentum": Key(
             False,
             rules.BOOL,
             "Whether every epoch of sgd starts with zero momentum, as in the code released with the paper.",
+            only_with=_SGD_OR_DOT,
         ),
-        "optimizer.beta1": Key(0.9, rules.FRACTION, "Decay of the mean of the gradients of adamw."),
-        "optimizer.beta2": Key(0.999, rules.FRACTION, "Decay of the mean of the squared gradients of adamw."),
-        "optimizer.epsilon": Key(1e-8, rules.POSITIVE, "Term of adamw that keeps its denominator from zero."),
+        "optimizer.beta1": Key(0.9, rules.FRACTION, "Decay of the mean of the gradients of adamw.", only_with=_ADAMW),
+        "optimizer.beta2": Key(
+            0.999, rules.FRACTION, "Decay of the mean of the squared gradients of adamw.", only_with=_ADAMW
+        ),
+        "optimizer.epsilon": Key(
+            1e-8, rules.POSITIVE, "Term of adamw that keeps its denominator from zero.", only_with=_ADAMW
+        ),
         "first_phase.epochs": Key(
             0,
             rules.integer(0),
@@ -360,6 +389,7 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             None,
             rules.optional(rules.POSITIVE),
             "Learning rate of the first phase, which stays the same throughout; None takes optimizer.learning_rate.",
+            only_with=("first_phase.epochs", None),
         ),
     }
 )

@@ -41,6 +41,16 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
     return override(schema.fill(config).lock(), overrides)
 
 
+def load_typed(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    """Returns what `load_recipe` returns; raises UserError also for an override that nothing reads."""
+    from cskd_jax.runs import schema
+
+    config = load_recipe(recipe, overrides)
+    pair = schema.flatten(load_recipe(recipe, [])), schema.flatten(config)
+    schema.check_read(map(override_key, overrides), [pair])
+    return config
+
+
 def read_recipe(recipe: str) -> ml_collections.ConfigDict:
     """Returns what the file of a recipe sets, without defaults; this does not import JAX.
 

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -278,6 +278,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _validate_first_phase(config)
     if len(config.dataset.mean) != len(config.dataset.std):
         raise UserError(f"dataset.mean {config.dataset.mean} and dataset.std {config.dataset.std} differ in length")
+
+
+def check_read(paths: Iterable[str], pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
+    """Raises UserError for a key that was changed although nothing reads it.
+
+    Args:
+      paths: Keys.
+      pairs: (values of the recipe, values with the changes) of all configurations, both flat. Where several have
+        changed a key, it is enough that one of them reads it.
+    """
+    for path in paths:
+        condition = key.only_with if (key := keys.KEYS.get(path)) else None
+        if condition is None:
+            continue
+        other, allowed = condition
+        found = [after[other] for before, after in pairs if before[path] != after[path]]
+        if found and not any(value in allowed if allowed else value for value in found):
+            needed = f"is {' or '.join(allowed)}" if allowed else "is set"
+            raise UserError(f"{path} has no effect unless {other} {needed}; it is {found[0]}")
 
 
 def _trains_teacher(config: ml_collections.ConfigDict) -> bool:

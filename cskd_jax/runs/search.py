@@ -85,7 +85,7 @@ def make_trials(
     Raises:
       UserError: No method has a key of the grid, or there is no validation split.
     """
-    trials, found = [], set()
+    trials, found, pairs = [], set(), []
     for word in words:
         own = [override for override in overrides if _has(recipe, word, override)]
         base = recipes.load_recipe(f"{recipe}:{word}", own)
@@ -97,12 +97,14 @@ def make_trials(
             changes = dict(zip(keys, values, strict=True))
             settings = as_overrides(changes)
             config = recipes.override(base.copy_and_resolve_references(), settings)
-            label = describe_changes(schema.flatten(base), schema.flatten(config))
+            pairs.append((schema.flatten(base), schema.flatten(config)))
+            label = describe_changes(*pairs[-1])
             runs = make_grid(recipe, [word], [seed], workdir / FOLDER, own, settings={word: settings}, label=label)
             trials.append(Trial(word, changes, runs[-1]))
     for key in grid.keys() - found:
         known = {k for word in words for k in schema.flatten(recipes.load_recipe(f"{recipe}:{word}", []))}
         raise concerns_none(key) if key in known else schema.unknown_key(key, known)
+    schema.check_read(grid, pairs)
     return trials
 
 
