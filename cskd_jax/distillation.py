@@ -19,6 +19,7 @@ from cskd_jax.data.augment import Normalize
 from cskd_jax.data.batches import EpochBatches
 from cskd_jax.data.fingerprint import fingerprint
 from cskd_jax.data.samplers import UniformSampler
+from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
 from cskd_jax.inputs import is_count, read_json
@@ -134,7 +135,9 @@ def distill(
         map, for losses that read it; None for "classifier".
       teacher_head: Path, within the parameters of the teacher, of its classifier, as in `student_head`.
       callbacks: Callbacks; by default `Console`: a progress bar on a terminal, a line for every epoch. () is quiet.
-      workdir: Folder of checkpoints and logs, in which the same call resumes; None writes nothing.
+        Each of several students gets copies of its own, which share the objects that the callbacks hold, such as lists.
+      workdir: Folder of checkpoints and logs, in which the same call resumes, also after SIGTERM or Ctrl-C, which save
+        first; None writes nothing.
       devices: Devices to compute on, or how many of them; None for all.
       log_every: Number of steps between two rows of the history.
 
@@ -144,6 +147,7 @@ def distill(
 
     Raises:
       UserError: Something does not fit together; the message says what.
+      InterruptedRun: A signal came; the state is saved in the workdir.
       DivergedError: A loss or gradient is not finite. With several students, the others are trained to the end first,
         and `results` of the error holds their results.
     """
@@ -188,9 +192,10 @@ def distill(
             settings |= _describe_inputs(data, normalize, own, paths, teacher_paths, teacher_variables)
             described = isinstance(teacher, list | tuple | Teacher)
             settings |= _describe_teachers(teachers, combine_teachers) if described else {}
-            settings |= _describe_students(students, several) | ({"mix": dataclasses.asdict(mix)} if mix else {})
+            settings |= _describe_students(students, several) | ({"mix": _describe_mix(mix)} if mix else {})
             trainer.say(_claim(workdir, settings, students))
-        results = trainer.fit()
+        with contextlib.nullcontext() if workdir is None else StopRequest() as stop:
+            results = trainer.fit(stop)
         if workdir is not None:
             entries = {name: describe_result(trainer.describe(name), result) for name, result in results.items()}
             write_finite(workdir / RESULTS, entries)
@@ -250,6 +255,11 @@ def _describe_student(student):
     variables = None if student.variables is None else digest_of(student.variables)
     ema = {} if student.ema is None else {"ema": float(student.ema)}
     return {"losses": losses, "student_variables": variables, **ema}
+
+
+def _describe_mix(mix):
+    """Returns a comparable description of a function that mixes images, as JSON."""
+    return dataclasses.asdict(mix) if isinstance(mix, Mix) else _describe_loss(mix)
 
 
 def _make_normalizations(data, mean, std, teacher_mean, teacher_std):
@@ -332,9 +342,13 @@ def _describe_loss(entry):
         fields = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
         # A setting that is off is not written, because earlier versions did not have it.
         left_out = {"parent", "name"} | ({"teacher"} if entry.teacher is None else set())
-        return {"class": type(entry).__qualname__} | {k: v for k, v in fields.items() if k not in left_out}
+        return {"class": type(entry).__qualname__} | {
+            name: _describe_loss(value) for name, value in fields.items() if name not in left_out
+        }
     if isinstance(entry, tuple | list):
         return [_describe_loss(value) for value in entry]
+    if isinstance(entry, np.generic):
+        return entry.item()
     if entry is None or isinstance(entry, bool | int | float | str):
         return entry
     return getattr(entry, "__qualname__", type(entry).__qualname__)

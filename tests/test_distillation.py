@@ -1,7 +1,10 @@
 """`distill` and the trainer with networks, losses and optimizers of one's own, on one device and on two."""
 
+import json
 import threading
+from typing import Any, ClassVar
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,8 @@ from cskd_jax.distillation import _describe_loss
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.losses import KD
 from cskd_jax.training.checkpoint import load_variables
+from cskd_jax.training.objective import Objective
+from cskd_jax.training.phases import make_parts
 from tests.conftest import Stop
 from tests.tiers import chosen
 
@@ -213,6 +218,90 @@ def test_a_network_without_training_mode_is_told_of(capsys):
     assert "no argument for training mode" in capsys.readouterr().out
 
 
+LAYERS = [(RNG.normal(size=(16, 8)), np.zeros(8)), (RNG.normal(size=(8, 3)), np.zeros(3))]
+LAYERS = jax.tree.map(np.float32, LAYERS)
+
+
+def layers(variables, images, train, rngs):
+    """A network whose parameters are in a list, as in many examples of JAX."""
+    (weights, biases), head = variables["params"]
+    hidden = jnp.tanh(images.reshape(len(images), -1) @ weights + biases)
+    return hidden @ head[0] + head[1], {}
+
+
+@pytest.mark.slow
+def test_parameters_in_lists(tmp_path):
+    """Trained in part, and the best epoch is read again to be measured."""
+    validation = IMAGES[16:], (LABELS[16:] + 1) % 3  # The longer the training, the worse.
+    settings = {"student_variables": {"params": LAYERS}, "validation": validation, "optimizer": optax.sgd(1.0)}
+    alone, kept = distill(layers, **settings), distill(layers, **settings, workdir=tmp_path)
+    assert kept.best["epoch"] == 1 < kept.last["epoch"]
+    assert (kept.best, kept.last) == (alone.best, alone.last)
+
+    def train_head(path):
+        return path[0] == "1"
+
+    student = cskd_jax.Student(layers, {"cross_entropy": 1.0}, optax.sgd(1.0), variables={"params": LAYERS})
+    data = ImageDataset("small", Split(*TRAIN), Split(*TEST), ("a", "b", "c"))
+    phases = [cskd_jax.Phase(1, trainable=train_head)]
+    result = cskd_jax.Trainer({"net": student}, data=data, phases=phases, batch_size=8, callbacks=()).fit()["net"]
+    assert_equal(result.variables["params"][0], LAYERS[0])
+    assert not np.array_equal(result.variables["params"][1][0], LAYERS[1][0])
+
+
+@pytest.mark.slow
+def test_variables_of_older_flax():
+    trained = distill(Net(norm=True), epochs=1).variables
+    frozen = flax.core.freeze(trained)
+    results = [distill(Net(norm=True), epochs=1, student_variables=start) for start in (trained, frozen)]
+    assert_equal(results[0].variables, results[1].variables)
+
+
+@pytest.mark.slow
+def test_an_optimizer_with_a_random_key_resumes(tmp_path):
+    noisy = optax.noisy_sgd(0.1, key=3)
+    expected = distill(Net(), optimizer=noisy)
+    distill(Net(), optimizer=noisy, epochs=1, workdir=tmp_path)
+    assert_equal(distill(Net(), optimizer=noisy, workdir=tmp_path).variables, expected.variables)
+
+
+class Typed(cskd_jax.Method):
+    """A loss whose settings are not all JSON."""
+
+    needs_teacher: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs):
+        return jnp.mean(jnp.square(inputs.student.logits.astype(self.dtype))), {}
+
+
+@pytest.mark.slow
+def test_what_a_workdir_says_of_unusual_objects(tmp_path):
+    """Numbers as names of classes, types as settings, a function that mixes: the same call resumes."""
+    settings = {
+        "categories": [0, 1, 2],
+        "losses": {"cross_entropy": 1.0, "typed": {"loss": Typed(num_classes=3), "weight": np.float32(0.1)}},
+        "mix": lambda images, key, axis_name: (images, jnp.ones(len(images))),
+        "workdir": tmp_path,
+    }
+    first = distill(Net(), **settings, epochs=1)
+    again = distill(Net(), **settings, epochs=1)
+    assert_equal(again.variables, first.variables)
+    described = json.loads((tmp_path / "distillation.json").read_text())
+    assert described["losses"]["typed"]["loss"]["dtype"] == "float32"
+
+
+def test_a_description_that_could_not_be_read_again(tmp_path):
+    student = cskd_jax.Student(
+        Net(), {"cross_entropy": 1.0}, optax.sgd(0.1), description={"name": "net", "settings": {"drop": None}}
+    )
+    with pytest.raises(UserError, match="net: checkpoints could not be read again: its record has no valid network"):
+        cskd_jax.distill(students={"net": student}, **QUIET, workdir=tmp_path)
+    assert not any(tmp_path.glob("*/checkpoints"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -251,10 +340,14 @@ def test_a_network_without_training_mode_is_told_of(capsys):
         ({"teacher": Net(), "teacher_variables": {"head": {}}, "losses": {"kd": 1.0}},
          "teacher_variables must be {'params': ...}, with the other collections .*; got the keys head"),
         ({"student_variables": [1]}, "student_variables must be {'params': ...}, .*; got list"),
+        ({"student": layers, "student_variables": {"layers": LAYERS}}, "student_variables must .* got the keys layers"),
         ({"losses": {"kd": 1.0}}, "student: losses.kd needs a teacher"),
         ({"losses": {"kd": 1.0}, "teacher": Net()}, "a teacher needs teacher_variables"),
         ({"batch_size": 5, "devices": 2}, "batch_size is 5, which does not split evenly across the 2 devices"),
         ({"devices": 99}, "devices is 99; it must be from 1 to 8"),
+        ({"devices": [0]}, r"devices is \[0\]; it must be a number, or devices such as"),
+        ({"devices": []}, r"devices is \[\]; it must be a number, or devices such as"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be an integer from 0 to 4294967295"),
         ({"batch_size": 32}, "batch_size is 32; it must not be more than the 16 training examples"),
         ({"epochs": 0}, "epochs is 0; it must be an integer, at least 1"),
         ({"student_features": ["hiden"]}, "Net has no output at path 'hiden'; the nearest are hidden"),
@@ -378,6 +471,47 @@ def test_stopped_in_any_phase_it_goes_on_bit_for_bit(steps, tmp_path):
     actual = make_trainer(tmp_path).fit()["net"]
     assert_equal(actual.variables, expected.variables)
     assert actual.history == expected.history
+
+
+@pytest.mark.slow
+def test_fit_again_after_an_interruption(tmp_path):
+    """In a notebook: what was in flight is done anew, and counted once."""
+    expected = make_trainer().fit()["net"]
+
+    class Interrupt(cskd_jax.Callback):
+        times = 0
+
+        def on_step(self, step, images, metrics):
+            self.times += 1
+            if self.times == 4:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    result = trainer.fit()["net"]
+    assert_equal(result.variables, expected.variables)
+    rows = [(row["split"], row["step"]) for row in result.history]
+    assert rows[-len(set(rows)) :] == [(row["split"], row["step"]) for row in expected.history]
+
+
+@pytest.mark.parametrize("schedule", [None, lambda step: 0.1])
+def test_an_optimizer_that_continues(schedule):
+    """Whatever is known of its learning rate."""
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    phases = [cskd_jax.Phase(1), cskd_jax.Phase(1, optimizer=optimizer)]
+    parts = make_parts(
+        phases, {"cross_entropy": 1.0}, optimizer, schedule, steps_per_epoch=2,
+        create=lambda losses: Objective.create(losses, num_classes=3, axis_name=None),
+    )  # fmt: skip
+    assert [part.fresh for part in parts] == [True, False]
+
+
+def test_splits_that_are_not_there():
+    trainer = make_trainer()
+    for split, message in {"val": "there is no split 'val'", "validation": "the splits are test, train"}.items():
+        with pytest.raises(UserError, match=message):
+            trainer.evaluation("net", split)
 
 
 @pytest.mark.slow

@@ -62,13 +62,81 @@ def student_rows(workdir):
 def test_error_of_one_process_ends_both(start, small_run, tmp_path):
     """Data that one process alone cannot read."""
     (tmp_path / "file").touch()
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    shared = [*small_run, f"--coordinator=localhost:{port}", "--processes=2", f"--workdir={tmp_path}/run"]
+    shared = [*small_run, f"--coordinator=localhost:{free_port()}", "--processes=2", f"--workdir={tmp_path}/run"]
     broken = f"--config.dataset.data_dir={tmp_path}/file"
     processes = [start([*shared, "--process=0"]), start([*shared, "--process=1", broken])]
     for process in processes:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 2, error
         assert error.strip().splitlines()[-1].startswith(f"error: process 1: {tmp_path}/file is a file")
+
+
+ONE_FAILS = """
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import cskd_jax
+from cskd_jax.data.arrays import from_arrays
+from cskd_jax.distributed import processes
+
+process, port, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+processes.initialize(f"localhost:{port}", 2, process)
+
+
+class Fails(cskd_jax.Callback):
+    def on_step(self, step, images, metrics):
+        if process == 1 and step == 2:
+            raise MemoryError("only here")
+
+
+def linear(variables, images, train, rngs):
+    return images.reshape(len(images), -1) @ variables["params"]["w"], {}
+
+
+data = np.zeros((16, 2, 2, 1), np.float32), np.arange(16) % 2
+student = cskd_jax.Student(
+    linear, {"cross_entropy": 1.0}, optax.sgd(0.1), variables={"params": {"w": np.ones((4, 2), np.float32)}}
+)
+trainer = cskd_jax.Trainer(
+    {"net": student}, data=from_arrays(data, data), phases=[cskd_jax.Phase(3)], batch_size=4, workdir=workdir,
+    callbacks=[Fails()],
+)
+try:
+    trainer.fit()
+except MemoryError:
+    processes.leave(7)
+except BaseException:
+    processes.leave(8)
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def test_an_error_in_training_of_one_process_ends_both(start, tmp_path):
+    """It does not wait for the other, which waits for it in a step."""
+    (tmp_path / "one_fails.py").write_text(ONE_FAILS)
+    port, program = free_port(), (sys.executable, tmp_path / "one_fails.py")
+    processes = [start([number, str(port), tmp_path / "run"], program=program) for number in "01"]
+    codes = [process.wait(timeout=120) for process in reversed(processes)]
+    assert codes[0] == 7, processes[1].stderr.read()
+    assert codes[1] != 0
+    for process in processes:
+        process.communicate()
+
+
+def test_an_address_that_is_taken(start, small_run, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        address = f"localhost:{listener.getsockname()[1]}"
+        arguments = [*small_run, f"--coordinator={address}", "--processes=2", "--process=0", f"--workdir={tmp_path}"]
+        _, error = (process := start(arguments)).communicate(timeout=120)
+    assert process.returncode == 1, error
+    assert error.strip().splitlines()[-1].startswith(f"error: cannot connect to {address}: ")

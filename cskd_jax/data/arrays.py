@@ -40,7 +40,7 @@ def from_arrays(
             raise UserError(f"train and {name} differ: {kinds[0]}, and {kind}{hint}")
     multilabel = splits[0].labels.ndim == 2
     count = splits[0].labels.shape[1] if multilabel else 1 + max(int(split.labels.max()) for split in splits)
-    names = tuple(map(str, range(count))) if categories is None else tuple(categories)
+    names = tuple(map(str, range(count) if categories is None else categories))
     labeled = splits[1:] if np.all(splits[0].labels == NO_LABEL) else splits
     if len(names) < count or any(split.labels.min() < 0 for split in labeled):
         raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of classes minus 1")

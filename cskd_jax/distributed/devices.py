@@ -66,10 +66,15 @@ class Devices:
     def __init__(self, devices: int | Sequence[jax.Device] | None = None):  # pyright: ignore[reportInvalidTypeForm]
         # The devices of a process are consecutive.
         found = sorted(available(), key=lambda device: (device.process_index, device.id))
-        if isinstance(devices, int) and not 1 <= devices <= len(found):
-            raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of available devices")
         devices = [devices] if isinstance(devices, jax.Device) else devices
-        self._devices: list[Any] = found[:devices] if devices is None or isinstance(devices, int) else list(devices)
+        if isinstance(devices, int | np.integer) and not 1 <= devices <= len(found):
+            raise UserError(f"devices is {devices}; it must be from 1 to {len(found)}, the number of available devices")
+        if devices is None or isinstance(devices, int | np.integer):
+            self._devices: list[Any] = found[:devices]
+        else:
+            self._devices = [*devices]
+            if not self._devices or not all(isinstance(device, jax.Device) for device in self._devices):
+                raise UserError(f"devices is {devices!r}; it must be a number, or devices such as jax.devices()[:2]")
         if is_distributed() and len(self._devices) != len(found):
             raise UserError("a run with several processes must use all of their devices")
         self._mesh = Mesh(np.array(self._devices), (AXIS,))

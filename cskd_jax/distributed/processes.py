@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cskd_jax import console
-from cskd_jax.errors import InterruptedRun, UserError
+from cskd_jax.errors import InterruptedRun, PassingError, UserError, one_line
 
 # Seconds without a sign of life after which a process counts as dead, and JAX ends the others.
 HEARTBEAT_SECONDS = 20
@@ -42,7 +42,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         to have several processes.
 
     Raises:
-      UserError: Some of the three are missing or invalid.
+      UserError: Some of the three are missing or invalid, or the processes cannot be connected.
     """
     if coordinator is None or processes is None or process is None or cluster:
         if (coordinator, processes, process) != (None, None, None):
@@ -66,6 +66,9 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
             )
         except ValueError as error:
             raise UserError(f"--cluster: neither SLURM nor a TPU pod says which process this is ({error})") from None
+        except RuntimeError as error:  # The address is taken, or nobody answers there.
+            where = coordinator or "the other processes"
+            raise PassingError(f"cannot connect to {where}: {one_line(error)}") from error
         _connect()
     if not is_first():
         console.mute()

@@ -331,7 +331,7 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
         return next((entry for entry in found if entry[0] not in (None, student)), nothing)
 
     teachers = {run: [that_trained(folders, run) for folders in run.folders_of_teachers] for run in runs.values()}
-    taught = {run for found in teachers.values() for run, role in found if role == "student"}
+    taught: set[Any] = {run for found in teachers.values() for run, role in found if role == "student"}
     kept = []
     for run in runs.values():
         teacher, role = nothing if run.has_several_teachers else teachers[run][0]

@@ -18,9 +18,12 @@ def digest_of(tree: Any) -> str:
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
-    """Returns {path joined by "/": numpy array} for a tree, with the names that Flax gives to its parts."""
+    """Returns {path joined by "/": numpy array} for a tree, with the names that Flax gives to its parts.
+
+    Of a typed key, such as the state of an optimizer that adds noise may hold, it returns the data.
+    """
     flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
-    return {name: np.asarray(array) for name, array in flat.items()}
+    return {name: np.asarray(jax.random.key_data(x) if _is_key(x) else x) for name, x in flat.items()}
 
 
 def unflatten(arrays: dict[str, np.ndarray], template: Any) -> Any:
@@ -28,6 +31,8 @@ def unflatten(arrays: dict[str, np.ndarray], template: Any) -> Any:
     target = serialization.to_state_dict(template)
     flat: dict[str, Any] = traverse_util.flatten_dict(target, sep="/", keep_empty_nodes=True)
     empty = traverse_util.empty_node
+    keys = {name: leaf for name, leaf in flat.items() if _is_key(leaf)}
+    flat |= {name: jax.eval_shape(jax.random.key_data, leaf) for name, leaf in keys.items()}
     wanted = {name for name, leaf in flat.items() if leaf is not empty}
     for name in sorted(wanted | set(arrays)):
         found, expected = arrays.get(name), flat.get(name) if name in wanted else None
@@ -38,7 +43,18 @@ def unflatten(arrays: dict[str, np.ndarray], template: Any) -> Any:
                 f"({name}: {shapes[0]} instead of {shapes[1]}); use another workdir"
             )
     flat |= arrays
+    flat |= {name: jax.random.wrap_key_data(flat[name], impl=_implementation(leaf)) for name, leaf in keys.items()}
     return serialization.from_state_dict(template, traverse_util.unflatten_dict(flat, sep="/"))
+
+
+def _is_key(leaf):
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _implementation(key):
+    """Returns the implementation of a typed key, of which only the shape and dtype need be known."""
+    implementations = ("threefry2x32", "rbg", "unsafe_rbg")
+    return next(name for name in implementations if jax.random.key(0, impl=name).dtype == key.dtype)
 
 
 def digest_array(array: np.ndarray) -> str:

@@ -211,19 +211,23 @@ class Checkpoints:
         """
         return processes.on_first(self._restore, template)
 
-    def read(self, step: int) -> dict[str, Any]:
-        """Returns the network of a checkpoint, ready for use.
+    def read(self, step: int, template: Any) -> Any:
+        """Returns the tree of a checkpoint, which is like `template`.
 
         Raises:
           UserError: The checkpoint is damaged.
         """
-        return processes.on_first(self._read_variables, step)
+        return processes.on_first(self._read_tree, step, template)
 
-    def _read_variables(self, step):
+    def _read_tree(self, step, template):
         self._save_best()
         with self._saving():
             self._manager.wait_until_finished()
-        return _load(self._directory / str(step)).variables
+        path = self._directory / str(step)
+        try:
+            return unflatten(_read(path)[0], template)
+        except _Damaged as damage:
+            raise UserError(f"checkpoint {path} is damaged ({damage})") from None
 
     def _restore(self, template):
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -362,7 +366,6 @@ def _read(path):
         arrays = {name: np.asarray(array) for name, array in restored[_ARRAYS].items()}
         content = restored[_RECORD]
         digest = content.pop("digest")
-        record = Record.from_json(content["record"])
         digests, version = dict(content["digests"]), content["record"].get("version", 1)
     except _Damaged:
         raise
@@ -379,6 +382,10 @@ def _read(path):
     digest = digest_json({name: digest_array(array) for name, array in arrays.items()})
     if version > _VERSION:
         raise UserError(f"checkpoint {path} was written by a newer version of cskd_jax")
+    try:
+        record = Record.from_json(content["record"])
+    except ValueError as error:  # The digest is right, so nothing is damaged that an older checkpoint might have.
+        raise UserError(f"checkpoint {path} cannot be read: {error}") from None
     arrays = arrays if version == _VERSION else {upgrade(name): array for name, array in arrays.items()}
     return arrays, record, digest
 

@@ -265,7 +265,8 @@ def without_decay(optimizer: Any, undecayed: Set[tuple[str, str]]) -> Any:
             params = {**params, "losses": losses}
         return optimizer.update(updates, state, params, **extra)
 
-    return type(optimizer)(optimizer.init, update)
+    kind = SeparateOptimizer if isinstance(optimizer, SeparateOptimizer) else optax.GradientTransformationExtraArgs
+    return kind(optimizer.init, update)
 
 
 def no_bias_or_norm(params: Any) -> Any:

@@ -83,6 +83,7 @@ class Participant:
           UserError: The workdir holds a longer training.
         """
         self._stack = contextlib.ExitStack()
+        self._pending.clear()  # Steps of an earlier call that was interrupted.
         if self.setup.workdir is not None:
             folder = self.setup.workdir / self.name / FOLDER
             checkpoints = Checkpoints(folder, self.setup.keep_checkpoints, self.setup.save_every_minutes)
@@ -99,8 +100,9 @@ class Participant:
             )
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, *exception):
+        # An error of this process alone must not wait for the others.
+        self._stack.__exit__(*exception)
 
     def close(self) -> None:
         """Closes checkpoints and logs; may be called repeatedly."""
@@ -275,19 +277,26 @@ class Participant:
         entries = {"best": last, "last": last}
         if best_step != self.steps:
             try:
-                variables = self._best_variables if self._checkpoints is None else self._checkpoints.read(best_step)
+                variables = self._best_variables
+                if self._checkpoints is not None:
+                    template = self.programs.states[self._part_of(best_step - 1)]
+                    variables = self.programs.variables_of(self._checkpoints.read(best_step, template))
                 entries["best"] = best_step, evaluate(self.setup.devices.replicate(variables))
             except UserError as error:  # This is no reason to lose the last epoch.
                 self.say(f"the best epoch, {best}, cannot be measured, so the last one is used instead: {error}")
         meter.end_test(entries)
 
     def evaluation_on(self, split: str) -> Evaluation:
-        """Returns an evaluation on a split, "test", "train" or "validation"."""
+        """Returns an evaluation on a split, "test", "train" or "validation"; raises UserError if there is none."""
         if split not in self._evaluations:
             data = self.setup.data
+            splits = {"test": data.test, "train": data.train, "validation": data.validation}
+            if splits.get(split) is None:
+                names = ", ".join(name for name, found in splits.items() if found is not None)
+                raise UserError(f"there is no split {split!r}; the splits are {names}")
             self._evaluations[split] = Evaluation(
                 self.programs.predicting,
-                {"test": data.test, "train": data.train, "validation": data.validation}[split],
+                splits[split],
                 data.num_classes,
                 normalize=self.setup.normalize,
                 batch_size=self.setup.sampler.batch_size,

@@ -18,9 +18,10 @@ from cskd_jax.training.peers import own_path
 class Phase:
     """A part of the training. Fields that are None take the value of the student.
 
-    A phase that changes the optimizer or the set of trained parameters starts with a fresh optimizer, whose schedule
-    counts from there; otherwise the optimizer continues. Until the optimizer changes again, the parameters of losses
-    that are off stay as they are. Epochs in the weights of losses are counted from the start of the first phase.
+    A phase with another `optimizer` or `trainable` than the one before, compared as Python objects, starts with a fresh
+    optimizer, whose schedule counts from there; otherwise the optimizer continues. Until the optimizer changes again,
+    the parameters of losses that are off stay as they are. Epochs in the weights of losses are counted from the start
+    of the first phase.
 
     Attributes:
       epochs: Number of epochs.
@@ -109,7 +110,7 @@ def make_parts(
     for given, _ in chosen:
         if not all(callable(getattr(given, name, None)) for name in ("init", "update")):
             raise UserError(f"optimizer is {given!r}; it must be an optimizer of optax, such as optax.adamw(1e-3)")
-    keys = [(choice, phase.trainable) for choice, phase in zip(chosen, phases, strict=True)]
+    keys = [(given, phase.trainable) for (given, _), phase in zip(chosen, phases, strict=True)]
     starts = [number for number, key in enumerate(keys) if number == 0 or key != keys[number - 1]]
     parts: list[Part] = []
     for number, phase in enumerate(phases):
@@ -158,7 +159,8 @@ def _only(optimizer, trainable, kept):
         raise UserError("an optimizer with separate gradients trains all parameters: no phase can freeze any of them")
 
     def label(path, _):
-        part, *names = (entry.key for entry in path)
+        # Entries of lists and attributes have the names that they have in checkpoints.
+        part, *names = (entry.key if hasattr(entry, "key") else str(getattr(entry, "idx", entry)) for entry in path)
         if part == "losses":
             return "keep" if kept & {tuple(names[:1]), tuple(names[:2])} else "train"
         return "train" if trainable is None or trainable(own_path(tuple(names))) else "keep"

@@ -1,6 +1,7 @@
 """The content of a checkpoint of a network: its variables, and a JSON record that says what they are."""
 
 import dataclasses
+import json
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,6 +52,13 @@ class Record:
             raise ValueError(f"its record has no valid {', '.join(wrong)}")
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
+
+    def check(self, name: str) -> None:
+        """Raises UserError, which begins with `name`, unless the record can be saved and read again."""
+        try:
+            Record.from_json(json.loads(json.dumps(dataclasses.asdict(self))))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name}: checkpoints could not be read again: {error}") from None
 
     def packaged_network(self) -> dict[str, Any]:
         """Returns arguments of `create_model`; raises UserError if the network is not part of this package."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax.core import unfreeze
 
 from cskd_jax.data import ImageDataset
 from cskd_jax.data.augment import Normalize
@@ -18,7 +19,7 @@ from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, Devices
 from cskd_jax.distributed.signals import StopRequest
 from cskd_jax.errors import DivergedError, UserError
-from cskd_jax.training.adapters import LinenNetwork, as_network
+from cskd_jax.training.adapters import as_network
 from cskd_jax.training.callbacks import ROW_KEYS, Callback, Console, Progress
 from cskd_jax.training.checks import check_batches, check_losses
 from cskd_jax.training.evaluation import Evaluation
@@ -111,7 +112,8 @@ class Trainer:
       normalize: Function from images of the data to inputs of the networks; None leaves them unchanged.
       augment: Function of images [B, H, W, C], a key and the positions of the images in the global batch, applied
         before `normalize`; None leaves the images unchanged.
-      callbacks: Callbacks; by default `Console`, which shows progress. () is quiet.
+      callbacks: Callbacks; by default `Console`, which shows progress. () is quiet. Each of several students gets
+        copies of its own, which share the objects that the callbacks hold.
       workdir: Folder of checkpoints and logs; None writes nothing.
       devices: Devices to compute on, or how many of them; None for all.
       log_every: Number of steps between two rows of the history.
@@ -164,11 +166,13 @@ class Trainer:
         stream: int = 1,
         beside: "Trainer | None" = None,
     ):
-        integers = [("log_every", log_every, 1), ("seed", seed, 0), ("accumulation_steps", accumulation_steps, 1)]
-        integers += [("evaluate_every_epochs", evaluate_every_epochs, 1)]
+        integers = [("log_every", log_every, 1), ("accumulation_steps", accumulation_steps, 1)]
+        integers += [("evaluate_every_epochs", evaluate_every_epochs, 1), ("keep_checkpoints", keep_checkpoints, 1)]
         for argument, value, low in integers:
             if not isinstance(value, int | np.integer) or value < low:
                 raise UserError(f"{argument} is {value!r}; it must be an integer, at least {low}")
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+            raise UserError(f"seed is {seed!r}; it must be an integer from 0 to {2**32 - 1}")
         self._workdir = None if workdir is None else pathlib.Path(workdir)
         self._teachers = tuple(teachers)
         self.state: dict[str, TrainState] = {}
@@ -258,13 +262,17 @@ class Trainer:
             method=student.method,
             prediction=describe_prediction(parts[-1].objective),
         )
+        if self._workdir is not None:
+            record.check(name)
         variables = network.variables if student.variables is None else student.variables
-        if variables is not None and isinstance(network, LinenNetwork):
+        if variables is not None:
             check_collections("student_variables", variables)
+            # Flax returns updated collections as dictionaries, whatever it was given.
+            variables = unfreeze({**variables})
         peers = max(part.objective.peers for part in parts)
         if peers and variables is not None:
             raise UserError(f"{name}: a student with peers must start from new weights, but it already has variables")
-        # Callbacks hold the state of one student, so each of several students gets copies.
+        # Callbacks hold the state of one student.
         callbacks = map(copy.copy, self._setup.callbacks) if several else self._setup.callbacks
         files = () if self._workdir is None else (MetricsFiles(self._workdir),)
         setup = dataclasses.replace(self._setup, callbacks=(*files, *callbacks))
