@@ -137,7 +137,7 @@ def distill(
       callbacks: Callbacks; by default `Console`: a progress bar on a terminal, a line for every epoch. () is quiet.
         Each of several students gets copies of its own, which share the objects that the callbacks hold, such as lists.
       workdir: Folder of checkpoints and logs, in which the same call resumes, also after SIGTERM or Ctrl-C, which save
-        first; None writes nothing.
+        before they do what they usually do; None writes nothing.
       devices: Devices to compute on, or how many of them; None for all.
       log_every: Number of steps between two rows of the history.
 
@@ -147,7 +147,6 @@ def distill(
 
     Raises:
       UserError: Something does not fit together; the message says what.
-      InterruptedRun: A signal came; the state is saved in the workdir.
       DivergedError: A loss or gradient is not finite. With several students, the others are trained to the end first,
         and `results` of the error holds their results.
     """
@@ -194,11 +193,11 @@ def distill(
             settings |= _describe_teachers(teachers, combine_teachers) if described else {}
             settings |= _describe_students(students, several) | ({"mix": _describe_mix(mix)} if mix else {})
             trainer.say(_claim(workdir, settings, students))
-        with contextlib.nullcontext() if workdir is None else StopRequest() as stop:
+        with contextlib.nullcontext() if workdir is None else StopRequest(owns_process=False) as stop:
             results = trainer.fit(stop)
-        if workdir is not None:
-            entries = {name: describe_result(trainer.describe(name), result) for name, result in results.items()}
-            write_finite(workdir / RESULTS, entries)
+            if workdir is not None:
+                entries = {name: describe_result(trainer.describe(name), result) for name, result in results.items()}
+                write_finite(workdir / RESULTS, entries)
     return results if several else results[_STUDENT]
 
 
@@ -259,7 +258,9 @@ def _describe_student(student):
 
 def _describe_mix(mix):
     """Returns a comparable description of a function that mixes images, as JSON."""
-    return dataclasses.asdict(mix) if isinstance(mix, Mix) else _describe_loss(mix)
+    if dataclasses.is_dataclass(mix) and not isinstance(mix, type):
+        return dataclasses.asdict(mix)
+    return _describe_loss(mix)
 
 
 def _make_normalizations(data, mean, std, teacher_mean, teacher_std):
@@ -349,6 +350,8 @@ def _describe_loss(entry):
         return [_describe_loss(value) for value in entry]
     if isinstance(entry, np.generic):
         return entry.item()
+    if isinstance(entry, np.ndarray | jax.Array):
+        return digest_of({"": entry})
     if entry is None or isinstance(entry, bool | int | float | str):
         return entry
     return getattr(entry, "__qualname__", type(entry).__qualname__)

@@ -74,7 +74,7 @@ ADVICE = [
     (f"{_taught('kd')} --config.losses.kd.teacher=1", "numbered from 0 to 0", ["losses.kd.teacher=0"]),
     (
         f"{_taught('dkd')} --config.augment.mixup=0.2",
-        "losses.dkd reads only one: leave it out, or set both to 0; cross_entropy and losses that read no labels work",
+        "losses.dkd reads only one: leave it out, or set both to 0; cross_entropy, dml, and losses that read",
         ["augment.mixup=0"],
     ),
     (
@@ -205,7 +205,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("settings", "message", "advised"), SETTINGS, ids=[message for _, message, _ in SETTINGS])
 def test_advice_of_distill(settings, message, advised, monkeypatch):
-    monkeypatch.setattr(Trainer, "fit", lambda trainer: {"student": "begun"})
+    monkeypatch.setattr(Trainer, "fit", lambda trainer, stop: {"student": "begun"})
     rest = {"test": _arrays(6), "epochs": 1, "callbacks": (), "devices": 1, "optimizer": optax.sgd(0.1)}
     rest |= {"student": _Net(), "losses": {"cross_entropy": 1.0}}
     with pytest.raises(UserError, match=message):

@@ -116,6 +116,14 @@ def test_a_record_that_is_unsound(tmp_path):
     assert "its record has no valid multilabel" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("version", ["x", None, [3], -1])
+def test_a_version_that_is_none(version, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_VERSION", version)
+    save(tmp_path)
+    monkeypatch.setattr(checkpoint, "_VERSION", 2)
+    assert "its record has no valid version" in refused(tmp_path)
+
+
 def test_a_newer_version(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_VERSION", 3)
     save(tmp_path)

@@ -302,7 +302,9 @@ def test_overrides_without_an_effect(overrides, message, capsys):
         assert main(["cskd-jax", *command, "digits:kd", *arguments]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
-    assert main(["cskd-jax", "config", "show", "digits:kd", "--config.optimizer.beta1=0.9"]) == 0
+    cleared = ["--config.optimizer.schedule=cosine", "--config.optimizer.milestones=()"]
+    for arguments in (["--config.optimizer.beta1=0.9"], cleared):
+        assert main(["cskd-jax", "config", "show", "digits:kd", *arguments]) == 0
 
 
 def test_explained_keys(capsys):

@@ -1,8 +1,10 @@
 """`distill` and the trainer with networks, losses and optimizers of one's own, on one device and on two."""
 
+import dataclasses
 import json
+import signal
 import threading
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -222,6 +224,11 @@ LAYERS = [(RNG.normal(size=(16, 8)), np.zeros(8)), (RNG.normal(size=(8, 3)), np.
 LAYERS = jax.tree.map(np.float32, LAYERS)
 
 
+class Layer(NamedTuple):
+    weights: Any
+    biases: Any
+
+
 def layers(variables, images, train, rngs):
     """A network whose parameters are in a list, as in many examples of JAX."""
     (weights, biases), head = variables["params"]
@@ -239,14 +246,17 @@ def test_parameters_in_lists(tmp_path):
     assert (kept.best, kept.last) == (alone.best, alone.last)
 
     def train_head(path):
-        return path[0] == "1"
+        return path[0] == "1" and path[1] == "weights"
 
-    student = cskd_jax.Student(layers, {"cross_entropy": 1.0}, optax.sgd(1.0), variables={"params": LAYERS})
+    parameters = [Layer(*layer) for layer in LAYERS]
+    student = cskd_jax.Student(layers, {"cross_entropy": 1.0}, optax.sgd(1.0), variables={"params": parameters})
     data = ImageDataset("small", Split(*TRAIN), Split(*TEST), ("a", "b", "c"))
     phases = [cskd_jax.Phase(1, trainable=train_head)]
     result = cskd_jax.Trainer({"net": student}, data=data, phases=phases, batch_size=8, callbacks=()).fit()["net"]
-    assert_equal(result.variables["params"][0], LAYERS[0])
-    assert not np.array_equal(result.variables["params"][1][0], LAYERS[1][0])
+    first, head = result.variables["params"]
+    assert_equal(first, parameters[0])
+    assert_equal(head.biases, parameters[1].biases)
+    assert not np.array_equal(head.weights, parameters[1].weights)
 
 
 @pytest.mark.slow
@@ -279,11 +289,19 @@ class Typed(cskd_jax.Method):
 
 @pytest.mark.slow
 def test_what_a_workdir_says_of_unusual_objects(tmp_path):
-    """Numbers as names of classes, types as settings, a function that mixes: the same call resumes."""
+    """Numbers as names of classes, types as settings, a mixture of one's own: the same call resumes."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Keeps:
+        share: float
+
+        def __call__(self, images, key, axis_name):
+            return images, jnp.full(len(images), self.share)
+
     settings = {
         "categories": [0, 1, 2],
         "losses": {"cross_entropy": 1.0, "typed": {"loss": Typed(num_classes=3), "weight": np.float32(0.1)}},
-        "mix": lambda images, key, axis_name: (images, jnp.ones(len(images))),
+        "mix": Keeps(1.0),
         "workdir": tmp_path,
     }
     first = distill(Net(), **settings, epochs=1)
@@ -291,6 +309,11 @@ def test_what_a_workdir_says_of_unusual_objects(tmp_path):
     assert_equal(again.variables, first.variables)
     described = json.loads((tmp_path / "distillation.json").read_text())
     assert described["losses"]["typed"]["loss"]["dtype"] == "float32"
+    assert described["mix"] == {"share": 1.0}
+    with pytest.raises(UserError, match="holds another run .mix "):
+        distill(Net(), **settings | {"mix": Keeps(0.5)}, epochs=1)
+    arrays = [_describe_loss({"loss": Typed(num_classes=3, dtype=np.full(2, value))}) for value in (0.0, 1.0)]
+    assert arrays[0] != arrays[1]
 
 
 def test_a_description_that_could_not_be_read_again(tmp_path):
@@ -477,22 +500,32 @@ def test_stopped_in_any_phase_it_goes_on_bit_for_bit(steps, tmp_path):
 def test_fit_again_after_an_interruption(tmp_path):
     """In a notebook: what was in flight is done anew, and counted once."""
     expected = make_trainer().fit()["net"]
-
-    class Interrupt(cskd_jax.Callback):
-        times = 0
-
-        def on_step(self, step, images, metrics):
-            self.times += 1
-            if self.times == 4:
-                raise KeyboardInterrupt
-
-    trainer = make_trainer(tmp_path, callbacks=[Interrupt()])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(InterruptedRun):
+        trainer.fit(Stop(4))
+    trainer._participants["net"]._pending.append((8, 8, {"loss": jnp.float32(9)}))
     result = trainer.fit()["net"]
     assert_equal(result.variables, expected.variables)
-    rows = [(row["split"], row["step"]) for row in result.history]
-    assert rows[-len(set(rows)) :] == [(row["split"], row["step"]) for row in expected.history]
+    assert result.history == expected.history
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 4], ids=["stopped", "at the end"])
+def test_ctrl_c(step, tmp_path):
+    """It saves, and then does what it does everywhere."""
+
+    class Interrupt(cskd_jax.Callback):
+        def on_row(self, row):
+            if row["step"] == step and row["split"] == ("train" if step == 3 else "test"):
+                signal.raise_signal(signal.SIGINT)
+
+    expected = distill(Net())
+    with pytest.raises(KeyboardInterrupt):
+        distill(Net(), workdir=tmp_path, callbacks=[Interrupt()], log_every=1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (tmp_path / "results.json").exists() == (step == 4)
+    assert load_variables(str(tmp_path / "student")).step >= step
+    assert_equal(distill(Net(), workdir=tmp_path, log_every=1).variables, expected.variables)
 
 
 @pytest.mark.parametrize("schedule", [None, lambda step: 0.1])

@@ -135,8 +135,10 @@ def test_an_address_that_is_taken(start, small_run, tmp_path):
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
         listener.listen()
-        address = f"localhost:{listener.getsockname()[1]}"
-        arguments = [*small_run, f"--coordinator={address}", "--processes=2", "--process=0", f"--workdir={tmp_path}"]
+        port = listener.getsockname()[1]
+        address = f"--coordinator=localhost:{port}"
+        arguments = [*small_run, address, "--processes=2", "--process=0", f"--workdir={tmp_path}"]
         _, error = (process := start(arguments)).communicate(timeout=120)
     assert process.returncode == 1, error
-    assert error.strip().splitlines()[-1].startswith(f"error: cannot connect to {address}: ")
+    wanted = f"error: --coordinator: cannot listen on port {port} of this machine: "
+    assert error.strip().splitlines()[-1].startswith(wanted)

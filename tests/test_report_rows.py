@@ -236,6 +236,13 @@ def test_different_data_of_one_name(tmp_path):
     assert (found.title, found.data_fingerprint) == ("cifar100: R101_0.5 → R18_0.25", "0123")
     found = compare(find_runs([tmp_path]))
     assert [one.title.partition(":")[0] for one in found] == ["cifar100 with fingerprint unknown", *titles.values()]
+    (tmp_path / "b" / "ce-seed0" / "config.json").write_text("{")
+    assert [len(row.runs) for row in compare(find_runs([tmp_path / "b"]))[0].rows] == [2], "it is not needed"
+    # Validation splits of different seeds leave different images for training, as their settings say.
+    for seed in (0, 1):
+        write_run(tmp_path / "d" / f"v{seed}", "cifar100", "ce", 0, 0.5, dataset__validation_seed=seed)
+        (tmp_path / "d" / f"v{seed}" / "config.json").write_text(json.dumps({"dataset fingerprint": f"{seed}"}))
+    assert len(comparison_of(tmp_path / "d").rows) == 2
 
 
 @pytest.mark.parametrize(("official", "count"), [(False, 1), (True, 0), (None, 0)])

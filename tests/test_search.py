@@ -193,7 +193,24 @@ def test_results_that_could_not_be_stored_are_no_reason_to_search(digits_dir, tm
     assert not (tmp_path / "search").exists()
     values = ["losses.kd.weight=0.5,0.7"]
     trials = search.make_trials(DIGITS, ["kd"], 0, tmp_path, VALIDATION, search.parse(values))
-    search.check_outcomes(trials, functools.partial(grid.make_grid, DIGITS, ["kd"], [0], tmp_path, []))
+    search.check_outcomes(trials, functools.partial(grid.make_grid, DIGITS, seeds=[0], workdir=tmp_path, overrides=[]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config.dataset.validation_seed=3", "--grid=losses.kd.weight=0.5,0.9"],
+        ["--config.optimizer.beta1=0.8", "--grid=optimizer.name=sgd,adamw"],
+    ],
+    ids=["of the validation split", "with the grid"],
+)
+def test_overrides_that_some_runs_read(arguments, digits_dir, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("cskd_jax.runs.sweep.sweep", lambda groups, jobs: started.append(groups))
+    monkeypatch.setattr(search, "choose", lambda trials, workdir: {})
+    arguments = [*arguments, f"--config.dataset.data_dir={digits_dir}", f"--workdir={tmp_path}", *VALIDATION]
+    assert sweep_main(["sweep", DIGITS, "--methods=ce,kd", *arguments]) == 0
+    assert len(started) == 2
 
 
 def test_a_recipe_with_a_validation_split(tmp_path):

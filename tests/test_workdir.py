@@ -128,6 +128,17 @@ def test_other_differences_are_refused(run, override, message):
     assert recorded(run) == asked() | {DATA_FINGERPRINT: recorded(run)[DATA_FINGERPRINT]}
 
 
+def test_what_nothing_reads_may_differ(run):
+    """Earlier versions allowed such overrides, and now they cannot be repeated."""
+    flat = recorded(run)
+    (run / "config.json").write_text(json.dumps(flat | {"optimizer.beta1": 0.8}))
+    claim(run, asked(), dataset())
+    assert recorded(run)["optimizer.beta1"] == 0.9
+    (run / "config.json").write_text(json.dumps(flat | {"optimizer.momentum": 0.8}))
+    with pytest.raises(UserError, match="optimizer.momentum 0.8 != 0.9"):
+        claim(run, asked(), dataset())
+
+
 def test_without_checkpoints_a_workdir_may_become_that_of_any_run(tmp_path):
     claim(tmp_path, asked(), dataset())
     (tmp_path / "metrics.jsonl").touch()

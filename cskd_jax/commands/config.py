@@ -83,7 +83,7 @@ def show(recipe: str, overrides: list[str]) -> str:
     from cskd_jax.runs.loss_keys import loss_keys
     from cskd_jax.runs.workdir import default_workdir
 
-    config = recipes.load_typed(recipe, overrides)
+    config = recipes.load_checked(recipe, overrides)
     schema.validate(config)
     values = schema.flatten(config)
     known = dict(keys.KEYS)

@@ -88,7 +88,7 @@ def _run(argv):
     console.start()
     # Imported late, so that mistakes in the command are reported at once.
     from cskd_jax.runs import search
-    from cskd_jax.runs.grid import check, group, make_grid
+    from cskd_jax.runs.grid import check, check_overrides, check_workdirs, group, make_grid
     from cskd_jax.runs.lock import locked
     from cskd_jax.runs.sweep import sweep
 
@@ -96,18 +96,29 @@ def _run(argv):
     grid = search.parse(values.grid)
     # After a search, the methods learn from the whole training split.
     overrides = search.without_validation(values.overrides) if grid else values.overrides
-    make = functools.partial(
-        make_grid, str(file), words, values.seeds, workdir, overrides, teacher_seeds=values.teacher_seeds or (None,)
-    )
-    runs = make()  # Also where a search comes first, since this finds mistakes in the overrides.
+    teacher_seeds = values.teacher_seeds or (None,)
+
+    def make(words, settings=None):
+        return make_grid(
+            str(file), words, values.seeds, workdir, overrides, teacher_seeds=teacher_seeds, settings=settings
+        )
+
+    runs = make(words)  # Also where a search comes first, since this finds mistakes in the overrides.
     trials = search.make_trials(str(file), words, values.seeds[0], workdir, values.overrides, grid) if grid else []
-    check(search.runs_of(trials) if grid else runs)
-    search.check_outcomes(trials, make)
+    searched = {trial.word for trial in trials}
+    others = [run for run in runs if run.word not in searched]
+    check_overrides([*search.runs_of(trials), *others], [*values.overrides, *grid])
+    if grid:
+        check(search.runs_of(trials))
+        check_workdirs(others)
+        search.check_outcomes(trials, make)
+    else:
+        check(runs)
     with locked(workdir / "sweep.lock", f"another sweep is running in {workdir}"):
         if grid:
             sweep(group(search.runs_of(trials), values.together), values.jobs)
             best = search.choose(trials, workdir)
-            runs = make(settings={word: search.as_overrides(changes) for word, changes in best.items()})
+            runs = make(words, settings={word: search.as_overrides(changes) for word, changes in best.items()})
             check(runs)
         sweep(group(runs, values.together), values.jobs)
 

@@ -53,7 +53,7 @@ def _run(argv):
     outlive_full_disk()
     console.start(speaks=_is_first(values.process))
     with console.pause(f"loading JAX to train {recipe}"):
-        config = recipes.load_typed(recipe, values.overrides)
+        config = recipes.load_checked(recipe, values.overrides)
         command_line.set_up_jax()
         from cskd_jax.distributed import devices, processes
         from cskd_jax.runs.run import train

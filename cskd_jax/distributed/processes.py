@@ -7,6 +7,7 @@ there, including errors.
 
 import os
 import pickle
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         to have several processes.
 
     Raises:
-      UserError: Some of the three are missing or invalid, or the processes cannot be connected.
+      UserError: Some of the three are missing or invalid, or the port of the first process is in use.
     """
     if coordinator is None or processes is None or process is None or cluster:
         if (coordinator, processes, process) != (None, None, None):
@@ -55,6 +56,8 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
             raise UserError(f"--coordinator must be HOST:PORT; got {coordinator}")
         if not 0 <= process < processes:
             raise UserError(f"--process must be from 0 to --processes - 1 = {processes - 1}; got {process}")
+        if process == 0:
+            _check_free(int(port))
     with console.pause("waiting for the other processes"):
         try:
             jax.distributed.initialize(
@@ -66,12 +69,19 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
             )
         except ValueError as error:
             raise UserError(f"--cluster: neither SLURM nor a TPU pod says which process this is ({error})") from None
-        except RuntimeError as error:  # The address is taken, or nobody answers there.
-            where = coordinator or "the other processes"
-            raise PassingError(f"cannot connect to {where}: {one_line(error)}") from error
         _connect()
     if not is_first():
         console.mute()
+
+
+def _check_free(port: int) -> None:
+    """Raises PassingError if the port on which the first process listens is in use, which would crash JAX."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        with socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both):
+            pass
+    except (OSError, OverflowError) as error:
+        raise PassingError(f"--coordinator: cannot listen on port {port} of this machine: {one_line(error)}") from None
 
 
 def _connect():

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+from typing import Any
 
 from cskd_jax.distributed import processes
 
@@ -13,13 +14,19 @@ class StopRequest:
 
     With several processes a signal to any one of them stops all after the same step; only SIGKILL ends one at once.
 
+    Args:
+      owns_process: Whether the process is that of a command. If not, a second signal does what it did before the
+        context, and the first one does so at the end of the context.
+
     Attributes:
       requested: Whether a signal came.
       name: Name of the signal.
     """
 
-    def __init__(self):
+    def __init__(self, owns_process: bool = True):
         self.requested, self.name, self._calls = False, "", 0
+        self._owns_process = owns_process
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self):
         handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
@@ -34,6 +41,8 @@ class StopRequest:
     def __exit__(self, *_):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.requested and not self._owns_process and not processes.is_distributed():
+            signal.raise_signal(signal.Signals[self.name])
 
     def reached(self) -> bool:
         """Returns whether to stop before the next step; all processes must ask before every step."""
@@ -48,4 +57,4 @@ class StopRequest:
         # The signal may have interrupted a print, which must not be called again.
         with contextlib.suppress(OSError):  # Nobody may be there to read it.
             os.write(2, message.encode())
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if self._owns_process else self._previous[number])

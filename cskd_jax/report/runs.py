@@ -63,9 +63,11 @@ class Run:
 
     @functools.cached_property
     def data(self) -> str:
-        """Returns the fingerprint of its data; "" if it was not recorded."""
-        path = self.folder / "config.json"
-        found = schema.read_flat(path).get(DATA_FINGERPRINT) if path.is_file() else None
+        """Returns the fingerprint of its data; "" if it was not recorded, or cannot be read."""
+        try:
+            found = read_json(self.folder / "config.json").get(DATA_FINGERPRINT)
+        except (UserError, OSError):
+            return ""
         return printable(str(found)) if is_text(found) else ""
 
     @property
@@ -394,8 +396,16 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
 
 
 def _by_data(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Returns {fingerprint: runs on these data}; {"": all runs} if no two of them are known to have different data."""
-    if len({run.data for run in runs if run.data}) < 2:
+    """Returns {fingerprint: runs on these data}; {"": all runs} if all have the same data as far as is known.
+
+    Runs with different settings of their data, such as the seed of the validation split, have different fingerprints.
+    """
+    data_of: dict[str, set[str]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.config.items() if key.startswith("dataset.")}
+        key = json.dumps({key: value for key, value in settings.items() if key not in indifferent()}, sort_keys=True)
+        data_of.setdefault(key, set()).update({run.data} - {""})
+    if all(len(found) < 2 for found in data_of.values()):
         return {"": [*runs]}
     found: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.data):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -117,8 +117,6 @@ def make_grid(
             raise concerns_none(key)
     own = {word: [o for o in overrides if concerns(o, config)] for word, config in configs.items()}
     changed = {word: recipes.load_recipe(f"{recipe}:{word}", own[word]) for word in methods}
-    pairs = [(schema.flatten(configs[word]), schema.flatten(changed[word])) for word in methods]
-    schema.check_read(map(recipes.override_key, overrides), pairs)
     runs = []
     for seed, word, teacher_seed in itertools.product(seeds, methods, teacher_seeds):
         config = changed[word]
@@ -154,6 +152,20 @@ def _check_names(runs: Sequence[Run]) -> None:
                 f"two runs of this sweep would be stored in {run.workdir}, and they differ in {', '.join(keys)}: give "
                 "each its own sweep, with its own --workdir"
             )
+
+
+def check_overrides(runs: Sequence[Run], overrides: Iterable[str]) -> None:
+    """Raises UserError for an override, or a key, that none of the runs of a sweep reads.
+
+    Args:
+      runs: Runs of the sweep; those of teachers do not count, because many overrides concern students alone.
+      overrides: Arguments --config.KEY=VALUE, or keys.
+    """
+    teachers = {run.teacher for run in runs}
+    students = {(run.recipe, run.overrides): run for run in runs if run not in teachers}
+    recipe_of = {run.recipe: schema.flatten(recipes.load_recipe(run.recipe, [])) for run in students.values()}
+    pairs = [(recipe_of[run.recipe], schema.flatten(run.config)) for run in students.values()]
+    schema.check_read(map(recipes.override_key, overrides), pairs)
 
 
 def group(runs: Sequence[Run], limit: int | None = None) -> list[tuple[Run, ...]]:

@@ -41,7 +41,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
     return override(schema.fill(config).lock(), overrides)
 
 
-def load_typed(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
+def load_checked(recipe: str, overrides: list[str]) -> ml_collections.ConfigDict:
     """Returns what `load_recipe` returns; raises UserError also for an override that nothing reads."""
     from cskd_jax.runs import schema
 

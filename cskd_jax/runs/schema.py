@@ -289,14 +289,27 @@ def check_read(paths: Iterable[str], pairs: Sequence[tuple[Mapping[str, Any], Ma
         changed a key, it is enough that one of them reads it.
     """
     for path in paths:
-        condition = key.only_with if (key := keys.KEYS.get(path)) else None
-        if condition is None:
-            continue
-        other, allowed = condition
-        found = [after[other] for before, after in pairs if before[path] != after[path]]
-        if found and not any(value in allowed if allowed else value for value in found):
-            needed = f"is {' or '.join(allowed)}" if allowed else "is set"
-            raise UserError(f"{path} has no effect unless {other} {needed}; it is {found[0]}")
+        changed = [after for before, after in pairs if before.get(path) != after.get(path)]
+        reasons = [_why_unread(path, values) for values in changed]
+        if changed and all(reasons) and any(values[path] != keys.KEYS[path].default for values in changed):
+            raise UserError(reasons[0])
+
+
+def is_read(path: str, values: Mapping[str, Any]) -> bool:
+    """Returns whether a run with these values, {key: value}, reads a key."""
+    return _why_unread(path, values) is None
+
+
+def _why_unread(path, values):
+    """Returns why a run does not read a key, as a sentence; None if it does."""
+    condition = key.only_with if (key := keys.KEYS.get(path)) else None
+    if condition is None:
+        return None
+    other, allowed = condition
+    if values[other] in allowed if allowed else values[other]:
+        return None
+    needed = f"is {' or '.join(allowed)}" if allowed else "is set"
+    return f"{path} has no effect unless {other} {needed}; it is {values[other]}"
 
 
 def _trains_teacher(config: ml_collections.ConfigDict) -> bool:

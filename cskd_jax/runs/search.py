@@ -85,7 +85,7 @@ def make_trials(
     Raises:
       UserError: No method has a key of the grid, or there is no validation split.
     """
-    trials, found, pairs = [], set(), []
+    trials, found = [], set()
     for word in words:
         own = [override for override in overrides if _has(recipe, word, override)]
         base = recipes.load_recipe(f"{recipe}:{word}", own)
@@ -97,14 +97,12 @@ def make_trials(
             changes = dict(zip(keys, values, strict=True))
             settings = as_overrides(changes)
             config = recipes.override(base.copy_and_resolve_references(), settings)
-            pairs.append((schema.flatten(base), schema.flatten(config)))
-            label = describe_changes(*pairs[-1])
+            label = describe_changes(schema.flatten(base), schema.flatten(config))
             runs = make_grid(recipe, [word], [seed], workdir / FOLDER, own, settings={word: settings}, label=label)
             trials.append(Trial(word, changes, runs[-1]))
     for key in grid.keys() - found:
         known = {k for word in words for k in schema.flatten(recipes.load_recipe(f"{recipe}:{word}", []))}
         raise concerns_none(key) if key in known else schema.unknown_key(key, known)
-    schema.check_read(grid, pairs)
     return trials
 
 
@@ -129,17 +127,16 @@ def check_outcomes(trials: Sequence[Trial], make: Callable[..., list[Run]]) -> N
 
     Args:
       trials: Runs of the search.
-      make: Function that returns the runs that follow from the `settings` of `make_grid`.
+      make: Function from words, and from the `settings` of `make_grid`, to the runs that follow from them.
     """
     outcomes: dict[str, list[list[str]]] = {}
     for trial in trials:
         outcomes.setdefault(trial.word, []).append(as_overrides(trial.values))
-    check_workdirs([run for run in make() if run.word not in outcomes])
     for word, choices in outcomes.items():
         refusals = []
         for settings in choices:
             try:
-                check_workdirs([run for run in make(settings={word: settings}) if run.word == word])
+                check_workdirs(make([word], settings={word: settings}))
             except UserError as refusal:
                 refusals.append(refusal)
         if len(refusals) == len(choices):

@@ -276,7 +276,8 @@ def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[
     for key in sorted((old.keys() | new.keys()) - passed, key=lambda key: (key != "method", key)):
         missing = 1 if key.endswith(_VERSION) else None
         values = old.get(key, missing), new.get(key, missing)
-        if values[0] != values[1]:
+        # Earlier versions allowed overrides that nothing reads.
+        if values[0] != values[1] and (schema.is_read(key, old) or schema.is_read(key, new)):
             different[key] = values
     return different
 

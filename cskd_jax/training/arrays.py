@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 
@@ -22,7 +23,7 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
 
     Of a typed key, such as the state of an optimizer that adds noise may hold, it returns the data.
     """
-    flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
+    flat: dict[str, Any] = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
     return {name: np.asarray(jax.random.key_data(x) if _is_key(x) else x) for name, x in flat.items()}
 
 
@@ -48,13 +49,15 @@ def unflatten(arrays: dict[str, np.ndarray], template: Any) -> Any:
 
 
 def _is_key(leaf):
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _implementation(key):
     """Returns the implementation of a typed key, of which only the shape and dtype need be known."""
-    implementations = ("threefry2x32", "rbg", "unsafe_rbg")
-    return next(name for name in implementations if jax.random.key(0, impl=name).dtype == key.dtype)
+    for name in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if jax.random.key(0, impl=name).dtype == key.dtype:
+            return name
+    raise UserError(f"the checkpoint holds a random key of the unknown type {key.dtype}")
 
 
 def digest_array(array: np.ndarray) -> str:

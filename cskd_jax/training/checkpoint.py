@@ -33,7 +33,7 @@ from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import available
 from cskd_jax.errors import InterruptedRun, UserError, one_line, raise_if_of_system
 from cskd_jax.files import write_json
-from cskd_jax.inputs import MAX_JSON, read_bytes, read_json
+from cskd_jax.inputs import MAX_JSON, is_count, read_bytes, read_json
 from cskd_jax.training.arrays import digest_array, digest_json, flatten, unflatten, upgrade
 from cskd_jax.training.peers import without_peers
 from cskd_jax.training.prediction import prediction_of
@@ -207,25 +207,31 @@ class Checkpoints:
           template: Function from the step of a checkpoint to a tree with the expected shapes and dtypes.
 
         Raises:
-          UserError: There are checkpoints but none is intact, or their arrays do not match the template.
+          UserError: There are checkpoints but none is intact, their arrays do not match the template, or their record
+            cannot be read although it is intact.
         """
         return processes.on_first(self._restore, template)
 
-    def read(self, step: int, template: Any) -> Any:
-        """Returns the tree of a checkpoint, which is like `template`.
+    def read(self, step: int, template: Any, select: Callable[[Any], Any]) -> Any:
+        """Returns part of the tree of a checkpoint.
+
+        Args:
+          step: Step of the checkpoint.
+          template: Tree with the expected shapes and dtypes.
+          select: Function from the tree to the part of it that is wanted.
 
         Raises:
           UserError: The checkpoint is damaged.
         """
-        return processes.on_first(self._read_tree, step, template)
+        return processes.on_first(self._read_part, step, template, select)
 
-    def _read_tree(self, step, template):
+    def _read_part(self, step, template, select):
         self._save_best()
         with self._saving():
             self._manager.wait_until_finished()
         path = self._directory / str(step)
         try:
-            return unflatten(_read(path)[0], template)
+            return select(unflatten(_read(path)[0], template))
         except _Damaged as damage:
             raise UserError(f"checkpoint {path} is damaged ({damage})") from None
 
@@ -380,6 +386,8 @@ def _read(path):
         if digest_array(array) != digests[name]:
             raise _Damaged(f"the digest of {name} differs")
     digest = digest_json({name: digest_array(array) for name, array in arrays.items()})
+    if not is_count(version):
+        raise _Damaged("its record has no valid version")
     if version > _VERSION:
         raise UserError(f"checkpoint {path} was written by a newer version of cskd_jax")
     try:

@@ -83,7 +83,6 @@ class Participant:
           UserError: The workdir holds a longer training.
         """
         self._stack = contextlib.ExitStack()
-        self._pending.clear()  # Steps of an earlier call that was interrupted.
         if self.setup.workdir is not None:
             folder = self.setup.workdir / self.name / FOLDER
             checkpoints = Checkpoints(folder, self.setup.keep_checkpoints, self.setup.save_every_minutes)
@@ -92,6 +91,7 @@ class Participant:
             if restored is not None:
                 self.state, self.progress = restored[0], Progress(**restored[1].progress)
                 self.step = self._rested = self._saved = int(self.state.step)
+                self._pending.clear()  # An earlier call was interrupted, and what was in flight is done again.
         if self.step > self.steps:
             self._stack.close()
             raise UserError(
@@ -280,7 +280,7 @@ class Participant:
                 variables = self._best_variables
                 if self._checkpoints is not None:
                     template = self.programs.states[self._part_of(best_step - 1)]
-                    variables = self.programs.variables_of(self._checkpoints.read(best_step, template))
+                    variables = self._checkpoints.read(best_step, template, self.programs.variables_of)
                 entries["best"] = best_step, evaluate(self.setup.devices.replicate(variables))
             except UserError as error:  # This is no reason to lose the last epoch.
                 self.say(f"the best epoch, {best}, cannot be measured, so the last one is used instead: {error}")

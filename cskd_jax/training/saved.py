@@ -88,7 +88,10 @@ def _is_images(value):
     """Returns whether a value describes images: their size, and perhaps mean and deviation by channel."""
     size, numbers = is_list(partial(is_count, low=1)), is_list(is_number)
     tests = {"size": lambda sides: size(sides) and len(sides) == 2 and max(sides) <= 10**5}
-    tests |= {"mean": lambda means: numbers(means) and means, "std": lambda stds: numbers(stds) and min(stds) > 0}
+    tests |= {
+        "mean": lambda means: numbers(means) and means,
+        "std": lambda stds: numbers(stds) and stds and min(stds) > 0,
+    }
     return not unsound(value, {}, tests) and value.keys() <= tests.keys() and ("mean" in value) == ("std" in value)
 
 
