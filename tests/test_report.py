@@ -363,7 +363,7 @@ def test_network_labels(network, label):
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_paired_interval_is_that_of_scipy(count, comparisons):
     ours, baseline = np.random.default_rng(count).normal(size=(2, count))
-    found = paired_difference(dict(enumerate(ours)), dict(enumerate(baseline)) | {99: 1e9}, comparisons)
+    found = paired_difference(dict(enumerate(ours)), dict(enumerate(baseline)) | {99: 1e9}).corrected(comparisons)
     expected = stats.ttest_rel(ours, baseline).confidence_interval(1 - 0.05 / comparisons)
     np.testing.assert_allclose([found.mean - found.margin, found.mean + found.margin], expected, rtol=1e-9)
     assert found.verdict.startswith("no difference") == (expected.low < 0 < expected.high)

@@ -23,15 +23,21 @@ class PairedDifference(NamedTuple):
 
     Attributes:
       mean: Mean over the seeds that both sides have.
-      margin: Half the width of Student's t interval, corrected for the number of comparisons if one was given to
-        `paired_difference`; None if it cannot be estimated: for a single seed, and if all differences are equal, as
-        happens on small test splits.
+      margin: Half the width of Student's t interval; None if it cannot be estimated: for a single seed, and if all
+        differences are equal, as happens on small test splits.
       count: Number of seeds.
     """
 
     mean: float
     margin: float | None
     count: int
+
+    def corrected(self, comparisons: int) -> "PairedDifference":
+        """Returns the difference with a wider interval, so that all of `comparisons` hold together (Bonferroni)."""
+        if self.margin is None:
+            return self
+        alone, together = (stats.t.ppf(1 - (1 - CONFIDENCE) / n / 2, self.count - 1) for n in (1, comparisons))
+        return self._replace(margin=self.margin * float(together / alone))
 
     @property
     def verdict(self) -> str:
@@ -51,23 +57,14 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(statistics.fmean(values), deviation, len(values))
 
 
-def paired_difference(
-    ours: Mapping[int, float], baseline: Mapping[int, float], comparisons: int = 1
-) -> PairedDifference | None:
-    """Returns our values minus those of the baseline, over common seeds; None if there are none.
-
-    Args:
-      ours: {seed: value}.
-      baseline: {seed: value}.
-      comparisons: Number of differences that are interpreted together. Bonferroni's correction widens the interval so
-        that all of them hold jointly at `CONFIDENCE`.
-    """
+def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
+    """Returns our values minus those of the baseline, both {seed: value}, over common seeds; None if there are none."""
     differences = [ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys())]
     if not differences:
         return None
     mean, deviation, count = summarize(differences)
-    margin, error = None, (1 - CONFIDENCE) / comparisons
+    margin = None
     # The differences are equal except for rounding.
     if deviation is not None and deviation > 1e-9:
-        margin = deviation / math.sqrt(count) * float(stats.t.ppf(1 - error / 2, count - 1))
+        margin = deviation / math.sqrt(count) * float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
     return PairedDifference(mean, margin, count)

@@ -10,7 +10,7 @@ from cskd_jax.report import deviations, published
 from cskd_jax.report.ablation import find_ablations
 from cskd_jax.report.embedding import Embeddings
 from cskd_jax.report.published import network_label
-from cskd_jax.report.runs import Comparison, Row, short_digest
+from cskd_jax.report.runs import Comparison, short_digest
 from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, Summary, paired_difference, summarize
 
 NONE = "-"  # Text of a cell without a value.
@@ -179,17 +179,13 @@ def paired_differences(comparison: Comparison) -> list[Difference]:
     """Returns the paired differences of rows from `Comparison.references`, over common seeds."""
     references = comparison.references
     pairs = [
-        (row, reference)
+        (f"{row.label} - {reference.label}", paired_difference(row.scores("last"), reference.scores("last")))
         for position, reference in enumerate(references, 1)
         for row in comparison.rows
-        if row not in references[:position] and paired(row, reference) is not None
+        if row not in references[:position]
     ]
-    found = []
-    for row, reference in pairs:
-        alone, corrected = paired(row, reference), paired(row, reference, comparisons=len(pairs))
-        if alone is not None and corrected is not None:
-            found.append(Difference(f"{row.label} - {reference.label}", alone, corrected))
-    return found
+    found = [(label, difference) for label, difference in pairs if difference is not None]
+    return [Difference(label, alone, alone.corrected(len(found))) for label, alone in found]
 
 
 def differences(comparison: Comparison) -> Table | None:
@@ -225,11 +221,6 @@ def _teachers(comparison):
     if comparison.distilled[0].given_teacher == "":
         return "Each run has trained a teacher of its own: seeds vary the teacher with the student."
     return "All runs share one teacher: seeds vary only the student; another teacher may give other results."
-
-
-def paired(row: Row, baseline: Row, comparisons: int = 1) -> PairedDifference | None:
-    """Returns the paired difference of the scores after the last epoch, one of `comparisons`."""
-    return paired_difference(row.scores("last"), baseline.scores("last"), comparisons)
 
 
 def ablations(comparison: Comparison) -> list[Table]:

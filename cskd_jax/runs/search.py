@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_collections
+
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
 from cskd_jax.files import csv_text, write_text
@@ -87,11 +89,12 @@ def make_trials(
     """
     trials, found = [], set()
     for word in words:
-        own = [override for override in overrides if _has(recipe, word, override)]
+        plain = recipes.load_recipe(f"{recipe}:{word}", [])
+        own = [override for override in overrides if _has(plain, override)]
         base = recipes.load_recipe(f"{recipe}:{word}", own)
         if base.dataset.validation_examples is None:
             raise UserError(f"--grid compares values on a validation split: add --config.{_VALIDATION}=N")
-        keys = [key for key in grid if _has(recipe, word, key)]
+        keys = [key for key in grid if _has(plain, key)]
         found.update(keys)
         for values in itertools.product(*(grid[key] for key in keys)) if keys else ():
             changes = dict(zip(keys, values, strict=True))
@@ -179,7 +182,6 @@ def _score(run: Run) -> tuple[str, float]:
     return task.names[task.score], float(values[task.score])
 
 
-def _has(recipe: str, word: str, override: str) -> bool:
-    """Returns whether a method has the key of an override, or a key."""
-    config = recipes.load_recipe(f"{recipe}:{word}", [])
+def _has(config: ml_collections.ConfigDict, override: str) -> bool:
+    """Returns whether the configuration of a method has the key of an override, or a key."""
     return concerns(override, config) and recipes.override_key(override) in {*schema.flatten(config), "method"}
