@@ -49,7 +49,7 @@ ADVICE = [
         ["augment.resize=0", "augment.resize=12"],
     ),
     (
-        f"{DIGITS} --config.dataset.image_size=1536 --config.augment.crop_area=0.5",
+        f"{FOLDER} --config.dataset.image_size=1536 --config.augment.crop_area=0.5",
         "augment.crop_area is 0.5, but it takes images of at most 2,097,152 pixels, and these would have 1536x1536",
         ["augment.crop_area=1", "dataset.image_size=8"],
     ),

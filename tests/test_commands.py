@@ -7,7 +7,6 @@ import os
 import pathlib
 import pty
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -69,15 +68,12 @@ def test_the_installed_command_is_this_one():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_help_of_a_module_is_that_of_its_command(module, capsys):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = python("-m", module, "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (process.returncode, process.stderr) == (0, "")
     usage = MODULES[module]
     assert process.stdout.splitlines()[2].startswith(usage)
     assert main([*usage.split()[:2], "-h"]) == 0
     assert capsys.readouterr().out == process.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3, "seconds of a processor"
 
 
 HELP_OF_ALL = """

@@ -1,4 +1,4 @@
-"""Machines that lack something: a home folder, room on the disk, a terminal that can more than print, the time."""
+"""Machines that lack something: a home folder, room on the disk, a terminal with a cursor, the right time."""
 
 import contextlib
 import json

@@ -60,7 +60,8 @@ def _hang(*_):
 
 @pytest.mark.parametrize(("reader", "error"), [(_break, "KeyError"), (_hang, "it took 0.05 s")])
 def test_failures_are_found_and_kept(reader, error, tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, "SECONDS", 0.05)
+    if reader is _hang:
+        monkeypatch.setattr(fuzz, "SECONDS", 0.05)
     monkeypatch.setitem(random_inputs._READERS, "x.safetensors", reader)
     row = fuzz.campaign("safetensors", 2, 0, tmp_path, first=7)
     assert (row["failed"], row["accepted"], row["refused"]) == (2, 0, 0)

@@ -134,7 +134,8 @@ def test_full_disk(start, small_run, done, tmp_path):
     assert process.returncode == 2, error
     # Among what Orbax has to say about it from threads of its own, which may leave a line open.
     assert f"error: cannot save a checkpoint in {folder}: " in error
-    assert [path.name for path in folder.iterdir() if path.name.isdigit()] == ["3"]
+    # The next one may have been written before the limit was set.
+    assert {path.name for path in folder.iterdir() if path.name.isdigit()} in ({"3"}, {"3", "6"})
     # A clock that goes back an hour at every look does not matter.
     (tmp_path / "clock").mkdir()
     (tmp_path / "clock" / "sitecustomize.py").write_text(BACKWARD_CLOCK)

@@ -97,7 +97,7 @@ def test_ends_the_others_when_one_dies(supervise, tmp_path):
     _, error = process.communicate(timeout=20)
     assert process.returncode == 9
     assert "process 0 ended with exit code 9" in error
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 15
     for pid in (tmp_path / "pids").read_text().split():
         assert not pathlib.Path(f"/proc/{pid}").exists()
 
@@ -121,7 +121,7 @@ def test_says_whether_all_was_saved(supervise, tmp_path, reaction, code):
     process = supervise(f"{reaction}\necho start >> starts; while true; do sleep 0.05; done", "--grace=0.5")
     wait_for_lines(tmp_path / "starts", 1)
     process.terminate()
-    process.communicate(timeout=5)
+    process.communicate(timeout=20)
     assert process.returncode == code
     assert (tmp_path / "starts").read_text().split() == ["start"]
 

@@ -152,7 +152,11 @@ def test_a_loss_of_ones_own_reads_the_teacher_that_it_names():
 
 @pytest.mark.slow
 def test_features_of_the_named_teacher():
-    train({"fitnet": {"weight": 1.0, "teacher": 1, "stage": 1}, "kd": 1.0}, [teacher(0), teacher(1, width=6)], epochs=1)
+    losses = {"fitnet": {"weight": 1.0, "teacher": 1, "stage": 1}, "cross_entropy": 1.0}
+    teachers = [teacher(0), teacher(1, width=6)]
+    found = train(losses, teachers, epochs=1)
+    losses["fitnet"] = {"weight": 1.0, "stage": 1}
+    assert_close(found.variables, train(losses, teachers[1], epochs=1).variables)
 
 
 @pytest.mark.slow
@@ -200,6 +204,7 @@ def test_a_teacher_in_one_phase_and_the_average_in_another():
         callbacks=(),
     )
     rows = [row for row in trainer.fit()["net"].history if row["split"] == "train"]
+    assert rows[0]["kd"] == pytest.approx(0, abs=1e-6), "the average is the student itself at first"
     assert all(row["kd"] > 0 for row in rows[1:])
 
 
@@ -353,6 +358,8 @@ def test_the_moving_average_of_the_global_batch_and_of_a_resumed_run(tmp_path):
     one, two = (train(losses, ema=0.9, devices=devices).variables for devices in (1, 2))
     assert_close(one, two)
     train(losses, ema=0.9, epochs=1, workdir=tmp_path / "run")
+    resumed = train(losses, ema=0.9, workdir=tmp_path / "run").variables
+    jax.tree.map(np.testing.assert_array_equal, resumed, train(losses, ema=0.9).variables)
     settings = json.loads((tmp_path / "run" / "distillation.json").read_text())
     assert settings["losses"]["rkd"]["teacher"] == "average"
 

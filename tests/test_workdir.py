@@ -279,7 +279,6 @@ def test_a_sweep_extends_its_runs(tmp_path):
     (shorter,) = grid.make_grid("digits", ["ce"], [0], tmp_path, ["--config.epochs=20"])
     with pytest.raises(UserError, match="not cut to fewer"):
         grid.check([shorter])
-    assert dataclasses.replace(longer) == longer
 
 
 def test_a_teacher_with_students_is_not_extended(tmp_path):

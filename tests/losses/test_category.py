@@ -788,8 +788,6 @@ def test_the_larger_map_is_pooled_to_the_smaller(name, student_size, teacher_siz
     expected, expected_gradient = jax.value_and_grad(loss)(variables, *pooled)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient["params"]["sigma"], expected_gradient["params"]["sigma"], rtol=1e-4, atol=1e-6)
-    projected = pool_by_hand(student.features[-1] @ np.asarray(variables["params"]["sigma"]), 2)
-    np.testing.assert_allclose(projected, pooled[0].features[-1] @ variables["params"]["sigma"], rtol=1e-5, atol=1e-6)
 
 
 def pool_by_hand(maps, size):

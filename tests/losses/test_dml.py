@@ -161,7 +161,8 @@ def test_a_number_of_peers_for_each_phase():
 
 @pytest.mark.slow
 def test_mixed_images():
-    train(mix=cskd_jax.Mix(mixup=0.5), epochs=1)
+    mixed, plain = (train(mix=mix, epochs=1).variables for mix in (cskd_jax.Mix(mixup=0.5), None))
+    assert np.any(mixed["params"]["Dense_1"]["kernel"] != plain["params"]["Dense_1"]["kernel"])
 
 
 @pytest.mark.exhaustive
