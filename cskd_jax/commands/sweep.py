@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     return command_line.run_program(_run, __doc__, argv)
 
 
-def _run(argv):
+def _parse(argv):
+    """Returns the values of the flags, and the recipe; raises UserError for what can be seen to be wrong at once."""
     advice = {"teacher": "name it with --config.teacher.name=NETWORK, or several with --pairs=TEACHER/STUDENT,..."}
     parser = command_line.Parser(takes_config=True, advice=advice)
     parser.add_argument("--methods", type=_words)
@@ -77,6 +78,11 @@ def _run(argv):
         if not re.fullmatch("[^/]+/[^/]+", pair):
             raise UserError(f"--pairs is {pair or 'empty'}; it must list TEACHER/STUDENT, such as resnet56/resnet20")
     _check_each_once("--pairs", [pair.lower() for pair in values.pairs])
+    return values, recipe
+
+
+def _run(argv):
+    values, recipe = _parse(argv)
     from cskd_jax import console
     from cskd_jax.runs import recipes
 
@@ -96,13 +102,8 @@ def _run(argv):
     grid = search.parse(values.grid)
     # After a search, the methods learn from the whole training split.
     overrides = search.without_validation(values.overrides) if grid else values.overrides
-    teacher_seeds = values.teacher_seeds or (None,)
-
-    def make(words, settings=None):
-        return make_grid(
-            str(file), words, values.seeds, workdir, overrides, teacher_seeds=teacher_seeds, settings=settings
-        )
-
+    common = {"seeds": values.seeds, "workdir": workdir, "overrides": overrides}
+    make = functools.partial(make_grid, str(file), teacher_seeds=values.teacher_seeds or (None,), **common)
     runs = make(words)  # Also where a search comes first, since this finds mistakes in the overrides.
     trials = search.make_trials(str(file), words, values.seeds[0], workdir, values.overrides, grid) if grid else []
     searched = {trial.word for trial in trials}

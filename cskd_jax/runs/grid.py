@@ -243,14 +243,18 @@ def check(runs: Sequence[Run]) -> None:
 
     A teacher that students of the sweep have learned from would be lost to them if it was trained further.
     """
-    check_workdirs(runs)
+    configs = check_workdirs(runs)
     # This also prepares the data: two runs that start together would get in each other's way.
-    for config in {str(run.config.dataset): run.config for run in runs if not run.done}.values():
+    for config in {str(config.dataset): config for run, config in configs.items() if not run.done}.values():
         load_data(config)
 
 
-def check_workdirs(runs: Sequence[Run]) -> None:
-    """Raises UserError like `check`, but does not read the data."""
+def check_workdirs(runs: Sequence[Run]) -> dict[Run, ml_collections.ConfigDict]:
+    """Raises UserError like `check`, but does not read the data.
+
+    Returns:
+      {run: its configuration, with the values that its workdir keeps}.
+    """
     configs = {run: run.config for run in runs}
     # The run of a teacher has values of its students under other keys, such as epochs for their teacher.epochs.
     for run in sorted(runs, key=lambda run: run.teacher is None):
@@ -262,7 +266,7 @@ def check_workdirs(runs: Sequence[Run]) -> None:
             refuse_link(run.sweep / folder)
         path = run.workdir / "config.json"
         if path.exists():
-            config = schema.with_values(config, kept_values(run.workdir, config))
+            config = configs[run] = schema.with_values(config, kept_values(run.workdir, config))
             found = schema.read_flat(path)
             check_workdir(run.workdir, identify(config, digests_in(found)))
             epochs = found.get("epochs", config.epochs)
@@ -272,6 +276,7 @@ def check_workdirs(runs: Sequence[Run]) -> None:
                     f"it, but now it should be trained for {config.epochs}; repeat the overrides of the first command, "
                     "or use another --workdir"
                 )
+    return configs
 
 
 def _student_of(teacher):

@@ -229,11 +229,8 @@ class Checkpoints:
         self._save_best()
         with self._saving():
             self._manager.wait_until_finished()
-        path = self._directory / str(step)
-        try:
-            return select(unflatten(_read(path)[0], template))
-        except _Damaged as damage:
-            raise UserError(f"checkpoint {path} is damaged ({damage})") from None
+        arrays, *_ = _read_intact(self._directory / str(step))
+        return select(unflatten(arrays, template))
 
     def _restore(self, template):
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -331,10 +328,7 @@ def _steps(folder):
 
 def _load(path):
     """Returns the network of a checkpoint; raises UserError if it is damaged."""
-    try:
-        arrays, record, digest = _read(path)
-    except _Damaged as damage:
-        raise UserError(f"checkpoint {path} is damaged ({damage})") from None
+    arrays, record, digest = _read_intact(path)
     try:
         tree = traverse_util.unflatten_dict(arrays, sep="/")
         variables = tree.get("ema", {"params": tree["params"].get("network", {}), **tree.get("collections", {})})
@@ -347,6 +341,14 @@ def _load(path):
 
 class _Damaged(Exception):
     pass
+
+
+def _read_intact(path):
+    """Returns what `_read` returns; raises UserError if the checkpoint is damaged."""
+    try:
+        return _read(path)
+    except _Damaged as damage:
+        raise UserError(f"checkpoint {path} is damaged ({damage})") from None
 
 
 def _read(path):

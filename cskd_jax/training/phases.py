@@ -159,7 +159,7 @@ def _only(optimizer, trainable, kept):
         raise UserError("an optimizer with separate gradients trains all parameters: no phase can freeze any of them")
 
     def label(path, _):
-        part, *names = map(_name, path)
+        part, *names = (jax.tree_util.keystr((entry,), simple=True) for entry in path)
         if part == "losses":
             return "keep" if kept & {tuple(names[:1]), tuple(names[:2])} else "train"
         return "train" if trainable is None or trainable(own_path(tuple(names))) else "keep"
@@ -167,8 +167,3 @@ def _only(optimizer, trainable, kept):
     return optax.multi_transform(
         {"train": optimizer, "keep": optax.set_to_zero()}, lambda params: jax.tree.map_with_path(label, params)
     )
-
-
-def _name(entry):
-    """Returns the name of an entry of a path: of a dictionary, a list, or an object with attributes."""
-    return next(str(getattr(entry, name)) for name in ("key", "idx", "name") if hasattr(entry, name))
