@@ -15,8 +15,8 @@ class StopRequest:
     With several processes a signal to any one of them stops all after the same step; only SIGKILL ends one at once.
 
     Args:
-      owns_process: Whether the process is that of a command. If not, a second signal does what it did before the
-        context, and the first one does so at the end of the context.
+      owns_process: Whether the process is that of a command. If not, a signal that is ignored remains so; a second
+        signal does what it did before the context, and the first one does so at the end of the context.
 
     Attributes:
       requested: Whether a signal came.
@@ -35,6 +35,8 @@ class StopRequest:
         elif processes.is_distributed():
             # JAX itself waits for SIGTERM, and tells the other processes.
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+        if not self._owns_process:
+            handlers = {number: handler for number, handler in handlers.items() if _can_be_passed_on(number)}
         self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
@@ -58,3 +60,8 @@ class StopRequest:
         with contextlib.suppress(OSError):  # Nobody may be there to read it.
             os.write(2, message.encode())
         signal.signal(number, signal.SIG_DFL if self._owns_process else self._previous[number])
+
+
+def _can_be_passed_on(number):
+    """Returns whether a signal does anything now, and has a handler that Python can restore."""
+    return signal.getsignal(number) not in (signal.SIG_IGN, None)
