@@ -46,6 +46,16 @@ def test_the_reference_without_a_teacher_learns_from_labels_alone(tmp_path):
     assert [row.label for row in comparison_of(tmp_path).references] == ["ce", "kd"]
 
 
+def test_references_have_the_most_seeds(tmp_path):
+    """A row with fewer of them leaves most differences without an interval."""
+    for seed in range(2):
+        write_run(tmp_path / f"kd{seed}", "cifar100", "kd", seed, 0.60)
+    write_run(tmp_path / "tuned", "cifar100", "kd", 0, 0.70)
+    change(tmp_path / "tuned", config={"losses.kd.weight": 3.0})
+    (reference,) = comparison_of(tmp_path).references
+    assert len(reference.runs) == 2
+
+
 def test_roles_are_those_of_the_losses_and_not_of_names(tmp_path):
     """Methods of another name, and KD together with another loss, which is no baseline."""
     for method, name in {"ce": "labels", "kd": "hinton", "at": "at+kd"}.items():

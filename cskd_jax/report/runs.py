@@ -286,10 +286,13 @@ class Comparison:
 
     @property
     def references(self) -> list[Row]:
-        """Returns the rows that others are compared with: the best one from labels alone, and the best baseline."""
-        labels_alone = (row for row in self.rows if row.learns_from_labels)
-        baselines = (row for row in self.rows if row.is_baseline)
-        return [*itertools.islice(labels_alone, 1), *itertools.islice(baselines, 1)]
+        """Returns the rows that others are compared with: one that learns from labels alone, and a baseline.
+
+        Each is the best of those with the most seeds.
+        """
+        labels_alone = [row for row in self.rows if row.learns_from_labels]
+        baselines = [row for row in self.rows if row.is_baseline]
+        return [max(rows, key=lambda row: len(row.runs)) for rows in (labels_alone, baselines) if rows]
 
     @property
     def distilled(self) -> list[Run]:
