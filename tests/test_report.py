@@ -101,11 +101,12 @@ def test_runs_without_results_are_in_the_report(grid, capsys):
     ]
 
 
-def measure(folder, name, step, within):
+def measure(folder, name, step, within, data="0123"):
     """evaluation.json as `evaluate --embedding` writes it, as far as the report reads it."""
     entry = {"step": step, "embedding": {"knn": 0.5, "probe": 0.25, "within": within, "between": 2.0}}
     folder.mkdir(exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps({"networks": {name: entry}}))
+    content = {"networks": {name: entry}, "dataset": {"fingerprint": data}}
+    (folder / "evaluation.json").write_text(json.dumps(content))
 
 
 def test_embeddings_that_were_measured_by_evaluate(grid):
@@ -124,6 +125,10 @@ def test_embeddings_that_were_measured_by_evaluate(grid):
         ("teacher", "1", "0.250", "50.00", "25.00"),
         ("kd", "3", "0.600 ± 0.100", "50.00 ± 0.00", "25.00 ± 0.00"),
     ]
+    for data, shown in ("0123", ["teacher", "kd"]), ("4567", ["teacher"]):  # The data of one run of kd.
+        (grid / "kd-seed0" / "config.json").write_text(json.dumps({"dataset fingerprint": data}))
+        (found,) = compare([dataclasses.replace(run) for run in found.runs])
+        assert [row[0] for row in tables.embeddings(found).rows] == shown
 
 
 def test_page_needs_nothing_else(grid):

@@ -151,10 +151,13 @@ class Run:
         return self._measured(self.teacher_folders, "teacher", self.results["teacher"].get("step"))
 
     def _measured(self, folders, phase, step=None):
-        """Returns what `evaluate` measured of the network in a folder at a step, by default the last one of a phase."""
-        for entry in itertools.chain.from_iterable(map(_evaluations, folders)):
+        """Returns what `evaluate` measured of the network in a folder at a step, by default the last one of a phase.
+
+        What it measured on other data is left out.
+        """
+        for data, entry in itertools.chain.from_iterable(map(_evaluations, folders)):
             step = self._last_step(phase) if step is None else step
-            if entry.get("step") == step:
+            if entry.get("step") == step and len({data, self.data} - {""}) < 2:
                 return entry["embedding"]
         return None
 
@@ -357,14 +360,19 @@ def find_unfinished(folders: Iterable[pathlib.Path]) -> list[tuple[pathlib.Path,
     return sorted(found.values())
 
 
-def _evaluations(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields what `evaluate --embedding` wrote about the network in a folder, into this folder or that of its run."""
+def _evaluations(folder: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields what `evaluate --embedding` wrote about the network in a folder, into this folder or that of its run.
+
+    Each is (fingerprint of the data, or "" if it is not known; what was measured on them).
+    """
     name = _real(folder).name
     for path in (folder.parent / "evaluation.json", folder / "evaluation.json"):
-        networks = read_json(path).get("networks") if path.is_file() else None
+        content = read_json(path) if path.is_file() else {}
+        networks, dataset = content.get("networks"), content.get("dataset")
         entry = networks.get(name) if isinstance(networks, dict) else None
+        data = dataset.get("fingerprint") if isinstance(dataset, dict) else None
         if isinstance(entry, dict) and not unsound(entry.get("embedding"), _EMBEDDING):
-            yield entry
+            yield str(data) if is_text(data) else "", entry
 
 
 def _printable(content: Any) -> Any:
