@@ -41,7 +41,6 @@ from cskd_jax.report.statistics import CONFIDENCE, PairedDifference, paired_diff
 from cskd_jax.report.tables import Table
 from cskd_jax.report.write import mean_curve
 from cskd_jax.runs.results import RESULTS
-from cskd_jax.training.records import read_rows
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RAW = ROOT / "docs" / "results"
@@ -319,36 +318,30 @@ def _place(config: Mapping[str, Any]) -> tuple[bool, int, str]:
 
 
 def pytorch(folder: pathlib.Path) -> str:
-    """Returns kd by this package and by benchmarks/torch_training.py, each with all its seeds."""
-    theirs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("pytorch/*/results.json"))]
-    paths = folder.glob("pytorch/*/metrics.jsonl")
-    epochs = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    images = theirs[0]["config"]["dataset.train_examples"] / summarize([row["train_seconds"] for row in epochs]).mean
-    kd = named(comparison_in(folder / "methods"))["kd"]
-    (alone,) = find_runs([folder / "alone"])
-    rows = [
-        _trained("cskd_jax", [(run.score("last"), run.score("best")) for run in kd.runs],
-                 alone.results["student"]["images_per_second"]),
-        _trained("PyTorch", [(100 * run["last"], 100 * run["best"]) for run in theirs], images),
-    ]  # fmt: skip
-    (twin,) = (run for run in kd.runs if run.results["seed"] == alone.results["seed"])
-    same = _evaluations(alone) == _evaluations(twin) != []
-    header = ("trained by", "seeds", "last epoch: top-1, %", "best epoch: top-1, %", "images/s, alone")
-    note = (
-        "Images/s are of training alone, without evaluation. The test losses and scores of all epochs of the run of "
-        f"cskd_jax that was timed {'equal' if same else 'differ from'} those of the same run trained together with the "
-        "other methods."
+    """Returns kd by this package and by benchmarks/torch_training.py: the scores of all seeds, and how fast each is."""
+    ours, ours_timed = named(comparison_in(folder / "methods"))["kd"].runs, find_runs([folder / "alone"])
+    theirs, theirs_timed = (
+        [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"pytorch/{name}*/results.json"))]
+        for name in ("kd-seed", "alone")
     )
+    scores = [run.score("last") for run in ours], [100 * run["last"] for run in theirs]
+    speeds = (
+        [run.results["student"]["images_per_second"] for run in ours_timed],
+        [run["images_per_second"] for run in theirs_timed],
+    )
+    rows = [
+        (by, str(len(last)), tables.summary(summarize(last)), f"{min(speed):.0f} to {max(speed):.0f}")
+        for by, last, speed in zip(("cskd_jax", "PyTorch"), scores, speeds, strict=True)
+    ]
+    low, high = stats.ttest_ind(*scores).confidence_interval(CONFIDENCE)
+    difference = summarize(scores[0]).mean - summarize(scores[1]).mean
+    note = (
+        f"cskd_jax minus PyTorch: {difference:+.2f} points, {CONFIDENCE:.0%} interval {low:+.2f} to {high:+.2f} "
+        "(Student's t for independent seeds). Images/s are of training without evaluation: the lowest and the highest "
+        f"of {len(theirs_timed)} runs each of {theirs_timed[0]['epochs']} epochs, which took turns."
+    )
+    header = ("trained by", "seeds", "last epoch: top-1, %", "images/s, alone")
     return _text(Table("KD against PyTorch", header, rows, (note,)))
-
-
-def _trained(by: str, scores: list[tuple[float, float]], images: float) -> tuple[str, ...]:
-    last, best = (summarize(list(column)) for column in zip(*scores, strict=True))
-    return by, str(last.count), tables.summary(last), tables.summary(best), f"{images:.0f}"
-
-
-def _evaluations(run: Run) -> list[Mapping[str, Any]]:
-    return [row for row in read_rows(run.folder / "metrics.jsonl", evaluations=True) if row["phase"] == "student"]
 
 
 # {block: function that makes it, and the raw results that it needs}

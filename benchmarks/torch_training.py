@@ -200,9 +200,13 @@ def train(
         write_bytes(saved, content.getvalue())
         print(json.dumps(rows[-1]), flush=True)
     write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    seconds = sum(row["train_seconds"] + row["evaluation_seconds"] for row in rows)
+    training_seconds = sum(row["train_seconds"] for row in rows)
+    seconds = training_seconds + sum(row["evaluation_seconds"] for row in rows)
     scores = [row["test_top1"] for row in rows]
-    return {"last": scores[-1], "best": max(scores), "seconds": seconds, "teacher": accuracy(*teacher, test)}
+    return {
+        "last": scores[-1], "best": max(scores), "teacher": accuracy(*teacher, test), "seconds": seconds,
+        "images_per_second": len(dataset.train.labels) * len(rows) / training_seconds,
+    }  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
