@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import stat
 import struct
 import zipfile
@@ -31,6 +32,8 @@ _MAX_EXTRA = 1_000
 # Size of a file from which it may not consist mostly of holes.
 _MAX_HOLES = 256 << 20
 _CHUNK = 1 << 20
+# NUL, and the surrogates that do not stand for a byte that is not UTF-8.
+_NO_PATH = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 
 def open_regular(path: str | pathlib.Path, limit: int) -> io.BufferedReader:
@@ -133,8 +136,8 @@ Test = Callable[[Any], bool]
 
 
 def is_text(value: Any) -> bool:
-    """Returns whether a JSON value is a string of a length that names and paths have."""
-    return type(value) is str and len(value) <= MAX_TEXT and "\0" not in value
+    """Returns whether a JSON value is a string of a length, and of characters, that names and paths have."""
+    return type(value) is str and len(value) <= MAX_TEXT and not _NO_PATH.search(value)
 
 
 def is_count(value: Any, low: int = 0) -> bool:

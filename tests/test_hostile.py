@@ -320,7 +320,14 @@ def test_a_remote_data_dir_is_refused(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("key", "value"), [("dtype", "float99"), ("dataset.validation_seed", -1)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dtype", "float99"),
+        ("dataset.validation_seed", -1),
+        ("losses.cross_entropy.teacher", "9" * 5_000),
+    ],
+)
 def test_a_report_does_not_use_an_invalid_configuration(key, value, tmp_path):
     write_run(tmp_path / "run", "digits", "ce", 0, 0.5)
     (tmp_path / "run" / "student" / "checkpoints").mkdir(parents=True)
@@ -341,6 +348,8 @@ def test_a_report_does_not_use_an_invalid_configuration(key, value, tmp_path):
     [
         (lambda r: r["student"].update(last={"epoch": 1, "mean_average_precision": 0.5}), "metrics of different tasks"),
         (lambda r: r["config"].pop("method"), "missing or wrong in config"),
+        (lambda r: r["config"].update({"dataset.path": "~\0x"}), "missing or wrong in config"),
+        (lambda r: r["config"].update({"dataset.path": "~\ud800x"}), "missing or wrong in config"),
         (lambda r: r["config"].update({f"x{n}": n for n in range(2_000)}), "missing or wrong in config"),
     ],
 )

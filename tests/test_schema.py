@@ -94,9 +94,12 @@ def test_mistakes_in_a_recipe(change, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["-" * 9_000 + "1", "(" * 9_000, "[" * 90, "0x" + "f" * 6_000, "((0x" + "f" * 6_000 + ",),)", "1" * 4_000]
+    "text",
+    ["-" * 9_000 + "1", "(" * 9_000, "[" * 90, "0x" + "f" * 6_000, "((0x" + "f" * 6_000 + ",),)", "1" * 5_000, "{[1]}"],
 )
-@pytest.mark.parametrize("rule", [rules.DEVIATIONS, rules.CHANNELS, rules.SHARES, rules.SIDES, rules.EPOCHS])
+@pytest.mark.parametrize(
+    "rule", [rules.DEVIATIONS, rules.CHANNELS, rules.SHARES, rules.SIDES, rules.EPOCHS, rules.LOSS_TEACHER]
+)
 def test_text_that_python_cannot_calculate_with(text, rule):
     with pytest.raises(UserError, match="it must be "):
         rules.check("key", rules.parse("key", text, rule), rule)

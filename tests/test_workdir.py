@@ -185,6 +185,13 @@ def test_key_of_a_later_version(run):
         check_workdir(run, asked())
 
 
+@pytest.mark.parametrize("key", ["x version", "x.y.z version"])
+def test_a_version_of_nothing(key, run):
+    (run / "config.json").write_text(json.dumps(recorded(run) | {key: 2}))
+    with pytest.raises(UserError, match=rf"\({key} 2 != "):
+        check_workdir(run, asked())
+
+
 def test_a_changed_formula(run, monkeypatch):
     class Changed(LOSSES["kd"]):
         version: ClassVar[int] = 2

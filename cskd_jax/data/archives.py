@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cskd_jax.data.images import open_image
+from cskd_jax.data.images import MAX_PIXELS, open_image
 from cskd_jax.errors import UserError, raise_if_of_system
 from cskd_jax.inputs import open_regular, read_member, zip_of
 
@@ -420,7 +420,13 @@ def check_categories(path: Path, split: str, names: Sequence[str], labels: np.nd
         raise UserError(f"{path}: the {split} split has no images of {', '.join(np.array(names)[missing[:5]])}")
 
 
-def decode(path: Path, member: str, data: bytes | bytearray, size: tuple[int, int] | None = None) -> Image.Image:
+def decode(
+    path: Path,
+    member: str,
+    data: bytes | bytearray,
+    size: tuple[int, int] | None = None,
+    most_pixels: int = MAX_PIXELS,
+) -> Image.Image:
     """Decodes an image file completely, keeping its mode.
 
     Args:
@@ -428,13 +434,14 @@ def decode(path: Path, member: str, data: bytes | bytearray, size: tuple[int, in
       member: Name of the member, for messages.
       data: Content of the image file.
       size: Width and height that the image must have, checked before it is decoded; None for any.
+      most_pixels: Largest number of pixels.
 
     Raises:
       UserError: If it is not a valid image; the message names the archive and the member.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # Pillow warns about things it can do without.
-            image = open_image(io.BytesIO(data))
+            image = open_image(io.BytesIO(data), most_pixels)
             size = image.size if size is None else size
             if image.size == size:
                 image.load()

@@ -74,4 +74,6 @@ def make_split(name: str, images: Any, labels: Any) -> Split:
         raise UserError(f"{name} labels have shape {labels.shape}; with one class per image, it must be [N]")
     if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{name} labels are {labels.dtype}; they must be integer class indices")
+    if labels.ndim == 1 and np.any(labels.astype(np.int32) != labels):
+        raise UserError(f"{name} labels are from {labels.min()} to {labels.max()}; they must be integer class indices")
     return Split(images, labels.astype(np.int32 if labels.ndim == 1 else np.float32))

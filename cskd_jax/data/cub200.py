@@ -36,6 +36,8 @@ _SPLIT = _ROOT + "train_test_split.txt"
 _TABLES = (_CLASSES, _IMAGES, _LABELS, _SPLIT)
 _IMAGE_FOLDER = _ROOT + "images/"
 _MAX_MEMBER = 16 << 20  # bytes, of a photograph or a table
+# The longer sides of the 11,788 photographs have 500 pixels.
+_MAX_IMAGES, _MAX_PIXELS = 12_000, 1_000_000
 
 ARCHIVE = Archive(
     url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
@@ -84,7 +86,10 @@ def read_archive(archive: Archive, path: Path) -> Content:
         elif member.endswith(".jpg") and not posixpath.basename(member).startswith("."):
             # Some are grayscale. They are converted first, because Pillow does not resize images of all modes
             # bilinearly.
-            pixels[member] = np.asarray(middle_square(decode(path, member, data).convert("RGB"), _SIDE))
+            if len(pixels) == _MAX_IMAGES:
+                raise UserError(f"{path} has more than {_MAX_IMAGES:,} images: replace it with {archive.url}")
+            image = decode(path, member, data, most_pixels=_MAX_PIXELS)
+            pixels[member] = np.asarray(middle_square(image.convert("RGB"), _SIDE))
     require_members(archive, path, _TABLES, texts)
     classes, files, class_of, is_training = (_table(path, member, texts[member]) for member in _TABLES)
     names = list(classes.values())

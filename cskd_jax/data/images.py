@@ -80,14 +80,14 @@ class Reader(Protocol):
         ...
 
 
-def open_image(file: IO[bytes]) -> Image.Image:
+def open_image(file: IO[bytes], most_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens an image file of one of `FORMATS`; Pillow raises many types of errors here and when decoding.
 
     For a file with several images, such as an animation, the first one is decoded. Pillow warns about many harmless
     things, so callers ignore its warnings.
 
     Raises:
-      UserError: If the file has none of these formats, more than `MAX_PIXELS` according to its header, or more
+      UserError: If the file has none of these formats, more than `most_pixels` according to its header, or more
         metadata, scans or values than any sound image.
     """
     start = file.read(16)
@@ -103,8 +103,8 @@ def open_image(file: IO[bytes]) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"the format is not one of {', '.join(FORMATS)}") from None
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UserError(f"it has {width}x{height} pixels; at most {MAX_PIXELS:,} in total are allowed")
+    if width * height > most_pixels:
+        raise UserError(f"it has {width}x{height} pixels; at most {most_pixels:,} in total are allowed")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_tiff_tiles(image)
     elif isinstance(image, JpegImagePlugin.JpegImageFile):  # or MPO, JPEG with several images

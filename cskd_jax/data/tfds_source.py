@@ -161,7 +161,7 @@ def load_named(
 
     refuse_path(name, path)
     try:
-        builder = _construct(name, data_dir, lambda: tfds.builder(name, data_dir=data_dir))
+        builder = _construct(name, data_dir, lambda: _builder(name, data_dir))
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(
             f"unknown data set '{name}'; it must be one of {', '.join(table)}, or any tensorflow-datasets name"
@@ -289,6 +289,23 @@ def _encode(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def _builder(name: str, data_dir: str | None) -> Any:
+    """Returns the builder of a data set; raises UserError for one of another registry, such as huggingface:NAME.
+
+    The code of such a registry would be downloaded and executed, and the name may come from a foreign run.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import naming
+
+    registry = naming.parse_builder_name_kwargs(name)[0].namespace
+    if registry:
+        raise UserError(
+            f"data set '{name}' belongs to {registry}, not to tensorflow-datasets itself, and such data sets are not "
+            "read: store its images in folders, for image_folder"
+        )
+    return tfds.builder(name, data_dir=data_dir)
+
+
 def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
     """Calls `make`, which constructs a builder, and turns all errors except an unknown name into UserError."""
     import tensorflow_datasets as tfds
@@ -300,7 +317,7 @@ def _construct(name: str, data_dir: str | None, make: Callable[[], Any]) -> Any:
         )
     try:
         return make()
-    except tfds.core.DatasetNotFoundError:
+    except (tfds.core.DatasetNotFoundError, UserError):
         raise
     # Builders run their own code, which may raise anything; a damaged dataset_info.json raises protobuf errors.
     except Exception as error:

@@ -24,6 +24,17 @@ MEANING = (
 )
 
 
+def check(dataset: ImageDataset) -> None:
+    """Raises UserError unless `measure` can use a data set: images with one class each, training images included."""
+    if dataset.multilabel:
+        raise UserError("--embedding needs images with one class each")
+    if dataset.unlabeled:
+        raise UserError(
+            "--embedding needs training images with labels: name a recipe that has them with --config, or a folder "
+            "of classes with --config.dataset.path"
+        )
+
+
 def measure(trained: TrainedNetwork, dataset: ImageDataset, normalize: Normalize) -> dict[str, float]:
     """Returns how well the classes of the test split can be told apart.
 
@@ -32,19 +43,12 @@ def measure(trained: TrainedNetwork, dataset: ImageDataset, normalize: Normalize
 
     Args:
       trained: Trained network.
-      dataset: Data set, whose training split supplies the neighbors and trains the probe.
+      dataset: Data set that `check` accepts; its training split supplies the neighbors and trains the probe.
       normalize: Function from images to inputs of the network.
 
     Raises:
-      UserError: The images have several classes each, or the network does not output an embedding.
+      UserError: The network does not output an embedding.
     """
-    if dataset.multilabel:
-        raise UserError("--embedding needs images with one class each")
-    if dataset.unlabeled:
-        raise UserError(
-            "--embedding needs training images with labels: name a recipe that has them with --config, or a folder "
-            "of classes with --config.dataset.path"
-        )
     network, saved = trained
     splits = (dataset.train, dataset.test)
     train, test = (embed(network, saved.variables, normalize, split.images) for split in splits)

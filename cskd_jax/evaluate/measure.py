@@ -50,11 +50,13 @@ def evaluate_all(
       devices: Devices to compute on.
       with_embedding: Whether the embeddings are measured too; see `embedding.measure`.
     """
-    entries = {name: evaluate(name, network, config, dataset, devices) for name, network in networks.items()}
     meanings = {"flops_per_image": FLOPS_MEANING, "latency_ms": LATENCY_MEANING}
     if with_embedding:
         from cskd_jax.evaluate import embedding  # Its imports take a second.
 
+        embedding.check(dataset)
+    entries = {name: evaluate(name, network, config, dataset, devices) for name, network in networks.items()}
+    if with_embedding:
         meanings["embedding"] = embedding.MEANING
         for name, network in networks.items():
             entries[name]["embedding"] = embedding.measure(network, dataset, make_normalize(config))

@@ -90,6 +90,8 @@ def _run(argv):
     network = record.packaged_network()
     images = _images(arguments, record)
     classes = saved.num_classes
+    if record.categories is not None and len(record.categories) != classes:
+        raise UserError(f"{path} is damaged: it names {len(record.categories):,} classes, and has {classes:,}")
     module = create_model(**network, num_classes=classes)
     network_of_module = LinenNetwork(module)
     check_variables(network_of_module, without_prediction(variables), (*images["size"], record.channels), str(path))

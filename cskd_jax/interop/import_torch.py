@@ -23,7 +23,7 @@ cskd-jax import-torch FILE --out=DIR    a file of docs/checkpoints.md, which is 
   Evaluation before anything is written:
   --verify       data set, on whose test split the network is measured; it needs mean and std
   --data_dir     folder of prepared data sets and downloads
-  --path         folder of the images, for --verify=image_folder
+  --path         folder of the images, for --verify=image_folder; photographs need --size, with equal sides
 
 FILE is a state dict, a dictionary that holds one (such as {"epoch", "model", "optimizer"}), or a whole pickled network,
 in the zip format of torch.save or the older one; or a .safetensors file. Its tensors must have the names of torchvision
@@ -97,7 +97,7 @@ def _parse(argv):
     if len(values.words) != 1:
         raise UserError(f"name one file, such as teacher.pth; got {' and '.join(values.words) or 'none'}")
     values.file = pathlib.Path(values.words[0])
-    if values.key is not None and values.file.suffix == ".safetensors":
+    if values.key is not None and values.file.suffix.lower() == ".safetensors":
         raise UserError("--key chooses a network of a PyTorch file; a .safetensors file holds one: leave out --key")
     if values.verify is None and (values.data_dir is not None or values.path is not None):
         raise UserError("--data_dir and --path belong to --verify, which is not given")
@@ -193,7 +193,9 @@ def _identify(arguments):
     with open_regular(arguments.file, MAX_FILE) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     known = known_checkpoints().get(digest)
-    if known is not None and arguments.model in (None, known.model):
+    if known is not None and arguments.model not in (None, known.model):
+        raise UserError(f"{arguments.file} holds a {known.model}, as it is a known checkpoint: leave out --model")
+    if known is not None:
         arguments.model = known.model
         arguments.num_classes = arguments.num_classes or len(known.categories)
     missing = [f"--{name}" for name in ("model", "num_classes") if getattr(arguments, name) is None]
@@ -239,16 +241,22 @@ def _verify(arguments, module, saved) -> dict[str, Any]:
     from cskd_jax.training.adapters import LinenNetwork
     from cskd_jax.training.evaluation import Evaluation
     from cskd_jax.training.metrics import check_measured
+    from cskd_jax.training.state import check_variables
 
     if "mean" not in saved.record.images:
         raise UserError(f"--verify={arguments.verify} needs --mean and --std to normalize the images")
+    size = saved.record.images.get("size")
     command_line.set_up_jax()
     with pause(f"loading the data set {arguments.verify}"):
-        dataset = load_dataset(arguments.verify, data_dir=arguments.data_dir, path=arguments.path)
+        image_size = size[0] if arguments.verify == "image_folder" and size and size[0] == size[1] else None
+        dataset = load_dataset(
+            arguments.verify, data_dir=arguments.data_dir, path=arguments.path, image_size=image_size
+        )
     normalize: Any = check_fits(str(arguments.file), saved, dataset)  # It is known, as checked above.
-    devices = Devices()
+    network, devices = LinenNetwork(module), Devices()
+    check_variables(network, saved.variables, dataset.image_shape, str(arguments.file))
     evaluation = Evaluation(
-        LinenNetwork(module),
+        network,
         dataset.test,
         dataset.num_classes,
         normalize=normalize,

@@ -1,6 +1,7 @@
 """Matches the tensors of a file with a network whose names the file may prefix or spell differently."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,6 +122,9 @@ def _candidate(module, network, state_dict, prefix, rules, image_size):
 def _hint(width, candidate):
     """Returns the end of an error message: the names that were probably meant, and the nearest known network."""
     problems = candidate.mismatches
+    if [kind for kind, names in problems.items() if names] == ["unknown"]:
+        pattern = re.sub(r"\\?\s", r"\\s", re.escape(next(iter(problems["unknown"]))))  # No space is in a pattern.
+        return f"; if it does not need them, leave them out: --names=FILE, with a line such as '^{pattern}$ -' for each"
     likely = likely_names(problems["missing"], problems["unknown"])
     meant = f"; judging by the shapes, {', '.join(likely)}" if likely else ""
     with pause("looking for the nearest known network"):

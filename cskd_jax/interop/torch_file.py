@@ -20,10 +20,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cskd_jax.errors import UserError, raise_if_of_system
+from cskd_jax.errors import UserError, printable, raise_if_of_system
 from cskd_jax.inputs import open_regular, parse_json, read_member, zip_of
 from cskd_jax.interop import unpickle
-from cskd_jax.interop.torch_objects import Placeholder, Storage, Tensor, shown
+from cskd_jax.interop.torch_objects import Placeholder, Storage, Tensor, is_name, shown
 
 _DTYPES = {
     "FloatStorage": np.float32,
@@ -36,6 +36,8 @@ _DTYPES = {
     "CharStorage": np.int8,
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
+    "ComplexFloatStorage": np.complex64,
+    "ComplexDoubleStorage": np.complex128,
 }
 _SAFETENSORS_DTYPES = {
     "F32": np.float32,
@@ -46,16 +48,23 @@ _SAFETENSORS_DTYPES = {
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
+    "C64": np.complex64,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
 }
 # The contents of the first and second pickle of the older format.
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _PLACE = ("dtype", "shape", "data_offsets")
 # Limits on the sizes of a file, of its pickle and of the header of safetensors. VGG19 with Adam's state takes 1.7 GB.
 MAX_FILE, _MAX_PICKLE, _MAX_HEADER = 4 << 30, 256 << 20, 8 << 20
-# Limits on the axes of a tensor, and on the product of their sizes, of which some may be zero.
-_MAX_DIMENSIONS, _MAX_VALUES = 8, 2**40
+# Limits on the axes of a tensor, on the product of their sizes, of which some may be zero, and on the values of all
+# tensors that repeat those of their storage.
+_MAX_DIMENSIONS, _MAX_VALUES, _MAX_REPEATED = 8, 2**40, 2**24
 # Limits on the modules, because a network that contains itself would never end, and on the dictionary entries that are
 # searched and the characters of their names, because many names can refer to the same large dictionary.
 _MAX_MODULES, _MAX_SEARCH = 20_000, 16_000_000
@@ -80,7 +89,7 @@ def read_state_dict(path: pathlib.Path, key: str | None = None) -> dict[str, np.
     """
     with open_regular(path, MAX_FILE) as file:
         try:
-            if path.suffix == ".safetensors":
+            if path.suffix.lower() == ".safetensors":
                 tensors = _read_safetensors(file)
             elif file.peek(4)[:4] == b"PK\3\4":
                 with _damaged_archive(), zip_of(file) as archive:
@@ -92,7 +101,10 @@ def read_state_dict(path: pathlib.Path, key: str | None = None) -> dict[str, np.
     for prefix in _WRAPPERS:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
-    return {shown(name): array for name, array in tensors.items()}
+    named = {printable(name): array for name, array in tensors.items()}
+    if len(named) < len(tensors):
+        raise UserError(f"{path}: holds several tensors whose names differ only in characters that cannot be shown")
+    return named
 
 
 def _read_safetensors(file: io.BufferedReader) -> dict[str, np.ndarray]:
@@ -109,7 +121,7 @@ def _read_safetensors(file: io.BufferedReader) -> dict[str, np.ndarray]:
     if not isinstance(header, dict):
         raise UserError("is not a valid safetensors file (its header is not an object)")
     header.pop("__metadata__", None)
-    places = {name: _place(name, entry, end - 8 - size) for name, entry in header.items()}
+    places = {name: _place(name, entry, end - 8 - size) for name, entry in header.items() if is_name(name)}
     if sum(stop - start for _, _, start, stop in places.values()) > end - 8 - size:
         raise UserError("is not a valid safetensors file (its tensors overlap)")
     tensors = {}
@@ -232,7 +244,8 @@ def _find_tensors(content: Any, key: str | None) -> dict[str, Tensor]:
         return networks[key]
     if len(networks) > 1:
         raise UserError(f"holds several networks; choose one with --key: {_listed(networks)}")
-    tensors = next(iter(networks.values()), None) or search.tensors_of(content)
+    # A state dict may hold a dictionary, as a checkpoint may hold a tensor.
+    tensors = max([*networks.values(), search.tensors_of(content)], key=len)
     if not tensors:
         found = (
             f"a dictionary of {_listed(inner) or 'nothing'}" if isinstance(content, dict) else type(content).__name__
@@ -287,16 +300,22 @@ class _Search:
 
 def _arrays(tensors: dict[str, Tensor], read: Callable[[Storage], bytes]) -> dict[str, np.ndarray]:
     """Returns views of the bytes that hold the values; raises UserError if a tensor extends beyond its storage."""
-    arrays = {}
+    arrays, repeated = {}, 0
     for name, tensor in tensors.items():
         dtype, data = _dtype(tensor.storage), read(tensor.storage)
         if len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > _MAX_DIMENSIONS:
             raise UserError(f"{shown(name)} has {len(tensor.shape)} sizes and {len(tensor.strides)} strides")
+        if math.prod(max(size, 1) for size in tensor.shape) > _MAX_VALUES:
+            raise UserError(f"{shown(name)} of shape {shown(str(tensor.shape))} is too large")
+        if 0 in tensor.shape:
+            arrays[name] = np.empty(tensor.shape, dtype)
+            continue
         # The stride of an axis of size 1 has no effect.
         strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.strides, strict=True)]
         steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
-        needed = max(math.prod(tensor.shape), tensor.offset + steps + 1) * dtype.itemsize
-        if 0 in tensor.shape or needed > len(data):
+        # Views that expand a tensor repeat values; so could a hostile file, without end.
+        repeated += max(0, math.prod(tensor.shape) - len(data) // dtype.itemsize)
+        if (tensor.offset + steps + 1) * dtype.itemsize > len(data) or repeated > _MAX_REPEATED:
             raise UserError(
                 f"{shown(name)} of shape {shown(str(tensor.shape))} does not fit in the {len(data)} bytes of its "
                 "storage"

@@ -94,7 +94,7 @@ SIDES = Rule(
 )
 LOSS_TEACHER = Rule(
     (str,),
-    lambda value: value == "average" or value.isdecimal(),
+    lambda value: value == "average" or (value.isdecimal() and len(value) <= 9),
     "average, or the number of a teacher (counted from 0)",
 )
 EPOCHS = Rule(
@@ -144,7 +144,7 @@ def parse(key: str, text: str, rule: Rule) -> Any:
         return None
     try:
         return _PARSERS.get(rule.types[0], str)(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):  # Deep nesting raises the last two.
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # Deep nesting raises the last two.
         raise UserError(f"{key} is {shorten(repr(text), 200)}; it must be {rule.allowed}") from None
 
 

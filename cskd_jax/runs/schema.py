@@ -129,7 +129,8 @@ def _has_type(value, key):
     allowed = {list if kind is tuple else kind for kind in key.rule.types}
     if isinstance(value, list):
         return list in allowed and all(map(is_text if key.rule is rules.TEXTS else is_number, value))
-    return type(value) in allowed and (type(value) not in (int, float) or is_number(value))
+    sound = {int: is_number, float: is_number, str: is_text}.get(type(value))
+    return type(value) in allowed and (sound is None or sound(value))
 
 
 def complete(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def _in_file_name(value):
 
 
 def _short_digest(text):
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    # Paths need not be valid UTF-8.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
 
 
 def _holds(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
@@ -287,7 +288,7 @@ def _reason(workdir: pathlib.Path, key: str, found: Mapping[str, Any], identity:
     if key == DATA_FINGERPRINT:
         return ": the data differ in their images, labels, or classes"
     if key.endswith(_VERSION):
-        section, name = key.removesuffix(_VERSION).split(".")
+        section, _, name = key.removesuffix(_VERSION).partition(".")
         kind = "loss" if section == "losses" else section
         return f": the formula of the {kind} {name} has changed between versions of cskd_jax"
     if key not in _EPOCHS.values():

@@ -50,6 +50,9 @@ class Record:
         wrong = unsound(values, {"network": _is_network, "channels": partial(is_count, low=1)}, _RECORD_TESTS)
         if wrong:
             raise ValueError(f"its record has no valid {', '.join(wrong)}")
+        images, channels = values.get("images", {}), values["channels"]
+        if not {len(images[name]) for name in ("mean", "std") if name in images} <= {1, channels}:
+            raise ValueError(f"its record has no mean and std of images with {channels} channels")
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 

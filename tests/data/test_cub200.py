@@ -158,6 +158,16 @@ def test_photograph_that_would_start_a_program(tmp_path, ghostscript):
     assert not ghostscript.exists()
 
 
+def test_photographs_that_take_too_long(tmp_path, monkeypatch):
+    write_tar(tmp_path / "CUB_200_2011.tar", change(FIRST, photograph(0, (1100, 1000), mode="L")))
+    with pytest.raises(UserError, match=f"member {ROOT}{FIRST} is not a valid image .*1100x1000 pixels; at most 1,000"):
+        load_dataset("cub200", data_dir=str(tmp_path))
+    write_tar(tmp_path / "CUB_200_2011.tar", MEMBERS)
+    monkeypatch.setattr(cub200, "_MAX_IMAGES", 399)
+    with pytest.raises(UserError, match="has more than 399 images: replace it with https://data.caltech.edu/"):
+        load_dataset("cub200", data_dir=str(tmp_path))
+
+
 def test_truncated_archive(tmp_path):
     path = write_tar(tmp_path / "CUB_200_2011.tgz", MEMBERS)
     os.truncate(path, path.stat().st_size // 2)

@@ -252,6 +252,13 @@ def test_name_that_does_not_fit(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["huggingface:evil/x", "kubric:movi_a"])
+def test_other_registries_are_not_asked(tmp_path, name):
+    """They would be asked for code, in the name of a run that may come from elsewhere."""
+    with pytest.raises(UserError, match=f"data set '{name}' belongs to {name.partition(':')[0]}, not to tensorflow"):
+        load_dataset(name, data_dir=str(tmp_path))
+
+
 def test_an_unprepared_stock_builder_needs_tensorflow(tmp_path, no_tensorflow):
     with pytest.raises(UserError, match=f"'mnist' is not prepared in {tmp_path}/mnist.*TensorFlow.*{INSTALL}"):
         load_dataset("mnist", data_dir=str(tmp_path))

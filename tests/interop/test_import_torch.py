@@ -1,19 +1,22 @@
 """Files of PyTorch become checkpoints: every format, and nothing that a file asks for is executed."""
 
+import hashlib
 import io
 import json
 import pickle
 import struct
 import tarfile
 import tracemalloc
+import types
 import zipfile
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
-from cskd_jax.interop import export, import_torch, nearest, unpickle
+from cskd_jax.interop import checkpoints, export, import_torch, nearest, unpickle
 from cskd_jax.interop.import_torch import main
 from cskd_jax.interop.names import to_torch
 from cskd_jax.interop.renames import read_rules, rename
@@ -53,6 +56,7 @@ def run(file, out, *arguments):
 CONTENTS = {
     "state dict": dict,
     "checkpoint": lambda tensors: {"epoch": 3, "best": 0.5, "model": tensors, "optimizer": {"state": {}}},
+    "state dict with a dictionary": lambda tensors: {**tensors, "extra": {"bias": tensors["fc.bias"]}},
     "of DataParallel": lambda tensors: {f"module.{name}": value for name, value in tensors.items()},
     "network": network,
     "network of DataParallel": lambda tensors: Instance(
@@ -96,11 +100,14 @@ def test_views_and_types(tmp_path):
         "part": torch_files.tensor("a", values, offset=8, shape=(2, 3), strides=(6, 1)),
         "half": torch_files.tensor("b", np.array([0.5, -3], np.float16)),
         "scalar": torch_files.tensor("c", np.array(7, np.int64)),
+        "empty": torch_files.tensor("c", np.array(7, np.int64), shape=(3, 0), strides=(1, 1)),
+        "expanded": torch_files.tensor("b", np.array([0.5, -3], np.float16), shape=(3, 2), strides=(0, 1)),
     }
     storages = {"a": values, "b": np.array([0.5, -3], np.float16), "c": np.array(7, np.int64)}
     read = read_state_dict(write_pickles(tmp_path / "file.pth", content, storages))
     np.testing.assert_array_equal(read["transposed"], values.T)
     np.testing.assert_array_equal(read["part"], values[1:3, 2:5])
+    assert (read["empty"].shape, read["expanded"].tolist()) == ((3, 0), 3 * [[0.5, -3]])
     assert (read["half"].dtype, read["half"].tolist(), read["scalar"][()]) == (np.float16, [0.5, -3], 7)
     safe = {"x": values, "y": values.astype(jnp.bfloat16)}
     header = {
@@ -108,7 +115,7 @@ def test_views_and_types(tmp_path):
         for name, kind, start, end in (("x", "F64", 0, 192), ("y", "BF16", 192, 240))
     }
     text = json.dumps(header).encode()
-    path = tmp_path / "file.safetensors"
+    path = tmp_path / "file.SAFETENSORS"
     path.write_bytes(struct.pack("<Q", len(text)) + text + safe["x"].tobytes() + safe["y"].tobytes())
     read = read_state_dict(path)
     np.testing.assert_array_equal(read["x"], values)
@@ -254,6 +261,10 @@ def _renamed(tensors, _):
     return {name.replace("layer", "stage"): value for name, value in tensors.items()}
 
 
+def _repeated(count):
+    return torch_files.tensor("0", np.ones(1, np.float32), shape=(count,), strides=(0,))
+
+
 def _vgg(path, *_):
     module = create_model("vgg8", num_classes=7, width=0.0625)
     safetensors.numpy.save_file(to_torch(module, random_variables(module), 1), path)
@@ -301,6 +312,24 @@ BAD_FILES = {
     "same value a million million times": (
         _content(_with("fc.bias", shape=(10**12,), strides=(0,))),
         ["fc.bias", "does not fit in the 28 bytes"],
+    ),
+    "same value in many tensors": (
+        _content(lambda t, _: {f"x{n}": _repeated(10**6) for n in range(17)}),
+        ["x16", "does not fit in the 16 bytes"],
+    ),
+    "empty, but for a huge axis": (
+        _content(_with("fc.bias", shape=(2**62, 0, 2**62), strides=(1, 1, 1))),
+        ["fc.bias", "is too large"],
+    ),
+    "names that look the same": (
+        _content(lambda t, _: {**t, "a\n": t["fc.bias"], "a\\n": t["fc.bias"]}),
+        ["names differ only in characters that cannot be shown"],
+    ),
+    "head of one class": (
+        lambda path, arrays, c: write_zip(
+            path, *torch_files.state_dict(arrays | {"fc.weight": np.ones((1, 16), "f4"), "fc.bias": np.ones(1, "f4")})
+        ),
+        ["fc.bias (1,) instead of (7,)", "nearest known network is --model=resnet8 --width=0.25:"],
     ),
     "network within itself": (_content(_itself), ["more than 20000 modules"]),
     "deeply nested": (_content(_nested), ["too much memory"]),
@@ -354,8 +383,8 @@ BAD_FILES = {
     ),
     "another network": (_vgg, ["missing: ", "unknown: ", "those of --model=vgg8 --width=0.0625 --num_classes=7"]),
     "unknown type": (
-        _bytes(lambda c: _safetensors({"x": {"dtype": "U64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8))),
-        ["x has type U64", "BF16"],
+        _bytes(lambda c: _safetensors({"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, bytes(1))),
+        ["x has type F4", "BF16"],
     ),
 }
 
@@ -475,6 +504,48 @@ def test_an_import_into_the_folder_of_another_one(arrays, tmp_path, capsys, monk
         assert run(file, out) == 2
     assert "another import into" in capsys.readouterr().err
     assert sorted(out.rglob("*")) == before
+
+
+def test_what_a_network_does_not_need_is_left_out(arrays, tmp_path, capsys):
+    """As the message advises, if there is nothing else wrong."""
+    tensors = arrays | {"aux head.weight": np.ones(3, np.float32), "x+y": np.ones(3, np.complex64)}
+    file, names = tmp_path / "file.safetensors", tmp_path / "names"
+    safetensors.numpy.save_file(tensors, file)
+    lines = []
+    while run(file, tmp_path / "out", *([f"--names={names}"] if lines else [])):
+        line = capsys.readouterr().err
+        assert "unknown: " in line
+        lines.append(line.partition("a line such as '")[2].partition("' for each")[0])
+        names.write_text("\n".join(lines))
+        assert len(lines) <= 2
+    assert {"aux head.weight", "x+y"} <= set(json.loads((tmp_path / "out" / "import.json").read_text())["unused"])
+
+
+def test_a_known_checkpoint_of_another_model(arrays, tmp_path, capsys, monkeypatch):
+    file = write_zip(tmp_path / "file.pth", *torch_files.state_dict(arrays))
+    known = types.SimpleNamespace(model="resnet20")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(checkpoints, "known_checkpoints", lambda: {digest: known})
+    assert run(file, tmp_path / "out") == 2
+    assert "file.pth holds a resnet20, as it is a known checkpoint: leave out --model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_verification_on_images_of_another_size(tmp_path, capsys):
+    module = create_model("deit_tiny", num_classes=10, settings={"depth": 1})
+    file = tmp_path / "vit.safetensors"
+    safetensors.numpy.save_file(to_torch(module, random_variables(module), batches=0), file)
+    for number in range(10):
+        for split in ("train", "test"):
+            (tmp_path / "images" / split / str(number)).mkdir(parents=True)
+            for count, side in enumerate((50, 60)):
+                Image.new("RGB", (side, 48)).save(tmp_path / "images" / split / str(number) / f"{count}.png")
+    arguments = ["--model=deit_tiny", "--num_classes=10", "--mean=0.5", "--std=0.5", "--verify=image_folder"]
+    arguments = ["import_torch", str(file), *arguments, f"--path={tmp_path / 'images'}"]
+    assert main([*arguments, f"--out={tmp_path / 'a'}", "--size=24,24"]) == 2
+    assert "vit.safetensors does not work with images of shape (24, 24, 3)" in capsys.readouterr().err
+    assert main([*arguments, f"--out={tmp_path / 'a'}", "--size=32,32"]) == 0
+    assert "image_folder, 20 test images: top-1" in capsys.readouterr().out
 
 
 def test_network_must_be_named_or_known(arrays, tmp_path, capsys):
