@@ -45,6 +45,7 @@ def distill(
     students: Mapping[str, Student] | None = None,
     losses: Mapping[str, Any] | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    trainable: Callable[[tuple[str, ...]], bool] | None = None,
     train: tuple[np.ndarray, np.ndarray] | Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]],
     test: tuple[np.ndarray, np.ndarray],
     validation: tuple[np.ndarray, np.ndarray] | None = None,
@@ -60,10 +61,10 @@ def distill(
     schedule: Callable[[Any], Any] | None = None,
     ema: float | None = None,
     accumulation_steps: int = 1,
-    mean: Sequence[float] = (0.0,),
-    std: Sequence[float] = (1.0,),
-    teacher_mean: Sequence[float] | None = None,
-    teacher_std: Sequence[float] | None = None,
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
+    teacher_mean: float | Sequence[float] | None = None,
+    teacher_std: float | Sequence[float] | None = None,
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
     mix: Mix | None = None,
     categories: Sequence[str] | None = None,
@@ -90,7 +91,10 @@ def distill(
         the same batches, which pass through the teacher once for all; each becomes what it would become alone.
       losses: {name: weight, or settings with a "weight" (1 if left out), or a custom loss}; see
         `training.objective.Objective`.
-      optimizer: Optimizer, such as `optax.adamw(1e-3)`.
+      optimizer: Optimizer, such as `optax.adamw(1e-3)`. Masks and labels that are given to optax see the tree
+        {"network": parameters of the network, "losses": {name: parameters of the loss}}.
+      trainable: Function of the path of a parameter of the network, such as ("encoder", "Conv_0", "kernel"), that
+        returns whether it is trained; None trains all.
       train: Images [N, H, W, C] and labels: int [N]; 0 and 1 [N, K] if an image has any number of classes; or None for
         losses that read none. uint8 images are divided by 255 and normalized by `mean` and `std`; floats are used
         unchanged. Or a function from an epoch number, counted from 0, to an iterable of such batches, such as a data
@@ -109,20 +113,22 @@ def distill(
       student_variables: Variables that the student starts from (fine-tuning); None for fresh ones, or for those of an
         nnx module.
       epochs: Number of epochs.
-      batch_size: Number of images in a batch, over all devices.
-      drop_last: Whether the last, smaller batch of an epoch is left out.
+      batch_size: Number of images in a batch, over all devices; not read if `train` is a function.
+      drop_last: Whether the last, smaller batch of an epoch is left out; not read if `train` is a function.
       seed: Seed of the weights, the order of the images, the augmentation and dropout.
       schedule: Learning rate as a function of the number of updates, for the log; it is already part of the optimizer.
       ema: Decay of an exponential moving average of the variables of the student, which is then evaluated and returned;
         None keeps none.
       accumulation_steps: Number of micro-batches that a batch is divided into, to save memory. An update sees all
         `batch_size` images; batch normalization, and losses that relate images to each other, see micro-batches.
-      mean: Mean of the pixels in [0, 1], per channel or one for all.
-      std: Standard deviation of the pixels in [0, 1], per channel or one for all.
+      mean: Mean of the pixels in [0, 1], per channel or one for all. It needs uint8 images.
+      std: Standard deviation of the pixels in [0, 1], per channel or one for all. It needs uint8 images.
       teacher_mean: Mean of the normalization that the teacher was trained with; None for that of the student. It needs
         uint8 images.
       teacher_std: Standard deviation of that normalization; None for that of the student. It needs uint8 images.
-      augment: Function of images as they are in `train`, a key and the positions of the images in the global batch.
+      augment: Function of images [B, H, W, C] as they are in `train`, a key, and the positions of the images in the
+        global batch, int [B], with which each image can get random numbers of its own. It returns images of the same
+        shape and dtype, before `mean` and `std` are applied.
       mix: Function that mixes the images of a batch with each other, such as `cskd_jax.Mix(mixup=0.2)`; None leaves
         them unchanged.
       categories: Names of the classes by label; "0", "1", ... by default.
@@ -150,6 +156,7 @@ def distill(
       DivergedError: A loss or gradient is not finite. With several students, the others are trained to the end first,
         and `results` of the error holds their results.
     """
+    _check_kinds(student_features=student_features, teacher_features=teacher_features, callbacks=callbacks, mix=mix)
     several = students is not None
     paths = student_features, student_embedding, student_head
     students = _as_students(students, student, student_variables, paths, losses, optimizer, schedule, ema)
@@ -170,7 +177,7 @@ def distill(
             students,
             teachers,
             data=data,
-            phases=[Phase(epochs)],
+            phases=[Phase(epochs, trainable=trainable)],
             seed=seed,
             sampler=sampler,
             normalize=normalize if data.image_dtype == np.uint8 else None,
@@ -192,13 +199,25 @@ def distill(
             described = isinstance(teacher, list | tuple | Teacher)
             settings |= _describe_teachers(teachers, combine_teachers) if described else {}
             settings |= _describe_students(students, several) | ({"mix": _describe_mix(mix)} if mix else {})
-            trainer.say(_claim(workdir, settings, students))
+            trainer.say(_claim(workdir, settings, students, trainer))
         with contextlib.nullcontext() if workdir is None else StopRequest(owns_process=False) as stop:
             results = trainer.fit(stop)
             if workdir is not None:
                 entries = {name: describe_result(trainer.describe(name), result) for name, result in results.items()}
                 write_finite(workdir / RESULTS, entries)
     return results if several else results[_STUDENT]
+
+
+def _check_kinds(student_features, teacher_features, callbacks, mix):
+    """Raises UserError for arguments of the wrong kind, which would otherwise be noticed late, or not at all."""
+    for name, paths in (("student_features", student_features), ("teacher_features", teacher_features)):
+        if isinstance(paths, str):
+            raise UserError(f"{name} is {paths!r}; it must be a list of paths, such as [{paths!r}]")
+    is_list = callbacks is None or isinstance(callbacks, Sequence)
+    if not is_list or not all(isinstance(callback, Callback) for callback in callbacks or ()):
+        raise UserError("callbacks must be a list of instances of cskd_jax.Callback, such as [cskd_jax.Console()]")
+    if mix is not None and not callable(mix):
+        raise UserError(f"mix is {mix!r}; it must be a function that mixes images, such as cskd_jax.Mix(mixup=0.2)")
 
 
 def _as_students(students, student, variables, paths, losses, optimizer, schedule, ema) -> Mapping[str, Student]:
@@ -220,7 +239,8 @@ def _as_students(students, student, variables, paths, losses, optimizer, schedul
             f"{given[0]} applies to a single student: with students={{...}}, give it to each Student, or to the "
             "LinenNetwork(module, ...) of that Student"
         )
-    if not students or not all(isinstance(student, Student) for student in students.values()):
+    named = isinstance(students, Mapping) and len(students) > 0
+    if not named or not all(isinstance(student, Student) for student in students.values()):
         raise UserError("students must be {name: Student(network, losses, optimizer)}, with at least one entry")
     allowed = re.compile(r"(?!tensorboard$)[A-Za-z0-9][A-Za-z0-9._+-]*")
     wrong = [name for name in students if not allowed.fullmatch(name)]
@@ -268,14 +288,21 @@ def _make_normalizations(data, mean, std, teacher_mean, teacher_std):
     normalize = _make_normalize(data, mean, std)
     own_mean, own_std = mean if teacher_mean is None else teacher_mean, std if teacher_std is None else teacher_std
     own = _make_normalize(data, own_mean, own_std, "teacher_")
-    if data.image_dtype != np.uint8 and not own.is_same(normalize):
-        raise UserError("teacher_mean and teacher_std need uint8 images; float images are used as they are")
+    for name, given in (("", normalize), ("teacher_", own)):
+        if data.image_dtype != np.uint8 and not given.is_same(Normalize()):
+            raise UserError(f"{name}mean and {name}std need uint8 images; float images are used as they are")
     return normalize, own
 
 
-def _make_normalize(data: ImageDataset, mean: Sequence[float], std: Sequence[float], name: str = "") -> Normalize:
+def _make_normalize(data: ImageDataset, mean: Any, std: Any, name: str = "") -> Normalize:
     """Returns a normalization; raises UserError for one that does not fit the images."""
-    return Normalize(tuple(map(float, mean)), tuple(map(float, std))).checked(data.image_shape[-1], name)
+    try:
+        means, deviations = (tuple(map(float, np.atleast_1d(values))) for values in (mean, std))
+    except (TypeError, ValueError):
+        raise UserError(f"{name}mean and {name}std must be numbers, or one number per channel") from None
+    if any(value > 1 for value in means):
+        raise UserError(f"{name}mean is {means}; it must be that of pixels in [0, 1]: divide it by 255")
+    return Normalize(means, deviations).checked(data.image_shape[-1], name)
 
 
 def _as_teachers(teacher, variables, paths, own) -> Sequence[Teacher]:
@@ -306,7 +333,10 @@ def _as_teachers(teacher, variables, paths, own) -> Sequence[Teacher]:
     network = as_network(teacher, *paths)
     variables = network.variables if variables is None else variables
     if variables is None:
-        raise UserError("a teacher needs teacher_variables, such as the variables of an earlier result")
+        raise UserError(
+            "a teacher needs teacher_variables, such as the variables of an earlier result, or {} for a function that "
+            "needs none"
+        )
     return [Teacher(network, variables, normalization=own)]
 
 
@@ -357,8 +387,8 @@ def _describe_loss(entry):
     return getattr(entry, "__qualname__", type(entry).__qualname__)
 
 
-def _claim(workdir, identity, students):
-    """Claims the workdir for these settings and students; returns a message about it.
+def _claim(workdir, identity, students, trainer):
+    """Claims the workdir for these settings, students and their trainer; returns a message about it.
 
     Raises:
       UserError: The workdir holds checkpoints of other settings, or of something else.
@@ -373,6 +403,7 @@ def _claim(workdir, identity, students):
     found = read_json(path)
     different = sorted(key for key in identity.keys() | found.keys() if found.get(key) != identity.get(key))
     if different == ["epochs"] and is_count(found.get("epochs")) and found["epochs"] < identity["epochs"]:
+        trainer.check_workdir()  # A run that cannot be extended must remain as it is.
         (workdir / RESULTS).unlink(missing_ok=True)
         for name in students:
             mark_unfinished(workdir / name / FOLDER)

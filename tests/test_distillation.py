@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import cskd_jax
 from cskd_jax.__main__ import main
@@ -29,6 +30,7 @@ from tests.tiers import chosen
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.normal(size=(24, 4, 4, 1)).astype(np.float32), np.arange(24) % 3
 TRAIN, TEST = (IMAGES[:16], LABELS[:16]), (IMAGES[16:], LABELS[16:])
+UINT8 = {split: ((255 * (IMAGES > 0)).astype(np.uint8), LABELS) for split in ("train", "test")}
 QUIET = {"train": TRAIN, "test": TEST, "batch_size": 8, "epochs": 2, "callbacks": (), "devices": 1}
 
 
@@ -141,6 +143,69 @@ def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
     assert "cannot be compared with those of the earlier run" in output
     distill(Net(), workdir=tmp_path, callbacks=[cskd_jax.Console()], epochs=3)
     assert f"workdir {tmp_path}: resuming; " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_extension_that_is_refused_changes_nothing(tmp_path):
+    expected = distill(Net(), workdir=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    with pytest.raises(UserError, match="the arrays of the checkpoint do not match"):
+        distill(Net(), workdir=tmp_path, epochs=3, optimizer=optax.sgd(0.1, momentum=0.9))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    assert_equal(distill(Net(), workdir=tmp_path).variables, expected.variables)
+
+
+@pytest.mark.slow
+def test_a_loaded_student_is_the_one_that_was_trained(tmp_path):
+    distill(Net(), workdir=tmp_path, epochs=1)
+    for other in nn.Dense(3), nnx.Linear(1, 3, rngs=nnx.Rngs(0)):
+        with pytest.raises(UserError, match="student does not hold this network: params/bias is nothing instead"):
+            cskd_jax.load_run(tmp_path, student=other)
+
+
+class NnxNet(nnx.Module):
+    def __init__(self):
+        self.head = nnx.Linear(16, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.head(x.reshape(len(x), -1))
+
+
+@pytest.mark.slow
+def test_a_loaded_nnx_module_holds_its_variables(tmp_path):
+    result = distill(NnxNet(), workdir=tmp_path, epochs=1)
+    logits = cskd_jax.load_run(tmp_path, student=NnxNet()).network(IMAGES)
+    kernel, bias = (result.variables["params"]["head"][name] for name in ("kernel", "bias"))
+    np.testing.assert_allclose(logits, IMAGES.reshape(24, 16) @ kernel + bias, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_parameters_that_are_not_trained():
+    frozen, free = (
+        distill(Net(), epochs=1, trainable=trainable) for trainable in (lambda path: path[0] == "head", None)
+    )
+    before = distill(Net(), epochs=1, optimizer=optax.sgd(0.0)).variables["params"]
+    assert_equal(frozen.variables["params"]["hidden"], before["hidden"])
+    for result, name in (frozen, "head"), (free, "hidden"):
+        assert not np.array_equal(result.variables["params"][name]["kernel"], before[name]["kernel"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_a_teacher_in_float32_with_64_bit_types():
+    """As other people's modules are."""
+    with jax.enable_x64(False):
+        teacher = distill(Net(), epochs=1).variables
+    result = distill(Net(), teacher=Net(), teacher_variables=teacher, losses={"kd": 1.0}, epochs=1)
+    assert np.isfinite(result.last["loss"])
+
+
+@pytest.mark.slow
+def test_a_teacher_that_no_loss_reads_is_mentioned(capsys):
+    teacher = {"teacher": Net(), "teacher_variables": distill(Net(), epochs=1).variables}
+    for losses, count in ({"cross_entropy": 1.0}, 1), ({"kd": 1.0}, 0):
+        distill(Net(), losses=losses, epochs=1, callbacks=[cskd_jax.Console()], **teacher)
+        assert capsys.readouterr().out.count("no loss reads the teacher: it is not used") == count
 
 
 @pytest.mark.slow
@@ -374,6 +439,33 @@ def test_a_description_that_could_not_be_read_again(tmp_path):
         ({"batch_size": 32}, "batch_size is 32; it must not be more than the 16 training examples"),
         ({"epochs": 0}, "epochs is 0; it must be an integer, at least 1"),
         ({"student_features": ["hiden"]}, "Net has no output at path 'hiden'; the nearest are hidden"),
+        ({"student_features": "hidden"}, r"student_features is 'hidden'; it must be a list of paths, such as \['hidd"),
+        ({"callbacks": cskd_jax.Console()}, "callbacks must be a list of instances of cskd_jax.Callback"),
+        ({"callbacks": [print]}, "callbacks must be a list of instances of cskd_jax.Callback"),
+        ({"mix": 0.2}, "mix is 0.2; it must be a function"),
+        ({"mean": 0.5}, "mean and std need uint8 images; float images are used as they are"),
+        ({"mean": "a"}, "mean and std must be numbers"),
+        ({"mean": [128], **UINT8}, r"mean is \(128.0,\); it must be that of pixels in \[0, 1\]: divide it by 255"),
+        ({"train": ([(IMAGES, LABELS), (IMAGES[:3], LABELS)], LABELS[:2])}, "train images are a list that is no array"),
+        ({"train": (np.full_like(IMAGES, np.nan), LABELS)}, "train images hold values that are not finite"),
+        ({"test": (IMAGES, None)}, "test needs labels, which measure the students"),
+        ({"train": (IMAGES, LABELS + 2**32)}, "train labels are from 4294967296 to 4294967298"),
+        ({"train": (IMAGES, LABELS + 1), "test": (IMAGES, LABELS + 1)},
+         r"the data have 4 classes, so it must be \(2, 4\) \(the largest label is 3; .* categories\), and no training"),
+        ({"train": (IMAGES, np.eye(3)[LABELS]), "test": (IMAGES, np.eye(3)[LABELS])},
+         r"images have any number of classes .*; if each image has one class, give labels \[N\], such as labels.argm"),
+        ({"student": Net().bind({})}, r"the Net is bound to variables, .*: give module.unbind\(\)\[0\]"),
+        ({"augment": lambda images: images}, "augment: .*takes 1 positional argument"),
+        ({"losses": {"cskd": 1.0}}, r"cskd is a method, whose losses are cskd_jax.configs.methods.losses\('cskd'\)"),
+        ({"losses": {"kd": {"temperature": "4"}}}, "losses.kd.temperature is '4'; it must be a number greater than 0"),
+        ({"losses": {"kd": {"standardize": "no"}}}, "losses.kd.standardize is 'no'; it must be true or false"),
+        ({"losses": {"ctkd": {"variant": "KD"}}}, r"losses.ctkd.variant is 'KD'; did you mean kd\?"),
+        ({"losses": {"srd": {"variant": "diff"}}}, r"losses.srd.variant is 'diff'; did you mean difference\?"),
+        ({"losses": {"kd": cskd_jax.LOSSES["kd"](num_classes=3, temperature=-1.0)}}, "losses.kd.temperature is -1.0"),
+        ({"losses": {"kd": {"warmup_epochs": 1.5}}}, "losses.kd.warmup_epochs is 1.5; it must be an integer"),
+        ({"losses": {"kd": {"start_epoch": -3}}}, "losses.kd.start_epoch is -3; it must be an integer from 0"),
+        ({"losses": {"mine": lambda inputs: inputs.teacher.logits}}, "losses.mine: AttributeError: 'NoneType' object"),
+        ({"losses": {"mine": lambda student, teacher: 0.0}}, "losses.mine: TypeError: .* missing 1 required"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_anything_compiles(settings, message):

@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.report.runs import Run
-from cskd_jax.runs import document, keys, rules, schema
+from cskd_jax.runs import document, keys, schema
 from cskd_jax.runs.loss_keys import loss_keys
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.workdir import check_workdir, identify, run_config
+from cskd_jax.training import rules
 from tests.conftest import ROOT
 
 OLD_RECIPE = ROOT / "tests" / "fixtures" / "old_recipe" / "cifar100.py"

@@ -9,6 +9,8 @@ import numpy as np
 from cskd_jax.data.types import NO_LABEL, ImageDataset, Split
 from cskd_jax.errors import UserError
 
+_NAME = "arrays"
+
 
 def from_arrays(
     train: tuple[np.ndarray, np.ndarray],
@@ -44,7 +46,21 @@ def from_arrays(
     labeled = splits[1:] if np.all(splits[0].labels == NO_LABEL) else splits
     if len(names) < count or any(split.labels.min() < 0 for split in labeled):
         raise UserError(f"labels must be from 0 to {len(names) - 1}, the number of classes minus 1")
-    return ImageDataset("arrays", splits[0], splits[1], names, splits[2] if validation is not None else None)
+    return ImageDataset(_NAME, splits[0], splits[1], names, splits[2] if validation is not None else None)
+
+
+def how_counted(data: ImageDataset) -> str:
+    """Returns a hint about the number of classes if it was counted from labels, and otherwise an empty text."""
+    labels, counted = data.train.labels, tuple(map(str, range(data.num_classes)))
+    if data.name != _NAME or data.categories != counted or data.multilabel:
+        return ""
+    hint = f" (the largest label is {data.num_classes - 1}; if there are more classes, name them all in categories)"
+    return hint + (", and no training image has label 0" if labels.min() > 0 else "")
+
+
+def is_one_hot(labels: np.ndarray) -> bool:
+    """Returns whether every row of multi-label labels [N, K] has exactly one class."""
+    return bool(np.all(labels.sum(1) == 1) and np.all((labels == 0) | (labels == 1)))
 
 
 def _shape_of(array):
@@ -60,8 +76,13 @@ def make_split(name: str, images: Any, labels: Any) -> Split:
       images: Images [N, H, W, C], uint8 or floats, which become float32.
       labels: Labels, integers [N] or numbers [N, K]; None for a training split without labels.
     """
-    images = np.asarray(images)
-    labels = np.full(len(images), NO_LABEL) if labels is None and name == "train" else np.asarray(labels)
+    try:
+        images = np.asarray(images)
+    except ValueError:  # It is a list of images of several sizes, or of pairs.
+        raise UserError(f"{name} images are a {type(images).__name__} that is no array [N, H, W, C]") from None
+    if labels is None and name != "train":
+        raise UserError(f"{name} needs labels, which measure the students; only training images may have none")
+    labels = np.full(len(images), NO_LABEL) if labels is None else np.asarray(labels)
     if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not len(images):
         raise UserError(
             f"{name} must be images [N, H, W, C] and labels [N] or [N, K]; got shapes {images.shape} and {labels.shape}"
@@ -70,6 +91,8 @@ def make_split(name: str, images: Any, labels: Any) -> Split:
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(f"{name} images are {images.dtype}; they must be uint8 or floats")
         images = images.astype(np.float32)
+        if not (np.isfinite(images.min()) and np.isfinite(images.max())):
+            raise UserError(f"{name} images hold values that are not finite")
     if labels.ndim == 2 and labels.shape[1] < 2:
         raise UserError(f"{name} labels have shape {labels.shape}; with one class per image, it must be [N]")
     if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):

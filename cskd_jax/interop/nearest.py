@@ -37,14 +37,10 @@ class _Network(NamedTuple):
     channels: int | None
 
     @property
-    def is_classifier(self) -> bool:
-        """Returns whether its head, if it has one, tells at least two classes apart."""
-        return self.classes is not None and self.classes > 1
-
-    @property
     def flags(self) -> str:
         flags = {"model": self.name, "width": None if self.width == 1 else f"{self.width:g}"}
-        flags |= {"num_classes": self.classes if self.is_classifier else None}
+        # A network has no head, or one for two classes and more.
+        flags |= {"num_classes": None if self.classes in (None, 0, 1) else self.classes}
         flags |= {"channels": None if self.channels == 3 else self.channels}
         return " ".join(f"--{flag}={value}" for flag, value in flags.items() if value is not None)
 
@@ -150,7 +146,7 @@ def _equal(shape: tuple[int, ...], known: tuple[int, ...]) -> bool:
 
 def _fits(network: _Network, tensors: Mapping[str, np.ndarray]) -> bool:
     """Returns whether tensors can be imported as a network."""
-    if not network.is_classifier or network.channels is None:
+    if network.classes is None or network.classes < 2 or network.channels is None:
         return False
     module = create_model(network.name, num_classes=network.classes, width=network.width, settings=network.settings)
     shapes = expected_shapes(module, network.channels)

@@ -36,6 +36,11 @@ class ContrastMemory(NamedTuple):
 
 def new_contrast_memory(key: jax.Array, num_examples: int, embedding_size: int, dtype=jnp.float32) -> ContrastMemory:
     """Returns the memory before the first step; raises ValueError if there are fewer than two samples to contrast."""
+    if num_examples == 0:
+        raise ValueError(
+            "crd keeps a memory of the training images, in which batches that a function makes have no positions: give "
+            "arrays as train"
+        )
     if num_examples < 2:
         raise ValueError(f"crd contrasts the examples of a training split: it needs at least 2, got {num_examples}")
     student, teacher = normalize(jax.random.normal(key, (2, num_examples, embedding_size), dtype))

@@ -4,7 +4,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import ml_collections
-from flax import linen as nn
 
 from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder
@@ -17,7 +16,8 @@ from cskd_jax.runs.trained import normalization_of
 from cskd_jax.runs.workdir import default_workdir
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.checkpoint import load_variables
-from cskd_jax.training.prediction import PredictingModule, PredictingNetwork, restore_prediction
+from cskd_jax.training.prediction import PredictingModule, PredictingNetwork, restore_prediction, without_prediction
+from cskd_jax.training.state import check_variables
 from cskd_jax.training.teachers import Teacher
 
 
@@ -27,12 +27,12 @@ class LoadedRun(NamedTuple):
     Attributes:
       network: The student, a linen module: `network.apply(variables, images, train=False)`, for images that are
         normalized like those of the run. If the method replaces the prediction of the student, as simkd does, the
-        module predicts like that method.
+        module predicts like that method. An nnx module holds the variables: `network(images)`.
       variables: Its variables, numpy arrays.
       results: Content of results.json; empty if the run is not done.
     """
 
-    network: nn.Module
+    network: Any
     variables: dict[str, Any]
     results: dict[str, Any]
 
@@ -70,15 +70,16 @@ def run(recipe: str | ml_collections.ConfigDict, workdir: str | pathlib.Path | N
     return load_run(workdir)
 
 
-def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> LoadedRun:
+def load_run(workdir: str | pathlib.Path, student: Any = None) -> LoadedRun:
     """Returns the student of a run, from its newest checkpoint, and its results.
 
     Args:
       workdir: Folder of the run, or of a `distill` call.
-      student: Module that was trained, if it is not part of this package.
+      student: Linen module or nnx module that was trained, if it is not part of this package.
 
     Raises:
-      UserError: There is no such run, or its network is not one of this package and `student` is not given.
+      UserError: There is no such run, its network is not one of this package and `student` is not given, or `student`
+        has other variables.
     """
     workdir = local_folder(workdir)
     saved = load_variables(str(workdir / "student"))
@@ -88,9 +89,14 @@ def load_run(workdir: str | pathlib.Path, student: nn.Module | None = None) -> L
         except UserError as error:
             raise UserError(f"{workdir}: {error}") from None
         student = create_model(**network, num_classes=saved.num_classes)
-    predicting = restore_prediction(as_network(student), saved.variables, saved.record, str(workdir))
+    network: Any = as_network(student)
+    shape = (*saved.record.images["size"], saved.record.channels)
+    check_variables(network, without_prediction(saved.variables), shape, str(workdir / "student"))
+    predicting = restore_prediction(network, saved.variables, saved.record, str(workdir))
     if isinstance(predicting, PredictingNetwork):
         student = PredictingModule(predicting)
+    elif hasattr(network, "with_variables"):
+        student = network.with_variables(saved.variables)
     results = workdir / RESULTS
     return LoadedRun(student, saved.variables, read_json(results) if results.exists() else {})
 

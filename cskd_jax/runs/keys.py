@@ -8,7 +8,7 @@ from typing import Any
 
 from cskd_jax.models import MODELS
 from cskd_jax.models.vision_transformer import VISION_TRANSFORMER_SETTINGS, VisionTransformer
-from cskd_jax.runs import rules
+from cskd_jax.training import rules
 
 # The default of a key that every recipe must set.
 REQUIRED = object()

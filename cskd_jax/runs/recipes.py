@@ -185,7 +185,8 @@ def override(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_coll
     Raises:
       UserError: A key is unknown, or a value is not of its type.
     """
-    from cskd_jax.runs import rules, schema
+    from cskd_jax.runs import schema
+    from cskd_jax.training import rules
 
     known = schema.flatten(config)
     for argument in overrides:

@@ -17,9 +17,10 @@ from cskd_jax.files import full_path
 from cskd_jax.inputs import is_number, is_text, read_json
 from cskd_jax.losses import LOSSES
 from cskd_jax.models import MODELS, check_settings
-from cskd_jax.runs import keys, rules
+from cskd_jax.runs import keys
 from cskd_jax.runs.keys import REQUIRED, Key
 from cskd_jax.runs.loss_keys import LOSS_TEACHER, loss_keys, weight_keys
+from cskd_jax.training import rules
 from cskd_jax.training.objective import AVERAGE, Weight, needs_teacher
 
 

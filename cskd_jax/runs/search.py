@@ -11,11 +11,12 @@ import ml_collections
 from cskd_jax.console import say
 from cskd_jax.errors import UserError
 from cskd_jax.files import csv_text, write_text
-from cskd_jax.runs import recipes, rules, schema
+from cskd_jax.runs import recipes, schema
 from cskd_jax.runs.grid import Run, check_workdirs, concerns, concerns_none, make_grid
 from cskd_jax.runs.keys import indifferent
 from cskd_jax.runs.results import RESULTS, read_validation
 from cskd_jax.runs.workdir import describe_changes
+from cskd_jax.training import rules
 from cskd_jax.training.metrics import task_that_measured
 
 FOLDER, TABLE = "search", "search.csv"

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+from cskd_jax.errors import UserError
 from cskd_jax.models import ModelOutput
 from cskd_jax.training.layers import CLASSIFIER
 from cskd_jax.training.networks import Network, Variables, as_output, make_rngs
@@ -241,8 +242,14 @@ def as_network(
 
     Raises:
       TypeError: The module is none of these, or paths are given for a network that is not a linen module.
+      UserError: A linen module is bound to variables.
     """
     heads: dict[str, Any] = {} if head is None else {"head": head}
+    if isinstance(module, nn.Module) and module.scope is not None:
+        raise UserError(
+            f"the {type(module).__name__} is bound to variables, with which training would not start: give "
+            "module.unbind()[0], and the variables as student_variables or teacher_variables"
+        )
     if isinstance(module, nn.Module):
         return LinenNetwork(module, tuple(features), embedding, **heads)
     if isinstance(module, LinenNetwork):

@@ -319,6 +319,6 @@ class Meter:
             # Terms (LOSS/TERM) locate the cause better than losses do, and losses better than the total.
             culprit = max(wrong, key=lambda name: (name.count("/"), name != "loss"))
             raise DivergedError(
-                f"{self._start.student}: {culprit} is {values[culprit]} at step {step}; the last checkpoint is kept; "
-                "a lower learning rate may help"
+                f"{self._start.student}: {culprit} is {values[culprit]} at step {step}; checkpoints saved before are "
+                "kept; a lower learning rate may help"
             )

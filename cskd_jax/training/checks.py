@@ -3,12 +3,16 @@
 import numpy as np
 
 from cskd_jax.data import ImageDataset
+from cskd_jax.data.arrays import is_one_hot
 from cskd_jax.data.batches import EpochBatches, Sampler
 from cskd_jax.data.photographs import MOST_SUMMED
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.setup import Setup
+
+# What a caller may have meant who gives labels [N, K].
+_ONE_HOT = "; if each image has one class, give labels [N], such as labels.argmax(1)"
 
 
 def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) -> None:
@@ -39,9 +43,10 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
     if wrong:
         fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]
         kind = "any number of classes (multi-label)" if data.multilabel else "one class"
+        one_hot = data.multilabel and is_one_hot(data.train.labels) and is_one_hot(data.test.labels)
         raise UserError(
             f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: methods for "
-            f"such labels are {', '.join(sorted(fitting))}"
+            f"such labels are {', '.join(sorted(fitting))}" + (_ONE_HOT if one_hot else "")
         )
     if data.unlabeled:
         _check_unlabeled(objective)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,9 +10,11 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from cskd_jax.configs.methods import METHODS, MULTILABEL_METHODS
 from cskd_jax.errors import UserError, meant
 from cskd_jax.losses import LOSSES, LossInputs, Method, gather_batch, half_cosine
 from cskd_jax.models import ModelOutput
+from cskd_jax.training import rules
 from cskd_jax.training.layers import Layers
 from cskd_jax.training.outputs import Outputs, guard, with_teacher
 
@@ -27,9 +28,9 @@ _SET_BY_OBJECTIVE = {"num_classes", "axis_name", "num_examples", "batch_size", "
 AVERAGE = "average"
 
 
-def hyperparameters(name: str) -> dict[str, dataclasses.Field]:
-    """Returns the hyperparameters of loss `name` of `LOSSES` by name, not including the fields of `Weight`."""
-    return {f.name: f for f in dataclasses.fields(LOSSES[name]) if f.name not in _SET_BY_OBJECTIVE}
+def hyperparameters(loss: type[Method]) -> dict[str, dataclasses.Field]:
+    """Returns the hyperparameters of a loss by name, not including the fields of `Weight`."""
+    return {field.name: field for field in dataclasses.fields(loss) if field.name not in _SET_BY_OBJECTIVE}
 
 
 def needs_teacher(losses: Any) -> bool:
@@ -85,6 +86,16 @@ class Weight:
         return weight
 
 
+# What the fields of `Weight` may be.
+WEIGHT_RULES = {
+    "weight": rules.NOT_NEGATIVE,
+    "start_epoch": rules.integer(0),
+    "end_epoch": rules.optional(rules.integer(1)),
+    "warmup_epochs": rules.integer(0),
+    "decay_epoch": rules.optional(rules.integer(0)),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """total = sum over the losses of weight * loss.
@@ -124,7 +135,7 @@ class Objective:
           steps_per_epoch: Number of steps in an epoch, for weights that change.
 
         Raises:
-          UserError: A loss or one of its settings is unknown.
+          UserError: A loss or one of its settings is unknown, or a setting has a value that it cannot have.
         """
         if not hasattr(losses, "items"):
             raise UserError(f"losses is {losses!r}; it must be a dictionary of losses, such as {{'kd': 0.9}}")
@@ -240,7 +251,8 @@ class Objective:
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             with _naming(name):
                 seen = with_teacher(inputs, loss.teacher)._replace(epoch=jnp.maximum(epoch - weight.start_epoch, 0))
-                (value, parts), updated = loss.apply(variables, seen, mutable=["memory"])
+                found, updated = loss.apply(variables, seen, mutable=["memory"])
+            value, parts = found if isinstance(found, tuple) else (found, {})
             _check_scalars(name, value, parts)
             total += self._weigh(weight, value, step)
             terms[name] = value
@@ -292,8 +304,8 @@ class FunctionLoss(Method):
     function: Callable[[LossInputs], Any] | None = None
     needs_teacher = False
 
-    def __call__(self, inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the value and the terms of the loss of the global batch."""
+    def __call__(self, inputs: LossInputs) -> Any:
+        """Returns what the function returns for the global batch."""
 
         def gather(x):
             return gather_batch(x, self.axis_name)
@@ -311,24 +323,27 @@ class FunctionLoss(Method):
             mixed=jax.tree.map(gather, inputs.mixed),
         )
         assert self.function is not None
-        value = self.function(inputs)
-        return value if isinstance(value, tuple) else (value, {})
+        return self.function(inputs)
 
 
 def as_settings(entry: Any) -> dict[str, Any]:
     """Returns the entry of a loss in `Objective.create` as a dictionary with Python numbers."""
     if isinstance(entry, Mapping) or hasattr(entry, "to_dict"):
-        return {key: value.item() if isinstance(value, np.generic) else value for key, value in entry.items()}
-    if isinstance(entry, np.generic):
-        entry = entry.item()
+        return {key: _as_python(value) for key, value in entry.items()}
+    entry = _as_python(entry)
     return {"weight": entry} if isinstance(entry, int | float) else {"loss": entry}
+
+
+def _as_python(value):
+    """Returns a Python number for a scalar of NumPy or JAX, and anything else as it is."""
+    return value.item() if isinstance(value, np.generic | jax.Array) and value.ndim == 0 else value
 
 
 def _create_weight(name, settings):
     """Returns the weight of a loss; raises UserError if its settings make no sense."""
     weight = Weight(**{"weight": 1.0} | settings)
-    if not isinstance(weight.weight, int | float) or not 0 <= weight.weight < math.inf:
-        raise UserError(f"losses.{name}.weight is {weight.weight!r}; it must be a non-negative number")
+    for field, rule in WEIGHT_RULES.items():
+        rules.check(f"losses.{name}.{field}", getattr(weight, field), rule)
     if weight.wrong:
         raise UserError(f"losses.{name}.{weight.wrong}")
     return weight
@@ -346,9 +361,11 @@ def _number_of_teacher(name, teacher):
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Returns a context in which a ValueError names the loss that raised it."""
+    """Returns a context in which an error names the loss that raised it."""
     try:
         yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"losses.{name}: {type(error).__name__}: {error}") from error
     except ValueError as error:
         raise ValueError(f"losses.{name}: {error}") from error
 
@@ -367,23 +384,35 @@ def _create_loss(name, loss, hyper, common):
     """Returns the module of a loss, from its name or as given."""
     if loss is None:
         if name not in LOSSES:
+            if name in (*METHODS, *MULTILABEL_METHODS):
+                words = f"cskd_jax.configs.methods.losses('{name}')"
+                raise UserError(f"losses.{name} is unknown; {name} is a method, whose losses are {words}")
             known = f"give a function or a Method, or use one of {', '.join(sorted(LOSSES))}"
             raise UserError(f"losses.{name} is unknown; {meant(name, LOSSES) or known}")
         loss = LOSSES[name]
     if isinstance(loss, type) and issubclass(loss, Method):
-        allowed = {field.name for field in dataclasses.fields(loss)} - _SET_BY_OBJECTIVE
+        allowed = {*hyperparameters(loss)}
         unknown = sorted(hyper.keys() - allowed)
         if unknown:
             allowed |= {field.name for field in dataclasses.fields(Weight)}
             allowed |= {"teacher"} if loss.needs_teacher else set()
             known = f"it has {', '.join(sorted(allowed))}"
             raise UserError(f"losses.{name} has no setting {unknown[0]}; {meant(unknown[0], allowed) or known}")
-        return loss(**common, **hyper)
+        return _checked(name, loss(**common, **hyper))
     if hyper:
         raise UserError(f"losses.{name} takes only the settings of its weight; got {', '.join(sorted(hyper))}")
     if isinstance(loss, Method):
         own = {} if common["teacher"] is not None else {"teacher": _number_of_teacher(name, loss.teacher)}
-        return loss.clone(**common | own)
+        return _checked(name, loss.clone(**common | own))
     if callable(loss):
         return FunctionLoss(**common, function=loss)
     raise UserError(f"losses.{name} must be a number, a dictionary, a function or a Method; got {loss!r}")
+
+
+def _checked(name, loss):
+    """Returns a loss; raises UserError if one of its settings has a value that it cannot have."""
+    for setting, field in hyperparameters(type(loss)).items():
+        rule = rules.of_field(field)
+        if rule is not None:
+            rules.check(f"losses.{name}.{setting}", getattr(loss, setting), rule)
+    return loss

@@ -113,7 +113,7 @@ def describe_prediction(objective: Objective) -> dict[str, Any]:
     loss = objective.losses[name][1]
     if type(loss) is not LOSSES.get(name):
         return {"loss": name, "settings": None}
-    return {"loss": name, "settings": {field: getattr(loss, field) for field in hyperparameters(name)}}
+    return {"loss": name, "settings": {field: getattr(loss, field) for field in hyperparameters(type(loss))}}
 
 
 def is_prediction(value: Any) -> bool:
@@ -138,7 +138,7 @@ def restore_prediction(network: Network, variables: Variables, record: Any, sour
         return network
     name, settings = record.prediction["loss"], record.prediction["settings"]
     loss = LOSSES.get(name)
-    if loss is None or not loss.predicts or settings is None or settings.keys() - hyperparameters(name).keys():
+    if loss is None or not loss.predicts or settings is None or settings.keys() - hyperparameters(loss).keys():
         raise UserError(f"{source} holds a student that predicts with a loss, {name!r}, unknown to this version")
     # Losses that predict read the number of classes from their variables.
     predicting = PredictingNetwork(network, loss(num_classes=0, **settings))

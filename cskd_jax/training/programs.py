@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
+from cskd_jax.data.arrays import how_counted
 from cskd_jax.data.batches import EpochBatches
 from cskd_jax.distributed import processes
 from cskd_jax.distributed.devices import AXIS, is_compiled, is_requested, lower
@@ -89,9 +90,10 @@ class TeacherPass:
         with _one_line("teacher"):
             if self._teacher is not None:
                 self._trace(self._teacher, variables)
-            key = jax.eval_shape(lambda: self._key)
-            positions = jax.ShapeDtypeStruct((2,), jnp.int32)
-            images = jax.ShapeDtypeStruct((2, *setup.data.image_shape), setup.data.image_dtype)
+        key = jax.eval_shape(lambda: self._key)
+        positions = jax.ShapeDtypeStruct((2,), jnp.int32)
+        images = jax.ShapeDtypeStruct((2, *setup.data.image_shape), setup.data.image_dtype)
+        with _one_line("augment" if setup.augment else "normalize"):
             self._image = jax.eval_shape(setup.preprocess, images, key, positions)
 
     def _trace(self, teacher, variables):
@@ -233,6 +235,11 @@ class Programs:
             check_unchanged(self.states[0], self.lowered[0].out_info[0])
 
     @property
+    def reads_teacher(self) -> bool:
+        """Returns whether a loss of any phase reads something of the teacher."""
+        return any(jax.tree.leaves((self.reads.teacher, self.layer_reads)))
+
+    @property
     def _label(self):
         labels = self._setup.data.train.labels
         return jax.ShapeDtypeStruct(labels.shape[1:], labels.dtype)
@@ -272,7 +279,7 @@ class Programs:
         if output.logits.shape != (2, classes):
             raise ValueError(
                 f"the logits of two images have shape {output.logits.shape}; the data have {classes} classes, so it "
-                f"must be {(2, classes)}"
+                f"must be {(2, classes)}{how_counted(self._setup.data)}"
             )
         return output
 

@@ -82,7 +82,7 @@ def check_variables(network: Network, variables: Variables, image_shape: tuple[i
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         found, wanted = (shape.get(name, "nothing") for shape in shapes)
         if found != wanted:
-            raise UserError(f"{source} does not hold the network that it names: {name} is {found} instead of {wanted}")
+            raise UserError(f"{source} does not hold this network: {name} is {found} instead of {wanted}")
 
 
 def init_state(
@@ -166,7 +166,7 @@ def example_inputs(
 
 def output_of(network: Network, image_shape: tuple[int, ...], variables: Variables) -> ModelOutput:
     """Returns the outputs of a network in evaluation mode for two black images."""
-    return network.on_axis(None).apply(variables, jnp.zeros((2, *image_shape)), train=False)[0]
+    return network.on_axis(None).apply(variables, jnp.zeros((2, *image_shape), jnp.float32), train=False)[0]
 
 
 def collections_of(variables: Variables) -> Mapping[str, Any]:

@@ -71,7 +71,8 @@ class Result:
     """The result of training a student, whose representation shows its metrics alone.
 
     Attributes:
-      variables: Variables of the network, numpy arrays: {"params": ..., and its other collections}.
+      variables: Variables of the network after the last epoch, numpy arrays: {"params": ..., and its other
+        collections}. "prediction" holds those of a loss with which the student predicts, such as `simkd`.
       metrics: {split: {metric: value}} after the last epoch. For the splits "test" and "validation", accuracies are
         fractions of the whole split; for "train", the values are means over the last steps.
       last: {"epoch", metrics} of the last epoch, on the test split.
@@ -319,6 +320,12 @@ class Trainer:
             raise diverged[0]
         return results
 
+    def check_workdir(self) -> None:
+        """Raises UserError if the newest checkpoints in the workdir do not fit the students; changes nothing."""
+        for participant in self._participants.values():
+            with participant:
+                pass
+
     def _finish(self, participant):
         """Returns the result of a student that is done, whose state is kept."""
         name, history = participant.name, participant.history
@@ -390,6 +397,9 @@ def fit_together(
     owners = {participant: trainer for trainer in trainers for participant in trainer._participants.values()}
     for participant in owners:
         participant.say_what_depends_on_devices()
+    for trainer in trainers:
+        if trainer._teachers and not any(p.programs.reads_teacher for p in trainer._participants.values()):
+            trainer.say("no loss reads the teacher: it is not used")
 
     def done(participant):
         trainer = owners[participant]

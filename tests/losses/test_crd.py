@@ -290,6 +290,11 @@ def test_method_needs_indices_and_key():
             create(LOSSES["crd"], inputs._replace(**{missing: None}))
 
 
+def test_batches_without_positions():
+    with pytest.raises(ValueError, match="batches that a function makes have no positions: give arrays as train"):
+        new_contrast_memory(jax.random.PRNGKey(0), 0, 4)
+
+
 def test_split_of_one_example():
     with pytest.raises(ValueError, match="it needs at least 2, got 1"):
         LOSSES["crd"](num_classes=NUM_CLASSES, num_examples=1).init(jax.random.key(0), make_inputs(dtype=np.float32))

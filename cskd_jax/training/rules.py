@@ -1,4 +1,4 @@
-"""Rules for the values of a configuration. Errors name the key, the value, and what is allowed."""
+"""Rules for the values of settings. Errors name the key, the value, and what is allowed."""
 
 import ast
 import dataclasses
@@ -116,17 +116,20 @@ _OF_TYPES = {
 }
 
 
-def of_field(field: dataclasses.Field) -> Rule:
+def of_field(field: dataclasses.Field) -> Rule | None:
     """Returns the rule for a hyperparameter of a loss, which follows from the type of its field, `T` or `T | None`.
 
     Hyperparameters of losses are never infinite, and only those that say so may be negative.
 
     Args:
-      field: Field whose T is bool, int, float, str, a literal, or a type of `cskd_jax.losses.base`.
+      field: Field of a loss.
+
+    Returns:
+      The rule if T is bool, int, float, str, a literal, or a type of `cskd_jax.losses.base`; None for any other T.
     """
     kind, *others = get_args(field.type) if type(None) in get_args(field.type) else (field.type,)
-    rule = one_of(*get_args(kind)) if get_origin(kind) is Literal else _OF_TYPES[kind]
-    return optional(rule) if others else rule
+    rule = one_of(*get_args(kind)) if get_origin(kind) is Literal else _OF_TYPES.get(kind)
+    return optional(rule) if rule is not None and others else rule
 
 
 def parse(key: str, text: str, rule: Rule) -> Any:
