@@ -78,6 +78,7 @@ def distill(
     workdir: str | pathlib.Path | None = None,
     devices: int | Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     log_every: int = 50,
+    evaluate_every_epochs: int = 1,
 ) -> Any:
     """Trains a student, with the help of a teacher if its losses read one; or several students at once.
 
@@ -146,6 +147,7 @@ def distill(
         before they do what they usually do; None writes nothing.
       devices: Devices to compute on, or how many of them; None for all.
       log_every: Number of steps between two rows of the history.
+      evaluate_every_epochs: Number of epochs from one evaluation to the next; the last epoch is always evaluated.
 
     Returns:
       A `Result`: the variables of the student, its metrics such as `metrics["test"]["top1"]`, and the history. For
@@ -186,6 +188,7 @@ def distill(
             workdir=workdir,
             devices=devices,
             log_every=log_every,
+            evaluate_every_epochs=evaluate_every_epochs,
             accumulation_steps=accumulation_steps,
             combine_teachers=combine_teachers,
             mix=mix,
@@ -194,6 +197,7 @@ def distill(
             settings = {"epochs": int(epochs), "batch_size": int(sampler.batch_size), "drop_last": drop_last}
             # A setting that is off is not written, because earlier versions did not have it.
             settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
+            settings |= {} if evaluate_every_epochs == 1 else {"evaluate_every_epochs": evaluate_every_epochs}
             settings["seed"] = int(seed)
             settings |= _describe_inputs(data, normalize, own, paths, teacher_paths, teacher_variables)
             described = isinstance(teacher, list | tuple | Teacher)

@@ -78,6 +78,20 @@ def test_after_every_epoch(tmp_path, whole):
 def test_best_and_last_are_saved_in_any_case(tmp_path, whole):
     assert_same(fit(tmp_path, save_every_minutes=60), whole)
     assert saved_steps(tmp_path) == [STEPS_PER_EPOCH * whole.best["epoch"], STEPS_PER_EPOCH * EPOCHS]
+    best, last = (load_variables(str(tmp_path / "net"), best=best) for best in (True, False))
+    assert (best.step, last.step) == (STEPS_PER_EPOCH * whole.best["epoch"], STEPS_PER_EPOCH * EPOCHS)
+    jax.tree.map(np.testing.assert_array_equal, last.variables, whole.variables)
+    logits = Net().apply(best.variables, DATA.test.images)
+    assert np.mean(logits.argmax(1) == DATA.test.labels) == pytest.approx(whole.best["top1"])
+
+
+@pytest.mark.slow
+def test_what_was_never_evaluated_has_no_best(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+        checkpoints.save(1, {"params": {"network": {"bias": np.zeros(3)}}}, RECORD)
+    assert load_variables(str(tmp_path)).step == 1
+    with pytest.raises(UserError, match="none of its checkpoints has a score, so none of them is the best"):
+        load_variables(str(tmp_path), best=True)
 
 
 @pytest.mark.slow

@@ -1,14 +1,15 @@
 """Measures trained networks: test scores, overall and by class, number of parameters, FLOPs, and latency.
 
-cskd-jax evaluate DIR [--embedding] [--config=RECIPE] [--config.KEY=VALUE ...]
+cskd-jax evaluate DIR [--embedding] [--best] [--config=RECIPE] [--config.KEY=VALUE ...]
 
   DIR            folder of a run: its student, and its teacher if it has trained one; or folder of one network, such as
                  WORKDIR/student. --workdir=DIR and --checkpoint=DIR name one or the other.
   --embedding    also says how well nearest neighbors and a linear probe tell the classes apart in the embedding
+  --best         measures the networks as they were after their best epochs, not after the last ones
   --config       recipe; needed only for a network that is not in a workdir
   --config.KEY   overrides a key of the run's configuration, such as --config.dataset.data_dir=DIR
 
-Prints a table and writes it to evaluation.json in DIR. Every network is loaded from its newest checkpoint.
+Prints a table and writes it to evaluation.json in DIR.
 `python -m cskd_jax.evaluate` is the same command.
 
 Exit codes: 0 done; 2 something to fix in the command, the configuration or the data.
@@ -29,6 +30,7 @@ def _run(argv):
     parser.add_argument("--workdir")
     parser.add_argument("--checkpoint")
     parser.add_argument("--embedding", action="store_true")
+    parser.add_argument("--best", action="store_true")
     values = parser.parse(argv)
     folder = one_folder(values, "workdir", "checkpoint", example="cskd-jax evaluate runs/digits/kd-seed0")
     if not folder.is_dir():
@@ -54,7 +56,7 @@ def _run(argv):
     devices.check_batch_size("batch_size", config.batch_size)
     named = values.config or any(override_key(text) == "dataset.data_dir" for text in values.overrides)
     dataset = load_data(config) if named else load_data_of_run(config)
-    networks = {path.resolve().name: load_trained(path, config, dataset) for path in folders}
+    networks = {path.resolve().name: load_trained(path, config, dataset, best=values.best) for path in folders}
     with precision(config):
         evaluation = evaluate_all(networks, config, dataset, devices, values.embedding)
     say(tables(evaluation, task_of(dataset.multilabel).names))

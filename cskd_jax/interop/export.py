@@ -1,10 +1,11 @@
 """Exports a trained network to PyTorch and to programs that have only jax (and flatbuffers, which jax.export needs).
 
-cskd-jax export WORKDIR --out=DIR [--network=teacher]
+cskd-jax export WORKDIR --out=DIR [--network=teacher] [--best]
 
   WORKDIR        folder of a run, of one of its networks (WORKDIR/teacher), or of an imported one; --workdir=WORKDIR is
                  the same
   --network      student or teacher of a run; default: student
+  --best         exports the network as it was after its best epoch, not after the last one
   --out          new folder
 
   Images of an imported network, if its checkpoint does not describe them:
@@ -52,6 +53,7 @@ def _parse(argv):
     parser = command_line.Parser()
     parser.add_argument("--workdir")
     parser.add_argument("--network", choices=("student", "teacher"), default="student")
+    parser.add_argument("--best", action="store_true")
     parser.add_argument("--out", type=local_folder)
     parser.add_argument("--size", type=numbers(int, 1, 10**5))
     parser.add_argument("--mean", type=numbers(float, 0, 1))
@@ -85,7 +87,7 @@ def _run(argv):
     if not has_phases and "network" in arguments.given and arguments.network != arguments.workdir.name:
         raise UserError(f"{arguments.workdir} holds one network, not a student and a teacher: leave out --network")
     path = arguments.workdir / arguments.network if has_phases else arguments.workdir
-    saved = load_variables(str(path))
+    saved = load_variables(str(path), best=arguments.best)
     variables, record = saved.variables, saved.record
     network = record.packaged_network()
     images = _images(arguments, record)

@@ -185,9 +185,9 @@ class LossInputs(NamedTuple):
 class Method(nn.Module):
     """A term of the objective: its hyperparameters are its fields, and whatever it trains is in its variables.
 
-    Subclasses define `__call__(inputs: LossInputs) -> (scalar, {term: scalar})` and follow the contract of the losses:
-    a mean over the batch is taken over the local samples, a relation between samples over the global batch along
-    `axis_name`.
+    Subclasses define `__call__(inputs: LossInputs)`, which returns a scalar, or a scalar and {term: scalar} for the
+    log, and follow the contract of the losses: a mean over the batch is taken over the local samples, a relation
+    between samples over the global batch along `axis_name`.
 
     The collection "params" holds what a method trains. The collection "memory" holds what it remembers from step to
     step without training it. A method assigns new values to its memory in every call except `init`, and computes them

@@ -70,19 +70,20 @@ def run(recipe: str | ml_collections.ConfigDict, workdir: str | pathlib.Path | N
     return load_run(workdir)
 
 
-def load_run(workdir: str | pathlib.Path, student: Any = None) -> LoadedRun:
-    """Returns the student of a run, from its newest checkpoint, and its results.
+def load_run(workdir: str | pathlib.Path, student: Any = None, *, best: bool = False) -> LoadedRun:
+    """Returns the student of a run, as it is after the last epoch, and its results.
 
     Args:
       workdir: Folder of the run, or of a `distill` call.
       student: Linen module or nnx module that was trained, if it is not part of this package.
+      best: Whether to return it as it was after the best epoch instead.
 
     Raises:
       UserError: There is no such run, its network is not one of this package and `student` is not given, or `student`
         has other variables.
     """
     workdir = local_folder(workdir)
-    saved = load_variables(str(workdir / "student"))
+    saved = load_variables(str(workdir / "student"), best=best)
     if student is None:
         try:
             network = saved.record.packaged_network()
@@ -101,7 +102,7 @@ def load_run(workdir: str | pathlib.Path, student: Any = None) -> LoadedRun:
     return LoadedRun(student, saved.variables, read_json(results) if results.exists() else {})
 
 
-def load_teacher(path: str | pathlib.Path) -> Teacher:
+def load_teacher(path: str | pathlib.Path, *, best: bool = False) -> Teacher:
     """Returns a trained network of this package as a teacher, for `distill` or `Trainer`.
 
     Images reach it as in its training: in its own normalization and, if it is a Vision Transformer for square images,
@@ -109,12 +110,13 @@ def load_teacher(path: str | pathlib.Path) -> Teacher:
 
     Args:
       path: Folder of one network: the output of `cskd-jax import-torch`, WORKDIR/teacher or WORKDIR/student.
+      best: Whether to return it as it was after its best epoch, and not after the last one.
 
     Raises:
       UserError: There is no such checkpoint, or its network is not one of this package.
     """
     source = f"checkpoint {path}"
-    saved = load_variables(str(local_folder(path)))
+    saved = load_variables(str(local_folder(path)), best=best)
     description = saved.record.packaged_network()
     network = as_network(create_model(**description, num_classes=saved.num_classes))
     network = restore_prediction(network, saved.variables, saved.record, source)

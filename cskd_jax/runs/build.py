@@ -209,7 +209,12 @@ class TrainedNetwork(NamedTuple):
 
 
 def load_trained(
-    path: pathlib.Path, config: ml_collections.ConfigDict, dataset: ImageDataset, *, other_classes: bool = False
+    path: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    dataset: ImageDataset,
+    *,
+    other_classes: bool = False,
+    best: bool = False,
 ) -> TrainedNetwork:
     """Returns the network of the newest checkpoint in a folder.
 
@@ -218,11 +223,12 @@ def load_trained(
       config: Configuration that says how to compute and how images are normalized.
       dataset: Data set that the network is used on.
       other_classes: Whether it may have other classes, or none; it then gives no logits.
+      best: Whether to return that of the best epoch instead.
 
     Raises:
       UserError: There is no intact checkpoint, or it does not fit the data set.
     """
-    saved = load_variables(str(path))
+    saved = load_variables(str(path), best=best)
     network = _fitting_network(f"checkpoint {path}", saved, config, dataset, other_classes=other_classes)
     return TrainedNetwork(network, saved)
 

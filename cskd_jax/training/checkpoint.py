@@ -284,16 +284,18 @@ class Checkpoints:
             ) from error
 
 
-def load_variables(path: str) -> Saved:
+def load_variables(path: str, *, best: bool = False) -> Saved:
     """Returns the network of the newest checkpoint in a folder.
 
     Args:
       path: Folder of one network, such as `WORKDIR/teacher`.
+      best: Whether to return that of the best epoch instead, as the validation split chose it, or the test split if
+        there is none.
 
     Raises:
-      UserError: There is no checkpoint, or the newest is damaged.
+      UserError: There is no checkpoint, or the one that is asked for is damaged.
     """
-    return _load(_newest(path))
+    return _load(_best(path) if best else _newest(path))
 
 
 def load_record(path: str) -> Saved:
@@ -314,11 +316,41 @@ def load_record(path: str) -> Saved:
 
 
 def _newest(path):
+    return _all(path)[-1]
+
+
+def _best(path):
+    """Returns the checkpoint with the best score; raises UserError if none has a score."""
+    scores = {}
+    for checkpoint in _all(path):
+        with contextlib.suppress(FileNotFoundError):
+            metrics = _read_metrics(checkpoint)
+            if metrics["score"] > -math.inf:  # An epoch that was not evaluated has that score.
+                scores[checkpoint] = _score(metrics)
+    if not scores:
+        raise UserError(f"checkpoint {path}: none of its checkpoints has a score, so none of them is the best")
+    return max(scores, key=lambda checkpoint: scores[checkpoint])
+
+
+def _read_metrics(path):
+    """Returns the metrics of a checkpoint; raises FileNotFoundError if it has none, and UserError for unsound ones."""
+    try:
+        metrics = json.loads(read_bytes(path / "metrics" / "metrics", MAX_JSON))  # A score may be infinite.
+        sound = all(type(metrics[name]) in (int, float) for name in ("score", "step"))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"checkpoint {path} is damaged: its metrics cannot be read ({one_line(error)})") from None
+    if not sound:
+        raise UserError(f"checkpoint {path} is damaged: its metrics are not numbers")
+    return metrics
+
+
+def _all(path):
+    """Returns the checkpoints of a network in the order of their steps; raises UserError if there is none."""
     folder = pathlib.Path(path) / FOLDER
     steps = _steps(folder)
     if not steps:
         raise UserError(f"checkpoint {path}: no checkpoint in {folder}; name the folder of one network")
-    return folder / str(steps[-1])
+    return [folder / str(step) for step in steps]
 
 
 def _steps(folder):
@@ -431,9 +463,7 @@ def _check_metadata(path):
                 if not isinstance(value, kind | None) or (kind is int and abs(value or 0) > _LATEST):
                     raise _Damaged(f"its metadata has no valid {name}")
         with contextlib.suppress(FileNotFoundError):
-            metrics = json.loads(read_bytes(path / "metrics" / "metrics", MAX_JSON))  # A score may be infinite.
-            if not all(type(metrics[name]) in (int, float) for name in ("score", "step")):
-                raise _Damaged("its metrics are not numbers")
+            _read_metrics(path)
     except (UserError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise _Damaged(f"{type(error).__name__} while reading its metrics: {one_line(error)}") from None
 
