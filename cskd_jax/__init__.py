@@ -12,6 +12,8 @@ if sys.argv[:1] == ["-m"]:  # Python looks for the module of `python -m cskd_jax
     table.check_module("".join(sys.orig_argv[-len(sys.argv) :][:1]).removeprefix("-m"))
 
 if TYPE_CHECKING:
+    from cskd_jax.data import ImageDataset
+    from cskd_jax.data.augment import Normalize
     from cskd_jax.distillation import distill
     from cskd_jax.errors import DivergedError, InterruptedRun, UserError
     from cskd_jax.losses import LOSSES, LossInputs, Method
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 # Loaded on first use, because the commands and the processes that decode images need not import all of them.
 _PUBLIC = {
+    "cskd_jax.data": ("ImageDataset",),
+    "cskd_jax.data.augment": ("Normalize",),
     "cskd_jax.distillation": ("distill",),
     "cskd_jax.errors": ("DivergedError", "InterruptedRun", "UserError"),
     "cskd_jax.losses": ("LOSSES", "LossInputs", "Method"),
@@ -51,6 +55,7 @@ __all__ = [
     "Console",
     "DivergedError",
     "FunctionNetwork",
+    "ImageDataset",
     "InterruptedRun",
     "LinenNetwork",
     "LoadedRun",
@@ -60,6 +65,7 @@ __all__ = [
     "ModelOutput",
     "Network",
     "NnxNetwork",
+    "Normalize",
     "Phase",
     "Result",
     "Student",

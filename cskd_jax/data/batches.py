@@ -82,7 +82,10 @@ class EpochBatches:
                 )
 
     def _epoch(self, epoch):
-        return itertools.starmap(self._convert, self._function(epoch))
+        for batch in self._function(epoch):
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise UserError(f"train yields a {type(batch).__name__}; it must yield pairs (images, labels)")
+            yield self._convert(*batch)
 
     def _check(self, batch, step):
         has_labels = self.first.labels.max() != NO_LABEL

@@ -64,6 +64,7 @@ SPENT = iter([(IMAGES[:4], LABELS[:4])] * 3)
     ("function", "message"),
     [
         (lambda epoch: [], "train yields no batches for epoch 0"),
+        (lambda epoch: [{"image": 0, "label": 1}], "train yields a dict; it must yield pairs"),
         (lambda epoch: batches_of(epoch, (8, 6, 8)), r"batches of \[6, 8\] images; only the last may be smaller"),
         (lambda epoch: batches_of(epoch, (6, 8)), r"batches of \[6, 8\] images; only the last may be smaller"),
         (lambda epoch: SPENT, "train yields 0 batches for epoch 0, but 3 for epoch 0: the function must make new ones"),
