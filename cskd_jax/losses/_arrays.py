@@ -13,8 +13,8 @@ _SMALLEST_SQUARED_NORM = 1e-24
 
 def safe_sqrt(x: jax.Array, negligible: jax.Array | float = 0.0) -> jax.Array:
     """Returns sqrt(x), but 0 with derivative 0 where x is at most `negligible` (at 0 the derivative is infinite)."""
-    positive = x > negligible
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    small = x <= negligible  # False for NaN, which stays NaN.
+    return jnp.where(small, 0, jnp.sqrt(jnp.where(small, 1, x)))
 
 
 def rounding_of_difference(squared_norms: jax.Array) -> jax.Array:
@@ -51,8 +51,8 @@ def rounding_of_mean(squares: jax.Array) -> jax.Array:
 
 def safe_rsqrt(x: jax.Array, negligible: jax.Array | float = _SMALLEST_SQUARED_NORM) -> jax.Array:
     """Returns 1 / sqrt(x), but 0 with derivative 0 where x is at most `negligible`."""
-    nonzero = x > negligible
-    return jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, x, 1)), 0)
+    small = x <= negligible  # False for NaN, which stays NaN.
+    return jnp.where(small, 0, lax.rsqrt(jnp.where(small, 1, x)))
 
 
 def normalize(x: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
     squares, whole = (jnp.sum(jnp.square(x), axis=1, keepdims=True) for x in (centered, logits))
     others = logits.shape[1] - 1
     deviation = safe_sqrt(squares / others, rounding_of_mean(whole) / others)
-    return jnp.where(deviation > 0, centered, 0) / (deviation + _EPSILON)
+    return jnp.where(deviation == 0, 0, centered) / (deviation + _EPSILON)
 
 
 def read_logits(inputs: LossInputs, standardize: bool) -> tuple[jax.Array, jax.Array]:

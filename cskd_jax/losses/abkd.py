@@ -109,9 +109,9 @@ def _divergences(student, teacher, alpha, beta):
     g_b(x, y)) / a for x = ln p, y = ln q. This formula has no division by b or a + b, and the one with the roles of p
     and q exchanged has no division by a. So the only limit that needs a branch is a = b = 0.
     """
-    finite = jnp.isfinite(student) & jnp.isfinite(teacher)
-    p = jnp.where(finite, jax.nn.log_softmax(lax.stop_gradient(teacher)), 0)
-    q = jnp.where(finite, jax.nn.log_softmax(student), 0)
+    left_out = jnp.isinf(student) | jnp.isinf(teacher)
+    p = jnp.where(left_out, 0, jax.nn.log_softmax(lax.stop_gradient(teacher)))
+    q = jnp.where(left_out, 0, jax.nn.log_softmax(student))
     if alpha == beta == 0:
         return jnp.sum(jnp.square(q - p), axis=-1) / 2
     if abs(alpha) < abs(beta):

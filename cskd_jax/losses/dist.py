@@ -112,8 +112,8 @@ def _pearson(a, b):
     rounding = [rounding_of_mean(jnp.sum(jnp.square(x), axis=1)) for x in (a, b)]
     a, b = (x - jnp.mean(x, axis=1, keepdims=True) for x in (a, b))
     norms = [safe_sqrt(jnp.sum(jnp.square(x), axis=1), least) for x, least in zip((a, b), rounding, strict=True)]
-    varies = (norms[0] > 0) & (norms[1] > 0)
-    product = jnp.where(varies, jnp.sum(a * b, axis=1), 0)
+    constant = (norms[0] == 0) | (norms[1] == 0)
+    product = jnp.where(constant, 0, jnp.sum(a * b, axis=1))
     return product / (norms[0] * norms[1] + _EPSILON)
 
 

@@ -124,8 +124,8 @@ def _pool_channels(x, channels):
 def _relative(distances, rounding):
     """Returns `distances` over their maximum; 0 where the maximum is no more than `rounding`."""
     largest = jnp.max(distances)
-    distinct = largest > lax.stop_gradient(rounding)
-    return jnp.where(distinct, distances / jnp.where(distinct, largest, 1), 0)
+    coincide = largest <= lax.stop_gradient(rounding)
+    return jnp.where(coincide, 0, distances / jnp.where(coincide, 1, largest))
 
 
 class IRG(Method):

@@ -79,8 +79,8 @@ def ofd_loss(
         check_same_shape(student=student, teacher=teacher)
         student, teacher = at_least_float32(student), lax.stop_gradient(at_least_float32(teacher))
         target = jnp.maximum(teacher, margin)
-        counts = (teacher > 0) | (student > target)
-        squares = jnp.where(counts, jnp.square(student - target), 0)
+        below = (teacher <= 0) & (student <= target)
+        squares = jnp.where(below, 0, jnp.square(student - target))
         total += 2.0 ** (stage - len(pairs)) * jnp.sum(squares) / len(student)
     return jnp.asarray(total)
 

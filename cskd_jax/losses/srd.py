@@ -81,7 +81,7 @@ def srd_difference_loss(
     student, teacher = (standardize_batch(x, axis_name, epsilon=_NORM_EPSILON) for x in (student, teacher))
     total = sum_batch(jnp.sum(jnp.abs(student - teacher) ** power), axis_name)
     tiny = jnp.finfo(total.dtype).tiny
-    return jnp.log(jnp.where(total > tiny, total, tiny))
+    return jnp.log(jnp.where(total <= tiny, tiny, total))
 
 
 def _checked(student_embedding, teacher_embedding, power):
