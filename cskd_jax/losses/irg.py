@@ -6,7 +6,13 @@ from jax import lax
 
 from cskd_jax.losses._arrays import average_pool, pool_to_common_size
 from cskd_jax.losses._batch import gather_batch
-from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch, check_several_samples
+from cskd_jax.losses._checks import (
+    at_least_float32,
+    check_float,
+    check_same_batch,
+    check_several_samples,
+    pair_stages,
+)
 from cskd_jax.losses.base import Count, LossInputs, Method
 from cskd_jax.losses.logits import mse_logits_loss
 
@@ -147,18 +153,18 @@ class IRG(Method):
 
     def __call__(self, inputs: LossInputs):
         student, teacher = inputs.student, inputs.teacher
-        num_stages = min(len(student.features), len(teacher.features))
-        if not 1 <= self.lower_stage < self.upper_stage <= num_stages:
+        pairs = pair_stages(student.features, teacher.features)
+        if not 1 <= self.lower_stage < self.upper_stage <= len(pairs):
             raise ValueError(
                 f"lower_stage {self.lower_stage} and upper_stage {self.upper_stage} must be two stages, in order, of "
-                f"both networks, which have {len(student.features)} and {len(teacher.features)} stages"
+                f"both networks, which have {len(pairs)} stages"
             )
-        lower, upper = self.lower_stage - 1, self.upper_stage - 1
+        student_maps, teacher_maps = zip(pairs[self.lower_stage - 1], pairs[self.upper_stage - 1], strict=True)
         return irg_loss(
             student.logits,
             teacher.logits,
-            (student.features[lower], student.features[upper]),
-            (teacher.features[lower], teacher.features[upper]),
+            student_maps,
+            teacher_maps,
             student.embedding,
             teacher.embedding,
             vertex_weight=self.vertex_weight,

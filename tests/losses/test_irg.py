@@ -136,6 +136,13 @@ def test_method_refuses_stages_that_are_not_there(stages):
         create(LOSSES["irg"], inputs, lower_stage=stages[0], upper_stage=stages[1])
 
 
+def test_method_refuses_different_numbers_of_stages():
+    inputs = make_inputs(dtype=np.float32)
+    teacher = inputs.teacher._replace(features=(inputs.teacher.features[0], *inputs.teacher.features))
+    with pytest.raises(ValueError, match="student has 3 stages and teacher 4: stages are paired one to one"):
+        create(LOSSES["irg"], inputs._replace(teacher=teacher))
+
+
 @pytest.mark.parametrize("value", [0.0, 0.3, 1e4])
 def test_samples_that_coincide_have_no_relations(value):
     arguments = make_arguments(np.float32)
