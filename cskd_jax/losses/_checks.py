@@ -1,6 +1,7 @@
 """Argument checks that the losses share; they run while tracing, so they cost nothing in a compiled step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,16 @@ def pair_stages(
     if len(student) < at_least:
         raise ValueError(f"at least {at_least} stages are needed, got {len(student)}")
     return list(zip(student, teacher, strict=True))
+
+
+def check_averages_maps(**outputs: Any) -> None:
+    """Raises ValueError unless the outputs, given by role, are of networks of maps, which classify their mean."""
+    for role, output in outputs.items():
+        if output.tokens[1] is not None:
+            raise ValueError(
+                f"it needs networks whose classifier reads the mean over the positions of the last map, but the {role} "
+                "is a network of tokens"
+            )
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cskd_jax.losses._arrays import average_pool
-from cskd_jax.losses._checks import at_least_float32, check_float, check_labels, check_same_shape
+from cskd_jax.losses._checks import at_least_float32, check_averages_maps, check_float, check_labels, check_same_shape
 from cskd_jax.losses.base import Head, LossInputs, Method, Positive
 from cskd_jax.losses.dkd import dkd_loss
 from cskd_jax.losses.logits import kd_loss
@@ -101,6 +101,7 @@ class _ScaleDecoupled(Method):
     scales: Literal["1", "1,2", "1,2,4"] = "1,2,4"
 
     def __call__(self, inputs: LossInputs):
+        check_averages_maps(student=inputs.student, teacher=inputs.teacher)
         student, teacher = (
             region_logits(output.features[-1], head, _SCALES[self.scales])
             for output, head in ((inputs.student, inputs.student_head), (inputs.teacher, inputs.teacher_head))

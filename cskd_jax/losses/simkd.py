@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cskd_jax.losses._arrays import average_pool, pool_to_common_size
+from cskd_jax.losses._checks import check_averages_maps
 from cskd_jax.losses._connectors import Projector
 from cskd_jax.losses.base import Count, Head, LossInputs, Method, NetworkOutput
 from cskd_jax.losses.fitnet import hint_loss
@@ -36,6 +37,7 @@ class SimKD(Method):
     predicts: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
+        check_averages_maps(student=inputs.student, teacher=inputs.teacher)
         student, teacher = pool_to_common_size(inputs.student.features[-1], inputs.teacher.features[-1])
         inputs.teacher_head.check(teacher.shape[-1])
         self._remember(inputs.teacher_head, student.shape[1:3])

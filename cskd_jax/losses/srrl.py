@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._checks import at_least_float32, check_float, check_same_batch, check_same_shape
+from cskd_jax.losses._checks import (
+    at_least_float32,
+    check_averages_maps,
+    check_float,
+    check_same_batch,
+    check_same_shape,
+)
 from cskd_jax.losses._connectors import Connector
 from cskd_jax.losses.base import Head, LossInputs, Method
 
@@ -75,9 +81,15 @@ class SRRL(Method):
 
     @nn.compact
     def __call__(self, inputs: LossInputs):
+        if inputs.teacher.head_logits:
+            raise ValueError(
+                "it needs a teacher with one classifier, but this one predicts with the mean of several heads, such as "
+                "that of a distillation token"
+            )
         if self.variant == "vectors":
             student, teacher = inputs.student.embedding[:, None, None, :], inputs.teacher.embedding
         else:
+            check_averages_maps(teacher=inputs.teacher)
             student, teacher = inputs.student.features[-1], jnp.mean(inputs.teacher.features[-1], axis=(1, 2))
         connected = nn.relu(Connector(teacher.shape[-1], axis_name=self.axis_name, name="connector")(student))
         return srrl_loss(

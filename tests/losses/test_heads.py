@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cskd_jax.losses import LOSSES, Head, LossInputs, Norm, kd_loss, ofa_loss, ofd_margin, region_logits, sdd_loss
+from cskd_jax.models.outputs import TokenGrid
 from cskd_jax.training.objective import Objective
 from tests import method_checks
 from tests.method_checks import (
@@ -229,6 +230,34 @@ def test_layers_that_do_not_fit(name, change, text):
     inputs = make_inputs(dtype=np.float32)._replace(**change)
     with pytest.raises(ValueError, match="^" + re.escape(text)):
         jax.eval_shape(LOSSES[name](num_classes=NUM_CLASSES).init, jax.random.key(0), inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "roles"),
+    [
+        *((name, {}, ("student", "teacher")) for name in ("simkd", "sdd_kd", "sdd_dkd", "sdd_nkd")),
+        ("srrl", {"variant": "maps"}, ("teacher",)),
+    ],
+)
+def test_a_classifier_of_tokens(name, settings, roles):
+    inputs = make_inputs(dtype=np.float32)
+    objective = Objective.create({name: settings}, num_classes=NUM_CLASSES)
+    for role in roles:
+        output = getattr(inputs, role)
+        tokens = tuple(x.reshape(len(x), -1, x.shape[-1]) for x in output.features)
+        output = output._replace(features=tokens, grid=TokenGrid(0, *output.features[-1].shape[1:3]))
+        text = f"losses.{name}: it needs networks whose classifier reads the mean over the positions .* the {role} is"
+        with pytest.raises(ValueError, match=text):
+            jax.eval_shape(objective.init, jax.random.key(0), inputs._replace(**{role: output}))
+
+
+@pytest.mark.parametrize("variant", ["vectors", "maps"])
+def test_a_teacher_that_predicts_with_the_mean_of_two_classifiers(variant):
+    inputs = make_inputs(dtype=np.float32)
+    teacher = inputs.teacher._replace(head_logits=(inputs.teacher.logits, inputs.teacher.logits))
+    objective = Objective.create({"srrl": {"variant": variant}}, num_classes=NUM_CLASSES)
+    with pytest.raises(ValueError, match=r"^losses.srrl: it needs a teacher with one classifier"):
+        jax.eval_shape(objective.init, jax.random.key(0), inputs._replace(teacher=teacher))
 
 
 @pytest.mark.parametrize(
