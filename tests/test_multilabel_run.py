@@ -17,6 +17,8 @@ from cskd_jax.runs.build import describe_network, make_evaluation, make_network
 from cskd_jax.runs.recipes import load_recipe
 from cskd_jax.runs.trained import check_fits
 from cskd_jax.training.checkpoint import load_variables
+from cskd_jax.training.checks import check_losses
+from cskd_jax.training.objective import Objective
 from cskd_jax.training.phases import Phase
 from cskd_jax.training.saved import Record, Saved
 from cskd_jax.training.teachers import Teacher
@@ -39,12 +41,14 @@ def black(multilabel, count=64):
     return ImageDataset("black", split, split, tuple("0123456789"))
 
 
-@pytest.mark.parametrize("name", [name for name, method in LOSSES.items() if method.multilabel is not None])
+@pytest.mark.parametrize(
+    "name", [name for name, method in LOSSES.items() if method.multilabel is not None or method.softmax]
+)
 def test_methods_for_other_labels(name):
     multilabel = not LOSSES[name].multilabel
     network = create_model("resnet8", num_classes=10, width=0.25)
     kind = r"any number of classes \(multi-label\)" if multilabel else "one class"
-    fitting = "binary_cross_entropy, binary_kd" if multilabel else "category_structure, crd, cross_entropy"
+    fitting = "binary_cross_entropy, binary_kd" if multilabel else "abkd, category_structure, crd, cross_entropy"
     text = f"^losses.{name} does not work with data set 'black', whose images have {kind} each: .* are {fitting}"
     losses = {"mse_logits": {"weight": 1.0}, name: {"weight": 1.0}}
     with pytest.raises(UserError, match=text):
@@ -55,6 +59,26 @@ def test_methods_for_other_labels(name):
             batch_size=64,
             phases=[Phase(1)],
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("at", {}), ("mse_logits", {}), ("simkd", {}), *((name, {"kd_weight": 0.0}) for name in ("srd", "vkd"))],
+)
+def test_methods_without_a_softmax_are_for_any_labels(name, settings):
+    for multilabel in (False, True):
+        check_losses(Objective.create({name: settings}, num_classes=10), black(multilabel))
+
+
+@pytest.mark.parametrize("name", ["kd", "lskd", "dist", "ttm", "wttm", "abkd", "luminet", "srd", "vkd", "deit", "mlkd"])
+def test_methods_with_a_softmax_are_for_one_class(name):
+    objective = Objective.create({name: 1.0}, num_classes=10)
+    assert not objective.losses[name][1].reads_labels
+    check_losses(objective, black(multilabel=False))
+    with pytest.raises(
+        UserError, match=rf"^losses.{name} does not work with .* are binary_cross_entropy, binary_kd, .*; others"
+    ):
+        check_losses(objective, black(multilabel=True))
 
 
 @pytest.mark.parametrize("multilabel", [False, True])

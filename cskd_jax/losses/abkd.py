@@ -1,5 +1,7 @@
 """Distillation by the alpha-beta divergence, which has several divergences as special cases and limits."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -161,6 +163,7 @@ class ABKD(Method):
     temperature: Positive = 4.0
     standardize: bool = False
     released_limits: bool = False
+    softmax: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
         value, terms = abkd_loss(

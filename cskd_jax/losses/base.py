@@ -204,6 +204,9 @@ class Method(nn.Module):
         of the student; None for all teachers as one.
       needs_teacher: Whether the method reads `inputs.teacher`.
       multilabel: Kind of labels that the method is for: True for [B, C], False for [B], None for both.
+      softmax: Whether the method, even if it reads no labels, compares probabilities of a softmax over the classes,
+        which images with any number of classes (multi-label) do not have. A method may make it a property that depends
+        on its settings.
       mixes: Whether the method takes `inputs.mixed` into account where it reads labels.
       supervises: Whether the loss depends on the labels alone, so that a student trained only by such losses learns
         without distillation.
@@ -224,6 +227,7 @@ class Method(nn.Module):
     teacher: int | str | None = None
     needs_teacher: ClassVar[bool] = True
     multilabel: ClassVar[bool | None] = None
+    softmax: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     supervises: ClassVar[bool] = False
     baseline: ClassVar[bool] = False

@@ -98,7 +98,7 @@ class CTKD(Method):
     alpha: float = 1.0
     beta: float = 2.0
     standardize: bool = False
-    multilabel: ClassVar[bool] = False
+    softmax: ClassVar[bool] = True
 
     @property
     def reads_labels(self) -> bool:

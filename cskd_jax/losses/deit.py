@@ -47,12 +47,7 @@ class DistillationToken(Method):
 
     hard: bool = True
     temperature: Positive = 1.0
-    multilabel: ClassVar[bool | None] = False
-
-    @property
-    def reads_labels(self) -> bool:
-        """Returns False: the classes are those that the teacher predicts."""
-        return False
+    softmax: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
         heads, teacher_logits = inputs.student.head_logits, inputs.teacher.logits

@@ -129,6 +129,7 @@ class DIST(Method):
     beta: float = 1.0
     gamma: float = 1.0
     temperature: Positive = 4.0
+    softmax: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     def __call__(self, inputs: LossInputs):

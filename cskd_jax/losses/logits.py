@@ -146,6 +146,7 @@ class KD(Method):
 
     temperature: Positive = 4.0
     standardize: bool = False
+    softmax: ClassVar[bool] = True
     baseline: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):

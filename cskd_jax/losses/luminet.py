@@ -1,5 +1,7 @@
 """LumiNet: distillation of logits that are standardized per class over the batch."""
 
+from typing import ClassVar
+
 import jax
 
 from cskd_jax.losses._batch import gather_batch, standardize_batch
@@ -76,6 +78,7 @@ class LumiNet(Method):
 
     alpha: float = 31.0
     temperature: Positive = 4.0
+    softmax: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
         value = luminet_loss(

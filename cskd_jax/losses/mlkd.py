@@ -147,13 +147,8 @@ class MLKD(Method):
 
     temperature: Positive = 4.0
     standardize: bool = False
-    multilabel: ClassVar[bool] = False
+    softmax: ClassVar[bool] = True
     views: ClassVar[int] = 1
-
-    @property
-    def reads_labels(self) -> bool:
-        """Returns False: everything is between the logits."""
-        return False
 
     def __call__(self, inputs: LossInputs):
         if not inputs.views:

@@ -120,6 +120,10 @@ class SRD(Method):
     temperature: Positive = 1.0
 
     @property
+    def softmax(self) -> bool:
+        return self.kd_weight != 0
+
+    @property
     def undecayed(self) -> tuple[str, ...]:
         return ("projector",) if self.projector == "orthogonal" else ()
 

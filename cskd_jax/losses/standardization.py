@@ -48,6 +48,7 @@ class StandardizedKD(Method):
     """
 
     temperature: Positive = 2.0
+    softmax: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     def __call__(self, inputs: LossInputs):

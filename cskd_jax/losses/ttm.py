@@ -1,5 +1,7 @@
 """Transformed teacher matching: a power of the teacher's distribution, and a student without a temperature."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -64,6 +66,7 @@ class TTM(Method):
     """
 
     exponent: Positive = 0.1
+    softmax: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
         return ttm_loss(inputs.student.logits, inputs.teacher.logits, exponent=self.exponent), {}
@@ -77,6 +80,7 @@ class WTTM(Method):
     """
 
     exponent: Positive = 0.2
+    softmax: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs):
         return wttm_loss(inputs.student.logits, inputs.teacher.logits, exponent=self.exponent), {}

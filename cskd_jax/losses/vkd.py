@@ -66,6 +66,10 @@ class VkD(Method):
     temperature: Positive = 1.0
 
     @property
+    def softmax(self) -> bool:
+        return self.kd_weight != 0
+
+    @property
     def undecayed(self) -> tuple[str, ...]:
         return ("projector",)
 

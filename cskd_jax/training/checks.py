@@ -39,19 +39,28 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
             f"strongly augmented images have at most {MOST_SUMMED:,} pixels, and these have {width}x{height}: set a "
             "smaller dataset.image_size"
         )
-    wrong = [name for name, (_, loss) in objective.losses.items() if loss.multilabel not in (None, data.multilabel)]
+    wrong = [
+        name for name, (_, loss) in objective.losses.items() if _needs_multilabel(loss) not in (None, data.multilabel)
+    ]
     if wrong:
-        fitting = [name for name, loss in LOSSES.items() if loss.multilabel == data.multilabel]
+        fitting = [name for name, loss in LOSSES.items() if _needs_multilabel(loss(num_classes=2)) == data.multilabel]
         kind = "any number of classes (multi-label)" if data.multilabel else "one class"
+        others = "; others read no labels and use no softmax, such as at, mse_logits, and srd with kd_weight=0"
+        others = others if data.multilabel else ""
         one_hot = data.multilabel and is_one_hot(data.train.labels) and is_one_hot(data.test.labels)
         raise UserError(
             f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: methods for "
-            f"such labels are {', '.join(sorted(fitting))}" + (_ONE_HOT if one_hot else "")
+            f"such labels are {', '.join(sorted(fitting))}{_ONE_HOT if one_hot else others}"
         )
     if data.unlabeled:
         _check_unlabeled(objective)
     if mixes:
         _check_mixed(objective)
+
+
+def _needs_multilabel(loss):
+    """Returns the kind of data that a loss is for: multi-label (True), one class per image (False), or both (None)."""
+    return False if loss.softmax else loss.multilabel
 
 
 def _check_unlabeled(objective):
