@@ -18,9 +18,9 @@ def attention_map(features: jax.Array) -> jax.Array:
       features: Feature maps, float [B, H, W, D].
 
     Returns:
-      Q [B, H W]; zero, with zero gradient, for a sample whose features are all zero.
+      Q [B, H W], of at least float32; zero, with zero gradient, for a sample whose features are all zero.
     """
-    return normalize(jnp.mean(jnp.square(features), axis=-1).reshape(features.shape[0], -1))
+    return normalize(jnp.mean(jnp.square(at_least_float32(features)), axis=-1).reshape(features.shape[0], -1))
 
 
 def attention_transfer_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:

@@ -83,9 +83,9 @@ def category_centers(
 
     Returns:
       The centers [K, D] of the global batch, zero where no sample counts, and the number [K] of samples that count in
-      each.
+      each; both of at least float32.
     """
-    sums, counts = _category_sums(features, index, mask=mask, axis_name=axis_name)
+    sums, counts = _category_sums(at_least_float32(features), index, mask=mask, axis_name=axis_name)
     return _means(sums, counts), counts
 
 
@@ -118,8 +118,9 @@ def intra_category_structure(features: jax.Array, centers: jax.Array, counts: ja
       slots: Slot of each sample, int [B].
 
     Returns:
-      Deviations [B, D].
+      Deviations [B, D], of at least float32.
     """
+    features, centers = at_least_float32(features), at_least_float32(centers)
     own = jnp.where((counts > 0)[slots][:, None], centers[slots], features)
     return features - lax.stop_gradient(own)
 
@@ -133,10 +134,11 @@ def inter_category_structure(centers: jax.Array) -> jax.Array:
       centers: Centers, float [K, D].
 
     Returns:
-      M [K, K]. The diagonal is 1; rows and columns of centers that are zero (absent categories among them) are 0, and
-      their gradient is 0. A norm so small that its derivative would overflow (4e-12 in float32) counts as zero.
+      M [K, K], of at least float32. The diagonal is 1; rows and columns of centers that are zero (absent categories
+      among them) are 0, and their gradient is 0. A norm so small that its derivative would overflow (4e-12 in float32)
+      counts as zero.
     """
-    gram = _gram(centers)
+    gram = _gram(at_least_float32(centers))
     squared_norms = jnp.diagonal(gram)
     nonzero = squared_norms > float(jnp.finfo(gram.dtype).tiny) ** 0.6
     inverse_norms = jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, squared_norms, 1)), 0)

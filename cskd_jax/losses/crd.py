@@ -10,7 +10,14 @@ from jax import lax
 
 from cskd_jax.losses._arrays import normalize
 from cskd_jax.losses._batch import batch_positions, gather_batch
-from cskd_jax.losses._checks import check_float, check_labels, check_same_batch, check_same_shape, check_temperature
+from cskd_jax.losses._checks import (
+    at_least_float32,
+    check_float,
+    check_labels,
+    check_same_batch,
+    check_same_shape,
+    check_temperature,
+)
 from cskd_jax.losses._connectors import Pointwise
 from cskd_jax.losses.base import Count, Fraction, LossInputs, Method, Positive
 
@@ -123,7 +130,13 @@ def contrastive_loss(
     check_labels(labels, len(student_embedding))
     check_same_batch(student_embedding=student_embedding, indices=indices, negatives=negatives)
     check_temperature(temperature)
-    memory = ContrastMemory(*map(jnp.asarray, memory))
+    student_embedding, teacher_embedding = at_least_float32(student_embedding), at_least_float32(teacher_embedding)
+    memory = ContrastMemory(
+        at_least_float32(memory.student),
+        at_least_float32(memory.teacher),
+        jnp.asarray(memory.labels),
+        at_least_float32(memory.log_normalizers),
+    )
     num_negatives, excess = negatives.shape[1], len(memory.student) * _EPSILON
     known_labels = memory.labels[negatives]
     allowed = (known_labels != labels[:, None]) & (negatives != indices[:, None])

@@ -25,9 +25,9 @@ def fsp_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
       second: Map f_{l+1}, float [B, H', W', D'].
 
     Returns:
-      G [B, D, D'].
+      G [B, D, D'], of at least float32.
     """
-    first, second = pool_to_common_size(first, second)
+    first, second = pool_to_common_size(at_least_float32(first), at_least_float32(second))
     positions = first.shape[1] * first.shape[2]
     return jnp.einsum("bhwi,bhwj->bij", first, second, precision=lax.Precision.HIGHEST) / positions
 

@@ -114,6 +114,7 @@ def sinkhorn_distance(
         raise ValueError(f"regularization must be greater than 0, got {regularization}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
     distance = jnp.maximum(lax.stop_gradient(cost).astype(student.dtype), 0) + _EPSILON
     kernel = jnp.exp(-distance / regularization)
     mask = jnp.ones(student.shape, student.dtype) if support is None else support.astype(student.dtype)
