@@ -151,6 +151,11 @@ def test_devices_and_micro_batches(settings):
     assert np.isfinite(result.last["loss"])
 
 
+def test_all_views_need_a_loss_that_has_some():
+    with pytest.raises(UserError, match=r"losses.cross_entropy.all_views is True, but no loss uses further views"):
+        make_trainer({"student": {"kd": 0.9, "cross_entropy": MLKD["cross_entropy"]}})
+
+
 def test_images_of_floats_are_refused_in_words():
     split = Split(np.asarray(normalize(IMAGES)), LABELS)
     with pytest.raises(UserError, match="losses.mlkd uses strongly augmented images, .* uint8 images; got float32"):

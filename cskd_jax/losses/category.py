@@ -585,7 +585,7 @@ class CategoryStructure(Method):
       filter_misclassified: Whether the centers use only the samples that a network classifies correctly, for
         "reference" only; None is True.
       center_momentum: Momentum of centers that remember earlier batches, in [0, 1), which needs
-        filter_misclassified=False; None uses the centers of the batch alone.
+        filter_misclassified=False in "reference"; None uses the centers of the batch alone.
     """
 
     variant: Literal["reference", "paper"] = "reference"
@@ -613,7 +613,7 @@ class CategoryStructure(Method):
         if self.center_momentum is None:
             settings["filter_misclassified"] = self.filter_misclassified
             return category_structure_loss(student, teacher, inputs.labels, **settings)
-        if self.filter_misclassified:
+        if self.filter_misclassified or (self.filter_misclassified is None and self.variant == "reference"):
             raise ValueError("center_momentum needs filter_misclassified=False: running centers use all samples")
         size, dtype = student.size // len(student), np.promote_types(student.dtype, np.float32)
         memory = self.variable(

@@ -28,19 +28,23 @@ def cross_entropy_loss(
       labels: Labels, int [B], in [0, C).
       label_smoothing: Share e of the uniform distribution in the target, in [0, 1).
       other_labels: Labels of the images that the batch's images are mixed with, int [B]; None if they are not mixed.
-      share: Share of `labels` in the target, float [B], in [0, 1]; the rest goes to `other_labels`, which require it.
+      share: Share of `labels` in the target, float [B], in [0, 1]; the rest goes to `other_labels`, with which it is
+        given.
 
     Returns:
       A scalar of at least float32: the mean over the batch.
 
     Raises:
       TypeError: If the logits are not floating point, or the labels not integers.
-      ValueError: If shapes do not fit, or the label smoothing is out of range.
+      ValueError: If shapes do not fit, if only one of other_labels and share is given, or if the label smoothing is out
+        of range.
     """
     check_float("logits", logits, ndim=2)
     check_labels(labels, logits.shape[0])
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if (other_labels is None) != (share is None):
+        raise ValueError("other_labels and share must be given together")
     log_probabilities = jax.nn.log_softmax(at_least_float32(logits))
 
     def of(labels):

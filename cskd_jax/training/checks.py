@@ -8,6 +8,7 @@ from cskd_jax.data.batches import EpochBatches, Sampler
 from cskd_jax.data.photographs import MOST_SUMMED
 from cskd_jax.errors import UserError
 from cskd_jax.losses import LOSSES
+from cskd_jax.losses.logits import CrossEntropy
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.setup import Setup
 
@@ -33,6 +34,7 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
         raise UserError(
             f"losses.{name} uses strongly augmented images, which are made from uint8 images; got {data.image_dtype}"
         )
+    _check_all_views(objective)
     height, width = data.image_shape[:2]
     if objective.views and height * width > MOST_SUMMED:
         raise UserError(
@@ -56,6 +58,16 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
         _check_unlabeled(objective)
     if mixes:
         _check_mixed(objective)
+
+
+def _check_all_views(objective):
+    """Raises UserError for a cross-entropy of all views where there is only one."""
+    for name, (_, loss) in objective.losses.items():
+        if isinstance(loss, CrossEntropy) and loss.all_views and not objective.views:
+            raise UserError(
+                f"losses.{name}.all_views is True, but no loss uses further views of the images: leave it out, or add "
+                "one, such as mlkd"
+            )
 
 
 def _needs_multilabel(loss):

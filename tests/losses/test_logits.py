@@ -140,6 +140,12 @@ def test_cross_entropy_errors(logits, labels, error, text):
         cross_entropy_loss(logits, labels)
 
 
+@pytest.mark.parametrize("given", [{"other_labels": LABELS}, {"share": np.full(4, 0.5, np.float32)}])
+def test_the_other_labels_come_with_their_share(given):
+    with pytest.raises(ValueError, match=message("other_labels and share must be given together")):
+        cross_entropy_loss(make_logits()[0], LABELS, **given)
+
+
 @pytest.mark.parametrize("loss", [kd_loss, mse_logits_loss])
 @pytest.mark.parametrize(
     ("changes", "error", "text"),

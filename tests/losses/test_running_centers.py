@@ -166,10 +166,12 @@ def test_errors(changes, text):
         )
 
 
-def test_the_filter_is_refused():
+@pytest.mark.parametrize("filtered", [True, None])
+def test_the_filter_is_refused(filtered):
+    """Also where it is not set, since that turns it on."""
     inputs = make_inputs(dtype=np.float32)
     with pytest.raises(ValueError, match="center_momentum needs filter_misclassified=False"):
-        create(LOSSES["category_structure"], inputs, **SETTINGS | {"filter_misclassified": True})
+        create(LOSSES["category_structure"], inputs, **SETTINGS | {"filter_misclassified": filtered})
 
 
 def test_degenerate_inputs_are_finite():
