@@ -52,9 +52,13 @@ def check_logits(student_logits: jax.Array, teacher_logits: jax.Array) -> None:
 
 
 def check_temperature(temperature: float | jax.Array) -> None:
-    """Raises ValueError unless `temperature` is greater than 0; an array's value is not known while tracing."""
-    if not isinstance(temperature, jax.Array) and not temperature > 0:
+    """Raises ValueError unless `temperature` is greater than 0 and finite; one that is traced is not checked."""
+    if isinstance(temperature, jax.core.Tracer):
+        return
+    if not np.all(np.asarray(temperature) > 0):
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    if not np.all(np.isfinite(temperature)):
+        raise ValueError(f"temperature must be finite, got {temperature}")
 
 
 def check_same_batch(**arrays: jax.Array) -> None:

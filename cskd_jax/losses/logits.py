@@ -67,14 +67,15 @@ def kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, *, temperature
     Args:
       student_logits: Logits of the student, float [B, C].
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
-      temperature: Temperature T, greater than 0; it may be an array, which is not checked and may be differentiated.
+      temperature: Temperature T, greater than 0 and finite; it may be an array, which may be differentiated. A traced
+        one is not checked.
 
     Returns:
       A scalar of at least float32: the mean over the batch of the sum over classes.
 
     Raises:
       TypeError: If the logits are not floating point.
-      ValueError: If shapes differ, or if the temperature is not positive.
+      ValueError: If shapes differ, or if the temperature is not positive or not finite.
 
     References:
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531.

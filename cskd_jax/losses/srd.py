@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cskd_jax.losses._batch import mean_batch, standardize_batch, sum_batch
-from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape
+from cskd_jax.losses._batch import count_batch, mean_batch, standardize_batch, sum_batch
+from cskd_jax.losses._checks import at_least_float32, check_float, check_same_shape, check_several_samples
 from cskd_jax.losses._connectors import Orthogonal, Pointwise
 from cskd_jax.losses.base import EmbeddingSource, LossInputs, Method, Positive
 from cskd_jax.losses.embedding import read_student
@@ -39,13 +39,13 @@ def srd_correlation_loss(
 
     Raises:
       TypeError: If the embeddings are not floating point.
-      ValueError: If shapes differ, or if the power is not greater than 1.
+      ValueError: If shapes differ, if the global batch has one sample, or if the power is not greater than 1.
 
     References:
       Miles, Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation", AAAI 2024,
       https://arxiv.org/abs/2303.11098; code: https://github.com/roymiles/Simple-Recipe-Distillation.
     """
-    student, teacher = _checked(student_embedding, teacher_embedding, power)
+    student, teacher = _checked("srd_correlation_loss", student_embedding, teacher_embedding, power, axis_name)
     student, teacher = (standardize_batch(x, axis_name) for x in (student, teacher))
     correlations = mean_batch(student * teacher, axis_name)
     return jnp.log(jnp.sum(jnp.abs(correlations - 1) ** power) + _EPSILON)
@@ -72,22 +72,23 @@ def srd_difference_loss(
 
     Raises:
       TypeError: If the embeddings are not floating point.
-      ValueError: If shapes differ, or if the power is not greater than 1.
+      ValueError: If shapes differ, if the global batch has one sample, or if the power is not greater than 1.
 
     References:
       See `srd_correlation_loss`.
     """
-    student, teacher = _checked(student_embedding, teacher_embedding, power)
+    student, teacher = _checked("srd_difference_loss", student_embedding, teacher_embedding, power, axis_name)
     student, teacher = (standardize_batch(x, axis_name, epsilon=_NORM_EPSILON) for x in (student, teacher))
     total = sum_batch(jnp.sum(jnp.abs(student - teacher) ** power), axis_name)
     tiny = jnp.finfo(total.dtype).tiny
     return jnp.log(jnp.where(total <= tiny, tiny, total))
 
 
-def _checked(student_embedding, teacher_embedding, power):
+def _checked(loss, student_embedding, teacher_embedding, power, axis_name):
     check_float("student_embedding", student_embedding, ndim=2)
     check_float("teacher_embedding", teacher_embedding, ndim=2)
     check_same_shape(student_embedding=student_embedding, teacher_embedding=teacher_embedding)
+    check_several_samples(loss, count_batch(student_embedding, axis_name))
     if not power > 1:
         raise ValueError(f"power must be greater than 1, got {power}")
     return at_least_float32(student_embedding), lax.stop_gradient(at_least_float32(teacher_embedding))

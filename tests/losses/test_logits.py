@@ -168,6 +168,21 @@ def test_errors_of_losses_with_a_teacher(loss, changes, error, text):
 def test_kd_refuses_a_temperature_that_is_not_positive(temperature):
     with pytest.raises(ValueError, match=message(f"temperature must be greater than 0, got {temperature}")):
         kd_loss(*make_logits(), temperature=temperature)
+    with pytest.raises(ValueError, match="temperature must be greater than 0, got"):
+        kd_loss(*make_logits(), temperature=jnp.float32(temperature))
+
+
+@pytest.mark.parametrize(
+    "temperature", [float("inf"), np.float32("inf"), jnp.float32("inf"), jnp.array([[1], [jnp.inf]])]
+)
+def test_kd_refuses_a_temperature_that_is_not_finite(temperature):
+    with pytest.raises(ValueError, match="temperature must be finite, got"):
+        kd_loss(*make_logits(), temperature=temperature)
+
+
+def test_a_traced_temperature_is_not_checked():
+    value = jax.jit(lambda temperature: kd_loss(*make_logits(), temperature=temperature))(jnp.float32(2.0))
+    np.testing.assert_allclose(value, kd_loss(*make_logits(), temperature=jnp.float32(2.0)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

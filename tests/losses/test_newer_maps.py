@@ -435,6 +435,8 @@ def test_newer_wrong_arrays_are_refused(loss):
     [
         (lambda: itrd_correlation_loss(VECTORS[:1], VECTORS[:1]), "it needs at least 2 in the global batch, got 1"),
         (lambda: itrd_correlation_loss(VECTORS, VECTORS, alpha=0.0), "alpha must be greater than 0, got 0.0"),
+        (lambda: srd_correlation_loss(VECTORS[:1], VECTORS[:1]), "it needs at least 2 in the global batch, got 1"),
+        (lambda: srd_difference_loss(VECTORS[:1], VECTORS[:1]), "it needs at least 2 in the global batch, got 1"),
         (lambda: srd_difference_loss(VECTORS, VECTORS, power=1.0), "power must be greater than 1, got 1.0"),
         (lambda: wkd_feature_loss(MAPS, MAPS, grid=0), "grid must be at least 1, got 0"),
         (lambda: wkd_feature_loss(MAPS, MAPS, epsilon=0.0), "epsilon must be greater than 0, got 0.0"),
