@@ -34,7 +34,8 @@ def abkd_loss(
         out.
       teacher_logits: Logits of the teacher, float [B, C], never differentiated.
       alpha: Exponent a.
-      beta: Exponent b. With a negative exponent, tiny probabilities make the value huge, possibly infinite.
+      beta: Exponent b. With a negative exponent, tiny probabilities make the value huge, and infinite or NaN where it
+        exceeds the largest number of the dtype.
       temperature: Temperature T, greater than 0.
       released_limits: Whether the value where b or a + b is 0 is multiplied by a, and where a is 0 by b, as in the
         authors' code; the loss is then discontinuous there, unless that factor is 1.
@@ -118,18 +119,22 @@ def _divergences(student, teacher, alpha, beta):
         return jnp.sum(jnp.square(q - p), axis=-1) / 2
     if abs(alpha) < abs(beta):
         alpha, beta, p, q = beta, alpha, q, p
-    difference = _power_difference(alpha + beta, p, q) - jnp.exp(alpha * p) * _power_difference(beta, p, q)
+    difference = _power_difference(alpha + beta, p, q) - _power_difference(beta, p, q, shift=alpha * p)
     return jnp.sum(difference, axis=-1) / alpha
 
 
-def _power_difference(power, x, y):
-    """Returns (e^(power y) - e^(power x)) / power, to full precision where the two are close, and y - x at power 0."""
+def _power_difference(power, x, y, shift=0.0):
+    """Returns e^shift (e^(power y) - e^(power x)) / power, and e^shift (y - x) at power 0.
+
+    The result has full precision where the two powers are close. The shift is added to the exponents: with powers of
+    opposite signs, e^shift may vanish where the others are infinite.
+    """
     if power == 0:
-        return y - x
+        return jnp.exp(shift) * (y - x)
     exponent = power * (y - x)
     close = jnp.abs(exponent) < 1
-    near = jnp.exp(power * x) * jnp.expm1(jnp.where(close, exponent, 0))
-    return jnp.where(close, near, jnp.exp(power * y) - jnp.exp(power * x)) / power
+    near = jnp.exp(shift + power * x) * jnp.expm1(jnp.where(close, exponent, 0))
+    return jnp.where(close, near, jnp.exp(shift + power * y) - jnp.exp(shift + power * x)) / power
 
 
 def _released_factor(alpha, beta):

@@ -202,6 +202,19 @@ def test_limits_of_abkd():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("alpha", "beta"), [(2.0, -1.0), (-1.0, 2.0), (5.0, -4.0)])
+def test_abkd_with_a_negative_exponent_is_finite_where_its_value_is(alpha, beta):
+    """A power of one network may overflow where the other's makes the product vanish."""
+    student, teacher = np.array([[0.0, -1.0, -2.0]]), np.array([[0.0, -1.0, -2.0]])
+    (student if beta > 0 else teacher)[0, 2] = -120  # The network whose power has a positive exponent.
+    loss = functools.partial(abkd_loss, alpha=alpha, beta=beta, temperature=1.0)
+    (expected, _), expected_gradient = jax.value_and_grad(loss, has_aux=True)(student, teacher)
+    single = jax.value_and_grad(loss, has_aux=True)(student.astype(np.float32), teacher.astype(np.float32))
+    np.testing.assert_allclose(single[0][0], expected, rtol=1e-5)
+    np.testing.assert_allclose(single[1], expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
 def test_abkd_leaves_out_infinite_logits():
     arrays = make_arrays()
     wider = {name: np.pad(arrays[name], ((0, 0), (0, 1)), constant_values=-np.inf) for name in ("student", "teacher")}
