@@ -1,11 +1,13 @@
 """The optimizer against SGD written by hand as torch.optim.SGD computes it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from cskd_jax.training.optimizers import (
+    ConstantSchedule,
     SeparateGradients,
     StepSchedule,
     dot,
@@ -166,3 +168,31 @@ def test_dot_is_sgd_with_a_momentum_for_each_gradient():
             plain_params = optax.apply_updates(plain_params, updates)
         np.testing.assert_allclose(params["network"]["kernel"], expected, rtol=1e-12)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), params["losses"], plain_params)
+
+
+@pytest.mark.parametrize("group", ["network", "losses"])
+def test_dot_moves_what_distillation_alone_reaches_by_its_gradient(group):
+    """With the mean of the momenta; the weight decay, from the second step on, is in the same buffer."""
+
+    def moves(weight_decay):
+        optimizer = dot(ConstantSchedule(1.0), momentum=0.9, delta=0.075, weight_decay=weight_decay)
+        params = {"network": {}, "losses": {}, group: {"kernel": jnp.ones(1)}}
+        gradients = SeparateGradients(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.ones_like, params))
+        state, found = optimizer.init(params), []
+        for _ in range(3):
+            updates, state = optimizer.update(gradients, state, params)
+            found.append(updates[group]["kernel"].item())
+            np.testing.assert_array_equal(state.buffers.supervision[group]["kernel"], 0)
+        return found
+
+    np.testing.assert_allclose(moves(0.0), [-1, -1.9, -2.71], rtol=1e-6)
+    np.testing.assert_allclose(moves(0.5), [-1, -2.4, -3.66], rtol=1e-6)
+
+
+def test_dot_leaves_alone_what_no_gradient_reaches():
+    optimizer = dot(ConstantSchedule(1.0), momentum=0.9, delta=0.075, weight_decay=0.5)
+    params = {"network": jnp.ones(2), "losses": {}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = optimizer.update(SeparateGradients(zeros, zeros), optimizer.init(params), params)
+    updates, _ = optimizer.update(SeparateGradients(zeros, zeros), state, params)
+    assert not updates["network"].any()

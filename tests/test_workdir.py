@@ -209,6 +209,16 @@ def test_a_changed_formula(run, monkeypatch):
     assert run_config(run).losses.kd.temperature == 4.0
 
 
+def test_a_changed_optimizer(tmp_path):
+    now = asked(optimizer__name="dot", optimizer__restart_momentum=False)
+    (tmp_path / "student" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(now | {"optimizer.dot version": 2}))
+    with pytest.raises(
+        UserError, match=r"\(optimizer.dot version 2 != 3: the formula of the optimizer dot has changed"
+    ):
+        check_workdir(tmp_path, now)
+
+
 def test_more_epochs_extend_a_finished_run(finished, capsys):
     before = load_variables(str(finished / "student"))
     assert before.record.finished

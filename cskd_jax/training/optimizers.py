@@ -163,7 +163,7 @@ class SeparateOptimizer(optax.GradientTransformation):
 
 
 # Version of the computation in `dot`. It is increased when the same settings lead to different values than before.
-DOT_VERSION = 2
+DOT_VERSION = 3
 
 
 class _DotState(NamedTuple):
@@ -184,16 +184,17 @@ def dot(
     Every parameter has one buffer for the supervision gradient, with weight decay, and one for the distillation
     gradient: buffer = (momentum - delta) * buffer + gradient and buffer = (momentum + delta) * buffer + gradient,
     respectively; the parameter moves by minus the learning rate times their sum. As in the authors' code, a parameter
-    that one of the two gradients does not reach uses the mean of the momenta. This applies to the parameters of losses,
-    which supervision does not reach and whose decay begins with the second step, and to parameters that the losses that
-    need a teacher do not read, such as a classifier behind matched maps.
+    that only one of the two gradients has reached so far uses the mean of the momenta. If that is the distillation
+    gradient, its buffer has the weight decay, from the second step on. This applies to most parameters of losses, and
+    to a classifier without cross-entropy; the classifier behind matched maps is reached by supervision alone. A
+    parameter that neither gradient reaches does not change.
 
     Args:
       schedule: Learning rate.
       momentum: Mean of the two momenta.
       delta: Half of their difference.
       weight_decay: Coefficient of L2 weight decay: this factor times the parameter is added to its supervision
-        gradient.
+        gradient, or to its distillation gradient if that alone reaches it.
       mask: Function from the parameters to a mask of those that decay; None decays all.
 
     References:
@@ -207,32 +208,27 @@ def dot(
         return _DotState(jnp.zeros((), jnp.int32), SeparateGradients(zeros, zeros))
 
     def update(updates, state, params: Any = None):
-        decayed, _ = decay.update(updates.supervision, decay.init(params), params)
+        zeros = jax.tree.map(jnp.zeros_like, updates.supervision)
+        decays, _ = decay.update(zeros, decay.init(params), params)
 
-        def supervise(path, buffer, decayed, gradient, distillation, distillation_buffer):
-            if _is_of_loss(path):
-                return momentum * buffer + jnp.where(state.count > 0, decayed, gradient)
+        def accumulate(supervision, distillation, supervision_buffer, distillation_buffer, decay):
             # A gradient that has always been zero is taken to be missing.
-            reached = jnp.any(distillation != 0) | jnp.any(distillation_buffer != 0)
-            return jnp.where(reached, momentum - delta, momentum).astype(buffer.dtype) * buffer + decayed
+            distilled = jnp.any(distillation_buffer != 0)
+            supervised = jnp.any(supervision != 0) | jnp.any(supervision_buffer != 0)
+            both = supervised & (distilled | jnp.any(distillation != 0))
+            lower, higher = (jnp.where(both, momentum + d, momentum).astype(decay.dtype) for d in (-delta, delta))
+            return SeparateGradients(
+                lower * supervision_buffer + (supervision + jnp.where(supervised, decay, 0)),
+                higher * distillation_buffer + (distillation + jnp.where(distilled & ~supervised, decay, 0)),
+            )
 
-        def distill(path, buffer, gradient):
-            return (momentum if _is_of_loss(path) else momentum + delta) * buffer + gradient
-
-        supervision, distillation = state.buffers
-        buffers = SeparateGradients(
-            jax.tree.map_with_path(supervise, supervision, decayed, *updates, distillation),
-            jax.tree.map_with_path(distill, distillation, updates.distillation),
-        )
+        buffers = jax.tree.map(accumulate, *updates, *state.buffers, decays)
+        buffers = jax.tree.transpose(jax.tree.structure(zeros), jax.tree.structure(SeparateGradients(0, 0)), buffers)
         rate = schedule(state.count)
         moves = jax.tree.map(lambda x, y: -jnp.asarray(rate, x.dtype) * (x + y), *buffers)
         return moves, _DotState(optax.safe_increment(state.count), buffers)
 
     return SeparateOptimizer(init, update)
-
-
-def _is_of_loss(path):
-    return path[0] == jax.tree_util.DictKey("losses")
 
 
 def clip_first(optimizer: optax.GradientTransformation, norm: float | None) -> optax.GradientTransformation:

@@ -329,31 +329,24 @@ def test_newer_costs(name):
 
 @pytest.mark.parametrize("name", names_of("dot"))
 def test_newer_steps_of_dot(name):
-    """Parameters that distillation alone reaches are those of losses here; their two buffers then act as one."""
+    """`dot_mixed` has parameters that only one of the two gradients reaches."""
     case = read_cases()[name]
     hyper, steps = case.hyper, case.part("steps")
     settings = {name: hyper[name] for name in ("momentum", "delta", "weight_decay")}
     optimizer = dot(ConstantSchedule(hyper["lr"]), **settings)
     start = case.part("params")
-    of_losses = {name for name in start if f"grad_task/{name}" not in steps}
-
-    def tree(values):
-        """The parameters as those of a network and of losses."""
-        network = {name: value for name, value in values.items() if name not in of_losses}
-        return {"network": network, "losses": {name: values[name] for name in of_losses}}
 
     def gradients(kind, step):
         found = {name: steps.get(f"grad_{kind}/{name}") for name in start}
-        return tree({n: jnp.zeros(start[n].shape) if g is None else jnp.asarray(g[step]) for n, g in found.items()})
+        return {n: jnp.zeros(start[n].shape) if g is None else jnp.asarray(g[step]) for n, g in found.items()}
 
-    params = tree(jax.tree.map(jnp.asarray, start))
+    params = jax.tree.map(jnp.asarray, start)
     state, update, found = optimizer.init(params), jax.jit(optimizer.update), []
     for step in range(len(steps["loss_kd"])):
         updates, state = update(SeparateGradients(gradients("task", step), gradients("kd", step)), state, params)
         params = optax.apply_updates(params, updates)
-        task, kd = ({**buffer["network"], **buffer["losses"]} for buffer in state.buffers)
-        kd |= {name: task[name] + kd[name] for name in of_losses}
-        rows = {"param": {**params["network"], **params["losses"]}, "momentum_task": task, "momentum_kd": kd}
+        task, kd = state.buffers
+        rows = {"param": params, "momentum_task": task, "momentum_kd": kd}
         found.append({f"{kind}/{name}": value for kind, row in rows.items() for name, value in row.items()})
     for key in steps:
         if key.split("/")[0] in ("param", "momentum_task", "momentum_kd"):
