@@ -17,6 +17,7 @@ from cskd_jax import console
 from cskd_jax.commands.train import _is_first
 from cskd_jax.data import load_dataset
 from cskd_jax.distributed import processes
+from cskd_jax.errors import DivergedError
 from cskd_jax.training.callbacks import Console, Meter, Progress, Start
 from cskd_jax.training.metrics import MULTI_LABEL, SINGLE_LABEL
 from tests.conftest import ROOT
@@ -202,6 +203,19 @@ def test_without_labels_only_the_loss_is_shown(capsys, clock):
         clock.now += 60
         meter.add(1, 10, {"loss": jnp.float32(1)})
     assert capsys.readouterr().out.startswith("student: epoch 1/2, step 1/24, loss 1.0000, learning rate 0.1")
+
+
+def test_only_the_total_and_its_gradient_must_be_finite(clock):
+    """A term of a loss that is switched off may be infinite; it is not in the row of such a step."""
+    start = Start("student", 0, 24, 2, 0, 240, SINGLE_LABEL, Progress(), lambda step: 0.1)
+    with Meter(start, [Console(clock)], 50) as meter:
+        for step, off in enumerate((1.0, jnp.inf, jnp.nan, 1.0, 2.0, 4.0), start=1):
+            meter.add(step, 10, {"loss": jnp.float32(1), "gradient_norm": jnp.float32(1), "off": jnp.float32(off)})
+        for name in ("loss", "gradient_norm"):
+            metrics = {"loss": jnp.float32(1), "gradient_norm": jnp.float32(1)} | {name: jnp.float32(jnp.nan)}
+            with pytest.raises(DivergedError, match=f"student: {name} is nan at step 7"):
+                meter.add(7, 10, metrics)
+    assert [row.get("off") for row in meter.history] == [None, None, 3.0]
 
 
 def test_the_learning_rate_is_that_of_the_history(capsys, clock):

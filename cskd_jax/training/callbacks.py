@@ -106,7 +106,7 @@ class Callback:
           step: Step number, counted from 1.
           images: Number of images that it trained on.
           metrics: "loss", every term of the loss by name, "gradient_norm" and, if there are labels, a metric of the
-            student.
+            student. Terms that are not finite, which only losses that are switched off may have, are left out.
         """
 
     def on_row(self, row: Mapping[str, Any]) -> None:
@@ -262,16 +262,19 @@ class Meter:
           metrics: Scalars on the device.
 
         Raises:
-          DivergedError: A metric is not finite.
+          DivergedError: The total loss or the norm of its gradient is not finite.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._check_finite(step, values)
+        if not np.isfinite([values["loss"], values.get("gradient_norm", 0.0)]).all():
+            self._check_finite(step, values)
+        # What is left is of losses that are switched off; it is not in the rows of these steps.
+        values = {name: value for name, value in values.items() if np.isfinite(value)}
         now, progress = time.perf_counter(), self.progress
         progress.seconds += now - self._clock
         progress.images += images
         self._clock = now
-        for name, value in values.items():
-            progress.sums[name] = progress.sums.get(name, 0.0) + value
+        known = progress.sums if progress.count else values
+        progress.sums = {name: progress.sums.get(name, 0.0) + x for name, x in values.items() if name in known}
         progress.count += 1
         for callback in self._callbacks:
             callback.on_step(step, images, values)

@@ -9,6 +9,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from cskd_jax.configs.methods import METHODS, MULTILABEL_METHODS
 from cskd_jax.errors import UserError, meant
@@ -73,6 +74,15 @@ class Weight:
             return f"decay_epoch is {self.decay_epoch}; it must be {allowed}"
         return None
 
+    def is_on(self, epoch: jax.Array) -> jax.Array | bool:
+        """Returns whether the loss counts in `epoch`, an integer scalar; a Python bool if all epochs are alike."""
+        if not self.weight:
+            return False
+        if not self.start_epoch and self.end_epoch is None:
+            return True
+        before_end = True if self.end_epoch is None else epoch < self.end_epoch
+        return (epoch >= self.start_epoch) & before_end
+
     def at(self, epoch: jax.Array) -> jax.Array | float:
         """Returns the weight in `epoch`, an integer scalar."""
         weight = self.weight
@@ -80,10 +90,8 @@ class Weight:
             weight = weight * jnp.minimum((epoch - self.start_epoch + 1).astype(float) / self.warmup_epochs, 1)
         if self.decay_epoch is not None and self.end_epoch is not None:
             weight = weight * half_cosine(epoch + 1 - self.decay_epoch, self.end_epoch - self.decay_epoch)
-        if self.start_epoch or self.end_epoch is not None:
-            before_end = True if self.end_epoch is None else epoch < self.end_epoch
-            weight = jnp.where((epoch >= self.start_epoch) & before_end, weight, 0)
-        return weight
+        on = self.is_on(epoch)
+        return weight if isinstance(on, bool) else jnp.where(on, weight, 0)
 
 
 # What the fields of `Weight` may be.
@@ -251,6 +259,9 @@ class Objective:
             variables = {"params": params.get(name, {}), "memory": memory.get(name, {})}
             with _naming(name):
                 seen = with_teacher(inputs, loss.teacher)._replace(epoch=jnp.maximum(epoch - weight.start_epoch, 0))
+                on = weight.is_on(epoch)
+                if not isinstance(on, bool):
+                    seen, variables["params"] = _differentiated_if(on, (seen, variables["params"]))
                 found, updated = loss.apply(variables, seen, mutable=["memory"])
             value, parts = found if isinstance(found, tuple) else (found, {})
             _check_scalars(name, value, parts)
@@ -288,10 +299,27 @@ class Objective:
         return totals[False], totals[True]
 
     def _weigh(self, weight, value, step):
-        factor = weight.at(step // self.steps_per_epoch)
+        """Returns what a loss adds to the total: 0 if it is off, even if its value is not finite."""
+        epoch = step // self.steps_per_epoch
+        on, factor = weight.is_on(epoch), weight.at(epoch)
         if isinstance(factor, jax.Array):  # A factor of another type would determine the type of the total.
             factor = factor.astype(jnp.result_type(value, float))
-        return factor * value
+        if isinstance(on, bool):
+            return factor * (value if on else jnp.zeros_like(value))
+        return jnp.where(on, factor * value, 0)
+
+
+def _differentiated_if(on, tree):
+    """Returns the tree, through whose arrays no gradient flows unless `on`.
+
+    A weight of 0 does not suffice, since 0 times an infinite derivative is NaN.
+    """
+
+    def choose(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jnp.where(on, x, lax.stop_gradient(x)) if floating else x
+
+    return jax.tree.map(choose, tree)
 
 
 class FunctionLoss(Method):

@@ -207,7 +207,8 @@ class Participant:
         """Dispatches the next step on the output of the teacher pass, plus the rest of the batch.
 
         Raises:
-          DivergedError: A metric of this step, or of an earlier one that was in flight, is not finite.
+          DivergedError: The loss of this step or its gradient, or those of an earlier one that was in flight, are not
+            finite.
         """
         number = self._part_of(self.step)
         if self.step and self.step == self.programs.parts[number].start and self.programs.parts[number].fresh:
