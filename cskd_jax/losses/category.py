@@ -166,7 +166,8 @@ def category_structure_loss(
     """Computes the category-structure loss: intra-category plus inter-category structure.
 
     With deviations Psi (Eq. 7), cosines of centers M (Eq. 8), K categories present in the batch, features f of one
-    sample flattened to D numbers, D' = D, the center P of the sample's category, and the center Z of its logits z:
+    sample flattened to D numbers (D = H W D' for maps [B, H, W, D']), the center P of the sample's category, and the
+    center Z of its logits z:
 
     variant "paper" (Eq. 9; the norms are not squared)
       intra_feature = 1/K sum_i || Psi(F^it) - Psi(F^is) ||_2      inter_feature = || M^t - M^s ||_2
