@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def check_float(name: str, array: jax.Array, ndim: int | None = None, min_ndim: int = 0) -> None:
@@ -53,7 +54,7 @@ def check_logits(student_logits: jax.Array, teacher_logits: jax.Array) -> None:
 
 def check_temperature(temperature: float | jax.Array) -> None:
     """Raises ValueError unless `temperature` is greater than 0 and finite; one that is traced is not checked."""
-    if isinstance(temperature, jax.core.Tracer):
+    if isinstance(temperature, Tracer):
         return
     if not np.all(np.asarray(temperature) > 0):
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
