@@ -52,7 +52,7 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
         one_hot = data.multilabel and is_one_hot(data.train.labels) and is_one_hot(data.test.labels)
         raise UserError(
             f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: methods for "
-            f"such labels are {', '.join(sorted(fitting))}{_ONE_HOT if one_hot else others}"
+            f"such labels are {', '.join(sorted(fitting))}{others}{_ONE_HOT if one_hot else ''}"
         )
     if data.unlabeled:
         _check_unlabeled(objective)
