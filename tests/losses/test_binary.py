@@ -113,11 +113,8 @@ def test_what_labels_methods_are_for():
     kinds = {kind: {name for name, method in LOSSES.items() if method.multilabel is kind} for kind in (True, False)}
     assert kinds[True] == {"binary_cross_entropy", "binary_kd", "multilabel_category_structure"}
     logits = {
-        "ctkd",
-        "deit",
         "dkd",
         "dml",
-        "mlkd",
         "nkd",
         "ofa",
         "rld",
@@ -128,3 +125,7 @@ def test_what_labels_methods_are_for():
         "wkd_l",
     }
     assert kinds[False] == {"category_structure", "cross_entropy", "crd", "kdgan"} | logits
+    # These read no labels, but need images of one class all the same.
+    softmax = {name for name, method in LOSSES.items() if method(num_classes=3).softmax}
+    expected = {"abkd", "ctkd", "deit", "dist", "kd", "lskd", "luminet", "mlkd", "srd", "ttm", "vkd", "wttm"}
+    assert softmax == expected
