@@ -408,15 +408,17 @@ def figures(folder: pathlib.Path) -> dict[str, Figure]:
 
 def _draw_accuracy(numbers, epochs, minutes):
     for axes, name, label in (epochs, "epochs", "epoch"), (minutes, "minutes", "minutes of training, alone"):
-        for row, curve in numbers.items():
-            axes.plot(curve[name], curve["top1"], label=row, linewidth=1)
+        for position, (row, curve) in enumerate(numbers.items()):
+            # There are ten colors.
+            style = ("-", "--", ":")[position // 10 % 3]
+            axes.plot(curve[name], curve["top1"], label=row, linewidth=1, linestyle=style)
         axes.set_xlabel(label)
     epochs.set_ylabel("top-1 on the test split, %")
 
 
 def _draw_tightness(numbers, axes):
     for position, (row, points) in enumerate(numbers.items()):
-        axes.scatter(*zip(*points, strict=True), label=row, s=20, marker="os^vDPX<>*"[position % 10])
+        axes.scatter(*zip(*points, strict=True), label=row, s=20, marker="os^vDPX<>*dph"[position % 13])
     axes.set_xlabel("within / between: smaller is tighter")
     axes.set_ylabel("top-1 on the test split, %")
 
