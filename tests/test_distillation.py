@@ -95,8 +95,8 @@ def test_uint8_images_are_normalized_and_floats_taken_as_they_are():
     pixels = RNG.integers(256, size=(24, 4, 4, 1), dtype=np.uint8)
     floats = (pixels.astype(np.float32) / 255 - 0.5) / 0.25
     results = [
-        distill(Net(), train=(images[:16], LABELS[:16]), test=(images[16:], LABELS[16:]), mean=[0.5], std=[0.25])
-        for images in (pixels, floats)
+        distill(Net(), train=(images[:16], LABELS[:16]), test=(images[16:], LABELS[16:]), **normalization)
+        for images, normalization in ((pixels, {"mean": [0.5], "std": [0.25]}), (floats, {}))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *(r.variables for r in results))
 

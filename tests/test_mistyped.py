@@ -400,7 +400,7 @@ export runs/x --out=gs://b/x
 export gs://b/x --out=y
     gs://b/x is a URL, not a folder: name a local or mounted folder, and copy it from or to gs:// with ...
 export runs/x --out=y --config=digits
-    unknown flag --config; the flags are --workdir, --network, --out, --size, --mean, --std
+    unknown flag --config; the flags are --workdir, --network, --best, --out, --size, --mean, --std
 export runs/x --out=y --network=techer
     --network: invalid choice: 'techer' (choose from 'student', 'teacher'); --help shows what is allowed
 import-torch --model=vgg8 --num_classes=10 --out=y

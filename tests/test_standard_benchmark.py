@@ -224,7 +224,7 @@ def outputs_of(pair, batch=8):
 
 
 # Methods that pair stages one to one, which a teacher of three stages and a student of four do not allow.
-OF_PAIRED_STAGES = {"ab", "at", "fitnet", "fsp", "nst", "ofd", "reviewkd", "vid"}
+OF_PAIRED_STAGES = {"ab", "at", "fitnet", "fsp", "irg", "nst", "ofd", "reviewkd", "vid"}
 
 
 @functools.cache

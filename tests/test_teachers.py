@@ -323,11 +323,9 @@ def test_teachers_that_are_none(teachers, message):
 
 
 def test_a_normalization_of_floats():
-    floats = (INPUTS, LABELS[:5])
+    floats = {"train": (INPUTS, LABELS[:5]), "test": (INPUTS, LABELS[:5]), "mean": 0.0, "std": 1.0}
     with pytest.raises(UserError, match="a teacher with its own normalization needs uint8 images"):
-        train(
-            {"kd": 1.0}, [teacher(0, normalization=Normalize((0.2,), (0.5,)))], train=floats, test=floats, batch_size=5
-        )
+        train({"kd": 1.0}, [teacher(0, normalization=Normalize((0.2,), (0.5,)))], batch_size=5, **floats)
 
 
 @pytest.mark.slow
