@@ -29,6 +29,9 @@ def from_arrays(
             kind = f"{type(arrays).__name__}" + (f" of {len(arrays)}" if isinstance(arrays, tuple | list) else "")
             raise UserError(f"{name} must be a pair (images, labels); got {kind}")
     splits: list[Any] = [make_split(name, *arrays) for name, arrays in given.items()]
+    for name, split in zip(given, splits, strict=True):  # Not for every batch that a function makes.
+        if split.images.dtype != np.uint8 and not np.isfinite([split.images.min(), split.images.max()]).all():
+            raise UserError(f"{name} images hold values that are not finite")
     if train[1] is None and any(split.labels.ndim == 2 for split in splits):
         raise UserError("train has no labels, but multi-label data sets need them")
     kinds = [
@@ -91,8 +94,6 @@ def make_split(name: str, images: Any, labels: Any) -> Split:
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(f"{name} images are {images.dtype}; they must be uint8 or floats")
         images = images.astype(np.float32)
-        if not (np.isfinite(images.min()) and np.isfinite(images.max())):
-            raise UserError(f"{name} images hold values that are not finite")
     if labels.ndim == 2 and labels.shape[1] < 2:
         raise UserError(f"{name} labels have shape {labels.shape}; with one class per image, it must be [N]")
     if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):

@@ -91,8 +91,9 @@ def load_run(workdir: str | pathlib.Path, student: Any = None, *, best: bool = F
             raise UserError(f"{workdir}: {error}") from None
         student = create_model(**network, num_classes=saved.num_classes)
     network: Any = as_network(student)
-    shape = (*saved.record.images["size"], saved.record.channels)
-    check_variables(network, without_prediction(saved.variables), shape, str(workdir / "student"))
+    if "size" in saved.record.images:
+        shape = (*saved.record.images["size"], saved.record.channels)
+        check_variables(network, without_prediction(saved.variables), shape, str(workdir / "student"))
     predicting = restore_prediction(network, saved.variables, saved.record, str(workdir))
     if isinstance(predicting, PredictingNetwork):
         student = PredictingModule(predicting)

@@ -324,7 +324,10 @@ def _best(path):
     scores = {}
     for checkpoint in _all(path):
         with contextlib.suppress(FileNotFoundError):
-            metrics = _read_metrics(checkpoint)
+            try:
+                metrics = _read_metrics(checkpoint)
+            except _Damaged as damage:
+                raise UserError(f"checkpoint {checkpoint} is damaged ({damage})") from None
             if metrics["score"] > -math.inf:  # An epoch that was not evaluated has that score.
                 scores[checkpoint] = _score(metrics)
     if not scores:
@@ -333,14 +336,14 @@ def _best(path):
 
 
 def _read_metrics(path):
-    """Returns the metrics of a checkpoint; raises FileNotFoundError if it has none, and UserError for unsound ones."""
+    """Returns the metrics of a checkpoint; raises FileNotFoundError if it has none, and _Damaged for unsound ones."""
     try:
         metrics = json.loads(read_bytes(path / "metrics" / "metrics", MAX_JSON))  # A score may be infinite.
         sound = all(type(metrics[name]) in (int, float) for name in ("score", "step"))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"checkpoint {path} is damaged: its metrics cannot be read ({one_line(error)})") from None
+    except (UserError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _Damaged(f"{type(error).__name__} while reading its metrics: {one_line(error)}") from None
     if not sound:
-        raise UserError(f"checkpoint {path} is damaged: its metrics are not numbers")
+        raise _Damaged("its metrics are not numbers")
     return metrics
 
 

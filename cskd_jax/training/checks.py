@@ -12,6 +12,8 @@ from cskd_jax.losses.logits import CrossEntropy
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.setup import Setup
 
+# Losses that are for both kinds of labels.
+_OTHERS = "; others read no labels and use no softmax, such as at, mse_logits, and srd with kd_weight=0"
 # What a caller may have meant who gives labels [N, K].
 _ONE_HOT = "; if each image has one class, give labels [N], such as labels.argmax(1)"
 
@@ -47,8 +49,7 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
     if wrong:
         fitting = [name for name, loss in LOSSES.items() if _needs_multilabel(loss(num_classes=2)) == data.multilabel]
         kind = "any number of classes (multi-label)" if data.multilabel else "one class"
-        others = "; others read no labels and use no softmax, such as at, mse_logits, and srd with kd_weight=0"
-        others = others if data.multilabel else ""
+        others = _OTHERS if data.multilabel else ""
         one_hot = data.multilabel and is_one_hot(data.train.labels) and is_one_hot(data.test.labels)
         raise UserError(
             f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: methods for "
