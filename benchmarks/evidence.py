@@ -179,8 +179,8 @@ def methods(folder: pathlib.Path) -> str:
     return f"{markdown.escape(tables.recipe(comparison))}\n\n{_text(*found)}"
 
 
-def summary(folder: pathlib.Path) -> str:
-    """Returns the scores of the methods, and their differences from ce and kd."""
+def _summary(folder):
+    """Returns the table of `summary`, and the methods of its rows by their name."""
     shown = named(comparison_in(folder / "methods"))
     scores = {name: row.scores("last") for name, row in shown.items()}
     compared = ("ce", "kd")
@@ -191,7 +191,24 @@ def summary(folder: pathlib.Path) -> str:
         found = [None if name == other else spread.difference(ours, scores[other]) for other in compared]
         rows.append((name, str(len(ours)), tables.summary(shown[name].summary("last")), *map(_cell, found)))
     header = ("method", "seeds", "last epoch: top-1, %", *(f"minus {name}" for name in compared))
-    return _text(Table("ResNet56 to ResNet8 on CIFAR-100", header, rows, (_pooled(spread),)))
+    table = Table("ResNet56 to ResNet8 on CIFAR-100", header, rows, (_pooled(spread),))
+    return table, {name: row.method for name, row in shown.items()}
+
+
+def summary(folder: pathlib.Path) -> str:
+    """Returns the scores of the methods, and their differences from ce and kd."""
+    return _text(_summary(folder)[0])
+
+
+def headline(folder: pathlib.Path) -> str:
+    """Returns the rows of `summary` that are no variants of a method, and their differences from ce."""
+    table, method_of = _summary(folder)
+    rows = [row[:4] for row in table.rows if row[0] == method_of[row[0]]]
+    note = (
+        "Mean ± sample standard deviation over the seeds. The intervals hold together, with the others of "
+        f"docs/results.md, with {CONFIDENCE:.0%} confidence."
+    )
+    return _text(table._replace(header=table.header[:4], rows=rows, notes=(note,)))
 
 
 def _cell(found: PairedDifference | None, digits: int = 2) -> str:
@@ -329,18 +346,24 @@ def pytorch(folder: pathlib.Path) -> str:
         [run.results["student"]["images_per_second"] for run in ours_timed],
         [run["images_per_second"] for run in theirs_timed],
     )
+    epochs = ours[0].config["epochs"]
+    images = epochs * ours[0].results["dataset"]["train_examples"]
     rows = [
-        (by, str(len(last)), tables.summary(summarize(last)), f"{min(speed):.0f} to {max(speed):.0f}")
+        (
+            by, str(len(last)), tables.summary(summarize(last)), f"{min(speed):.0f} to {max(speed):.0f}",
+            f"{images / max(speed) / 60:.0f} to {images / min(speed) / 60:.0f}",
+        )
         for by, last, speed in zip(("cskd_jax", "PyTorch"), scores, speeds, strict=True)
-    ]
+    ]  # fmt: skip
     low, high = stats.ttest_ind(*scores).confidence_interval(CONFIDENCE)
     difference = summarize(scores[0]).mean - summarize(scores[1]).mean
     note = (
         f"cskd_jax minus PyTorch: {difference:+.2f} points, {CONFIDENCE:.0%} interval {low:+.2f} to {high:+.2f} "
-        "(Student's t for independent seeds). Images/s are of training without evaluation: the lowest and the highest "
-        f"of {len(theirs_timed)} runs each of {theirs_timed[0]['epochs']} epochs, which took turns."
+        f"(Student's t for independent seeds). Images/s are of training without evaluation, alone on the machine: the "
+        f"lowest and the highest of {len(theirs_timed)} runs each of {theirs_timed[0]['epochs']} epochs, which took "
+        f"turns. Minutes are those of {epochs} epochs at this speed."
     )
-    header = ("trained by", "seeds", "last epoch: top-1, %", "images/s, alone")
+    header = ("trained by", "seeds", "last epoch: top-1, %", "images/s", "minutes")
     return _text(Table("KD against PyTorch", header, rows, (note,)))
 
 
@@ -348,6 +371,7 @@ def pytorch(folder: pathlib.Path) -> str:
 BLOCKS: dict[str, tuple[Callable[[pathlib.Path], str], str]] = {
     "runs": (runs, "methods"),
     "methods": (methods, "methods"),
+    "headline": (headline, "methods"),
     "summary": (summary, "methods"),
     "tightness": (tightness, "methods"),
     "structure": (structure, "methods"),

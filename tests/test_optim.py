@@ -112,6 +112,12 @@ def test_schedule_changes_at_the_first_step_of_a_milestone(step, expected):
     assert learning_rate_of_step(schedule, step) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("boundaries", [(3, 3), (7, 3)])
+def test_boundaries_must_increase(boundaries):
+    with pytest.raises(ValueError, match=r"boundaries must increase, not be \(., 3\)"):
+        StepSchedule(0.1, boundaries)
+
+
 def test_schedule_without_milestones_is_constant():
     assert StepSchedule(0.1)(10_000) == 0.1
     assert learning_rate_of_step(StepSchedule(0.1), 10_000) == 0.1

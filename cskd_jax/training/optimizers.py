@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple
@@ -60,10 +61,17 @@ class StepSchedule(Schedule):
     Attributes:
       boundaries: Increasing numbers of updates after which the learning rate is multiplied by `decay_factor`.
       decay_factor: Factor by which the learning rate falls.
+
+    Raises:
+      ValueError: The boundaries do not increase.
     """
 
     boundaries: tuple[int, ...] = ()
     decay_factor: float = 0.1
+
+    def __post_init__(self):
+        if any(first >= second for first, second in itertools.pairwise(self.boundaries)):
+            raise ValueError(f"boundaries must increase, not be {self.boundaries}")
 
     def after_warmup(self, count: Any, xp: Any) -> Any:
         """Returns `learning_rate`, multiplied by `decay_factor` for every boundary that has passed."""
