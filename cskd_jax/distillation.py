@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from cskd_jax.data import ImageDataset
-from cskd_jax.data.arrays import from_arrays, make_split
+from cskd_jax.data.arrays import channels_first, from_arrays, make_split
 from cskd_jax.data.augment import Normalize
 from cskd_jax.data.batches import EpochBatches
 from cskd_jax.data.fingerprint import fingerprint
@@ -193,6 +193,9 @@ def distill(
             combine_teachers=combine_teachers,
             mix=mix,
         )
+        warning = channels_first(data)
+        if warning:
+            trainer.say(warning)
         if workdir is not None:
             settings = {"epochs": int(epochs), "batch_size": int(sampler.batch_size), "drop_last": drop_last}
             # A setting that is off is not written, because earlier versions did not have it.

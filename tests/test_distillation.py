@@ -209,6 +209,14 @@ def test_a_teacher_that_no_loss_reads_is_mentioned(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("axis", "count"), [(1, 1), (-1, 0)])
+def test_images_with_their_channels_first_are_mentioned(axis, count, capsys):
+    train, test = ((np.moveaxis(np.zeros((8, 8, 8, 1), np.float32), -1, axis), LABELS[:8]) for _ in range(2))
+    distill(Net(), train=train, test=test, epochs=1, callbacks=[cskd_jax.Console()])
+    assert capsys.readouterr().out.count("if the channels come first, give np.moveaxis(images, 1, -1)") == count
+
+
+@pytest.mark.slow
 def test_a_workdir_of_something_else_is_left_alone(tmp_path):
     make_trainer(tmp_path / "trainer").fit()
     with pytest.raises(UserError, match="holds checkpoints that were not made by distill"):

@@ -61,6 +61,17 @@ def how_counted(data: ImageDataset) -> str:
     return hint + (", and no training image has label 0" if labels.min() > 0 else "")
 
 
+def channels_first(data: ImageDataset) -> str:
+    """Returns a warning about images that seem to be [N, C, H, W], and otherwise an empty text."""
+    height, width, channels = data.image_shape
+    if height not in (1, 3) or not width == channels > 4:
+        return ""
+    return (
+        f"images of shape {data.image_shape} are read as height, width and channels; if the channels come first, give "
+        "np.moveaxis(images, 1, -1)"
+    )
+
+
 def is_one_hot(labels: np.ndarray) -> bool:
     """Returns whether every row of multi-label labels [N, K] has exactly one class."""
     return bool(np.all(labels.sum(1) == 1) and np.all((labels == 0) | (labels == 1)))
