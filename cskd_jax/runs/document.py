@@ -30,7 +30,7 @@ _INTRODUCTION = """\
 
 A recipe sets what differs from the defaults below, and must set the keys whose default is *required*. On the command
 line, `--config.KEY=VALUE` overrides any key, such as `--config.epochs=10` or `--config.losses.kd.temperature=2`;
-`cskd-jax config show RECIPE` shows all values, and `cskd-jax config keys PATTERN` a part of this page.
+`cskd-jax config show RECIPE` shows all values, and `cskd-jax config keys PATTERN` shows part of this page.
 """
 
 _RESUMING = """\
@@ -39,8 +39,8 @@ _RESUMING = """\
 The same command continues a run from its last checkpoint. It may have another value of a key that does not change
 results: {indifferent}. It may also have a larger number of `epochs`: the run is extended, and its network ends as if it
 had had that number from the start; a run with `optimizer.schedule=cosine` cannot be extended, because its learning rate
-has already fallen to zero. A difference in any other key is refused, and so are other data: they are recognized
-by their labels, their classes, and some of their images, wherever they lie.
+has already fallen to zero. A difference in any other key is refused, and so are different data, which are
+recognized by their labels, their classes and some of their images, wherever they are stored.
 """
 
 _LOSSES = """\
