@@ -142,7 +142,7 @@ def losses(method, *, warmup_epochs=20, multilabel=False, changes=None):
 
     Args:
       method: One of METHODS or MULTILABEL_METHODS, or several joined by +, such as "at+kd".
-      warmup_epochs: Epochs over which the weights of dkd, luminet, reviewkd, rld, sdd_dkd and sdd_nkd are ramped up.
+      warmup_epochs: Epochs over which the weights of dkd, dkd_ls, luminet, reviewkd, rld, sdd_dkd and sdd_nkd grow.
       multilabel: Whether the images of the recipe may have any number of classes instead of exactly one.
       changes: {method: {loss: {setting: value}}}, the settings in which a recipe differs from the table of methods.
 

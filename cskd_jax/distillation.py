@@ -24,7 +24,8 @@ from cskd_jax.errors import UserError
 from cskd_jax.files import local_folder, write_json
 from cskd_jax.inputs import is_count, read_json
 from cskd_jax.losses import Method
-from cskd_jax.runs.results import DISTILLATION, RESULTS, describe_result, write_finite
+from cskd_jax.runs.lock import LOCK
+from cskd_jax.runs.results import DISTILLATION, FILES, RESULTS, describe_result, write_finite
 from cskd_jax.runs.workdir import held
 from cskd_jax.training.adapters import as_network
 from cskd_jax.training.arrays import digest_of
@@ -89,7 +90,8 @@ def distill(
         "logits" and other fields of `ModelOutput`, or a `ModelOutput`. Training mode of a linen module is selected by
         its argument `train`, `training`, `is_training` or `deterministic`, if it has one of them.
       students: In place of one student: {name: `Student`}, each with its own network, losses and optimizer. They see
-        the same batches, which pass through the teacher once for all; each becomes what it would become alone.
+        the same batches, each of which passes through the teacher only once; every student ends exactly as if it had
+        been trained alone.
       losses: {name: weight, or settings with a "weight" (1 if left out), or a custom loss}; see
         `training.objective.Objective`.
       optimizer: Optimizer, such as `optax.adamw(1e-3)`. Masks and labels that are given to optax see the tree
@@ -155,6 +157,7 @@ def distill(
 
     Raises:
       UserError: Something does not fit together; the message says what.
+      TypeError: A network is not a module, a function or a `Network`, or paths are given for one that is not linen.
       DivergedError: A loss or gradient is not finite. With several students, the others are trained to the end first,
         and `results` of the error holds their results.
     """
@@ -249,12 +252,12 @@ def _as_students(students, student, variables, paths, losses, optimizer, schedul
     named = isinstance(students, Mapping) and len(students) > 0
     if not named or not all(isinstance(student, Student) for student in students.values()):
         raise UserError("students must be {name: Student(network, losses, optimizer)}, with at least one entry")
-    allowed = re.compile(r"(?!tensorboard$)[A-Za-z0-9][A-Za-z0-9._+-]*")
-    wrong = [name for name in students if not allowed.fullmatch(name)]
+    allowed, taken = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*"), {"tensorboard", LOCK, DISTILLATION, *FILES}
+    wrong = [name for name in students if not isinstance(name, str) or name in taken or not allowed.fullmatch(name)]
     if wrong:
         raise UserError(
             f"a student cannot be named {wrong[0]!r}, because its folder is named after it: a name is a letter or "
-            "digit followed by letters, digits and ._+-, and not tensorboard"
+            "digit followed by letters, digits and ._+-, and not that of a file of the workdir, such as tensorboard"
         )
     return students
 

@@ -8,8 +8,8 @@ from typing import Any
 
 # Smallest share of common letters at which two names count as alike; below it, momentum would be suggested for adamw.
 _ALIKE = 0.75
-# Errors in reading that may not occur the next time: a lost server, too many open files, no memory.
-_PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# Errors of reading that may not recur: a lost server, too many open files, no memory.
+_TRANSIENT = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # Length of the longest message; the longest list of allowed values takes a third of it.
 _LONGEST = 2000
 
@@ -41,7 +41,7 @@ class DivergedError(UserError):
         self.results: dict[str, Any] = {}
 
 
-class PassingError(UserError):
+class TransientError(UserError):
     """An error that may not occur when the run is started again, such as a killed worker process."""
 
     exit_code = 1
@@ -55,10 +55,11 @@ class InterruptedRun(UserError):
 
 @contextlib.contextmanager
 def kept_error(owner: Any) -> Iterator[None]:
-    """Returns a context in which a UserError ends the work of one of several, and leaves the others undisturbed.
+    """Returns a context that stores a UserError in `owner` instead of raising it, so that the others continue.
 
     Args:
-      owner: Object whose attribute `error` becomes the error. An `InterruptedRun` concerns all, and is raised.
+      owner: Object whose attribute `error` becomes the error. An `InterruptedRun` concerns all of them, so it is
+        raised.
     """
     try:
         yield
@@ -69,18 +70,18 @@ def kept_error(owner: Any) -> Iterator[None]:
 
 
 def raise_if_of_system(error: Exception, problem: str) -> None:
-    """Raises an error about reading something if it is no sign of damage: the system refuses, or may work next time.
+    """Raises an error for a failed read that is not a sign of damage: access is denied, or a retry may succeed.
 
     Args:
       error: What was raised while reading.
       problem: Beginning of the message, such as "cannot read a.png".
 
     Raises:
-      PassingError: There was no memory, a lost server, too many open files, or the like.
+      TransientError: There was no memory, a lost server, too many open files, or the like.
       UserError: There is no permission to read it.
     """
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
-        raise PassingError(f"{problem}: {str(error) or 'out of memory'}") from error
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in _TRANSIENT:
+        raise TransientError(f"{problem}: {str(error) or 'out of memory'}") from error
     if isinstance(error, PermissionError):
         raise UserError(f"{problem}: {error}") from error
 

@@ -17,7 +17,7 @@ from cskd_jax.errors import UserError
 
 # Results of runs with thousands of classes take less than one megabyte.
 MAX_JSON = 8 << 20
-# Letters of a name or a path.
+# Characters in a name or a path.
 MAX_TEXT = 10_000
 # Digits of a number in JSON: those of the largest 64-bit integers, and those of a float with its exponent.
 _MAX_DIGITS = 40

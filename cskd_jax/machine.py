@@ -7,7 +7,7 @@ import resource
 
 
 def total_memory() -> int:
-    """Returns the bytes of memory that the machine has, or as many of them as a container may use."""
+    """Returns the memory of the machine in bytes, or the limit of the container if that is lower."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # It is "max" if there is no limit.

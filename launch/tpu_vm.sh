@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on a TPU VM or a pod slice: creates it or takes the one that is there, installs, starts the run on all workers,
-# shows its log here, and starts again where the run stopped when the VM was preempted. Needs gcloud, logged in.
+# Trains on a TPU VM or a pod slice: creates it or uses the existing one, installs, starts the run on all workers, shows
+# its log here, and resumes the run after the VM has been preempted. Needs gcloud, logged in.
 #
 # The run does not need this machine: when it sleeps or loses its connection, the run goes on, and the same command
 # shows its log again. Only a new VM in the place of a preempted one needs this script to be at work.
@@ -23,8 +23,8 @@
 #             v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e, tpu-ubuntu2204-base for v4 and older. A VM with the
 #             image of another generation starts, but finds no TPU.
 #   SPOT      (1) a preemptible VM; 0: one that is not
-#   QUEUED    (0) 1: asks by a queued resource of the same name, which waits until there is room, for days if need be;
-#             without, the request is refused while there is none. For v5e and v6e Google advises the queue.
+#   QUEUED    (0) 1: requests it as a queued resource of the same name, which waits for capacity, for days if need be;
+#             otherwise the request fails while there is no capacity. For v5e and v6e Google advises the queue.
 #   ATTEMPTS  (20) how often to try what fails before giving up; DELAY (30): seconds between them
 #   WORKER    (0) whose log follow shows; only the first one speaks, unless something fails
 #
@@ -97,8 +97,8 @@ remove() {
   fi
 }
 
-# Until the VM is ready; one that was preempted is of no more use. Any other state is waited for, which is no failed
-# attempt, except that a VM which somebody has stopped is left alone.
+# Waits until the VM is ready, and replaces one that was preempted. Waiting in any other state is not a failed attempt;
+# a VM that somebody has stopped is left alone.
 create() {
   local failures=0 found
   while true; do
@@ -198,6 +198,6 @@ for ((start = 1; start <= attempts; start++)); do
     fi
   fi
   follow
-  echo "the run is gone, TPU VM: $(state); again, from what is in $BUCKET/$name" >&2
+  echo "the run is gone (TPU VM: $(state)); restarting it from what is in $BUCKET/$name" >&2
 done
 exit 1

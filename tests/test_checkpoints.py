@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from cskd_jax.errors import PassingError, UserError
+from cskd_jax.errors import TransientError, UserError
 from cskd_jax.models import create_model
 from cskd_jax.training import checkpoint
 from cskd_jax.training.adapters import LinenNetwork
@@ -221,6 +221,6 @@ def test_one_that_cannot_be_read_now_is_left_alone(error, tmp_path, monkeypatch)
         raise error
 
     monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", restore)
-    with Checkpoints(folder, keep=1) as checkpoints, pytest.raises(PassingError, match="cannot read checkpoint"):
+    with Checkpoints(folder, keep=1) as checkpoints, pytest.raises(TransientError, match="cannot read checkpoint"):
         checkpoints.restore(lambda step: {})
     assert [path.name for path in folder.iterdir()] == ["3"]

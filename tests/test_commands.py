@@ -265,10 +265,11 @@ def test_shown_configuration(capsys):
     assert schema.flatten(again) == values
 
 
-def test_sources_of_a_method_that_only_a_recipe_has(tmp_path, capsys):
+@pytest.mark.parametrize("method", ["mine", "bkd"])
+def test_sources_of_a_method_that_other_recipes_do_not_have(method, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "from cskd_jax.configs import digits\n\n\ndef get_config(word='kd'):\n"
-        "    config = digits.get_config(word)\n    config.method = 'mine'\n    return config\n\n\n"
+        f"    config = digits.get_config(word)\n    config.method = '{method}'\n    return config\n\n\n"
         "def get_sources(word='kd'):\n    return {'losses.kd.weight': 'a thesis'}\n"
     )
     assert main(["cskd-jax", "config", "show", str(tmp_path / "mine.py")]) == 0

@@ -405,6 +405,7 @@ def test_a_description_that_could_not_be_read_again(tmp_path):
         ({"student": nn.Dense(3)}, r"logits of two images have shape .2, 4, 4, 3.; the data have 3 classes"),
         ({"student": Net(), "categories": ("a", "b", "c", "d")}, "the data have 4 classes"),
         ({"losses": {"loss": spread}}, "a loss cannot be named loss"),
+        ({"losses": {"a/b": spread}}, "a loss cannot be named a/b: a slash separates a loss from its terms"),
         ({"losses": {"mine": lambda inputs: inputs.student.logits}}, r"losses.mine must be a scalar; got shape .8, 3."),
         ({"losses": {"mine": lambda inputs: None}}, "losses.mine must be a scalar; got NoneType"),
         ({"losses": {"mine": lambda inputs: (0.0, 1.0)}}, "a scalar and a dictionary of scalars"),
@@ -454,9 +455,9 @@ def test_a_description_that_could_not_be_read_again(tmp_path):
         ({"mean": 0.5}, "mean and std need uint8 images; float images are used as they are"),
         ({"mean": "a"}, "mean and std must be numbers"),
         ({"mean": [128], **UINT8}, r"mean is \(128.0,\); it must be that of pixels in \[0, 1\]: divide it by 255"),
-        ({"train": ([(IMAGES, LABELS), (IMAGES[:3], LABELS)], LABELS[:2])}, "train images are a list that is no array"),
+        ({"train": ([(IMAGES, LABELS), (IMAGES[:3], LABELS)], LABELS[:2])}, "images are a list that does not form"),
         ({"train": (np.full_like(IMAGES, np.nan), LABELS)}, "train images hold values that are not finite"),
-        ({"test": (IMAGES, None)}, "test needs labels, which measure the students"),
+        ({"test": (IMAGES, None)}, "test needs labels to evaluate the students with"),
         ({"train": (IMAGES, LABELS + 2**32)}, "train labels are from 4294967296 to 4294967298"),
         ({"train": (IMAGES, LABELS + 1), "test": (IMAGES, LABELS + 1)},
          r"the data have 4 classes, so it must be \(2, 4\) \(the largest label is 3; .* categories\), and no training"),
@@ -465,6 +466,7 @@ def test_a_description_that_could_not_be_read_again(tmp_path):
         ({"student": Net().bind({})}, r"the Net is bound to variables, .*: give module.unbind\(\)\[0\]"),
         ({"augment": lambda images: images}, "augment: .*takes 1 positional argument"),
         ({"losses": {"cskd": 1.0}}, r"cskd is a method, whose losses are cskd_jax.configs.methods.losses\('cskd'\)"),
+        ({"losses": {"bkd": 1.0}}, r"whose losses are cskd_jax.configs.methods.losses\('bkd', multilabel=True\)"),
         ({"losses": {"kd": {"temperature": "4"}}}, "losses.kd.temperature is '4'; it must be a number greater than 0"),
         ({"losses": {"kd": {"standardize": "no"}}}, "losses.kd.standardize is 'no'; it must be true or false"),
         ({"losses": {"ctkd": {"variant": "KD"}}}, r"losses.ctkd.variant is 'KD'; did you mean kd\?"),
@@ -479,6 +481,12 @@ def test_a_description_that_could_not_be_read_again(tmp_path):
 def test_what_does_not_fit_is_said_before_anything_compiles(settings, message):
     with pytest.raises(UserError, match=message):
         distill(**{"student": Net()} | settings)
+
+
+def test_epochs_are_checked_before_a_workdir_is_used(tmp_path):
+    with pytest.raises(UserError, match="epochs is '2'; it must be an integer, at least 1"):
+        distill(Net(), epochs="2", workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

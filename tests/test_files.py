@@ -117,7 +117,9 @@ def test_results(workdir, outside):
         (workdir / name).symlink_to(outside)
     write_results(workdir, {"seed": 0}, ["cat", "dog"], np.eye(2, dtype=int))
     assert json.loads((workdir / "results.json").read_text(encoding="utf-8")) == {"seed": 0}
-    assert (workdir / "confusion_matrix.csv").read_bytes() == b"category \\ taken for,cat,dog\r\ncat,1,0\r\ndog,0,1\r\n"
+    assert (
+        workdir / "confusion_matrix.csv"
+    ).read_bytes() == b"true class \\ predicted class,cat,dog\r\ncat,1,0\r\ndog,0,1\r\n"
 
 
 @pytest.mark.parametrize(

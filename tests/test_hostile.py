@@ -283,7 +283,7 @@ def test_lines_of_metrics_that_are_skipped_are_counted(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\n" * 2_000_000, "is no file of metrics: more than 200 lines are not rows of JSON"),
+        (b"\n" * 2_000_000, "is not a metrics file: more than 200 of its lines are not rows of JSON"),
         ((json.dumps(_ROW) + "\n").encode() * 1_001, "has more than 1,000 rows"),
     ],
 )

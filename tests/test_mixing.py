@@ -137,6 +137,13 @@ def test_losses_of_one_label_are_refused(loss, text):
         train({loss: 1.0}, mix=Mix(0.2))
 
 
+def test_losses_of_multilabel_data_are_refused():
+    objective = Objective.create({"binary_cross_entropy": 1.0}, num_classes=3)
+    split = Split(PIXELS, np.eye(3, dtype=np.float32)[LABELS])
+    with pytest.raises(UserError, match=r"losses that read multi-label data, such as losses.binary_cross_entropy: set"):
+        check_losses(objective, ImageDataset("none", split, split, ("a", "b", "c")), mixes=True)
+
+
 def test_losses_of_several_views_are_refused():
     with pytest.raises(UserError, match="losses.mlkd uses further views of the images, which are not mixed"):
         train({"mlkd": 1.0}, mix=Mix(0.2))

@@ -37,7 +37,7 @@ def test_a_score_that_is_not_sound(validation, tmp_path):
     results = json.loads(path.read_text())
     results["student"]["validation"] = validation
     path.write_text(json.dumps(results))
-    with pytest.raises(UserError, match="has no sound evaluation on a validation split"):
+    with pytest.raises(UserError, match="has no valid evaluation on a validation split"):
         search.choose([trial], tmp_path)
 
 
@@ -51,7 +51,7 @@ def test_values_of_a_grid():
     [
         (["losses.kd.weight"], "--grid takes KEY=VALUE,VALUE, such as losses.kd.weight=0.5,0.9; got losses.kd.weight"),
         (["losses.kd.weight="], "--grid takes KEY=VALUE,VALUE"),
-        (["seed=0,1"], "--grid cannot vary seed, which is the same for all runs of a sweep"),
+        (["seed=0,1"], "--grid cannot vary seed: it varies settings of methods; --seeds and --methods set the others"),
         (["teacher.width=1,2"], "--grid cannot vary teacher.width"),
         (["epochs=1,2", "epochs=3"], "--grid lists epochs twice"),
         (["epochs=1,1"], "--grid lists a value of epochs twice"),

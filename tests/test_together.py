@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import cskd_jax
 from cskd_jax import console
+from cskd_jax.__main__ import main
 from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distributed.devices import Devices
 from cskd_jax.errors import DivergedError, InterruptedRun, UserError
@@ -186,7 +187,7 @@ def test_trainers_of_different_lengths(tmp_path):
 
 
 @pytest.mark.slow
-def test_distill_students(tmp_path):
+def test_distill_students(tmp_path, capsys):
     arrays = {"train": (IMAGES[:20], LABELS[:20]), "test": (IMAGES[20:], LABELS[20:])}
     settings = {**arrays, "teacher": TEACHER.network, "teacher_variables": TEACHER.variables}
     settings |= {"epochs": 2, "batch_size": 8, "callbacks": (), "devices": 1}
@@ -196,6 +197,10 @@ def test_distill_students(tmp_path):
     alone = cskd_jax.distill(one.network, losses=one.losses, optimizer=one.optimizer, **settings)
     jax.tree.map(np.testing.assert_array_equal, results["kd"].variables, alone.variables)
     assert {path.name for path in tmp_path.iterdir() if (path / "checkpoints").exists()} == {"ce", "kd"}
+    loaded = cskd_jax.load_run(tmp_path, student=one.network, name="kd")
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, alone.variables)
+    assert main(["cskd-jax", "report", str(tmp_path)]) == 2
+    assert "student=MODULE, name=NAME) reads it" in capsys.readouterr().err
     fewer = {"kd": STUDENTS["kd"]}
     with pytest.raises(UserError, match="holds another run .students"):
         cskd_jax.distill(students=fewer, workdir=tmp_path, **settings)
@@ -203,6 +208,9 @@ def test_distill_students(tmp_path):
         ({"students": STUDENTS, "ema": 0.9}, "ema applies to a single student"),
         ({"students": {}}, "with at least one"),
         ({"students": {"../kd": one}}, "cannot be named '../kd'"),
+        ({"students": {"lock": one}}, "cannot be named 'lock'"),
+        ({"students": {"results.json": one}}, "cannot be named 'results.json'"),
+        ({"students": {0: one}}, "cannot be named 0"),
         ({"student": one.network}, "a student needs losses and an optimizer"),
     ):
         with pytest.raises(UserError, match=text):
@@ -251,10 +259,19 @@ def test_board(capsys, monkeypatch):
         callback.on_row({"split": "test", "step": 10, "top1": score})
     callbacks[0].on_end()
     callbacks[1].on_row({"split": "test", "step": 20, "top1": 0.75})
+    callbacks[1].on_end()
+    # With a validation split, a run's test row may come before the next run is evaluated.
+    for callback in callbacks:
+        callback.on_start(start)
+    for callback, score in zip(callbacks, (0.5, 0.25), strict=True):
+        callback.on_row({"split": "validation", "step": 20, "top1": score})
+        callback.on_row({"split": "test", "step": 20, "top1": 0.9})
     assert capsys.readouterr().out.splitlines() == [
         "2 runs: evaluating ...",
         "2 runs: saving ...",
         "2 runs: epoch 1/2, 200 images/s",
         "epoch 1/2, 200 images/s: kd 0.5000, ce 0.2500",
         "epoch 2/2, 200 images/s: ce 0.7500",
+        "2 runs train together",
+        "epoch 2/2, 200 images/s: kd 0.5000, ce 0.2500",
     ]

@@ -102,7 +102,7 @@ def test_what_reads_labels_may_depend_on_the_settings():
 
 @pytest.mark.parametrize("name", ["test", "validation"])
 def test_other_splits_need_labels(name):
-    with pytest.raises(UserError, match=f"{name} needs labels, which measure the students"):
+    with pytest.raises(UserError, match=f"{name} needs labels to evaluate the students with"):
         train({"cosine": 1.0}, **{name: (PIXELS, None)})
 
 

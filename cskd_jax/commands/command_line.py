@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from cskd_jax.commands.streams import outlive_console
-from cskd_jax.errors import InterruptedRun, PassingError, UserError, as_message, close_to, describe_os_error, one_line
+from cskd_jax.errors import InterruptedRun, TransientError, UserError, as_message, close_to, describe_os_error, one_line
 from cskd_jax.files import full_path
 
 _logger = logging.getLogger(__name__)
@@ -84,13 +84,13 @@ def exit_code(program: Program, argv: list[str]) -> int:
         return UserError.exit_code
     except MemoryError as error:
         print(f"error: out of memory: {one_line(error)}", file=sys.stderr)
-        return PassingError.exit_code
+        return TransientError.exit_code
     except RuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):  # an error of XLA
             raise
         remedy = "lower batch_size, raise optimizer.accumulation_steps, or train fewer runs together"
         print(f"error: out of memory on a device: {remedy} ({one_line(error)})", file=sys.stderr)
-        return PassingError.exit_code
+        return TransientError.exit_code
 
 
 def _refused_by_jax(error: ValueError) -> list[str]:

@@ -1,11 +1,11 @@
-"""Shows the configuration of a recipe, and what every key means. Nothing is trained, read or written.
+"""Shows the configuration of a recipe, and what every key means. No data are read, and nothing is trained or written.
 
 cskd-jax config show RECIPE[:WORD] [--config.KEY=VALUE ...]
 cskd-jax config keys [PATTERN]
 
   show       the value of every key that `cskd-jax train` would run with, after all checks that need no data; * marks
-             what differs from the default, which follows it. For cifar100_standard, also where every value was
-             published, and what the method uses in other recipes.
+             what differs from the default, which follows it. For cifar100_standard and tiny_imagenet_standard, also
+             where every value was published, and what the method uses in other recipes.
   keys       default, allowed values and meaning of every key, including those of the losses; with PATTERN, only of the
              keys that contain it, or match it if it has a *: optimizer, temperature, losses.kd, "*.width"
 
@@ -105,7 +105,7 @@ def _sources(recipe, values):
     """Returns the lines that say where the values of a recipe were published; none for most recipes."""
     import ml_collections
 
-    from cskd_jax.configs import methods, networks
+    from cskd_jax.configs import methods
     from cskd_jax.runs import recipes, schema
 
     sources = recipes.load_sources(recipe)
@@ -114,7 +114,7 @@ def _sources(recipe, values):
     published = schema.flatten(recipes.load_recipe(recipe, []))
     try:
         losses = methods.losses(values["method"])
-    except networks.UnknownWordError:  # The recipe has a method of its own.
+    except ValueError:  # The recipe has a method of its own, or one for multi-label data.
         losses = {}
     usual = schema.flatten(schema.fill(ml_collections.ConfigDict({"losses": losses})))
     elsewhere = {key: value for key, value in usual.items() if key.startswith("losses.")}

@@ -20,8 +20,8 @@ cskd-jax train RECIPE[:WORD] [--workdir=DIR] [--config.KEY=VALUE ...]
 A run continues when its terminal is closed or its connection is lost. `python -m cskd_jax.main` is the same command.
 
 Exit codes: 0 done; 2 something to fix in the command, the configuration or the data; 3 a loss or gradient is no
-longer finite; 75 stopped by a signal with everything saved, and 1 a failure that may pass, such as a killed process
-that decodes images, or no memory: the same command resumes.
+longer finite; 75 stopped by a signal with everything saved; 1 a transient failure, such as running out of memory or
+losing a process that decodes images. After 75 and 1, the same command resumes.
 """
 
 import os

@@ -54,7 +54,7 @@ def load_dataset(
       name: Name of the data set, a key of `DATASETS` or any name that tensorflow-datasets knows. Its features must then
         include `image` and `label`, and its splits train and test (or validation).
       data_dir: Folder of prepared data sets and downloads; None means the folder in the environment variable
-        TFDS_DATA_DIR, or else ~/tensorflow_datasets. It is not used by image_folder.
+        TFDS_DATA_DIR, or else ~/tensorflow_datasets. It is not used by image_folder and digit_pairs.
       path: Folder of image_folder; not allowed for any other data set.
       train_examples: Size of a class-balanced subset of the training split, as `balanced_indices` chooses it, the same
         for every seed. None keeps all examples.

@@ -148,7 +148,7 @@ def download(archive: Archive, folder: Path) -> Path:
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a proxy or host that is no address.
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an invalid proxy or host.
         raise UserError(f"cannot download {archive.url} ({error}): {by_hand}") from error
     return target
 

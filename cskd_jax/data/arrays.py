@@ -93,9 +93,11 @@ def make_split(name: str, images: Any, labels: Any) -> Split:
     try:
         images = np.asarray(images)
     except ValueError:  # It is a list of images of several sizes, or of pairs.
-        raise UserError(f"{name} images are a {type(images).__name__} that is no array [N, H, W, C]") from None
+        raise UserError(
+            f"{name} images are a {type(images).__name__} that does not form an array [N, H, W, C]"
+        ) from None
     if labels is None and name != "train":
-        raise UserError(f"{name} needs labels, which measure the students; only training images may have none")
+        raise UserError(f"{name} needs labels to evaluate the students with; only training images may have none")
     labels = np.full(len(images), NO_LABEL) if labels is None else np.asarray(labels)
     if images.ndim != 4 or labels.ndim not in (1, 2) or len(images) != len(labels) or not len(images):
         raise UserError(
@@ -106,7 +108,7 @@ def make_split(name: str, images: Any, labels: Any) -> Split:
             raise UserError(f"{name} images are {images.dtype}; they must be uint8 or floats")
         images = images.astype(np.float32)
     if labels.ndim == 2 and labels.shape[1] < 2:
-        raise UserError(f"{name} labels have shape {labels.shape}; with one class per image, it must be [N]")
+        raise UserError(f"{name} labels have shape {labels.shape}; with one class per image, the shape must be [N]")
     if labels.ndim == 1 and not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{name} labels are {labels.dtype}; they must be integer class indices")
     if labels.ndim == 1 and np.any(labels.astype(np.int32) != labels):

@@ -33,7 +33,8 @@ class EpochBatches:
       num_classes: Number of classes that labels are checked against, to be set before `read`; None disables the check.
 
     Raises:
-      UserError: The function gives no batches, or batches that differ in anything but the size of the last one.
+      UserError: The function gives no batches, or batches that differ in anything but the size of the last one,
+        or `steps_per_epoch` is not a positive integer.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class EpochBatches:
         convert: Callable[[Any, Any], Split],
         steps_per_epoch: int | None = None,
     ):
-        self._function, self._convert = function, convert
+        is_number = isinstance(steps_per_epoch, int | np.integer) and not isinstance(steps_per_epoch, bool)
+        if steps_per_epoch is not None and (not is_number or steps_per_epoch < 1):
+            raise UserError(f"steps_per_epoch is {steps_per_epoch!r}; it must be a positive integer, or None")
+        self._function, self._convert, self._is_counted = function, convert, steps_per_epoch is None
         self.num_classes: int | None = None
         batches = self._epoch(0)
         first = next(batches, None)
@@ -65,7 +69,7 @@ class EpochBatches:
         """Yields the batches of consecutive steps.
 
         Raises:
-          UserError: An epoch has fewer batches than epoch 0, or batches of different shapes.
+          UserError: An epoch has fewer batches than it should, or batches of different shapes.
         """
         position = steps.start
         while position < steps.stop:
@@ -76,9 +80,12 @@ class EpochBatches:
                 yield batch
                 position += 1
             if position < end:
+                found = f"train yields {position - epoch * self.steps_per_epoch} batches for epoch {epoch}"
+                wanted = self.steps_per_epoch
                 raise UserError(
-                    f"train yields {position - epoch * self.steps_per_epoch} batches for epoch {epoch}, but "
-                    f"{self.steps_per_epoch} for epoch 0: the function must make new ones every time it is called"
+                    f"{found}, but {wanted} for epoch 0: the function must make new ones every time it is called"
+                    if self._is_counted
+                    else f"{found}, but steps_per_epoch is {wanted}: lower it, or yield more"
                 )
 
     def _epoch(self, epoch):

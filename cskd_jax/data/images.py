@@ -88,7 +88,7 @@ def open_image(file: IO[bytes], most_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises:
       UserError: If the file has none of these formats, more than `most_pixels` according to its header, or more
-        metadata, scans or values than any sound image.
+        metadata, scans or values than any valid image.
     """
     start = file.read(16)
     is_tiff = start[:4] in TiffImagePlugin.PREFIXES
@@ -213,7 +213,7 @@ def read_image(
 
     Raises:
       UserError: If it is not a valid image with 8 bits per channel, or does not have the expected shape.
-      PassingError: If there was no memory for it, or the like.
+      TransientError: If there was no memory for it, or the like.
     """
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as stack:

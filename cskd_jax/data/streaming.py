@@ -12,7 +12,7 @@ from multiprocessing import resource_tracker
 import numpy as np
 
 from cskd_jax.data.images import Reader
-from cskd_jax.errors import PassingError
+from cskd_jax.errors import TransientError
 
 
 class Workers:
@@ -68,7 +68,7 @@ class ImageStream:
         return self.shape[0]
 
     def batches(self, indices: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields the images at each index, decoded ahead by the workers; raises PassingError if one was killed."""
+        """Yields the images at each index, decoded ahead by the workers; raises TransientError if one was killed."""
         ahead = deque()
         try:
             for index in indices:
@@ -80,11 +80,11 @@ class ImageStream:
                 yield self._decoded(ahead.popleft())
         except concurrent.futures.BrokenExecutor as error:
             if self._workers.have_decoded:
-                raise PassingError(
+                raise TransientError(
                     "a process that decodes images was killed, perhaps for lack of memory (fewer dataset.workers need "
                     "less): the same command resumes from the last checkpoint"
                 ) from error
-            raise PassingError(
+            raise TransientError(
                 "the processes that decode images ended before the first batch: for lack of memory (fewer "
                 "dataset.workers need less), or because they run the script that started them, whose statements must "
                 "be within `if __name__ == '__main__':`"
@@ -107,7 +107,7 @@ def read_batches(images: np.ndarray | ImageStream, indices: Iterable[np.ndarray]
 
     Raises:
       UserError: If an image of a stream cannot be read.
-      PassingError: If a decoding process was killed.
+      TransientError: If a decoding process was killed.
     """
     if isinstance(images, ImageStream):
         return images.batches(indices)

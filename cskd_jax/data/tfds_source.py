@@ -100,7 +100,7 @@ def load_own(
 
     Args:
       source: Data set to open.
-      data_dir: Root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
+      data_dir: Root data folder; None is the folder in TFDS_DATA_DIR, or else ~/tensorflow_datasets.
       path: Must be None, because it is an argument of image_folder.
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images, or None.
@@ -143,7 +143,7 @@ def load_named(
     Args:
       name: Name in tensorflow-datasets, with its configuration and version if needed ("name/config:1.0.0").
       table: Names of the data sets of this package, for the message about unknown ones.
-      data_dir: Root data folder; None is tensorflow-datasets' own default, ~/tensorflow_datasets.
+      data_dir: Root data folder; None is the folder in TFDS_DATA_DIR, or else ~/tensorflow_datasets.
       path: Must be None, because it is an argument of image_folder.
       train_examples: Size of the subset that `balanced_indices` chooses; None keeps all examples.
       image_size: Side of the squares that `images.read_image` makes of the images, or None.

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cskd_jax import console
-from cskd_jax.errors import InterruptedRun, PassingError, UserError, one_line
+from cskd_jax.errors import InterruptedRun, TransientError, UserError, one_line
 
 # Seconds without a sign of life after which a process counts as dead, and JAX ends the others.
 HEARTBEAT_SECONDS = 20
@@ -75,13 +75,15 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
 
 
 def _check_free(port: int) -> None:
-    """Raises PassingError if the port on which the first process listens is in use, which would crash JAX."""
+    """Raises TransientError if the port on which the first process listens is in use, which would crash JAX."""
     both = socket.has_dualstack_ipv6()
     try:
         with socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both):
             pass
     except (OSError, OverflowError) as error:
-        raise PassingError(f"--coordinator: cannot listen on port {port} of this machine: {one_line(error)}") from None
+        raise TransientError(
+            f"--coordinator: cannot listen on port {port} of this machine: {one_line(error)}"
+        ) from None
 
 
 def _connect():

@@ -133,7 +133,7 @@ def latency(program: Callable[..., jax.Array], *arguments: Any) -> float:
 
 
 def tables(evaluation: dict[str, Any], names: dict[str, str]) -> str:
-    """Returns a line about the data and two human-readable tables: the networks, and their categories.
+    """Returns a line about the data and two human-readable tables: the networks, and their classes.
 
     Args:
       evaluation: Result of `evaluate_all`.

@@ -17,8 +17,8 @@ DIR then holds
 
 - weights.safetensors: the state dict under PyTorch's names, for `load_state_dict(safetensors.torch.load_file(PATH))` of
   the network as torchvision, the code of Chen et al. 2020 (https://github.com/xeanzheng/CSKD) or that of Tian et al.
-  2020 (https://github.com/HobbitLong/RepDistiller) defines it. That network takes images [B, C, H, W] that are scaled
-  to [0, 1] and normalized by the mean and standard deviation of network.json.
+  2020 (https://github.com/HobbitLong/RepDistiller) defines it; Vision Transformers as timm does. That network takes
+  images [B, C, H, W] that are scaled to [0, 1] and normalized by the mean and standard deviation of network.json.
   The file is left out if a method replaces the prediction of the network (simkd), which PyTorch's network does not do;
 - network.jax_export: the network in evaluation mode, normalization included, from uint8 images [B, H, W, C] of any
   number B to logits [B, number of classes]. In an environment with only jax and flatbuffers:

@@ -76,8 +76,8 @@ def _vgg_layer(stage, number):
     return f"block{stage}.{3 * (number - 1)}", f"block{stage}.{3 * (number - 1) + 1}"
 
 
-# {stage: (its first group, a row of the paper's table, number of blocks in it)}; the other blocks are in the next
-# group.
+# {stage: (index of its first group, number of blocks in that group)}. A group is a row of the paper's table; the other
+# blocks of the stage are in the next group.
 _MOBILE_GROUPS = {1: (0, 1), 2: (2, 3), 3: (3, 4), 4: (5, 3)}
 
 

@@ -157,14 +157,14 @@ def _write(arguments, found, record, report):
     """Writes the checkpoint and import.json, and prints what was done."""
     from cskd_jax.console import say
     from cskd_jax.runs.imports import IMPORT
-    from cskd_jax.runs.lock import locked
+    from cskd_jax.runs.lock import LOCK, locked
     from cskd_jax.training.checkpoint import FOLDER, Checkpoints
 
     variables = found.variables
     collections = {name: collection for name, collection in variables.items() if name != "params"}
     tree = {"params": {"network": variables["params"]}, "collections": collections}
     folder, path = arguments.out / FOLDER, arguments.out / IMPORT
-    with locked(arguments.out / "lock", f"another import into {arguments.out} is running"):
+    with locked(arguments.out / LOCK, f"another import into {arguments.out} is running"):
         if folder.exists():
             raise UserError(f"--out={arguments.out} was written by another import; name a new or empty folder")
         with Checkpoints(folder, keep=1) as checkpoints:

@@ -39,7 +39,7 @@ class _Network(NamedTuple):
     @property
     def flags(self) -> str:
         flags = {"model": self.name, "width": None if self.width == 1 else f"{self.width:g}"}
-        # A network has no head, or one for two classes and more.
+        # A network has no head, or one for at least two classes.
         flags |= {"num_classes": None if self.classes in (None, 0, 1) else self.classes}
         flags |= {"channels": None if self.channels == 3 else self.channels}
         return " ".join(f"--{flag}={value}" for flag, value in flags.items() if value is not None)

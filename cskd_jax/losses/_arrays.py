@@ -81,7 +81,7 @@ def mean_over_positions(x: jax.Array) -> jax.Array:
 
 
 def average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Averages maps over `cells` of both axes: [B, H, W, D] -> [B, *size, D], with `size` at most (H, W)."""
+    """Averages maps over `cells` of both axes: [B, H, W, D] -> [B, *size, D]; a larger `size` repeats values."""
     return _pool_axis(_pool_axis(x, 1, size[0]), 2, size[1])
 
 

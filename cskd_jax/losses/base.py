@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from cskd_jax.losses._checks import at_least_float32
 
-# Types for the settings of a loss for which a plain float (at least 0) or int (at least 0) allows too much.
+# Types of settings whose range is not that of a plain float or int, which is at least 0.
 Positive = Annotated[float, "greater than 0"]
 Fraction = Annotated[float, "in [0, 1)"]
 Share = Annotated[float, "in [0, 1]"]
@@ -94,7 +94,7 @@ class Head(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The scale and the offset of a batch normalization, in evaluation and in training mode.
+    """The trained scale and offset of a batch normalization, the same in training and evaluation mode.
 
     Attributes:
       scale: Factor of the normalized map, [D].

@@ -45,8 +45,8 @@ def new_contrast_memory(key: jax.Array, num_examples: int, embedding_size: int, 
     """Returns the memory before the first step; raises ValueError if there are fewer than two samples to contrast."""
     if num_examples == 0:
         raise ValueError(
-            "crd keeps a memory of the training images, in which batches that a function makes have no positions: give "
-            "arrays as train"
+            "crd keeps a memory of every training image, so it cannot use batches made by a function: give train as "
+            "arrays"
         )
     if num_examples < 2:
         raise ValueError(f"crd contrasts the examples of a training split: it needs at least 2, got {num_examples}")

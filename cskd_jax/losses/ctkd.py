@@ -79,7 +79,7 @@ class CTKD(Method):
       variant: Loss at that temperature, "kd" or "dkd".
       start: Lower bound of the temperature, greater than 0.
       span: Difference of its bounds, greater than 0; training starts at start + 0.73 span.
-      loops: Number of epochs over which the gradient of the temperature is reversed.
+      loops: Number of epochs over which the factor of its gradient goes from `maximum` to `minimum`.
       maximum: Factor of that gradient before the first epoch.
       minimum: Factor of that gradient from epoch `loops` on; negative to make the temperature maximize the loss.
       schedule: Transition from `maximum` to `minimum`, "cosine" or "linear".

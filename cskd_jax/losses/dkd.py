@@ -51,7 +51,7 @@ def dkd_loss(
     check_logits(student_logits, teacher_logits)
     check_labels(labels, student_logits.shape[0])
     if student_logits.shape[1] < 3:
-        raise ValueError(f"dkd needs at least 3 classes, got logits of shape {student_logits.shape}")
+        raise ValueError(f"dkd_loss needs at least 3 classes, got logits of shape {student_logits.shape}")
     check_temperature(temperature)
     is_target = is_class(labels, student_logits.shape[1])
     target_s, others_s, among_s = decouple(at_least_float32(student_logits) / temperature, is_target)

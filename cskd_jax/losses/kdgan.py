@@ -1,4 +1,4 @@
-"""KDGAN: classifier, teacher and discriminator play one game."""
+"""KDGAN: student, teacher and discriminator play one game."""
 
 from collections.abc import Callable
 from typing import ClassVar

@@ -89,8 +89,9 @@ class OFD(Method):
     """Applies `ofd_loss` to the pre-activations of all stages, through trained connectors.
 
     A connector is a convolution with batch normalization to the teacher's channels. The teacher's map is average-pooled
-    to the size of the student's. The margins come from the scale and the offset of the teacher's batch normalization
-    before the last ReLU of each stage, which are not trained; the teacher is in evaluation mode.
+    to the size of the student's, or enlarged to it by repetition. The margins come from the scale and the offset of the
+    teacher's batch normalization before the last ReLU of each stage, which are not trained; the teacher is in
+    evaluation mode.
 
     Attributes:
       kernel_size: Side of the kernel of the connectors, an odd number.

@@ -91,7 +91,7 @@ def create_model(
     """
     if name not in MODELS:
         known = f"known: {', '.join(sorted(MODELS))}"
-        raise UserError(f"unknown model {name!r}; {meant(name, MODELS) or known}")
+        raise UserError(f"unknown network {name!r}; {meant(name, MODELS) or known}")
     if not num_classes and name not in VISION_TRANSFORMERS:
         raise UserError(f"{name} needs a number of classes; only {', '.join(VISION_TRANSFORMERS)} may have no head")
     settings = settings or {}

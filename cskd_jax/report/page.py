@@ -104,8 +104,9 @@ def embeddings(content: Embeddings) -> str:
     legend = _legend((svg.mark_key(number), name) for number, name in enumerate(content.categories.values()))
     text = (
         f"The same {len(content.labels)} test images in every panel, a point each, as in figure 4 of the paper: the "
-        "embedding that the classifier reads, after the last epoch, projected by t-SNE. Which points are neighbors "
-        "means something; sizes of clusters and distances between them do not: those are measured in the next table."
+        "embedding that the classifier reads, after the last epoch, projected by t-SNE. Only which points are "
+        "neighbors is meaningful, not the sizes of clusters or the distances between them; the next table measures "
+        "those."
     )
     return f'<h3>Embeddings</h3>\n<div class="panels">\n{panels}</div>\n{legend}{note(text)}'
 

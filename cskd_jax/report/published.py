@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 MEANING = (
     "Published values are of one run or of an unstated number of runs, without a deviation. The paper does not say "
-    "which epoch they are of; the released code reports the best test accuracy over the epochs, so that the best epoch "
-    "is the like-for-like comparison, and the last epoch the one without choice on the test split. Where there are "
+    "which epoch they are of; the released code reports the best test accuracy over the epochs, so the best epoch is "
+    "the like-for-like comparison, and the last epoch the one without selection on the test split. Where there are "
     "several values, the differences are to the first."
 )
 STANDARD_MEANING = (

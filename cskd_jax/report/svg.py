@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 COLORS = 8  # classes c0 to c7 of style.css: the Okabe-Ito palette
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4")
-# Relative to the point, about 6 units wide: circle, square, triangles, diamond, plus, cross, bar.
+# Relative to the point, about 6 units wide: circle, square, triangle, diamond, inverted triangle, plus, bar.
 _MARKS = (
     "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",
     "m-2.7-2.7h5.4v5.4h-5.4z",

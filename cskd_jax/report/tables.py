@@ -201,7 +201,8 @@ def differences(comparison: Comparison) -> Table | None:
     header = ("difference", "seeds", "mean, points", single, corrected, "what it shows")
     notes = (
         f"Runs with the same seed start from the same weights and see the same batches, and are compared in pairs. The "
-        f"{single} is Student's t, by itself for each line: of twenty such lines, one will exclude zero by chance. "
+        f"{single} is Student's t for each line by itself: of twenty lines without a true difference, "
+        "one excludes zero on average. "
         + (
             f"The corrected interval is wider (Bonferroni), so that all {len(pairs)} lines hold together with "
             f"{CONFIDENCE:.0%} confidence; what a line shows is read from it. "
@@ -231,7 +232,7 @@ def ablations(comparison: Comparison) -> list[Table]:
         table = _without_empty(Table("Ablation", ("parts", "method", *_scores(comparison)), rows))
         if _sources(comparison):
             table = table._replace(
-                notes=("As in table 4 of the paper, whose value for neither part is that of KD in its table 3.",)
+                notes=("As in table 4 of the paper; its value without either part is that of KD in table 3.",)
             )
         found.append(table)
     return found

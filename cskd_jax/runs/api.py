@@ -70,20 +70,23 @@ def run(recipe: str | ml_collections.ConfigDict, workdir: str | pathlib.Path | N
     return load_run(workdir)
 
 
-def load_run(workdir: str | pathlib.Path, student: Any = None, *, best: bool = False) -> LoadedRun:
+def load_run(
+    workdir: str | pathlib.Path, student: Any = None, *, best: bool = False, name: str = "student"
+) -> LoadedRun:
     """Returns the student of a run, as it is after the last epoch, and its results.
 
     Args:
       workdir: Folder of the run, or of a `distill` call.
       student: Linen module or nnx module that was trained, if it is not part of this package.
       best: Whether to return it as it was after the best epoch instead.
+      name: Name of the student, if a `distill` call trained several.
 
     Raises:
       UserError: There is no such run, its network is not one of this package and `student` is not given, or `student`
         has other variables.
     """
     workdir = local_folder(workdir)
-    saved = load_variables(str(workdir / "student"), best=best)
+    saved = load_variables(str(workdir / name), best=best)
     if student is None:
         try:
             network = saved.record.packaged_network()
@@ -93,7 +96,7 @@ def load_run(workdir: str | pathlib.Path, student: Any = None, *, best: bool = F
     network: Any = as_network(student)
     if "size" in saved.record.images:
         shape = (*saved.record.images["size"], saved.record.channels)
-        check_variables(network, without_prediction(saved.variables), shape, str(workdir / "student"))
+        check_variables(network, without_prediction(saved.variables), shape, str(workdir / name))
     predicting = restore_prediction(network, saved.variables, saved.record, str(workdir))
     if isinstance(predicting, PredictingNetwork):
         student = PredictingModule(predicting)

@@ -29,8 +29,8 @@ class Key:
         earlier versions behaved differently from the new default. A run that began with that behavior continues with
         it.
       data_set: Name of the only data set that reads the key; None if all do.
-      only_with: Another key, and the values with which alone the key is read, or None for any value but none, zero or
-        an empty one. None if it is always read.
+      only_with: (another key, those of its values with which this key is read). None in place of the values means
+        any value except None, zero and an empty one; None for the pair means that the key is always read.
     """
 
     default: Any
@@ -224,8 +224,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "augment.resize": Key(
             0,
             rules.integer(0, 1024),
-            "Length in pixels to which the shorter side of an image is enlarged before it is cropped, not less than it "
-            "has; 0 leaves the image as it is. It does not change with dataset.image_size.",
+            "Number of pixels to which the shorter side of an image is enlarged before cropping, at least as many as "
+            "it already has; 0 leaves the image as it is. It does not change with dataset.image_size.",
         ),
         "augment.rotation": Key(
             0,
@@ -322,7 +322,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
         "optimizer.milestones": Key(
             (),
             rules.EPOCHS,
-            "Epochs at whose start the learning rate is multiplied by optimizer.decay_factor, with the step schedule.",
+            "Numbers of epochs after which the learning rate is multiplied by optimizer.decay_factor, with the step "
+            "schedule.",
             only_with=_STEP,
         ),
         "optimizer.decay_factor": Key(
@@ -352,8 +353,8 @@ KEYS: Mapping[str, Key] = types.MappingProxyType(
             None,
             rules.optional(rules.FRACTION),
             "Decay of an exponential moving average of the parameters and batch statistics. The average, not the "
-            "current weights, is then evaluated and saved for other runs, also where a teacher is trained. None keeps "
-            "none.",
+            "current weights, is then evaluated and saved for other runs; the same holds for a teacher that is trained "
+            "here. None keeps no average.",
         ),
         "optimizer.momentum": Key(
             0.9, rules.FRACTION, "Momentum of sgd; mean of the two momenta of dot.", only_with=_SGD_OR_DOT

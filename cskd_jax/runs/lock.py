@@ -15,6 +15,8 @@ from cskd_jax.files import open_append, refuse_other_kinds
 
 _logger = logging.getLogger(__name__)
 
+# Name of the file of a lock, in the folder that is held.
+LOCK = "lock"
 # A file server releases a lock only some time after a machine has died: NFS, by default, after 90 seconds.
 PATIENCE_SECONDS = 120
 # Time to wait for a process on this machine that is about to end.
@@ -98,7 +100,7 @@ def _acquire(file, holder):
                 patience = LOCAL_PATIENCE_SECONDS if file.read() == _machine() else PATIENCE_SECONDS
                 say(f"{holder}: waiting up to {patience} s for it to finish")
             if time.monotonic() - begin >= patience:
-                raise UserError(f"{holder}; wait for it to finish, or use another workdir") from None
+                raise UserError(f"{holder}; wait for it to finish, or use another folder") from None
             time.sleep(_POLL_SECONDS)
         else:
             # This bypasses the buffer of the file, which would try again when the file is closed.

@@ -119,10 +119,10 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_validation(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the metrics on the validation split after the last epoch in a results.json; raises UserError as above."""
+    """Returns the metrics on the validation split after the last epoch; raises UserError like `read_results`."""
     validation = read_results(path)["student"].get("validation")
     if unsound(validation, {"last": functools.partial(_is_evaluation, keys=())}):
-        raise UserError(f"{path} has no sound evaluation on a validation split")
+        raise UserError(f"{path} has no valid evaluation on a validation split")
     return validation["last"]
 
 
@@ -135,7 +135,7 @@ def _is_of_one_task(results):
 
 
 def read_score(path: pathlib.Path) -> str:
-    """Returns the score of the student in a results.json, as in "last top-1 0.9804"; raises UserError as above."""
+    """Returns the score of the student, as in "last top-1 0.9804"; raises UserError like `read_results`."""
     last = read_results(path)["student"]["last"]
     return f"last {task_that_measured(last).describe(last)}"
 
@@ -143,9 +143,10 @@ def read_score(path: pathlib.Path) -> str:
 def refuse_distillation(workdir: pathlib.Path) -> None:
     """Raises UserError for the workdir of a `distill` call, which commands cannot read."""
     if (workdir / DISTILLATION).is_file():
+        several = "" if (workdir / "student").is_dir() else ", name=NAME"
         raise UserError(
             f"{workdir} holds a run of cskd_jax.distill, not of a recipe: cskd_jax.load_run({str(workdir)!r}, "
-            "student=MODULE) reads it"
+            f"student=MODULE{several}) reads it"
         )
 
 
@@ -254,7 +255,7 @@ def _finite(value):
 def write_confusions(path: pathlib.Path, categories: Sequence[str], confusions: np.ndarray) -> None:
     """Writes the matrix as CSV, with the classes as header and first column."""
     rows = ([category, *row] for category, row in zip(categories, confusions.tolist(), strict=True))
-    write_text(path, csv_text([["category \\ taken for", *categories], *rows], line_end="\r\n"))
+    write_text(path, csv_text([["true class \\ predicted class", *categories], *rows], line_end="\r\n"))
 
 
 def say_results(

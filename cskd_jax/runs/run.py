@@ -251,7 +251,7 @@ def _evaluate_given(given: Sequence[Given], run: Run, combine: str, say: Callabl
     Teachers with other classes than the data are not evaluated.
 
     Raises:
-      UserError: A metric is not finite. Found now, it does not cost the training.
+      UserError: A metric is not finite, which is better found before the student is trained.
     """
     evaluation, values, measured = run.teacher_evaluation, None, "of other classes"
     if evaluation is not None:

@@ -54,7 +54,9 @@ def parse(arguments: Sequence[str]) -> dict[str, list[str]]:
         if not equals or not key or not values or ",".join(values) != text:
             raise UserError(f"--grid takes KEY=VALUE,VALUE, such as losses.kd.weight=0.5,0.9; got {argument}")
         if f"{key}.".startswith(_COMMON):
-            raise UserError(f"--grid cannot vary {key}, which is the same for all runs of a sweep")
+            raise UserError(
+                f"--grid cannot vary {key}: it varies settings of methods; --seeds and --methods set the others"
+            )
         if key in indifferent():
             raise UserError(f"--grid cannot vary {key}, which does not change results")
         found = schema.find_key(key)

@@ -148,7 +148,7 @@ class _OnBoard(Callback):
         return self._board.pause(what)
 
     def on_start(self, start: Start) -> None:
-        self._start = start
+        self._start, self._split = start, None
         self._board.start(self._name, start)
 
     def on_step(self, step: int, images: int, metrics: Mapping[str, float]) -> None:
@@ -156,7 +156,11 @@ class _OnBoard(Callback):
         self._board.step(self._name, step)
 
     def on_row(self, row: Mapping[str, Any]) -> None:
-        if row["split"] != "train":
+        if row["split"] == "train":
+            return
+        # The first split that is evaluated is the one that chooses; the test split may follow before the next run.
+        self._split = self._split or row["split"]
+        if row["split"] == self._split:
             self._board.evaluated(self._name, row["step"], f"{row[self._start.task.score]:.4f}")
 
     def on_end(self) -> None:

@@ -17,7 +17,7 @@ from cskd_jax.errors import UserError, shorten
 from cskd_jax.files import refuse_links, refuse_other_kinds, write_json
 from cskd_jax.losses import LOSSES
 from cskd_jax.runs import keys, recipes, schema
-from cskd_jax.runs.lock import locked
+from cskd_jax.runs.lock import LOCK, locked
 from cskd_jax.runs.results import FILES, FOLDERS, RESULTS
 from cskd_jax.training.checkpoint import FOLDER, mark_unfinished
 from cskd_jax.training.objective import needs_teacher
@@ -179,7 +179,7 @@ def held(workdir: pathlib.Path, *written: str, folders: Sequence[str] = FOLDERS)
     Raises:
       UserError: Another process holds it, or something in it is a link, or a folder where a file belongs.
     """
-    with locked(workdir / "lock", f"another job is running in workdir {workdir}"):
+    with locked(workdir / LOCK, f"another job is running in workdir {workdir}"):
         files, inner = ([workdir / name for name in names] for names in ((*FILES, *written), folders))
         refuse_links([*files, *inner])
         refuse_other_kinds(files, inner)

@@ -234,7 +234,7 @@ def as_network(
     """Returns a module as a `Network`.
 
     Args:
-      module: A linen module, an nnx module, a function, or a `Network`; see the top of this file.
+      module: A linen module, an nnx module, a function, or a `Network`; see the docstring of this module.
       features: Paths of the features of a linen module, as in `LinenNetwork`.
       embedding: Path of the embedding of a linen module, as in `LinenNetwork`.
       head: Path of the classifier within the parameters, for losses that read it; None means "classifier" or, for a

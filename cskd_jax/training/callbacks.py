@@ -267,7 +267,7 @@ class Meter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not np.isfinite([values["loss"], values.get("gradient_norm", 0.0)]).all():
             self._check_finite(step, values)
-        # What is left is of losses that are switched off; it is not in the rows of these steps.
+        # Any other values that are not finite belong to losses that are switched off: they are left out of the rows.
         values = {name: value for name, value in values.items() if np.isfinite(value)}
         now, progress = time.perf_counter(), self.progress
         progress.seconds += now - self._clock
@@ -322,6 +322,6 @@ class Meter:
             # Terms (LOSS/TERM) locate the cause better than losses do, and losses better than the total.
             culprit = max(wrong, key=lambda name: (name.count("/"), name != "loss"))
             raise DivergedError(
-                f"{self._start.student}: {culprit} is {values[culprit]} at step {step}; checkpoints saved before are "
-                "kept; a lower learning rate may help"
+                f"{self._start.student}: {culprit} is {values[culprit]} at step {step}; earlier checkpoints, if any, "
+                "are kept; a lower learning rate may help"
             )

@@ -352,7 +352,9 @@ def _all(path):
     folder = pathlib.Path(path) / FOLDER
     steps = _steps(folder)
     if not steps:
-        raise UserError(f"checkpoint {path}: no checkpoint in {folder}; name the folder of one network")
+        inside = [str(found.parent) for found in sorted(pathlib.Path(path).glob(f"*/{FOLDER}"))]
+        meant = f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
+        raise UserError(f"checkpoint {path}: there is no checkpoint in {folder}{meant}")
     return [folder / str(step) for step in steps]
 
 

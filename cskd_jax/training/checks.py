@@ -13,7 +13,7 @@ from cskd_jax.training.objective import Objective
 from cskd_jax.training.setup import Setup
 
 # Losses that are for both kinds of labels.
-_OTHERS = "; others read no labels and use no softmax, such as at, mse_logits, and srd with kd_weight=0"
+_OTHERS = "; losses that read no labels and use no softmax also work, such as at and mse_logits"
 # What a caller may have meant who gives labels [N, K].
 _ONE_HOT = "; if each image has one class, give labels [N], such as labels.argmax(1)"
 
@@ -40,8 +40,8 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
     height, width = data.image_shape[:2]
     if objective.views and height * width > MOST_SUMMED:
         raise UserError(
-            f"strongly augmented images have at most {MOST_SUMMED:,} pixels, and these have {width}x{height}: set a "
-            "smaller dataset.image_size"
+            f"strongly augmented images have at most {MOST_SUMMED:,} pixels, and these have {width}x{height}: use "
+            "smaller images (dataset.image_size in a recipe)"
         )
     wrong = [
         name for name, (_, loss) in objective.losses.items() if _needs_multilabel(loss) not in (None, data.multilabel)
@@ -52,13 +52,13 @@ def check_losses(objective: Objective, data: ImageDataset, mixes: bool = False) 
         others = _OTHERS if data.multilabel else ""
         one_hot = data.multilabel and is_one_hot(data.train.labels) and is_one_hot(data.test.labels)
         raise UserError(
-            f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: methods for "
+            f"losses.{wrong[0]} does not work with data set '{data.name}', whose images have {kind} each: losses for "
             f"such labels are {', '.join(sorted(fitting))}{others}{_ONE_HOT if one_hot else ''}"
         )
     if data.unlabeled:
         _check_unlabeled(objective)
     if mixes:
-        _check_mixed(objective)
+        _check_mixed(objective, data)
 
 
 def _check_all_views(objective):
@@ -87,9 +87,14 @@ def _check_unlabeled(objective):
         )
 
 
-def _check_mixed(objective):
+def _check_mixed(objective, data):
     """Raises UserError for a loss that cannot handle mixed images."""
     for name, (_, loss) in objective.losses.items():
+        if loss.reads_labels and data.multilabel:
+            raise UserError(
+                f"mixup and cutmix do not work with losses that read multi-label data, such as losses.{name}: set both "
+                "to 0"
+            )
         if loss.reads_labels and not loss.mixes:
             raise UserError(
                 f"mixup and cutmix give an image two labels, but losses.{name} reads only one: leave it out, or set "

@@ -1,4 +1,4 @@
-"""Embeddings of images by a trained network, and how tight the categories are in them."""
+"""Embeddings of images by a trained network, and how tight the classes are in them."""
 
 import functools
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ class Tightness(NamedTuple):
     """Distances between embeddings.
 
     Attributes:
-      within: Mean distance of a sample from the center of its category.
-      between: Mean distance between the centers of two categories.
+      within: Mean distance of a sample from the center of its class.
+      between: Mean distance between the centers of two classes.
     """
 
     within: float
@@ -28,10 +28,10 @@ class Tightness(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Returns `within` divided by `between`: small if categories are tight and far apart.
+        """Returns `within` divided by `between`: small if classes are tight and far apart.
 
         Raises:
-          UserError: The centers of all categories are the same.
+          UserError: The centers of all classes are the same.
         """
         if not self.between:
             raise UserError("the network's embeddings of all classes have the same center, so they have no tightness")
@@ -73,7 +73,7 @@ def _apply(network: Network, normalize: Normalize, variables: Any, images: jax.A
 
 
 def tightness(embeddings: np.ndarray, labels: np.ndarray) -> Tightness:
-    """Returns the tightness of embeddings [N, D] with labels int [N] of at least two categories."""
+    """Returns the tightness of embeddings [N, D] with labels int [N] of at least two classes."""
     present, index = np.unique(labels, return_inverse=True)
     sums = np.zeros((len(present), embeddings.shape[1]))
     np.add.at(sums, index, embeddings)

@@ -40,14 +40,14 @@ def layers_of(network: Network, variables: Variables) -> Layers:
       variables: Its variables, or their shapes.
 
     Raises:
-      ValueError: There is no linear layer at a path that was given for the network.
+      ValueError: There is no linear layer at the path of the classifier, or no normalization at one of `norms`.
     """
     params, path = variables.get("params", {}), getattr(network, "head", CLASSIFIER)
     head = None if path is None else _head_at(params, path)
     if head is None and path not in (None, CLASSIFIER):
         raise ValueError(
-            f"there is no linear layer, with a kernel [features, classes], at {path!r}; the network has them at "
-            f"{', '.join(map(repr, _linear_layers(params))) or 'no path'}"
+            f"there is no linear layer, with a kernel [features, classes], at {path!r}; the network has "
+            f"{', '.join(map(repr, _linear_layers(params))) or 'none'}"
         )
     norms = tuple(_norm_at(params, norm) for norm in getattr(network, "norms", ()))
     return Layers(head, norms or None)

@@ -27,8 +27,8 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
       mask: bool [B]; False for padding, which is ignored.
 
     Returns:
-      `count`, `top1`, `top5` (int32; a sample counts for top-k if fewer than k categories score higher than its own,
-      with ties in the order of the categories), and `loss`, the summed cross-entropy.
+      `count`, `top1`, `top5` (int32; a sample counts for top-k if fewer than k classes score higher than its own,
+      with ties in the order of the classes), and `loss`, the summed cross-entropy.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(logits.shape[1], dtype=labels.dtype) < labels[:, None]
@@ -54,15 +54,15 @@ def mean_average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
 def average_precision(scores: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the average precision of each class when the samples are ranked by its score.
 
-    The value of a category is the mean, over its samples j, of the precision among the samples that score at least as
+    The value of a class is the mean, over its samples j, of the precision among the samples that score at least as
     high as j, as in scikit-learn's average_precision_score. It takes O(N C log N) time and O(N C) memory.
 
     Args:
       scores: float [N, C], higher for a more confident yes.
-      labels: [N, C], above 0 if a sample belongs to a category.
+      labels: [N, C], above 0 if a sample belongs to a class.
 
     Returns:
-      [C] in [0, 1], at least float32; 0 for a category without samples.
+      [C] in [0, 1], at least float32; 0 for a class without samples.
     """
     order = jnp.argsort(-scores, axis=0)
     scores = jnp.take_along_axis(scores, order, axis=0)
@@ -90,8 +90,8 @@ class Task(NamedTuple):
       measure_batch: (logits, labels, mask, axis_name) -> the input of `summarize` for a batch, equal on all devices.
       summarize: (the results of `measure_batch` for each batch of a split, in order, on the host; the labels of the
         split) -> {metric: value}, including `loss`.
-      by_category: (the same two arguments, C) -> the score of each category, float [C], and the confusion matrix, int
-        [C, C], which counts the images by true category (row) and predicted category (column); None where it has no
+      by_category: (the same two arguments, C) -> the score of each class, float [C], and the confusion matrix, int
+        [C, C], which counts the images by true class (row) and predicted class (column); None where it has no
         meaning.
     """
 
@@ -125,7 +125,7 @@ def task_that_measured(values: dict[str, float]) -> Task:
 
 
 def check_measured(network: str, values: Mapping[str, float]) -> None:
-    """Raises UserError if a metric of a network on the test split is no number that results.json can hold.
+    """Raises UserError if a metric of a network on the test split is not a number that results.json can hold.
 
     Args:
       network: Which network it is, for the message.

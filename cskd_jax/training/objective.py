@@ -152,7 +152,9 @@ class Objective:
         fields = {field.name for field in dataclasses.fields(Weight)}
         created = {}
         for name, entry in sorted(losses.items()):
-            if name in _RESERVED or "/" in name:
+            if "/" in name:
+                raise UserError(f"a loss cannot be named {name}: a slash separates a loss from its terms")
+            if name in _RESERVED:
                 raise UserError(f"a loss cannot be named {name}: metrics and rows of the history use that name")
             settings = as_settings(entry)
             loss, teacher = settings.pop("loss", None), settings.pop("teacher", None)
@@ -413,7 +415,8 @@ def _create_loss(name, loss, hyper, common):
     if loss is None:
         if name not in LOSSES:
             if name in (*METHODS, *MULTILABEL_METHODS):
-                words = f"cskd_jax.configs.methods.losses('{name}')"
+                multilabel = ", multilabel=True" if name in MULTILABEL_METHODS else ""
+                words = f"cskd_jax.configs.methods.losses('{name}'{multilabel})"
                 raise UserError(f"losses.{name} is unknown; {name} is a method, whose losses are {words}")
             known = f"give a function or a Method, or use one of {', '.join(sorted(LOSSES))}"
             raise UserError(f"losses.{name} is unknown; {meant(name, LOSSES) or known}")

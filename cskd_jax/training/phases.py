@@ -18,10 +18,10 @@ from cskd_jax.training.peers import own_path
 class Phase:
     """A part of the training. Fields that are None take the value of the student.
 
-    A phase with another `optimizer` or `trainable` than the one before, compared as Python objects, starts with a fresh
-    optimizer, whose schedule counts from there; otherwise the optimizer continues. Until the optimizer changes again,
-    the parameters of losses that are off stay as they are. Epochs in the weights of losses are counted from the start
-    of the first phase.
+    A phase whose `optimizer` or `trainable` differs from that of the phase before it (compared by ==) starts with a
+    fresh optimizer, whose schedule counts from there; otherwise the optimizer continues. Until the optimizer changes
+    again, the parameters of losses that are off stay as they are. Epochs in the weights of losses are counted from the
+    start of the first phase.
 
     Attributes:
       epochs: Number of epochs.

@@ -144,7 +144,9 @@ def read_rows(path: pathlib.Path, *, evaluations: bool = False) -> Iterator[dict
             if rows > most:
                 raise UserError(f"{path} has more than {most:,} rows")
             if unsound_lines > _MAX_UNSOUND:
-                raise UserError(f"{path} is no file of metrics: more than {_MAX_UNSOUND:,} lines are not rows of JSON")
+                raise UserError(
+                    f"{path} is not a metrics file: more than {_MAX_UNSOUND:,} of its lines are not rows of JSON"
+                )
     unsound_lines -= not last.endswith(b"\n") and _parse_row(last) is None
     if unsound_lines > 0:
         _logger.warning("%s: lines that are not rows of JSON were skipped: %d", path, unsound_lines)

@@ -198,5 +198,8 @@ def _adapt(teacher: Teacher, given: Normalize | None) -> Network:
     if teacher.normalization is None:
         return network
     if given is None:
-        raise UserError("a teacher with its own normalization needs uint8 images, which are normalized here")
+        raise UserError(
+            "a teacher with its own normalization needs uint8 images and, in a Trainer, a cskd_jax.Normalize as "
+            "normalize"
+        )
     return renormalize(network, given, teacher.normalization)

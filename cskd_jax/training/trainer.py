@@ -195,8 +195,6 @@ class Trainer:
         )
         check_batches(shared)
         self._setup = shared
-        if self._workdir is not None:
-            self._check_rows(len(students), sum(phase.epochs for phase in phases))
         if beside is None:
             given = normalize if isinstance(normalize, Normalize) else None
             network = network_of(self._teachers, given, combine_teachers, data.multilabel)
@@ -206,6 +204,8 @@ class Trainer:
         self._participants = {
             name: self._make_participant(name, student, phases, len(students) > 1) for name, student in students.items()
         }
+        if self._workdir is not None:
+            self._check_rows(len(students), sum(phase.epochs for phase in phases))
 
     def _check_rows(self, students, epochs):
         """Raises UserError if metrics.jsonl would get more rows than are read when the students are done.
@@ -355,19 +355,21 @@ class Trainer:
         """Returns the metrics of a student on a split, "test", "train" or "validation".
 
         Raises:
-          UserError: There is no such student, or it has not been trained.
+          UserError: There is no such student or split, or the student has not been trained.
         """
         if name not in self.state:
-            raise UserError(f"{name} has not been trained: fit trains {', '.join(self._participants)}")
+            raise UserError(f"there is no trained student {name!r}: fit trains {', '.join(self._participants)}")
         variables = self.programs(name).variables_of(self.state[name])
         return self.evaluation(name, split)(self._setup.devices.replicate(variables))
 
     def evaluation(self, name: str, split: str = "test") -> Evaluation:
-        """Returns the evaluation of a student on a split; raises UserError if the split can only be read once."""
+        """Returns the evaluation of a student on a split; raises UserError if it cannot be evaluated."""
         if split == "train" and self._setup.data.unlabeled:
             raise UserError("the training images have no labels to evaluate with")
         if split == "train" and isinstance(self._setup.sampler, EpochBatches):
-            raise UserError("batches that a function makes cannot be evaluated; give arrays to evaluate on them")
+            raise UserError(
+                "batches made by a function cannot be evaluated: give arrays to evaluate the training split"
+            )
         return self._participants[name].evaluation_on(split)
 
 
@@ -387,6 +389,7 @@ def fit_together(
 
     Raises:
       InterruptedRun: `stop` was requested; the states of trainers with a workdir are saved.
+      UserError: The teacher has no variables.
     """
     with_teacher = next((trainer for trainer in trainers if trainer._teachers), trainers[0])
     teacher_variables = variables_of(with_teacher._teachers)

@@ -83,6 +83,17 @@ def test_functions_that_give_no_epochs(function, message):
         read_all()
 
 
+@pytest.mark.parametrize("steps", [0, -3, "5", 2.0, True])
+def test_impossible_steps_per_epoch(steps):
+    with pytest.raises(UserError, match=f"steps_per_epoch is {steps!r}; it must be a positive integer, or None"):
+        EpochBatches(batches_of, Split, steps)
+
+
+def test_epochs_that_are_shorter_than_asked():
+    with pytest.raises(UserError, match="3 batches for epoch 0, but steps_per_epoch is 5: lower it, or yield more"):
+        list(EpochBatches(lambda epoch: [(IMAGES[:8], LABELS[:8])] * 3, Split, 5).read(range(5)))
+
+
 SETTINGS = {
     "losses": {"cross_entropy": 1.0}, "optimizer": optax.sgd(0.1), "test": tuple(DATA.test), "epochs": 2,
     "callbacks": (), "devices": 1, "log_every": 1,
@@ -121,7 +132,7 @@ def test_resumes_bit_for_bit(tmp_path):
         trainer().fit(Stop(4))
     resumed = trainer()
     assert resumed.fit()["student"].history == expected.history
-    with pytest.raises(UserError, match="batches that a function makes cannot be evaluated"):
+    with pytest.raises(UserError, match="batches made by a function cannot be evaluated"):
         resumed.evaluate("student", "train")
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cskd_jax.data.images import middle_square, read_image
-from cskd_jax.errors import PassingError, UserError
+from cskd_jax.errors import TransientError, UserError
 
 
 @pytest.mark.parametrize("size", [(512, 256), (256, 384), (500, 333), (224, 224), (1, 3)])
@@ -46,7 +46,7 @@ def _raising(error):
 def test_what_may_pass_is_not_called_damage(error, tmp_path, monkeypatch):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "open", _raising(error))
-    with pytest.raises(PassingError, match="cannot read a.png: (out of memory|.*Too many open|.*Stale)"):
+    with pytest.raises(TransientError, match="cannot read a.png: (out of memory|.*Too many open|.*Stale)"):
         read_image(tmp_path / "a.png", "a.png", 3, None)
 
 

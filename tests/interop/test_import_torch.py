@@ -431,7 +431,7 @@ def test_the_canary_sings(tmp_path):
 
 # arguments after those of `run`, words of the message
 BAD_ARGUMENTS = {
-    "unknown model": (["--model=resnet19"], ["unknown model 'resnet19'", "did you mean resnet18"]),
+    "unknown model": (["--model=resnet19"], ["unknown network 'resnet19'", "did you mean resnet18"]),
     "width": (["--width=many"], ["--width", "'many'", "0.001 to 64"]),
     "classes": (["--num_classes=8"], ["fc.bias (7,) instead of (8,)", "8 classes", "--num_classes=7"]),
     "channels": (

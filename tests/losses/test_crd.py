@@ -291,7 +291,7 @@ def test_method_needs_indices_and_key():
 
 
 def test_batches_without_positions():
-    with pytest.raises(ValueError, match="batches that a function makes have no positions: give arrays as train"):
+    with pytest.raises(ValueError, match="it cannot use batches made by a function: give train as arrays"):
         new_contrast_memory(jax.random.PRNGKey(0), 0, 4)
 
 

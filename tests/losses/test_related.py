@@ -702,7 +702,7 @@ def test_different_batches_are_refused(name):
     ("call", "text"),
     [
         (lambda: dkd_of(EMBEDDING[:, :2], EMBEDDING[:, :2]),
-         "dkd needs at least 3 classes, got logits of shape (4, 2)"),
+         "dkd_loss needs at least 3 classes, got logits of shape (4, 2)"),
         (lambda: dkd_loss(EMBEDDING, EMBEDDING, LABELS, temperature=0.0),
          "temperature must be greater than 0, got 0.0"),
         (lambda: dkd_loss(EMBEDDING, EMBEDDING, LABELS[:3]),

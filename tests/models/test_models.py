@@ -96,7 +96,7 @@ def test_bfloat16_leaves_logits_and_variables_in_float32(name):
     ],
 )
 def test_unknown_name(name, advice):
-    with pytest.raises(UserError, match=f"^unknown model {name!r}; {advice}"):
+    with pytest.raises(UserError, match=f"^unknown network {name!r}; {advice}"):
         create_model(name, num_classes=10)
 
 
