@@ -285,7 +285,7 @@ def search(folder: pathlib.Path) -> str:
     rows = []
     for trial in trials:
         values = (trial.get(key) or tables.NONE for key in keys)
-        score = f"{100 * float(trial['validation_last']):.2f}"
+        score = f"{100 * float(trial['validation_last']):.2f}" if trial["validation_last"] else trial["metric"]
         rows.append((trial["word"].rpartition("/")[2], *values, score, trial["chosen"] or tables.NONE))
     config = find_runs([folder / "search"])[0].config
     held_out = config["dataset.validation_examples"]

@@ -202,8 +202,8 @@ def distill(
         if workdir is not None:
             settings = {"epochs": int(epochs), "batch_size": int(sampler.batch_size), "drop_last": drop_last}
             # A setting that is off is not written, because earlier versions did not have it.
-            settings |= {} if accumulation_steps == 1 else {"accumulation_steps": accumulation_steps}
-            settings |= {} if evaluate_every_epochs == 1 else {"evaluate_every_epochs": evaluate_every_epochs}
+            settings |= {} if accumulation_steps == 1 else {"accumulation_steps": int(accumulation_steps)}
+            settings |= {} if evaluate_every_epochs == 1 else {"evaluate_every_epochs": int(evaluate_every_epochs)}
             settings["seed"] = int(seed)
             settings |= _describe_inputs(data, normalize, own, paths, teacher_paths, teacher_variables)
             described = isinstance(teacher, list | tuple | Teacher)

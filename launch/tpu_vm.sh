@@ -26,7 +26,7 @@
 #   QUEUED    (0) 1: requests it as a queued resource of the same name, which waits for capacity, for days if need be;
 #             otherwise the request fails while there is no capacity. For v5e and v6e Google advises the queue.
 #   ATTEMPTS  (20) how often to try what fails before giving up; DELAY (30): seconds between them
-#   WORKER    (0) whose log follow shows; only the first one speaks, unless something fails
+#   WORKER    (0) whose log follow shows; only one of them speaks, unless something fails: on some slices another
 #
 # With --dry-run the commands are printed, as for a VM that is not there yet. The VM is not deleted at the end.
 # Exit codes: of the run, as cskd_jax.supervise ends it (0 done); 1 if there is no VM or no connection, or if the results
@@ -45,6 +45,10 @@ if [[ ${1:-} == --dry-run ]]; then
 fi
 [[ $# -ge 2 && $1 =~ ^(run|follow|delete)$ ]] || usage
 action=$1 name=$2
+if [[ $name == data || $name == cache ]]; then
+  echo "error: a run cannot be named $name, because $name in BUCKET belongs to all runs" >&2
+  exit 2
+fi
 shift 2
 zone=${ZONE:-us-central2-b} type=${TYPE:-v4-8} queued=${QUEUED:-0} attempts=${ATTEMPTS:-20} delay=${DELAY:-30}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -23,14 +23,18 @@ is_running() {
 }
 
 work() {
-  local bucket=$1 workdir=runs/$name folder copying='' code
+  local bucket=$1 workdir=runs/$name folder copying code
   shift
   # Prepared data and compiled programs outlive a VM that is preempted, and serve other runs of the bucket.
   export TFDS_DATA_DIR=$PWD/data XDG_CACHE_HOME=$PWD/cache
-  # Fails if the workdir could not be copied; data and programs can be made again.
+  # One process alone writes the workdir, and its worker brings to the bucket what is new. Which one it is follows from
+  # the topology of the slice. Fails if the workdir could not be copied; data and programs can be made again.
   keep() {
     local status=0
-    gcloud storage rsync --recursive --delete-unmatched-destination-objects "$workdir" "$bucket/$name" || status=1
+    [[ -n $(find "$workdir" -type f -newer "$state/started" -print -quit) ]] || return 0
+    # Nothing is deleted before everything new is there: the machine may be gone at any time.
+    gcloud storage rsync --recursive "$workdir" "$bucket/$name" &&
+      gcloud storage rsync --recursive --delete-unmatched-destination-objects "$workdir" "$bucket/$name" || status=1
     for folder in data cache; do
       gcloud storage rsync --recursive --exclude='.*\.(incomplete|part).*' $folder "$bucket/$folder"
     done
@@ -45,28 +49,25 @@ work() {
       keep
     done
   }
-  # The file gives the first copy something to copy, so that any failure is a real one.
+  # The file gives the first copy something to copy, so that any failure is a real one. What is newer here, because it
+  # could not be copied to the bucket, is kept.
   fetch() {
     mkdir -p "$2"
-    : | gcloud storage cp - "$bucket/$1/lock" && gcloud storage rsync --recursive "$bucket/$1" "$2"
+    : | gcloud storage cp - "$bucket/$1/lock" &&
+      gcloud storage rsync --recursive --skip-if-dest-has-newer-mtime "$bucket/$1" "$2"
   }
   fetch data data && fetch cache cache || return 1
-  # The first worker alone reads and writes the workdir, and brings to the bucket what is new.
-  case $(hostname) in *-w-0)
-    fetch "$name" "$workdir" || return 1
-    keep_every_minute >/dev/null 2>&1 &
-    copying=$!
-    ;;
-  esac
+  fetch "$name" "$workdir" || return 1
+  touch "$state/started"
+  keep_every_minute >/dev/null 2>&1 &
+  copying=$!
   .venv/bin/python -m cskd_jax.supervise -- .venv/bin/python -m cskd_jax.main --cluster --workdir="$workdir" "$@"
   code=$?
-  if [[ -n $copying ]]; then
-    kill "$copying"
-    wait "$copying"
-    if ! keep; then
-      echo "error: $workdir could not be copied to $bucket/$name; its last state is only on this VM" >&2
-      [[ $code == 0 ]] && code=1
-    fi
+  kill "$copying"
+  wait "$copying"
+  if ! keep; then
+    echo "error: $workdir could not be copied to $bucket/$name; its last state is only on this VM" >&2
+    [[ $code == 0 ]] && code=1
   fi
   return "$code"
 }

@@ -21,7 +21,7 @@ from cskd_jax.data import ImageDataset, Split
 from cskd_jax.distillation import _describe_loss
 from cskd_jax.errors import InterruptedRun, UserError
 from cskd_jax.losses import KD
-from cskd_jax.training.checkpoint import load_variables
+from cskd_jax.training.checkpoint import Checkpoints, load_variables
 from cskd_jax.training.objective import Objective
 from cskd_jax.training.phases import make_parts
 from tests.conftest import Stop
@@ -146,6 +146,48 @@ def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_rows_of_the_test_split_are_written_once(tmp_path, monkeypatch):
+    """Even if the run ends before its last checkpoint is written."""
+    # The best epoch is the first, whose test row has its step.
+    settings = {"validation": TEST, "epochs": 3, "optimizer": optax.sgd(-0.1)}
+    expected = distill(Net(), **settings, workdir=tmp_path / "undisturbed")
+    assert [row["step"] for row in expected.history if row["split"] == "test"] == [2, 6]
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", fail)
+        with pytest.raises(OSError, match="no space left"):
+            distill(Net(), **settings, workdir=tmp_path / "again")
+    assert distill(Net(), **settings, workdir=tmp_path / "again").history == expected.history
+
+
+@pytest.mark.slow
+def test_names_with_slashes(tmp_path):
+    """As those of Haiku's modules, which a function may use."""
+
+    def network(variables, images, train, rngs):
+        layer = variables["params"]["mlp/~/linear"]
+        return images.reshape(len(images), -1) @ layer["w"], {}
+
+    start = {"params": {"mlp/~/linear": {"w": np.full((16, 3), 0.1, np.float32)}}}
+
+    def make(workdir):
+        student = cskd_jax.Student(network, {"cross_entropy": 1.0}, optax.adam(0.1), variables=start)
+        return cskd_jax.Trainer(
+            {"net": student}, data=DATA, phases=[cskd_jax.Phase(2)], batch_size=8, workdir=workdir, callbacks=(),
+            devices=1,
+        )  # fmt: skip
+
+    expected = make(None).fit()["net"].variables
+    with pytest.raises(InterruptedRun):
+        make(tmp_path).fit(Stop(2))
+    assert_equal(make(tmp_path).fit()["net"].variables, expected)
+    assert_equal(load_variables(str(tmp_path / "net")).variables, expected)
+
+
+@pytest.mark.slow
 def test_an_extension_that_is_refused_changes_nothing(tmp_path):
     expected = distill(Net(), workdir=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
@@ -239,6 +281,22 @@ def test_a_longer_training_than_asked_for_is_left_alone(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="instead of|more than the 2"):
         shorter.fit()
+
+
+@pytest.mark.slow
+def test_a_longer_training_that_stopped_at_the_end_of_a_shorter_one(tmp_path):
+    """It is not done: its best and last epochs are not known."""
+
+    def make(epochs):
+        return cskd_jax.Trainer(
+            {"net": cskd_jax.Student(Net(), {"cross_entropy": 1.0}, optax.sgd(0.1))},
+            data=DATA, phases=[cskd_jax.Phase(epochs)], batch_size=8, workdir=tmp_path, callbacks=(), devices=1,
+        )  # fmt: skip
+
+    with pytest.raises(InterruptedRun):
+        make(3).fit(Stop(2))
+    with pytest.raises(UserError, match="a training run of more than the 2 steps requested, with 2 of them done"):
+        make(1).fit()
 
 
 @pytest.mark.slow
@@ -422,7 +480,7 @@ def test_a_description_that_could_not_be_read_again(tmp_path):
         ({"test": None}, r"test must be a pair \(images, labels\); got NoneType"),
         ({"train": IMAGES}, r"train must be a pair \(images, labels\); got ndarray"),
         ({"train": (IMAGES,)}, r"train must be a pair \(images, labels\); got tuple of 1"),
-        ({"train": (IMAGES, LABELS[:, None])}, r"it must be .N."),
+        ({"train": (IMAGES, LABELS[:, None])}, r"the shape must be .N."),
         ({"train": (IMAGES, LABELS[:3])}, "train must be images .* got shapes .24, 4, 4, 1. and .3,."),
         ({"train": (IMAGES, LABELS.astype(float))}, "train labels are float64; they must be integer"),
         ({"train": (IMAGES.astype(int), LABELS)}, "train images are int64; they must be uint8 or floats"),

@@ -103,19 +103,18 @@ LOST_ONCE = "if [[ $word == *follow* && ! -e {folder}/again ]]; then touch {fold
 
 @pytest.fixture
 def tpu_vm(fake, tmp_path):
-    """Makes the tools of a TPU VM; `train` is what its Python does."""
+    """Makes the tools of a TPU VM; `train` is what its Python does, on the worker that writes the workdir."""
 
-    def tpu_vm(train, state="", scp="", ssh=":"):
+    def tpu_vm(train, state="", scp="", ssh=":", writes="/bin/sleep 0.05; touch runs/first/results.json"):
         (tmp_path / "tpu-vm").write_text(state)
         (tmp_path / "queued-resources").write_text("")
         python = tmp_path / "home" / "cskd_jax" / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
         (tmp_path / "home" / "cskd_jax" / "launch").symlink_to(LAUNCH)
-        python.write_text(f"#!/bin/bash\nprintf 'trains %s\\n' \"$*\"\n{train}\n")
+        python.write_text(f"#!/bin/bash\nprintf 'trains %s\\n' \"$*\"\n{writes}\n{train}\n")
         python.chmod(0o755)
         script = TPU_VM.replace("{scp}", scp).replace("{ssh}", ssh)
         fake("gcloud", script.replace("{folder}", str(tmp_path)))
-        fake("hostname", "echo t1v-n-w-0")
         fake("sleep", "/bin/sleep 0.02")
 
     return tpu_vm
@@ -148,6 +147,20 @@ def test_tpu_vm(launch, tpu_vm, state, queued, train, code, expected):
     assert process.stdout.splitlines() == [f"{run} {RECIPE}"]
     for folder in ("runs/first gs://b/first", "data gs://b/data", "cache gs://b/cache"):
         assert any(call.startswith("gcloud storage rsync") and call.endswith(folder) for call in calls), folder
+    # What is old is deleted only after what is new has arrived, and what is newer here is not replaced.
+    copies = [call.split() for call in calls if call.endswith("runs/first gs://b/first")]
+    assert ["--delete-unmatched-destination-objects" in copy for copy in copies[:2]] == [False, True]
+    (fetched,) = [call for call in calls if call.endswith("gs://b/first runs/first")]
+    assert "--skip-if-dest-has-newer-mtime" in fetched
+
+
+def test_a_worker_that_does_not_write_the_workdir_does_not_copy_it(launch, tpu_vm):
+    """Which one writes it follows from the topology of the slice."""
+    tpu_vm("exit 0", writes="")
+    process, calls = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
+    assert process.returncode == 0, process.stderr
+    assert any(call.endswith("gs://b/first runs/first") for call in calls)
+    assert not any(call.endswith("runs/first gs://b/first") for call in calls)
 
 
 def test_results_that_do_not_reach_the_bucket(launch, tpu_vm, tmp_path):
@@ -158,6 +171,15 @@ def test_results_that_do_not_reach_the_bucket(launch, tpu_vm, tmp_path):
     process, _ = launch(LAUNCH / "tpu_vm.sh", "run", "first", RECIPE, BUCKET="gs://b")
     assert process.returncode == 1
     assert "error: runs/first could not be copied to gs://b/first; its last state is only on this VM" in process.stdout
+
+
+@pytest.mark.parametrize("name", ["data", "cache"])
+def test_runs_that_would_share_a_folder_with_all_others(launch, tpu_vm, name):
+    tpu_vm("exit 0")
+    process, calls = launch(LAUNCH / "tpu_vm.sh", "run", name, RECIPE, BUCKET="gs://b")
+    assert process.returncode == 2
+    assert process.stderr == f"error: a run cannot be named {name}, because {name} in BUCKET belongs to all runs\n"
+    assert calls == []
 
 
 def test_tpu_vm_that_was_stopped(launch, tpu_vm):

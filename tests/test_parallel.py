@@ -1,9 +1,11 @@
 """Several processes, without starting any: how they are recognized, and that an error of the first reaches all."""
 
+import numpy as np
 import pytest
 
 from cskd_jax.distributed import processes
-from cskd_jax.errors import UserError
+from cskd_jax.distributed.signals import StopRequest
+from cskd_jax.errors import TransientError, UserError
 from cskd_jax.training.callbacks import Progress, Start
 from cskd_jax.training.checkpoint import Checkpoints
 from cskd_jax.training.metrics import SINGLE_LABEL
@@ -44,6 +46,34 @@ def test_all_processes_learn_what_the_first_cannot_open(open_files, tmp_path, mo
     monkeypatch.setattr(processes, "on_first", on_first)
     with pytest.raises(UserError, match="told by the first"):
         open_files(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [UserError, TransientError])
+def test_errors_keep_their_kind_on_all_processes(kind, monkeypatch):
+    """A transient one is worth another start, and no other is."""
+    monkeypatch.setattr(processes, "is_distributed", lambda: True)
+    monkeypatch.setattr(
+        processes.multihost_utils, "process_allgather", lambda message: [np.zeros_like(message), message]
+    )
+
+    def fail():
+        raise kind("too many open files")
+
+    with pytest.raises(UserError, match="^process 0: too many open files$") as caught:
+        processes.first_then_all(fail)
+    assert type(caught.value) is kind
+
+
+def test_calls_are_counted_from_above_all_steps(monkeypatch):
+    """Orbax asks the same question with the step that it saves."""
+    calls = []
+    monkeypatch.setattr(processes, "is_distributed", lambda: True)
+    monkeypatch.setattr(processes, "stop_agreed", calls.append)
+    request = StopRequest()
+    for _ in range(3):
+        assert not request.reached()
+    assert calls == [calls[0], calls[0] + 1, calls[0] + 2]
+    assert 10**9 < calls[0] < 2**31 - 10**9
 
 
 @pytest.mark.parametrize("value", [b"", b"a", b"0123456789abcdef"])

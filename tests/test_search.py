@@ -10,6 +10,7 @@ import pytest
 from cskd_jax.commands.sweep import main as sweep_main
 from cskd_jax.errors import UserError
 from cskd_jax.runs import grid, schema, search
+from cskd_jax.runs.sweep import FailedRunsError
 from tests.conftest import ROOT
 from tests.report_runs import write_run
 
@@ -153,6 +154,33 @@ def test_several_teachers_and_pairs(tmp_path):
     student = by_name["vgg13/mobilenet_v2/kd-teacher6-seed0"]
     assert (student.seed, student.optimizer.learning_rate) == (0, 0.01)
     assert student.teacher.checkpoint == f"{tmp_path}/teacher-vgg13_1-seed6/student"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("diverging", "chosen"), [((0.25,), 0.5), ((0.25, 0.5), None)])
+def test_values_that_diverge_are_not_chosen(diverging, chosen, digits_dir, tmp_path, monkeypatch):
+    done = []
+
+    def pretend(groups, jobs):
+        runs = list(itertools.chain.from_iterable(groups))
+        failed = [run for run in runs if run.config.losses.get("kd", {}).get("weight") in diverging]
+        done.extend(run for run in runs if run not in failed)
+        for run in runs:
+            if run not in failed:
+                write_results(run, 0.1)
+        if failed:
+            raise FailedRunsError("some runs failed")
+
+    monkeypatch.setattr("cskd_jax.runs.sweep.sweep", pretend)
+    arguments = [f"--config.dataset.data_dir={digits_dir}", f"--workdir={tmp_path}", *VALIDATION]
+    arguments += ["--methods=kd", "--seeds=4", "--grid", "losses.kd.weight=0.5,0.25"]
+    assert sweep_main(["sweep", DIGITS, *arguments]) == FailedRunsError.exit_code
+    rows = list(csv.DictReader((tmp_path / "search.csv").read_text().splitlines()))
+    assert [(row["losses.kd.weight"], row["metric"], row["chosen"]) for row in rows] == [
+        ("0.5", "failed" if chosen is None else "top-1", "" if chosen is None else "yes"), ("0.25", "failed", ""),
+    ]  # fmt: skip
+    trained = [run.config.losses.kd.weight for run in done if run.name == "kd-seed4"]
+    assert trained == ([] if chosen is None else [chosen])
 
 
 @pytest.mark.slow

@@ -272,6 +272,5 @@ def test_board(capsys, monkeypatch):
         "2 runs: epoch 1/2, 200 images/s",
         "epoch 1/2, 200 images/s: kd 0.5000, ce 0.2500",
         "epoch 2/2, 200 images/s: ce 0.7500",
-        "2 runs train together",
         "epoch 2/2, 200 images/s: kd 0.5000, ce 0.2500",
     ]

@@ -96,7 +96,7 @@ def _run(argv):
     from cskd_jax.runs import search
     from cskd_jax.runs.grid import check, check_overrides, check_workdirs, group, make_grid
     from cskd_jax.runs.lock import locked
-    from cskd_jax.runs.sweep import sweep
+    from cskd_jax.runs.sweep import FailedRunsError, sweep
 
     workdir = values.workdir or pathlib.Path("runs") / "sweep" / file.stem
     grid = search.parse(values.grid)
@@ -116,12 +116,20 @@ def _run(argv):
     else:
         check(runs)
     with locked(workdir / "sweep.lock", f"another sweep is running in {workdir}"):
+        failure = None
         if grid:
-            sweep(group(search.runs_of(trials), values.together), values.jobs)
+            try:
+                sweep(group(search.runs_of(trials), values.together), values.jobs)
+            except FailedRunsError as error:
+                failure = error
             best = search.choose(trials, workdir)
+            if failure is not None and best.keys() != searched:
+                raise failure
             runs = make(words, settings={word: search.as_overrides(changes) for word, changes in best.items()})
             check(runs)
         sweep(group(runs, values.together), values.jobs)
+        if failure is not None:  # A value may diverge, and another be chosen.
+            raise failure
 
 
 def _words(text):

@@ -45,6 +45,10 @@ class Workers:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
+    def restart(self) -> None:
+        """Makes the next request start new processes, because some of these were killed."""
+        self._pool = None
+
 
 class ImageStream:
     """A stream that takes the place of an array of images that would not fit in memory.
@@ -79,6 +83,7 @@ class ImageStream:
             while ahead:
                 yield self._decoded(ahead.popleft())
         except concurrent.futures.BrokenExecutor as error:
+            self._workers.restart()
             if self._workers.have_decoded:
                 raise TransientError(
                     "a process that decodes images was killed, perhaps for lack of memory (fewer dataset.workers need "

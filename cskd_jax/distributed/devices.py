@@ -167,7 +167,9 @@ class Devices:
 
     def free_memory(self) -> float:
         """Returns the free bytes of a device; CPU devices share the memory of the machine."""
-        stats = self._devices[0].memory_stats()
+        # Only its own process knows the memory of a device.
+        local = next(device for device in self._devices if device.process_index == jax.process_index())
+        stats = local.memory_stats()
         if stats and "bytes_limit" in stats:
             return stats["bytes_limit"] - stats["bytes_in_use"]
         return memory_left() / (self.count // jax.process_count())

@@ -27,6 +27,8 @@ SHUTDOWN_SECONDS = 20
 # Size in bytes of the message that tells the other processes about an error.
 _MESSAGE_BYTES = 4096
 _PART_BYTES = 1 << 30
+# Errors that all processes raise because one of them did; the first byte of the message is the position.
+_ERRORS = (UserError, TransientError)
 
 T = TypeVar("T")
 
@@ -111,6 +113,7 @@ def _in_cluster(environment):
 
 def is_first() -> bool:
     """Returns whether this process is the one that reads and writes the workdir and prints messages."""
+    # Orbax saves arrays only in the process with this index, which on a TPU slice may not be that of the first worker.
     # A program that computes nothing itself must not take the devices by asking for its index.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
@@ -165,18 +168,19 @@ def _outcome(function: Callable[..., Any], *args: Any) -> tuple[Any, Exception |
 def _raise_everywhere(error):
     message = np.zeros(_MESSAGE_BYTES, np.uint8)
     if error is not None:
-        content = f"process {jax.process_index()}: {error}".encode()[:_MESSAGE_BYTES]
+        kind = _ERRORS.index(TransientError if isinstance(error, TransientError) else UserError)
+        content = bytes([kind]) + f"process {jax.process_index()}: {error}".encode()[: _MESSAGE_BYTES - 1]
         message[: len(content)] = np.frombuffer(content, np.uint8)
     for row in multihost_utils.process_allgather(message):
         if row.any():
-            raise UserError(row.tobytes().rstrip(b"\0").decode(errors="replace"))
+            raise _ERRORS[row[0]](row[1:].tobytes().rstrip(b"\0").decode(errors="replace"))
 
 
 def stop_agreed(call: int) -> bool:
     """Returns whether all processes stop here because one of them was sent SIGTERM.
 
     Args:
-      call: Number of the call, 1, 2, ..., the same on all processes.
+      call: Number of the call, one more than that of the call before, the same on all processes.
     """
     return multihost_utils.reached_preemption_sync_point(call)
 

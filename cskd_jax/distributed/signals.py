@@ -8,6 +8,10 @@ from typing import Any
 
 from cskd_jax.distributed import processes
 
+# Calls are counted from here, because JAX stops all processes at the largest number that any of them has passed to it,
+# and Orbax passes it the steps that the first process saves.
+_FIRST_CALL = 1 << 30
+
 
 class StopRequest:
     """Context in which the first SIGTERM or Ctrl-C asks to stop; a second one ends the process at once.
@@ -24,7 +28,7 @@ class StopRequest:
     """
 
     def __init__(self, owns_process: bool = True):
-        self.requested, self.name, self._calls = False, "", 0
+        self.requested, self.name, self._calls = False, "", _FIRST_CALL
         self._owns_process = owns_process
         self._previous: dict[int, Any] = {}
 

@@ -153,19 +153,22 @@ def choose(trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Mapping[
     """Returns {word: its best values}, judged by the validation split after the last epoch, and writes a table of all.
 
     Args:
-      trials: Runs of the search, all done. Among equal scores, the first wins.
+      trials: Runs of the search. Among equal scores, the first wins; runs that failed are not chosen, so a word without
+        a run that is done is missing.
       workdir: Folder of the sweep, which gets search.csv.
     """
-    scores = {trial.run: _score(trial.run) for trial in trials}
+    scores = {trial.run: _score(trial.run) for trial in trials if (trial.run.workdir / RESULTS).exists()}
     best = {}
     for trial in trials:
+        if trial.run not in scores:
+            continue
         if trial.word not in best or scores[trial.run][1] > scores[best[trial.word].run][1]:
             best[trial.word] = trial
     keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
     rows: list[list[Any]] = [["word", *keys, "metric", "validation_last", "chosen", "folder"]]
     for trial in trials:
-        name, score = scores[trial.run]
-        chosen = "yes" if best[trial.word] is trial else ""
+        name, score = scores.get(trial.run, ("failed", ""))
+        chosen = "yes" if best.get(trial.word) is trial else ""
         values = [trial.values.get(key, "") for key in keys]
         rows.append([trial.word, *values, name, score, chosen, str(trial.run.workdir.relative_to(workdir))])
     write_text(workdir / TABLE, csv_text(rows))

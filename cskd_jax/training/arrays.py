@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,10 +13,14 @@ from flax import serialization, traverse_util
 
 from cskd_jax.errors import UserError
 
+# Stands for a slash within a name, as Haiku has them, where slashes separate the names of a path.
+_SLASH = "%2F"
+
 
 def digest_of(tree: Any) -> str:
     """Returns a digest of all arrays of a tree and of their names."""
-    return digest_json({name: digest_array(array) for name, array in flatten(jax.device_get(tree)).items()})
+    arrays = flatten(jax.device_get(tree))
+    return digest_json({name.replace(_SLASH, "/"): digest_array(array) for name, array in arrays.items()})
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
@@ -23,14 +28,24 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
 
     Of a typed key, such as the state of an optimizer that adds noise may hold, it returns the data.
     """
-    flat: dict[str, Any] = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
+    flat = _join(traverse_util.flatten_dict(serialization.to_state_dict(tree)))
     return {name: np.asarray(jax.random.key_data(x) if _is_key(x) else x) for name, x in flat.items()}
+
+
+def nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested dictionary that `flatten` has made into {path joined by "/": array}."""
+    split = (tuple(part.replace(_SLASH, "/") for part in name.split("/")) for name in arrays)
+    return traverse_util.unflatten_dict(dict(zip(split, arrays.values(), strict=True)))
+
+
+def _join(flat):
+    return {"/".join(name.replace("/", _SLASH) for name in path): leaf for path, leaf in flat.items()}
 
 
 def unflatten(arrays: dict[str, np.ndarray], template: Any) -> Any:
     """Returns a tree like `template` with these arrays; raises UserError if names, shapes or dtypes differ."""
     target = serialization.to_state_dict(template)
-    flat: dict[str, Any] = traverse_util.flatten_dict(target, sep="/", keep_empty_nodes=True)
+    flat: dict[str, Any] = _join(traverse_util.flatten_dict(target, keep_empty_nodes=True))
     empty = traverse_util.empty_node
     keys = {name: leaf for name, leaf in flat.items() if _is_key(leaf)}
     flat |= {name: jax.eval_shape(jax.random.key_data, leaf) for name, leaf in keys.items()}
@@ -45,7 +60,7 @@ def unflatten(arrays: dict[str, np.ndarray], template: Any) -> Any:
             )
     flat |= arrays
     flat |= {name: jax.random.wrap_key_data(flat[name], impl=_implementation(leaf)) for name, leaf in keys.items()}
-    return serialization.from_state_dict(template, traverse_util.unflatten_dict(flat, sep="/"))
+    return serialization.from_state_dict(template, nest(flat))
 
 
 def _is_key(leaf):

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from cskd_jax.distributed import processes
@@ -34,7 +33,7 @@ from cskd_jax.distributed.devices import available
 from cskd_jax.errors import InterruptedRun, UserError, one_line, raise_if_of_system
 from cskd_jax.files import write_json
 from cskd_jax.inputs import MAX_JSON, is_count, read_bytes, read_json
-from cskd_jax.training.arrays import digest_array, digest_json, flatten, unflatten, upgrade
+from cskd_jax.training.arrays import digest_array, digest_json, flatten, nest, unflatten, upgrade
 from cskd_jax.training.peers import without_peers
 from cskd_jax.training.prediction import prediction_of
 from cskd_jax.training.saved import Record, Saved
@@ -367,7 +366,7 @@ def _load(path):
     """Returns the network of a checkpoint; raises UserError if it is damaged."""
     arrays, record, digest = _read_intact(path)
     try:
-        tree = traverse_util.unflatten_dict(arrays, sep="/")
+        tree = nest(arrays)
         variables = tree.get("ema", {"params": tree["params"].get("network", {}), **tree.get("collections", {})})
         variables = without_peers(variables)
         variables |= prediction_of(tree["params"], tree.get("memory", {}), record.prediction.get("loss"))

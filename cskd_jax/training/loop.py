@@ -97,22 +97,23 @@ class Loop:
             self._use_free_cores(participants, size, pool)
             if len(participants) > 1:
                 self._wait_for_compiler(participants, size)
-                participants = self._fitting(participants, size)
+                # All processes must train the same students together, whatever memory each has left.
+                participants = participants[: processes.on_first(self._count_fitting, participants, size)]
             for participant in participants:
                 participant.begin(len(participants))
             self._wait_for_compiler(participants, size)
         self._is_ahead = False
         return participants
 
-    def _fitting(self, participants, size):
-        """Returns the first students, at least one, whose states and largest step fit into memory together."""
+    def _count_fitting(self, participants, size):
+        """Returns how many of the first students, at least one, have states and a largest step that fit into memory."""
         limit, used, largest = self._setup.devices.free_memory(), self._pass.memory(size), 0
         for number, participant in enumerate(participants):
             kept, temporary = participant.memory(size)
             used, largest = used + kept, max(largest, temporary)
             if number and used + largest > _MEMORY_SHARE * limit:
-                return participants[:number]
-        return participants
+                return number
+        return len(participants)
 
     def _use_free_cores(self, participants, size, pool):
         """Compiles ahead while the compiler works on the first steps, unless it is about to be done with them."""

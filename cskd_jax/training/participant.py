@@ -82,7 +82,7 @@ class Participant:
         Raises:
           UserError: The workdir holds a longer training.
         """
-        self._stack = contextlib.ExitStack()
+        self._stack, is_longer = contextlib.ExitStack(), False
         if self.setup.workdir is not None:
             folder = self.setup.workdir / self.name / FOLDER
             checkpoints = Checkpoints(folder, self.setup.keep_checkpoints, self.setup.save_every_minutes)
@@ -92,11 +92,12 @@ class Participant:
                 self.state, self.progress = restored[0], Progress(**restored[1].progress)
                 self.step = self._rested = self._saved = int(self.state.step)
                 self._pending.clear()  # An earlier call was interrupted, and what was in flight is done again.
-        if self.step > self.steps:
+                is_longer = self.step > self.steps or (self.step == self.steps and not restored[1].finished)
+        if is_longer:
             self._stack.close()
             raise UserError(
-                f"{self.name}: the workdir holds a training run of {self.step} steps, more than the {self.steps} "
-                "requested; use another workdir"
+                f"{self.name}: the workdir holds a training run of more than the {self.steps} steps requested, with "
+                f"{self.step} of them done; use another workdir"
             )
         return self
 

@@ -38,12 +38,22 @@ class MetricsFiles(Callback):
         self._tensorboard, self._shows = None, True
 
     def on_start(self, start: Start) -> None:
-        """Removes rows of later steps that an interrupted run left in metrics.jsonl."""
+        """Removes rows of later steps that an interrupted run left in metrics.jsonl.
+
+        If a validation split chooses the best epoch, the rows of the test split are removed too: the end writes them.
+        """
         self._start, self._tensorboard = start, None
         processes.on_first(self._remove_later_rows, start)
 
     def _remove_later_rows(self, start):
-        kept = (row for row in read_rows(self._path) if row["phase"] != start.student or row["step"] <= start.step)
+        rows = list(read_rows(self._path))
+        own = [row for row in rows if row["phase"] == start.student]
+        rewritten = "test" if any(row["split"] == "validation" for row in own) else None
+        kept = (
+            row
+            for row in rows
+            if row["phase"] != start.student or (row["step"] <= start.step and row["split"] != rewritten)
+        )
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_row(self, row: Mapping[str, Any]) -> None:

@@ -124,6 +124,7 @@ if __name__ == "__main__":
             time.sleep(0.2)
     except Exception as error:
         print(error)
+    print(next(read_batches(images, [np.arange(4)])).shape)
 """
 
 
@@ -171,4 +172,6 @@ def test_killed_worker_ends_the_run_with_a_message(reading):
     process, worker = reading
     os.kill(worker, signal.SIGTERM)  # is for the run to handle
     os.kill(worker, signal.SIGKILL)
-    assert "a process that decodes images was killed" in process.stdout.read()
+    said = process.stdout.read()
+    assert "a process that decodes images was killed" in said
+    assert said.endswith("(4, 16, 16, 3)\n"), "new processes take the place of the killed ones"
