@@ -28,7 +28,7 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
 
     Of a typed key, such as the state of an optimizer that adds noise may hold, it returns the data.
     """
-    flat = _join(traverse_util.flatten_dict(serialization.to_state_dict(tree)))
+    flat: dict[str, Any] = _join(traverse_util.flatten_dict(serialization.to_state_dict(tree)))
     return {name: np.asarray(jax.random.key_data(x) if _is_key(x) else x) for name, x in flat.items()}
 
 
