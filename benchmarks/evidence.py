@@ -52,6 +52,8 @@ _PACKED = {"config.json", "results.json", "metrics.jsonl", "evaluation.json", "l
 _BLOCK = re.compile(r"(<!-- evidence: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Methods with category structure, and what is nearest to each of them without it.
 _STRUCTURE = (("cskd", "ce"), ("cskd_paper", "cskd_paper-logits"), ("cskd+kd", "kd-ce1"))
+# Folders that the block `pytorch` describes.
+_OF_PYTORCH = {"pytorch", "alone"}
 _DIGEST = "Digest of the numbers"
 
 
@@ -145,7 +147,7 @@ def _text(*found: Table | None) -> str:
 def runs(folder: pathlib.Path) -> str:
     """Returns which runs there are, how long it took to train them, and on what; and which have failed."""
     rows, versions = [], {}
-    for path in sorted({path.relative_to(folder).parts[0] for path in folder.rglob(RESULTS)} - {"pytorch"}):
+    for path in sorted({path.relative_to(folder).parts[0] for path in folder.rglob(RESULTS)} - _OF_PYTORCH):
         hours: dict[Any, float] = {}
         found = find_runs([folder / path])
         for run in found:

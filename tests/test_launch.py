@@ -149,7 +149,7 @@ def test_tpu_vm(launch, tpu_vm, state, queued, train, code, expected):
         assert any(call.startswith("gcloud storage rsync") and call.endswith(folder) for call in calls), folder
     # What is old is deleted only after what is new has arrived, and what is newer here is not replaced.
     copies = [call.split() for call in calls if call.endswith("runs/first gs://b/first")]
-    assert ["--delete-unmatched-destination-objects" in copy for copy in copies[:2]] == [False, True]
+    assert ["--delete-unmatched-destination-objects" in copy for copy in copies[-2:]] == [False, True]
     (fetched,) = [call for call in calls if call.endswith("gs://b/first runs/first")]
     assert "--skip-if-dest-has-newer-mtime" in fetched
 

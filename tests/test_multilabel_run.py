@@ -76,7 +76,7 @@ def test_methods_with_a_softmax_are_for_one_class(name):
     assert not objective.losses[name][1].reads_labels
     check_losses(objective, black(multilabel=False))
     with pytest.raises(
-        UserError, match=rf"^losses.{name} does not work with .* are binary_cross_entropy, binary_kd, .*; others"
+        UserError, match=rf"^losses.{name} does not work with .* are binary_cross_entropy, binary_kd, .*; losses that"
     ):
         check_losses(objective, black(multilabel=True))
 

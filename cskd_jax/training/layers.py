@@ -45,9 +45,10 @@ def layers_of(network: Network, variables: Variables) -> Layers:
     params, path = variables.get("params", {}), getattr(network, "head", CLASSIFIER)
     head = None if path is None else _head_at(params, path)
     if head is None and path not in (None, CLASSIFIER):
+        found = ", ".join(map(repr, _linear_layers(params)))
         raise ValueError(
             f"there is no linear layer, with a kernel [features, classes], at {path!r}; the network has "
-            f"{', '.join(map(repr, _linear_layers(params))) or 'none'}"
+            f"{f'them at {found}' if found else 'none'}"
         )
     norms = tuple(_norm_at(params, norm) for norm in getattr(network, "norms", ()))
     return Layers(head, norms or None)
