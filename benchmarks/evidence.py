@@ -134,9 +134,10 @@ def _pooled(spread: Spread) -> str:
     if spread.deviation is None:
         return "One seed supports no claim."
     return (
-        f"Intervals of all {spread.lines} differences hold together with {CONFIDENCE:.0%} confidence "
-        f"(Bonferroni). Their width comes from the deviation from seed to seed, {spread.deviation:.3f}, which is "
-        f"estimated from all rows together ({spread.freedom} degrees of freedom) and thus assumed to be equal in them."
+        f"All intervals hold together with {CONFIDENCE:.0%} confidence (Bonferroni for {spread.lines} differences, "
+        "including those of one seed). Their width comes from how much rows vary beyond what a seed adds to all of "
+        f"them: a deviation of {spread.deviation:.3f}, estimated from the rows that have all seeds ({spread.freedom} "
+        "degrees of freedom) and assumed to be equal in all rows."
     )
 
 
@@ -207,8 +208,8 @@ def headline(folder: pathlib.Path) -> str:
     table, method_of = _summary(folder)
     rows = [row[:4] for row in table.rows if row[0] == method_of[row[0]]]
     note = (
-        "Mean ± sample standard deviation over the seeds. The intervals hold together, with the others of "
-        f"docs/results.md, with {CONFIDENCE:.0%} confidence."
+        "Mean ± sample standard deviation over the seeds. The intervals hold together, with the others of the first "
+        f"table of docs/results.md, with {CONFIDENCE:.0%} confidence."
     )
     return _text(table._replace(header=table.header[:4], rows=rows, notes=(note,)))
 
@@ -301,7 +302,9 @@ def samples(folder: pathlib.Path) -> str:
     scores = {row: row.scores("last") for row in comparison.rows}
     plain = {_order(row.config): row for row in comparison.rows if row.learns_from_labels}
     others = sorted((row for row in comparison.rows if not row.learns_from_labels), key=lambda row: _place(row.config))
-    spread = spread_of(list(scores.values()), lines=len(others))
+    # Rows that differ only in their centers are nearly copies of each other, so one of them stands for all.
+    distinct = [*plain.values(), *{_order(row.config): row for row in others}.values()]
+    spread = spread_of([scores[row] for row in distinct], lines=len(others))
     rows = []
     for row in others:
         reference = plain[_order(row.config)]
@@ -361,9 +364,9 @@ def pytorch(folder: pathlib.Path) -> str:
     difference = summarize(scores[0]).mean - summarize(scores[1]).mean
     note = (
         f"cskd_jax minus PyTorch: {difference:+.2f} points, {CONFIDENCE:.0%} interval {low:+.2f} to {high:+.2f} "
-        f"(Student's t for independent seeds). Images/s are of training without evaluation, alone on the machine: the "
-        f"lowest and the highest of {len(theirs_timed)} runs each of {theirs_timed[0]['epochs']} epochs, which took "
-        f"turns. Minutes are those of {epochs} epochs at this speed."
+        "(Student's t for independent seeds). Images/s are of training without evaluation and compilation, alone on "
+        f"the machine: the lowest and the highest of {len(theirs_timed)} runs each of {theirs_timed[0]['epochs']} "
+        f"epochs, which took turns. Minutes are those of {epochs} epochs at this speed."
     )
     header = ("trained by", "seeds", "last epoch: top-1, %", "images/s", "minutes")
     return _text(Table("KD against PyTorch", header, rows, (note,)))

@@ -203,6 +203,7 @@ def differences(comparison: Comparison) -> Table | None:
         f"Runs with the same seed start from the same weights and see the same batches, and are compared in pairs. The "
         f"{single} is Student's t for each line by itself: of twenty lines without a true difference, "
         "one excludes zero on average. "
+        + "A reference is the best row of its kind by these same scores, so its own score is optimistic. "
         + (
             f"The corrected interval is wider (Bonferroni), so that all {len(pairs)} lines hold together with "
             f"{CONFIDENCE:.0%} confidence; what a line shows is read from it. "
