@@ -18,8 +18,8 @@ cskd-jax sweep RECIPE --methods=ce,kd,cskd --seeds=0-2 [--pairs=TEACHER/STUDENT,
   --workdir      folder of the sweep; default: runs/sweep/RECIPE. A run is in METHOD-seedSEED, with its output in
                  log.txt. The same command continues: finished runs are skipped, interrupted ones resume.
   --together     largest number of runs that are trained together, in one process, with one forward pass of the teacher
-                 for each batch; default: all methods of a seed, as far as memory allows. A run has the same
-                 results alone and together.
+                 for each batch; default: all methods of a seed, as far as memory allows. A run has the same results
+                 alone and together.
   --jobs         number of processes at the same time; default: 1. If CUDA_VISIBLE_DEVICES lists several GPUs, each
                  process takes one.
   --config.KEY   overrides a key (docs/configuration.md) of every run; config.losses.NAME only of methods that have NAME

@@ -157,11 +157,10 @@ def choose(trials: Sequence[Trial], workdir: pathlib.Path) -> dict[str, Mapping[
         a run that is done is missing.
       workdir: Folder of the sweep, which gets search.csv.
     """
-    scores = {trial.run: _score(trial.run) for trial in trials if (trial.run.workdir / RESULTS).exists()}
+    done = [trial for trial in trials if (trial.run.workdir / RESULTS).exists()]
+    scores = {trial.run: _score(trial.run) for trial in done}
     best = {}
-    for trial in trials:
-        if trial.run not in scores:
-            continue
+    for trial in done:
         if trial.word not in best or scores[trial.run][1] > scores[best[trial.word].run][1]:
             best[trial.word] = trial
     keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
